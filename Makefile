@@ -1,0 +1,36 @@
+# `make quickstart` runs the main job; `make test` and `make check` are what CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-fast check clean
+
+quickstart: .venv/installed
+	$(BIN)/lmtune quickstart
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest tests
+
+test-fast: .venv/installed-test
+	$(BIN)/python -m pytest tests -m "not slow"
+
+check: .venv/installed-check
+	$(BIN)/ruff check lmtune recipes tests benchmarks app.py
+	$(BIN)/ruff format --check lmtune recipes tests benchmarks app.py
+	$(BIN)/mypy --strict lmtune
+
+# An editable install, so that the checkout is what runs. Each stamp is renewed when the requirements change.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv/installed-check: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[check]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

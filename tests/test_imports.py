@@ -1,0 +1,147 @@
+"""The shape of the source: imports point one way, light commands stay light, files and functions stay small."""
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Lower layers first; a module may import from its own layer and from those before it.
+LAYERS = (
+    {"__init__", "errors", "console"},
+    {"yaml_reader", "config", "runs", "examples"},
+    {"data", "demo"},
+    {"kernels", "models"},
+    {"evaluation", "generation", "decoding"},
+    {"training"},
+    {"hub", "hub_checks", "report", "card_usage", "ui", "doctor", "history", "probes"},
+    {"recipes", "cli", "app", "__main__"},
+)
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+HEAVY = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "gradio", "pyarrow", "pandas")
+
+
+def sources() -> list[Path]:
+    """Every file of ours but tests and benchmarks."""
+    app = [ROOT / "app.py"] if (ROOT / "app.py").is_file() else []
+    return [*sorted((ROOT / "lmtune").rglob("*.py")), *sorted((ROOT / "recipes").glob("*.py")), *app]
+
+
+def part_of(path: Path) -> str:
+    """The part of lmtune that a file belongs to: `data`, `config`, `recipes`, …"""
+    relative = path.relative_to(ROOT)
+    return (relative.parts[1] if relative.parts[0] == "lmtune" else relative.parts[0]).removesuffix(".py")
+
+
+def imported_parts(source: str, package: list[str]) -> Iterator[tuple[str, int]]:
+    """(part of lmtune, line) of every import in a module of `package`, also inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (above, node.module or "") if part)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, _, rest = name.partition(".")
+            if first in ("recipes", "app"):
+                yield first, node.lineno
+            elif first == "lmtune":
+                part = rest.partition(".")[0]
+                yield part if part in LAYER_OF else "__init__", node.lineno
+
+
+def upward_imports(source: str, package: list[str], part: str) -> list[str]:
+    """`line: part` of each import from a higher layer than that of `part`."""
+    return [
+        f"{n}: {name}" for name, n in imported_parts(source, package) if LAYER_OF.get(name, 0) > LAYER_OF.get(part, 99)
+    ]
+
+
+def test_every_part_has_its_layer() -> None:
+    missing = {part_of(path) for path in sources()} - LAYER_OF.keys()
+    assert not missing, f"say in LAYERS where these belong: {sorted(missing)}"
+
+
+def test_imports_point_one_way() -> None:
+    upwards = [
+        f"{path.relative_to(ROOT)}:{found}"
+        for path in sources()
+        for found in upward_imports(path.read_text(encoding="utf-8"), list(path.parent.relative_to(ROOT).parts),
+                                    part_of(path))
+    ]  # fmt: skip
+    assert not upwards, "\n".join(upwards)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import lmtune.training.loop", "from lmtune.training import loop", "from lmtune import training",
+        "from ..training.loop import train", "from .. import training", "import recipes.merge",
+        "def f():\n    from lmtune.training.loop import train",
+        "if TYPE_CHECKING:\n    from lmtune.training.loop import train",
+    ],
+)  # fmt: skip
+def test_an_upward_import_is_seen_however_it_is_written(line: str) -> None:
+    assert upward_imports(line, ["lmtune", "data"], "data")
+    assert not upward_imports(line.replace("training", "data").replace("recipes", "lmtune"), ["lmtune", "data"], "data")
+
+
+def test_config_and_checking_load_nothing_heavy() -> None:
+    recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
+    code = (
+        "import importlib, sys\n"
+        "import lmtune.cli, lmtune.config, lmtune.runs, lmtune.data.checking, lmtune.training.workers\n"
+        f"for name in {recipes}: importlib.import_module('lmtune.recipes.' + name)\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["finetune", "--help"], 0), (["finetune", "none.yaml"], 2)]
+)
+def test_help_and_config_errors_answer_at_once(arguments: list[str], code: int) -> None:
+    """The aim is half a second; the bound leaves room for a busy machine."""
+    best = 9e9
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "lmtune", *arguments], capture_output=True, check=False)
+        best = min(best, time.perf_counter() - began)
+        assert done.returncode == code
+        if best < 1.0:
+            return
+    assert best < 1.0
+
+
+def test_no_module_is_long() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
+    long = [f"{path.relative_to(ROOT)}: {length} lines" for path, length in lengths.items() if length > 350]
+    assert not long, "\n".join(long)
+
+
+def test_no_function_is_long() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
+        if node.end_lineno - node.lineno >= 60
+    ]
+    assert not long, "\n".join(long)
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if path.read_text(encoding="utf-8").strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert not silent

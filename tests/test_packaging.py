@@ -1,0 +1,102 @@
+"""What an installed lmtune holds: all its packages, the recipes' configs, the example rows and the embedded model."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def requirement_name(requirement: str) -> str:
+    """`huggingface_hub>=1.0` -> `huggingface-hub`: the name, as the package index compares it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[<>=!~;\[ ]", requirement)[0]).lower()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of the files in a wheel built from a copy of the checkout, without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("lmtune", "recipes", "examples"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    code = "from setuptools.build_meta import build_wheel; print(build_wheel('out'))"
+    (folder / "out").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = (folder / "out").glob("*.whl")
+    return zipfile.ZipFile(built).namelist()
+
+
+def test_every_package_folder_is_listed() -> None:
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "lmtune").rglob("*.py")}
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    assert listed == {".".join(folder.parts) for folder in folders} | {"lmtune.recipes", "lmtune.examples"}
+
+
+def test_the_wheel_holds_every_source_file(wheel: list[str]) -> None:
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "lmtune").rglob("*.py")}
+    wanted |= {f"lmtune/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py")}
+    assert wanted <= set(wheel)
+    assert "lmtune/py.typed" in wheel
+
+
+def test_the_wheel_holds_configs_examples_and_the_embedded_model(wheel: list[str]) -> None:
+    wanted = {f"lmtune/recipes/configs/{path.name}" for path in (ROOT / "recipes" / "configs").glob("*.yaml")}
+    wanted |= {"lmtune/examples/support.jsonl", "lmtune/examples/support_heldout.jsonl"}
+    wanted |= {f"lmtune/demo/tiny/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    wanted |= {"lmtune/demo/tiny/chat_template.jinja", "lmtune/demo/tiny/README.md"}
+    assert wanted <= set(wheel)
+
+
+def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
+    assert {name.split("/")[0] for name in wheel} == {"lmtune", f"lmtune-{PROJECT['project']['version']}.dist-info"}
+    assert not [name for name in wheel if "tests" in name or name.endswith((".pyc", ".bin", ".pt"))]
+
+
+def test_the_versions_agree() -> None:
+    from lmtune import __version__
+
+    assert __version__ == PROJECT["project"]["version"]
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+    )
+    pinned = {requirement_name(name) for name in pins}
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    wanted = [*PROJECT["project"]["dependencies"], *(requirement for extra in extras for requirement in extra)]
+    missing = {requirement_name(requirement) for requirement in wanted} - pinned
+    assert not missing, f"constraints.txt does not pin {sorted(missing)}"
+
+
+def test_torch_is_pinned_first() -> None:
+    """An unpinned torch may bring gigabytes of another build, so its pin is what a reader sees first."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert next(line for line in lines if not line.startswith("#")).startswith("torch==")
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Every third-party import of lmtune is a declared dependency."""
+    import ast
+
+    declared = {requirement_name(requirement) for requirement in PROJECT["project"]["dependencies"]}
+    of_gradio = {"fastapi": "gradio", "uvicorn": "gradio"}  # the server that every Gradio app is
+    aliases = {"yaml": "pyyaml", "lmtune": None, "recipes": None, **of_gradio}
+    imported = set()
+    for path in [*(ROOT / "lmtune").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            imported |= {name.split(".")[0] for name in names}
+    third_party = {aliases.get(name, name) for name in imported - sys.stdlib_module_names} - {None}
+    assert {requirement_name(str(name)) for name in third_party} <= declared
