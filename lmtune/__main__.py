@@ -1,0 +1,5 @@
+"""`python -m lmtune` is the `lmtune` command."""
+
+from lmtune.cli import main
+
+main()

@@ -1,0 +1,89 @@
+"""The `lmtune` command: each verb runs the recipe of that name, and this is where errors become text and exit codes.
+
+    lmtune finetune CONFIG        is        accelerate launch recipes/finetune.py CONFIG
+
+Exit codes: 0 done; 1 failed while running; 2 the usage, config, data or model is wrong (one message, nothing
+written); 130 after Ctrl-C and 143 after SIGTERM. `LMTUNE_TRACEBACK=1` shows the traceback of any error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+import typer
+
+from lmtune import __version__
+from lmtune.console import err, escape
+from lmtune.errors import LmtuneError
+from lmtune.training.workers import note_exit_code
+
+# OpenMP's threads wait for each other by spinning, and torch reads this when it is imported. Beside any other busy
+# program a spinning thread keeps the one it waits for from running: small models then train up to eight times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+VERBS = (
+    "quickstart", "check", "preview", "plan", "finetune", "evaluate", "merge", "chat", "app", "push", "pull",
+    "pretrain", "runs", "doctor",
+)  # fmt: skip
+
+
+def main() -> NoReturn:
+    """The console script."""
+    app = typer.Typer(
+        name="lmtune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+        help="Fine-tune a language model on your own questions and answers. Begin with: lmtune quickstart",
+        epilog="Each verb explains itself: lmtune finetune --help",
+    )  # fmt: skip
+
+    @app.callback(invoke_without_command=True)
+    def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+        if version:
+            typer.echo(f"lmtune {__version__}")
+            raise typer.Exit
+
+    for verb in VERBS:
+        recipe = importlib.import_module(f"lmtune.recipes.{verb}")
+        app.command(verb)(recipe.main)
+    _exit_with(app)
+
+
+def run(recipe: Callable[..., None]) -> NoReturn:
+    """Run one recipe's `main` on the command line's arguments, as `python recipes/VERB.py …` does."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(recipe)
+    _exit_with(app)
+
+
+def _exit_with(app: typer.Typer) -> NoReturn:
+    """Call `app`, and end the process with the exit code that its outcome stands for."""
+    code = _outcome(app)
+    note_exit_code(code)
+    sys.exit(code)
+
+
+def _outcome(app: typer.Typer) -> int:
+    try:
+        app(standalone_mode=True)
+    except SystemExit as exit_:  # how typer ends, also for usage errors and where the reader of a pipe went away
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except LmtuneError as error:
+        _show(error, str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        err.print("stopped")
+        return 130
+    except Exception as error:
+        _show(error, f"{type(error).__name__}: {error}\n  (LMTUNE_TRACEBACK=1 shows where)")
+        return 1
+    return 0
+
+
+def _show(error: Exception, message: str) -> None:
+    if os.environ.get("LMTUNE_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    err.print(f"[bold red]error:[/] {escape(message)}")
