@@ -1,0 +1,283 @@
+"""The configuration of a fine-tuning run: six small frozen sections, checked whole before anything is loaded.
+
+    config = load_config(FinetuneConfig, "recipes/configs/quickstart.yaml", ["train.epochs=1"])
+    config.train.batch_size
+
+A setting is written once, here, with its default and its bounds. Whatever is wrong in a file is reported at once, by
+`section.key`, with the nearest known key for a misspelt one. Reading YAML strictly is `lmtune.yaml_reader`'s job. That
+a config is a handful of small types follows litgpt's `args.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from lmtune.errors import ConfigError, listed
+from lmtune.yaml_reader import read_yaml, read_yaml_value, write_yaml
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def section(cls: type[T]) -> type[T]:
+    """Make a class a config section: a frozen dataclass whose values are checked when it is made."""
+    return cast(type[T], dataclass(frozen=True, kw_only=True, config=_STRICT)(cls))
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Quantization = Literal["none", "nf4", "int8"]
+# A run's folder is `run.dir/run.name`: one plain folder name, which cannot climb out of `run.dir`.
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+# One file or folder, or several.
+DataPaths = str | Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+@section
+class ModelConfig:
+    """Which base model, and how its frozen weights are held in memory."""
+
+    name: Annotated[str, Field(min_length=1)]  # a Hub id, a local folder, or `tiny`
+    revision: str | None = None  # a branch, tag or commit on the Hub
+    quantization: Quantization = "nf4"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bf16 on GPUs that have it, else fp32
+
+
+@section
+class AdapterConfig:
+    """The LoRA adapter; names and meanings are PEFT's."""
+
+    method: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    use_rslora: bool = False  # scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
+    use_dora: bool = False  # https://arxiv.org/abs/2402.09353
+    init_lora_weights: Literal["default", "pissa"] = "default"  # PiSSA: https://arxiv.org/abs/2404.02948
+
+
+@section
+class DataConfig:
+    """Which rows are learned, and how each becomes tokens."""
+
+    train: DataPaths
+    validation: DataPaths | None = None  # rows of their own; without them `validation_fraction` of `train` is held out
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    max_length: Annotated[int, Field(ge=8)] = 2048  # tokens
+    too_long: Literal["drop", "truncate", "error"] = "drop"
+    template: Literal["auto", "chat", "plain", "thinking"] = "auto"
+    system: str | None = None  # system prompt for rows that have none
+
+
+@section
+class TrainConfig:
+    """The optimisation. One optimizer step learns `batch_size` examples, summed over all processes."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3
+    max_steps: Count | None = None  # overrules `epochs`
+    batch_size: Count = 32
+    micro_batch_tokens: Count | Literal["auto"] = "auto"  # memory and speed only; never what is learned
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2.0e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0  # null: no clipping
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+
+
+@section
+class EvaluationConfig:
+    """When the validation rows are scored during training, and what is done with the result."""
+
+    every_steps: Count | None = None  # null: only before the first and after the last step
+    patience: Count | None = None  # stop after so many evaluations without a better validation loss
+    keep_best: bool = True  # with `every_steps`: the saved adapter is that of the best step, not of the last
+    exact_match_rows: Annotated[int, Field(ge=0)] = 64  # generate answers for so many rows; 0: none
+    max_new_tokens: Count = 128
+
+
+@section
+class RunConfig:
+    """Where the run lives on disk, and how often it is saved."""
+
+    dir: Annotated[str, Field(min_length=1)] = "runs"
+    name: RunName | None = None  # null: the config file's name without `.yaml`
+    checkpoint_every_steps: Count = 100
+    keep_checkpoints: Count = 2
+    resume: Literal["auto", "never"] = "auto"  # never: an earlier run of this name is renamed, and a new one begins
+
+
+@section
+class FinetuneConfig:
+    """Everything about one fine-tuning run."""
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()
+
+    def problems(self) -> list[str]:
+        """What is wrong between settings that are each right alone."""
+        found = []
+        if self.adapter.init_lora_weights == "pissa" and self.model.quantization != "none":
+            found.append(
+                f"adapter.init_lora_weights: pissa rewrites the base weights, which {self.model.quantization} cannot "
+                "hold; set model.quantization: none, or init_lora_weights: default"
+            )
+        if self.adapter.init_lora_weights == "pissa" and self.adapter.use_dora:
+            found.append("adapter.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
+        if self.evaluation.patience is not None and self.evaluation.every_steps is None:
+            found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
+        return found
+
+
+def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read `path`, apply `key=value` overrides, and return the checked config.
+
+    Args:
+        schema: a `section` class, for example `FinetuneConfig`.
+        path: a YAML file.
+        overrides: `section.key=value`, the value written as in YAML.
+
+    Raises:
+        ConfigError: with every problem found, each by `section.key`.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    if schema is FinetuneConfig:
+        run = tree.setdefault("run", {})
+        if isinstance(run, dict) and run.get("name") is None:
+            run["name"] = Path(path).stem
+    return build_config(schema, tree, where=str(path))
+
+
+def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
+    """The checked config of a plain nested mapping; `where` begins the error message."""
+    try:
+        # Through JSON, where strict means what it should: a list is a tuple, a mapping a section, "3" no number.
+        config = TypeAdapter(schema).validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        problems = _describe_all(schema, error)
+        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}") from None
+    check = getattr(config, "problems", None)
+    if check is not None and (problems := check()):
+        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}")
+    return config
+
+
+def dump_config(config: Any) -> str:
+    """`config` as YAML that `load_config` reads back to an equal config; absolute paths become relative ones."""
+    return write_yaml(to_tree(config))
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """`config` as plain nested dicts and lists, holding no absolute path."""
+    tree: dict[str, Any] = _plain(asdict(config))
+    return tree
+
+
+def data_paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One path or several, as a tuple."""
+    return (value,) if isinstance(value, str) else value
+
+
+_PATHS = ("name", "train", "validation", "dir", "path")  # keys whose values may be paths
+
+
+def _plain(value: Any, is_path: bool = False) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item, key in _PATHS) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, is_path) for item in value]
+    if is_path and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
+        return os.path.relpath(value)
+    return value
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{override!r}: an override is written section.key=value, for example train.epochs=1")
+    node: Any = tree
+    for part in parts[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {part} is not a section, so it has no keys to set")
+    node[parts[-1]] = read_yaml_value(text, where=key)
+
+
+def _counted(problems: Sequence[str]) -> str:
+    return "1 setting is wrong" if len(problems) == 1 else f"{len(problems)} settings are wrong"
+
+
+def _describe_all(schema: type[Any], error: ValidationError) -> list[str]:
+    """One line for each key; what each branch of a union wants is joined by "or"."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        where, _, wanted = _describe(schema, dict(item)).partition("; should be ")
+        key = where.partition(":")[0]
+        if key in lines and wanted:
+            lines[key] += f", or {wanted}"
+        else:
+            lines.setdefault(key, f"{where}; should be {wanted}" if wanted else where)
+    return list(lines.values())
+
+
+def _describe(schema: type[Any], error: dict[str, Any]) -> str:
+    """One line for one pydantic error: where, what is wrong, what was found, what is meant."""
+    location = [str(part) for part in error["loc"]]
+    known = _known_keys(schema)
+    while location and ".".join(location) not in known and len(location) > 2:
+        location.pop()  # the branch names that pydantic adds inside a union
+    key = ".".join(location) or "the file"
+    got = error.get("input")
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        names = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(location[:-1])]
+        near = difflib.get_close_matches(location[-1], names, n=1)
+        elsewhere = [name for name in known if name.rpartition(".")[2] == location[-1]]
+        hint = near or elsewhere
+        return f"{key}: unknown key" + (f"; did you mean {hint[0]}?" if hint else f"; known: {', '.join(names)}")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key}: missing; it has no default"
+    if error["type"].startswith("dataclass_type"):
+        return f"{key}: must be a section of `key: value` lines, got {_short(got)}"
+    wanted = re.sub(r"^(Input|String) should (be )?", "", error["msg"])
+    if error["type"] == "string_pattern_mismatch":  # only a run's name has a pattern
+        wanted = "one folder name: letters, digits, `.`, `_`, `-`, beginning with a letter or digit, at most 100"
+    return f"{key}: got {_short(got)}; should be {wanted}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _known_keys(schema: type[Any], prefix: str = "") -> list[str]:
+    """Every `section.key` of `schema`."""
+    keys = []
+    for field in fields(schema):
+        name = prefix + field.name
+        keys.append(name)
+        nested = globals().get(field.type) if isinstance(field.type, str) else field.type
+        if isinstance(nested, type) and is_dataclass(nested):
+            keys += _known_keys(nested, name + ".")
+    return keys

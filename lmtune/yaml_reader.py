@@ -1,0 +1,106 @@
+"""YAML read strictly: plain data only, every key once, numbers as a person writes them.
+
+PyYAML's safe loader keeps the last of two equal keys, reads `1e-4` as a string and `2024-01-01` as a date, and expands
+aliases without limit (a small file can then fill the memory). Here a repeated key and an alias are errors with their
+line, `1e-4` is a number, and a date stays a string.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lmtune.errors import ConfigError
+
+_MAX_BYTES = 1_000_000  # a config is a page of text; a larger file is a mistake
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader without aliases and dates, with `1e-4` as a float and repeated keys as an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(_at(mark) + "aliases (*name) are not supported; write it out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.YAMLError(_at(key_node.start_mark) + "a key must be a plain word")
+            if key in seen:
+                raise yaml.YAMLError(_at(key_node.start_mark) + f"the key {key!r} stands here a second time")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_StrictLoader` would not read as the same text."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Unicode's own line breaks are escaped: PyYAML writes them as they are, and reads them as blanks."""
+        style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_StrictDumper.add_representer(str, _StrictDumper.represent_str)
+
+
+for _class in (_StrictLoader, _StrictDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def _at(mark: Any) -> str:
+    return f"line {mark.line + 1}: "
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, too large, not UTF-8, not YAML, or holds no mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ConfigError(f"{path}: {path.stat().st_size:,} bytes is too large for a config; is this a data file?")
+    try:
+        tree = _parse(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections like `model: {{name: tiny}}`, got {type(tree).__name__}")
+    return tree
+
+
+def read_yaml_value(text: str, where: str) -> Any:
+    """The value of a command line override, written as in YAML; text that holds a colon or bracket stays text."""
+    return _parse(text, where)
+
+
+def write_yaml(tree: dict[str, Any]) -> str:
+    """`tree` as YAML that `read_yaml` reads back equal."""
+    return yaml.dump(tree, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
