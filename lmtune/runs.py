@@ -1,0 +1,169 @@
+"""The run directory: where a run's files are, who may write there, and how a file is written so that it is whole.
+
+    runs/NAME/  config.yaml  environment.json  data.json  metrics.jsonl  results.csv  summary.json
+                answers.jsonl  verification.json  checkpoints/  adapter/  merged/
+
+Every file appears under its name only when it is complete: it is written beside it, flushed to the disk, and renamed.
+Nothing here imports torch, so that listing runs answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from lmtune.config import RunConfig
+from lmtune.errors import CheckpointError, ConfigError
+
+
+class RunDirectory:
+    """The paths of one run. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.data = self.path / "data.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.results = self.path / "results.csv"
+        self.summary = self.path / "summary.json"
+        self.answers = self.path / "answers.jsonl"
+        self.verification = self.path / "verification.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.merged = self.path / "merged"
+
+    @classmethod
+    def of(cls, run: RunConfig) -> RunDirectory:
+        """The directory `run.dir/run.name`.
+
+        Raises:
+            ConfigError: the run has no name, or its folder is a link or lies outside `run.dir`.
+        """
+        if run.name is None:
+            raise ConfigError("run.name: missing; name the run, for example run.name=support")
+        parent, path = Path(run.dir), Path(run.dir) / run.name
+        if path.is_symlink() or not path.resolve().is_relative_to(parent.resolve()):
+            raise ConfigError(f"run.name: {path} leads out of {parent}; a run is a plain folder in run.dir")
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"run.name: {path} is a file; choose another run.name")
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """The run's folder name."""
+        return self.path.name
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config.is_file()
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """One of the run's JSON files, or `{}` if it is not there yet.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if not path.is_file():
+            return {}
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}); delete it or restore it") from None
+        return tree if isinstance(tree, dict) else {}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; a second process is refused, and a crash lets go by itself.
+
+        Raises:
+            CheckpointError: another process is writing to this run.
+        """
+        import fcntl
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise CheckpointError(
+                    f"{self.path} is in use by another lmtune process (pid {file.read().strip() or 'unknown'}); "
+                    "wait for it, or give this run another run.name"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def set_aside(self) -> Path:
+        """Rename this run to the first free `NAME-old-N`, so that a new one can begin; returns the new path."""
+        number = 1
+        while (target := self.path.with_name(f"{self.name}-old-{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        return target
+
+
+def find_run(target: str | Path, runs_dir: str | Path = "runs") -> RunDirectory | None:
+    """The run that `target` names, as a path or as a name in `runs_dir`; None if it is no run."""
+    for path in (Path(target), Path(runs_dir) / str(target)):
+        run = RunDirectory(path)
+        if run.exists():
+            return run
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by a file that holds `text`, whole or not at all."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(staged, "w", encoding="utf-8") as file:
+            file.write(text)
+            flush_to_disk(file)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Replace `path` by `tree` as indented JSON; NaN and infinity, which JSON has not, are an error."""
+    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def flush_to_disk(file: IO[Any]) -> None:
+    """Flush `file` through Python's and the system's buffers."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable, as a rename needs after a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def share_files(folder: Path) -> None:
+    """Give the files of a folder the mode that new files have; safetensors makes its own readable by the owner only."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
+def keep_lines(path: Path, keep: int) -> None:
+    """Cut `path` after its first `keep` lines, and after a last line that a crash left half written."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().split(b"\n")
+    whole = lines[:-1][:keep]  # what follows the last newline is either empty or half a line
+    write_text(path, b"".join(line + b"\n" for line in whole).decode("utf-8"))
