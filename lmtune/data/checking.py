@@ -1,0 +1,143 @@
+"""Data files checked before anything heavy is loaded: every bad line, and what is worth knowing of the good ones.
+
+Needs neither torch nor a tokenizer. The result for files without fault is kept in the cache under the hash of their
+content, so that checking the same files again costs reading their bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmtune.data.cache import cache_folder, cached, key_of
+from lmtune.data.files import DataFile, content_sha256, find_files
+from lmtune.data.progress import row_progress
+from lmtune.data.reading import ReadReport, read_examples
+from lmtune.data.survey import Survey, Tally, counted, shown_first
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PartCheck:
+    """What one part of the data, training or validation, holds."""
+
+    num_rows: int
+    formats: dict[str, str]  # file name -> format
+    rows_by_file: dict[str, int]
+    duplicates: dict[str, Any]  # count, first
+    same_prompt: dict[str, Any]  # rows whose prompt an earlier row answers differently
+    characters: dict[str, int]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """The outcome of a check.
+
+    Attributes:
+        train, validation: the parts; `validation` is None if no such files were given.
+        also_in_train: rows of validation that stand in train too.
+        report: faults; without any, the data is good.
+    """
+
+    train: PartCheck
+    validation: PartCheck | None
+    also_in_train: dict[str, Any]
+    report: ReadReport = field(default_factory=ReadReport)
+
+
+def check_data(paths: Sequence[str | Path], validation: Sequence[str | Path] = ()) -> DataCheck:
+    """Check files of training rows, and of validation rows if given, against each other.
+
+    Raises:
+        DataError: with the first 20 faults and their number, or with the paths that cannot be read.
+    """
+    train_files, validation_files = find_files(paths), find_files(validation) if validation else []
+    described = [
+        [[file.portable_name, content_sha256(file.path)] for file in files] for files in (train_files, validation_files)
+    ]
+    found: list[DataCheck] = []
+
+    def build(folder: Path) -> None:
+        check = _inspect(train_files, validation_files)
+        check.report.raise_for_faults()
+        found.append(check)
+        tree = {name: value for name, value in asdict(check).items() if name != "report"}
+        (folder / "check.json").write_text(json.dumps(tree), encoding="utf-8")
+
+    entry = cached(cache_folder() / "checks", key_of("check", _VERSION, described), build)
+    return found[0] if found else _from_tree(json.loads((entry / "check.json").read_text(encoding="utf-8")))
+
+
+def inspect_data(paths: Sequence[str | Path], validation: Sequence[str | Path] = ()) -> DataCheck:
+    """As `check_data`, but faults of rows are left in the result's `report`, all of them, and nothing is cached.
+
+    Raises:
+        DataError: a path cannot be read at all.
+    """
+    return _inspect(find_files(paths), find_files(validation) if validation else [])
+
+
+def describe_check(check: DataCheck) -> str:
+    """Rows, formats, lengths and oddities, in a few lines; faults are in `check.report.faults`."""
+    lines = _describe_part(check.train)
+    if check.validation is not None:
+        lines += ["validation:", *_describe_part(check.validation)]
+        if check.also_in_train["count"]:
+            shared = check.also_in_train
+            lines.append(f"  warning: {counted(shared['count'])} also in train: {shown_first(shared)}")
+    return "\n".join(lines)
+
+
+def _describe_part(part: PartCheck) -> list[str]:
+    files = [f"{name}: {counted(part.rows_by_file[name])}, {format}" for name, format in part.formats.items()]
+    lines = files[:10] + ([f"… and {len(files) - 10} more files"] if len(files) > 10 else [])
+    if part.characters:
+        lines.append("  characters a row: " + ", ".join(f"{name} {value:,}" for name, value in part.characters.items()))
+    if part.duplicates["count"]:
+        lines.append(
+            f"  {counted(part.duplicates['count'])} equal to an earlier one, kept: {shown_first(part.duplicates)}"
+        )
+    if part.same_prompt["count"]:
+        lines.append(
+            f"  {counted(part.same_prompt['count'])} with an earlier row's prompt and another answer: "
+            + shown_first(part.same_prompt)
+        )
+    return lines + [f"  warning: {warning}" for warning in part.warnings]
+
+
+def _inspect(train_files: Sequence[DataFile], validation_files: Sequence[DataFile]) -> DataCheck:
+    report = ReadReport()
+    train, train_survey = _inspect_part(train_files, report)
+    if not validation_files:
+        return DataCheck(train, None, Tally().as_dict(), report)
+    validation, validation_survey = _inspect_part(validation_files, report)
+    return DataCheck(train, validation, validation_survey.shared_with(train_survey).as_dict(), report)
+
+
+def _inspect_part(files: Sequence[DataFile], report: ReadReport) -> tuple[PartCheck, Survey]:
+    part, survey = ReadReport(), Survey()
+    with row_progress("checked") as progress:
+        for example in read_examples(files, part):
+            survey.add(example)
+            progress(len(survey))
+    report.include(part)
+    check = PartCheck(
+        num_rows=len(survey),
+        formats=part.formats,
+        rows_by_file={file.name: file.num_rows for file in part.files},
+        duplicates=survey.duplicates().as_dict(),
+        same_prompt=survey.same_prompt().as_dict(),
+        characters=survey.characters(),
+        warnings=part.warnings,
+    )
+    return check, survey
+
+
+def _from_tree(tree: dict[str, Any]) -> DataCheck:
+    validation = PartCheck(**tree["validation"]) if tree["validation"] else None
+    return DataCheck(PartCheck(**tree["train"]), validation, tree["also_in_train"])

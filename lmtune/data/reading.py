@@ -1,0 +1,139 @@
+"""Data files in, checked examples out, and a report of everything that was wrong or odd on the way.
+
+    report = ReadReport()
+    for example in read_examples(find_files(["train.jsonl"]), report):
+        ...
+    report.raise_for_faults()
+
+The reader is our own because a dataset library's JSON reader names no lines, fills missing keys with None and rewrites
+strings that look like dates. It never stops at the first fault: a person mends a file in one go, not in twenty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lmtune.data.examples import Example
+from lmtune.data.files import DataFile
+from lmtune.data.formats import Format, RowFault, detect_format, parse_row, quoted
+from lmtune.data.json_rows import read_rows
+from lmtune.data.survey import counted
+from lmtune.errors import DataError, listed
+
+MAX_FAULTS = 10_000  # a file of nothing but faults is told by far fewer; this bounds memory
+
+
+@dataclass
+class FileReport:
+    """What one file held."""
+
+    name: str
+    format: Format | None = None
+    format_line: int = 0  # the row that the format was read from
+    other_formats: set[Format] = field(default_factory=set)  # each is a fault, where it first stands
+    num_rows: int = 0
+    ignored_keys: set[str] = field(default_factory=set)
+    warnings: dict[str, list[int]] = field(default_factory=dict)  # what is odd -> the first lines where
+    warning_counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class ReadReport:
+    """What was found while reading: faults stop the work afterwards, warnings are only said."""
+
+    faults: list[str] = field(default_factory=list)  # `file:line: what is wrong, what to do`
+    num_faults: int = 0
+    files: list[FileReport] = field(default_factory=list)
+
+    def add_fault(self, where: str, reason: str) -> None:
+        """Remember that the row at `where` cannot be used."""
+        self.num_faults += 1
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(f"{where}: {reason}")
+
+    def include(self, other: ReadReport) -> None:
+        """Take in what another report found."""
+        self.num_faults += other.num_faults
+        self.faults += other.faults[: MAX_FAULTS - len(self.faults)]
+        self.files += other.files
+
+    def raise_for_faults(self) -> None:
+        """Raise one `DataError` with the first 20 faults and the count, if there are any."""
+        if not self.num_faults:
+            return
+        hidden = self.num_faults - len(self.faults)
+        more = f"\n  … and {hidden:,} beyond those" if hidden else ""
+        raise DataError(
+            f"{counted(self.num_faults, 'fault')} in the data; mend them and start again\n{listed(self.faults)}{more}"
+        )
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The format of each file by its name."""
+        return {file.name: file.format for file in self.files if file.format}
+
+    @property
+    def warnings(self) -> list[str]:
+        """One line for each odd thing in each file."""
+        return [line for file in self.files for line in _describe_warnings(file)]
+
+
+def read_examples(files: Sequence[DataFile], report: ReadReport) -> Iterator[Example]:
+    """Every usable row, in order; what is not usable goes to `report` with its line."""
+    for file in files:
+        found = FileReport(file.portable_name)
+        report.files.append(found)
+        faults_before = report.num_faults
+        for line, row in read_rows(file.path):
+            example = _example(file, line, row, found, report)
+            if example is not None:
+                found.num_rows += 1
+                yield example
+        if not found.num_rows and report.num_faults == faults_before:
+            report.add_fault(f"{file.name}:1", "the file holds no row; it must hold one row a line")
+
+
+def _example(file: DataFile, line: int, row: object, found: FileReport, report: ReadReport) -> Example | None:
+    """The row as an example, or None with its fault reported."""
+    try:
+        if isinstance(row, RowFault):
+            raise row
+        if not isinstance(row, dict):
+            raise RowFault('a row must be an object like {"prompt": "…", "completion": "…"}')
+        format = detect_format(row)
+        if found.format is None:
+            found.format, found.format_line = format, line
+        elif format != found.format:
+            if format in found.other_formats:
+                return None  # told once, where it changes
+            found.other_formats.add(format)
+            raise RowFault(
+                f"here {format} rows begin in a file of {found.format} rows (line {found.format_line}); "
+                "put them into a file of their own"
+            )
+        parsed = parse_row(row, format)
+    except RowFault as fault:
+        report.add_fault(f"{file.name}:{line}", str(fault))
+        return None
+    found.ignored_keys |= parsed.ignored_keys
+    for warning in parsed.warnings:
+        found.warning_counts[warning] = found.warning_counts.get(warning, 0) + 1
+        first = found.warnings.setdefault(warning, [])
+        if len(first) < 3:
+            first.append(line)
+    return Example(file.portable_name, line, parsed.messages, parsed.text)
+
+
+def _describe_warnings(file: FileReport) -> list[str]:
+    lines = []
+    if file.ignored_keys:
+        names = ", ".join(quoted(key) for key in sorted(file.ignored_keys)[:10]) + (
+            ", …" if len(file.ignored_keys) > 10 else ""
+        )
+        lines.append(f"{file.name}: these keys are not used: {names}")
+    for warning, first in file.warnings.items():
+        count = file.warning_counts[warning]
+        shown = ", ".join(str(line) for line in first) + (", …" if count > len(first) else "")
+        lines.append(f"{file.name}: {warning} ({counted(count)}: line {shown})")
+    return lines

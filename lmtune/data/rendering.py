@@ -1,0 +1,235 @@
+"""From a conversation to the tokens that the model sees, and which of them it learns. One mechanism for all templates:
+
+    p = tokens(messages before an answer, with the generation prompt)      what inference feeds the model
+    f = tokens(messages up to and with the answer)
+    learned = f after p, up to and with the token that ends the turn
+
+So what training puts before an answer is by construction what chat and evaluation put there: `prompt_ids` is `p`. Marks
+inside the template ({% generation %}) are not needed, and most templates have none. A conversation of several answers
+is one document as long as each p continues the document so far; a template that renders earlier answers differently
+once they are history (Qwen3 drops their reasoning) begins a new document for each answer instead.
+
+Without a template: prompt, completion and the end token, encoded apart, because generation starts after the prompt's
+own tokens. Every document ends in a learned token that generation stops at. Masking is by position, never by id, so a
+tokenizer that pads with its end token learns to stop all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lmtune.data.chat_template import ChatTemplate, TemplateFault
+from lmtune.data.examples import Example, Message
+from lmtune.errors import DataError, ModelError
+
+Template = Literal["auto", "chat", "plain", "thinking"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sequence of tokens of its own context. `trained[t]`: token t is a label; `trained[0]` is always False."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+
+class Renderer:
+    """Renders examples for training, and prompts for generation, with one tokenizer in one way.
+
+    Attributes:
+        tokenizer: as given.
+        stop_token_ids: what generation must stop at; the end of an answer first.
+        uses_chat_template: whether a template is used, not plain text.
+        chat_template: the template in use, to save with a tuned model; None for plain text.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: Template = "auto", system: str | None = None, eos_token_ids: Sequence[int] = ()
+    ) -> None:
+        """
+        Args:
+            tokenizer: a transformers tokenizer.
+            template: `chat`, `plain`, `thinking` (chat, answers hold reasoning), or `auto`: chat if there is one.
+            system: the system prompt of conversations that have none.
+            eos_token_ids: further ends, from the model's generation config.
+
+        Raises:
+            ModelError: no template where one is demanded, or no token that could end an answer.
+        """
+        self.tokenizer = tokenizer
+        self._system = Message("system", system) if system else None
+        self._template = template
+        own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        eos_ids = [*own, *eos_token_ids]
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if template in ("chat", "thinking") and not has_template:
+            raise ModelError(f"data.template: {template}, but the tokenizer has no chat template; use plain")
+        self._chat: ChatTemplate | None = None
+        if has_template and template != "plain":
+            self._chat = ChatTemplate(tokenizer, template == "thinking", eos_ids)
+            if self._system is not None and self._chat.system_fault:
+                raise ModelError(f"data.system: {self._chat.system_fault}")
+        elif not eos_ids:
+            raise ModelError(
+                "the tokenizer has no EOS token, so the model could never learn to stop; set the tokenizer's eos_token"
+            )
+        self._end_token_id = self._chat.end_token_id if self._chat else eos_ids[0]
+        self._lead_ids = self._find_lead()
+        self.stop_token_ids = tuple(dict.fromkeys([self._end_token_id, *eos_ids]))
+        self.uses_chat_template = self._chat is not None
+        self.chat_template = self._chat.source if self._chat else None
+
+    def render(self, example: Example) -> list[Document]:
+        """The example's documents, each ending in a trained stop token.
+
+        Raises:
+            DataError: the example cannot be rendered; names `file:line`.
+        """
+        try:
+            if example.text is not None:
+                documents = [self._render_text(example.text)]
+            else:
+                documents = self._render_answers(self._with_system(example.messages))
+        except TemplateFault as fault:
+            raise DataError(f"{example.where}: {fault}") from None
+        for document in documents:
+            if not document.trained[-1] or document.input_ids[-1] not in self.stop_token_ids:
+                raise DataError(
+                    f"{example.where}: rendered without a learned end, so the model would not stop after it"
+                )
+        return documents
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens that training puts before the assistant's next turn; `messages` end with the user's.
+
+        Raises:
+            ModelError: these messages cannot be rendered, for example several turns without a chat template.
+        """
+        if not messages or messages[-1].role != "user":
+            raise ModelError("a prompt must end with a message of the user")
+        try:
+            return self._prompt(self._with_system(messages))
+        except TemplateFault as fault:
+            raise ModelError(str(fault)) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A reply's text, without stop tokens and other control tokens."""
+        kept = [int(index) for index in ids if index not in self.stop_token_ids]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Save the tokenizer with the template in use, so that other programs render as training did."""
+        own = self.tokenizer.chat_template
+        try:
+            if self._chat is not None and self._chat.is_amended:
+                self.tokenizer.chat_template = self._chat.source
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            self.tokenizer.chat_template = own
+
+    @property
+    def description(self) -> str:
+        """One line: which template, how answers end, what generation stops at."""
+        names = [f"{self.tokenizer.convert_ids_to_tokens(index)} ({index})" for index in self.stop_token_ids]
+        if self._chat is None:
+            how = "plain text, no chat template"
+        else:
+            how = "the tokenizer's chat template" + (", thinking" if self._template == "thinking" else "")
+            if self._chat.is_amended:
+                how += f", amended: {self.tokenizer.convert_ids_to_tokens(self._end_token_id)} after every answer"
+            if "strftime_now" in self._chat.source:
+                how += ", which writes today's date"
+        more = f"; generation also stops at {', '.join(names[1:])}" if names[1:] else ""
+        return f"{how}; answers end in {names[0]}{more}"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of everything that decides how an example becomes tokens."""
+        import transformers
+
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [
+            type(tokenizer).__name__,
+            backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
+            json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True),
+            json.dumps([self.chat_template, self._template, self._system and self._system.content]),
+            json.dumps([self.stop_token_ids, self._lead_ids, transformers.__version__]),
+        ]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    # --- conversations
+
+    def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        if self._system is None or messages[0].role == "system":
+            return tuple(messages)
+        return (self._system, *messages)
+
+    def _render_answers(self, messages: tuple[Message, ...]) -> list[Document]:
+        documents: list[Document] = []
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt = self._prompt(messages[:index])
+            answer = self._answer(messages[: index + 1], prompt)
+            so_far = documents[-1] if documents else None
+            if so_far is not None and prompt[: len(so_far.input_ids)] == so_far.input_ids:
+                documents[-1] = _continued(so_far, prompt[len(so_far.input_ids) :], answer)
+            else:
+                documents.append(_continued(Document([], []), prompt, answer))
+        return documents
+
+    def _prompt(self, messages: tuple[Message, ...]) -> list[int]:
+        if self._chat is not None:
+            return self._chat.prompt_ids(messages)
+        system, turns = (messages[:1], messages[1:]) if messages[0].role == "system" else ((), messages)
+        if len(turns) != 1:
+            raise TemplateFault(
+                "a conversation of several turns needs a chat template, which this tokenizer lacks or "
+                "data.template: plain ignores; use a model with a chat template"
+            )
+        text = "\n\n".join(message.content for message in (*system, *turns))
+        return [*self._lead_ids, *self._encode(text)]
+
+    def _answer(self, messages: tuple[Message, ...], prompt: list[int]) -> list[int]:
+        if self._chat is not None:
+            return self._chat.answer_ids(messages, prompt)
+        return self._with_end(messages[-1].content)
+
+    # --- plain text
+
+    def _render_text(self, text: str) -> Document:
+        return _continued(Document([], []), self._lead_ids, self._with_end(text))
+
+    def _with_end(self, text: str) -> list[int]:
+        ids = self._encode(text)
+        if any(index in self.stop_token_ids for index in ids):
+            raise TemplateFault("the text itself encodes to a stop token, so generation could not reproduce it")
+        return [*ids, self._end_token_id]
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of plain text; control tokens written in it stay text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
+
+    def _find_lead(self) -> list[int]:
+        """The tokens, usually one BOS or none, that the tokenizer puts before any text."""
+        bare = self.tokenizer.encode("a", add_special_tokens=False)
+        whole = self.tokenizer.encode("a", add_special_tokens=True)
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return list(whole[:start])
+        return []
+
+
+def _continued(document: Document, context: Sequence[int], learned: Sequence[int]) -> Document:
+    """`document` with untrained `context` and trained `learned` tokens after it."""
+    input_ids = [*document.input_ids, *context, *learned]
+    trained = [*document.trained, *[False] * len(context), *[True] * len(learned)]
+    trained[0] = False  # nothing stands before the first token from which it could be predicted
+    return Document(input_ids, trained)

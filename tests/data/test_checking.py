@@ -1,0 +1,130 @@
+"""`check_data` and `lmtune check`: what is said of good rows, what becomes of bad ones, and how light it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmtune.data.checking import check_data, describe_check, inspect_data
+from lmtune.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+def written(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def row(prompt: str, completion: str = "c") -> dict[str, str]:
+    return {"prompt": prompt, "completion": completion}
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return written(
+        Path("train.jsonl"), row("a"), row("b"), row("a"), row("b", "other"), row("longest", "x" * 93), row("a")
+    )
+
+
+def test_a_good_file(train: Path) -> None:
+    check = check_data([train])
+    assert check.train.num_rows == 6
+    assert check.train.formats == {"train.jsonl": "prompt/completion"}
+    assert check.train.duplicates == {
+        "count": 2,
+        "first": ["train.jsonl:3 (= train.jsonl:1)", "train.jsonl:6 (= train.jsonl:1)"],
+    }
+    assert check.train.same_prompt == {"count": 1, "first": ["train.jsonl:4 (as train.jsonl:2)"]}
+    assert check.train.characters == {"shortest": 2, "median": 2, "95 %": 100, "longest": 100}
+    assert "2 rows equal to an earlier one" in describe_check(check)
+
+
+def test_validation_rows_that_stand_in_train_are_counted(train: Path) -> None:
+    validation = written(Path("validation.jsonl"), row("new"), row("b"), row("b", "third"))
+    check = check_data([train], [validation])
+    assert check.also_in_train == {"count": 1, "first": ["validation.jsonl:2"]}
+    assert "1 row also in train: validation.jsonl:2" in describe_check(check)
+
+
+def test_a_second_check_does_not_read_the_rows_again(train: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = check_data([train])
+    monkeypatch.setattr("lmtune.data.checking.read_examples", lambda *_: pytest.fail("read again"))
+    assert check_data([train]).train == first.train
+    written(train, row("changed"))
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        check_data([train])
+
+
+def test_faults_are_raised_and_not_remembered(train: Path) -> None:
+    with train.open("a") as file:
+        file.write("nonsense\n")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"1 fault in the data(.|\n)*train.jsonl:7: "):
+            check_data([train])
+    assert inspect_data([train]).report.num_faults == 1
+    assert inspect_data([train]).train.num_rows == 6
+
+
+def test_duplicates_are_found_across_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(Path("a.jsonl"), row("a"))
+    Path("b.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]}])
+    )
+    assert check_data(["a.jsonl", "b.json"]).train.duplicates["first"] == ["b.json:1 (= a.jsonl:1)"]
+
+
+def run_check(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`lmtune check` as a user runs it; the modules it loaded stand in the last line of stderr."""
+    program = (
+        "import atexit, sys; atexit.register(lambda: print(' '.join(sys.modules), file=sys.stderr));"
+        "from lmtune.cli import run; from lmtune.recipes.check import main; run(main)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=cwd, timeout=60
+    )
+
+
+def test_the_command_says_what_is_there_without_torch(train: Path) -> None:
+    done = run_check("train.jsonl", cwd=train.parent)
+    assert done.returncode == 0, done.stderr
+    assert "train.jsonl: 6 rows, prompt/completion" in done.stdout
+    assert "lmtune preview train.jsonl" in done.stdout
+    loaded = done.stderr.splitlines()[-1].split()
+    assert "lmtune.data.checking" in loaded
+    assert not {"torch", "transformers", "datasets", "pyarrow"} & set(loaded)
+
+
+def test_the_command_prints_every_bad_line_and_ends_with_2(train: Path) -> None:
+    with train.open("a") as file:
+        file.write('{"prompt": "x"}\n' * 30)
+    done = run_check("train.jsonl", cwd=train.parent)
+    assert done.returncode == 2
+    assert (
+        sum(line.startswith("train.jsonl:") and "completion missing" in line for line in done.stdout.splitlines()) == 30
+    )
+    assert "30 faults" in done.stderr
+
+
+def test_the_command_takes_the_data_of_a_config(train: Path) -> None:
+    written(Path("v.jsonl"), row("a"))
+    Path("c.yaml").write_text("model: {name: tiny}\ndata: {train: train.jsonl, validation: v.jsonl}\n")
+    done = run_check("--config", "c.yaml", cwd=train.parent)
+    assert done.returncode == 0, done.stderr
+    assert "v.jsonl: 1 row," in done.stdout
+    assert "also in train" in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "words"), [([], "say what to check"), (["nothing.jsonl"], "no such file")])
+def test_mistakes_end_with_2_and_one_message(arguments: list[str], words: str, train: Path) -> None:
+    done = run_check(*arguments, cwd=train.parent)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,117 @@
+"""Each format is known by its keys; what is wrong in a row is named with the key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lmtune.data.formats import RowFault, detect_format, parse_row, quoted
+
+U, A, S = "user", "assistant", "system"
+
+
+def turns(*roles: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": f"{role} {index}"} for index, role in enumerate(roles)]
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "messages"),
+    [
+        ({"prompt": "p", "completion": "c"}, "prompt/completion", [(U, "p"), (A, "c")]),
+        ({"prompt": "", "completion": "c"}, "prompt/completion", [(U, ""), (A, "c")]),
+        ({"messages": turns(S, U, A)}, "messages", [(S, "system 0"), (U, "user 1"), (A, "assistant 2")]),
+        ({"instruction": "i", "output": "o"}, "alpaca", [(U, "i"), (A, "o")]),
+        ({"instruction": "i", "input": "", "output": "o"}, "alpaca", [(U, "i"), (A, "o")]),
+        ({"instruction": "i", "input": None, "output": "o"}, "alpaca", [(U, "i"), (A, "o")]),
+        ({"instruction": "i", "input": "x", "output": "o"}, "alpaca", [(U, "i\n\nx"), (A, "o")]),
+        (
+            {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "h"},
+                               {"from": "gpt", "value": "g"}]},
+            "sharegpt", [(S, "s"), (U, "h"), (A, "g")],
+        ),
+    ],
+)  # fmt: skip
+def test_each_format_becomes_messages(row: dict[str, Any], format: str, messages: list[tuple[str, str]]) -> None:
+    assert detect_format(row) == format
+    parsed = parse_row(row, format)  # type: ignore[arg-type]
+    assert [(message.role, message.content) for message in parsed.messages] == messages
+    assert not parsed.ignored_keys
+
+
+def test_text_has_no_messages() -> None:
+    assert detect_format({"text": "once"}) == "text"
+    parsed = parse_row({"text": "once"}, "text")
+    assert parsed.text == "once"
+    assert parsed.messages == ()
+
+
+@pytest.mark.parametrize("value", ["2024-01-01", "2024-01-01T00:00:00Z", "12:30", "1e5", "null", "01/02/2024"])
+def test_strings_that_look_like_something_else_stay_strings(value: str) -> None:
+    parsed = parse_row({"prompt": value, "completion": value}, "prompt/completion")
+    assert [message.content for message in parsed.messages] == [value, value]
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"instruction": "i", "input": "", "output": "o", "text": "t"}, "alpaca"),  # Stanford Alpaca's own columns
+        ({"prompt": "p", "messages": turns(U, A)}, "messages"),
+    ],
+)
+def test_extra_columns_do_not_change_the_format(row: dict[str, Any], format: str) -> None:
+    assert detect_format(row) == format
+    assert parse_row(row, format).ignored_keys  # type: ignore[arg-type]
+
+
+def test_keys_that_are_not_used_are_named() -> None:
+    row = {"messages": [{"role": U, "content": "q", "name": "Ann"}, {"role": A, "content": "a"}], "id": 3}
+    assert parse_row(row, "messages").ignored_keys == {"id", "messages[].name"}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({}, ["empty"]),
+        ({"question": "q", "answer": "a"}, ['"question"', "prompt and completion"]),
+        ({"prompt": "p"}, ["completion missing"]),
+        ({"prompt": "p", "completions": "c"}, ["completion missing", '"completions"', "meant"]),
+        ({"completion": "c"}, ["prompt missing"]),
+        ({"prompt": None, "completion": 3}, ["prompt is null", "completion is a number (3)"]),
+        ({"prompt": ["p"], "completion": "c"}, ["prompt is a list"]),
+        ({"prompt": {"a": 1}, "completion": True}, ["prompt is an object", "completion is true"]),
+        ({"prompt": "p", "completion": ""}, ["completion is empty", "remove"]),
+        ({"prompt": "p\0", "completion": "c"}, ["NUL"]),
+        ({"prompt": "p", "completion": "\ud83d"}, ["surrogate"]),
+        ({"instruction": "i", "input": 3, "output": "o"}, ["input is a number"]),
+        ({"text": ""}, ["text is empty"]),
+        ({"messages": []}, ["an empty list"]),
+        ({"messages": "hello"}, ['a string ("hello")']),
+        ({"messages": ["hello"]}, ["messages[0]", "role and content"]),
+        ({"messages": [{"role": U}]}, ["messages[0].content is missing"]),
+        ({"messages": [{"role": U, "content": None}]}, ["messages[0].content is null"]),
+        ({"messages": [{"role": U, "content": [{"type": "text"}]}]}, ["messages[0].content is a list"]),
+        ({"messages": [{"role": "human", "content": "x"}]}, ['"human"', "system, user, assistant"]),
+        ({"messages": turns(U, A, S)}, ["messages[2]", "only stand first"]),
+        ({"messages": turns(U, U, A)}, ["messages[1]", "assistant's turn"]),
+        ({"messages": turns(A, U, A)}, ["messages[0]", "user's turn"]),
+        ({"messages": turns(U, A, U)}, ["ends with user"]),
+        ({"messages": turns(S)}, ["ends with system"]),
+        ({"messages": [*turns(U), {"role": A, "content": ""}]}, ["messages[1].content is empty"]),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, ['conversations[0].from is "bot"']),
+    ],
+)  # fmt: skip
+def test_faults_say_what_and_where(row: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RowFault) as fault:
+        parse_row(row, detect_format(row))
+    for word in words:
+        assert word in str(fault.value)
+
+
+def test_white_space_as_an_answer_is_a_warning() -> None:
+    assert parse_row({"prompt": "p", "completion": " \n"}, "prompt/completion").warnings
+    assert not parse_row({"prompt": "p", "completion": " x"}, "prompt/completion").warnings
+
+
+def test_quoted_spells_out_what_a_terminal_would_obey() -> None:
+    assert quoted("a\x1b[2Jb\ud800\u202e") == '"a\\x1b[2Jb\\ud800\\u202e"'

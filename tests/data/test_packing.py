@@ -1,0 +1,89 @@
+"""Packing cuts, drops and repeats nothing, holds its budget, and keeps each label at its place."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmtune.data.packing import fill, pack
+from tests.tiny import Row, random_rows
+
+lengths_and_budget = st.tuples(st.lists(st.integers(1, 200), max_size=60), st.integers(1, 400))
+
+
+@given(lengths_and_budget)
+def test_every_item_is_in_exactly_one_group(case: tuple[list[int], int]) -> None:
+    lengths, budget = case
+    assert sorted(index for group in fill(lengths, budget) for index in group) == list(range(len(lengths)))
+
+
+@given(lengths_and_budget)
+def test_a_group_holds_the_budget_unless_it_is_one_long_item(case: tuple[list[int], int]) -> None:
+    lengths, budget = case
+    for group in fill(lengths, budget):
+        assert group
+        assert len(group) == 1 or sum(lengths[index] for index in group) <= budget
+
+
+@given(lengths_and_budget)
+def test_groups_are_few(case: tuple[list[int], int]) -> None:
+    """Best-fit decreasing leaves no two groups that would fit into one."""
+    lengths, budget = case
+    loads = sorted(sum(lengths[index] for index in group) for group in fill(lengths, budget))
+    assert len(loads) < 2 or loads[0] + loads[1] > budget
+
+
+@given(lengths_and_budget)
+def test_filling_is_deterministic_and_begins_with_the_longest(case: tuple[list[int], int]) -> None:
+    lengths, budget = case
+    groups = fill(lengths, budget)
+    assert groups == fill(list(lengths), budget)
+    assert all(lengths[group[0]] == max(lengths[index] for index in group) for group in groups)
+
+
+def test_known_cases() -> None:
+    assert fill([], 10) == []
+    assert fill([5, 5, 5], 10) == [[0, 1], [2]]
+    assert fill([3, 9, 7, 1], 10) == [[1, 3], [2, 0]]
+    assert fill([30, 2], 10) == [[0], [1]]
+
+
+def test_the_tensors_of_a_pack() -> None:
+    def document(ids: list[int], trained: list[int]) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=np.array(ids, dtype=np.int32), trained=np.array(trained, dtype=bool))
+
+    rows = [
+        Row("a:1", [document([11, 12, 13], [0, 0, 1])]),
+        Row("a:2", [document([21, 22], [0, 1]), document([31, 32, 33, 34], [0, 1, 0, 1])]),
+    ]
+    batch = pack(rows)
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 31, 32, 33, 34]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+    assert batch.layout.lengths == (3, 2, 4)
+    assert batch.targets.tolist() == [13, 22, 32, 34]
+    assert batch.predictors.tolist() == [1, 3, 5, 7]
+    assert batch.examples.tolist() == [0, 1, 1, 1]
+    assert (batch.num_examples, batch.num_tokens) == (2, 9)
+    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("count", [1, 2, 11])
+def test_a_pack_has_no_padding_and_every_label(count: int) -> None:
+    rows = random_rows(count)
+    batch = pack(rows.rows)
+    assert batch.num_tokens == rows.num_tokens.sum() == sum(batch.layout.lengths)
+    assert len(batch.targets) == rows.num_trained.sum()
+    assert torch.equal(batch.input_ids[0, batch.predictors + 1], batch.targets)
+    # a predictor is never the last token of another document
+    starts = np.cumsum([0, *batch.layout.lengths[:-1]])
+    assert not set((batch.predictors + 1).tolist()) & set(starts.tolist())
+
+
+def test_moving_a_pack_keeps_it() -> None:
+    batch = pack(random_rows(3).rows)
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.input_ids, batch.input_ids)
+    assert moved.layout.lengths == batch.layout.lengths

@@ -1,0 +1,61 @@
+"""`lmtune preview` shows what training will use, readable with and without colour."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lmtune.data.preview import show_tokens, token_text
+from lmtune.errors import ConfigError, DataError
+from lmtune.recipes.preview import main
+from tests.tokenizers import CHATML, make_tokenizer
+
+
+def test_learned_tokens_are_marked_with_and_without_colour() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    ids = [3, *tokenizer.encode("is is\n"), 4]
+    trained = [False] * (len(ids) - 2) + [True] * 2
+    plain = show_tokens(tokenizer, ids, trained, colour=False).plain
+    assert plain.startswith("<|im_start|>|")
+    assert plain.endswith("[⏎]\n[<|im_end|>]")
+    coloured = show_tokens(tokenizer, ids, trained, colour=True)
+    assert coloured.plain.endswith("is·is⏎\n<|im_end|>")
+    learned = [coloured.plain[span.start : span.end] for span in coloured.spans if "underline" in str(span.style)]
+    assert learned == ["⏎\n", "<|im_end|>"]
+
+
+def test_what_has_no_glyph_is_spelt_out() -> None:
+    tokenizer = make_tokenizer()
+    shown = "".join(token_text(tokenizer, token) for token in tokenizer.encode("a\t\x1b[2J é"))
+    assert "⇥" in shown
+    assert "\\x1b" in shown
+    assert "\x1b" not in shown
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_tokenizer(CHATML).save_pretrained("model")
+    Path("model/config.json").write_text(json.dumps({"model_type": "llama"}))
+    rows = [{"prompt": "q" * (1 + 50 * n), "completion": "answer"} for n in range(3)]
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{}\n")
+    Path("c.yaml").write_text("model: {name: ./model}\ndata: {train: train.jsonl, max_length: 64}\n")
+    return tmp_path
+
+
+def test_the_command_shows_the_rows_of_a_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(config=Path("c.yaml"), rows=3)
+    shown = capsys.readouterr()
+    assert "train.jsonl:1: 15 tokens, 4 learned" in shown.out
+    assert "[<|im_end|>]" in shown.out
+    assert shown.out.count("will be dropped: longer than data.max_length (64)") == 2
+    assert "answers end in <|im_end|> (4)" in shown.err
+
+
+def test_the_command_takes_any_file_and_model_and_tells_faults(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"train.jsonl:4: the row is empty"):
+        main([Path("train.jsonl")], model="model", rows=9)
+    with pytest.raises(ConfigError, match="--model NAME"):
+        main([Path("train.jsonl")])

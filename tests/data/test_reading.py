@@ -1,0 +1,276 @@
+"""Files in, examples or faults with the right line out; never anything else."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lmtune.data import json_rows
+from lmtune.data.examples import Example
+from lmtune.data.files import find_files
+from lmtune.data.reading import ReadReport, read_examples
+from lmtune.errors import DataError
+
+GOOD = b'{"prompt": "p", "completion": "c"}'
+
+
+def read(*paths: Path) -> tuple[list[Example], ReadReport]:
+    report = ReadReport()
+    return list(read_examples(find_files(paths), report)), report
+
+
+def written(folder: Path, content: bytes, name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (GOOD, [1]),
+        (GOOD + b"\n", [1]),
+        (b"\xef\xbb\xbf" + GOOD + b"\n", [1]),
+        (GOOD + b"\r\n" + GOOD + b"\r\n", [1, 2]),
+        (b"\n \n" + GOOD + b"\n\n\t\r\n" + GOOD + b"\n\n", [3, 6]),
+        (b"  " + GOOD + b"  \n", [1]),
+        (b"[" + GOOD + b"]", [1]),
+        (b"\xef\xbb\xbf\n[\n" + GOOD + b",\r\n\n" + GOOD + b"\n]\n", [3, 5]),
+        (b'[{"prompt": "p",\n "completion": "c"}, ' + GOOD + b"]", [1, 2]),
+        ('{"prompt": "é\u2028\u0085 \U0001f600", "completion": "\\ud83d\\ude00"}\n'.encode() + GOOD, [1, 2]),
+    ],
+)
+def test_good_files(tmp_path: Path, content: bytes, lines: list[int]) -> None:
+    examples, report = read(written(tmp_path, content))
+    assert report.faults == []
+    assert [example.line for example in examples] == lines
+    assert all(example.where == f"{tmp_path.name and 'rows.jsonl'}:{example.line}" for example in examples)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        (b"", 1, ["empty"]),
+        (b"\n \r\n\t\n", 1, ["empty"]),
+        (b"\xef\xbb\xbf", 1, ["empty"]),
+        (b"[]", 1, ["no row"]),
+        (GOOD + b'\n{"prompt": "p" "completion": "c"}\n', 2, ["column 16", "','"]),
+        (GOOD + b"\n{'prompt': 'p'}\n" + GOOD, 2, ["column 2", "single quotes"]),
+        (GOOD + b'\n{"prompt": "p", "compl', 2, ["ends in the middle"]),
+        (GOOD + b'\n{"prompt": "p", "completion": "c"', 2, ["ends in the middle"]),
+        (b'{"prompt": "p", \n' + GOOD, 1, ["too early"]),
+        (b'{\n  "prompt": "p",\n  "completion": "c"\n}\n', 1, ["one line"]),
+        (GOOD + GOOD, 1, ["column 35", "more text"]),
+        (GOOD + b"," + b"\n", 1, ["more text"]),
+        (b"prompt,completion\np,c\n", 1, ["not JSON"]),
+        (b'{"prompt": "a\x01", "completion": "c"}', 1, ["control character", "0x01"]),
+        (b'{"prompt": "a\x00", "completion": "c"}', 1, ["control character", "0x00"]),
+        (b'{"prompt": "a\\u0000", "completion": "c"}', 1, ["NUL"]),
+        (b'{"prompt": "a\\ud83d", "completion": "c"}', 1, ["surrogate"]),
+        (b'{"prompt": "p", "completion": "c", "prompt": "q"}', 1, ['"prompt"', "twice"]),
+        (b'{"prompt": "p", "completion": "c", "x": {"a": 1, "a": 2}}', 1, ['"a"', "twice"]),
+        (b'{"prompt": "p", "completion": "c", "x": NaN}', 1, ["NaN"]),
+        (b'{"prompt": "p", "completion": "c", "x": -Infinity}', 1, ["-Infinity"]),
+        (b'{"prompt": "p", "completion": "c", "x": ' + b"9" * 5000 + b"}", 1, ["not readable"]),
+        (b'{"a":' * 200_000, 1, ["too deep"]),
+        (b"[" * 200_000, 1, ["too deep"]),
+        (b'"just a string"', 1, ["must be an object"]),
+        (GOOD + b"\n3\n", 2, ["must be an object"]),
+        (GOOD + b"\nnull\n", 2, ["must be an object"]),
+        (GOOD + b'\n{"prompt": "\xe9", "completion": "c"}', 2, ["byte 13", "0xe9", "UTF-8"]),
+        (GOOD.decode().encode("utf-16"), 1, ["UTF-16"]),
+        (GOOD.decode().encode("utf-16-le"), 1, ["UTF-16"]),
+        (GOOD.decode().encode("utf-16-be"), 1, ["UTF-16"]),
+        (GOOD.decode().encode("utf-32"), 1, ["UTF-32"]),
+        (gzip.compress(GOOD), 1, ["gzip", "unpack it first"]),
+        (b"PK\x03\x04rest", 1, ["zip"]),
+        (b"PAR1rest", 1, ["Parquet"]),
+        (GOOD + b'\n{"text": "t"}\n', 2, ["text rows begin", "prompt/completion", "line 1"]),
+        (b"[" + GOOD + b",\n" + GOOD, 2, ["missing"]),
+        (b"[" + GOOD + b",\n]", 2, ["comma stands before"]),
+        (b"[" + GOOD + b"\n" + GOOD + b"]", 2, ["comma or ]"]),
+        (b"[" + GOOD + b"]\n" + GOOD, 2, ["after the list's end"]),
+        (b"[" + GOOD + b',\n{"prompt": "p",\n "completion"', 2, ["ends in the middle"]),
+        (b"[" + GOOD + b',\n{"prompt": "p",\n x}]', 3, ["column 2"]),
+        (b"[" + GOOD + b',\n"\xff"]', 2, ["0xff", "UTF-8"]),
+        (b"[" + GOOD + b",\n\n 5]", 3, ["must be an object"]),
+    ],
+)  # fmt: skip
+def test_bad_files(tmp_path: Path, content: bytes, line: int, words: list[str]) -> None:
+    path = written(tmp_path, content)
+    _, report = read(path)
+    assert report.num_faults == 1, report.faults
+    assert report.faults[0].startswith(f"{path}:{line}: "), report.faults[0][:200]
+    for word in words:
+        assert word in report.faults[0], report.faults[0][:200]
+
+
+def test_every_fault_is_collected_and_good_rows_go_on(tmp_path: Path) -> None:
+    lines = [GOOD if number % 2 else b'{"prompt": 1, "completion": "c"}' for number in range(60)]
+    examples, report = read(written(tmp_path, b"\n".join(lines)))
+    assert len(examples) == 30
+    assert report.num_faults == 30
+    with pytest.raises(DataError, match=r"30 faults(.|\n)*rows.jsonl:1: (.|\n)*… and 10 more"):
+        report.raise_for_faults()
+
+
+def test_a_list_goes_on_after_a_bad_item(tmp_path: Path) -> None:
+    bad = b'{"prompt": "p", "completion": NaN}'
+    examples, report = read(
+        written(tmp_path, b"[\n" + b",\n".join([GOOD, bad, b'{"text": 1, "text": 2}', GOOD]) + b"\n]")
+    )
+    assert [example.line for example in examples] == [2, 5]
+    assert [fault.split(":")[1] for fault in report.faults] == ["3", "4"]
+
+
+def test_a_mixed_file_is_told_once_where_it_changes(tmp_path: Path) -> None:
+    _, report = read(written(tmp_path, b"\n".join([GOOD, b'{"text": "t"}', GOOD, b'{"text": "t"}'])))
+    assert [fault.split(":")[1] for fault in report.faults] == ["2"]
+
+
+def test_files_may_differ_in_format(tmp_path: Path) -> None:
+    first = written(tmp_path, GOOD, "a.jsonl")
+    second = written(tmp_path, b'{"text": "t"}', "b.jsonl")
+    examples, report = read(first, second)
+    assert len(examples) == 2
+    assert list(report.formats.values()) == ["prompt/completion", "text"]
+
+
+def test_unused_keys_and_blank_answers_warn_once_a_file(tmp_path: Path) -> None:
+    row = b'{"prompt": "p", "completion": "  ", "id": 1, "source": "x"}\n'
+    examples, report = read(written(tmp_path, row * 5))
+    assert len(examples) == 5
+    assert len(report.warnings) == 2
+    assert '"id", "source"' in report.warnings[0]
+    assert "5 rows: line 1, 2, 3, …" in report.warnings[1]
+
+
+def test_a_list_larger_than_a_piece_is_read_whole_with_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of every small size cut the text at every place, inside characters, numbers and escapes too."""
+    row = '{"prompt": "é\\u00e9\\ud83d\\ude00", "completion": "c", "n": [1.5e3, -0.25, true, null]}'
+    path = written(tmp_path, f"[\n{row},\n\n{row} ,{row}\n]\n".encode())
+    for size in range(1, 40):
+        monkeypatch.setattr(json_rows, "_PIECE_BYTES", size)
+        examples, report = read(path)
+        assert report.faults == [], (size, report.faults)
+        assert [example.line for example in examples] == [2, 4, 4]
+        assert examples[0].messages[0].content == "éé😀"
+
+
+def test_columns_in_a_list_count_from_the_line_s_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"[" + b", ".join([GOOD] * 10) + b', {"prompt": x}]'
+    for size in (3, 17, 1000):
+        monkeypatch.setattr(json_rows, "_PIECE_BYTES", size)
+        _, report = read(written(tmp_path, content))
+        assert f":1: column {content.index(b'x}') + 1}: " in report.faults[0]
+
+
+def test_a_row_that_is_too_long_is_skipped_without_being_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(json_rows, "_PIECE_BYTES", 100)
+    long = b'{"prompt": "' + b"x" * 5000 + b'", "completion": "c"}'
+    examples, report = read(written(tmp_path, GOOD + b"\n" + long + b"\n" + GOOD))
+    assert [example.line for example in examples] == [1, 3]
+    assert "rows.jsonl:2: the row is longer" in report.faults[0]
+    _, report = read(written(tmp_path, b"[" + GOOD + b",\n" + long + b"]"))
+    assert "rows.jsonl:2: the row is longer" in report.faults[0]
+
+
+class TestPaths:
+    def test_a_folder_stands_for_its_files_in_order(self, tmp_path: Path) -> None:
+        for name in ("b.jsonl", "a.json", "c.txt", "._a.json"):
+            written(tmp_path, GOOD, name)
+        assert [file.path.name for file in find_files([tmp_path])] == ["a.json", "b.jsonl"]
+
+    def test_every_path_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
+        written(tmp_path, GOOD, "train.jsonl")
+        (tmp_path / "none").mkdir()
+        os.mkfifo(tmp_path / "pipe.jsonl")
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(tmp_path / "s"))
+        names = ["trian.jsonl", "none", "pipe.jsonl", "s", "train.jsonl", "train.jsonl"]
+        with server, pytest.raises(DataError) as error:
+            find_files([tmp_path / name for name in names] + ["/dev/zero", "a\0b"])
+        for words in (
+            "no such file; did you mean", "holds no *.jsonl", "is a pipe", "is a socket", "given twice", "is a device",
+            "cannot be opened",
+        ):  # fmt: skip
+            assert words in str(error.value), str(error.value)
+
+    def test_a_link_to_a_file_given_already_is_given_twice(self, tmp_path: Path) -> None:
+        path = written(tmp_path, GOOD)
+        (tmp_path / "link.jsonl").symlink_to(path)
+        with pytest.raises(DataError, match=r"link.jsonl: given twice"):
+            find_files([path, tmp_path / "link.jsonl"])
+
+    def test_portable_names_hold_no_folder_of_the_machine(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            written(tmp_path / folder, GOOD)
+        monkeypatch.chdir(tmp_path / "a")
+        files = find_files([tmp_path / "a" / "rows.jsonl", tmp_path / "b" / "rows.jsonl"])
+        assert [file.portable_name for file in files] == ["rows.jsonl", "rows.jsonl (2)"]
+        assert find_files(["../b/rows.jsonl"])[0].portable_name == "../b/rows.jsonl"
+
+    def test_a_name_that_is_no_valid_text_can_be_written_down(self, tmp_path: Path) -> None:
+        path = written(tmp_path, GOOD, os.fsdecode(b"\xff.jsonl"))
+        (file,) = find_files([path])
+        assert (file.path, file.portable_name) == (path, "\ufffd.jsonl")
+
+    def test_a_file_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = written(tmp_path, GOOD)
+        monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind the root user
+        with pytest.raises(DataError, match="permissions"):
+            find_files([path])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=10,
+)
+keys = st.sampled_from(
+    ["prompt", "completion", "messages", "role", "content", "text", "from", "conversations", "value"]
+)
+roles = st.sampled_from(["user", "assistant", "system", "human"])
+rows = st.dictionaries(
+    keys,
+    json_values | roles | st.lists(st.dictionaries(keys, json_values | roles, max_size=3), max_size=3),
+    max_size=3,
+)
+
+
+def _outcome(path: Path, content: bytes) -> None:
+    """Reading ends, and gives examples of valid text or faults."""
+    path.write_bytes(content)
+    examples, report = read(path)
+    assert examples or report.faults
+    for example in examples:
+        example.text.encode() if example.text is not None else [m.content.encode() for m in example.messages]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(rows | json_values, max_size=4), whole=st.booleans(), ascii=st.booleans())
+def test_any_json_is_read_or_refused(tmp_path: Path, values: list[Any], whole: bool, ascii: bool) -> None:
+    texts = [json.dumps(value, ensure_ascii=ascii) for value in values]
+    text = json.dumps(values, ensure_ascii=ascii, indent=1) if whole else "\n".join(texts)
+    _outcome(tmp_path / "rows.json", text.encode("utf-8", "surrogatepass"))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=60), at=st.integers(0, 60), prefix=st.sampled_from([b"", b"[", GOOD, b"[" + GOOD]))
+def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes, at: int, prefix: bytes) -> None:
+    _outcome(tmp_path / "rows.json", prefix + content)
+    _outcome(tmp_path / "rows.json", GOOD[:at] + content + GOOD[at:])

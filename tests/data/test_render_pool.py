@@ -1,0 +1,58 @@
+"""A pool of processes renders the same documents in the same order as one process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from lmtune.data import render_pool
+from lmtune.data.examples import Example, Message
+from lmtune.data.render_pool import render_all
+from lmtune.data.rendering import Document, Renderer
+from lmtune.errors import DataError, LmtuneError
+from tests.tokenizers import NO_SYSTEM, make_tokenizer
+
+
+def examples(count: int) -> list[Example]:
+    def one(number: int) -> Example:
+        head = (Message("system", "s"),) if number % 10 == 9 else ()  # which the template refuses
+        return Example("f", number, (*head, Message("user", f"q {number}"), Message("assistant", f"a {number}")))
+
+    return [one(number) for number in range(1, count + 1)]
+
+
+def plain(outcomes: list[tuple[Example, list[Document] | DataError]]) -> list[tuple[Example, object]]:
+    return [(example, str(found) if isinstance(found, DataError) else found) for example, found in outcomes]
+
+
+def test_a_pool_gives_what_one_process_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render_pool, "_CHUNK_ROWS", 7)
+    renderer = Renderer(make_tokenizer(NO_SYSTEM))
+    rows = examples(100)
+    alone = plain(list(render_all(rows, renderer, 0)))
+    assert plain(list(render_all(iter(rows), renderer, 0, num_processes=2))) == alone
+    assert sum(isinstance(found, str) for _, found in alone) == 10
+
+
+class Deadly(Renderer):
+    """Kills its process at the tenth row."""
+
+    def render(self, example: Example) -> list[Document]:
+        if example.line == 10:
+            os._exit(1)
+        return super().render(example)
+
+
+def test_a_process_that_dies_is_an_error() -> None:
+    renderer = Deadly(make_tokenizer())
+    with pytest.raises(LmtuneError, match="a process that renders rows died"):
+        list(render_all(examples(20), renderer, 0, num_processes=2))
+
+
+def test_small_data_needs_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render_pool, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started a pool"))
+    renderer = Renderer(make_tokenizer())
+    assert len(list(render_all(examples(3), renderer, render_pool.WORTH_BYTES - 1))) == 3
+    with pytest.raises(pytest.fail.Exception):
+        list(render_all(examples(3), renderer, render_pool.WORTH_BYTES, num_processes=2))

@@ -1,0 +1,48 @@
+"""A template without bound ends in an error within seconds, whatever it does."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmtune.data import template_limits
+from lmtune.data.rendering import Renderer
+from lmtune.data.template_limits import probe
+from lmtune.errors import ModelError
+from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe.cache_clear()
+    monkeypatch.setattr(template_limits, "PROBE_CPU_SECONDS", 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not finish"),
+        ("{{ 10 ** (10 ** 10) }}", "did not finish"),
+        ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{% for i in range(99999) %}{{ f() }}{% endfor %}", ""),
+        ("{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}", "characters"),
+        (
+            "{% set x = namespace(t='ab') %}{% for m in messages %}{% set x.t = x.t + x.t %}{% endfor %}{{ x.t }}",
+            "(MiB|did not finish)",
+        ),
+        ("{{ 'a' * 10 ** 11 }}", "MiB"),
+        ("{{ '%99999999999d' % 1 }}", "MiB"),
+    ],
+)  # fmt: skip
+def test_a_template_without_bound_is_refused(source: str, words: str) -> None:
+    if not words:  # endless recursion is refused by Python itself, in the probe and for real
+        with pytest.raises(ModelError):
+            Renderer(make_tokenizer(source))
+        return
+    with pytest.raises(ModelError, match=rf"not safe to run.*{words}.*use data.template: plain"):
+        Renderer(make_tokenizer(source))
+
+
+@pytest.mark.parametrize(
+    "source", [*CHAT_TEMPLATES.values(), "{% unknown %}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"]
+)
+def test_other_templates_pass(source: str) -> None:
+    probe(source, (("eos_token", "</s>"),))

@@ -1,0 +1,295 @@
+"""Rows of tokens: kept on disk, cut or dropped as asked, split without a leak, every fate counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lmtune.config import DataConfig
+from lmtune.data import cache, tokenized
+from lmtune.data.examples import Example
+from lmtune.data.rendering import Document, Renderer
+from lmtune.data.tokenized import describe_fates, load_data, split, tokenize, truncated
+from lmtune.errors import DataError
+from tests.tokenizers import CHATML, NO_SYSTEM, QWEN3, make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(name: str, rows: list[dict[str, Any]]) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(start, start + count)]
+
+
+def config(**changes: Any) -> DataConfig:
+    return DataConfig(**{"train": "train.jsonl", "validation_fraction": 0.0, **changes})
+
+
+def renderer(template: str | None = CHATML, **options: Any) -> Renderer:
+    return Renderer(make_tokenizer(template), **options)
+
+
+def no_rendering(self: Renderer, example: Example) -> list[Document]:
+    raise AssertionError("rendered again")
+
+
+def test_rows_come_back_as_they_were_rendered() -> None:
+    conversation = {"messages": [{"role": r, "content": f"{r} {i}"} for i, r in enumerate(["user", "assistant"] * 3)]}
+    written("a.jsonl", rows(3))
+    written("b.jsonl", [conversation])
+    for template in (CHATML, QWEN3, None):
+        if template is None:
+            written("b.jsonl", [{"text": "a plain text"}])
+        made = renderer(template)
+        data = tokenize(["a.jsonl", "b.jsonl"], made, config())
+        examples = list(_examples(["a.jsonl", "b.jsonl"]))
+        assert len(data) == 4
+        assert [data[i].where for i in range(4)] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1"]
+        for index, example in enumerate(examples):
+            expected = made.render(example)
+            found = data[index].documents
+            assert [document.input_ids.tolist() for document in found] == [document.input_ids for document in expected]
+            assert [document.trained.tolist() for document in found] == [document.trained for document in expected]
+            assert found[0].input_ids.dtype == np.int32
+            assert found[0].trained.dtype == bool
+            assert data.num_tokens[index] == sum(len(document.input_ids) for document in expected)
+            assert data.num_trained[index] == sum(sum(document.trained) for document in expected)
+        assert data.num_tokens.dtype == data.num_trained.dtype == np.int32
+
+
+def _examples(paths: list[str]) -> list[Example]:
+    from lmtune.data.files import find_files
+    from lmtune.data.reading import ReadReport, read_examples
+
+    return list(read_examples(find_files(paths), ReadReport()))
+
+
+def test_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmtune.data import token_table
+
+    monkeypatch.setattr(token_table, "_BATCH_ROWS", 7)
+    data = tokenize([written("train.jsonl", rows(50))], made := renderer(), config())
+    for index, example in enumerate(_examples(["train.jsonl"])):
+        assert data[index].documents[0].input_ids.tolist() == made.render(example)[0].input_ids
+        assert data[index].where == example.where
+
+
+class TestCache:
+    def test_a_second_start_does_not_render(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        written("train.jsonl", rows(5))
+        first = load_data(config(validation_fraction=0.2), renderer(), 0)
+        monkeypatch.setattr(Renderer, "render", no_rendering)
+        second = load_data(config(validation_fraction=0.2), renderer(), 0)
+        assert first.key == second.key
+        assert first.fates == second.fates
+        assert [row.where for row in first.train] == [row.where for row in second.train]
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"max_length": 100}, {"too_long": "truncate"}, {"system": "s"}, {"template": None}, {"content": 6}],
+    )
+    def test_what_decides_the_tokens_decides_the_key(self, change: dict[str, Any]) -> None:
+        written("train.jsonl", rows(5))
+        before = tokenize(["train.jsonl"], renderer(), config()).key
+        other = renderer(change.pop("template", CHATML), system=change.pop("system", None))
+        if content := change.pop("content", None):
+            written("train.jsonl", rows(content))
+        assert tokenize(["train.jsonl"], other, config(**change)).key != before
+
+    def test_the_name_of_a_file_is_not_in_the_key(self) -> None:
+        written("a.jsonl", rows(5))
+        written("b.jsonl", rows(5))
+        a, b = (tokenize([name], renderer(), config()) for name in ("a.jsonl", "b.jsonl"))
+        assert a.key == b.key
+        assert (a[0].where, b[0].where) == ("a.jsonl:1", "b.jsonl:1")
+
+    def test_damage_is_mended(self) -> None:
+        written("train.jsonl", rows(5))
+        before = tokenize(["train.jsonl"], renderer(), config())
+        (arrow,) = cache.cache_folder().rglob("rows.arrow")
+        content = bytearray(arrow.read_bytes())
+        content[len(content) // 2] ^= 255
+        arrow.write_bytes(bytes(content))
+        after = tokenize(["train.jsonl"], renderer(), config())
+        assert [row.documents[0].input_ids.tolist() for row in after] == [
+            row.documents[0].input_ids.tolist() for row in before
+        ]
+
+    def test_nothing_in_it_names_the_machine(self, folder: Path) -> None:
+        written("train.jsonl", rows(5))
+        tokenize([folder / "train.jsonl"], renderer(), config())
+        for path in cache.cache_folder().rglob("*"):
+            assert not path.is_file() or str(folder).encode() not in path.read_bytes()
+
+    def test_a_file_that_changes_while_it_is_read_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        written("train.jsonl", rows(5))
+        render = Renderer.render
+
+        def meddling(self: Renderer, example: Example) -> list[Document]:
+            written("train.jsonl", rows(6))
+            return render(self, example)
+
+        monkeypatch.setattr(Renderer, "render", meddling)
+        with pytest.raises(DataError, match="changed while it was read"):
+            tokenize(["train.jsonl"], renderer(), config())
+
+
+class TestTooLong:
+    def long_rows(self) -> str:
+        return written("train.jsonl", [*rows(2), {"prompt": "long " * 30, "completion": "answer"}, *rows(1, 9)])
+
+    def test_drop(self) -> None:
+        data = tokenize([self.long_rows()], renderer(), config(max_length=60))
+        assert [row.where for row in data] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:4"]
+        assert data.fates["dropped"] == {"too_long": {"count": 1, "first": ["train.jsonl:3"]}}
+        assert (data.fates["rows"], data.fates["kept"]) == (4, 3)
+        assert "1 dropped, longer than data.max_length: train.jsonl:3" in describe_fates(data.fates)
+
+    def test_truncate_keeps_the_answer_and_its_end(self) -> None:
+        made = renderer()
+        data = tokenize([self.long_rows()], made, config(max_length=60, too_long="truncate"))
+        (document,) = data[2].documents
+        whole = made.render(_examples(["train.jsonl"])[2])[0]
+        assert document.input_ids.tolist() == whole.input_ids[-60:]
+        assert document.trained.tolist() == whole.trained[-60:]
+        assert data.fates["truncated"] == {"count": 1, "first": ["train.jsonl:3"]}
+
+    def test_error_names_every_line(self) -> None:
+        written("train.jsonl", [*rows(1), *[{"prompt": "long " * 30, "completion": "a"}] * 2])
+        with pytest.raises(
+            DataError, match=r"2 faults(.|\n)*train.jsonl:2: \d+ tokens(.|\n)*train.jsonl:3: \d+ tokens"
+        ):
+            tokenize(["train.jsonl"], renderer(), config(max_length=60, too_long="error"))
+
+    @pytest.mark.parametrize("too_long", ["drop", "truncate"])
+    def test_no_row_left(self, too_long: str) -> None:
+        written("train.jsonl", [{"prompt": "p", "completion": "a long answer without end"}] * 3)
+        with pytest.raises(DataError, match=r"no row is left(.|\n)*max_length(.|\n)*the longest row has"):
+            tokenize(["train.jsonl"], renderer(), config(max_length=8, too_long=too_long))
+
+    def test_an_answer_that_lost_its_beginning_is_not_learned(self) -> None:
+        document = Document(list(range(10)), [bool(int(flag)) for flag in "0011100011"])
+        assert truncated(document, 10, False) == document
+        assert truncated(document, 9, False) == Document(list(range(1, 10)), [bool(int(f)) for f in "011100011"])
+        for length, flags in ((8, "00000011"), (7, "0000011"), (5, "00011"), (3, "011")):
+            found = truncated(document, length, False)
+            assert found == Document(list(range(10 - length, 10)), [bool(int(flag)) for flag in flags])
+        assert truncated(document, 2, False) is None
+        assert truncated(document, 2, True) == Document([8, 9], [False, True])
+
+    def test_a_text_may_begin_anywhere(self) -> None:
+        written("train.jsonl", [{"text": "word " * 30}])
+        data = tokenize(["train.jsonl"], renderer(), config(max_length=20, too_long="truncate"))
+        assert data.num_tokens.tolist() == [20]
+        assert data.num_trained.tolist() == [19]
+
+
+def test_faults_of_reading_and_rendering_are_told_together() -> None:
+    bad = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+                        {"role": "assistant", "content": "a"}]}  # fmt: skip
+    written("a.jsonl", [*rows(1), {"prompt": 1, "completion": "c"}])
+    written("b.jsonl", [bad])
+    with pytest.raises(
+        DataError, match=r"2 faults(.|\n)*a.jsonl:2: prompt(.|\n)*b.jsonl:1: .*System role not supported"
+    ):
+        tokenize(["a.jsonl", "b.jsonl"], renderer(NO_SYSTEM), config())
+    assert not list(cache.cache_folder().rglob("rows.arrow"))
+
+
+class TestSplit:
+    def data(self, contents: list[int]) -> tokenized.TokenizedData:
+        return tokenize([written("train.jsonl", [rows(1, n)[0] for n in contents])], renderer(), config())
+
+    def test_the_seed_decides(self) -> None:
+        data = self.data(list(range(40)))
+        splits = [split(data, 0.25, seed) for seed in (0, 0, 1)]
+        assert splits[0][1].tolist() == splits[1][1].tolist() != splits[2][1].tolist()
+        assert [len(part) for part in splits[0]] == [30, 10]
+        assert sorted([*splits[0][0], *splits[0][1]]) == list(range(40))
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        contents=st.lists(st.integers(0, 5), min_size=1, max_size=12), fraction=st.sampled_from([0.0, 0.01, 0.3, 0.9]),
+        seed=st.integers(0, 3),
+    )  # fmt: skip
+    def test_no_content_is_on_both_sides(self, contents: list[int], fraction: float, seed: int) -> None:
+        class Rows:
+            content = np.array(contents, dtype=np.uint64)
+
+            def __len__(self) -> int:
+                return len(contents)
+
+        train, held_out = split(Rows(), fraction, seed)  # type: ignore[arg-type]
+        assert sorted([*train, *held_out]) == list(range(len(contents)))
+        assert not {contents[i] for i in train} & {contents[i] for i in held_out}
+        assert len(train)
+        assert bool(len(held_out)) == (fraction > 0 and len(set(contents)) > 1)
+
+    def test_held_out_rows_are_views_of_the_same_file(self) -> None:
+        written("train.jsonl", rows(10))
+        loaded = load_data(config(validation_fraction=0.3), renderer(), 0)
+        assert loaded.validation is not None
+        assert (len(loaded.train), len(loaded.validation)) == (7, 3)
+        wheres = {row.where for row in loaded.train} | {row.where for row in loaded.validation}
+        assert len(wheres) == 10
+        assert loaded.validation.num_tokens.tolist() == [len(row.documents[0].input_ids) for row in loaded.validation]
+        assert len({loaded.train.key, loaded.validation.key, loaded.key}) == 3
+        assert "3 rows of these held out" in describe_fates(loaded.fates)
+        assert loaded.key != load_data(config(validation_fraction=0.3), renderer(), 1).key
+
+    def test_one_content_only_cannot_be_split(self) -> None:
+        written("train.jsonl", rows(1) * 4)
+        loaded = load_data(config(validation_fraction=0.3), renderer(), 0)
+        assert loaded.validation is None
+        assert len(loaded.train) == 4
+        assert "nothing could be held out" in describe_fates(loaded.fates)
+
+    def test_validation_files_are_read_for_themselves(self) -> None:
+        written("train.jsonl", rows(10))
+        written("validation.jsonl", [*rows(2, 100), *rows(1, 3)])
+        loaded = load_data(config(validation="validation.jsonl", validation_fraction=0.5), renderer(), 0)
+        assert loaded.validation is not None
+        assert (len(loaded.train), len(loaded.validation)) == (10, 3)
+        assert loaded.fates["validation"]["also_in_train"] == {"count": 1, "first": ["validation.jsonl:3"]}
+        assert "1 row of them also in train: validation.jsonl:3" in describe_fates(loaded.fates)
+
+
+def test_fates_are_whole_and_can_be_written_as_json() -> None:
+    extra = {"prompt": "p", "completion": " ", "id": 1}
+    written("train.jsonl", [*rows(3), *rows(1), extra])
+    loaded = load_data(config(), renderer(), 0)
+    fates = json.loads(json.dumps(loaded.fates))
+    part = fates["train"]
+    assert part["rows"] == part["kept"] == 5
+    assert part["duplicates"] == {"count": 1, "first": ["train.jsonl:4 (= train.jsonl:1)"]}
+    assert part["tokens"] == int(loaded.train.num_tokens.sum())
+    assert part["trained_tokens"] == int(loaded.train.num_trained.sum())
+    assert part["formats"] == {"train.jsonl": "prompt/completion"}
+    assert len(part["sha256"][0]) == 64
+    assert len(part["warnings"]) == 2
+    described = describe_fates(loaded.fates)
+    assert '"id"' in described
+    assert "1 repeat an earlier row" in described
+
+
+def test_hugging_face_datasets_opens_the_file() -> None:
+    from datasets import Dataset
+
+    data = tokenize([written("train.jsonl", rows(3))], renderer(), config())
+    (arrow,) = cache.cache_folder().rglob("rows.arrow")
+    opened = Dataset.from_file(str(arrow))
+    assert opened[1]["input_ids"] == data[1].documents[0].input_ids.tolist()

@@ -1,0 +1,107 @@
+"""Tiny tokenizers with the chat templates that models in the field have, made in milliseconds, offline."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+_SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "What is the capital of France? Paris is the capital of France.",
+    "Be brief.\n\nHello, how are you? I am fine, thank you.\n",
+    "user assistant system <think> reasoning </think> answer question ### Instruction: ### Response:",
+]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GENERATION_MARKS = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% else %}<|im_start|>{{ message['role'] }}{{ '\n' }}{{ message['content'] }}<|im_end|>{{ '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+)
+# As Qwen3: reasoning is dropped from history; the last answer has a think block, empty if there was no reasoning.
+QWEN3 = """
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{%- set content = message.content %}
+{%- set reasoning = '' %}
+{%- if message.reasoning_content is string %}{%- set reasoning = message.reasoning_content %}
+{%- elif '</think>' in content %}
+{%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\n') %}
+{%- endif %}
+{%- if loop.last %}{{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}
+{{- content.lstrip('\n') }}
+{%- else %}{{- '<|im_start|>assistant\n' + content }}{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}"""
+# As Llama 2: no prompt for the answer, a blank before and after it, EOS at its end, contents trimmed.
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+NO_END = (
+    "{% for message in messages %}{{ '### ' + message['role'] + ':\n' + message['content'] + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+)
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+# As DeepSeek-R1: the reasoning of every answer is thrown away.
+DROPS_REASONING = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+# A prompt for the answer that no answer begins with.
+OPENS_THINKING = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+
+# As DeepSeek-R1: the prompt opens the reasoning, which every rendered answer has lost.
+R1 = OPENS_THINKING.replace("message['content']", "message['content'].split('</think>')[-1]")
+# As GLM: an answer ends where the next turn begins.
+NEXT_TURN_ENDS = (
+    "{% for message in messages %}{{ ('<|im_start|>' if message['role'] == 'user' else '<|im_end|>') + '\n' }}"
+    "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
+)
+
+CHAT_TEMPLATES = {
+    "chatml": CHATML, "generation-marks": GENERATION_MARKS, "qwen3": QWEN3, "llama2": LLAMA2, "no-end": NO_END,
+    "no-system": NO_SYSTEM,
+}  # fmt: skip
+
+
+@lru_cache
+def _backend(bos: bool) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    # "\n\n" becomes one token, so that a prompt's last newline can merge with an answer's first.
+    tokenizer.train_from_iterator([*_SENTENCES, "\n\n\n\n" * 20], trainer)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return str(tokenizer.to_str())
+
+
+def make_tokenizer(chat_template: str | None = None, bos: bool = False, **special: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 400 tokens; `bos`: it begins every text with <s>."""
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **special}
+    special["additional_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend(bos)), **{k: v for k, v in special.items() if v is not None}
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
