@@ -1,0 +1,242 @@
+"""LoRA adapters through PEFT: attach, save as plain PEFT, and load with every key accounted for.
+
+PEFT drops a misspelt target module from a list without a word, and only warns when an adapter's tensors do not fit
+the base. Here both are errors that list what exists. An adapter folder is what plain PEFT loads, plus `lmtune.json`,
+which holds what the adapter was trained with: the base's fingerprint, the template, the stop tokens.
+
+LoRA: https://arxiv.org/abs/2106.09685. DoRA, rsLoRA and PiSSA are PEFT's; see the links in `lmtune.config`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lmtune.config import AdapterConfig
+from lmtune.errors import ConfigError, ModelError, listed
+
+ADAPTER = "default"
+Tensors = dict[str, torch.Tensor]
+
+
+def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, base_name: str) -> Any:
+    """Wrap `model` in a PeftModel with a new adapter; its weights are fp32 and depend on `seed` alone.
+
+    Args:
+        model: the frozen base.
+        adapter: rank, alpha, dropout, target modules, variant.
+        seed: of the adapter's random initial weights.
+        base_name: what `adapter_config.json` names as the base; never an absolute path.
+
+    Raises:
+        ConfigError: a target module matches nothing in the model, or the variant does not run over this base.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, adapter.target_modules)
+    _check_dora(model, adapter.use_dora)
+    targets = adapter.target_modules
+    config = LoraConfig(
+        r=adapter.rank, lora_alpha=_whole(adapter.alpha), lora_dropout=adapter.dropout, use_rslora=adapter.use_rslora,
+        target_modules=targets if isinstance(targets, str) else list(targets), use_dora=adapter.use_dora,
+        init_lora_weights="pissa" if adapter.init_lora_weights == "pissa" else True, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft_model = get_peft_model(model, config)  # type: ignore[arg-type, unused-ignore]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"adapter: PEFT cannot attach it to this model: {error}") from error
+    peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
+    for parameter in trainable(peft_model).values():
+        parameter.data = parameter.data.float()
+    if adapter.init_lora_weights == "pissa":
+        # PiSSA moves the initial product out of the base; it is needed again to save a plain LoRA for the whole base
+        peft_model.lmtune_initial_adapter = {n: p.detach().clone() for n, p in trainable(peft_model).items()}
+    return peft_model
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(model: Any, folder: Path, notes: Mapping[str, Any], weights: Tensors | None = None) -> None:
+    """Write `adapter_model.safetensors`, `adapter_config.json` and `lmtune.json` as plain PEFT reads them.
+
+    Args:
+        model: a PeftModel.
+        folder: an existing folder.
+        notes: what goes into `lmtune.json`.
+        weights: trainable parameters by name to save instead of the model's own.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = {n: p.detach() for n, p in trainable(model).items()} if weights is None else weights
+    config = model.peft_config[ADAPTER].to_dict()
+    if (initial := getattr(model, "lmtune_initial_adapter", None)) is not None:
+        state = _without_pissa(state, initial, config)
+    # PEFT's own names: without the adapter's, and of DoRA's magnitudes without `.weight` too
+    stored = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    stored = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config["inference_mode"] = True
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")
+    (folder / "lmtune.json").write_text(json.dumps(dict(notes), indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None = None) -> Any:
+    """Put a saved adapter on `model`; returns a PeftModel in evaluation mode.
+
+    Args:
+        model: the base the adapter was trained over.
+        folder: an adapter folder, ours or plain PEFT's.
+        fingerprint: the base's fingerprint, compared with the one that `lmtune.json` holds.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the tensors do not fit this base exactly.
+    """
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
+    config, state = read_adapter(folder)
+    trained_on = read_notes(folder).get("base_fingerprint")
+    if fingerprint and trained_on and fingerprint != trained_on:
+        raise ModelError(
+            f"{folder}: this adapter was trained over another base model; it does not fit this one's weights"
+        )
+    _check_dora(model, bool(config.get("use_dora")))
+    known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
+    try:
+        peft_model = PeftModel(model, LoraConfig(**{**known, "init_lora_weights": True}))  # type: ignore[arg-type, unused-ignore]
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{folder}: PEFT cannot put this adapter on the base model: {error}") from error
+    _check_tensors(peft_model, state, folder)
+    set_peft_model_state_dict(peft_model, state)
+    peft_model.requires_grad_(False)
+    return peft_model.eval()
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """`adapter_config.json` and the tensors of an adapter folder.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = "it holds a pickled adapter, which can run code when read" if pickled else "it is no adapter folder"
+        raise ModelError(f"{folder}: no adapter_model.safetensors; {hint}")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: damaged adapter: {error}; copy or download it again") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}: damaged adapter: adapter_config.json holds no mapping; copy or download it again")
+    return config, state
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """`lmtune.json` of an adapter or merged folder, or `{}` where another tool made it."""
+    try:
+        notes = json.loads((folder / "lmtune.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelError(f"{folder / 'lmtune.json'}: not valid JSON: {error}") from None
+    return notes if isinstance(notes, dict) else {}
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """The full names of the model's linear layers: quantised ones and GPT-2's transposed kind included."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [
+        name for name, module in model.named_modules()
+        if name and (hasattr(module, "in_features") or isinstance(module, Conv1D))
+    ]  # fmt: skip
+
+
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether the linear layer `name` is among `target_modules`, by PEFT's rules.
+
+    `all-linear` is every one; another string is a regular expression on the full name; a list holds full names or
+    last parts of names.
+    """
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
+    """Raise ConfigError unless every target names at least one linear layer."""
+    names = linear_names(model)
+    try:
+        wanted = [targets] if isinstance(targets, str) else [[target] for target in targets]
+        missing = [target for target in wanted if not any(is_target(name, target) for name in names)]
+    except re.error as error:
+        raise ConfigError(f"adapter.target_modules: {targets!r} is no regular expression: {error}") from None
+    if missing:
+        exists = sorted({name.rpartition(".")[2] for name in names})
+        unknown = ", ".join(target if isinstance(target, str) else target[0] for target in missing)
+        raise ConfigError(
+            f"adapter.target_modules: nothing in this model is named {unknown}; "
+            f"its linear layers are {', '.join(exists)} (or all-linear)"
+        )
+
+
+def _check_dora(model: torch.nn.Module, use_dora: bool) -> None:
+    """Raise ConfigError for what PEFT fails at with its second forward pass: it moves the int8 weights away."""
+    if use_dora and any(type(m).__name__ == "Linear8bitLt" and m.weight.device.type == "cpu" for m in model.modules()):
+        raise ConfigError(
+            "adapter.use_dora: PEFT cannot run DoRA over an int8 base on a CPU; set model.quantization: nf4 or none"
+        )
+
+
+def _check_tensors(peft_model: Any, state: Tensors, folder: Path) -> None:
+    """Raise ModelError with every tensor that is missing, unexpected, of another shape, or not finite."""
+    from peft import get_peft_model_state_dict
+
+    # without `save_embedding_layers=False` PEFT asks the Hub whether the base's vocabulary was changed
+    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    problems = [f"missing: {name}" for name in wanted if name not in state]
+    problems += [f"unexpected: {name}" for name in state if name not in wanted]
+    for name in wanted.keys() & state.keys():
+        if wanted[name].shape != state[name].shape:
+            problems.append(f"{name}: shape {list(state[name].shape)}, the base needs {list(wanted[name].shape)}")
+        elif not torch.isfinite(state[name]).all():
+            problems.append(f"{name}: holds NaN or infinity")
+    if problems or not state:
+        raise ModelError(f"{folder}: this adapter does not fit the base model\n{listed(sorted(problems), 8)}")
+
+
+def _without_pissa(state: Tensors, initial: Tensors, config: dict[str, Any]) -> Tensors:
+    """A plain LoRA for the whole base from one over PiSSA's residual: B A - B0 A0 = [B, -B0] [A; A0], rank doubled."""
+    plain = {}
+    for name, tensor in state.items():
+        start = initial[name].to(tensor)
+        plain[name] = torch.cat([tensor, start], 0) if "lora_A" in name else torch.cat([tensor, -start], 1)
+    config["r"] *= 2
+    # the scaling alpha / rank (or alpha / sqrt(rank)) stays what it was
+    config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
+    config["init_lora_weights"] = True
+    return plain
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what `LoraConfig.to_dict` holds beyond plain types; sets sorted: equal runs write equal files."""
+    return sorted(value) if isinstance(value, set) else str(value)

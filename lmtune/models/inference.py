@@ -1,0 +1,171 @@
+"""A model ready to answer, from whatever the user has: a run, an adapter, a merged or plain folder, a Hub id, `tiny`.
+
+    loaded = load_for_inference("runs/support")
+    with loaded.use_base(): …          # the same weights without the adapter
+
+The template, system prompt and stop tokens are those of training: an adapter folder keeps them in `lmtune.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from lmtune.config import FinetuneConfig, ModelConfig, Quantization, build_config, load_config
+from lmtune.data.rendering import Renderer, Template
+from lmtune.errors import ModelError
+from lmtune.models.adapters import load_adapter, read_adapter, read_notes
+from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.loading import load_model, load_tokenizer, resolve_name
+from lmtune.runs import find_run
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with what is needed to talk to it.
+
+    Attributes:
+        model: a transformers model, or a PeftModel over one.
+        tokenizer: its tokenizer.
+        renderer: turns messages into the tokens of training.
+        name: for people.
+        has_adapter: whether `use_base` makes a difference.
+        system: the system prompt of training, used where the user gives none.
+        lock: held by whoever runs the model, since switching the adapter off concerns all threads.
+    """
+
+    model: Any
+    tokenizer: Any
+    renderer: Renderer
+    name: str
+    has_adapter: bool
+    system: str | None = None
+    lock: Any = field(default_factory=threading.RLock, repr=False)
+
+    @contextlib.contextmanager
+    def use_base(self) -> Iterator[None]:
+        """The base model inside the block; no-op without an adapter."""
+        if not self.has_adapter:
+            yield
+            return
+        with self.model.disable_adapter():
+            yield
+
+
+def load_for_inference(target: str, quantization: Quantization | None = None) -> LoadedModel:
+    """Load what `target` names.
+
+    Args:
+        target: run directory or name, adapter folder, merged or plain model folder, Hub id, or `tiny`.
+        quantization: of the base; by default what the adapter was trained over, and none for a plain model.
+
+    Raises:
+        ModelError: it is none of these, or damaged.
+    """
+    run = find_run(target)
+    if run is not None:
+        if not (run.adapter / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{run.path}: this run has no adapter yet; finish it with the same `lmtune finetune` command"
+            )
+        config = load_config(FinetuneConfig, run.config)
+        model = config.model if quantization is None else replace(config.model, quantization=quantization)
+        return load_with_adapter(run.adapter, model, f"{run.name} ({config.model.name})")
+    folder = Path(target)
+    if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
+        return load_with_adapter(folder, adapter_base(folder, quantization), folder.resolve().name)
+    return _load_plain(ModelConfig(name=target, quantization=quantization or "none"))
+
+
+def load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:
+    """The base with the adapter of `folder` on it."""
+    notes = read_notes(folder)
+    model = load_adapter(load_model(base), folder, base_fingerprint(base))
+    own = (folder / "tokenizer_config.json").is_file()
+    tokenizer = saved_tokenizer(folder) if own else load_tokenizer(base)
+    return LoadedModel(model, tokenizer, build_renderer(tokenizer, base, notes), name, True, notes.get("system"))
+
+
+def adapter_base(folder: Path, quantization: Quantization | None = None) -> ModelConfig:
+    """The base that an adapter folder names.
+
+    Raises:
+        ModelError: it names none.
+    """
+    config, _ = read_adapter(folder)
+    notes = read_notes(folder)
+    name = notes.get("base_model") or config.get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path)")
+    tree: dict[str, Any] = {
+        "name": name,
+        **{key: notes[key] for key in ("revision", "quantization", "dtype") if key in notes},
+    }
+    tree.setdefault("quantization", "none")
+    base = build_config(ModelConfig, tree, where=f"{folder / 'lmtune.json'}")
+    return base if quantization is None else replace(base, quantization=quantization)
+
+
+def build_renderer(tokenizer: Any, model: ModelConfig, notes: Mapping[str, Any]) -> Renderer:
+    """The renderer of a run: its template and system prompt, and all stop tokens that the model's own config names.
+
+    Raises:
+        ModelError: `notes`, which may be another's `lmtune.json`, hold no template or system prompt that we know.
+    """
+    template, system = notes.get("template", "auto"), notes.get("system")
+    if template not in get_args(Template) or not isinstance(system, (str, NoneType)):
+        raise ModelError(f"lmtune.json: template {template!r} with system {system!r} is not known to this lmtune")
+    return Renderer(tokenizer, template, system, generation_stop_tokens(model))
+
+
+def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
+    """The end tokens in the base's generation config, if it has one."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(resolve_name(model.name), revision=model.revision).eos_token_id
+    except (OSError, ValueError):  # many base models have no generation_config.json
+        return ()
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def run_notes(config: FinetuneConfig, renderer: Renderer, fingerprint: str) -> dict[str, Any]:
+    """What `lmtune.json` of an adapter or merged folder holds: how to talk to the model as in training."""
+    return {
+        "base_model": shareable_name(config.model.name),
+        "revision": config.model.revision, "quantization": config.model.quantization, "dtype": config.model.dtype,
+        "base_fingerprint": fingerprint, "template": config.data.template, "system": config.data.system,
+        "stop_token_ids": list(renderer.stop_token_ids),
+    }  # fmt: skip
+
+
+def shareable_name(name: str) -> str:
+    """A base's name for files that others get: a Hub id as it is; a folder as `./` and its path below this one, or its
+    last part alone, so that it is never taken for a Hub id."""
+    if name == "tiny" or not Path(name).is_dir():  # `tiny` is the packaged one, even where a folder has that name
+        return name
+    relative = os.path.relpath(name)
+    return "./" + (Path(relative).name if relative.startswith("..") else relative)
+
+
+def _load_plain(model: ModelConfig) -> LoadedModel:
+    notes = read_notes(Path(resolve_name(model.name)))
+    tokenizer = load_tokenizer(model)
+    renderer = build_renderer(tokenizer, model, notes)
+    return LoadedModel(load_model(model), tokenizer, renderer, Path(model.name).name, False, notes.get("system"))
+
+
+def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved beside an adapter, with its template; such a folder has no config.json of a model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: cannot read its tokenizer: {error}") from error

@@ -1,0 +1,81 @@
+"""Merge a run's adapter into its base model: a plain model folder that any tool loads, proven equal.
+
+lmtune merge runs/support
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lmtune.cli import run
+from lmtune.config import FinetuneConfig, load_config, to_tree
+from lmtune.console import out
+from lmtune.errors import ConfigError, ModelError
+from lmtune.runs import RunDirectory, find_run, write_json, write_text
+
+
+def main(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name in runs/.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write; RUN/merged if not given.")] = None,
+    into: Annotated[
+        Literal["trained", "original"],
+        typer.Option(help="trained: the weights that were trained over, dequantised. original: as published."),
+    ] = "trained",
+) -> None:
+    """Merge the adapter of RUN into its base, and verify the result against the adapter model.
+
+    Example: lmtune merge runs/support --output support-model
+    """
+    run_directory = find_run(target)
+    if run_directory is None:
+        raise ModelError(f"{target}: no such run; `lmtune runs list` shows them")
+    merge_run(run_directory, output or run_directory.merged, into)
+
+
+def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained", "original"]) -> dict[str, Any]:
+    """Merge and verify; returns the report that is also written to `merge.json`."""
+    if not (run_directory.adapter / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{run_directory.path}: no adapter to merge; finish the run with `lmtune finetune` first")
+    if output.exists() and not (output / "merge.json").is_file():
+        raise ConfigError(f"--output: {output} exists and was not made by lmtune merge; choose another folder")
+
+    from transformers import GenerationConfig
+
+    from lmtune.models.adapters import read_notes
+    from lmtune.models.inference import saved_tokenizer
+    from lmtune.models.merging import MergeReport, merge
+    from lmtune.report import merged_card
+
+    config = load_config(FinetuneConfig, run_directory.config)
+    notes = read_notes(run_directory.adapter)
+    tokenizer = saved_tokenizer(run_directory.adapter)
+    sequences = run_directory.read_json(run_directory.verification).get("sequences")
+    if not sequences:
+        raise ModelError(f"{run_directory.path}: no verification.json, the rows to compare on; run it again to make it")
+    summary = run_directory.read_json(run_directory.summary)
+
+    def describe(folder: Path, report: MergeReport) -> None:
+        write_json(folder / "lmtune.json", {**notes, "quantization": "none", "merged": into})
+        write_json(folder / "merge.json", report.as_dict())
+        write_text(folder / "README.md", merged_card(to_tree(config), summary, report.as_dict()))
+
+    report = merge(
+        config.model, run_directory.adapter, output, into, sequences, tokenizer,
+        GenerationConfig.from_pretrained(run_directory.adapter), describe,
+    ).as_dict()  # fmt: skip
+    if output == run_directory.merged:
+        write_json(run_directory.summary, {**summary, "merge": report})
+    out.print(f"merged into {output} ({report['dtype']}, {into} weights)")
+    bound = "said only" if report["bound_to_trained"] is None else f"bound {report['bound_to_trained']:.0e}"
+    out.print(
+        f"verified on {report['rows']} rows, as a share of the largest logit:\n"
+        f"  {report['logits_difference']:.1e} from the adapter over the same weights (bound {report['bound']:.0e})\n"
+        f"  {report['difference_to_trained']:.1e} from the model as trained ({bound}; "
+        f"first choice equal for {report['same_first_choice']:.1%} of tokens)"
+    )
+    return report
+
+
+if __name__ == "__main__":
+    run(main)

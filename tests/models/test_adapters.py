@@ -1,0 +1,331 @@
+"""Adapters: what lmtune saves is what plain PEFT loads, and what does not fit the base is an error, not a warning."""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from lmtune.config import AdapterConfig, ModelConfig
+from lmtune.errors import ConfigError, ModelError
+from lmtune.models.adapters import (
+    attach_adapter,
+    is_target,
+    linear_names,
+    load_adapter,
+    read_adapter,
+    read_notes,
+    save_adapter,
+    trainable,
+)
+from lmtune.models.loading import load_model
+from tests.tiny import VOCABULARY, save_tiny, tiny_model
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dropout": {"dropout": 0.5},
+    "fractional alpha": {"alpha": 6.5},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa with rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "a list of targets": {"target_modules": ("q_proj", "down_proj")},
+    "a regular expression": {"target_modules": r".*\.(q|v)_proj"},
+}
+IDS = torch.arange(3, 35).view(2, 16)
+
+
+def settings(**changes: Any) -> AdapterConfig:
+    """A small adapter."""
+    return AdapterConfig(**{"rank": 4, "alpha": 8, **changes})
+
+
+def attached(seed: int = 1, base: Any = None, **changes: Any) -> Any:
+    """A tiny model with a new adapter, in evaluation mode."""
+    return attach_adapter(base or tiny_model(), settings(**changes), seed, "lab/base").eval()
+
+
+def learn(model: Any, steps: int = 2) -> Any:
+    """A few steps of plain gradient descent on the adapter; back in evaluation mode."""
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.5)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = model(input_ids=IDS).logits
+        torch.nn.functional.cross_entropy(logits.view(-1, VOCABULARY), IDS.flip(1).reshape(-1)).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """`[2, 16, V]` in evaluation mode."""
+    return model(input_ids=IDS).logits
+
+
+def saved(model: Any, folder: Path, **notes: Any) -> Path:
+    """The adapter's folder."""
+    folder.mkdir()
+    save_adapter(model, folder, notes)
+    return folder
+
+
+def loaded_by_plain_peft(folder: Path, base: Any = None) -> Any:
+    """The adapter on a fresh base as any user of PEFT loads it, without a word of warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return PeftModel.from_pretrained(base or tiny_model(), folder).eval()
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_new_adapter_changes_nothing_and_training_it_does(kind: str) -> None:
+    before = logits(tiny_model())
+    model = attached(**VARIANTS[kind])
+    torch.testing.assert_close(logits(model), before, atol=2e-5, rtol=1e-5)
+    assert (logits(learn(model)) - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_plain_peft_loads_it_key_by_key_with_equal_logits(tmp_path: Path, kind: str) -> None:
+    model = learn(attached(**VARIANTS[kind]))
+    folder = saved(model, tmp_path / "adapter")
+    plain = loaded_by_plain_peft(folder)
+    wanted = get_peft_model_state_dict(plain, save_embedding_layers=False)
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert wanted.keys() == stored.keys()
+    assert all(torch.equal(wanted[name], tensor) for name, tensor in stored.items())
+    exact = "pissa" not in kind  # whose adapter is written as a difference from the start, for the original base
+    torch.testing.assert_close(logits(plain), logits(model), atol=1e-6 if exact else 2e-5, rtol=1e-6 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_we_load_it_too(tmp_path: Path, kind: str) -> None:
+    model = learn(attached(**VARIANTS[kind]))
+    again = load_adapter(tiny_model(), saved(model, tmp_path / "adapter"))
+    torch.testing.assert_close(logits(again), logits(model), atol=2e-5, rtol=1e-5)
+    assert not again.training
+    assert not trainable(again)
+
+
+def test_without_its_adapter_the_model_is_the_base(tmp_path: Path) -> None:
+    again = load_adapter(tiny_model(), saved(learn(attached()), tmp_path / "adapter"))
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(tiny_model()))
+
+
+def test_equal_seeds_give_equal_adapters_whatever_was_drawn_before() -> None:
+    first = trainable(attached(seed=5))
+    torch.rand(17)
+    state = torch.get_rng_state()
+    second = trainable(attached(seed=5))
+    other = trainable(attached(seed=6))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    tiny_model()  # seeds torch itself
+    torch.set_rng_state(state)
+    attach_adapter(tiny_model_without_seeding(), settings(), 5, "x")
+    assert torch.equal(torch.get_rng_state(), state), "attaching an adapter must not touch the caller's random numbers"
+
+
+def tiny_model_without_seeding() -> Any:
+    """A tiny model, the random state as before."""
+    with torch.random.fork_rng(devices=[]):
+        return tiny_model()
+
+
+def test_the_adapter_is_fp32_over_a_16_bit_base() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model = attached(base=tiny_model().to(dtype))
+        assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+        assert not [name for name in trainable(model) if "lora" not in name]
+
+
+@pytest.mark.parametrize("folder", ["one", "two"])
+def test_the_config_is_sorted_and_names_no_path_of_this_machine(tmp_path: Path, folder: str) -> None:
+    model = attached()
+    config = json.loads((saved(model, tmp_path / folder) / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
+    assert (config["base_model_name_or_path"], config["inference_mode"]) == ("lab/base", True)
+    for path in (tmp_path / folder).iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
+        assert str(Path.home()).encode() + b"/" not in path.read_bytes()
+
+
+def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        saved(attached(), tmp_path / name, base_fingerprint="0" * 32)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_other_weights_than_the_models_can_be_saved(tmp_path: Path) -> None:
+    model = attached()
+    weights = {name: torch.full_like(parameter, 0.25) for name, parameter in trainable(model).items()}
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, tmp_path / "adapter", {}, weights)
+    assert all((tensor == 0.25).all() for tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").values())
+
+
+def test_pissas_saved_adapter_has_twice_the_rank(tmp_path: Path) -> None:
+    config, state = read_adapter(saved(attached(init_lora_weights="pissa"), tmp_path / "adapter"))
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 16, True)
+    assert {min(tensor.shape) for tensor in state.values()} == {8}
+
+
+# --- target modules
+
+
+@pytest.mark.parametrize(
+    ("targets", "unknown"),
+    [
+        (("q_proj", "qq_proj", "vv_proj"), "qq_proj, vv_proj"),
+        (("qq_proj",), "qq_proj"),
+        (("proj",), "proj"),
+        (("embed_tokens",), "embed_tokens"),
+        (r".*\.qq_proj", r".*\.qq_proj"),
+        ("q_proj", "q_proj"),  # a regular expression has to match the whole name
+        ("all_linear", "all_linear"),
+    ],
+)
+def test_a_target_that_matches_nothing_lists_what_exists(targets: Any, unknown: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        attached(target_modules=targets)
+    assert f"adapter.target_modules: nothing in this model is named {unknown}; " in str(caught.value)
+    assert "down_proj, gate_proj, k_proj, " in str(caught.value)
+    assert "v_proj" in str(caught.value)
+
+
+def test_a_target_that_is_no_regular_expression() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules: '\(q_proj' is no regular expression: missing \)"):
+        attached(target_modules="(q_proj")
+
+
+def test_targets_name_layers_by_last_part_or_in_full() -> None:
+    names = linear_names(tiny_model())
+    assert "model.layers.0.self_attn.q_proj" in names
+    assert is_target("model.layers.0.self_attn.q_proj", ("self_attn.q_proj",))
+    assert not is_target("model.layers.0.self_attn.qq_proj", ("q_proj",))
+    model = attached(target_modules=("model.layers.1.mlp.up_proj",))
+    assert {name.split(".lora")[0] for name in trainable(model)} == {"base_model.model.model.layers.1.mlp.up_proj"}
+
+
+def test_gpt2s_own_kind_of_linear_layer_can_be_named() -> None:
+    model = attach_adapter(tiny_model("gpt2"), settings(target_modules=("c_attn",)), 1, "lab/gpt2")
+    assert {name.split(".")[-4] for name in trainable(model)} == {"c_attn"}
+    with pytest.raises(ConfigError, match="its linear layers are c_attn, c_fc, c_proj"):
+        attach_adapter(tiny_model("gpt2"), settings(target_modules=("q_proj",)), 1, "lab/gpt2")
+
+
+def test_dora_over_int8_on_a_cpu_is_refused_before_it_fails(tmp_path: Path) -> None:
+    base = ModelConfig(name=str(save_tiny(tmp_path / "base")), quantization="int8")
+    message = (
+        r"adapter\.use_dora: PEFT cannot run DoRA over an int8 base on a CPU; set model\.quantization: nf4 or none"
+    )
+    with pytest.raises(ConfigError, match=message):
+        attached(base=load_model(base, "cpu"), use_dora=True)
+    whole = attached(base=load_model(dataclasses.replace(base, quantization="none"), "cpu"), use_dora=True)
+    folder = saved(whole, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=message):
+        load_adapter(load_model(base, "cpu"), folder)
+    logits(load_adapter(load_model(dataclasses.replace(base, quantization="nf4"), "cpu"), folder))
+
+
+# --- adapters that do not fit
+
+
+def rewritten(folder: Path, change: Any) -> Path:
+    """The adapter with its tensors changed."""
+    state = load_file(folder / "adapter_model.safetensors")
+    change(state)
+    save_file(state, folder / "adapter_model.safetensors")
+    return folder
+
+
+def first(state: dict[str, torch.Tensor], part: str) -> str:
+    """The first tensor whose name holds `part`."""
+    return next(name for name in state if part in name)
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "missing key": (lambda state: state.pop(first(state, "lora_B")), r"missing: base_model.*lora_B\.weight"),
+    "extra key": (
+        lambda state: state.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 64)}),
+        r"unexpected: base_model.*layers\.7",
+    ),
+    "not finite": (lambda state: state[first(state, "lora_A")].fill_(float("nan")), "holds NaN or infinity"),
+    "other shape": (
+        lambda state: state.update({first(state, "up_proj.lora_A"): torch.zeros(4, 32)}),
+        r"up_proj\.lora_A\.weight: shape \[4, 32\], the base needs \[4, 64\]",
+    ),
+    "nothing": (lambda state: state.clear(), r"missing: .*… and \d+ more"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
+    change, message = CHANGES[kind]
+    folder = rewritten(saved(learn(attached()), tmp_path / "adapter"), change)
+    with pytest.raises(ModelError, match=rf"(?s)this adapter does not fit the base model\n.*{message}"):
+        load_adapter(tiny_model(), folder)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"intermediate_size": 192}])
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, changes: dict[str, int]) -> None:
+    """Where the targets are full names, as for all-linear, only the fingerprint tells one for fewer layers."""
+    folder = saved(learn(attached(target_modules=("q_proj", "up_proj"))), tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"this adapter does not fit|PEFT cannot put this adapter"):
+        load_adapter(tiny_model(**changes), folder)
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused_by_its_fingerprint(tmp_path: Path) -> None:
+    folder = saved(attached(), tmp_path / "adapter", base_fingerprint="a" * 32)
+    with pytest.raises(ModelError, match="trained over another base model"):
+        load_adapter(tiny_model(), folder, fingerprint="b" * 32)
+    load_adapter(tiny_model(), folder, fingerprint="a" * 32)
+    load_adapter(tiny_model(), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_model.safetensors", b"x" * 100, "damaged adapter"),
+        ("adapter_model.safetensors", b"", "damaged adapter"),
+        ("adapter_config.json", b'{"r": ', "damaged adapter"),
+        ("adapter_config.json", b"[]", "damaged adapter"),
+        ("adapter_config.json", None, "damaged adapter"),
+        ("adapter_model.safetensors", None, "no adapter_model.safetensors; it is no adapter folder"),
+        ("lmtune.json", b"{", r"lmtune\.json: not valid JSON"),
+    ],
+)
+def test_a_damaged_folder_is_said(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    folder = saved(attached(), tmp_path / "adapter")
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        load_adapter(tiny_model(), folder)
+
+
+def test_a_pickled_adapter_is_never_read(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="pickled adapter, which can run code"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+def test_an_adapter_of_another_tool_has_no_notes(tmp_path: Path) -> None:
+    folder = saved(learn(attached()), tmp_path / "adapter")
+    (folder / "lmtune.json").unlink()
+    assert read_notes(folder) == {}
+    load_adapter(tiny_model(), folder, fingerprint="a" * 32)
+
+
+def test_plain_pefts_own_adapter_loads(tmp_path: Path) -> None:
+    model = learn(attached())
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = load_adapter(tiny_model(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=1e-6)

@@ -1,0 +1,228 @@
+"""Loading: the same call for every quantization, safetensors only, no code from a model's folder, errors that help."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmtune.config import ModelConfig
+from lmtune.errors import ModelError
+from lmtune.models.loading import (
+    compute_dtype,
+    default_device,
+    load_model,
+    load_tokenizer,
+    resolve_name,
+    stored_dtype,
+    weight_files,
+)
+from tests.tiny import save_tiny
+from tests.tokenizers import CHATML
+
+IDS = torch.arange(5, 29)[None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "base", chat_template=CHATML)
+
+
+def config_of(folder: Path | str, quantization: str = "none", **changes: str) -> ModelConfig:
+    """Settings that name this folder."""
+    return ModelConfig(name=str(folder), quantization=quantization, **changes)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    """`[24, V]`."""
+    return model(input_ids=IDS).logits[0]
+
+
+@pytest.mark.parametrize(("quantization", "tolerance"), [("none", 0.0), ("int8", 0.1), ("nf4", 0.5)])
+def test_every_quantization_loads_frozen_and_computes_on_the_cpu(
+    base: Path, quantization: str, tolerance: float
+) -> None:
+    model = load_model(config_of(base, quantization), "cpu")
+    plain = logits(load_model(config_of(base), "cpu"))
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not model.training
+    assert model.dtype == torch.float32
+    found = logits(model)
+    assert torch.isfinite(found).all()
+    difference = float((found - plain).abs().max() / plain.abs().max())
+    assert difference <= tolerance
+    assert (difference == 0) is (quantization == "none")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"), [("none", "Linear"), ("int8", "Linear8bitLt"), ("nf4", "Linear4bit")]
+)
+def test_the_layers_are_held_as_asked(base: Path, quantization: str, kind: str) -> None:
+    model = load_model(config_of(base, quantization), "cpu")
+    assert {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")} == {kind}
+    assert type(model.lm_head).__name__ == "Linear"  # the head decides what is said and stays whole
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantised_model_gives_the_same_with_and_without_gradients(base: Path, quantization: str) -> None:
+    """bitsandbytes repacks 4-bit layers on some CPUs at their first forward without gradients, and rounds more."""
+    model = load_model(config_of(base, quantization), "cpu")
+    with torch.enable_grad():
+        before = model(input_ids=IDS).logits[0].detach()
+    assert torch.equal(logits(model), before)
+    with torch.enable_grad():
+        assert torch.equal(model(input_ids=IDS).logits[0].detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_stored_dtype_is_that_of_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = save_tiny(tmp_path / "model", dtype=dtype)
+    assert stored_dtype(config_of(folder)) == dtype
+    assert load_model(config_of(folder), "cpu").dtype == torch.float32
+    assert load_model(config_of(folder, dtype="bfloat16"), "cpu").dtype == torch.bfloat16
+
+
+def test_auto_is_fp32_on_a_cpu() -> None:
+    assert compute_dtype(torch.device("cpu")) == torch.float32
+    assert compute_dtype(torch.device("cpu"), "bfloat16") == torch.bfloat16
+
+
+def test_accelerates_wish_for_the_cpu_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert default_device() == torch.device("cpu")
+
+
+def test_tiny_is_the_packaged_folder() -> None:
+    assert Path(resolve_name("tiny")).parts[-3:] == ("lmtune", "demo", "tiny")
+    assert resolve_name("user/name") == "user/name"
+
+
+def test_a_sharded_model_names_all_its_files(tmp_path: Path) -> None:
+    from tests.tiny import tiny_model
+
+    tiny_model().save_pretrained(tmp_path, max_shard_size="100KB")
+    files = weight_files(config_of(tmp_path))
+    assert len(files) > 1
+    assert files == sorted(tmp_path.glob("model-*.safetensors"))
+    load_model(config_of(tmp_path), "cpu")
+
+
+def test_loading_adds_nothing_to_the_folder(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    load_model(config_of(folder), "cpu")
+    load_tokenizer(config_of(folder))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+# --- what cannot be loaded
+
+
+def error_of(config: ModelConfig) -> str:
+    """The one message that both loaders give."""
+    with pytest.raises(ModelError) as caught:
+        load_model(config, "cpu")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_refused(tmp_path: Path, name: str) -> None:
+    folder = save_tiny(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
+    text = error_of(config_of(folder))
+    assert f"holds pickled weights ({name}), which can run code when read" in text
+    with pytest.raises(ModelError, match="holds pickled weights"):
+        load_tokenizer(config_of(folder))
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    text = error_of(config_of(folder))
+    assert text.startswith(f"model.name: cannot load the weights of {folder}: ")
+    with pytest.raises(ModelError, match=r"has no model\.safetensors; lmtune reads safetensors only"):
+        weight_files(config_of(folder))
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    assert "holds no config.json, so it is no model folder" in error_of(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["./none", "/none/at/all", "a/b/c", "~/none"])
+def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
+    began = time.perf_counter()
+    assert f"model.name: {name} is no folder; give a model folder, a Hub id like" in error_of(config_of(name))
+    assert time.perf_counter() - began < 5
+
+
+def test_a_hub_id_that_cannot_be_reached_says_what_to_check() -> None:
+    began = time.perf_counter()
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ModelError) as caught:
+            load(config_of("nobody/no-such-model"))
+        text = str(caught.value)
+        assert "model.name: cannot load the " in text
+        assert "of nobody/no-such-model" in text
+        assert "check the spelling (user/name) and the network" in text
+    assert time.perf_counter() - began < 10
+
+
+def test_damaged_weights(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    text = error_of(config_of(folder))
+    assert "cannot load the weights of" in text
+    assert "holds a complete causal language model" in text
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_are_missing_are_never_made_up(tmp_path: Path, quantization: str, tied: bool) -> None:
+    """transformers fills them with random numbers and a warning."""
+    folder = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
+    load_model(config_of(folder, quantization), "cpu")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"], state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    text = error_of(config_of(folder, quantization))
+    assert f"model.name: {folder} lacks weights that its config.json asks for" in text
+    assert "model.layers.1.mlp.up_proj.weight" in text
+    assert "model.norm.weight" in text
+
+
+def test_a_model_of_another_kind(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**tree, "model_type": "no-such-architecture"}))
+    assert "cannot load the weights of" in error_of(config_of(folder))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "of-its-own"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_code_in_a_models_folder_never_runs(tmp_path: Path, model_type: str, quantization: str) -> None:
+    """Whether transformers knows the architecture (then its own class is used) or not (then it is an error)."""
+    folder = save_tiny(tmp_path / "model")
+    marker = tmp_path / "it-ran"
+    code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\n"
+    code += "from transformers import LlamaConfig as C, LlamaForCausalLM as M, PreTrainedTokenizerFast as T\n"
+    (folder / "modeling.py").write_text(code)
+    tree = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}
+    (folder / "config.json").write_text(json.dumps({**tree, "model_type": model_type, "auto_map": auto}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer = {**tokenizer, "tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "modeling.T"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    if model_type == "llama":
+        load_model(config_of(folder, quantization), "cpu")
+    else:
+        text = error_of(config_of(folder, quantization))
+        assert "this model needs code from its repository, which lmtune never runs" in text
+        with pytest.raises(ModelError):
+            load_tokenizer(config_of(folder))
+    assert not marker.exists()

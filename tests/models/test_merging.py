@@ -1,0 +1,245 @@
+"""Merging: the written folder is a plain model that says what the adapter model says, or there is none."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lmtune.config import ModelConfig
+from lmtune.errors import ConfigError, LmtuneError, ModelError
+from lmtune.models import merging
+from lmtune.models.inference import load_for_inference
+from lmtune.models.merging import MergeReport
+from lmtune.recipes.merge import main, merge_run
+from lmtune.runs import RunDirectory
+from tests.tiny import save_tiny
+from tests.tokenizers import CHATML
+from tests.workplace import finetune, inside, make_workplace, written_files
+
+IDS = torch.arange(5, 29)[None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """`[24, V]` in fp32."""
+    return model(input_ids=IDS).logits[0].float()
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest, relative to the largest logit."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A workplace for each dtype that the base is stored in, with a run for each quantization."""
+    found = {}
+    for name, dtype in DTYPES.items():
+        found[name] = make_workplace(tmp_path_factory.mktemp(name), dtype=dtype)
+        for quantization in ("none", "nf4", "int8") if name == "float32" else ("nf4",):
+            finetune(found[name], run__name=quantization, model__quantization=quantization)
+    return found
+
+
+def merged(place: Path, name: str, into: Any = "trained", output: str = "merged") -> tuple[Path, dict[str, Any]]:
+    """Merge a run of that place."""
+    with inside(place):
+        report = merge_run(RunDirectory(f"runs/{name}"), Path(output), into)
+    return place / output, report
+
+
+@pytest.mark.parametrize(
+    ("quantization", "into", "bound"),
+    [
+        ("none", "trained", 1e-5), ("nf4", "trained", 1e-5), ("int8", "trained", 0.08), ("nf4", "original", 0.5),
+        ("int8", "original", 0.08),
+    ],
+)  # fmt: skip
+def test_plain_transformers_loads_it_with_the_logits_of_training(
+    places: dict[str, Path], quantization: str, into: str, bound: float
+) -> None:
+    place = places["float32"]
+    folder, report = merged(place, quantization, into, f"merged-{quantization}-{into}")
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with inside(place):
+        trained = load_for_inference(f"runs/{quantization}")
+        whole = load_for_inference(f"runs/{quantization}", quantization="none")
+    assert difference(logits(plain), logits(trained.model)) <= bound
+    if into == "original":
+        assert difference(logits(plain), logits(whole.model)) <= 1e-5
+        assert difference(logits(plain), logits(trained.model)) > 1e-4
+    assert difference(logits(plain), logits(AutoModelForCausalLM.from_pretrained(place / "base"))) > 0.01
+    assert report["logits_difference"] <= report["bound"]
+    assert (report["into"], report["dtype"], report["rows"]) == (into, "float32", 6)
+    assert report["tokens"] > 6
+    conversation = [{"role": "user", "content": "What is number 3?"}]
+    assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained.tokenizer.apply_chat_template(
+        conversation, tokenize=False
+    )
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+def test_the_dtype_is_kept(places: dict[str, Path], stored: str) -> None:
+    folder, report = merged(places[stored], "nf4", output="kept")
+    state = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {DTYPES[stored]}
+    assert state.keys() == load_file(places[stored] / "base" / "model.safetensors").keys()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == stored == report["dtype"]
+    assert "quantization_config" not in config
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with inside(places[stored]):
+        trained = load_for_inference("runs/nf4")
+    assert difference(logits(plain), logits(trained.model)) <= merging.BOUNDS[DTYPES[stored]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"model__dtype": "bfloat16"}),
+        ("llama", {"model__dtype": "float16", "model__quantization": "nf4"}),
+        ("gpt2", {"model__quantization": "nf4"}),
+        ("gpt2", {"model__quantization": "int8"}),
+        ("qwen3", {"model__quantization": "nf4", "adapter__use_dora": True}),
+        ("llama", {"adapter__init_lora_weights": "pissa"}),
+    ],
+)
+def test_whatever_was_trained_can_be_merged(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    """Computed in 16 bit over a base stored in 32; GPT-2, whose files hold its layers transposed; variants of LoRA."""
+    place = make_workplace(tmp_path)
+    save_tiny(place / "base", kind, chat_template=CHATML)
+    finetune(place, **changes)
+    folder, report = merged(place, "trial")
+    with inside(place):
+        trained = load_for_inference("trial")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    bound = 0.08 if {"model__dtype", "int8"} & {*changes, *changes.values()} else 1e-4
+    assert difference(logits(plain), logits(trained.model)) <= bound
+    assert report["logits_difference"] <= report["bound"] == merging.BOUNDS[torch.float32]
+
+
+def test_everything_that_chat_needs_is_there(places: dict[str, Path]) -> None:
+    place = places["float32"]
+    folder, report = merged(place, "none", output="whole")
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [4, 1]  # <|im_end|>, </s>
+    assert (folder / "chat_template.jinja").is_file()
+    assert json.loads((folder / "merge.json").read_text()) == report
+    assert "merge" not in json.loads((place / "runs/none/summary.json").read_text())  # it tells of RUN/merged only
+    assert (folder / "README.md").read_text().startswith("---\n")
+    with inside(place):
+        loaded, trained = load_for_inference("whole"), load_for_inference("runs/none")
+    assert not loaded.has_adapter
+    assert loaded.renderer.stop_token_ids == trained.renderer.stop_token_ids
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_a_merged_model_stops_by_itself(places: dict[str, Path]) -> None:
+    """Its own generation config names the end of an answer, so plain `generate` ends there."""
+    folder, _ = merged(places["float32"], "none", output="stops")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain.lm_head.weight.data[4] = 100 * plain.lm_head.weight.data.abs().max()
+    plain.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([4]), 1e4))
+    given = plain.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=50)
+    assert given.shape[1] == IDS.shape[1] + 1
+
+
+def test_nothing_written_names_this_machine(places: dict[str, Path]) -> None:
+    folder, _ = merged(places["float32"], "nf4", output="clean")
+    for name, content in written_files(folder).items():
+        assert str(places["float32"]).encode() not in content, name
+
+
+def test_an_earlier_merge_is_replaced(places: dict[str, Path]) -> None:
+    place = places["float32"]
+    folder, _ = merged(place, "none", output="again")
+    (folder / "left-over.txt").touch()
+    folder, report = merged(place, "nf4", output="again")
+    assert not (folder / "left-over.txt").exists()
+    assert json.loads((folder / "merge.json").read_text()) == report
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Make the merge go wrong."""
+    real = merging._write
+
+    def corrupted(model: Any, *rest: Any) -> None:
+        with torch.no_grad():
+            weight = model.get_input_embeddings().weight if how == "embedding" else model.model.norm.weight
+            weight.mul_(1.1) if how == "norm" else weight[:, 0].fill_(float("nan") if how == "nan" else 3.0)
+        real(model, *rest)
+
+    monkeypatch.setattr(merging, "_write", corrupted)
+
+
+@pytest.mark.parametrize("how", ["embedding", "norm"])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_merge_that_is_not_the_trained_model_is_refused_and_nothing_is_left(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, how: str, before: bool
+) -> None:
+    place, output = places["float32"], f"refused-{how}-{before}"
+    if before:
+        merged(place, "none", output=output)
+    kept = written_files(place / output)
+    spoil(monkeypatch, how)
+    with pytest.raises(LmtuneError, match="the merged model's logits differ from those of the adapter over the same"):
+        merged(place, "none", output=output)
+    assert written_files(place / output) == kept
+    assert not list(place.glob(".staging*"))
+
+
+def test_a_merge_whose_logits_are_no_numbers_is_refused() -> None:
+    fine = MergeReport("trained", "float32", 1, 1, 0.0, 1e-4, 0.0, 1e-4, 1.0)
+    merging._require_bounds(fine)
+    for bad in ({"logits_difference": float("nan")}, {"difference_to_trained": 1e-3}):
+        with pytest.raises(LmtuneError, match="nothing was kept"):
+            merging._require_bounds(dataclasses.replace(fine, **bad))  # type: ignore[arg-type]
+    merging._require_bounds(dataclasses.replace(fine, difference_to_trained=9.0, bound_to_trained=None))
+
+
+def test_a_merge_that_is_cut_off_leaves_nothing_half_made(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card and the report are part of the folder, so it may not have its name before they are in it."""
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lmtune.report.merged_card", full)
+        with pytest.raises(OSError, match="No space left"):
+            merged(places["float32"], "none", output="cut-off")
+    assert not (places["float32"] / "cut-off").exists()
+    merged(places["float32"], "none", output="cut-off")
+
+
+@pytest.mark.parametrize("output", ["runs/none/adapter", "runs/none", "base", "train.jsonl", "."])
+def test_a_folder_that_merge_did_not_make_is_never_replaced(places: dict[str, Path], output: str) -> None:
+    place = places["float32"]
+    kept = written_files(place)
+    with pytest.raises(ConfigError, match=r"--output: .* exists and was not made by lmtune merge"):
+        merged(place, "none", output=output)
+    assert written_files(place) == kept
+
+
+def test_what_cannot_be_merged(places: dict[str, Path]) -> None:
+    with inside(places["float32"]):
+        with pytest.raises(ModelError, match="nothing: no such run"):
+            main("nothing")
+        RunDirectory("runs/empty").path.mkdir(exist_ok=True)
+        RunDirectory("runs/empty").config.touch()
+        with pytest.raises(ModelError, match="no adapter to merge; finish the run"):
+            main("empty")
+
+
+def test_over_another_base_nothing_is_merged(places: dict[str, Path], tmp_path: Path) -> None:
+    place = places["float32"]
+    base = ModelConfig(name=str(places["float16"] / "base"), quantization="none")
+    with pytest.raises(ModelError, match="trained over another base model"):
+        merging.merge(base, place / "runs/none/adapter", tmp_path / "out", "trained", [[5, 6, 7]], None, None)
+    assert list(tmp_path.iterdir()) == []

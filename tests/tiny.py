@@ -1,0 +1,131 @@
+"""Tiny random models and rows for tests: built from a config, never downloaded, the same at each call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+VOCABULARY = 128
+SAVED_VOCABULARY = 448  # at least as many as `tests.tokenizers` makes, and a multiple of 64
+KINDS = ("llama", "qwen3", "mistral", "gpt2")
+
+
+def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
+    """A random model of two layers in fp32, evaluation mode, frozen."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )  # fmt: skip
+
+    common = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": VOCABULARY, "head_dim": 16, "max_position_embeddings": 256,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": VOCABULARY}
+        model = GPT2LMHeadModel(GPT2Config(**{**shape, "bos_token_id": 1, "eos_token_id": 2, **changes}))
+    else:
+        config_class, model_class = {
+            "llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+            "mistral": (MistralConfig, MistralForCausalLM),
+        }[kind]  # fmt: skip
+        model = model_class(config_class(**{**common, **changes}))
+    for parameter in model.parameters():  # the stock initialisation is too small for differences to show
+        parameter.data.normal_(0, 0.08) if parameter.dim() > 1 else None
+    return model.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenised row, as `lmtune.data.tokenized` gives them."""
+
+    where: str
+    documents: list[Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """In-memory training rows."""
+
+    rows: list[Row]
+    num_tokens: np.ndarray = field(init=False)
+    num_trained: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        lengths = [sum(len(d.input_ids) for d in row.documents) for row in self.rows]
+        trained = [sum(int(d.trained.sum()) for d in row.documents) for row in self.rows]
+        object.__setattr__(self, "num_tokens", np.array(lengths, dtype=np.int32))
+        object.__setattr__(self, "num_trained", np.array(trained, dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+def random_rows(count: int, seed: int = 0, longest: int = 40) -> Rows:
+    """Rows of 4 to `longest` random tokens, about the last third of each trained; every fifth has two documents."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        documents = []
+        for _ in range(2 if index % 5 == 4 else 1):
+            length = int(generator.integers(4, longest))
+            trained = np.zeros(length, dtype=bool)
+            trained[-max(1, length // 3) :] = True
+            ids = generator.integers(3, VOCABULARY, length).astype(np.int32)
+            documents.append(SimpleNamespace(input_ids=ids, trained=trained))
+        rows.append(Row(f"rows.jsonl:{index + 1}", documents))
+    return Rows(rows)
+
+
+def adapted(model: Any, seed: int = 1, **settings: Any) -> Any:
+    """`model` with an adapter whose B is not zero, so that every gradient is."""
+    from lmtune.config import AdapterConfig
+    from lmtune.models.adapters import attach_adapter, trainable
+
+    peft_model = attach_adapter(model, AdapterConfig(**{"rank": 4, "alpha": 8, **settings}), seed, "tiny-random")
+    torch.manual_seed(seed)
+    for name, parameter in trainable(peft_model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    return peft_model
+
+
+class OneProcess:
+    """What the training code needs of an Accelerator, for one process without starting one."""
+
+    num_processes, process_index, is_main_process = 1, 0, True
+    device = torch.device("cpu")
+
+    def wait_for_everyone(self) -> None:
+        """Nothing to wait for."""
+
+
+def save_tiny(
+    folder: Path, kind: str = "llama", chat_template: str | None = None, dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Path:  # fmt: skip
+    """A model folder as from the Hub: a random model of `kind`, stored in `dtype`, with a tokenizer of its own."""
+    from tests.tokenizers import make_tokenizer
+
+    tokenizer = make_tokenizer(chat_template)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = tiny_model(kind, **{"vocab_size": SAVED_VOCABULARY, **ids, "pad_token_id": None, **changes})
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
