@@ -1,0 +1,127 @@
+"""Cross-entropy where a token is trained, without ever holding the logits of a whole batch.
+
+    loss_i = log sum_v exp(z_iv) - z_i,target      with z = hidden @ head.T, scaled and soft-capped as the model does
+
+The logits of a chunk of rows are made, turned into the chunk's losses and at once into the gradient of its hidden
+states, and dropped: the backward pass has nothing left to do but to multiply by the incoming gradient. Memory is one
+chunk's logits instead of several copies of all. The idea of taking the gradient in the forward pass is Liger Kernel's
+(https://arxiv.org/abs/2410.10989); this one also reports each token's loss and whether it was the first choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_CPU_CHUNK_ELEMENTS = 4 * 2**20  # logits of a chunk stay near the size of a processor's cache
+_GPU_CHUNK_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the head: `z * scale`, then `softcap * tanh(z / softcap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """The transformed logits; out of place."""
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @classmethod
+    def of(cls, config: Any) -> LogitTransform:
+        """What the model's config names: `final_logit_softcapping`, `logit_scale` or `logits_scaling`, if any."""
+        scale = getattr(config, "logit_scale", None)
+        divisor = getattr(config, "logits_scaling", None)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(float(scale or 1.0) / float(divisor or 1.0), None if softcap is None else float(softcap))
+
+
+def label_cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weight: float,
+    transform: LogitTransform | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted sum of the losses of N trained tokens.
+
+    Args:
+        hidden: `[N, D]`, the last hidden state at the positions that predict them.
+        head: `[V, D]`, the output head's weight; may require a gradient.
+        targets: `[N]`.
+        weight: what each token's loss counts, one over the step's trained tokens.
+        transform: what the model does to its logits.
+        chunk_rows: rows of logits held at a time; by default chosen for the device.
+
+    Returns:
+        The weighted sum (a scalar that carries the gradient), `losses[N]` in fp32 and `correct[N]`, both without one.
+    """
+    rows = chunk_rows or _default_chunk(hidden.device, len(head))
+    total, losses, correct = _LabelCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, head, targets, weight, transform or LogitTransform(), rows, head.requires_grad
+    )
+    return total, losses, correct
+
+
+def _default_chunk(device: torch.device, vocabulary: int) -> int:
+    if device.type == "cuda":
+        return _GPU_CHUNK_ROWS
+    return max(16, _CPU_CHUNK_ELEMENTS // vocabulary)
+
+
+class _LabelCrossEntropy(torch.autograd.Function):
+    """`label_cross_entropy` with its gradient taken in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weight: float,
+        transform: LogitTransform, rows: int, head_grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        d_hidden = torch.empty_like(hidden)
+        d_head = torch.zeros_like(head, dtype=torch.float32) if head_grad else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            raw = hidden[part] @ head.t()  # [rows, V]
+            loss, right, d_raw = _chunk(raw, targets[part], weight, transform)
+            losses[part], correct[part] = loss, right
+            d_raw = d_raw.to(hidden.dtype)
+            torch.mm(d_raw, head, out=d_hidden[part])
+            if d_head is not None:
+                d_head += d_raw.t() @ hidden[part]
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.mark_non_differentiable(losses, correct)
+        return losses.sum() * weight, losses, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_hidden, d_head = ctx.saved_tensors
+        d_head = None if d_head is None else d_head * grads[0]
+        return d_hidden * grads[0], d_head, None, None, None, None, None
+
+
+def _chunk(
+    raw: torch.Tensor, targets: torch.Tensor, weight: float, transform: LogitTransform
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses `[n]`, first choice right `[n]`, and the gradient `[n, V]` of the weighted sum by the raw logits."""
+    logits = transform.apply(raw).float()
+    target = targets[:, None]
+    most, choice = logits.max(1, keepdim=True)
+    wanted = logits.gather(1, target)
+    keep = None if transform.softcap is None else logits / transform.softcap  # tanh(z / softcap)
+    probabilities = logits.sub_(most).exp_()  # in place: the logits themselves are not needed any more
+    total = probabilities.sum(1, keepdim=True)
+    losses = (total.log() + most - wanted)[:, 0]
+    gradient = probabilities.mul_(weight / total)
+    gradient.scatter_add_(1, target, torch.full_like(wanted, -weight))
+    if keep is not None:
+        gradient.mul_(1 - keep.square_())  # the derivative of softcap * tanh(z / softcap)
+    if transform.scale != 1.0:
+        gradient.mul_(transform.scale)
+    return losses, (choice == target)[:, 0], gradient

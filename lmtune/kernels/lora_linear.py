@@ -1,0 +1,141 @@
+"""A LoRA linear layer as one operation: y = x Wᵀ + s (x Aᵀ) Bᵀ, with a backward pass that keeps only what it needs.
+
+PEFT's layer runs the low-rank product, the scaling and the sum as separate operations, each with its own result kept
+for the backward pass, and writes `[T, out]` three times. Here the low-rank part is added into the base product in place
+and only `x` and `x Aᵀ` are kept. Over a quantised base, W is turned into numbers inside the operation (or once, where
+memory allows, with the same values).
+
+    fuse(model)       # each LoRA layer that is plain enough takes the fast path; the others stay as they are
+
+The layer stays PEFT's own object with PEFT's parameter names: only its class becomes a subclass with another forward,
+so saving, merging and switching adapters work as before. LoRA: https://arxiv.org/abs/2106.09685.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ADAPTER = "default"
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`x[T, in]`, `W[out, in]`, `A[r, in]`, `B[out, r]`, bias `[out]` or None, scaling s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, source: Any, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, s: float
+    ) -> torch.Tensor:
+        weight = source.dense(x.dtype)
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        xa = x @ a.t()  # [T, r]
+        y = torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
+        y.addmm_(xa, b.t(), alpha=s)
+        ctx.save_for_backward(x, xa, a, b)
+        ctx.source, ctx.s = source, s
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        (g,) = grads
+        x, xa, a, b = ctx.saved_tensors
+        gb = (g @ b).mul_(ctx.s)  # [T, r]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ ctx.source.dense(x.dtype)
+            dx.addmm_(gb, a)
+        return dx, None, None, (gb.t() @ x).float(), (g.t() @ xa).mul_(ctx.s).float(), None
+
+
+class BaseWeight:
+    """The frozen weight `[out, in]` of a base layer, quantised or not, as a dense matrix.
+
+    `keep` holds the dense matrix instead of making it at each call; the values are the same.
+    """
+
+    def __init__(self, layer: Any, keep: bool = False) -> None:
+        self.layer, self.keep = layer, keep
+        self._dense: torch.Tensor | None = None
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in `dtype`."""
+        if self._dense is not None and self._dense.dtype == dtype:
+            return self._dense
+        weight = self._numbers(dtype)
+        if self.keep:
+            self._dense = weight
+        return weight
+
+    def drop(self) -> None:
+        """Let go of a kept dense matrix."""
+        self._dense = None
+
+    def _numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        weight = self.layer.weight
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            dense: torch.Tensor = dequantize_4bit(weight.data, state)
+            return dense.to(dtype)
+        plain: torch.Tensor = weight.detach()
+        return plain.to(dtype)
+
+
+def fuse(model: torch.nn.Module, keep_dense: bool = False) -> list[str]:
+    """Give every plain LoRA layer of `model` the fused forward pass; returns the names of those left as they are.
+
+    Plain is: one adapter without DoRA, bias or dropout, over a linear layer in full precision or 4 bit. In int8
+    bitsandbytes rounds activations too, which this operation would not, so int8 stays as it is.
+
+    Args:
+        model: a PeftModel.
+        keep_dense: hold quantised weights as dense matrices, where memory allows.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    left = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or type(module).__name__.startswith("Fused"):
+            continue
+        if _is_plain(module):
+            module.lmtune_weight = BaseWeight(module.get_base_layer(), keep_dense)
+            module.__class__ = _fused_class(type(module))
+        else:
+            left.append(name)
+    return left
+
+
+def _fused_class(kind: type[Any]) -> type[Any]:
+    """A subclass of PEFT's layer class with the fused forward pass."""
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters or self.merged or args or kwargs:
+            output: torch.Tensor = kind.forward(self, x, *args, **kwargs)
+            return output
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        flat = x.reshape(-1, x.shape[-1])  # [T, in]
+        base = self.get_base_layer()
+        a, b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
+        result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+            flat, self.lmtune_weight, base.bias, a, b, self.scaling[_ADAPTER]
+        )
+        return result.view(*x.shape[:-1], -1)
+
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
+
+
+def _is_plain(module: Any) -> bool:
+    base = module.get_base_layer()
+    dense = type(base) is torch.nn.Linear
+    four_bit = type(base).__name__ == "Linear4bit" and getattr(base.weight, "quant_state", None) is not None
+    adapters = module.active_adapters == [_ADAPTER] and _ADAPTER in module.lora_A
+    return bool(
+        adapters
+        and (dense or four_bit)
+        and not module.lora_variant
+        and not any(getattr(module, "lora_bias", {}).values())
+        and isinstance(module.lora_dropout[_ADAPTER], torch.nn.Identity)
+        and not base.weight.requires_grad
+    )

@@ -1,0 +1,47 @@
+"""Chunked cross-entropy equals PyTorch's on full logits: loss, gradients, first choices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmtune.kernels.cross_entropy import LogitTransform, label_cross_entropy
+
+PLAIN, CAPPED, SCALED = LogitTransform(), LogitTransform(softcap=5.0), LogitTransform(scale=0.25)
+
+
+@pytest.mark.parametrize("transform", [PLAIN, CAPPED, SCALED, LogitTransform(2.0, 3.0)])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64])
+def test_equals_plain_cross_entropy(transform: LogitTransform, chunk_rows: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(33, 24, requires_grad=True)
+    head = torch.randn(101, 24, requires_grad=True)
+    targets = torch.randint(0, 101, (33,))
+    logits = transform.apply(hidden @ head.t())
+    each = F.cross_entropy(logits, targets, reduction="none")
+    (each.sum() * 0.1 * 3).backward()
+    wanted = hidden.grad.clone(), head.grad.clone()
+    hidden.grad = head.grad = None
+    total, losses, correct = label_cross_entropy(hidden, head, targets, 0.1, transform, chunk_rows)
+    (total * 3).backward()
+    torch.testing.assert_close(losses, each.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(total, each.detach().sum() * 0.1, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden.grad, wanted[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head.grad, wanted[1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(correct, logits.argmax(-1) == targets)
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, head = torch.full((2, 4), 100.0, requires_grad=True), torch.randn(9, 4)
+    total, losses, _ = label_cross_entropy(hidden, head, torch.tensor([1, 2]), 1.0)
+    total.backward()
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_the_transform_is_read_from_the_models_config() -> None:
+    from types import SimpleNamespace
+
+    assert LogitTransform.of(SimpleNamespace()) == PLAIN
+    assert LogitTransform.of(SimpleNamespace(final_logit_softcapping=30.0)) == LogitTransform(softcap=30.0)
+    assert LogitTransform.of(SimpleNamespace(logit_scale=0.0625)) == LogitTransform(scale=0.0625)
+    assert LogitTransform.of(SimpleNamespace(logits_scaling=8.0)) == LogitTransform(scale=0.125)

@@ -1,0 +1,71 @@
+"""The last layer on trained positions only: the same loss and gradients, and the query projection found by trying."""
+
+import pytest
+import torch
+
+from lmtune.data.packing import pack
+from lmtune.kernels.lora_linear import fuse
+from lmtune.kernels.packed_forward import PackedForward
+from lmtune.models.adapters import trainable
+from tests.tiny import adapted, random_rows, tiny_model
+
+
+def gradients(forward: PackedForward, share: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
+    forward.model.zero_grad()
+    with forward.ready():
+        scores = forward(pack(random_rows(7).rows, share), 0.01)
+        scores.total.backward()
+    return scores.total.item(), {name: p.grad.clone() for name, p in trainable(forward.model).items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_equals_the_whole_layer(kind: str, fused: bool) -> None:
+    model = adapted(tiny_model(kind, **({"sliding_window": 6} if kind == "mistral" else {})))
+    if fused:
+        fuse(model)
+    forward = PackedForward(model)
+    assert forward.notes == []
+    loss, fast = gradients(forward)
+    forward.layer_reason = "switched off"
+    plain_loss, plain = gradients(forward)
+    assert loss == pytest.approx(plain_loss, abs=1e-6)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fast[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_checkpointing_of_the_last_layer() -> None:
+    model = adapted(tiny_model())
+    forward = PackedForward(model)
+    loss, plain = gradients(forward)
+    forward.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    again, recomputed = gradients(forward)
+    assert again == loss
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient)
+
+
+def test_the_query_projection_is_found_and_left_out_of_the_first_run() -> None:
+    model = adapted(tiny_model())
+    PackedForward(model)
+    layer = model.get_base_model().model.layers[-1]
+    assert layer.lmtune_query_linear is layer.self_attn.q_proj
+
+
+def test_a_layer_that_does_not_reproduce_the_plain_result_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmtune.kernels import last_layer
+
+    real = last_layer._Selected.attend
+    monkeypatch.setattr(last_layer._Selected, "attend", lambda self, *args: real(self, *args) * 1.01)
+    forward = PackedForward(adapted(tiny_model()))
+    assert "outputs would differ" in str(forward.layer_reason)
+    assert forward.notes == [forward.layer_reason]
+
+
+def test_generation_and_other_attention_are_untouched() -> None:
+    model = adapted(tiny_model())
+    ids = torch.arange(3, 20)[None]
+    before = model(input_ids=ids).logits
+    PackedForward(model)
+    assert torch.equal(model(input_ids=ids).logits, before)

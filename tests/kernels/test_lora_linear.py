@@ -1,0 +1,56 @@
+"""The fused LoRA layer equals PEFT's: output and gradients, full precision and nf4, and PEFT still knows it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmtune.kernels.lora_linear import fuse
+from lmtune.models.adapters import trainable
+from tests.tiny import adapted, tiny_model
+
+IDS = torch.arange(3, 23)[None]
+
+
+def loss_and_gradients(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+
+
+def nf4_model(folder: Path):
+    from lmtune.config import ModelConfig
+    from lmtune.models.loading import load_model
+
+    tiny_model().save_pretrained(folder)
+    return load_model(ModelConfig(name=str(folder), quantization="nf4"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "nf4", "nf4-kept"])
+def test_equals_pefts_layer(kind: str, tmp_path: Path) -> None:
+    model = adapted(nf4_model(tmp_path) if kind.startswith("nf4") else tiny_model(kind))
+    loss, gradients = loss_and_gradients(model)
+    assert fuse(model, keep_dense=kind == "nf4-kept") == []
+    fused_loss, fused_gradients = loss_and_gradients(model)
+    torch.testing.assert_close(fused_loss, loss, atol=1e-5, rtol=1e-5)
+    assert fused_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused_gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_switching_the_adapter_off_and_merging_still_work() -> None:
+    plain, fused = adapted(tiny_model()), adapted(tiny_model())
+    fuse(fused)
+    with torch.no_grad(), plain.disable_adapter(), fused.disable_adapter():
+        assert torch.equal(plain(input_ids=IDS).logits, fused(input_ids=IDS).logits)
+    merged = [model.merge_and_unload(safe_merge=True)(input_ids=IDS).logits for model in (plain, fused)]
+    torch.testing.assert_close(*merged)
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"use_dora": True}])
+def test_layers_that_are_not_plain_are_left_alone(settings: dict) -> None:
+    model = adapted(tiny_model(), **settings)
+    before = {name: type(module) for name, module in model.named_modules()}
+    assert len(fuse(model)) == 14
+    assert {name: type(module) for name, module in model.named_modules()} == before
