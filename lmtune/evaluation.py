@@ -1,0 +1,185 @@
+"""How good a model is on held-out rows: what it would have said, and what it does say.
+
+*Teacher-forced* scores run each row once with its right answer: loss (mean over trained tokens, so long answers count
+for their length), perplexity, the share of trained tokens that were the model's first choice, and of rows all of whose
+were. *Exact match* lets the model answer by itself, greedily, and compares the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lmtune.data.examples import Message
+from lmtune.data.packing import fill, pack
+from lmtune.errors import LmtuneError, listed
+from lmtune.kernels.packed_forward import PackedForward, count_correct_sequences
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model scores on some rows.
+
+    Attributes:
+        loss: nats per trained token.
+        perplexity: e to the loss.
+        token_accuracy, sequence_accuracy, exact_match: shares from 0 to 1; exact_match is None if not measured.
+        rows: how many rows were scored, `exact_match_rows` of them by generation.
+    """
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    sequence_accuracy: float
+    exact_match: float | None
+    rows: int
+    exact_match_rows: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `summary.json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer beside the right one, for row `row` of the data."""
+
+    row: int
+    question: str
+    wanted: str
+    given: str
+
+    @property
+    def matches(self) -> bool:
+        """Whether they are the same text, but for white space at the ends."""
+        return self.wanted.strip() == self.given.strip()
+
+
+def teacher_forced(forward: PackedForward, data: Any, micro_batch_tokens: int, accelerator: Any = None) -> Scores:
+    """Score every row of `data` without generating.
+
+    Args:
+        forward: the model.
+        data: rows with `num_tokens`, and `[i]`.
+        micro_batch_tokens: the most tokens in a forward pass.
+        accelerator: the processes that share the work; None is this one alone.
+
+    Raises:
+        LmtuneError: the loss of some rows is not finite; names them.
+    """
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rows, bad = list(range(rank, len(data), world)), torch.zeros(len(data), dtype=torch.bool)
+    device = next(forward.base.parameters()).device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, tokens, right tokens, right sequences
+    training = forward.model.training
+    forward.model.eval()
+    with torch.no_grad(), forward.ready():
+        for group in fill([int(data.num_tokens[row]) for row in rows], micro_batch_tokens):
+            batch = pack([data[rows[index]] for index in group], forward.shares_prefixes).to(device)
+            scores = forward(batch)
+            sequences = count_correct_sequences(scores.correct, batch)
+            wrong = batch.examples[~scores.losses.isfinite()].tolist()
+            bad[[rows[group[example]] for example in wrong]] = True
+            sums += torch.stack(
+                [scores.losses.double().sum(), torch.tensor(float(len(batch.targets)), device=device).double(),
+                 scores.correct.double().sum(), sequences.double()]
+            )  # fmt: skip
+    forward.model.train(training)
+    if world > 1:
+        sums = accelerator.reduce(sums, reduction="sum")
+    if not sums.isfinite().all():
+        raise _not_finite(data, bad, accelerator)
+    loss_sum, tokens, right_tokens, right_sequences = sums.tolist()
+    loss = loss_sum / tokens
+    return Scores(
+        loss, math.exp(min(loss, 700.0)), right_tokens / tokens, right_sequences / len(data), None, len(data), 0
+    )
+
+
+def _not_finite(data: Any, bad: torch.Tensor, accelerator: Any) -> LmtuneError:
+    """An error that names the rows `bad[rows]`, on whichever process they were."""
+    found = [str(data[row].where) for row in bad.nonzero()[:, 0].tolist()]
+    if accelerator is not None and accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+    return LmtuneError(
+        f"the loss of these rows is not finite:\n{listed(found)}\n"
+        "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
+    )
+
+
+def answers(model: Any, renderer: Any, data: Any, rows: Sequence[int], max_new_tokens: int) -> list[Answer]:
+    """Let the model answer the last turn of each row, greedily.
+
+    Args:
+        model: with or without adapter; it is put in evaluation mode for the time.
+        renderer: gives the stop tokens and decodes.
+        data: tokenised rows.
+        rows: which of them.
+        max_new_tokens: where an answer that does not stop is cut.
+    """
+    from lmtune.generation import generate_batch
+
+    prompts, wanted = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
+    training = model.training
+    model.eval()
+    given = generate_batch(model, renderer.tokenizer, list(prompts), renderer.stop_token_ids, max_new_tokens)
+    model.train(training)
+    return [
+        Answer(row, _question(renderer, prompt), renderer.decode(right), renderer.decode(said))
+        for row, prompt, right, said in zip(rows, prompts, wanted, given, strict=True)
+    ]
+
+
+def with_exact_match(scores: Scores, given: Sequence[Answer]) -> Scores:
+    """`scores` with the exact match of generated answers filled in."""
+    right = sum(answer.matches for answer in given)
+    values = {**asdict(scores), "exact_match": right / len(given) if given else None, "exact_match_rows": len(given)}
+    return Scores(**values)
+
+
+def evaluate(
+    forward: PackedForward, renderer: Any, data: Any, exact_match_rows: int, max_new_tokens: int,
+    micro_batch_tokens: int, accelerator: Any = None,
+) -> tuple[Scores, list[Answer]]:  # fmt: skip
+    """Teacher-forced scores of all rows, and exact match of the first `exact_match_rows`; answers in row order.
+
+    With several processes each scores its share, and all return the same.
+    """
+    scores = teacher_forced(forward, data, micro_batch_tokens, accelerator)
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rows = [row for row in range(min(exact_match_rows, len(data))) if split_prompt(data[row])[0]]
+    given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens)
+    if world > 1:
+        from accelerate.utils import gather_object
+
+        given = sorted(gather_object(given), key=lambda answer: answer.row)
+    return with_exact_match(scores, given), given
+
+
+def split_prompt(row: Any) -> tuple[list[int], list[int]]:
+    """The last turn of a row as (tokens before the answer, the answer's tokens with its end token).
+
+    A plain text row is trained from its second token on and has no question: its prompt is empty.
+    """
+    document = row.documents[-1]
+    trained = [bool(flag) for flag in document.trained]
+    start = len(trained)
+    while start > 0 and trained[start - 1]:
+        start -= 1
+    ids = [int(token) for token in document.input_ids]
+    return (ids[:start], ids[start:]) if start > 1 else ([], ids)
+
+
+def _question(renderer: Any, prompt: Sequence[int]) -> str:
+    """The prompt as text, without control tokens and, for a single question, without the template's words around it."""
+    text: str = renderer.tokenizer.decode(prompt, skip_special_tokens=True)
+    probe = "a question of its own"
+    around: str = renderer.tokenizer.decode(renderer.prompt_ids([Message("user", probe)]), skip_special_tokens=True)
+    before, found, after = around.partition(probe)
+    return text.removeprefix(before).removesuffix(after).strip() if found else text.strip()

@@ -1,0 +1,192 @@
+"""Checkpoints: written beside their place, complete, checksummed, and only then given their name.
+
+    checkpoints/step-000100/   adapter_model.safetensors  optimizer.safetensors  state.json  manifest.json
+
+A checkpoint is the adapter's weights, AdamW's two moments for each, and a small JSON; data order, dropout and the
+learning rate follow from the step, so nothing else is needed to go on bit for bit. The manifest (sizes, SHA-256) is
+written last: a folder without one that matches is not a checkpoint. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmtune.errors import CheckpointError, LmtuneError, listed
+from lmtune.runs import flush_to_disk, sync_folder
+
+ADAPTER, OPTIMIZER, STATE, MANIFEST = (
+    "adapter_model.safetensors", "optimizer.safetensors", "state.json", "manifest.json",
+)  # fmt: skip
+_STAGING = ".staging-"
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on.
+
+    Attributes:
+        step: the last finished step.
+        adapter: trainable parameters by name.
+        optimizer: `exp_avg.NAME` and `exp_avg_sq.NAME` for each.
+        state: counters and what must be equal for an exact resume.
+    """
+
+    step: int
+    adapter: Tensors
+    optimizer: Tensors
+    state: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `folder/step-NNNNNN`, whole or not at all; an equal one that is there already is left.
+
+    Raises:
+        LmtuneError: the disk is full or refuses to be written; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{checkpoint.step:06d}"
+    if target.exists() and not problem_of(target):
+        return target
+    staging = folder / f"{_STAGING}{target.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        save_file(checkpoint.adapter, staging / ADAPTER, metadata={"format": "pt"})
+        save_file(checkpoint.optimizer, staging / OPTIMIZER, metadata={"format": "pt"})
+        (staging / STATE).write_text(json.dumps(checkpoint.state, indent=2, allow_nan=False), encoding="utf-8")
+        manifest = {name: _fingerprint(staging / name) for name in (ADAPTER, OPTIMIZER, STATE)}
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        _make_durable(staging)
+        if target.exists():
+            shutil.rmtree(target)  # damaged: it failed the check above
+        staging.rename(target)
+        sync_folder(folder)
+    except Exception as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise LmtuneError(
+            f"cannot write the checkpoint {target}: {error}; make room or permit writing, then start the same command "
+            "again: it goes on from the checkpoint before"
+        ) from error
+    return target
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and what was wrong with newer ones.
+
+    Raises:
+        CheckpointError: there are checkpoints, but every one is damaged.
+    """
+    skipped: list[str] = []
+    for path in reversed(checkpoint_folders(folder)):
+        problem = problem_of(path)
+        if problem is None:
+            return load_checkpoint(path), skipped
+        skipped.append(f"{path.name}: {problem}")
+    if skipped:
+        raise CheckpointError(
+            f"{folder}: every checkpoint is damaged\n{listed(skipped)}\n"
+            "  restore one from a copy, or begin again with run.resume=never"
+        )
+    return None, skipped
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint folder, whose manifest was checked."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(int(state["step"]), load_file(path / ADAPTER), load_file(path / OPTIMIZER), state)
+
+
+def prune_checkpoints(folder: Path, keep: int, best_step: int | None, written: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to step `written`, the last one, and that of `best_step`.
+
+    A later one was damaged and passed over on resuming, so it must not count as one of those to keep.
+    """
+    for path in [path for path in checkpoint_folders(folder) if _step_of(path) <= written][:-keep]:
+        if _step_of(path) != best_step:
+            shutil.rmtree(path)
+
+
+def clean_staging(folder: Path) -> None:
+    """Remove what a crash in the middle of writing has left."""
+    for path in folder.glob(f"{_STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders named like checkpoints, oldest step first."""
+    return sorted((path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()), key=_step_of)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
+    """AdamW's moments under `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{kind}.{name}"] = optimizer.state[parameter][kind].detach().contiguous().cpu()
+    return tensors
+
+
+def restore(
+    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> None:
+    """Put a checkpoint's tensors into the adapter and the optimizer.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    wanted = {name: parameter.shape for name, parameter in parameters.items()}
+    if wanted != {name: tensor.shape for name, tensor in checkpoint.adapter.items()}:
+        raise CheckpointError(
+            "the checkpoint's adapter has other tensors than this model's; see adapter and model.name"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.adapter[name])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(checkpoint.step)),
+                **{k: checkpoint.optimizer[f"{k}.{name}"].to(parameter.device) for k in ("exp_avg", "exp_avg_sq")},
+            }
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def problem_of(path: Path) -> str | None:
+    """Why a checkpoint folder cannot be used, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"no {MANIFEST}"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} is damaged ({error})"
+    if not isinstance(manifest, dict):
+        return f"{MANIFEST} is damaged (no mapping)"
+    for name in (ADAPTER, OPTIMIZER, STATE):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if manifest.get(name) != _fingerprint(path / name):
+            return f"{name} is not what was written (size or checksum differs)"
+    return None
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _make_durable(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            flush_to_disk(file)
+    sync_folder(folder)

@@ -1,0 +1,28 @@
+"""`accelerate launch` without the launcher's own traceback: a process that failed has said why, in one message.
+
+python -m lmtune.training.launcher --num_processes 2 recipes/finetune.py CONFIG
+"""
+
+import logging
+import signal
+import sys
+
+from accelerate.commands.launch import main
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from lmtune.console import err
+
+if __name__ == "__main__":
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        main()
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not say anything
+            name = signal.Signals(-failure.exitcode).name
+            hint = "; perhaps the memory was full" if name == "SIGKILL" else ""
+            err.print(f"[bold red]error:[/] process {failure.local_rank} was ended by {name}{hint}")
+        sys.exit(1)
+    except SignalException as stopped:  # the processes have saved and said so
+        sys.exit(128 + stopped.sigval)

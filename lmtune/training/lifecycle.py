@@ -1,0 +1,174 @@
+"""A run from its first file to its last: begun, gone on with, interrupted, complete.
+
+`summary.json` always tells the truth: "running" while it runs, "interrupted" or "failed" when it did not end, with the
+reason; "complete" only when the adapter is saved and scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lmtune.config import FinetuneConfig, dump_config, load_config, to_tree
+from lmtune.console import err, escape, warn
+from lmtune.data.fates import describe_fates
+from lmtune.errors import LmtuneError
+from lmtune.evaluation import Answer, Scores
+from lmtune.runs import RunDirectory, write_json, write_text
+from lmtune.training.checkpoint import Checkpoint
+from lmtune.training.loop import Outcome
+from lmtune.training.memory import peak_memory_gib
+from lmtune.training.plan import Plan
+from lmtune.training.resume import find_checkpoint, identity, require_same
+from lmtune.training.session import Session, environment, verification_rows
+from lmtune.training.signals import Interrupted, sigterm_interrupts
+from lmtune.yaml_reader import read_yaml
+
+FORMAT = 1
+
+
+@contextlib.contextmanager
+def running(run: RunDirectory, session: Session) -> Iterator[None]:
+    """Hold the run's lock, and note in its summary how the block ended; sets an earlier run aside if that is asked.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    if not session.accelerator.is_main_process:
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        held.enter_context(run.locked())
+        if session.config.run.resume == "never" and run.exists():
+            err.print(f"the earlier run is now {escape(str(run.set_aside()))}")
+            held.enter_context(run.locked())  # the lock went with the earlier one
+        held.enter_context(sigterm_interrupts())
+        try:
+            yield
+        except BaseException as error:
+            if session.begun:
+                stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                _update(run, status="interrupted" if stopped else "failed", reason=reason)
+            raise
+
+
+def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]:
+    """Make the run's folder, or find where it stopped.
+
+    Returns:
+        The checkpoint to go on from (None at the beginning), and whether the run is complete already.
+
+    Raises:
+        CheckpointError: the run was begun with other settings, or its checkpoints are damaged.
+    """
+    session.accelerator.wait_for_everyone()  # an earlier run was set aside
+    checkpoint, skipped = find_checkpoint(run, session.identity)
+    complete = _is_complete(run)
+    if complete and checkpoint is None:  # they were deleted to save room
+        require_same(run, _identity_of(run), session.identity)
+    session.accelerator.wait_for_everyone()  # all have looked before the first one writes
+    if session.accelerator.is_main_process:
+        for problem in skipped:
+            warn(f"skipped a damaged checkpoint: {problem}")
+        if not complete:
+            _say_start(run, session, checkpoint)
+            base = run.read_json(run.summary).get("base") if _measures_the_same(run, session.config) else None
+            write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base})
+            session.begun = True
+            write_text(run.config, dump_config(session.config))
+            write_json(run.environment, environment(session))
+            write_json(run.data, session.data.fates)
+            write_json(run.verification, verification_rows(session))
+    return checkpoint, complete
+
+
+def _is_complete(run: RunDirectory) -> bool:
+    """Whether the run ended well and its adapter is still there."""
+    adapter = run.adapter / "adapter_model.safetensors"
+    return run.read_json(run.summary).get("status") == "complete" and adapter.is_file()
+
+
+def _identity_of(run: RunDirectory) -> dict[str, Any]:
+    """What a run without checkpoints was begun with."""
+    made = run.read_json(run.environment)
+    config = load_config(FinetuneConfig, run.config)
+    return identity(config, str(made.get("data_sha256")), str(made.get("base_fingerprint")))
+
+
+def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:
+    """Whether the base's scores, if there are any, were measured as `config` says."""
+    before = read_yaml(run.config).get("evaluation", {}) if run.exists() else {}
+    now = to_tree(config)["evaluation"]
+    return all(before.get(key) == now[key] for key in ("exact_match_rows", "max_new_tokens"))
+
+
+def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
+    """What the model scores before training; from the summary when a resumed run has measured it already.
+
+    The adapter must be as `prepare` made it, when it changes nothing yet.
+    """
+    known: dict[str, Any] | None = run.read_json(run.summary).get("base")
+    session.accelerator.wait_for_everyone()
+    if known is None and (scored := session.score()) is not None:
+        known = scored[0].as_dict()
+        if session.accelerator.is_main_process:
+            rows = [{"question": a.question, "wanted": a.wanted, "base": a.given} for a in scored[1]]
+            _write_answers(run, rows)
+    if session.accelerator.is_main_process:
+        _update(run, base=known)
+    return known
+
+
+def add_tuned_answers(run: RunDirectory, given: Sequence[Answer]) -> None:
+    """Put the tuned model's answers beside the base's in `answers.jsonl`."""
+    lines = run.answers.read_text(encoding="utf-8").splitlines() if run.answers.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    _write_answers(run, [{**row, "tuned": answer.given} for row, answer in zip(rows, given, strict=True)])
+
+
+def _write_answers(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_text(run.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def summarise(
+    session: Session, outcome: Outcome, base: Mapping[str, Any] | None, tuned: Scores | None
+) -> dict[str, Any]:
+    """The finished run's `summary.json`."""
+    counters = outcome.counters
+    return {
+        "format": FORMAT,
+        "name": session.config.run.name,
+        "status": "complete",
+        "base": base,
+        "tuned": None if tuned is None else tuned.as_dict(),
+        "steps": counters.step,
+        "best_step": counters.best_step if session.config.evaluation.keep_best else None,
+        "stopped_early": outcome.stopped_early,
+        "examples": counters.elapsed_examples,
+        "tokens": counters.elapsed_tokens,
+        "train_seconds": round(counters.seconds, 3),
+        "tokens_per_second": round(counters.elapsed_tokens / max(counters.seconds, 1e-9), 1),
+        "peak_memory_gib": round(peak_memory_gib(session.accelerator.device), 3),
+        "micro_batch_tokens": counters.micro_batch_tokens,
+        "trainable_parameters": sum(p.numel() for p in session.forward.model.parameters() if p.requires_grad),
+        "processes": session.accelerator.num_processes,
+    }
+
+
+def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | None) -> None:
+    config, data = session.config, session.data
+    steps = Plan.count_steps(len(data.train), config.train)
+    where = "begins" if checkpoint is None else f"goes on after step {checkpoint.step}"
+    model = to_tree(config.model)["name"]
+    err.print(f"{escape(str(run.path))} {where}: {escape(model)} in {config.model.quantization}, {steps} steps")
+    err.print(escape(describe_fates(data.fates)))
+    err.print(escape(session.renderer.description))
+
+
+def _update(run: RunDirectory, **values: Any) -> None:
+    """Change some keys of the summary."""
+    with contextlib.suppress(LmtuneError, OSError):  # never hide the error that is being reported
+        write_json(run.summary, {**run.read_json(run.summary), **values})

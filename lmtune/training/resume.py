@@ -1,0 +1,63 @@
+"""Whether a run begins, goes on or is finished already, and whether going on would still be the same run.
+
+A checkpoint carries its run's identity: the settings, data and base that decide what is learned. If any of them has
+changed, continuing would give a model that no single command describes, so it is refused and the differences named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lmtune.config import FinetuneConfig, to_tree
+from lmtune.errors import CheckpointError, listed
+from lmtune.runs import RunDirectory
+from lmtune.training.checkpoint import Checkpoint, clean_staging, newest_checkpoint
+
+# Settings that change speed, memory or reporting, but never what is learned.
+_FREE = {
+    "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.exact_match_rows",
+    "evaluation.max_new_tokens", "data.train", "data.validation",
+}  # fmt: skip
+
+
+def identity(config: FinetuneConfig, data_key: str, base_fingerprint: str) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued, as `section.key: value`.
+
+    Data counts by its content (`data_key`), not by its path; the base by its weights.
+    """
+    flat = {
+        f"{section}.{key}": value
+        for section, values in to_tree(config).items()
+        if section != "run"
+        for key, value in values.items()
+    }
+    kept = {key: value for key, value in flat.items() if key not in _FREE}
+    return {**kept, "the data files' content": data_key, "the base model's weights": base_fingerprint}
+
+
+def find_checkpoint(run: RunDirectory, now: Mapping[str, Any]) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from (None at the beginning), and what was wrong with newer ones.
+
+    Raises:
+        CheckpointError: the run was made with other settings, data or base, or all its checkpoints are damaged.
+    """
+    clean_staging(run.checkpoints)
+    checkpoint, skipped = newest_checkpoint(run.checkpoints)
+    if checkpoint is not None:
+        require_same(run, checkpoint.state["identity"], now)
+    return checkpoint, skipped
+
+
+def require_same(run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise CheckpointError with every difference between a run's identity and the one asked for."""
+    differences = [
+        f"{key}: was {before.get(key)!r}, now {now.get(key)!r}" if "." in key else f"{key}: changed"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{run.path}: this run was begun differently, so it cannot go on\n{listed(differences)}\n"
+            "  put these back, or choose a new run.name, or begin again with run.resume=never (the old run is renamed)"
+        )

@@ -1,0 +1,198 @@
+"""The parts of a fine-tuning run put together: what is loaded before the first step, and what is saved after the last.
+
+session = prepare(config, accelerator)        # tokenizer, rows, model, adapter
+outcome = train(session.job(run, checkpoint))
+save_tuned(session, run.adapter, outcome.weights)
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmtune.config import FinetuneConfig
+from lmtune.console import warn
+from lmtune.data.tokenized import LoadedData, load_data
+from lmtune.evaluation import Answer, Scores, evaluate, teacher_forced
+from lmtune.kernels.lora_linear import fuse
+from lmtune.kernels.packed_forward import PackedForward
+from lmtune.models.adapters import Tensors, attach_adapter, save_adapter
+from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.inference import build_renderer, run_notes
+from lmtune.models.loading import compute_dtype, load_model, load_tokenizer
+from lmtune.runs import RunDirectory, share_files, sync_folder
+from lmtune.training import memory
+from lmtune.training.checkpoint import Checkpoint
+from lmtune.training.checkpoint import Tensors as CheckpointTensors
+from lmtune.training.loop import Job
+from lmtune.training.records import Accuracies
+from lmtune.training.resume import identity
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lmtune")
+
+
+@dataclass
+class Session:
+    """What a run works with.
+
+    Attributes:
+        config: the settings.
+        accelerator: the processes.
+        renderer: rows to tokens, with the tokenizer in it.
+        data: training rows, validation rows or None, and every row's fate.
+        forward: the model with a new adapter.
+        fingerprint: of the base.
+        micro_batch_tokens: the budget that fits the memory.
+        begun: whether the run's files are those of this session; before that, they are not its to change.
+    """
+
+    config: FinetuneConfig
+    accelerator: Any
+    renderer: Any
+    data: LoadedData
+    forward: PackedForward
+    fingerprint: str
+    micro_batch_tokens: int
+    begun: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint of this run to be continued."""
+        return identity(self.config, self.data.key, self.fingerprint)
+
+    def job(self, run: RunDirectory, resumed: Checkpoint | None) -> Job:
+        """The training job."""
+        return Job(
+            run, self.config, self.forward, self.data.train, self.accelerator, self.micro_batch_tokens, self.identity,
+            self.validate if self.data.validation is not None else None, resumed,
+        )  # fmt: skip
+
+    def validate(self) -> Accuracies:
+        """Teacher-forced scores of the validation rows."""
+        scores = teacher_forced(self.forward, self.data.validation, self.micro_batch_tokens, self.accelerator)
+        return Accuracies(scores.loss, scores.sequence_accuracy, scores.token_accuracy)
+
+    def score(self) -> tuple[Scores, list[Answer]] | None:
+        """All scores of the validation rows, and the answers the model generated; None without such rows."""
+        if self.data.validation is None:
+            return None
+        settings = self.config.evaluation
+        return evaluate(
+            self.forward, self.renderer, self.data.validation, settings.exact_match_rows, settings.max_new_tokens,
+            self.micro_batch_tokens, self.accelerator,
+        )  # fmt: skip
+
+
+def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
+    """Load tokenizer, rows, model and adapter.
+
+    Raises:
+        ConfigError, DataError, ModelError: something is wrong with them; nothing was written but the row cache.
+    """
+    tokenizer = load_tokenizer(config.model)
+    notes = {"template": config.data.template, "system": config.data.system}
+    renderer = build_renderer(tokenizer, config.model, notes)
+    with accelerator.main_process_first():  # the others find the rows in the cache
+        data = load_data(config.data, renderer, config.train.seed)
+    model = load_model(config.model, accelerator.device)
+    fingerprint = base_fingerprint(config.model)
+    name = run_notes(config, renderer, fingerprint)["base_model"]
+    model = attach_adapter(model, config.adapter, config.train.seed, name)
+    fuse(model, keep_dense=memory.dense_weights_fit(model, accelerator.device))
+    forward = PackedForward(model)
+    if accelerator.is_main_process:
+        for note in forward.notes:
+            warn(f"{note}; this is slower, with the same result")
+    budget = _fit(config, model, data, accelerator.device)
+    return Session(config, accelerator, renderer, data, forward, fingerprint, budget)
+
+
+def verification_rows(session: Session, count: int = 16) -> dict[str, Any]:
+    """The tokens of some held-out rows (learned ones where none are held out), on which a merge is verified later."""
+    rows = session.data.train if session.data.validation is None else session.data.validation
+    some = [document for index in range(min(count, len(rows))) for document in rows[index].documents]
+    return {"sequences": [document.input_ids.tolist() for document in some]}
+
+
+def save_tuned(session: Session, folder: Path, weights: Tensors | CheckpointTensors | None) -> None:
+    """Write the adapter folder: plain PEFT files, tokenizer with template, generation config with the stop tokens.
+
+    The folder appears complete or not at all; one from before is replaced.
+
+    Args:
+        session: the run.
+        folder: where to.
+        weights: the adapter's tensors, or None for the model's own.
+    """
+    staging = folder.with_name(f".staging-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    notes = run_notes(session.config, session.renderer, session.fingerprint)
+    save_adapter(session.forward.model, staging, notes, weights)
+    session.renderer.save_tokenizer(staging)
+    generation_config(session.forward.base, session.renderer).save_pretrained(staging)
+    share_files(staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    sync_folder(folder.parent)
+
+
+def generation_config(model: Any, renderer: Any) -> Any:
+    """The base's generation config, stopping at every token that training taught as an end."""
+    from copy import deepcopy
+
+    config = deepcopy(model.generation_config)
+    config.eos_token_id = list(renderer.stop_token_ids)
+    pad = renderer.tokenizer.pad_token_id
+    config.pad_token_id = renderer.stop_token_ids[0] if pad is None else pad
+    if not config.do_sample:  # settings that only sampling reads make `save_pretrained` refuse a greedy config
+        config.temperature = config.top_p = config.top_k = None
+    return config
+
+
+def environment(session: Session) -> dict[str, Any]:
+    """Versions, device, git revision and data hashes, for `environment.json`; no path and no name of a machine."""
+    device = session.accelerator.device
+    return {
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "processes": session.accelerator.num_processes,
+        "torch_threads": torch.get_num_threads(),
+        "git_revision": _git_revision(),
+        "data_sha256": session.data.key,
+        "base_fingerprint": session.fingerprint,
+        "slower_than_could_be": session.forward.notes,
+    }
+
+
+def _fit(config: FinetuneConfig, model: Any, data: LoadedData, device: torch.device) -> int:
+    """The micro-batch budget in tokens; switches gradient checkpointing on where the settings or the memory ask it."""
+    tokens = data.train.num_tokens
+    shape = memory.shape_of(model)
+    share = float(data.train.num_trained.sum() / tokens.sum())
+    dtype = compute_dtype(device, config.model.dtype)
+    free = memory.free_memory(device)
+    budget, needed = memory.fitting_micro_batch(shape, config.model.quantization, dtype, share, int(tokens.max()), free)
+    wanted = config.train.gradient_checkpointing
+    if wanted is True or (wanted == "auto" and needed):
+        base = model.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return budget if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
+
+
+def _git_revision() -> str | None:
+    """The commit of the folder the command was run in, if it is a checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,132 @@
+"""Processes: how many were asked for, starting them, and being sure that they are the ones that run.
+
+`accelerate launch --cpu --num_processes 2` starts a single process without an error, and a run that was meant for two
+would quietly be another run. So the number asked for is compared with the number running before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lmtune.errors import ConfigError
+
+ASKED = "LMTUNE_PROCESSES"  # set by `lmtune finetune --processes N` for the processes that it starts
+EXIT_CODES = "LMTUNE_EXIT_CODES"  # a file where each of these processes notes the exit code it ended with
+
+
+def check_world() -> None:
+    """Compare the processes asked for with those that run; imports nothing heavy.
+
+    Raises:
+        ConfigError: fewer or more run than were asked for.
+    """
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = int(os.environ.get(ASKED, running))
+    if "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+        raise ConfigError(
+            "accelerate launch was asked for several processes but started one: its --cpu option does that. Use "
+            "`lmtune finetune CONFIG --processes N`, or "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N recipes/finetune.py CONFIG`"
+        )
+    if asked != running:
+        raise ConfigError(f"--processes: {asked} processes were asked for, {running} are running")
+
+
+def is_worker() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return "WORLD_SIZE" in os.environ
+
+
+def start_accelerator() -> Any:
+    """This process's `accelerate.Accelerator`; the processes have met when it returns."""
+    from accelerate import Accelerator
+
+    check_world()
+    accelerator = Accelerator(mixed_precision="no")  # precision is the model's own; see PackedForward
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != running:
+        raise ConfigError(f"--processes: {running} were started, but Accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
+    """Run a recipe in `processes` processes through `accelerate launch`; returns the exit code.
+
+    Args:
+        recipe: the script.
+        arguments: its command line.
+        processes: how many; on a machine without that many GPUs they run on the CPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        codes = Path(folder) / "codes"
+        command = [
+            sys.executable, "-m", "lmtune.training.launcher", "--multi_gpu", "--num_processes", str(processes),
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--main_process_port", str(_free_port()), str(recipe), *arguments,
+        ]  # fmt: skip
+        environment = {**os.environ, **_environment(processes), ASKED: str(processes), EXIT_CODES: str(codes)}
+        launcher = subprocess.Popen(command, env=environment)
+        received = _forward_signals(launcher)
+        launcher.wait()
+        if received and launcher.returncode:
+            return 128 + received[0]
+        noted = [int(code) for code in codes.read_text().split()] if codes.exists() else []
+        return launcher.returncode and _failure(noted, processes)
+
+
+def note_exit_code(code: int) -> None:
+    """Tell the command that started this process how it ended; the launcher in between only says that it failed."""
+    if path := os.environ.get(EXIT_CODES):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{code}\n")
+
+
+def _failure(noted: Sequence[int], processes: int) -> int:
+    """The exit code of the process that failed first by itself; the launcher then ends the others with SIGTERM."""
+    stopped = 128 + signal.SIGTERM
+    failed = [code for code in noted if code not in (0, stopped)]
+    if failed:
+        return failed[0]
+    return stopped if list(noted) == [stopped] * processes else 1
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """Cores shared out; the CPU chosen where the GPUs are too few."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    extra = {} if gpus >= processes else {"ACCELERATE_USE_CPU": "true"}
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **extra}
+
+
+def _forward_signals(launcher: subprocess.Popen[bytes]) -> list[int]:
+    """Hand SIGTERM and Ctrl-C on to the launcher, which hands them to its workers; returns what was received.
+
+    A terminal sends Ctrl-C to the workers as well, and a second one would end them in the middle of a step; so it is
+    handed on as SIGTERM, which a worker that is stopping already takes no notice of.
+    """
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        if not received:
+            launcher.send_signal(signal.SIGTERM)
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    return received
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,57 @@
+"""Score a model on rows with known answers: base and tuned side by side, on one loaded model.
+
+lmtune evaluate runs/support heldout.jsonl
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmtune.cli import run
+from lmtune.config import DataConfig, build_config
+from lmtune.console import out
+from lmtune.data.checking import check_data
+
+
+def main(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter, a model folder or Hub id.")],
+    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Files or folders of rows.")],
+    exact_match_rows: Annotated[int, typer.Option(min=0, help="Rows to generate answers for.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer that does not stop is cut.")] = 128,
+    max_length: Annotated[int, typer.Option(min=8, help="Longer rows are left out, and counted.")] = 2048,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Loss, perplexity, token and sequence accuracy, and exact match of generated answers.
+
+    Example: lmtune evaluate runs/quickstart examples/support_heldout.jsonl
+    """
+    paths = tuple(str(path) for path in data)
+    check_data(paths)
+
+    from lmtune.data.tokenized import describe_fates, tokenize
+    from lmtune.evaluation import evaluate
+    from lmtune.kernels.packed_forward import PackedForward
+    from lmtune.models.inference import load_for_inference
+    from lmtune.report import scores_table
+
+    loaded = load_for_inference(target)
+    settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune evaluate")
+    rows = tokenize(paths, loaded.renderer, settings)
+    forward = PackedForward(loaded.model)
+    arguments = (forward, loaded.renderer, rows, exact_match_rows, max_new_tokens, max(4096, max_length))
+    tuned = evaluate(*arguments)[0].as_dict()
+    base = None
+    if loaded.has_adapter:
+        with loaded.use_base():
+            base = evaluate(*arguments)[0].as_dict()
+    if as_json:
+        typer.echo(json.dumps({"base": base, "tuned": tuned}, indent=2))
+        return
+    out.print(describe_fates(rows.fates))
+    out.print(scores_table(base, tuned))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,239 @@
+"""Evaluation against a loop written by hand; base and tuned on one loaded model; answers the model gives itself."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmtune.data.rendering import Renderer
+from lmtune.errors import LmtuneError
+from lmtune.evaluation import Answer, answers, evaluate, split_prompt, teacher_forced, with_exact_match
+from lmtune.kernels.packed_forward import PackedForward
+from tests.tiny import SAVED_VOCABULARY, Row, Rows, adapted, random_rows, tiny_model
+from tests.tokenizers import CHATML, make_tokenizer
+
+
+@torch.no_grad()
+def by_hand(model, rows: Rows) -> dict[str, float]:
+    """Each document alone, in plain PyTorch."""
+    losses, right, right_rows = [], [], 0
+    for row in rows.rows:
+        of_row = []
+        for document in row.documents:
+            ids = torch.tensor(document.input_ids, dtype=torch.long)
+            kept = torch.tensor(document.trained[1:])
+            logits = model(input_ids=ids[None]).logits[0, :-1][kept]
+            losses += F.cross_entropy(logits, ids[1:][kept], reduction="none").tolist()
+            of_row += (logits.argmax(-1) == ids[1:][kept]).tolist()
+        right += of_row
+        right_rows += all(of_row)
+    loss = sum(losses) / len(losses)
+    return {
+        "loss": loss, "perplexity": math.exp(loss), "token_accuracy": sum(right) / len(right),
+        "sequence_accuracy": right_rows / len(rows),
+    }  # fmt: skip
+
+
+def rows_partly_right(model) -> Rows:
+    """Random rows, some of whose trained tokens, and some rows wholly, are what the model would say."""
+    rows = random_rows(12)
+    for number, row in enumerate(rows.rows):
+        for document in row.documents:
+            for place in np.flatnonzero(document.trained):
+                if number % 2 or place % 3 == 0:
+                    ids = torch.tensor(document.input_ids[:place], dtype=torch.long)
+                    with torch.no_grad():
+                        document.input_ids[place] = int(model(input_ids=ids[None]).logits[0, -1].argmax())
+    return rows
+
+
+@pytest.mark.parametrize("budget", [1, 70, 10**6])
+def test_the_scores_are_those_of_a_plain_loop(budget: int) -> None:
+    model = adapted(tiny_model()).eval()
+    rows = rows_partly_right(model)
+    wanted = by_hand(model, rows)
+    scores = teacher_forced(PackedForward(model), rows, budget)
+    assert 0.3 < scores.sequence_accuracy < 1
+    assert scores.sequence_accuracy < scores.token_accuracy < 1
+    for name, value in wanted.items():
+        assert getattr(scores, name) == pytest.approx(value, abs=1e-4 if name == "perplexity" else 1e-5)
+    assert (scores.rows, scores.exact_match, scores.exact_match_rows) == (12, None, 0)
+
+
+def test_long_answers_count_for_their_length() -> None:
+    """The mean over tokens, not the mean of the rows' means."""
+
+    def row(length: int, trained: int) -> Row:
+        flags = np.zeros(length, dtype=bool)
+        flags[-trained:] = True
+        return Row("x:1", [SimpleNamespace(input_ids=np.arange(3, 3 + length, dtype=np.int32), trained=flags)])
+
+    model = tiny_model()
+    short, long = Rows([row(5, 1)]), Rows([row(60, 50)])
+    forward = PackedForward(model)
+    one, other = (teacher_forced(forward, rows, 1000).loss for rows in (short, long))
+    both = teacher_forced(forward, Rows([*short.rows, *long.rows]), 1000).loss
+    assert both == pytest.approx((one + 50 * other) / 51, abs=1e-5)
+    assert both != pytest.approx((one + other) / 2, abs=1e-2)
+
+
+def test_without_the_adapter_it_scores_the_base_and_leaves_everything_as_it_was() -> None:
+    model, rows = adapted(tiny_model()), random_rows(6)
+    model.train()
+    base = teacher_forced(PackedForward(tiny_model()), rows, 100)
+    tuned = teacher_forced(PackedForward(model), rows, 100)
+    with model.disable_adapter():
+        alone = teacher_forced(PackedForward(model), rows, 100)
+    assert alone.loss == pytest.approx(base.loss, abs=1e-6)
+    assert abs(tuned.loss - base.loss) > 1e-3
+    assert model.training
+    assert teacher_forced(PackedForward(model), rows, 100) == tuned
+
+
+def test_dropout_is_off_while_scoring() -> None:
+    model, rows = adapted(tiny_model(), dropout=0.5), random_rows(4)
+    model.train()
+    forward = PackedForward(model)
+    assert teacher_forced(forward, rows, 100) == teacher_forced(forward, rows, 100)
+
+
+def test_processes_share_the_rows() -> None:
+    """Each adds up its part; the parts are those of all rows."""
+    model, rows, parts = adapted(tiny_model()).eval(), random_rows(7), []
+
+    class Share:
+        num_processes = 3
+
+        def __init__(self, rank: int) -> None:
+            self.process_index = rank
+
+        def reduce(self, sums: torch.Tensor, reduction: str) -> torch.Tensor:
+            assert reduction == "sum"
+            parts.append(sums.clone())
+            return sums
+
+    whole = teacher_forced(PackedForward(model), rows, 100)
+    for rank in range(3):
+        teacher_forced(PackedForward(model), rows, 100, Share(rank))
+    loss, tokens, right, sequences = torch.stack(parts).sum(0).tolist()
+    assert tokens == rows.num_trained.sum()
+    assert loss / tokens == pytest.approx(whole.loss, abs=1e-6)
+    assert (right / tokens, sequences / 7) == (whole.token_accuracy, whole.sequence_accuracy)
+
+
+def test_a_process_without_rows_has_nothing_to_add() -> None:
+    model, rows, parts = adapted(tiny_model()).eval(), random_rows(1), []
+
+    def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
+        parts.append(sums)
+        return sums + 1  # what the other process has
+
+    share = SimpleNamespace(num_processes=2, process_index=1, reduce=reduce)
+    teacher_forced(PackedForward(model), rows, 100, share)
+    assert parts[0].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_rows_whose_loss_is_no_number_are_named(budget: int) -> None:
+    """Such a score could not be written to any file, and tells nothing of the other rows."""
+    model, rows = adapted(tiny_model()), random_rows(8)
+    for row in rows.rows:
+        for document in row.documents:
+            document.input_ids[document.input_ids == 99] = 5
+    rows[2].documents[0].input_ids[0] = rows[6].documents[0].input_ids[1] = 99
+    model.get_base_model().model.embed_tokens.weight.data[99] = float("nan")
+    model.train()
+    with pytest.raises(
+        LmtuneError, match=r"(?s)the loss of these rows is not finite:\n  rows.jsonl:3\n  rows.jsonl:7\n  "
+    ):
+        teacher_forced(PackedForward(model), rows, budget)
+    assert model.training
+
+
+# --- answers
+
+
+def test_the_last_turn_is_the_question_that_is_asked() -> None:
+    def row(*flags: int) -> Row:
+        ids = np.arange(10, 10 + len(flags), dtype=np.int32)
+        return Row("x:1", [SimpleNamespace(input_ids=ids, trained=np.array(flags, dtype=bool))])
+
+    assert split_prompt(row(0, 0, 1, 1)) == ([10, 11], [12, 13])
+    assert split_prompt(row(0, 0, 1, 1, 0, 0, 1)) == ([10, 11, 12, 13, 14, 15], [16])
+    assert split_prompt(row(0, 1, 1)) == ([], [10, 11, 12])  # a plain text, learned from its second token on
+    two = Row("x:1", [row(0, 0, 1).documents[0], row(0, 0, 0, 1).documents[0]])
+    assert split_prompt(two) == ([10, 11, 12], [13])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "same"),
+    [
+        ("It is 4.", "It is 4.", True),
+        ("It is 4.\n", " It is 4.", True),
+        ("It is 4.", "It is 4", False),
+        ("a b", "a  b", False),
+    ],
+)
+def test_an_answer_matches_but_for_white_space_at_its_ends(wanted: str, given: str, same: bool) -> None:
+    assert Answer(0, "", wanted, given).matches is same
+
+
+def test_exact_match_is_the_share_of_right_answers() -> None:
+    scores = teacher_forced(PackedForward(tiny_model()), random_rows(2), 100)
+    given = [Answer(0, "q", "a", "a"), Answer(1, "q", "a", "b"), Answer(2, "q", "a", "a ")]
+    assert with_exact_match(scores, given).exact_match == pytest.approx(2 / 3)
+    assert with_exact_match(scores, given).exact_match_rows == 3
+    assert with_exact_match(scores, []).exact_match is None
+
+
+def conversations(count: int) -> tuple[Renderer, Rows]:
+    """Rows of a chat template, as tokens."""
+    from lmtune.data.examples import Example, Message
+
+    renderer = Renderer(make_tokenizer(CHATML))
+    rows = []
+    for n in range(count):
+        messages = (Message("user", f"What is number {n}?"), Message("assistant", f"It is {n}."))
+        documents = [
+            SimpleNamespace(input_ids=np.array(d.input_ids, dtype=np.int32), trained=np.array(d.trained))
+            for d in renderer.render(Example("x", n + 1, messages, None))
+        ]
+        rows.append(Row(f"x:{n + 1}", documents))
+    return renderer, Rows(rows)
+
+
+def test_answers_are_greedy_in_row_order_with_question_and_right_answer() -> None:
+    renderer, rows = conversations(4)
+    model = adapted(tiny_model(vocab_size=SAVED_VOCABULARY))
+    model.train()
+    given = answers(model, renderer, rows, [2, 0, 3], 6)
+    assert model.training
+    assert [answer.row for answer in given] == [2, 0, 3]
+    assert [answer.question for answer in given] == [f"What is number {n}?" for n in (2, 0, 3)]
+    assert [answer.wanted for answer in given] == [f"It is {n}." for n in (2, 0, 3)]
+    prompt = split_prompt(rows[2])[0]
+    model.eval()
+    for _ in range(6):
+        with torch.no_grad():
+            prompt.append(int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax()))
+        if prompt[-1] in renderer.stop_token_ids:
+            break
+    assert given[0].given == renderer.decode(prompt[len(split_prompt(rows[2])[0]) :])
+    assert answers(model, renderer, rows, [], 6) == []
+
+
+@pytest.mark.parametrize(("asked", "measured"), [(0, 0), (2, 2), (99, 3)])
+def test_plain_texts_are_scored_but_not_asked(asked: int, measured: int) -> None:
+    renderer, rows = conversations(3)
+    text = SimpleNamespace(input_ids=np.array([5, 6, 7], dtype=np.int32), trained=np.array([False, True, True]))
+    both = Rows([*rows.rows, Row("x:9", [text])])
+    model = adapted(tiny_model(vocab_size=SAVED_VOCABULARY))
+    scores, given = evaluate(PackedForward(model), renderer, both, asked, 4, 1000)
+    assert (scores.rows, scores.exact_match_rows, len(given)) == (4, measured, measured)
+    assert (scores.exact_match is None) is (measured == 0)
+    assert list(scores.as_dict()) == [
+        "loss", "perplexity", "token_accuracy", "sequence_accuracy", "exact_match", "rows", "exact_match_rows"
+    ]  # fmt: skip

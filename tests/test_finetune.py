@@ -1,0 +1,412 @@
+"""`lmtune finetune` from its first file to its last, killed at any point, interrupted, and gone on with."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmtune.config import FinetuneConfig, load_config
+from lmtune.models.inference import load_for_inference
+from lmtune.recipes.merge import merge_run
+from lmtune.runs import RunDirectory
+from lmtune.yaml_reader import write_yaml
+from tests.processes import Trouble, after_update, at_step, before, before_manifest, in_checkpoint, lmtune, said
+from tests.tiny import save_tiny
+from tests.tokenizers import CHATML
+from tests.workplace import (
+    SETTINGS,
+    config_of,
+    environment,
+    finetune,
+    inside,
+    make_workplace,
+    tree_of,
+    write_rows,
+    written_files,
+)
+
+FILES = {
+    "config.yaml", "environment.json", "data.json", "metrics.jsonl", "results.csv", "summary.json", "answers.jsonl",
+    "verification.json",
+    "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/lmtune.json", "adapter/README.md",
+    "adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja",
+    "adapter/generation_config.json", ".lock",
+}  # fmt: skip
+METRICS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "examples", "seconds"]
+RESULTS = [
+    "step", "elapsed_tokens", "elapsed_examples", "training_loss", "training_sequence_accuracy",
+    "training_token_accuracy", "validation_loss", "validation_sequence_accuracy", "validation_token_accuracy",
+]  # fmt: skip
+SCORES = ["loss", "perplexity", "token_accuracy", "sequence_accuracy", "exact_match", "rows", "exact_match_rows"]
+# Dropout, an evaluation and a checkpoint now and then: whatever a run can do between two steps.
+RESTLESS = {
+    "adapter__dropout": 0.3, "evaluation__every_steps": 2, "run__checkpoint_every_steps": 3,
+    "train__micro_batch_tokens": 64,
+}  # fmt: skip
+
+
+def write_config(folder: Path, **changes: object) -> None:
+    """`run.yaml` with the run's settings."""
+    (folder / "run.yaml").write_text(write_yaml(tree_of(**changes)))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run made by the installed command, over a base in nf4."""
+    folder = make_workplace(tmp_path_factory.mktemp("work"))
+    write_config(folder, evaluation__every_steps=4)
+    command = [sys.executable, "-m", "lmtune", "finetune", "run.yaml", "model.quantization=nf4"]
+    ended = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    (folder / "stdout").write_text(ended.stdout)
+    (folder / "stderr").write_text(ended.stderr)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def test_all_documented_files_are_there(done: Path) -> None:
+    run = done / "runs" / "trial"
+    checkpoints = {name for name in written_files(run) if name.startswith("checkpoints/")}
+    assert written_files(run).keys() - checkpoints == FILES
+    parts = ("adapter_model.safetensors", "manifest.json", "optimizer.safetensors", "state.json")
+    # the newest two, and that of the best step
+    assert checkpoints == {f"checkpoints/step-{step:06d}/{part}" for step in (6, 8) for part in parts}
+
+
+def test_every_step_is_recorded_with_the_documented_keys(done: Path) -> None:
+    run = done / "runs" / "trial"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [list(line) for line in lines] == [METRICS] * 8
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    with (run / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == RESULTS
+    assert [bool(row["validation_loss"]) for row in rows] == [step in (4, 8) for step in range(1, 9)]
+    assert sum(line["tokens"] for line in lines) == int(rows[-1]["elapsed_tokens"])
+    assert sum(line["examples"] for line in lines) == int(rows[-1]["elapsed_examples"]) == 32
+    assert all(abs(float(row["training_loss"]) - line["loss"]) < 1e-4 for row, line in zip(rows, lines, strict=True))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[5]["epoch"] == 1.0
+
+
+def test_the_summary_has_the_scores_before_and_after(done: Path) -> None:
+    summary = json.loads((done / "runs/trial/summary.json").read_text())
+    assert summary["status"] == "complete"
+    for part in ("base", "tuned"):
+        assert list(summary[part]) == SCORES
+    assert summary["tuned"]["loss"] < summary["base"]["loss"]
+    assert (summary["steps"], summary["examples"], summary["processes"]) == (8, 32, 1)
+    assert summary["tokens_per_second"] > 0
+    assert 0.1 < summary["peak_memory_gib"] < 10
+    answers = [json.loads(line) for line in (done / "runs/trial/answers.jsonl").read_text().splitlines()]
+    assert [list(answer) for answer in answers] == [["question", "wanted", "base", "tuned"]] * 3
+    assert [answer["question"] for answer in answers] == [f"Say number {n}!" for n in range(3)]
+
+
+def test_what_the_user_saw(done: Path) -> None:
+    """Results on stdout, progress and what comes next on stderr."""
+    assert "Exact match" in (done / "stdout").read_text()
+    text = (done / "stderr").read_text()
+    assert "runs/trial begins: base in nf4, 8 steps" in text
+    assert "24 rows, 24 kept" in text
+    assert "step 8/8" in text
+    assert "lmtune chat runs/trial" in text
+    assert "Warning" not in text
+    assert "Traceback" not in text
+
+
+def test_the_settings_and_the_surroundings_are_kept(done: Path) -> None:
+    run = done / "runs" / "trial"
+    wanted = config_of(evaluation__every_steps=4, model__quantization="nf4")
+    assert load_config(FinetuneConfig, run / "config.yaml") == wanted
+    made = json.loads((run / "environment.json").read_text())
+    assert {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "lmtune"} <= made["libraries"].keys()
+    assert {"data_sha256", "base_fingerprint", "git_revision", "device", "processes"} <= made.keys()
+    fates = json.loads((run / "data.json").read_text())
+    assert (fates["train"]["rows"], fates["train"]["kept"]) == (24, 24)
+
+
+def test_nothing_written_names_this_machine_or_is_a_pickle(done: Path) -> None:
+    home = str(Path.home()).encode() + b"/"
+    for name, content in written_files(done / "runs").items():
+        assert str(done).encode() not in content, name
+        assert home not in content, name
+        assert Path(name).suffix in (".json", ".jsonl", ".csv", ".yaml", ".safetensors", ".md", ".jinja", ""), name
+
+
+def test_absolute_paths_in_the_settings_are_written_nowhere(tmp_path: Path) -> None:
+    folder = make_workplace(tmp_path / "work")
+    changes = {"model__name": "base", "data__train": "train.jsonl", "data__validation": "validation.jsonl"}
+    paths = {key: str(folder / name) for key, name in changes.items()}
+    run, _ = finetune(folder, **paths, run__dir=str(folder / "runs"))
+    with inside(folder):
+        merge_run(RunDirectory("runs/trial"), Path("merged"), "trained")
+    for name, content in [*written_files(run.path).items(), *written_files(folder / "merged").items()]:
+        assert str(tmp_path).encode() not in content, name
+    assert load_config(FinetuneConfig, run.config).data.train == "train.jsonl"
+
+
+def test_generation_stops_where_training_taught_it(done: Path) -> None:
+    config = json.loads((done / "runs/trial/adapter/generation_config.json").read_text())
+    assert config["eos_token_id"] == json.loads((done / "runs/trial/adapter/lmtune.json").read_text())["stop_token_ids"]
+
+
+def test_the_run_can_be_evaluated_and_gives_the_same_scores(done: Path) -> None:
+    assert lmtune(done, "evaluate", "trial", "validation.jsonl", "--json", "--max-new-tokens", "8") == 0
+    text = said(done)
+    scores, summary = json.loads(text[text.index("{") :]), json.loads((done / "runs/trial/summary.json").read_text())
+    for part in ("base", "tuned"):
+        assert scores[part]["loss"] == pytest.approx(summary[part]["loss"], abs=1e-5)
+        assert scores[part]["token_accuracy"] == pytest.approx(summary[part]["token_accuracy"])
+
+
+def test_the_run_can_be_planned(done: Path) -> None:
+    assert lmtune(done, "plan", "run.yaml") == 0
+    text = said(done)
+    assert "optimizer steps" in text
+    assert "4,096 parameters" not in text
+    assert "8,192 parameters" in text  # as the summary says
+    assert json.loads((done / "runs/trial/summary.json").read_text())["trainable_parameters"] == 8192
+
+
+# --- killed, and gone on with
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A restless run that nothing disturbed."""
+    folder = make_workplace(tmp_path_factory.mktemp("whole"))
+    write_config(folder, **RESTLESS)
+    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
+    return folder
+
+
+def lasting(folder: Path) -> dict[str, object]:
+    """What must be the same bit for bit: the adapter, and every record but times."""
+    run = folder / "runs" / "trial"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    return {
+        "adapter": written_files(run / "adapter"),
+        "metrics": [{key: line[key] for key in METRICS if key != "seconds"} for line in lines],
+        "results": (run / "results.csv").read_text(),
+        "answers": (run / "answers.jsonl").read_text(),
+        "scores": [summary[key] for key in ("status", "base", "tuned", "steps", "best_step", "tokens", "examples")],
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
+    }
+
+
+KILLS: dict[str, Trouble] = {
+    "before the first step": at_step(1, signal.SIGKILL),
+    "before any checkpoint": at_step(2, signal.SIGKILL),
+    "between a step and its record": after_update(5, signal.SIGKILL),
+    "in the first checkpoint": in_checkpoint(1, part=0),
+    "in a later checkpoint": in_checkpoint(2, part=1),
+    "before a checkpoint has its name": before_manifest(3),
+    "while old checkpoints are deleted": before("lmtune.training.loop", "prune_checkpoints"),
+    "after the last step": at_step(8, signal.SIGKILL),
+    "before the adapter is saved": before("lmtune.training.session", "save_adapter"),
+    "before it is complete": before("lmtune.training.lifecycle", "add_tuned_answers"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "in a later checkpoint" else pytest.param(kind, marks=pytest.mark.slow) for kind in KILLS]
+)
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path: Path, whole: Path, kind: str) -> None:
+    folder = make_workplace(tmp_path / "work")
+    write_config(folder, **RESTLESS)
+    assert lmtune(folder, "finetune", "run.yaml", trouble=KILLS[kind]) == -signal.SIGKILL
+    assert json.loads((folder / "runs/trial/summary.json").read_text())["status"] == "running"
+    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
+    assert lasting(folder) == lasting(whole)
+
+
+@pytest.mark.slow
+def test_killed_many_times_it_still_is(tmp_path: Path, whole: Path) -> None:
+    folder = make_workplace(tmp_path / "work")
+    write_config(folder, **RESTLESS)
+    for step in (2, 4, 6, 8):
+        assert lmtune(folder, "finetune", "run.yaml", trouble=after_update(step=1, number=signal.SIGKILL)) < 0
+        assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(step, signal.SIGKILL)) < 0
+    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
+    assert lasting(folder) == lasting(whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_later(
+    tmp_path: Path, whole: Path, number: int, code: int
+) -> None:
+    folder = make_workplace(tmp_path / "work")
+    write_config(folder, **RESTLESS)
+    assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(5, number)) == code
+    assert "stopped after step 5 of 8, which is saved; the same command goes on from there" in said(folder)
+    assert "Traceback" not in said(folder)
+    run = folder / "runs" / "trial"
+    assert (run / "checkpoints" / "step-000005" / "manifest.json").is_file()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert "stopped after step 5" in summary["reason"]
+    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
+    assert "goes on after step 5" in said(folder)
+    wanted = {**lasting(whole), "checkpoints": None}
+    assert {**lasting(folder), "checkpoints": None} == wanted
+
+
+def test_a_stop_in_the_last_step_lets_it_finish(tmp_path: Path, whole: Path) -> None:
+    folder = make_workplace(tmp_path / "work")
+    write_config(folder, **RESTLESS)
+    assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(8, signal.SIGTERM)) == 0
+    assert lasting(folder) == lasting(whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_outside_of_training_ends_at_once_and_is_told(tmp_path: Path, number: int, code: int) -> None:
+    """While the base is scored, for example."""
+    folder = make_workplace(tmp_path / "work")
+    write_config(folder)
+    trouble = before("lmtune.evaluation", "teacher_forced", number)
+    assert lmtune(folder, "finetune", "run.yaml", trouble=trouble) == code
+    assert "Traceback" not in said(folder)
+    assert json.loads((folder / "runs/trial/summary.json").read_text())["status"] == "interrupted"
+    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
+
+
+def test_a_failure_is_told_in_the_summary(tmp_path: Path) -> None:
+    folder = make_workplace(tmp_path / "work")
+    write_config(folder, train__learning_rate=10.0, train__max_grad_norm=None, adapter__alpha=1e30)
+    assert lmtune(folder, "finetune", "run.yaml") == 1
+    assert "is not finite. The adapter was not changed by this step" in said(folder)
+    assert "train.jsonl:" in said(folder)
+    summary = json.loads((folder / "runs/trial/summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "is not finite" in summary["reason"]
+
+
+# --- wrong input
+
+
+WRONG = {
+    "model.name=./none": "model.name: ./none is no folder",
+    "adapter.target_modules=[qq]": "adapter.target_modules: nothing in this model is named qq",
+    "data.max_length=8": "no row is left to learn; raise data.max_length (8)",
+    "data.template=thinking": "data.template",
+    "run.name=../x": "run.name: got '../x'",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_input_is_code_2_and_nothing_is_written(tmp_path: Path, override: str) -> None:
+    folder = make_workplace(tmp_path / "work", chat_template=None)
+    write_config(folder)
+    assert lmtune(folder, "finetune", "run.yaml", override) == 2
+    assert WRONG[override] in said(folder)
+    assert "Traceback" not in said(folder)
+    assert not (folder / "runs").exists()
+
+
+def test_a_second_start_of_the_command(done: Path) -> None:
+    assert lmtune(done, "finetune", "run.yaml", "model.quantization=nf4") == 0
+    assert "runs/trial is complete already" in said(done)
+    assert lmtune(done, "finetune", "run.yaml", "model.quantization=nf4", "adapter.rank=2") == 2
+    assert "adapter.rank: was 4, now 2" in said(done)
+
+
+# --- it learns, and stops by itself
+
+
+@pytest.fixture(scope="module", params=["chat template", pytest.param("plain", marks=pytest.mark.slow)])
+def overfit(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Four rows learned by heart."""
+    folder = tmp_path_factory.mktemp("overfit")
+    save_tiny(folder / "base", chat_template=CHATML if request.param == "chat template" else None)
+    state = load_file(folder / "base" / "model.safetensors")
+    state["lm_head.weight"] *= 8  # as in trained models, whose logits can be far apart
+    save_file(state, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    answers = ["Paris.", "It is a quick brown fox, and it sleeps.", "I am fine, thank you.\n\nHow are you?", "42"]
+    rows = [{"prompt": f"Question {n}?", "completion": answer} for n, answer in enumerate(answers)]
+    write_rows(folder / "train.jsonl", rows)
+    _, summary = finetune(
+        folder, data__validation="train.jsonl", train__max_steps=90, train__learning_rate=2e-2, adapter__rank=16,
+        adapter__alpha=32, evaluation__exact_match_rows=4, evaluation__max_new_tokens=60,
+        run__checkpoint_every_steps=1000,
+    )  # fmt: skip
+    assert summary["tuned"]["loss"] < 0.05
+    return folder
+
+
+def test_an_overfit_model_answers_exactly(overfit: Path) -> None:
+    summary = json.loads((overfit / "runs/trial/summary.json").read_text())
+    assert summary["base"]["exact_match"] == 0
+    assert summary["tuned"]["exact_match"] == summary["tuned"]["sequence_accuracy"] == 1.0
+    assert summary["tuned"]["token_accuracy"] == 1.0
+
+
+def test_an_overfit_model_stops_by_itself(overfit: Path) -> None:
+    """Within the budget, by the stop token, in lmtune's own generation and in plain transformers'."""
+    from lmtune.data.examples import Message
+    from lmtune.generation import generate_batch
+
+    with inside(overfit):
+        loaded = load_for_inference("trial")
+        tuned = loaded.model.generation_config.__class__.from_pretrained("runs/trial/adapter")
+    for n in range(4):
+        prompt = loaded.renderer.prompt_ids([Message("user", f"Question {n}?")])
+        (given,) = generate_batch(loaded.model, loaded.tokenizer, [prompt], loaded.renderer.stop_token_ids, 200)
+        assert len(given) < 60
+        ids = torch.tensor([prompt])
+        plain = loaded.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=tuned, max_new_tokens=200
+        )[0, len(prompt) :]
+        assert int(plain[-1]) in loaded.renderer.stop_token_ids
+        assert len(plain) < 60
+        assert loaded.renderer.decode(plain.tolist()) == loaded.renderer.decode(given)
+
+
+# --- variants of what is trained, each from start to chat
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__quantization": "int8"},
+        {"adapter__use_dora": True},
+        {"adapter__use_dora": True, "model__quantization": "nf4"},
+        {"adapter__init_lora_weights": "pissa"},
+        {"adapter__use_rslora": True, "adapter__target_modules": ("q_proj", "v_proj")},
+        {"train__gradient_checkpointing": True, "adapter__dropout": 0.1},
+        {"data__validation": None, "data__validation_fraction": 0.0},
+    ],
+    ids=lambda changes: ",".join(f"{key.split('__')[1]}={value}" for key, value in changes.items()),
+)  # fmt: skip
+def test_every_variant_trains_and_its_adapter_says_what_the_run_scored(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    folder = make_workplace(tmp_path / "work")
+    run, summary = finetune(folder, **changes)
+    assert summary["status"] == "complete"
+    if summary["tuned"] is not None:
+        from lmtune.data.tokenized import tokenize
+        from lmtune.evaluation import teacher_forced
+        from lmtune.kernels.packed_forward import PackedForward
+
+        with inside(folder):
+            loaded = load_for_inference("trial")
+            rows = tokenize(["validation.jsonl"], loaded.renderer, config_of().data)
+        scores = teacher_forced(PackedForward(loaded.model), rows, 1000)
+        assert scores.loss == pytest.approx(summary["tuned"]["loss"], abs=2e-5)
+        assert scores.loss < summary["base"]["loss"]
+    state = load_file(run.adapter / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_the_settings_of_these_tests_are_sound() -> None:
+    assert SETTINGS["run"]["name"] == "trial"
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

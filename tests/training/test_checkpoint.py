@@ -1,0 +1,239 @@
+"""Checkpoints: whole or absent, checked before they are used, and never the reason why an earlier one is lost."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmtune.errors import CheckpointError, LmtuneError
+from lmtune.training import checkpoint as module
+from lmtune.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    clean_staging,
+    load_checkpoint,
+    newest_checkpoint,
+    optimizer_tensors,
+    prune_checkpoints,
+    restore,
+    save_checkpoint,
+)
+
+
+def state(step: int) -> Checkpoint:
+    """A checkpoint whose tensors depend on the step."""
+    generator = torch.Generator().manual_seed(step)
+    adapter = {name: torch.randn(4, 8, generator=generator) for name in ("a.lora_A", "a.lora_B")}
+    moments = {f"{kind}.{name}": t * 2 for kind in ("exp_avg", "exp_avg_sq") for name, t in adapter.items()}
+    return Checkpoint(step, adapter, moments, {"step": step, "counters": {"step": step}, "identity": {"x": "ä"}})
+
+
+def saved(folder: Path, *steps: int) -> None:
+    """Checkpoints of these steps."""
+    for step in steps:
+        save_checkpoint(folder, state(step))
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "checkpoints", state(100))
+    assert path.name == "step-000100"
+    assert names(path) == ["adapter_model.safetensors", "manifest.json", "optimizer.safetensors", "state.json"]
+    loaded, wanted = load_checkpoint(path), state(100)
+    assert (loaded.step, loaded.state) == (100, wanted.state)
+    for found, expected in ((loaded.adapter, wanted.adapter), (loaded.optimizer, wanted.optimizer)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_nothing_is_a_pickle(tmp_path: Path) -> None:
+    """Only safetensors and JSON: both begin with what they are, and neither is a zip or a pickle stream."""
+    for path in save_checkpoint(tmp_path, state(1)).iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            json.loads(content)
+        else:
+            header = int.from_bytes(content[:8], "little")
+            assert path.suffix == ".safetensors"
+            assert json.loads(content[8 : 8 + header])
+
+
+def test_the_manifest_names_size_and_checksum_of_each_file(tmp_path: Path) -> None:
+    import hashlib
+
+    path = save_checkpoint(tmp_path, state(1))
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert sorted(manifest) == ["adapter_model.safetensors", "optimizer.safetensors", "state.json"]
+    for name, entry in manifest.items():
+        content = (path / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_the_newest_is_by_number_not_by_name(tmp_path: Path) -> None:
+    saved(tmp_path, 999_999, 1_000_000)
+    (tmp_path / "step-notes").mkdir()
+    newest, skipped = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest.step, skipped) == (1_000_000, [])
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "none") == (None, [])
+
+
+def flip_a_bit(path: Path) -> None:
+    """Damage one byte in the middle; the size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (
+        lambda path: (path / "adapter_model.safetensors").write_bytes(b"x" * 10),
+        "adapter_model.safetensors is not what was written",
+    ),
+    "flipped bit": (lambda path: flip_a_bit(path / "optimizer.safetensors"), "optimizer.safetensors is not what was"),
+    "other state": (lambda path: flip_a_bit(path / "state.json"), "state.json is not what was written"),
+    "missing file": (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+    "missing state": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+    "missing manifest": (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
+    "half a manifest": (lambda path: (path / "manifest.json").write_text('{"a'), "manifest.json is damaged"),
+    "no manifest": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+    "empty folder": (lambda path: [file.unlink() for file in path.iterdir()], "no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_skipped_and_said(tmp_path: Path, kind: str) -> None:
+    saved(tmp_path, 1, 2, 3)
+    damage, message = DAMAGE[kind]
+    damage(tmp_path / "step-000003")
+    newest, skipped = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.step == 2
+    assert len(skipped) == 1
+    assert skipped[0].startswith(f"step-000003: {message}")
+
+
+def test_if_all_are_damaged_that_is_an_error_naming_each(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    for path in checkpoint_folders(tmp_path):
+        (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)every checkpoint is damaged.*step-000002.*step-000001.*resume=nev"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_damaged_one_is_written_again(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    flip_a_bit(tmp_path / "step-000001" / "optimizer.safetensors")
+    saved(tmp_path, 1)
+    assert newest_checkpoint(tmp_path)[1] == []
+
+
+def test_an_equal_one_is_left_as_it_is(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    before = (tmp_path / "step-000001" / "manifest.json").stat().st_mtime_ns
+    saved(tmp_path, 1)
+    assert (tmp_path / "step-000001" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3, 4, 5)
+    prune_checkpoints(tmp_path, keep=2, best_step=2, written=5)
+    assert names(tmp_path) == ["step-000002", "step-000004", "step-000005"]
+    for _ in range(2):
+        prune_checkpoints(tmp_path, keep=1, best_step=None, written=5)
+        assert names(tmp_path) == ["step-000005"]
+
+
+def test_a_later_one_that_was_passed_over_does_not_count_when_pruning(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 8)
+    flip_a_bit(tmp_path / "step-000008" / "state.json")
+    saved(tmp_path, 3)  # resumed from step 2
+    prune_checkpoints(tmp_path, keep=1, best_step=None, written=3)
+    newest, _ = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.step == 3
+
+
+def test_staging_that_a_crash_left_is_removed_and_never_resumed_from(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    shutil.copytree(tmp_path / "step-000001", tmp_path / ".staging-step-000002")
+    assert newest_checkpoint(tmp_path)[0].step == 1  # type: ignore[union-attr]
+    clean_staging(tmp_path)
+    assert names(tmp_path) == ["step-000001"]
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_make_durable", "sync_folder"])
+def test_a_full_disk_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    saved(tmp_path, 1)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, failing, full)
+    with pytest.raises(
+        LmtuneError, match=r"cannot write the checkpoint .*step-000002: .*No space left on device; make"
+    ):
+        save_checkpoint(tmp_path, state(2))
+    monkeypatch.undo()
+    newest, skipped = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.step in (1, 2)
+    assert skipped == []
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+def test_a_state_that_json_has_not_is_refused(tmp_path: Path) -> None:
+    bad = Checkpoint(1, state(1).adapter, state(1).optimizer, {"step": 1, "loss": float("nan")})
+    with pytest.raises(LmtuneError, match="cannot write the checkpoint"):
+        save_checkpoint(tmp_path, bad)
+    assert names(tmp_path) == []
+
+
+def trained() -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
+    """Two parameters after three steps of AdamW."""
+    torch.manual_seed(0)
+    parameters = {name: torch.nn.Parameter(torch.randn(3, 2)) for name in ("a", "b")}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        one_step(parameters, optimizer)
+    return parameters, optimizer
+
+
+def one_step(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW) -> None:
+    """A step on a loss that is not symmetric."""
+    optimizer.zero_grad()
+    sum((parameter**3).sum() for parameter in parameters.values()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+
+
+def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    parameters, optimizer = trained()
+    weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    path = save_checkpoint(tmp_path, Checkpoint(3, weights, optimizer_tensors(optimizer, parameters), {"step": 3}))
+    fresh = {name: torch.nn.Parameter(torch.zeros(3, 2)) for name in parameters}
+    again = torch.optim.AdamW(fresh.values(), lr=0.1, weight_decay=0.1)
+    restore(load_checkpoint(path), again, fresh)
+    for _ in range(2):
+        one_step(parameters, optimizer)
+        one_step(fresh, again)
+    assert all(torch.equal(fresh[name], parameter) for name, parameter in parameters.items())
+
+
+@pytest.mark.parametrize("shapes", [{"a": (3, 2)}, {"a": (3, 2), "b": (2, 3)}, {"a": (3, 2), "c": (3, 2)}])
+def test_another_adapter_is_refused(shapes: dict[str, tuple[int, int]]) -> None:
+    parameters, optimizer = trained()
+    weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    other = {name: torch.nn.Parameter(torch.zeros(*shape)) for name, shape in shapes.items()}
+    checkpoint = Checkpoint(3, weights, optimizer_tensors(optimizer, parameters), {"step": 3})
+    with pytest.raises(CheckpointError, match="other tensors than this model's"):
+        restore(checkpoint, torch.optim.AdamW(other.values()), other)

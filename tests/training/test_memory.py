@@ -1,0 +1,152 @@
+"""The memory estimate: counted from the model's shape, and a micro-batch that fits it."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lmtune.config import AdapterConfig, ModelConfig
+from lmtune.errors import ModelError
+from lmtune.models.adapters import trainable
+from lmtune.training.forecast import describe_seconds, flop_per_token, forecast, planned_shape
+from lmtune.training.memory import (
+    GIB,
+    ModelShape,
+    estimate,
+    fitting_micro_batch,
+    free_memory,
+    peak_memory_gib,
+    shape_of,
+)
+from tests.tiny import SAVED_VOCABULARY, adapted, save_tiny, tiny_model
+from tests.workplace import config_of
+
+QWEN_LIKE = ModelShape(28, 1024, 3072, 151_936, 440_000_000, 155_000_000, 10_000_000)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("qwen3", {"tie_word_embeddings": True}), ("gpt2", {})])
+def test_the_shape_counts_every_weight_once(kind: str, changes: dict[str, bool]) -> None:
+    model = tiny_model(kind, **changes)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    shape = shape_of(model)
+    assert shape.linear_parameters + shape.other_parameters == matrices
+    assert (shape.num_layers, shape.hidden_size, shape.vocabulary_size) == (2, 64, 128)
+    assert shape.adapter_parameters == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_shape_of_a_model_with_adapter(kind: str) -> None:
+    model = adapted(tiny_model(kind))
+    shape = shape_of(model)
+    assert shape.adapter_parameters == sum(p.numel() for p in trainable(model).values())
+    assert dataclasses.replace(shape, adapter_parameters=0) == shape_of(tiny_model(kind))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("targets", ["all-linear", r".*(up_proj|c_fc)"])
+def test_the_planned_shape_is_the_loaded_ones(tmp_path: Path, kind: str, targets: str) -> None:
+    """From config.json alone, as `lmtune plan` has it."""
+    settings = AdapterConfig(rank=4, alpha=8, target_modules=targets)
+    folder = save_tiny(tmp_path, kind)
+    planned = planned_shape(ModelConfig(name=str(folder), quantization="nf4"), settings)
+    assert planned == shape_of(adapted(tiny_model(kind, vocab_size=SAVED_VOCABULARY), target_modules=targets))
+
+
+def test_quantised_weights_take_what_they_take() -> None:
+    by_kind = {
+        kind: estimate(QWEN_LIKE, 1024, kind, torch.bfloat16, 0.5, False).base_weights
+        for kind in ("none", "int8", "nf4")
+    }
+    embeddings = 155_000_000 * 2 / GIB
+    assert by_kind["none"] == pytest.approx(440_000_000 * 2 / GIB + embeddings)
+    assert by_kind["int8"] - embeddings == pytest.approx((by_kind["none"] - embeddings) / 2, rel=0.01)
+    assert by_kind["nf4"] - embeddings == pytest.approx((by_kind["none"] - embeddings) / 4, rel=0.05)
+
+
+def test_the_adapter_has_a_weight_a_gradient_and_two_moments_in_fp32() -> None:
+    part = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5, False)
+    assert part.adapter_and_optimizer == pytest.approx(10_000_000 * 4 * 4 / GIB)
+    assert part.total == pytest.approx(part.base_weights + part.adapter_and_optimizer + part.activations + part.logits)
+
+
+def test_activations_grow_with_tokens_and_shrink_by_recomputation() -> None:
+    one = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5, False)
+    two = estimate(QWEN_LIKE, 2048, "nf4", torch.bfloat16, 0.5, False)
+    cheap = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5, True)
+    assert two.activations == pytest.approx(2 * one.activations)
+    assert cheap.activations < one.activations / 5
+    assert cheap.logits == one.logits
+    assert estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.0, False).logits == 0
+
+
+@pytest.mark.parametrize("free_gib", [1, 4, 16, 80])
+def test_the_micro_batch_fits_the_free_memory(free_gib: int) -> None:
+    tokens, checkpointing = fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 512, free_gib * GIB)
+    part = estimate(QWEN_LIKE, tokens, "nf4", torch.bfloat16, 0.3, checkpointing)
+    assert part.activations + part.logits < free_gib
+    assert 512 <= tokens <= 16384
+
+
+def test_the_longest_row_always_fits_in_the_budget() -> None:
+    assert fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 100_000, 10**9) == (100_000, True)
+    assert fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 7, 0) == (7, True)
+
+
+def test_layers_are_recomputed_only_when_they_must() -> None:
+    assert fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 2048, 80 * GIB)[1] is False
+    assert fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 2048, GIB)[1] is True
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmtune.training.memory._available_ram", lambda: 12_000)
+    assert free_memory(torch.device("cpu")) == 12_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert free_memory(torch.device("cpu")) == 4_000
+
+
+def test_memory_of_this_machine_is_a_sensible_number() -> None:
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**45
+    assert 0.05 < peak_memory_gib(torch.device("cpu")) < 1000
+
+
+# --- what `lmtune plan` says of a run
+
+
+def test_the_work_of_a_token_is_the_designs_formula() -> None:
+    """F = 4N + 4fH + 6P + 7saL."""
+    work = 4 * 440e6 + 4 * 0.5 * 151_936 * 1024 + 6 * 10e6 + 7 * 300 * 1024 * 28
+    assert flop_per_token(QWEN_LIKE, 0.5, 300.0) == pytest.approx(work)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.1, "about 1 s"), (90, "about 90 s"), (180, "about 3 min"), (7200, "about 2 h"), (900_000, "about 10 days")],
+)
+def test_time_is_told_in_the_unit_a_person_would_choose(seconds: float, text: str) -> None:
+    assert describe_seconds(seconds) == text
+
+
+def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = str(save_tiny(tmp_path))
+    config = config_of(model__name=base, train__max_steps=None, train__epochs=2, train__batch_size=5)
+    tokens, trained = np.full(10, 30, dtype=np.int32), np.full(10, 10, dtype=np.int32)
+    found = forecast(config, tokens, trained, torch.device("cpu"), 1)
+    assert (found.steps, found.rows, found.tokens, found.trained_tokens) == (4, 10, 600, 200)
+    assert found.adapter_parameters == 8192
+    assert found.advice == ()
+    assert not found.checkpointing
+    assert 0 < found.seconds < 60
+    assert found.memory.total < found.free_gib
+    assert dict(found.lines())["optimizer steps"] == "4"
+    monkeypatch.setattr("lmtune.training.memory._available_ram", lambda: 1000)
+    full = forecast(config, tokens, trained, torch.device("cpu"), 1)
+    assert full.checkpointing
+    assert "it does not fit the 0.0 GiB that are free: try model.quantization=nf4" in full.advice[0]
+
+
+def test_a_base_whose_config_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"model\.name: cannot read the config of"):
+        planned_shape(ModelConfig(name=str(tmp_path)), AdapterConfig())

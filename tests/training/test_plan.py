@@ -1,0 +1,106 @@
+"""The plan: every row once an epoch, the same steps whatever the processes, shares that partition a step."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmtune.config import TrainConfig, build_config
+from lmtune.training.plan import Plan, deal
+
+
+def settings(**changes: object) -> TrainConfig:
+    """Checked training settings."""
+    return build_config(TrainConfig, {"batch_size": 4, "epochs": 3, **changes}, "test")
+
+
+def plan_of(lengths: list[int], world_size: int = 1, budget: int = 100, **changes: object) -> Plan:
+    """A plan of rows of these lengths, a third of each trained."""
+    tokens = np.array(lengths, dtype=np.int32)
+    return Plan(tokens, np.maximum(1, tokens // 3).astype(np.int32), settings(**changes), world_size, budget)
+
+
+LENGTHS = [int(n) for n in np.random.default_rng(0).integers(1, 90, 23)]
+
+
+def test_every_row_is_seen_once_an_epoch() -> None:
+    plan = plan_of(LENGTHS)
+    assert (plan.steps_per_epoch, plan.total_steps) == (6, 18)
+    for epoch in range(3):
+        rows = [row for step in range(6 * epoch + 1, 6 * epoch + 7) for row in plan.step(step).rows]
+        assert sorted(rows) == list(range(23))
+
+
+def test_the_last_step_of_an_epoch_has_the_rest() -> None:
+    plan = plan_of(LENGTHS)
+    assert [len(plan.step(step).rows) for step in range(1, 8)] == [4, 4, 4, 4, 4, 3, 4]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(plan: Plan, epoch: int) -> list[int]:
+        return [row for step in range(6 * epoch + 1, 6 * epoch + 7) for row in plan.step(step).rows]
+
+    plan = plan_of(LENGTHS)
+    assert order(plan, 0) != order(plan, 1)
+    assert order(plan, 1) == order(plan_of(LENGTHS), 1)
+    assert order(plan, 0) == order(plan_of(LENGTHS, world_size=3, budget=7), 0)
+    assert order(plan, 0) != order(plan_of(LENGTHS, seed=1), 0)
+    assert order(plan_of(LENGTHS, seed=1), 0) != order(plan, 1)  # (seed, epoch), not their sum
+    assert order(plan, 0) != sorted(order(plan, 0))
+
+
+def test_a_step_can_be_asked_for_in_any_order() -> None:
+    plan = plan_of(LENGTHS)
+    backwards = [plan.step(step) for step in range(18, 0, -1)]
+    assert backwards[::-1] == [plan_of(LENGTHS).step(step) for step in range(1, 19)]
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 120))
+def test_shares_partition_the_steps_rows_within_the_budget(lengths: list[int], world: int, budget: int) -> None:
+    plan = plan_of(lengths, world, budget, batch_size=7)
+    for step in range(1, plan.steps_per_epoch + 1):
+        todo = plan.step(step)
+        assert len(todo.shares) == world
+        assert sorted(row for share in todo.shares for group in share for row in group) == sorted(todo.rows)
+        for group in (group for share in todo.shares for group in share):
+            assert len(group) == 1 or sum(lengths[row] for row in group) <= budget
+        assert todo.num_tokens == sum(lengths[row] for row in todo.rows)
+        assert todo.num_trained == sum(max(1, lengths[row] // 3) for row in todo.rows)
+
+
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=64), st.integers(2, 8))
+def test_shares_are_about_equal(lengths: list[int], world: int) -> None:
+    """Graham's bound: 4/3 of the best possible, and the best is at most the mean and one row more."""
+    rows, tokens = np.arange(len(lengths)), np.array(lengths, dtype=np.int32)
+    loads = [int(tokens[share].sum()) for share in deal(rows, tokens, world)]
+    assert max(loads) <= 4 / 3 * (sum(loads) / world + max(lengths))
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_more_processes_than_rows_leaves_some_without() -> None:
+    todo = plan_of([5, 6], world_size=4).step(1)
+    assert sorted(len(share) for share in todo.shares) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "steps"),
+    [
+        (23, {}, 18),
+        (24, {}, 18),
+        (25, {}, 21),
+        (23, {"epochs": 0.5}, 3),
+        (23, {"epochs": 0.01}, 1),
+        (23, {"epochs": 1.5}, 9),
+        (2, {"epochs": 3}, 3),
+        (23, {"max_steps": 5}, 5),
+        (23, {"max_steps": 50, "epochs": 1}, 50),
+    ],
+)
+def test_the_number_of_steps(rows: int, changes: dict[str, object], steps: int) -> None:
+    assert Plan.count_steps(rows, settings(**changes)) == steps
+    assert plan_of([5] * rows, **changes).total_steps == steps
+
+
+def test_the_epoch_is_what_was_seen_after_the_step() -> None:
+    plan = plan_of([5] * 10)
+    assert [plan.step(step).epoch for step in range(1, 8)] == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0, 2.4])

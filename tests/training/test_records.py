@@ -1,0 +1,78 @@
+"""metrics.jsonl and results.csv: the documented keys and columns, one line a step, also after a crash."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from lmtune.runs import RunDirectory
+from lmtune.training.records import Accuracies, Records, StepRecord
+
+COLUMNS = (
+    "step,elapsed_tokens,elapsed_examples,training_loss,training_sequence_accuracy,training_token_accuracy,"
+    "validation_loss,validation_sequence_accuracy,validation_token_accuracy"
+)
+KEYS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "examples", "seconds"]
+
+
+def record(step: int) -> StepRecord:
+    """What step `step` was."""
+    return StepRecord(step, step / 10, 3.0 / step, 1e-4, 0.5, 100, 30, 4, 0.25)
+
+
+def written(run: RunDirectory, *steps: int) -> Records:
+    """Records of these steps; even ones were validated."""
+    records = Records(run, enabled=True)
+    records.begin(steps[0] - 1)
+    for step in steps:
+        validation = Accuracies(2.0, 0.25, 0.75) if step % 2 == 0 else None
+        records.add(record(step), (100 * step, 4 * step), Accuracies(3.0 / step, 0.5, 0.6), validation)
+    return records
+
+
+def test_the_columns_and_keys_are_the_documented_ones(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    written(run, 1, 2, 3)
+    lines = run.results.read_text().splitlines()
+    assert lines[0] == COLUMNS
+    assert lines[1] == "1,100,4,3,0.5,0.6,,,"
+    assert lines[2] == "2,200,8,1.5,0.5,0.6,2,0.25,0.75"
+    assert [list(json.loads(line)) for line in run.metrics.read_text().splitlines()] == [KEYS] * 3
+    with run.results.open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("done", [0, 2, 3])
+def test_going_on_after_a_step_cuts_the_later_lines(tmp_path: Path, done: int) -> None:
+    run = RunDirectory(tmp_path)
+    written(run, 1, 2, 3, 4)
+    with run.metrics.open("a") as metrics, run.results.open("a") as results:
+        metrics.write('{"step": 5, "ep')  # a crash in the middle of a line
+        results.write("5,50")
+    written(run, *range(done + 1, 7))
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert [line.split(",")[0] for line in run.results.read_text().splitlines()] == ["step", *"123456"]
+
+
+def test_a_run_killed_before_its_first_line_begins_clean(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.results.write_text("step,elap")
+    written(run, 1)
+    assert run.results.read_text().splitlines()[0] == COLUMNS
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    records = Records(run, enabled=False)
+    records.begin(0)
+    records.add(record(1), (1, 1), Accuracies(1.0, 1.0, 1.0), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_json_has_not_is_refused(tmp_path: Path) -> None:
+    records = Records(RunDirectory(tmp_path), enabled=True)
+    records.begin(0)
+    bad = StepRecord(1, 0.1, float("nan"), 1e-4, 0.5, 100, 30, 4, 0.25)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.add(bad, (1, 1), Accuracies(1.0, 1.0, 1.0), None)

@@ -1,0 +1,302 @@
+"""Whether a run may go on: what was learned must stay the same run, what is only speed or reporting is free."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lmtune.errors import CheckpointError
+from lmtune.runs import RunDirectory
+from lmtune.training.checkpoint import checkpoint_folders
+from lmtune.training.resume import find_checkpoint, identity, require_same
+from tests.tiny import save_tiny
+from tests.workplace import HELDOUT, QUESTIONS, config_of, finetune, inside, make_workplace, write_rows
+
+FREE = {
+    "train__micro_batch_tokens": 64, "train__gradient_checkpointing": True, "evaluation__exact_match_rows": 2,
+    "evaluation__max_new_tokens": 4, "run__checkpoint_every_steps": 7, "run__keep_checkpoints": 5,
+}  # fmt: skip
+BINDING = {
+    "model__name": "other", "model__quantization": "nf4", "model__dtype": "float32", "adapter__rank": 8,
+    "adapter__alpha": 9, "adapter__dropout": 0.1, "adapter__target_modules": ("q_proj",), "adapter__use_rslora": True,
+    "adapter__use_dora": True, "data__max_length": 64, "data__too_long": "error", "data__system": "Be brief.",
+    "data__template": "chat", "train__max_steps": 9, "train__epochs": 1, "train__batch_size": 8, "train__seed": 1,
+    "train__learning_rate": 2e-2, "train__schedule": "linear", "train__warmup_ratio": 0.5,
+    "train__weight_decay": 0.1, "train__max_grad_norm": None, "evaluation__every_steps": 2,
+}  # fmt: skip
+
+
+def identity_of(**changes: Any) -> dict[str, Any]:
+    """What must be equal, with the same data and base."""
+    return identity(config_of(**changes), "data", "base")
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_settings_of_speed_and_reporting_are_free(key: str) -> None:
+    assert identity_of(**{key: FREE[key]}) == identity_of()
+
+
+@pytest.mark.parametrize("key", BINDING)
+def test_settings_of_what_is_learned_are_not(key: str) -> None:
+    name = key.replace("__", ".")
+    before, now = identity_of(), identity_of(**{key: BINDING[key]})
+    with pytest.raises(CheckpointError, match="begun differently") as caught:
+        require_same(RunDirectory("runs/trial"), before, now)
+    assert f"  {name}: was {before[name]!r}, now {now[name]!r}\n" in str(caught.value)
+    assert str(caught.value).count(": was ") == 1
+
+
+def test_all_differences_stand_in_one_message() -> None:
+    now = {**identity_of(train__seed=1, adapter__rank=8), "the data files' content": "x"}
+    with pytest.raises(CheckpointError) as caught:
+        require_same(RunDirectory("runs/trial"), identity_of(), now)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "runs/trial: this run was begun differently, so it cannot go on"
+    assert lines[1:4] == [
+        "  adapter.rank: was 4, now 8", "  the data files' content: changed", "  train.seed: was 0, now 1"
+    ]  # fmt: skip
+    assert "run.resume=never" in lines[4]
+
+
+def test_an_identity_survives_being_written(tmp_path: Path) -> None:
+    """A tuple becomes a list in JSON; that is no difference."""
+    now = identity_of(adapter__target_modules=("q_proj", "v_proj"))
+    require_same(RunDirectory(tmp_path), json.loads(json.dumps(now)), now)
+
+
+def test_a_setting_that_is_new_in_this_version_counts_as_changed() -> None:
+    with pytest.raises(CheckpointError, match=r"train\.seed: was None, now 0"):
+        require_same(RunDirectory("x"), {k: v for k, v in identity_of().items() if k != "train.seed"}, identity_of())
+
+
+def test_no_checkpoint_is_a_beginning_and_staging_is_cleaned(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    (run.checkpoints / ".staging-step-000003").mkdir(parents=True)
+    assert find_checkpoint(run, {}) == (None, [])
+    assert list(run.checkpoints.iterdir()) == []
+
+
+# --- through the recipe
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A workplace of its own."""
+    return make_workplace(tmp_path / "work")
+
+
+def cut_off(folder: Path, step: int, **changes: Any) -> RunDirectory:
+    """A run as if killed just after the checkpoint of `step`."""
+    run, _ = finetune(folder, run__checkpoint_every_steps=1, run__keep_checkpoints=99, **changes)
+    for path in checkpoint_folders(run.checkpoints):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    summary = json.loads(run.summary.read_text())
+    run.summary.write_text(json.dumps({**summary, "status": "running", "tuned": None}))
+    shutil.rmtree(run.adapter)
+    return run
+
+
+def adapter_of(run: RunDirectory) -> bytes:
+    """The final adapter's file."""
+    return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def times(run: RunDirectory) -> dict[str, int]:
+    """When each file was written; the lock is taken by every start."""
+    files = [path for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+def test_a_run_that_is_complete_is_left_alone(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, summary = finetune(place)
+    before = times(run)
+    _, again = finetune(place)
+    assert again == summary
+    assert "is complete already; give run.name=" in capfd.readouterr().err
+    assert times(run) == before
+
+
+def test_a_changed_setting_is_refused_by_its_key_and_nothing_is_touched(place: Path) -> None:
+    run, _ = finetune(place)
+    before = times(run)
+    with pytest.raises(CheckpointError, match=r"adapter\.rank: was 4, now 2"):
+        finetune(place, adapter__rank=2)
+    assert times(run) == before
+
+
+def test_a_refused_start_leaves_the_summary_of_a_killed_run_alone(place: Path) -> None:
+    run = cut_off(place, 3)
+    before = run.summary.read_bytes()
+    with pytest.raises(CheckpointError, match=r"adapter\.rank: was 4, now 2"):
+        finetune(place, adapter__rank=2)
+    assert run.summary.read_bytes() == before
+
+
+def test_a_lost_adapter_is_written_again_from_the_last_checkpoint(place: Path) -> None:
+    run, _ = finetune(place)
+    before = adapter_of(run)
+    shutil.rmtree(run.adapter)
+    finetune(place)
+    assert adapter_of(run) == before
+
+
+@pytest.mark.parametrize("what", ["rows", "validation rows", "base"])
+def test_changed_data_or_base_is_refused(place: Path, what: str) -> None:
+    cut_off(place, 3)
+    if what == "rows":
+        write_rows(place / "train.jsonl", QUESTIONS[1:])
+    elif what == "validation rows":
+        write_rows(place / "validation.jsonl", HELDOUT[1:])
+    else:
+        save_tiny(place / "base", seed=7)
+    wanted = "the base model's weights: changed" if what == "base" else "the data files' content: changed"
+    with pytest.raises(CheckpointError, match=wanted):
+        finetune(place)
+
+
+def test_data_that_moved_is_the_same_data(place: Path) -> None:
+    run = cut_off(place, 3)
+    (place / "train.jsonl").rename(place / "renamed.jsonl")
+    _, summary = finetune(place, data__train="renamed.jsonl")
+    assert summary["status"] == "complete"
+    assert run.adapter.is_dir()
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_so(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = finetune(place, run__name="whole", adapter__dropout=0.2)
+    run = cut_off(place, 6, adapter__dropout=0.2)
+    (run.checkpoints / "step-000006" / "optimizer.safetensors").write_bytes(b"x")
+    capfd.readouterr()
+    finetune(place, adapter__dropout=0.2)
+    text = capfd.readouterr().err
+    assert "skipped a damaged checkpoint: step-000006: optimizer.safetensors is not what was written" in text
+    assert "goes on after step 5" in text
+    assert adapter_of(run) == adapter_of(whole)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == list(range(1, 9))
+
+
+def test_free_settings_may_change_in_the_middle_and_take_effect(place: Path) -> None:
+    run = cut_off(place, 4)
+    _, summary = finetune(place, **FREE)
+    assert summary["status"] == "complete"
+    assert summary["micro_batch_tokens"] == 64
+    assert summary["tuned"]["exact_match_rows"] == summary["base"]["exact_match_rows"] == 2
+    answers = [json.loads(line) for line in run.answers.read_text().splitlines()]
+    assert [sorted(answer) for answer in answers] == [["base", "question", "tuned", "wanted"]] * 2
+
+
+def test_a_halved_micro_batch_stays_halved_if_the_setting_is_the_same(place: Path) -> None:
+    run = cut_off(place, 4)
+    path = run.checkpoints / "step-000004"
+    state = json.loads((path / "state.json").read_text())
+    state["counters"]["micro_batch_tokens"] = 77  # as after running out of memory
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    content = (path / "state.json").read_bytes()
+    manifest["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert finetune(place)[1]["micro_batch_tokens"] == 77
+
+
+def test_a_run_that_patience_ended_ends_there_after_a_crash_too(place: Path) -> None:
+    """Killed between the last checkpoint and the summary."""
+    changes = {"evaluation__every_steps": 1, "evaluation__patience": 1, "train__learning_rate": 10.0}
+    whole, summary = finetune(place, run__name="whole", **changes)
+    assert summary["stopped_early"]
+    assert summary["steps"] < 8
+    run = cut_off(place, summary["steps"], **changes)
+    _, again = finetune(place, run__checkpoint_every_steps=1, run__keep_checkpoints=99, **changes)
+    assert (again["steps"], again["stopped_early"], again["best_step"]) == (
+        summary["steps"], True, summary["best_step"]
+    )  # fmt: skip
+    assert adapter_of(run) == adapter_of(whole)
+
+
+def test_a_best_step_that_is_damaged_is_said_and_the_last_one_kept(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"evaluation__every_steps": 1, "evaluation__patience": 1, "train__learning_rate": 10.0}
+    _, summary = finetune(place, run__name="whole", **changes)
+    best, last = summary["best_step"], summary["steps"]
+    assert best < last
+    run = cut_off(place, last, **changes)
+    file = run.checkpoints / f"step-{best:06d}" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    _, again = finetune(place, **changes)
+    assert f"the checkpoint of the best step, step-{best:06d}, is damaged" in capfd.readouterr().err
+    assert (again["status"], again["best_step"]) == ("complete", None)
+    kept = load_file(run.adapter / "adapter_model.safetensors")
+    state = load_file(run.checkpoints / f"step-{last:06d}" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name.replace(".default", "")], tensor) for name, tensor in state.items())
+
+
+def test_beginning_again_sets_the_earlier_run_aside(place: Path) -> None:
+    run, _ = finetune(place)
+    before = adapter_of(run)
+    finetune(place, run__resume="never", train__seed=1)
+    assert (run.path.with_name("trial-old-1") / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert adapter_of(run) != before
+    finetune(place, train__seed=1)  # the new run is whole and can be asked for again
+
+
+def test_a_run_that_was_begun_again_is_held_like_any_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = finetune(place)
+    held: list[bool] = []
+
+    def try_to_take(*args: object) -> None:
+        try:
+            with RunDirectory(run.path).locked():
+                held.append(False)
+        except CheckpointError:
+            held.append(True)
+
+    monkeypatch.setattr("lmtune.training.lifecycle.add_tuned_answers", try_to_take)
+    finetune(place, run__resume="never")
+    assert held == [True]
+
+
+def test_a_run_in_use_cannot_be_set_aside(place: Path) -> None:
+    run, _ = finetune(place)
+    with run.locked(), pytest.raises(CheckpointError, match="in use by another lmtune process"):
+        finetune(place, run__resume="never")
+    assert run.exists()
+
+
+def test_a_run_is_complete_only_when_everything_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lmtune.training.lifecycle.add_tuned_answers", full)
+        with pytest.raises(OSError, match="No space left"):
+            finetune(place)
+    with inside(place):
+        run = RunDirectory("runs/trial")
+        summary = run.read_json(run.summary)
+    assert summary["status"] == "failed"
+    assert "No space left" in summary["reason"]
+    run, summary = finetune(place)
+    assert summary["status"] == "complete"
+    assert all("tuned" in json.loads(line) for line in run.answers.read_text().splitlines())
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(place: Path) -> None:
+    """Checkpoints may be deleted to save room; the adapter is what was wanted."""
+    run, summary = finetune(place)
+    shutil.rmtree(run.checkpoints)
+    before = adapter_of(run)
+    assert finetune(place)[1] == summary
+    assert adapter_of(run) == before
+    with pytest.raises(CheckpointError, match=r"train\.seed: was 0, now 1"):
+        finetune(place, train__seed=1)
+    assert load_file(run.adapter / "adapter_model.safetensors")

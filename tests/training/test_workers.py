@@ -1,0 +1,233 @@
+"""Processes: as many run as were asked for, their exit codes come through, and two give the adapter that one gives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lmtune.errors import ConfigError
+from lmtune.training.workers import _failure, check_world, is_worker, note_exit_code
+from lmtune.yaml_reader import write_yaml
+from tests.workplace import environment, finetune, make_workplace, tree_of
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+WORLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_CPU")
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher's variables."""
+    for name in (*WORLD, "LMTUNE_PROCESSES", "LMTUNE_EXIT_CODES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {}, {"LMTUNE_PROCESSES": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "LMTUNE_PROCESSES": "2"},
+        {"ACCELERATE_USE_CPU": "true"}, {"WORLD_SIZE": "2", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"},
+    ],
+)  # fmt: skip
+def test_the_world_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_world()
+    assert is_worker() == ("WORLD_SIZE" in variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LMTUNE_PROCESSES": "2"}, "--processes: 2 processes were asked for, 1 are running"),
+        ({"LMTUNE_PROCESSES": "2", "WORLD_SIZE": "4"}, "--processes: 2 processes were asked for, 4 are running"),
+        ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, "its --cpu option does that"),
+    ],
+)
+def test_another_world_is_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        check_world()
+
+
+def test_an_exit_code_is_noted_only_where_somebody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note_exit_code(3)
+    monkeypatch.setenv("LMTUNE_EXIT_CODES", str(tmp_path / "codes"))
+    note_exit_code(3)
+    note_exit_code(0)
+    assert (tmp_path / "codes").read_text() == "3\n0\n"
+
+
+@pytest.mark.parametrize(
+    ("noted", "code"),
+    [([2, 2], 2), ([0, 2], 2), ([143, 2], 2), ([], 1), ([143], 1), ([143, 143], 143), ([1, 2], 1), ([0, 143], 1)],
+)
+def test_of_several_exit_codes_that_of_the_first_failure_counts(noted: list[int], code: int) -> None:
+    assert _failure(noted, 2) == code
+
+
+# --- through accelerate launch, with a recipe that needs no torch
+
+RECIPE = """
+import os, signal, sys, time
+from pathlib import Path
+from lmtune.cli import run
+from lmtune.errors import DataError
+from lmtune.training.workers import check_world
+
+def main(what: str) -> None:
+    check_world()
+    rank = os.environ["RANK"]
+    Path(f"rank{rank}").write_text(os.environ["WORLD_SIZE"] + os.environ["OMP_NUM_THREADS"])
+    if what == "data" and rank == "1":
+        raise DataError("rows.jsonl:3: wrong")
+    if what == "killed" and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what != "fine":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        time.sleep(60)
+
+run(main)
+"""
+LAUNCHER = "import sys; from pathlib import Path; from lmtune.training.workers import launch; "
+LAUNCHER += "sys.exit(launch(Path('recipe.py'), sys.argv[1:], 2))"
+
+
+def launched(folder: Path, what: str) -> "subprocess.Popen[str]":
+    """Two processes of the recipe, in `folder`."""
+    (folder / "recipe.py").write_text(RECIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, what], cwd=folder, env=environment(folder), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "code"), [("data", 2), ("killed", 1)])
+def test_the_exit_code_is_that_of_the_process_that_failed(tmp_path: Path, what: str, code: int) -> None:
+    process = launched(tmp_path, what)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["21", "21"]
+    said = {
+        "data": "error: rows.jsonl:3: wrong\n",
+        "killed": "error: process 1 was ended by SIGKILL; perhaps the memory was full\n",
+    }
+    assert errors == said[what]
+
+
+@pytest.mark.slow
+def test_a_stop_reaches_every_process(tmp_path: Path) -> None:
+    process = launched(tmp_path, "wait")
+    until = time.monotonic() + 90
+    while not all((tmp_path / f"rank{rank}").exists() for rank in (0, 1)) and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+# --- the whole thing
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workplace with a run `one` of one process."""
+    folder = make_workplace(tmp_path_factory.mktemp("work"))
+    (folder / "run.yaml").write_text(write_yaml(tree_of(run__checkpoint_every_steps=4)))
+    finetune(folder, run__name="one", run__checkpoint_every_steps=4)
+    return folder
+
+
+def tuned(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The final adapter of a run."""
+    return load_file(folder / "runs" / name / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(folder: Path, name: str) -> None:
+    """Adapter, records and scores are those of one process, but for rounding."""
+    import csv
+    import json
+
+    one, other = tuned(folder, "one"), tuned(folder, name)
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, atol=1e-5, rtol=0)
+    rows = []
+    for run in ("one", name):
+        with (folder / "runs" / run / "results.csv").open(newline="") as file:
+            rows.append([[float(cell or 0) for cell in row.values()] for row in csv.DictReader(file)])
+    torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), atol=1e-4, rtol=1e-4)
+    first, second = (json.loads((folder / "runs" / run / "summary.json").read_text()) for run in ("one", name))
+    assert (first["processes"], second["processes"]) == (1, 2)
+    for part in ("base", "tuned"):
+        assert second[part] == pytest.approx(first[part], abs=1e-5)
+    answers = [(folder / "runs" / run / "answers.jsonl").read_text() for run in ("one", name)]
+    assert answers[0] == answers[1]
+
+
+def command(folder: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """A command in `folder`."""
+    return subprocess.run(
+        arguments, cwd=folder, env=environment(folder, **variables), capture_output=True, text=True, check=False,
+        timeout=200,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_adapter_of_one(place: Path) -> None:
+    done = command(place, sys.executable, "-m", "lmtune", "finetune", "run.yaml", "run.name=two", "--processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Exact match") == 1
+    assert done.stderr.count("the adapter is in runs/two/adapter") == 1
+    assert_same_run(place, "two")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_it_too_and_goes_on_with_a_run_of_one_process(place: Path) -> None:
+    """Half of the run in one process, the rest in two."""
+    import shutil
+
+    finetune(place, run__name="three", run__checkpoint_every_steps=4)
+    run = place / "runs" / "three"
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    shutil.rmtree(run / "adapter")
+    recipe = str(ROOT / "recipes" / "finetune.py")
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--dynamo_backend", "no", "--main_process_port", "29611"]
+    done = command(place, *LAUNCH, *options, recipe, "run.yaml", "run.name=three", ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step 4" in done.stderr
+    assert_same_run(place, "three")
+
+
+@pytest.mark.slow
+def test_accelerate_that_starts_one_process_of_two_is_refused(place: Path) -> None:
+    recipe = str(ROOT / "recipes" / "finetune.py")
+    options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    done = command(place, *LAUNCH, *options, "--dynamo_backend", "no", recipe, "run.yaml", "run.name=four")
+    assert done.returncode != 0
+    assert "accelerate launch was asked for several processes but started one" in done.stderr
+    assert not (place / "runs" / "four").exists()
+
+
+def test_data_is_checked_before_any_process_starts(place: Path) -> None:
+    began = time.perf_counter()
+    done = command(
+        place, sys.executable, "-m", "lmtune", "finetune", "run.yaml", "data.train=none.jsonl", "--processes", "2"
+    )
+    assert done.returncode == 2
+    assert "none.jsonl" in done.stderr
+    assert time.perf_counter() - began < 10
+
+
+def test_these_tests_run_without_a_launcher() -> None:
+    assert not [name for name in WORLD if name in os.environ]

@@ -1,0 +1,87 @@
+"""A folder to work in, as a user has it: a base model, data files, and runs made by the finetune recipe itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmtune.config import FinetuneConfig, build_config
+from lmtune.runs import RunDirectory
+from tests.tiny import save_tiny
+from tests.tokenizers import CHATML
+
+QUESTIONS = [{"prompt": f"What is number {n}?", "completion": f"It is {7 * n % 10}."} for n in range(24)]
+HELDOUT = [{"prompt": f"Say number {n}!", "completion": f"It is {7 * n % 10}."} for n in range(6)]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "model": {"name": "base", "quantization": "none"},
+    "data": {"train": "train.jsonl", "validation": "validation.jsonl", "max_length": 128},
+    "adapter": {"rank": 4, "alpha": 8},
+    "train": {"max_steps": 8, "batch_size": 4, "learning_rate": 1e-2},
+    "evaluation": {"exact_match_rows": 3, "max_new_tokens": 8},
+    "run": {"name": "trial", "checkpoint_every_steps": 3},
+}  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One row a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_workplace(folder: Path, chat_template: str | None = CHATML, dtype: torch.dtype = torch.float32) -> Path:
+    """Write base model and data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tiny(folder / "base", chat_template=chat_template, dtype=dtype)
+    write_rows(folder / "train.jsonl", QUESTIONS)
+    write_rows(folder / "validation.jsonl", HELDOUT)
+    return folder
+
+
+def tree_of(**changes: Any) -> dict[str, dict[str, Any]]:
+    """The settings as a nested mapping, with changes given as `section__key`."""
+    tree = {section: dict(values) for section, values in SETTINGS.items()}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree[section][name] = value
+    return tree
+
+
+def config_of(**changes: Any) -> FinetuneConfig:
+    """The settings, checked."""
+    return build_config(FinetuneConfig, tree_of(**changes), "test")
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Work in `folder`, with the row cache there too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LMTUNE_CACHE", str(folder / "cache"))
+        yield
+
+
+def finetune(folder: Path, **changes: Any) -> tuple[RunDirectory, dict[str, Any]]:
+    """Run the recipe in this process; the run and its summary."""
+    from lmtune.recipes.finetune import finetune as recipe
+
+    config = config_of(**changes)
+    with inside(folder):
+        run = RunDirectory.of(config.run)
+        summary = recipe(config, run)
+    return RunDirectory(folder / run.path), summary
+
+
+def written_files(folder: Path) -> dict[str, bytes]:
+    """The content of every file below `folder`, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """The environment of a command run in `folder`."""
+    return {**os.environ, "LMTUNE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
