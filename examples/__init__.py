@@ -1,0 +1,1 @@
+"""Example data files that ship with lmtune."""

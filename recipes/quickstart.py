@@ -1,0 +1,82 @@
+"""The main job on the embedded model and data: offline, on a CPU, in about two minutes.
+
+lmtune quickstart
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import lmtune.recipes
+from lmtune.cli import run
+from lmtune.config import FinetuneConfig, data_paths, load_config
+from lmtune.console import err, escape, out
+from lmtune.data.checking import check_data, describe_check
+from lmtune.demo import support_data, support_heldout
+from lmtune.errors import LmtuneError
+from lmtune.runs import RunDirectory
+
+SHOWN_ANSWERS = 5
+
+
+def main(
+    runs_dir: Annotated[Path, typer.Option("--dir", help="Where runs are kept.")] = Path("runs"),
+    chat: Annotated[bool, typer.Option("--chat", help="Open the chat in the browser at the end.")] = False,
+) -> None:
+    """Teach the embedded model a shop's answers over a 4-bit base, score it before and after, merge and verify it.
+
+    The model is a demonstration: it speaks the language of a small made-up world and knows nothing else.
+
+    Example: lmtune quickstart --chat
+    """
+    began = time.monotonic()
+    paths = [f"data.train={support_data()}", f"data.validation={support_heldout()}", f"run.dir={runs_dir}"]
+    shipped = Path(lmtune.recipes.__file__).parent / "configs" / "quickstart.yaml"
+    config = load_config(FinetuneConfig, shipped, paths)
+    run_directory = RunDirectory.of(config.run)
+    out.print(describe_check(check_data(data_paths(config.data.train), data_paths(config.data.validation or ()))))
+    if run_directory.read_json(run_directory.summary).get("status") == "complete":
+        err.print(f"replacing the earlier {run_directory.path}")
+        shutil.rmtree(run_directory.path)
+
+    from lmtune.recipes.finetune import finetune
+    from lmtune.recipes.merge import merge_run
+
+    summary = finetune(config, run_directory)
+    if summary["status"] != "complete":
+        raise LmtuneError(f"{run_directory.path}: not complete; the same command goes on with it")
+    merge_run(run_directory, run_directory.merged, "trained")
+    show_answers(run_directory)
+    out.print(f"\nAll done in {time.monotonic() - began:.0f} s. Next:")
+    for command, purpose in (
+        (f"lmtune chat {run_directory.path}", "talk to it here"),
+        (f"lmtune app {run_directory.path}", "or in the browser, base and tuned"),
+        ("lmtune check my.jsonl", "then your own questions and answers"),
+        ("lmtune finetune recipes/configs/qwen3_0.6b.yaml data.train=my.jsonl", "on a real model"),
+    ):
+        out.print(f"  [bold]{command}[/]\n      {purpose}")
+    if chat:
+        from lmtune.recipes.app import main as open_app
+
+        open_app([str(run_directory.path)])
+
+
+def show_answers(run_directory: RunDirectory) -> None:
+    """A few held-out questions with the base's and the tuned model's answer."""
+    rows = [json.loads(line) for line in run_directory.answers.read_text(encoding="utf-8").splitlines()]
+    step = max(1, len(rows) // SHOWN_ANSWERS)
+    for row in rows[::step][:SHOWN_ANSWERS]:
+        right = row["tuned"].strip() == row["wanted"].strip()
+        out.print(f"\n[bold]{escape(row['question'])}[/]")
+        out.print(f"  before: [dim]{escape(row['base'].strip() or '(nothing)')}[/]")
+        out.print(
+            f"  after:  {escape(row['tuned'].strip())}" + ("" if right else f"  (wanted: {escape(row['wanted'])})")
+        )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,57 @@
+"""The example data: what ships is what the generator writes, and the held-out questions are really held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lmtune.demo import support_data, support_heldout
+from lmtune.demo.support import FACTS, INTENTS, Row, heldout_rows, training_rows, write_examples
+from lmtune.demo.wording import expand, normalised
+
+
+def shipped(path: Path) -> list[Row]:
+    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_shipped_files_are_what_the_generator_writes(tmp_path: Path) -> None:
+    write_examples(tmp_path)
+    assert (tmp_path / "support.jsonl").read_bytes() == support_data().read_bytes()
+    assert (tmp_path / "support_heldout.jsonl").read_bytes() == support_heldout().read_bytes()
+
+
+def test_no_held_out_wording_is_in_the_training_file() -> None:
+    """Neither as it stands nor in other case or punctuation."""
+    training = {normalised(row.prompt) for row in shipped(support_data())}
+    assert not training & {normalised(row.prompt) for row in shipped(support_heldout())}
+
+
+def test_no_question_is_asked_twice_in_a_file() -> None:
+    for rows in (training_rows(), heldout_rows()):
+        facts = [normalised(row.prompt) for row in rows if row.completion in {fact.answer for fact in FACTS.values()}]
+        assert len(facts) == len(set(facts))
+
+
+def test_every_held_out_answer_is_taught_in_ten_wordings() -> None:
+    taught = [row.completion for row in training_rows()]
+    assert all(taught.count(row.completion) == 10 for row in heldout_rows())
+    assert len(heldout_rows()) >= 80
+    assert 400 <= len(taught) <= 600
+
+
+def test_answers_tell_the_facts_apart() -> None:
+    answers = [fact.answer for fact in FACTS.values()]
+    assert len(set(answers)) == len(answers)
+    assert all(answer.endswith(".") and len(answer) < 80 for answer in answers)
+    assert FACTS.keys() <= INTENTS.keys()
+
+
+def test_a_wording_belongs_to_one_intent() -> None:
+    """Else its answer would be a matter of chance."""
+    owner: dict[str, str] = {}
+    for key, intent in INTENTS.items():
+        wordings = [wording for template in intent.asks for wording in expand(template)]
+        if key in FACTS:
+            wordings += FACTS[key].heldout
+        for wording in wordings:
+            assert owner.setdefault(normalised(wording), key) == key, wording
