@@ -1,0 +1,150 @@
+"""Who may talk to the app, and about what: a thin layer before Gradio that turns everything else away.
+
+Gradio answers whatever host name a request carries, takes JSON from pages of other sites, and has routes that a chat
+never uses: uploads, a proxy, monitoring. Here a request is let through only if it names a host that is ours (else a
+foreign name that resolves to 127.0.0.1 could read the page), comes from our own page if it says where it comes from,
+asks for something the chat needs, and is small. What goes back carries a policy that keeps the browser from fetching
+anything from elsewhere, such as a picture that a model's answer links to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_BODY_BYTES = 1_000_000
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+_READ = re.compile(
+    r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|logout)/?"
+    r"|/(assets|static|svelte)/.+"
+    r"|/gradio_api/(info|theme\.css|user|login_check|token|app_id|startup-events|queue/(data|status))/?"
+    r"|/gradio_api/(heartbeat|call)/.+"
+)
+_WRITE = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|run/predict)/?|/gradio_api/call/.+")
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
+    "blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'"
+)
+
+
+class Guard:
+    """An ASGI application around another.
+
+    Args:
+        app: the application.
+        hosts: names that a request may call us by, without port; None is any name.
+        framed: other sites may show the page in a frame, as a Hub Space needs.
+    """
+
+    def __init__(self, app: App, hosts: frozenset[str] | None = LOOPBACK, framed: bool = False) -> None:
+        self._app, self._hosts = app, hosts
+        self._closing: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        policy = _POLICY if framed else f"{_POLICY}; frame-ancestors 'none'"
+        self._headers = [
+            (b"content-security-policy", policy.encode()),
+            (b"x-content-type-options", b"nosniff"),
+            (b"referrer-policy", b"no-referrer"),
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer why not."""
+        if scope["type"] == "lifespan":
+            self._closing = asyncio.get_running_loop(), asyncio.Event()
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif (refusal := self._refusal(scope)) is not None:
+            await _answer(send, *refusal)
+        else:
+            await self._pass_on(scope, receive, send)
+
+    def close(self) -> None:
+        """Tell every open connection that its client has gone, so that streams without an end, as a page's heartbeat
+        is one, do not keep the server from ending; may be called from any thread."""
+        if self._closing is not None:
+            loop, event = self._closing
+            loop.call_soon_threadsafe(event.set)
+
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        """Status and reason, or None for a request that may pass."""
+        headers = _single_headers(scope)
+        host = headers.get("host", "")
+        if self._hosts is not None and _split(f"//{host}").hostname not in self._hosts:
+            return 421, f"this app answers to {', '.join(sorted(self._hosts))} only"
+        origin = headers.get("origin")
+        if origin is not None and _split(origin).netloc.lower() != host.lower():
+            return 403, "requests from other sites are refused"
+        allowed = {"GET": _READ, "HEAD": _READ, "POST": _WRITE}.get(scope["method"])
+        if allowed is None or allowed.fullmatch(scope["path"]) is None:
+            return 404, "there is nothing here"
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+            return 413, f"a request may hold at most {MAX_BODY_BYTES} bytes"
+        return None
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application, with what it reads bounded and what it sends marked."""
+        read = 0
+
+        async def bounded() -> MutableMapping[str, Any]:
+            nonlocal read
+            message = await self._unless_closing(receive)
+            read += len(message.get("body", b""))
+            # A body without a length, in chunks: to the application it is as if the client had gone.
+            return {"type": "http.disconnect"} if read > MAX_BODY_BYTES else message
+
+        async def marked(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                names = {name for name, _ in self._headers}
+                kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in names]
+                message = {**message, "headers": [*kept, *self._headers]}
+            await send(message)
+
+        await self._app(scope, bounded, marked)
+
+    async def _unless_closing(self, receive: Receive) -> MutableMapping[str, Any]:
+        """What the client sends next; that it has gone, once we close."""
+        if self._closing is None:
+            return await receive()
+        message, closing = asyncio.ensure_future(receive()), asyncio.ensure_future(self._closing[1].wait())
+        try:
+            await asyncio.wait((message, closing), return_when=asyncio.FIRST_COMPLETED)
+            return message.result() if message.done() else {"type": "http.disconnect"}
+        finally:
+            message.cancel()
+            closing.cancel()
+
+
+def _single_headers(scope: Scope) -> dict[str, str]:
+    """Header values by name; where a client repeats one, both, so that neither can hide behind the other."""
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key = name.decode("latin-1").lower()
+        text = value.decode("latin-1").strip()
+        found[key] = f"{found[key]}, {text}" if key in found else text
+    return found
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of `url`, all empty if it is malformed."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
+
+
+async def _answer(send: Send, code: int, reason: str) -> None:
+    body = f"{reason}\n".encode()
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

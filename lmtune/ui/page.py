@@ -1,0 +1,300 @@
+"""The app's page: a chat, a box to type in, and a panel of settings; what happens at each click.
+
+    app = build_app(load_for_inference("runs/support"))
+
+The page only draws. What was said lives in `lmtune.ui.conversation`, under the key of each browser tab.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from lmtune.console import err, escape
+from lmtune.decoding import base_of, max_positions
+from lmtune.errors import LmtuneError
+from lmtune.generation import MAX_NEW_TOKENS, GenerationOptions
+from lmtune.models.inference import LoadedModel
+from lmtune.ui.conversation import MODES, Activity, Conversation, Mode, Settings, Tabs
+from lmtune.ui.display import origin, plain, shown, status, typed
+
+_MODE_LABELS = {"tuned": "Tuned", "base": "Base", "both": "Both"}
+_COLUMN_LABELS = {"tuned": "Tuned", "base": "Base model", "both": "Tuned"}
+_QUEUE_SIZE = 256
+_ANSWERS_AT_ONCE = 64
+_MATHS = [{"left": "$$", "right": "$$", "display": True}, {"left": "\\[", "right": "\\]", "display": True},
+          {"left": "\\(", "right": "\\)", "display": False}]  # fmt: skip
+
+
+def build_app(
+    models: LoadedModel | Sequence[LoadedModel],
+    examples: Sequence[str] = (),
+    activity: Activity | None = None,
+    place: str = "Everything stays on this computer.",
+) -> gr.Blocks:
+    """The app for one or several loaded models.
+
+    Args:
+        models: the first is the one chosen at first.
+        examples: questions offered in an empty conversation.
+        activity: shared with a server that wants to know when answers are under way.
+        place: a sentence on where the conversation goes.
+    """
+    loaded = [models] if isinstance(models, LoadedModel) else list(models)
+    return _Page(loaded, examples, activity or Activity(), place).blocks
+
+
+class _Page:
+    """The components, and what they do."""
+
+    def __init__(self, models: list[LoadedModel], examples: Sequence[str], activity: Activity, place: str) -> None:
+        self.models, self.place = models, place
+        self.tabs = Tabs(models, activity)
+        self.can_switch = any(model.has_adapter for model in models)
+        title = models[0].name if len(models) == 1 else "lmtune"
+        with gr.Blocks(title=f"{title} · lmtune", fill_height=True, analytics_enabled=False) as self.blocks:
+            with gr.Row(elem_id="top"):
+                self.header = gr.Markdown(self._header(0), elem_id="header")
+                self.clear = gr.Button("New chat", size="md", elem_id="clear", scale=0)
+            with gr.Row(equal_height=False, elem_id="columns"):
+                with gr.Column(scale=3, min_width=300):
+                    self._lay_out_chat(examples)
+                with gr.Column(scale=1, min_width=240, elem_id="settings"):
+                    self._lay_out_settings()
+            self._connect()
+        self.blocks.queue(api_open=False, max_size=_QUEUE_SIZE, default_concurrency_limit=_ANSWERS_AT_ONCE)
+
+    # --- what is on the page
+
+    def _lay_out_chat(self, examples: Sequence[str]) -> None:
+        with gr.Row(equal_height=True, elem_id="chats"):
+            self.answers = self._chatbot(examples, visible=True)
+            self.base_answers = self._chatbot((), visible=False)
+        self.question = gr.Textbox(
+            placeholder="Ask something", show_label=False, label="Question", lines=1, max_lines=8, autofocus=True,
+            submit_btn=True, elem_id="question", max_length=100_000,
+        )  # fmt: skip
+        self.status = gr.Markdown("", elem_id="status")
+
+    def _chatbot(self, examples: Sequence[str], visible: bool) -> gr.Chatbot:
+        return gr.Chatbot(
+            label=_COLUMN_LABELS["tuned" if visible else "base"], show_label=not visible, visible=visible,
+            elem_classes=["answers"], height=None, editable="user", buttons=["copy"], sanitize_html=True,
+            allow_tags=False, feedback_options=None, layout="bubble", latex_delimiters=_MATHS, min_width=200,
+            placeholder=f"**{plain(self.models[0].name)}** is ready", allow_file_downloads=False,
+            examples=[{"text": question} for question in examples] or None, group_consecutive_messages=False,
+        )  # fmt: skip
+
+    def _lay_out_settings(self) -> None:
+        longest = min(MAX_NEW_TOKENS, *(max_positions(model.model) or MAX_NEW_TOKENS for model in self.models))
+        trained = self.models[0].system
+        names = [(f"{model.name}", index) for index, model in enumerate(self.models)]
+        self.model = gr.Dropdown(names, value=0, label="Model", visible=len(names) > 1, elem_id="model")
+        self.mode = gr.Radio(
+            [(_MODE_LABELS[mode], mode) for mode in MODES], value="tuned", label="Answers from",
+            visible=self.can_switch, elem_id="mode",
+        )  # fmt: skip
+        self.system = gr.Textbox(
+            label="System prompt", placeholder=trained or "none", lines=2, max_lines=8, elem_id="system",
+            info="Empty: the one of training." if trained else None, max_length=100_000,
+        )  # fmt: skip
+        self.temperature = gr.Slider(
+            0, 2, value=0, step=0.05, label="Temperature", elem_id="temperature",
+            info="0: always the likeliest word",
+        )  # fmt: skip
+        self.top_p = gr.Slider(
+            0.05, 1, value=1, step=0.05, label="Top p", elem_id="top-p", info="Less: no unlikely words"
+        )
+        self.max_new_tokens = gr.Slider(
+            1, longest, value=min(256, longest), step=1, label="Most tokens in an answer", elem_id="max-new-tokens"
+        )
+        self.seed = gr.Textbox(
+            label="Seed", placeholder="a new one each time", info="An equal seed gives an equal answer.",
+            elem_id="seed", max_lines=1, max_length=10,
+        )  # fmt: skip
+
+    def _header(self, index: int) -> str:
+        model = self.models[index]
+        base = base_of(model.model)
+        size = base.num_parameters()
+        amount = f"{size / 1e9:.1f} billion" if size >= 1e9 else f"{size / 1e6:.1f} million"
+        what = f"{amount} parameters{' with its LoRA adapter' if model.has_adapter else ''}"
+        device = "on the GPU" if base.device.type == "cuda" else "on the CPU"
+        alone = "" if model.renderer.uses_chat_template else " Each question stands alone."
+        line = plain(f"{what}, {device}. {self.place}{alone}")
+        return f"<h1>{plain(model.name)} <span>· lmtune</span></h1><p>{line}</p>"
+
+    # --- what happens
+
+    def _connect(self) -> None:
+        settings = [
+            self.model, self.mode, self.system, self.temperature, self.top_p, self.max_new_tokens, self.seed,
+        ]  # fmt: skip
+        outputs = [self.question, self.answers, self.base_answers, self.status]
+        answering: dict[str, Any] = {
+            "outputs": outputs, "concurrency_id": "answers", "concurrency_limit": _ANSWERS_AT_ONCE,
+            "show_progress": "hidden", "api_visibility": "undocumented",
+        }  # fmt: skip
+        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        self.question.submit(self.on_send, [self.question, *settings], api_name="send", **answering)
+        for chatbot in (self.answers, self.base_answers):
+            chatbot.retry(self.on_retry, settings, api_name="retry", **answering)
+            chatbot.edit(self.on_edit, settings, api_name="edit", **answering)
+        self.answers.example_select(self.on_example, settings, api_name="example", **answering)
+        self.question.stop(self.on_stop, None, None, **at_once)
+        cleared = [self.clear.click, self.answers.clear, self.base_answers.clear]
+        gr.on(cleared, self.on_clear, None, outputs, **at_once)
+        self.mode.change(self.on_mode, [self.model, self.mode], [self.answers, self.base_answers], **at_once)
+        self.model.change(self.on_model, self.model, [self.header, self.mode], **at_once)
+        self.blocks.unload(self.on_unload)
+
+    async def on_send(
+        self, text: str, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any,
+        seed: Any, request: gr.Request,
+    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+        """Answer what is in the box."""
+        values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
+        async for update in self._answer(request, values, lambda talk, how: talk.send(text, how), typed_text=text):
+            yield update
+
+    async def on_example(
+        self, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any, seed: Any,
+        request: gr.Request, event: gr.SelectData,
+    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+        """Ask the example that was clicked."""
+        text = event.value.get("text", "") if isinstance(event.value, dict) else str(event.value)
+        values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
+        async for update in self._answer(request, values, lambda talk, how: talk.send(text, how), typed_text=text):
+            yield update
+
+    async def on_retry(
+        self, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any, seed: Any,
+        request: gr.Request,
+    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+        """Answer the last question anew."""
+        values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
+        async for update in self._answer(request, values, lambda talk, how: talk.retry(how), is_retry=True):
+            yield update
+
+    async def on_edit(
+        self, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any, seed: Any,
+        request: gr.Request, event: gr.EditData,
+    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+        """Answer a question that was changed; what came after it is dropped."""
+
+        def ask(talk: Conversation, how: Settings) -> AsyncIterator[None]:
+            place = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
+            return talk.edit(origin(talk.columns[0].messages, int(place)), typed(event.value), how)
+
+        values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
+        async for update in self._answer(request, values, ask):
+            yield update
+
+    def on_stop(self, request: gr.Request) -> None:
+        """End the answer under way."""
+        self._conversation(request).stop()
+
+    def on_clear(self, request: gr.Request) -> tuple[Any, ...]:
+        """Begin anew."""
+        self._conversation(request).clear()
+        return gr.update(submit_btn=True, stop_btn=False), [], [], ""
+
+    def on_mode(self, model: Any, mode: Any, request: gr.Request) -> tuple[Any, ...]:
+        """Show one column or two."""
+        both = mode == "both"
+        first = shown(self._conversation(request).columns[0].messages)
+        label = _COLUMN_LABELS.get(mode, "")
+        return gr.update(label=label, show_label=mode != "tuned"), gr.update(visible=both, value=first if both else [])
+
+    def on_model(self, model: Any) -> tuple[Any, ...]:
+        """Say who answers now."""
+        index = _whole(model, "model", range(len(self.models)))
+        return self._header(index), gr.update(visible=self.models[index].has_adapter, value="tuned")
+
+    def on_unload(self, request: gr.Request) -> None:
+        """Forget a tab that was closed."""
+        self.tabs.close(_key(request))
+
+    async def _answer(
+        self, request: gr.Request, values: Sequence[Any], ask: Callable[[Conversation, Settings], AsyncIterator[None]],
+        typed_text: str | None = None, is_retry: bool = False,
+    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+        """Stream an answer to the page; whatever goes wrong becomes a line under the chat."""
+        talk, begin = self._conversation(request), time.monotonic()
+        emptied = {"value": ""} if typed_text is not None else {}
+        with self.tabs.activity.drawing():
+            yield gr.update(submit_btn=False, stop_btn=True, **emptied), gr.skip(), gr.skip(), ""
+            box: dict[str, Any] = {}
+            try:
+                settings = self._settings(values)
+                async for _ in ask(talk, settings):
+                    yield gr.skip(), *self._columns(talk, answering=True), gr.skip()
+                seconds = time.monotonic() - begin
+                line = status(_figures(talk.num_tokens(), seconds, settings.options, is_retry))
+            except Exception as error:
+                line = status(_explain(error), is_error=True)
+                box = {"value": typed_text} if typed_text is not None else {}
+            yield gr.update(submit_btn=True, stop_btn=False, **box), *self._columns(talk), line
+
+    def _columns(self, talk: Conversation, answering: bool = False) -> tuple[Any, Any]:
+        columns = [shown(session.messages, answering) for session in talk.columns]
+        return columns[0], columns[1] if len(columns) > 1 else gr.skip()
+
+    def _conversation(self, request: gr.Request) -> Conversation:
+        return self.tabs.of(_key(request))
+
+    def _settings(self, values: Sequence[Any]) -> Settings:
+        """What the panel says; a browser may send anything.
+
+        Raises:
+            LmtuneError: a value is out of bounds.
+        """
+        model, mode, system, temperature, top_p, max_new_tokens, seed = values
+        index = _whole(model, "model", range(len(self.models)))
+        if mode not in MODES:
+            raise LmtuneError(f"answers from: got {mode!r}; should be one of {', '.join(MODES)}")
+        chosen: Mode = mode if self.models[index].has_adapter else "tuned"
+        text = str(seed or "").strip()
+        number: Any = random.randrange(2**32) if not text else int(text) if text.isdecimal() else text
+        options = GenerationOptions(temperature, top_p, _integral(max_new_tokens), number)
+        return Settings(index, chosen, str(system or ""), options)
+
+
+def _key(request: gr.Request) -> tuple[str, str]:
+    return str(getattr(request, "username", None) or ""), str(request.session_hash or "")
+
+
+def _whole(value: Any, name: str, allowed: range) -> int:
+    if not isinstance(value, int) or value not in allowed:
+        raise LmtuneError(f"{name}: got {value!r}; should be a whole number from {allowed[0]} to {allowed[-1]}")
+    return value
+
+
+def _integral(value: Any) -> Any:
+    """Sliders send 256.0 for 256; anything else is for `GenerationOptions` to refuse."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _figures(num_tokens: int, seconds: float, options: GenerationOptions, is_retry: bool) -> str:
+    """How long the answer was, and what it takes to have it again, or another."""
+    rate = f", {num_tokens / seconds:.0f} a second" if num_tokens > 1 and seconds > 0 else ""
+    again = f" · seed {options.seed}" if options.temperature > 0 else ""
+    hint = " · for another answer raise the temperature" if is_retry and options.temperature == 0 else ""
+    return f"{num_tokens} token{'' if num_tokens == 1 else 's'}{rate}{again}{hint}"
+
+
+def _explain(error: Exception) -> str:
+    """The message for the page; what is no fault of the user's goes to the terminal as well."""
+    if isinstance(error, LmtuneError):
+        return str(error)
+    if os.environ.get("LMTUNE_TRACEBACK") == "1":
+        traceback.print_exception(error, file=sys.stderr)
+    err.print(f"[bold red]error:[/] {escape(f'{type(error).__name__}: {error}')}")
+    return f"The answer failed: {type(error).__name__}: {error}"

@@ -1,0 +1,47 @@
+"""Chat with a model in the browser: `lmtune app [RUN_OR_MODEL…]`, the same as `python app.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lmtune.cli import run
+from lmtune.console import err, escape
+
+
+def main(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="Runs, adapter or model folders, Hub ids, or `tiny`. Default: the newest run with an adapter.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve at; any but 127.0.0.1 needs --auth.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port, or the next that is free.")] = 7860,
+    share: Annotated[bool, typer.Option("--share", help="Also by a public link; needs --auth.")] = False,
+    auth: Annotated[
+        str | None, typer.Option(metavar="USER:PASSWORD", envvar="LMTUNE_AUTH", help="Who may use the app.")
+    ] = None,
+) -> None:
+    """Chat with a model in the browser; with several models, choose among them on the page.
+
+    Example: lmtune app runs/quickstart
+    """
+    from lmtune.ui.server import Address, in_space, launch
+
+    address = Address("0.0.0.0" if in_space() else host, port, share, auth)
+
+    from lmtune.models.inference import load_for_inference
+    from lmtune.ui.choice import example_questions, newest_run
+
+    targets = models or [newest_run() or "tiny"]
+    if not models:
+        err.print(f"[dim]no model named, so it is {escape(targets[0])}[/]")
+    loaded = [load_for_inference(target) for target in targets]
+    launch(loaded, address, example_questions(targets[0]))
+
+
+if __name__ == "__main__":
+    run(main)

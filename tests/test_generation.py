@@ -1,0 +1,453 @@
+"""What a model says, how it is streamed, and that training and chat put the same tokens before an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmtune.data.examples import Example, Message
+from lmtune.decoding import PieceDecoder, Sampler
+from lmtune.errors import ConfigError, LmtuneError
+from lmtune.generation import ChatSession, GenerationOptions, generate_batch
+from lmtune.kernels.attention import packed_attention
+from lmtune.models.inference import LoadedModel
+from tests.chat_models import chat_model
+from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
+
+WARM = GenerationOptions(temperature=1.0, top_p=0.9, max_new_tokens=24, seed=5)
+SHORT = GenerationOptions(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return chat_model()
+
+
+def generated(loaded: LoadedModel, prompt: list[int], max_new_tokens: int, use_base: bool = False) -> list[int]:
+    """What transformers' own greedy generation says, without the stop token."""
+    with loaded.use_base() if use_base else contextlib.nullcontext(), torch.no_grad():
+        output = loaded.model.generate(
+            input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=max_new_tokens,
+            eos_token_id=list(loaded.renderer.stop_token_ids), pad_token_id=0,
+        )  # fmt: skip
+    new = output[0, len(prompt) :].tolist()
+    return new[:-1] if new[-1] in loaded.renderer.stop_token_ids else new
+
+
+def spy_on_reading(loaded: LoadedModel) -> list[list[int]]:
+    """The token ids of every forward pass from now on."""
+    seen: list[list[int]] = []
+    loaded.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    return seen
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": "hot"},
+        {"temperature": True}, {"top_p": 0.0}, {"top_p": 1.01}, {"top_p": math.nan}, {"max_new_tokens": 0},
+        {"max_new_tokens": 8193}, {"max_new_tokens": 1.5}, {"seed": -1}, {"seed": 2**32}, {"seed": None},
+    ],
+)  # fmt: skip
+def test_an_option_out_of_bounds_is_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}: got .*; should be "):
+        GenerationOptions(**wrong)
+
+
+def test_all_wrong_options_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"3 options are wrong\n.*temperature.*\n.*top_p.*\n.*seed"):
+        GenerationOptions(temperature=-1, top_p=2, seed=-1)
+
+
+# --- the prompt
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "generation-marks", "llama2", "no-end"])
+def test_what_is_read_is_what_training_put_before_the_answer(name: str) -> None:
+    loaded = chat_model(template=CHAT_TEMPLATES[name])
+    turns = [Message("user", "What is the capital of <|im_end|> France?"), Message("assistant", "Paris."),
+             Message("user", "Of Italy?")]  # fmt: skip
+    for count in (1, 3):
+        asked = [Message("system", "Be brief."), *turns[:count]]
+        document = loaded.renderer.render(Example("a", 1, (*asked, Message("assistant", "Rome."))))[-1]
+        session = ChatSession(loaded, "Be brief.", turns[: count - 1])
+        seen = spy_on_reading(loaded)
+        session.reply(turns[count - 1].content, GenerationOptions(max_new_tokens=1))
+        first_trained = len(document.trained) - document.trained[::-1].index(False)
+        assert seen[-1] == document.input_ids[:first_trained]
+
+
+def test_training_s_system_prompt_is_used_where_the_user_gives_none() -> None:
+    loaded = chat_model(system="Be brief.")
+    seen = spy_on_reading(loaded)
+    ChatSession(loaded).reply("Hello", GenerationOptions(max_new_tokens=1))
+    ChatSession(loaded, system="Be brief.").reply("Hello", GenerationOptions(max_new_tokens=1))
+    ChatSession(loaded, system="Be long.").reply("Hello", GenerationOptions(max_new_tokens=1))
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_without_a_chat_template_every_question_stands_alone() -> None:
+    loaded = chat_model(template=None)
+    session, fresh = ChatSession(loaded), ChatSession(loaded)
+    assert not session.remembers
+    session.reply("The quick brown fox", SHORT)
+    assert session.reply("Be brief.", SHORT) == fresh.reply("Be brief.", SHORT)
+
+
+def test_a_conversation_too_long_for_the_model_is_refused_and_the_question_taken_back() -> None:
+    session = ChatSession(chat_model(positions=64))
+    session.reply("Hello", GenerationOptions(max_new_tokens=4))
+    before = session.messages
+    with pytest.raises(LmtuneError, match=r"tokens long, and random reads at most 64; clear it, or shorten"):
+        session.reply("the dog " * 60)
+    assert session.messages == before
+    session.reply("a", GenerationOptions(max_new_tokens=2))
+
+
+def test_an_answer_ends_where_the_model_ends() -> None:
+    session = ChatSession(chat_model(positions=64))
+    seen = spy_on_reading(session.model)
+    session.reply("Hello", GenerationOptions(max_new_tokens=8192, temperature=1.0))
+    assert sum(map(len, seen)) <= 64
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_question_is_refused(model: LoadedModel, text: str) -> None:
+    session = ChatSession(model)
+    with pytest.raises(LmtuneError, match="empty"):
+        session.reply(text)
+    assert session.messages == []
+
+
+# --- the answer
+
+
+@pytest.mark.parametrize("use_base", [False, True])
+@pytest.mark.parametrize(("seed", "dora"), [(0, False), (1, False), (2, True)])
+def test_temperature_0_is_transformers_greedy_generation(seed: int, dora: bool, use_base: bool) -> None:
+    loaded = chat_model(seed, dora=dora)
+    session = ChatSession(loaded)
+    for question in ("What is the capital of France?", "the lazy dog"):
+        prompt = loaded.renderer.prompt_ids([*session.messages, Message("user", question)])
+        wanted = generated(loaded, prompt, 40, use_base)
+        said = session.reply(question, GenerationOptions(max_new_tokens=40), use_base)
+        assert said == loaded.renderer.decode(wanted).rstrip("\ufffd")
+
+
+def test_sampling_follows_the_warped_distribution() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -3.0])
+    for temperature, top_p in ((0.7, 1.0), (1.5, 1.0), (1.0, 0.8)):
+        weights = (logits / temperature).softmax(-1)
+        kept = torch.tensor([weights[:index].sum() < top_p for index in range(4)])
+        wanted = torch.where(kept, weights, 0.0)
+        draws = torch.tensor([Sampler(temperature, top_p, seed)(logits) for seed in range(1500)])
+        shares = torch.bincount(draws, minlength=4) / 1500
+        assert torch.allclose(shares, wanted / wanted.sum(), atol=0.04)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e300])
+def test_no_temperature_overflows(temperature: float) -> None:
+    token = Sampler(temperature, 0.5, 0)(torch.tensor([1.0, 9.0, 3.0]))
+    assert token == 1 if temperature < 1 else token in (0, 1, 2)
+
+
+def test_equal_seeds_give_equal_answers_whoever_else_is_speaking(model: LoadedModel) -> None:
+    alone = ChatSession(model).reply("Hello", WARM)
+    assert ChatSession(model).reply("Hello", GenerationOptions(1.0, 0.9, 24, seed=6)) != alone
+    first, second = ChatSession(model), ChatSession(model)
+    streams = [first.stream("Hello", WARM), second.stream("Hello", WARM, use_base=True)]
+    pieces: list[list[str]] = [[], []]
+    while streams[0] or streams[1]:
+        for index, stream in enumerate(streams):
+            if stream and (piece := next(stream, None)) is not None:
+                pieces[index].append(piece)
+            else:
+                streams[index] = None  # type: ignore[call-overload]
+    assert "".join(pieces[0]) == alone
+    assert "".join(pieces[1]) == ChatSession(model).reply("Hello", WARM, use_base=True) != alone
+
+
+def test_many_threads_with_and_without_the_adapter_say_what_each_would_say_alone(model: LoadedModel) -> None:
+    alone = {base: ChatSession(model).reply("Hello", WARM, base) for base in (False, True)}
+    said: list[tuple[bool, str]] = []
+
+    def talk(base: bool) -> None:
+        said.append((base, ChatSession(model).reply("Hello", WARM, base)))
+
+    threads = [threading.Thread(target=talk, args=(index % 2 == 0,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(said) == 6
+    assert all(text == alone[base] for base, text in said)
+
+
+def test_an_error_inside_reaches_the_caller_as_itself(model: LoadedModel) -> None:
+    session = ChatSession(chat_model())
+    session.reply("Hello", SHORT)
+    before = session.messages
+    hook = session.model.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(MemoryError, match="no room"):
+        session.reply("And now?", SHORT)
+    hook.remove()
+    assert session.messages == before
+    assert session.reply("And now?", SHORT) == reply_after(before, "And now?", session.model)
+
+
+def reply_after(messages: list[Message], question: str, loaded: LoadedModel) -> str:
+    """What a session that has read nothing answers in this conversation."""
+    return ChatSession(loaded, messages=messages).reply(question, SHORT)
+
+
+def test_a_broken_model_is_said_to_be_broken() -> None:
+    loaded = chat_model(adapter=False)
+    with torch.no_grad():
+        loaded.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(LmtuneError, match="NaN or infinity"):
+        ChatSession(loaded).reply("Hello")
+
+
+def test_training_s_attention_is_put_aside_for_the_time(model: LoadedModel) -> None:
+    wanted = ChatSession(model).reply("Hello", SHORT)
+    prompt = model.renderer.prompt_ids([Message("user", "Hello")])
+    batch = generate_batch(model.model, model.tokenizer, [prompt], model.renderer.stop_token_ids, 24)
+    with packed_attention(model.model):
+        before = model.model.config._attn_implementation
+        assert ChatSession(model).reply("Hello", SHORT) == wanted
+        assert generate_batch(model.model, model.tokenizer, [prompt], model.renderer.stop_token_ids, 24) == batch
+        assert model.model.config._attn_implementation == before
+
+
+# --- the KV cache
+
+
+def test_a_further_turn_reads_only_its_own_tokens() -> None:
+    loaded = chat_model()
+    session = ChatSession(loaded)
+    seen = spy_on_reading(loaded)
+    session.reply("What is the capital of France?", SHORT)
+    first = session.messages
+    del seen[:]
+    said = session.reply("Be brief.", SHORT)
+    prompt = loaded.renderer.prompt_ids([*first, Message("user", "Be brief.")])
+    assert len(seen[0]) <= len(prompt) - len(loaded.renderer.prompt_ids(first[:1]))
+    assert prompt[-len(seen[0]) :] == seen[0]
+    assert said == reply_after(first, "Be brief.", loaded)
+
+
+def test_base_and_tuned_do_not_share_what_they_read(model: LoadedModel) -> None:
+    session = ChatSession(model)
+    for turn, use_base in enumerate([False, True, True, False]):
+        before = session.messages
+        fresh = ChatSession(model, messages=before)
+        question = f"question {turn}"
+        assert session.reply(question, SHORT, use_base) == fresh.reply(question, SHORT, use_base)
+
+
+def test_retry_with_the_same_seed_says_the_same_and_reads_nothing_again() -> None:
+    session = ChatSession(chat_model())
+    said = session.reply("Hello", WARM)
+    seen = spy_on_reading(session.model)
+    assert "".join(session.retry(WARM)) == said
+    assert [len(ids) for ids in seen] == [1] * len(seen)
+    assert "".join(session.retry(GenerationOptions(1.0, 0.9, 24, seed=9))) != said
+    assert [message.role for message in session.messages] == ["user", "assistant"]
+    assert "".join(session.retry(WARM, use_base=True)) == ChatSession(session.model).reply("Hello", WARM, use_base=True)
+
+
+def test_a_cache_that_cannot_be_cropped_is_read_anew() -> None:
+    loaded = chat_model(window=8)
+    session = ChatSession(loaded)
+    for question in ("What is the capital of France?", "Be brief."):
+        before = session.messages
+        assert session.reply(question, SHORT) == reply_after(before, question, loaded)
+    seen = spy_on_reading(loaded)
+    said = "".join(session.edit(0, "the lazy dog", SHORT))
+    assert seen[0] == loaded.renderer.prompt_ids(session.messages[:1])
+    assert said == reply_after([], "the lazy dog", loaded)
+
+
+def test_a_long_prompt_is_read_in_parts_and_can_be_stopped_between() -> None:
+    loaded = chat_model(positions=4096)
+    seen = spy_on_reading(loaded)
+    question = "x" * 1500
+    said = ChatSession(loaded).reply(question, SHORT)
+    assert [len(ids) for ids in seen][:2] == [512, 512]
+    prompt = loaded.renderer.prompt_ids([Message("user", question)])
+    assert said.rstrip("\ufffd") == loaded.renderer.decode(generated(loaded, prompt, 24)).rstrip("\ufffd")
+    session = ChatSession(loaded)
+    del seen[:]
+    hook = loaded.model.register_forward_pre_hook(lambda *_: session.stop())
+    assert session.reply(question, SHORT) == ""
+    hook.remove()
+    assert len(seen) == 1
+    assert session.reply("Hello", SHORT) == reply_after(session.messages[:-2], "Hello", loaded)
+
+
+def test_release_frees_what_was_read_and_changes_nothing(model: LoadedModel) -> None:
+    session = ChatSession(model)
+    session.reply("Hello", SHORT)
+    before = session.messages
+    session.release()
+    assert session.messages == before
+    assert session.reply("Be brief.", SHORT) == reply_after(before, "Be brief.", model)
+
+
+# --- stop, edit, clear
+
+
+def test_stop_from_another_thread_ends_the_answer_and_keeps_what_was_said(model: LoadedModel) -> None:
+    session = ChatSession(model)
+    stream = session.stream("Hello", GenerationOptions(temperature=1.0, max_new_tokens=300))
+    said = next(stream) + next(stream)
+    stopper = threading.Thread(target=session.stop)
+    stopper.start()
+    stopper.join()
+    said += "".join(stream)
+    assert len(said) < 60
+    assert 2 <= session.num_answer_tokens < 60
+    assert session.messages == [Message("user", "Hello"), Message("assistant", said)]
+    before = session.messages
+    assert session.reply("Be brief.", SHORT) == reply_after(before, "Be brief.", model)
+
+
+def test_an_abandoned_stream_keeps_what_was_said(model: LoadedModel) -> None:
+    session = ChatSession(model)
+    stream = session.stream("Hello", WARM)
+    said = next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert session.messages[-1] == Message("assistant", said)
+    before = session.messages
+    assert session.reply("Be brief.", SHORT) == reply_after(before, "Be brief.", model)
+
+
+def test_a_new_question_ends_the_answer_under_way(model: LoadedModel) -> None:
+    session = ChatSession(model)
+    first = session.stream("Hello", WARM)
+    said = next(first)
+    answer = session.reply("Be brief.", SHORT)
+    assert "".join(first) == ""
+    assert session.messages == [
+        Message("user", "Hello"), Message("assistant", said), Message("user", "Be brief."),
+        Message("assistant", answer),
+    ]  # fmt: skip
+    assert answer == reply_after(session.messages[:2], "Be brief.", model)
+
+
+def test_clear_forgets_even_the_answer_under_way(model: LoadedModel) -> None:
+    session = ChatSession(model)
+    stream = session.stream("Hello", WARM)
+    next(stream)
+    session.clear()
+    assert "".join(stream) == ""
+    assert session.messages == []
+    assert session.reply("Hello", SHORT) == reply_after([], "Hello", model)
+
+
+def test_edit_replaces_a_question_and_drops_what_followed(model: LoadedModel) -> None:
+    session = ChatSession(model)
+    first = session.reply("Hello", SHORT)
+    session.reply("What is the capital of France?", SHORT)
+    session.reply("Be brief.", SHORT)
+    answer = "".join(session.edit(2, "the lazy dog", SHORT))
+    assert session.messages == [
+        Message("user", "Hello"), Message("assistant", first), Message("user", "the lazy dog"),
+        Message("assistant", answer),
+    ]  # fmt: skip
+    assert answer == reply_after(session.messages[:2], "the lazy dog", model)
+
+
+@pytest.mark.parametrize("index", [-1, 1, 2, 99])
+def test_only_questions_can_be_edited(model: LoadedModel, index: int) -> None:
+    session = ChatSession(model)
+    session.reply("Hello", SHORT)
+    with pytest.raises(LmtuneError, match=f"message {index} is no question"):
+        session.edit(index, "x")
+
+
+def test_retry_before_any_question_is_refused(model: LoadedModel) -> None:
+    with pytest.raises(LmtuneError, match="no question yet"):
+        ChatSession(model).retry()
+
+
+# --- pieces of text
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), min_size=1, max_size=30))
+def test_pieces_are_whole_characters_and_make_the_text(text: str) -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    decoder = PieceDecoder(lambda some: str(tokenizer.decode(some)))
+    pieces = [decoder.add(token) for token in ids]
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert "".join(pieces) + decoder.finish() == text
+
+
+def test_a_character_cut_off_by_the_end_is_dropped_and_what_is_no_utf8_does_not_pile_up() -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode("ab😀", add_special_tokens=False)
+    decoder = PieceDecoder(lambda some: str(tokenizer.decode(some)))
+    said = "".join(decoder.add(token) for token in ids[:-1])
+    assert said + decoder.finish() == "ab"
+    decoder = PieceDecoder(lambda some: str(tokenizer.decode(some)))
+    said = "".join(decoder.add(ids[-1]) for _ in range(100))
+    assert said.count("\ufffd") > 90
+
+
+def test_stop_tokens_are_never_said() -> None:
+    loaded = chat_model(adapter=False)
+    stop = loaded.renderer.stop_token_ids[0]
+    calls = []
+
+    def stop_at_the_fifth(module: Any, args: Any, output: Any) -> Any:
+        calls.append(1)
+        output.logits[..., stop] = 1000.0 if len(calls) == 5 else -1000.0
+        return output
+
+    loaded.model.register_forward_hook(stop_at_the_fifth)
+    pieces = list(ChatSession(loaded).stream("Hello", GenerationOptions(max_new_tokens=50)))
+    assert len(calls) == 5
+    assert "<|im_end|>" not in "".join(pieces)
+
+
+# --- batches
+
+
+def test_a_batch_says_what_each_prompt_alone_would(model: LoadedModel) -> None:
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+    prompts = [model.renderer.prompt_ids([Message("user", " ".join(words[:count]))]) for count in (9, 1, 5, 3)]
+    stops = model.renderer.stop_token_ids
+    answers = generate_batch(model.model, model.tokenizer, prompts, stops, 20)
+    assert answers == [generated(model, prompt, 20) for prompt in prompts]
+    assert generate_batch(model.model, model.tokenizer, prompts, stops, 20, batch_tokens=1) == answers
+    assert generate_batch(model.model, model.tokenizer, [], stops, 20) == []
+
+
+def test_a_batch_ends_each_answer_at_its_first_stop_token(model: LoadedModel) -> None:
+    prompts = [model.renderer.prompt_ids([Message("user", text)]) for text in ("a", "the lazy dog")]
+    whole = generate_batch(model.model, model.tokenizer, prompts, [511], 20)
+    stops = [whole[0][3], whole[1][7]]
+    cut = [next((i for i, token in enumerate(answer) if token in stops), 20) for answer in whole]
+    assert generate_batch(model.model, model.tokenizer, prompts, stops, 20) == [
+        answer[:end] for answer, end in zip(whole, cut, strict=True)
+    ]
+
+
+def test_a_prompt_that_fills_the_model_is_refused() -> None:
+    loaded = chat_model(positions=32)
+    with pytest.raises(LmtuneError, match="prompt 1 is 40 tokens long, and the model reads at most 32"):
+        generate_batch(loaded.model, loaded.tokenizer, [[5], [5] * 40], [2], 4)

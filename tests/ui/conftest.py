@@ -1,0 +1,58 @@
+"""A running app: the page behind its guard, on a free port, with a parrot for a model."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lmtune.models.inference import LoadedModel
+from tests.chat_models import parrot
+
+
+@dataclass
+class RunningApp:
+    """Where the app is, and what goes on in it."""
+
+    url: str
+    activity: Any
+
+
+def start(models: LoadedModel | Sequence[LoadedModel], auth: str | None = None, **changes: Any) -> Iterator[RunningApp]:
+    """Serve `models` in a thread until the iterator goes on."""
+    import uvicorn
+
+    from lmtune.ui.conversation import Activity
+    from lmtune.ui.server import Address, build_application
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    activity = Activity()
+    application = build_application(models, Address(port=port, auth=auth), activity, **changes)
+    config = uvicorn.Config(application, log_level="error", ws="none", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield RunningApp(f"http://127.0.0.1:{port}", activity)
+    server.should_exit = True
+    thread.join(10)
+    listening.close()
+
+
+@pytest.fixture(scope="session")
+def app() -> Iterator[RunningApp]:
+    """A tuned parrot that takes 10 ms a token, with two examples."""
+    yield from start(parrot(0.01), examples=["Where do customers park their cars?", "system"])
+
+
+@pytest.fixture(scope="session")
+def start_app() -> Callable[..., Iterator[RunningApp]]:
+    """`start`, for an app of a test's own."""
+    return start

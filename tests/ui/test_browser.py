@@ -1,0 +1,269 @@
+"""The app as its user has it: in a headless Chromium, from the first question to the last setting.
+
+Where Chromium is missing the tests are skipped, and fail with LMTUNE_REQUIRE_BROWSER=1, as CI has it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from tests.chat_models import parrot
+from tests.ui.conftest import RunningApp
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PATIENCE = 20_000  # milliseconds; CI machines are slow
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One Chromium for all tests."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        missing = "no Chromium on this machine; install it, for example with `apt-get install chromium`"
+        if os.environ.get("LMTUNE_REQUIRE_BROWSER") == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Tab:
+    """The page in one browser tab, and what it asked of the network."""
+
+    def __init__(self, browser: Browser, url: str, width: int = 1280, height: int = 800) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": height})
+        self.page: Page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self._hear(message))
+        self.url = url
+        self.page.goto(url)
+        expect(self.page.locator("#question textarea")).to_be_visible()
+
+    def _hear(self, message: Any) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+    @property
+    def question(self) -> Locator:
+        return self.page.locator("#question textarea")
+
+    @property
+    def status(self) -> Locator:
+        return self.page.locator("#status")
+
+    def answers(self, column: int = 0) -> Locator:
+        return self.page.locator(".answers").nth(column).locator(".bot.message")
+
+    def questions(self, column: int = 0) -> Locator:
+        return self.page.locator(".answers").nth(column).locator(".user.message")
+
+    def send(self, text: str) -> None:
+        self.question.fill(text)
+        self.question.press("Enter")
+
+    def ask(self, text: str, answer: str) -> None:
+        """Send `text`, and wait until the last answer is `answer` and over."""
+        self.send(text)
+        expect(self.answers().last).to_have_text(answer)
+        self.wait_for_end()
+
+    def wait_for_end(self) -> None:
+        expect(self.status).to_contain_text(re.compile("token"))
+
+    def close(self) -> None:
+        foreign = [url for url in self.requests if not url.startswith((self.url, "data:", "blob:"))]
+        self.context.close()
+        assert foreign == []
+        assert self.complaints == []
+
+
+@pytest.fixture
+def open_tab(browser: Browser, app: RunningApp) -> Iterator[Callable[..., Tab]]:
+    """Open the app; at the end no page may have asked another host for anything, or complained."""
+    tabs: list[Tab] = []
+
+    def new_tab(url: str = app.url, **size: int) -> Tab:
+        tabs.append(Tab(browser, url, **size))
+        return tabs[-1]
+
+    yield new_tab
+    for tab in tabs:
+        tab.close()
+
+
+def test_a_conversation(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    tab = open_tab()
+    expect(tab.page.locator("#header")).to_contain_text("2.4 million parameters with its LoRA adapter, on the CPU.")
+    expect(tab.page.locator("#header")).to_contain_text("Everything stays on this computer.")
+    tab.ask("Hello there", "You asked: Hello there")
+    tab.ask("And again", "You asked: And again")
+    expect(tab.question).to_have_value("")
+    assert tab.questions().all_inner_texts() == ["Hello there", "And again"]
+    tab.page.locator(".answers button[aria-label='Edit'], .answers button[title='Edit']").first.click()
+    editor = tab.page.locator(".answers textarea")
+    expect(editor).to_have_value("Hello there")
+    editor.fill("Hello <b>you</b>")
+    tab.page.locator(".answers button[aria-label='Submit'], .answers button[title='Submit']").click()
+    expect(tab.answers()).to_have_count(1)
+    expect(tab.answers()).to_have_text(re.compile("You asked: Hello <\u2060?b>you<\u2060?/b>"))
+    assert tab.questions().count() == 1
+    tab.page.screenshot(path=tmp_path / "conversation.png")
+    tab.page.locator("#clear").click()
+    expect(tab.answers()).to_have_count(0)
+    expect(tab.questions()).to_have_count(0)
+    tab.ask("New", "You asked: New")
+
+
+def test_an_answer_streams_and_can_be_stopped(open_tab: Callable[..., Tab], app: RunningApp) -> None:
+    tab = open_tab()
+    tab.page.locator("#max-new-tokens input[type=number]").fill("3000")
+    tab.send("count")
+    expect(tab.answers()).to_contain_text("1 2 3")
+    first = len(tab.answers().inner_text())
+    expect(tab.answers()).to_contain_text("20 21 22")
+    assert len(tab.answers().inner_text()) > first
+    tab.page.locator("#question .stop-button").click()
+    expect(tab.page.locator("#question .submit-button")).to_be_visible()
+    tab.wait_for_end()
+    said = tab.answers().inner_text()
+    tab.page.wait_for_timeout(500)
+    assert tab.answers().inner_text() == said
+    assert len(said) < 4000
+    assert app.activity.num_answering == 0
+    tab.ask("Go on", "You asked: Go on")
+
+
+def test_retry_answers_again_with_the_settings_of_now(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.ask("system", "none")
+    tab.page.locator("#system textarea").fill("Be brief, *please*.")
+    tab.page.locator(".answers button[aria-label='Retry'], .answers button[title='Retry']").last.click()
+    expect(tab.answers()).to_have_text("Be brief, please.")
+    assert tab.questions().count() == 1
+
+
+def test_base_tuned_and_both(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    tab = open_tab()
+    tab.ask("one", "You asked: one")
+    tab.page.locator("#mode input[value=base]").check()
+    expect(tab.page.locator(".answers").first).to_contain_text("Base model")
+    tab.ask("two", "Base heard: two")
+    tab.page.locator("#mode input[value=both]").check()
+    expect(tab.answers(1)).to_have_count(2)
+    tab.ask("three", "You asked: three")
+    expect(tab.answers(1).last).to_have_text("Base heard: three")
+    tab.page.screenshot(path=tmp_path / "both.png")
+    tab.page.locator("#mode input[value=tuned]").check()
+    expect(tab.page.locator(".answers").nth(1)).to_be_hidden()
+    tab.ask("four", "You asked: four")
+    assert tab.answers().all_inner_texts()[1:] == ["Base heard: two", "You asked: three", "You asked: four"]
+
+
+def test_options_reach_the_model(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.page.locator("#max-new-tokens input[type=number]").fill("7")
+    tab.send("count")
+    expect(tab.status).to_contain_text("7 tokens")
+    tab.page.locator("#temperature input[type=number]").fill("0.5")
+    tab.page.locator("#temperature input[type=number]").press("Tab")
+    tab.page.locator("#seed input, #seed textarea").fill("1234")
+    tab.send("count")
+    expect(tab.status).to_contain_text("seed 1234")
+
+
+def test_what_is_wrong_is_said_on_the_page_and_the_question_kept(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.page.locator("#seed input, #seed textarea").fill("-1")
+    tab.send("Hello")
+    expect(tab.page.locator("#status [role=alert]")).to_contain_text("seed: got '-1'; should be a whole number")
+    expect(tab.question).to_have_value("Hello")
+    tab.page.locator("#seed input, #seed textarea").fill("")
+    tab.page.locator("#system textarea").fill("word " * 9000)
+    tab.send("Hello")
+    expect(tab.page.locator("#status [role=alert]")).to_contain_text("reads at most 4096; clear it, or shorten")
+    assert "Traceback" not in tab.page.content()
+    tab.page.locator("#system textarea").fill("")
+    tab.ask("Hello", "You asked: Hello")
+
+
+def test_what_is_said_is_never_live(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    evil = '<img src="http://evil.example/a.png" onerror="document.title=1"> <script>document.title=2</script> '
+    evil += (
+        "![x](http://evil.example/b.png) <style>body{display:none}</style> [k](javascript:document.title=3) &lt;i&gt;"
+    )
+    tab.send(evil)
+    expect(tab.answers()).to_contain_text("&")
+    tab.wait_for_end()
+    shown = tab.answers().inner_text().replace("\u2060", "")
+    assert '<img src="http://evil.example/a.png" onerror="document.title=1">' in shown
+    assert "<script>document.title=2</script>" in shown
+    assert "&lt;i&gt;" in shown
+    assert tab.page.locator(".answers .message img, .answers .message script").count() == 0
+    assert tab.page.locator(".answers .message a[href^='javascript']").count() == 0
+    assert tab.page.title() == "parrot · lmtune"
+    tab.ask("`<b>` is **bold**", "You asked: <b> is bold")
+    assert tab.answers().last.locator("code").inner_text() == "<b>"
+
+
+def test_tabs_never_see_each_other(open_tab: Callable[..., Tab]) -> None:
+    first, second = open_tab(), open_tab()
+    first.ask("my secret", "You asked: my secret")
+    second.ask("Hello", "You asked: Hello")
+    assert "secret" not in second.page.content()
+    first.page.reload()
+    expect(first.question).to_be_visible()
+    expect(first.questions()).to_have_count(0)
+
+
+def test_an_example_is_asked_with_a_click(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.page.locator(".answers .example", has_text="Where do customers").click()
+    expect(tab.answers()).to_have_text("You asked: Where do customers park their cars?")
+
+
+@pytest.mark.parametrize(("width", "height"), [(400, 800), (768, 900), (1440, 900)])
+def test_nothing_sticks_out(open_tab: Callable[..., Tab], tmp_path: Path, width: int, height: int) -> None:
+    tab = open_tab(width=width, height=height)
+    tab.ask("An unbroken " + "w" * 200, "You asked: An unbroken " + "w" * 200)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+    for part in ("#question", "#mode", "#temperature", "#seed", "#clear"):
+        box = tab.page.locator(part).bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+    tab.page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+
+
+def test_several_models_and_one_without_adapter(
+    open_tab: Callable[..., Tab], start_app: Callable[..., Iterator[RunningApp]]
+) -> None:
+    running = start_app([parrot(name="first"), parrot(name="second", adapter=False)])
+    tab = open_tab(next(running).url)
+    tab.page.locator("#mode input[value=base]").check()
+    tab.ask("one", "Base heard: one")
+    tab.page.locator("#model input").click()
+    tab.page.get_by_role("option", name="second").click()
+    expect(tab.page.locator("#header h1")).to_contain_text("second")
+    expect(tab.page.locator("#mode")).to_be_hidden()
+    tab.ask("two", "You asked: two")
+    next(running, None)

@@ -1,0 +1,196 @@
+"""What tabs talk about: columns, settings, stopping, and that tabs are strangers to each other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from lmtune.data.examples import Message
+from lmtune.errors import LmtuneError
+from lmtune.generation import GenerationOptions
+from lmtune.ui import conversation as module
+from lmtune.ui.conversation import Activity, Conversation, Mode, Settings, Tabs
+from tests.chat_models import parrot
+
+
+def settings(mode: Mode = "tuned", system: str = "", model: int = 0, max_new_tokens: int = 3000) -> Settings:
+    return Settings(model, mode, system, GenerationOptions(max_new_tokens=max_new_tokens))
+
+
+def finish(answer: AsyncIterator[None]) -> int:
+    """Run an answer to its end; how often the page would have been redrawn."""
+
+    async def run() -> int:
+        return len([None async for _ in answer])
+
+    return asyncio.run(run())
+
+
+def said(talk: Conversation, column: int = 0) -> list[str]:
+    return [message.content for message in talk.columns[column].messages]
+
+
+def wait_for_no_answers(seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while any(thread.name == "lmtune-answer" for thread in threading.enumerate()):
+        assert time.monotonic() < end, "a thread goes on answering"
+        time.sleep(0.01)
+
+
+def test_an_answer_is_followed_to_its_end() -> None:
+    talk = Conversation([parrot(0.005)], Activity())
+    assert finish(talk.send("Hello there, parrot, how are you today?", settings())) > 2
+    assert said(talk) == [
+        "Hello there, parrot, how are you today?",
+        "You asked: Hello there, parrot, how are you today?",
+    ]
+    assert talk.num_tokens() > 5
+
+
+def test_side_by_side_the_base_hears_the_whole_conversation() -> None:
+    talk = Conversation([parrot()], Activity())
+    finish(talk.send("one", settings()))
+    finish(talk.send("two", settings("both")))
+    assert said(talk) == ["one", "You asked: one", "two", "You asked: two"]
+    assert said(talk, 1) == ["one", "You asked: one", "two", "Base heard: two"]
+    finish(talk.retry(settings("both")))
+    finish(talk.edit(2, "three", settings("both")))
+    assert said(talk, 1)[2:] == ["three", "Base heard: three"]
+    finish(talk.retry(settings("base")))
+    assert len(talk.columns) == 1
+    assert said(talk)[2:] == ["three", "Base heard: three"]
+
+
+def test_another_model_goes_on_with_the_conversation() -> None:
+    models = [parrot(), parrot(name="other", adapter=False)]
+    talk = Conversation(models, Activity())
+    finish(talk.send("one", settings()))
+    finish(talk.send("two", settings(model=1)))
+    assert talk.columns[0].model is models[1]
+    assert said(talk) == ["one", "You asked: one", "two", "You asked: two"]
+
+
+def test_a_system_prompt_counts_from_the_next_answer_on_and_empty_is_that_of_training() -> None:
+    talk = Conversation([parrot(system="Trained")], Activity())
+    answers = []
+    for system in ("", " Be brief. ", "  "):
+        finish(talk.send("system", settings(system=system)))
+        answers.append(said(talk)[-1])
+    assert answers == ["Trained", "Be brief.", "Trained"]
+
+
+def test_stop_keeps_what_was_said() -> None:
+    talk = Conversation([parrot(0.002)], Activity())
+
+    async def run() -> None:
+        async for _ in talk.send("count", settings()):
+            talk.stop()
+
+    asyncio.run(run())
+    answer = said(talk)[-1]
+    assert answer
+    assert len(answer) < 500
+    wait_for_no_answers()
+
+
+def test_an_abandoned_answer_is_stopped() -> None:
+    activity = Activity()
+    talk = Conversation([parrot(0.002)], activity)
+
+    async def run() -> None:
+        answer = talk.send("count", settings())
+        await anext(answer)
+        assert activity.num_answering == 1
+        await answer.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+    assert activity.num_answering == 0
+    wait_for_no_answers()
+    assert len(said(talk)[-1]) < 500
+
+
+def test_clear_during_an_answer_leaves_nothing() -> None:
+    talk = Conversation([parrot(0.002)], Activity())
+
+    async def run() -> None:
+        async for _ in talk.send("count", settings("both")):
+            talk.clear()
+
+    asyncio.run(run())
+    assert said(talk) == []
+    assert said(talk, 1) == []
+    wait_for_no_answers()
+
+
+def test_an_error_reaches_the_page_and_the_question_is_taken_back() -> None:
+    talk = Conversation([parrot(positions=30)], Activity())
+    for mode in ("tuned", "both"):
+        with pytest.raises(LmtuneError, match="at most 30"):
+            finish(talk.send("much too long a question for so small a head", settings(mode)))
+        assert said(talk) == []
+        assert len(talk.columns) == 1
+    with pytest.raises(LmtuneError, match="no question yet"):
+        finish(talk.retry(settings()))
+
+
+def test_an_app_that_closes_takes_no_further_question() -> None:
+    activity = Activity()
+    talk = Conversation([parrot()], activity)
+    activity.closing = True
+    with pytest.raises(LmtuneError, match="closing"):
+        finish(talk.send("Hello", settings()))
+
+
+def test_stop_all_ends_every_answer() -> None:
+    activity = Activity()
+    tabs = Tabs([parrot(0.002)], activity)
+    talks = [tabs.of(("", str(number))) for number in range(4)]
+
+    async def run() -> None:
+        async def follow(talk: Conversation) -> None:
+            async for _ in talk.send("count", settings()):
+                pass
+
+        tasks = [asyncio.create_task(follow(talk)) for talk in talks]
+        while activity.num_answering < 4 or not all(talk.num_tokens() for talk in talks):
+            await asyncio.sleep(0.01)
+        activity.stop_all()
+        await asyncio.wait_for(asyncio.gather(*tasks), 5)
+
+    asyncio.run(run())
+    assert activity.num_answering == 0
+    wait_for_no_answers()
+
+
+def test_tabs_are_apart_and_forgotten_when_closed() -> None:
+    tabs = Tabs([parrot()], Activity())
+    first, second = tabs.of(("", "a")), tabs.of(("", "b"))
+    finish(first.send("secret", settings()))
+    assert tabs.of(("", "a")) is first
+    assert said(second) == []
+    assert tabs.of(("someone", "a")) is not first
+    tabs.close(("", "a"))
+    assert said(first) == []
+    assert tabs.of(("", "a")) is not first
+    tabs.close(("", "unheard of"))
+
+
+def test_the_tab_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_TABS", 3)
+    monkeypatch.setattr(module, "_MAX_CACHES", 2)
+    tabs = Tabs([parrot()], Activity())
+    talks = {key: tabs.of(("", key)) for key in "abc"}
+    for talk in talks.values():
+        finish(talk.send("Hello", settings()))
+    tabs.of(("", "a"))
+    assert not talks["b"].columns[0]._memories
+    assert talks["a"].columns[0]._memories
+    assert said(talks["b"]) == ["Hello", "You asked: Hello"]
+    tabs.of(("", "d"))
+    assert len(tabs) == 3
+    assert tabs.of(("", "b")) is not talks["b"]
+    assert talks["b"].columns[0].messages == [] != [Message("user", "Hello")]
