@@ -1,0 +1,190 @@
+"""Reading runs back: which there are, how each went, and the steps of one that is under way.
+
+    for run in list_runs("runs"):
+        print(run.name, run.status, run.tuned_exact_match)
+
+Everything here only reads, imports nothing heavy, and takes what it finds: a run that was killed, or is half written at
+this moment, is shown as far as it got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lmtune.errors import LmtuneError, ModelError
+from lmtune.runs import RunDirectory, find_run
+from lmtune.yaml_reader import read_yaml
+
+_TAIL_BYTES = 65_536  # holds the last line of metrics.jsonl many times over
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One run in a line.
+
+    Attributes:
+        name: its folder's name.
+        status: complete, running, interrupted, failed, or damaged.
+        model, quantization: the base.
+        steps, loss: the last step done and its loss; None before the first.
+        base_exact_match, tuned_exact_match: shares of held-out rows answered rightly; None if not measured.
+        changed: when a file of the run was last written, local time.
+    """
+
+    name: str
+    status: str
+    model: str
+    quantization: str
+    steps: int | None
+    loss: float | None
+    base_exact_match: float | None
+    tuned_exact_match: float | None
+    changed: datetime
+
+
+def choose_run(target: str, runs_dir: str | Path = "runs") -> RunDirectory:
+    """The run that `target` names, as a path or a name in `runs_dir`.
+
+    Raises:
+        ModelError: there is none; names the nearest ones.
+    """
+    run = find_run(target, runs_dir)
+    if run is not None:
+        return run
+    names = [path.name for path in _run_folders(runs_dir)]
+    near = difflib.get_close_matches(Path(target).name, names, n=3, cutoff=0.5)
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    elif names:
+        hint = f"there {'is' if len(names) == 1 else 'are'} {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
+    else:
+        hint = f"{runs_dir}/ holds no run yet; `lmtune quickstart` makes one, or give another folder with --dir"
+    raise ModelError(f"{target}: no such run; {hint}")
+
+
+def list_runs(runs_dir: str | Path = "runs") -> list[Overview]:
+    """Every run in a folder, the one written to last first."""
+    runs = [overview(RunDirectory(path)) for path in _run_folders(runs_dir)]
+    return sorted(runs, key=lambda run: run.changed, reverse=True)
+
+
+def overview(run: RunDirectory) -> Overview:
+    """One run in a line; damaged files are told as status `damaged`, not raised."""
+    status, summary, model = "damaged", dict[str, Any](), dict[str, Any]()
+    with contextlib.suppress(LmtuneError):
+        model = read_yaml(run.config).get("model") or {}
+        summary = run.read_json(run.summary)
+        status = run_status(run, summary)
+    last = last_step(run)
+    return Overview(
+        run.name, status, str(model.get("name", "?")), str(model.get("quantization", "?")),
+        last.get("step", summary.get("steps")), last.get("loss"), _score(summary, "base"), _score(summary, "tuned"),
+        datetime.fromtimestamp(_last_written(run)),
+    )  # fmt: skip
+
+
+def run_status(run: RunDirectory, summary: Mapping[str, Any]) -> str:
+    """What `summary.json` says; but a run that says "running" and is held by no process was killed: interrupted."""
+    status = str(summary.get("status", "running"))
+    return "interrupted" if status == "running" and not is_running(run) else status
+
+
+def is_running(run: RunDirectory) -> bool:
+    """Whether a process holds the run's lock at this moment."""
+    import fcntl
+
+    with contextlib.suppress(FileNotFoundError), open(run.path / ".lock", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go again when the file is closed
+        except OSError:
+            return True
+    return False
+
+
+def last_step(run: RunDirectory) -> dict[str, Any]:
+    """The last whole line of `metrics.jsonl`, or `{}`; reads the file's end only."""
+    try:
+        with run.metrics.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines[:-1]):  # after the last newline comes nothing, or half a line
+        if (step := _parsed(line)) is not None:
+            return step
+    return {}
+
+
+def follow_steps(
+    run: RunDirectory, poll_seconds: float = 0.5, wait: Callable[[float], None] = time.sleep
+) -> Iterator[dict[str, Any]]:
+    """Every step of the run: those done, then each new one, until no process holds the run any more.
+
+    A resumed run replaces the file by one that ends at its checkpoint; the steps done again are then told again.
+    """
+    reader = _GrowingFile(run.metrics)
+    while True:
+        running = is_running(run)  # asked before reading, so that the last lines are not missed
+        for line in reader.new_lines():
+            if (step := _parsed(line)) is not None:
+                yield step
+        if not running:
+            return
+        wait(poll_seconds)
+
+
+class _GrowingFile:
+    """Gives the lines added since the last look; the file may be replaced by its own beginning and grow again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._inode, self._offset, self._told = path, 0, 0, 0
+
+    def new_lines(self) -> list[bytes]:
+        try:
+            with self._path.open("rb") as file:
+                return self._read(file, os.fstat(file.fileno()))
+        except FileNotFoundError:
+            return []
+
+    def _read(self, file: BinaryIO, now: os.stat_result) -> list[bytes]:
+        replaced = now.st_ino != self._inode or now.st_size < self._offset
+        file.seek(0 if replaced else self._offset)
+        lines = file.read().split(b"\n")
+        self._inode, self._offset = now.st_ino, file.tell() - len(lines.pop())  # a last line half written waits
+        if replaced:
+            self._told, lines = len(lines), lines[self._told :]
+        else:
+            self._told += len(lines)
+        return lines
+
+
+def _run_folders(runs_dir: str | Path) -> list[Path]:
+    folder = Path(runs_dir)
+    return [path for path in sorted(folder.iterdir()) if RunDirectory(path).exists()] if folder.is_dir() else []
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        step = json.loads(line)
+    except ValueError:
+        return None
+    return step if isinstance(step, dict) else None
+
+
+def _score(summary: Mapping[str, Any], which: str) -> float | None:
+    value = (summary.get(which) or {}).get("exact_match")
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _last_written(run: RunDirectory) -> float:
+    files = (run.config, run.summary, run.metrics)
+    return max(path.stat().st_mtime for path in files if path.is_file())

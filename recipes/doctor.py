@@ -1,0 +1,40 @@
+"""What works on this machine, and how to mend the rest.
+
+lmtune doctor
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmtune.cli import run
+from lmtune.console import err, escape, out
+from lmtune.doctor import examine
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def main(
+    runs_dir: Annotated[Path, typer.Option("--dir", help="Where runs would be kept.")] = Path("runs"),
+) -> None:
+    """Look at versions, devices, quantization, attention, processes, disk and Hub; each is tried, not only looked up.
+
+    Exit code 0: fine-tuning works here. 1: something that it needs does not work.
+
+    Example: lmtune doctor
+    """
+    count = {"ok": 0, "warn": 0, "fail": 0}
+    for finding in examine(runs_dir):
+        count[finding.level] += 1
+        out.print(f"[{COLOURS[finding.level]}]{finding.level:<4}[/]  {finding.name:<15} {escape(finding.text)}")
+        if finding.mend:
+            out.print(f"      → {escape(finding.mend)}")
+    if count["fail"]:
+        err.print(f"{count['fail']} of {sum(count.values())} fail; mend these first")
+        raise typer.Exit(1)
+    err.print("fine-tuning works here" + (f"; {count['warn']} warnings" if count["warn"] else ""))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,32 @@
+"""Download an adapter from the Hugging Face Hub, checked before anything reads it.
+
+lmtune pull anna/support
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmtune.cli import run
+from lmtune.console import err, escape, out
+
+
+def main(
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the Hub.")],
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to make; adapters/USER--NAME if not given.")] = None,
+) -> None:
+    """Download the adapter in USER/NAME; weights in safetensors only, and no code.
+
+    Example: lmtune pull anna/support
+    """
+    from lmtune.hub import pull
+
+    folder = pull(repository, revision, output)
+    out.print(escape(str(folder)))
+    err.print(f"talk to it: lmtune chat {escape(str(folder))}")
+
+
+if __name__ == "__main__":
+    run(main)

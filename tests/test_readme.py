@@ -1,0 +1,140 @@
+"""Every command in the README runs, in the order in which a reader meets them, and every shipped YAML trains.
+
+The commands are taken from the README itself. Only what this machine cannot have is exchanged: the embedded model
+stands in for the one on the Hub, a Hub on this machine for the real one, CPU processes for GPUs; steps are few.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import TOKEN, HubServer
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "model.name=tiny", "train.max_steps=3", "train.batch_size=4", "evaluation.exact_match_rows=2",
+    "evaluation.max_new_tokens=8",
+)  # fmt: skip
+ROWS = "".join(f'{{"prompt": "What is {i} and {i}?", "completion": "It is {2 * i}."}}\n' for i in range(24))
+
+
+def shell_commands() -> list[str]:
+    """The commands in the README's `sh` blocks, in order."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def named_commands() -> list[str]:
+    """The verbs of the README's table of commands."""
+    rows = re.findall(r"^\| (`lmtune .*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return [verb for row in rows for verb in re.findall(r"`lmtune (\w+)", row)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reader's folder: the recipes and examples, and a file of rows."""
+    path = tmp_path_factory.mktemp("reader")
+    for name in ("recipes", "examples"):
+        (path / name).symlink_to(ROOT / name)
+    (path / "my.jsonl").write_text(ROWS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Hub on this machine, and a cache of its own."""
+    with HubServer() as hub:
+        yield {
+            **os.environ, **hub.environment, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
+            "LMTUNE_CACHE": str(tmp_path_factory.mktemp("cache")), "ACCELERATE_USE_CPU": "true",
+            "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+
+
+def adjusted(command: str) -> list[str]:
+    """The command's words as they can run here."""
+    words = shlex.split(command.replace("user/name", "me/name"))
+    if words[0] == "lmtune":
+        words[:1] = [sys.executable, "-m", "lmtune"]
+    if words[0] == "accelerate":
+        words[:2] = [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no",
+        ]  # fmt: skip
+    if any("finetune" in word for word in words):
+        words += [*SMALL, f"run.name={'qwen3_0.6b' if '2' not in words else 'two'}"]
+    if "plan" in words or "preview" in words:
+        words += ["model.name=tiny"] if "plan" in words else ["--model", "tiny"]
+    return words
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(folder: Path, environment: dict[str, str]) -> None:
+    ran = 0
+    for command in shell_commands():
+        words = adjusted(command)
+        if words[0] == "make":
+            assert (
+                subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, check=False).returncode == 0
+            )
+        elif "pip" in command or "venv" in command or "quickstart" in command:
+            continue  # what they do has tests of its own: test_packaging and test_quickstart
+        elif "app" in words:
+            _serves(words, folder, environment)
+        else:
+            question = "What is 2 and 2?\n" if "chat" in words else None
+            done = subprocess.run(
+                words, cwd=folder, env=environment, input=question, capture_output=True, text=True, check=False,
+                timeout=250,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 12
+
+
+def test_the_table_names_every_verb() -> None:
+    from lmtune.cli import VERBS
+
+    assert sorted(named_commands()) == sorted(VERBS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_runs(path: Path, folder: Path, environment: dict[str, str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    if "adapter" not in text and "tokenizer" in text:
+        shutil.rmtree(folder / "made", ignore_errors=True)
+        arguments = ["pretrain", str(path), "train.max_steps=2", "data.world_documents=400", "output.dir=made"]
+    else:
+        rows = [] if "examples/" in text else ["data.train=my.jsonl"]
+        arguments = ["finetune", str(path), *SMALL, *rows, f"run.name=config-{path.stem.replace('.', '-')}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lmtune", *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+        check=False, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _serves(words: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Start the app, wait for its address, end it with SIGTERM; it must end with 0."""
+    log = folder / "app.log"
+    with log.open("w") as output:
+        app = subprocess.Popen(words, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while "http://127.0.0.1" not in log.read_text() and time.monotonic() < deadline and app.poll() is None:
+            time.sleep(0.2)
+        assert "http://127.0.0.1" in log.read_text(), log.read_text()
+        app.send_signal(signal.SIGTERM)
+        assert app.wait(timeout=60) == 0, log.read_text()
+    finally:
+        app.kill()

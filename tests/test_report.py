@@ -1,0 +1,177 @@
+"""Model cards and the table of scores: valid front matter, measured numbers only, nothing private."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from lmtune.config import FinetuneConfig, build_config, to_tree
+from lmtune.history import list_runs
+from lmtune.report import adapter_card, format_score, is_hub_id, merged_card, runs_table, scores_table
+from tests.sample_run import DATA, SUMMARY, write_records
+
+MERGE = {
+    "into": "trained", "dtype": "bfloat16", "rows": 16, "tokens": 300, "logits_difference": 0.0012, "bound": 0.02,
+    "same_first_choice": 0.9975, "difference_to_trained": None,
+}  # fmt: skip
+
+
+def settings(name: str = "lab/base", **sections: Any) -> dict[str, Any]:
+    tree = {
+        "model": {"name": name, "quantization": "nf4", "revision": "abc123"},
+        "data": {"train": "private-customers.jsonl", "system": "private words", **sections.pop("data", {})},
+        "run": {"name": "support"}, **sections,
+    }  # fmt: skip
+    return to_tree(build_config(FinetuneConfig, tree, where="test"))
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    assert card.startswith("---\n")
+    assert card.endswith("\n")
+    return dict(ModelCard(card).data.to_dict())  # parsed as the Hub's own library does
+
+
+def printed(table: Any, width: int) -> str:
+    console = Console(width=width, soft_wrap=True)
+    with console.capture() as capture:
+        console.print(table, soft_wrap=False)
+    return capture.get()
+
+
+def test_front_matter_is_what_the_hub_reads() -> None:
+    head = front_matter(adapter_card(settings(), SUMMARY, DATA, "me/support"))
+    assert head["base_model"] == "lab/base"
+    assert head["library_name"] == "peft"
+    assert head["pipeline_tag"] == "text-generation"
+    assert {"lora", "lmtune"} <= set(head["tags"])
+    metrics = head["model-index"][0]["results"][0]["metrics"]
+    assert {m["name"]: m["value"] for m in metrics} == {
+        "Loss": 0.02, "Perplexity": 1.02, "Token accuracy": 0.995, "Sequence accuracy": 0.95, "Exact match": 0.925,
+    }  # fmt: skip
+
+
+def test_card_tells_scores_settings_and_counts() -> None:
+    card = adapter_card(settings(), SUMMARY, DATA, "me/support")
+    for line in (
+        "| Exact match | 2.5 % | 92.5 % |",
+        "| Loss | 3.5000 | 0.0200 |",
+        "| `adapter.rank` | `16` |",
+        "| train: kept | 480 |",
+        "| train: dropped, too long | 3 |",
+        "| validation: held out | 40 |",
+        "on 40 rows",
+        "4-bit NF4",
+        'AutoModelForCausalLM.from_pretrained("lab/base", revision="abc123")',
+        'PeftModel.from_pretrained(base, "me/support")',
+        "lmtune pull me/support\nlmtune chat adapters/me--support",
+        "trained with a system prompt",
+    ):
+        assert line in card, line
+
+
+@pytest.mark.parametrize("make", [adapter_card, merged_card])
+def test_card_tells_nothing_of_the_data_or_the_machine(make: Any) -> None:
+    card = make(settings(str(Path.home())), SUMMARY, {**DATA, **MERGE}, None)
+    for private in ("private", "customers", ".jsonl", str(Path.home()), str(Path.cwd()), "../"):
+        assert private not in card
+
+
+def test_absent_numbers_are_said_to_be_absent() -> None:
+    summary = copy.deepcopy(SUMMARY)
+    summary["tuned"] |= {"exact_match": None, "perplexity": float("inf"), "loss": float("nan")}
+    card = adapter_card(settings(), summary, {})
+    assert "| Exact match | 2.5 % | not measured |" in card
+    assert "| Loss | 3.5000 | not measured |" in card
+    assert "number of rows was not recorded" in card
+    metrics = front_matter(card)["model-index"][0]["results"][0]["metrics"]
+    assert {m["name"] for m in metrics} == {"Token accuracy", "Sequence accuracy"}
+    for nothing in ({}, {"base": None, "tuned": None}):
+        bare = adapter_card(settings(), nothing, {"train": {}, "validation": None})
+        assert "The scores were not measured." in bare
+        assert "model-index" not in front_matter(bare)
+
+
+def test_base_that_is_not_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = adapter_card(settings("tiny"), SUMMARY, DATA, "me/support")
+    assert front_matter(demo)["base_model"] == "tiny"
+    assert "from lmtune.demo import tiny_path" in demo
+    assert "AutoModelForCausalLM.from_pretrained(tiny_path())" in demo
+    assert "pip install lmtune" in demo
+    assert "no general ability" in demo
+
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("models/mine")
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert not is_hub_id("models/mine")
+    local = adapter_card(settings("models/mine"), SUMMARY, DATA)
+    assert "base_model" not in front_matter(local)
+    assert "you need that very model" in local
+    assert "huggingface.co" not in local
+    assert "no general ability" not in local
+
+
+@pytest.mark.parametrize("template", ["auto", "plain", "thinking"])
+@pytest.mark.parametrize("base", ["tiny", "lab/base", "../base"])
+def test_every_code_block_is_python(base: str, template: str) -> None:
+    config = settings(base, data={"template": template})
+    for card in (adapter_card(config, SUMMARY, DATA, "me/support"), merged_card(config, SUMMARY, MERGE)):
+        blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        assert blocks
+        for block in blocks:
+            ast.parse(block)
+        assert ("apply_chat_template" in card) == (template != "plain")
+        assert ("enable_thinking=True" in card) == (template == "thinking")
+
+
+def test_merged_card_tells_how_the_merge_was_checked() -> None:
+    card = merged_card(settings(), SUMMARY, MERGE, "me/whole")
+    head = front_matter(card)
+    assert (head["library_name"], head["base_model_relation"]) == ("transformers", "finetune")
+    assert "| Largest difference of a logit, as a share of the largest logit | 0.0012 |" in card
+    assert "| Tokens with the same first choice | 99.75 % |" in card
+    assert "| Weights merged into | the weights that were trained over, dequantised |" in card
+    assert "base_model_relation" not in yaml.safe_load(merged_card(settings("tiny"), {}, {}).split("---")[1])
+
+
+def test_cell_text_cannot_break_the_table() -> None:
+    card = adapter_card(settings(adapter={"target_modules": ".*(q|v)_proj"}), SUMMARY, DATA)
+    assert "| `adapter.target_modules` | `.*(q\\|v)_proj` |" in card
+
+
+def test_scores_for_people() -> None:
+    assert format_score("loss", 0.02) == "0.0200"
+    assert format_score("perplexity", 1234567.0) == "1.235e+06"
+    assert format_score("exact_match", 0.925) == "92.5 %"
+    assert [format_score("loss", value) for value in (None, float("nan"), True, "3")] == ["not measured"] * 4
+
+
+@pytest.mark.parametrize("width", [50, 60, 120])
+def test_scores_table_fits(width: int) -> None:
+    text = printed(scores_table(SUMMARY["base"], {**SUMMARY["tuned"], "exact_match": None}), width)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0] == ["base", "tuned"]
+    assert ["Loss", "3.5000", "0.0200"] in lines
+    assert ["Exact", "match", "2.5", "%", "not", "measured"] in lines
+    assert max(map(len, text.splitlines())) <= width
+    assert "base" not in printed(scores_table(None, SUMMARY["tuned"]), width)
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_runs_table_fits(tmp_path: Path, width: int) -> None:
+    write_records(tmp_path / "support", "Qwen/Qwen3-0.6B")
+    write_records(tmp_path / ("long-name-" * 6))
+    text = printed(runs_table(list_runs(tmp_path), width), width)
+    assert max(map(len, text.splitlines())) <= width
+    line = next(line for line in text.splitlines() if line.startswith("support"))
+    assert "complete" in line
+    assert "120  0.0250  2.5 → 92.5 %" in line
+    assert ("Qwen/Qwen3-0.6B" in line) == (width == 120)

@@ -1,0 +1,161 @@
+"""`lmtune runs`: listing, showing and following runs, as far as each of them got."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmtune.errors import ModelError
+from lmtune.history import choose_run, follow_steps, last_step, list_runs, overview
+from lmtune.runs import RunDirectory, keep_lines
+from tests.sample_run import METRICS, write_records
+
+
+def lmtune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lmtune", "runs", *arguments]
+    env = {**os.environ, "COLUMNS": "60"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return write_records(tmp_path / "runs" / "support")
+
+
+@pytest.fixture
+def running(run: RunDirectory) -> Iterator[RunDirectory]:
+    """The run, held by this process as by one that trains."""
+    run.summary.write_text('{"status": "running", "base": null}')
+    with run.locked():
+        yield run
+
+
+def add_step(run: RunDirectory, step: int, end: str = "\n") -> None:
+    with run.metrics.open("a") as file:
+        file.write(json.dumps({**METRICS[0], "step": step}) + end)
+
+
+def test_list_shows_every_run_newest_first(run: RunDirectory, tmp_path: Path) -> None:
+    write_records(tmp_path / "runs" / "second", "tiny")
+    for file in (run.config, run.summary, run.metrics):
+        os.utime(file, (1, 1))
+    (tmp_path / "runs" / "no-run").mkdir()
+    (tmp_path / "runs" / "file").write_text("")
+    assert [item.name for item in list_runs(tmp_path / "runs")] == ["second", "support"]
+    item = overview(run)
+    assert (item.status, item.model, item.quantization, item.steps, item.loss) == (
+        "complete", "lab/base", "none", 120, 0.025,
+    )  # fmt: skip
+    assert (item.base_exact_match, item.tuned_exact_match) == (0.025, 0.925)
+
+
+def test_status_is_the_truth(running: RunDirectory, tmp_path: Path) -> None:
+    assert overview(running).status == "running"
+    killed = write_records(tmp_path / "runs" / "killed")
+    killed.summary.write_text('{"status": "running", "base": null}')  # as kill -9 leaves it, the lock let go
+    assert overview(killed).status == "interrupted"
+    (killed.path / ".lock").write_text("1")
+    assert overview(killed).status == "interrupted"
+    killed.summary.write_text('{"status": "failed"}')
+    assert overview(killed).status == "failed"
+    for file, text in ((killed.summary, "{"), (killed.config, "model: [")):
+        file.write_text(text)
+        assert overview(killed).status == "damaged"
+
+
+def test_last_step_ignores_half_a_line(run: RunDirectory) -> None:
+    add_step(run, 121, end="")
+    assert last_step(run)["step"] == 120
+    run.metrics.write_text("")
+    assert last_step(run) == {}
+    run.metrics.unlink()
+    assert last_step(run) == {}
+    assert overview(run).steps == 120  # from the summary
+
+
+def test_unknown_run_names_near_ones(run: RunDirectory, tmp_path: Path) -> None:
+    assert choose_run("support", tmp_path / "runs").path == choose_run(run.path).path == run.path
+    with pytest.raises(ModelError, match=r"suport: no such run; did you mean support\?"):
+        choose_run("suport", tmp_path / "runs")
+    with pytest.raises(ModelError, match="xyz: no such run; there is support"):
+        choose_run("xyz", tmp_path / "runs")
+    with pytest.raises(ModelError, match="holds no run yet"):
+        choose_run("support", tmp_path / "nowhere")
+
+
+def test_follow_tells_each_step_once_until_the_run_ends(running: RunDirectory) -> None:
+    keep_lines(running.metrics, 2)
+    turns = iter([
+        lambda: add_step(running, 3),
+        lambda: add_step(running, 4, end=""),  # caught in the middle of writing
+        lambda: running.metrics.open("a").write("\n"),
+        lambda: keep_lines(running.metrics, 1),  # stopped and resumed from a checkpoint after step 1
+        lambda: add_step(running, 2),
+        lambda: (add_step(running, 3), running.path.joinpath(".lock").unlink()),
+    ])  # fmt: skip
+    steps = follow_steps(running, wait=lambda _: next(turns)())
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 2, 3]
+    assert next(turns, None) is None
+
+
+def test_follow_of_a_finished_run_ends_at_once(run: RunDirectory) -> None:
+    assert len(list(follow_steps(run))) == 120
+
+
+def test_following_shows_steps_live_and_ctrl_c_leaves(running: RunDirectory, tmp_path: Path) -> None:
+    keep_lines(running.metrics, 1)
+    command = [sys.executable, "-m", "lmtune", "runs", "follow", "support"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("step 1 · ")
+    add_step(running, 2)
+    assert process.stdout.readline() == "step 2 · epoch 0.03 · loss 3.0000 · 1,600 tok/s\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "the run itself goes on" in errors
+
+
+def test_command(run: RunDirectory, tmp_path: Path) -> None:
+    listed = lmtune(tmp_path)
+    assert (listed.returncode, "support" in listed.stdout) == (0, True), listed.stderr
+    assert max(len(line) for line in listed.stdout.splitlines()) <= 60
+    shown = lmtune(tmp_path, "show", "support")
+    assert shown.returncode == 0, shown.stderr
+    for text in ("support  complete", "92.5 %", "tokens per second: 1,234.5", "  rank: 4", "3 dropped"):
+        assert text in shown.stdout, text
+    assert lmtune(tmp_path, "results", "runs/support").stdout == run.results.read_text()
+    assert lmtune(tmp_path, "follow", "support").stdout.count("\n") == 120
+
+
+def test_mistakes(run: RunDirectory, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["show"], "which run? Write lmtune runs show NAME"),
+        (["show", "suport"], "did you mean support?"),
+        (["list", "--dir", "nowhere"], "no runs in nowhere/"),
+    ):
+        done = lmtune(tmp_path, *arguments)
+        assert message in done.stderr.replace("\n", " "), done.stderr
+        assert done.returncode == (0 if "list" in arguments else 2)
+        assert done.stdout == ""
+    run.results.unlink()
+    assert "no results yet" in lmtune(tmp_path, "results", "support").stderr
+
+
+def test_runs_needs_no_heavy_library(run: RunDirectory, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom lmtune.recipes import runs\n"
+        "for action in ('list', 'show', 'follow'): runs.main(runs.Action(action), 'support')\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'datasets', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
