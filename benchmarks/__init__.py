@@ -1,0 +1,1 @@
+"""Measurements of lmtune against plain loops and against the machine's own limit; each prints its numbers."""

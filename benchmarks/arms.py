@@ -1,0 +1,125 @@
+"""The arms of a comparison: each makes the same optimizer step from the same rows in its own way.
+
+An arm has `step(rows)`, which leaves its gradients in place and returns the loss, and `update()`. Losses are means over
+the step's trained tokens in all arms, so losses and gradients can be compared before any timing counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.workload import Workload, adapted
+
+
+class Arm:
+    """What the arms share: the model, its adapter, AdamW."""
+
+    attention = "sdpa"
+
+    def __init__(self, work: Workload, folder: Path, device: str) -> None:
+        from lmtune.config import ModelConfig
+        from lmtune.models.loading import load_model
+
+        self.work, self.device = work, torch.device(device)
+        base = load_model(ModelConfig(name=str(folder), quantization=work.quantization), self.device)
+        self.model = adapted(base, work.rank, work.seed)
+        self.model.train()
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, weight_decay=0.0)
+
+    def step(self, rows: list[Any]) -> float:
+        """One optimizer step's forward and backward passes."""
+        raise NotImplementedError
+
+    def update(self) -> None:
+        """Clip and step the optimizer."""
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Lmtune(Arm):
+    """lmtune's own step; `without` names techniques to leave out, for the ablation."""
+
+    def __init__(self, work: Workload, folder: Path, device: str, without: tuple[str, ...] = ()) -> None:
+        super().__init__(work, folder, device)
+        from lmtune.kernels.lora_linear import fuse
+        from lmtune.kernels.packed_forward import PackedForward
+
+        if "fused LoRA" not in without:
+            fuse(self.model, keep_dense="kept dense weights" not in without)
+        self.forward = PackedForward(self.model)
+        for technique, attribute in (
+            ("packing", "reason"), ("label cross-entropy", "head_reason"), ("last layer", "layer_reason"),
+            ("shared prefix", "prefix_reason"),
+        ):  # fmt: skip
+            if technique in without:
+                setattr(self.forward, attribute, "left out")
+        if self.forward.head_reason:
+            self.forward.layer_reason = self.forward.layer_reason or self.forward.head_reason
+
+    def step(self, rows: list[Any]) -> float:
+        """Micro-batches of at most 4,096 tokens, packed."""
+        from types import SimpleNamespace
+
+        from lmtune.data.packing import fill
+        from lmtune.training.gradients import step_gradients
+
+        lengths = [len(row.documents[0].input_ids) for row in rows]
+        trained = sum(int(row.documents[0].trained.sum()) for row in rows)
+        one = SimpleNamespace(num_processes=1)
+        share = fill(lengths, 4096)
+        return step_gradients(self.forward, self.parameters, share, rows.__getitem__, trained, one).loss
+
+
+class PlainPadded(Arm):
+    """transformers and PEFT as tutorials show them: rows padded to the longest, full logits."""
+
+    rows_at_once = 4
+
+    def step(self, rows: list[Any]) -> float:
+        """Batches of four rows."""
+        trained, total = sum(int(row.documents[0].trained.sum()) for row in rows), 0.0
+        for start in range(0, len(rows), self.rows_at_once):
+            some = [row.documents[0] for row in rows[start : start + self.rows_at_once]]
+            longest = max(len(d.input_ids) for d in some)
+            ids = torch.zeros(len(some), longest, dtype=torch.long)
+            labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+            for i, d in enumerate(some):
+                n = len(d.input_ids)
+                ids[i, :n], mask[i, :n] = torch.as_tensor(d.input_ids), 1
+                labels[i, :n] = torch.where(torch.as_tensor(d.trained), torch.as_tensor(d.input_ids), -100)
+            logits = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
+            total += _backward(logits[:, :-1], labels[:, 1:].to(self.device), trained)
+        return total
+
+
+class PlainPacked(Arm):
+    """One packed sequence for the whole step, isolated by restarting position ids, with full logits."""
+
+    def step(self, rows: list[Any]) -> float:
+        """Micro-batches of at most 2,048 tokens."""
+        from lmtune.data.packing import fill
+
+        documents = [row.documents[0] for row in rows]
+        trained, total = sum(int(d.trained.sum()) for d in documents), 0.0
+        for group in fill([len(d.input_ids) for d in documents], 2048):
+            some = [documents[i] for i in group]
+            ids = torch.cat([torch.as_tensor(d.input_ids) for d in some])[None].to(self.device)
+            positions = torch.cat([torch.arange(len(d.input_ids)) for d in some])[None].to(self.device)
+            labels = torch.cat(
+                [torch.where(torch.as_tensor(d.trained), torch.as_tensor(d.input_ids), -100) for d in some]
+            )[None].to(self.device)
+            logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            total += _backward(logits[:, :-1], labels[:, 1:], trained)
+        return total
+
+
+def _backward(logits: torch.Tensor, labels: torch.Tensor, trained: int) -> float:
+    loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / trained
+    loss.backward()
+    return float(loss)

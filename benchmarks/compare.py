@@ -1,0 +1,176 @@
+"""lmtune against plain loops of transformers and PEFT on the same work, in one run.
+
+    python -m benchmarks.compare --device cpu --shape 30m --label-fraction 0.3
+    python -m benchmarks.compare --shape 30m --shared-prefix 256 --arms lmtune lmtune-without-shared-prefix
+
+Before any timing counts, each arm's first step must give the plain loop's loss (to 1e-5) and adapter gradients (to 1e-4
+of the largest), from the same weights and rows. An arm that does not is reported and its times are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import ArmProcess, load_average
+from benchmarks.workload import SHAPES, Workload
+
+REFERENCE = "plain-packed"
+LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
+
+
+def make_arm(name: str, work: Workload, folder: Path, device: str) -> Any:
+    """The arm of that name, built in the process that runs it."""
+    from benchmarks import arms
+
+    if name == "lmtune":
+        return arms.Lmtune(work, folder, device)
+    if name.startswith("lmtune-without-"):
+        return arms.Lmtune(work, folder, device, (name.removeprefix("lmtune-without-").replace("-", " "),))
+    return {"plain-padded": arms.PlainPadded, "plain-packed": arms.PlainPacked}[name](work, folder, device)
+
+
+def main() -> None:
+    """Run the comparison the command line asks for, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="30m")
+    parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none")
+    parser.add_argument("--label-fraction", type=float, default=0.3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shared-prefix", type=int, default=0)
+    parser.add_argument("--arms", nargs="+", default=["lmtune", "plain-packed", "plain-padded"])
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    work = Workload(
+        options.shape, options.quantization, options.label_fraction, options.batch_size,
+        shared_prefix=options.shared_prefix,
+    )  # fmt: skip
+    report = compare(work, options.device, options.arms, options.repeats)
+    print_table(report)
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[str, Any]:
+    """Measure `arms` in turn; the reference is added for the gate if it is not among them."""
+    names = list(dict.fromkeys([REFERENCE, *arms]))
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        work.write_base(base)
+        load_before, processes = load_average(), []
+        for name in names:
+            make = functools.partial(make_arm, name, work, base, device)
+            process = ArmProcess(name, make, work.rows)
+            process.gate()
+            processes.append(process)
+        for step in range(1, repeats + 1):
+            for process in processes:
+                process.repeat(step)
+        ceiling = matmul_ceiling(device)
+        for process in processes:
+            process.stop()
+    reference = processes[0].measured
+    results = []
+    for process in processes:
+        summary = {**process.measured.summary(), **gate(process.measured, reference)}
+        rate = summary["tokens_per_second_median"]
+        summary["mfu"] = round(rate * flop_per_token(work) / ceiling, 3) if rate else None
+        results.append(summary)
+    return {
+        "work": vars(work), "device": device, "machine": machine(device), "load_average_before": load_before,
+        "load_average_after": load_average(), "matmul_ceiling_gflops": round(ceiling / 1e9, 1), "arms": results,
+    }  # fmt: skip
+
+
+def gate(arm: Any, reference: Any) -> dict[str, Any]:
+    """How far an arm's first loss and gradients are from the reference's, and whether that is close enough."""
+    if arm.error or not arm.gradients:
+        return {"exact": False, "loss_difference": None, "gradient_difference": None}
+    loss = abs(arm.loss - reference.loss)
+    worst = max(
+        float(np.abs(arm.gradients[name] - wanted).max() / max(float(np.abs(wanted).max()), 1e-12))
+        for name, wanted in reference.gradients.items()
+    )
+    return {
+        "exact": bool(loss <= LOSS_BOUND and worst <= GRADIENT_BOUND),
+        "loss_difference": float(f"{loss:.2e}"),
+        "gradient_difference": float(f"{worst:.2e}"),
+    }
+
+
+def flop_per_token(work: Workload) -> float:
+    """Operations of a LoRA step per token: 4 N + 4 f H + 6 P + 7 s a L, as in lmtune.training.forecast."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[work.shape]
+    kv = hidden * kv_heads // heads
+    sizes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, intermediate)] * 3]
+    linear = layers * sum(a * b for a, b in sizes)
+    adapter = layers * work.rank * sum(a + b for a, b in sizes)
+    lengths = [len(row.documents[0].input_ids) for row in work.rows(1)]
+    seen = sum(n * n for n in lengths) / sum(lengths)
+    return 4 * linear + 4 * work.label_fraction * vocabulary * hidden + 6 * adapter + 7 * seen * hidden * layers
+
+
+def matmul_ceiling(device: str) -> float:
+    """The best rate of a large matrix product on this device, in operations per second."""
+    import torch
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    size = 8192 if device == "cuda" else 1536
+    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import torch
+
+    libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl")
+    versions = {}
+    for name in libraries:
+        try:
+            versions[name] = version(name)
+        except Exception:
+            versions[name] = None
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {"python": platform.python_version(), "threads": torch.get_num_threads(), "gpu": gpu, "versions": versions}
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """The arms, fastest first."""
+    ours = next((a for a in report["arms"] if a["arm"] == "lmtune"), None)
+    print(f"matmul ceiling {report['matmul_ceiling_gflops']} GFLOP/s, load {report['load_average_before']}")
+    print(f"{'arm':34}{'tok/s':>8}{'min':>8}{'memory':>9}{'first':>8}{'MFU':>6}{'ours/it':>9}  exact")
+    for arm in sorted(report["arms"], key=lambda a: -(a["tokens_per_second_median"] or 0)):
+        rate = arm["tokens_per_second_median"]
+        if rate is None:
+            print(f"{arm['arm']:34} {(arm['error'] or '').strip().splitlines()[-1][:80]}")
+            continue
+        ratio = f"{ours['tokens_per_second_median'] / rate:.2f}" if ours and ours["tokens_per_second_median"] else "-"
+        print(
+            f"{arm['arm']:34}{rate:8.0f}{arm['tokens_per_second_min']:8.0f}{arm['peak_memory_gib']:7.2f} G"
+            f"{arm['first_step_seconds']:6.1f} s{arm['mfu']:6.2f}{ratio:>9}  {'yes' if arm['exact'] else 'NO'}"
+        )
+
+
+if __name__ == "__main__":
+    main()

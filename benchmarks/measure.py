@@ -1,0 +1,160 @@
+"""How an arm is measured: in a process of its own, one at a time, in turn with the others.
+
+Each process keeps its arm ready and waits; the parent lets one after another do a step (A B C A B C …), so that a
+machine whose speed drifts drifts for all. Time is wall time of forward, backward and update; CPU seconds of the process
+stand beside it as a check that no other program had the cores.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+MakeArm = Callable[[], Any]
+
+
+@dataclass
+class Measured:
+    """What was seen of one arm; seconds are of a whole optimizer step."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    trained_tokens: list[int] = field(default_factory=list)
+    peak_memory_gib: float = 0.0
+    first_step_seconds: float = 0.0
+    loss: float = float("nan")
+    gradients: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    def rates(self) -> list[float]:
+        """Real tokens per second of each repeat."""
+        return [n / s for n, s in zip(self.tokens, self.seconds, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """For the JSON and the table."""
+        rates = self.rates()
+        return {
+            "arm": self.name,
+            "error": self.error,
+            "tokens_per_second_median": round(statistics.median(rates), 1) if rates else None,
+            "tokens_per_second_min": round(min(rates), 1) if rates else None,
+            "tokens_per_second_max": round(max(rates), 1) if rates else None,
+            "trained_tokens_per_second_median": round(
+                statistics.median(t / s for t, s in zip(self.trained_tokens, self.seconds, strict=True)), 1
+            )
+            if rates
+            else None,
+            "cpu_seconds_per_wall_second": round(sum(self.cpu_seconds) / sum(self.seconds), 2) if rates else None,
+            "peak_memory_gib": round(self.peak_memory_gib, 2),
+            "first_step_seconds": round(self.first_step_seconds, 2),
+            "repeats": len(rates),
+        }
+
+
+class ArmProcess:
+    """One arm in its own process."""
+
+    def __init__(self, name: str, make: MakeArm, rows_of: Callable[[int], list[Any]]) -> None:
+        self.measured = Measured(name)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(there, make, rows_of), daemon=True)
+        self.started = time.perf_counter()
+        self.process.start()
+        self._ask("ready", 0)
+
+    def gate(self) -> None:
+        """The first step: its loss and gradients, and the time from the start of the process to its end."""
+        answer = self._ask("gate", 0)
+        if answer is not None:
+            self.measured.loss, self.measured.gradients = answer
+            self.measured.first_step_seconds = time.perf_counter() - self.started
+
+    def repeat(self, step: int) -> None:
+        """One timed step."""
+        answer = self._ask("step", step)
+        if answer is not None:
+            seconds, cpu_seconds, tokens, trained, peak = answer
+            self.measured.seconds.append(seconds)
+            self.measured.cpu_seconds.append(cpu_seconds)
+            self.measured.tokens.append(tokens)
+            self.measured.trained_tokens.append(trained)
+            self.measured.peak_memory_gib = max(self.measured.peak_memory_gib, peak)
+
+    def stop(self) -> None:
+        """End the process."""
+        if self.process.is_alive():
+            self.pipe.send(("stop", 0))
+            self.process.join(20)
+        if self.process.is_alive():
+            self.process.terminate()
+
+    def _ask(self, what: str, step: int) -> Any:
+        if self.measured.error is not None:
+            return None
+        try:
+            self.pipe.send((what, step))
+            kind, answer = self.pipe.recv()
+        except (EOFError, BrokenPipeError):
+            kind, answer = "error", "the process died (out of memory?)"
+        if kind == "error":
+            self.measured.error = answer
+            return None
+        return answer
+
+
+def _serve(pipe: Any, make: MakeArm, rows_of: Callable[[int], list[Any]]) -> None:
+    """Answer the parent's questions until it says stop."""
+    arm = None
+    while True:
+        what, step = pipe.recv()
+        try:
+            if what == "stop":
+                return
+            if what == "ready":
+                arm = make()
+                pipe.send(("ok", None))
+            elif what == "gate":
+                loss = arm.step(rows_of(step))
+                gradients = {name: p.grad.detach().float().cpu().numpy() for name, p in arm.parameters.items()}
+                arm.update()
+                pipe.send(("ok", (loss, gradients)))
+            else:
+                pipe.send(("ok", _timed(arm, rows_of(step))))
+        except Exception:
+            pipe.send(("error", traceback.format_exc(limit=3)))
+
+
+def _timed(arm: Any, rows: list[Any]) -> tuple[float, float, int, int, float]:
+    import torch
+
+    tokens = sum(len(d.input_ids) for row in rows for d in row.documents)
+    trained = sum(int(d.trained.sum()) for row in rows for d in row.documents)
+    on_gpu = arm.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    cpu, began = time.process_time(), time.perf_counter()
+    arm.step(rows)
+    arm.update()
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return seconds, cpu, tokens, trained, peak
+
+
+def load_average() -> float:
+    """Programs that wanted to run in the last minute."""
+    return round(os.getloadavg()[0], 2)
