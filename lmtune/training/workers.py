@@ -6,6 +6,7 @@ would quietly be another run. So the number asked for is compared with the numbe
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -46,11 +47,16 @@ def is_worker() -> bool:
 
 
 def start_accelerator() -> Any:
-    """This process's `accelerate.Accelerator`; the processes have met when it returns."""
+    """This process's `accelerate.Accelerator`; the processes have met when it returns.
+
+    However the process ends, it leaves the group first: gloo's threads abort a process that exits while they run, and
+    the launcher would report a run that ended well as failed.
+    """
     from accelerate import Accelerator
 
     check_world()
     accelerator = Accelerator(mixed_precision="no")  # precision is the model's own; see PackedForward
+    atexit.register(accelerator.end_training)
     running = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != running:
         raise ConfigError(f"--processes: {running} were started, but Accelerate sees {accelerator.num_processes}")
