@@ -1,8 +1,8 @@
 """YAML read strictly: plain data only, every key once, numbers as a person writes them.
 
 PyYAML's safe loader keeps the last of two equal keys, reads `1e-4` as a string and `2024-01-01` as a date, and expands
-aliases without limit (a small file can then fill the memory). Here a repeated key and an alias are errors with their
-line, `1e-4` is a number, and a date stays a string.
+aliases without limit (a small file can then fill the memory). Here a repeated key, an alias, a merge (`<<`) and a tag
+(`!!name`) are errors with their line, `1e-4` is a number, and a date stays a string.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MAX_BYTES = 1_000_000  # a config is a page of text; a larger file is a mistake
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader without aliases and dates, with `1e-4` as a float and repeated keys as an error."""
+    """SafeLoader without aliases, tags and dates, with `1e-4` as a float and repeated keys as an error."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -27,9 +27,11 @@ class _StrictLoader(yaml.SafeLoader):
     }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(_at(mark) + "aliases (*name) are not supported; write it out")
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _fault(event.start_mark, "aliases (*name) are not supported; write it out")
+        if event.tag is not None:  # PyYAML fails on a value that does not fit its tag with any exception there is
+            raise _fault(event.start_mark, f"tags ({event.tag}) are not supported; write the value without it")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -37,9 +39,11 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.YAMLError(_at(key_node.start_mark) + "a key must be a plain word")
+                raise _fault(key_node.start_mark, "a key must be a plain word")
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise _fault(key_node.start_mark, "merging (<<) is not supported; write it out")
             if key in seen:
-                raise yaml.YAMLError(_at(key_node.start_mark) + f"the key {key!r} stands here a second time")
+                raise _fault(key_node.start_mark, f"the key {key!r} stands here a second time")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -62,8 +66,8 @@ for _class in (_StrictLoader, _StrictDumper):
     )
 
 
-def _at(mark: Any) -> str:
-    return f"line {mark.line + 1}: "
+def _fault(mark: Any, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lmtune.data.strict_json import Broken, StrictDecoder, Unfinished, decode_js
 MAX_ROW_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"  # JSON's white space, which is less than what Python strips
 
 Row = tuple[int, Any]  # line, and a JSON value or the RowFault that stands in its place
 
@@ -48,10 +49,10 @@ def read_rows(path: Path) -> Iterator[Row]:
 def _skip_blank(file: IO[bytes]) -> bytes | None:
     """The first byte that is no white space, with `file` back at its start; None if there is none."""
     piece = file.read(_PIECE_BYTES).removeprefix(_BOM)
-    while piece and not piece.strip():
+    while piece and not piece.strip(_BLANK):
         piece = file.read(_PIECE_BYTES)
     file.seek(0)
-    return piece.strip()[:1] or None
+    return piece.strip(_BLANK)[:1] or None
 
 
 def _lines(file: IO[bytes]) -> Iterator[Row]:
@@ -65,7 +66,7 @@ def _lines(file: IO[bytes]) -> Iterator[Row]:
             _skip_line(file)
             yield line, _too_long()
             continue
-        if raw.isspace() or not raw:
+        if not raw.strip(_BLANK):
             continue
         try:
             yield line, decode_json(_decode_utf8(raw).rstrip("\r\n"))
@@ -100,7 +101,7 @@ def _next_filled(file: IO[bytes]) -> bytes | None:
     """The next line that is not blank, leaving `file` where it is; None at the end."""
     position = file.tell()
     piece: bytes | None = None
-    while (raw := file.readline(_PIECE_BYTES)) and raw.isspace():
+    while (raw := file.readline(_PIECE_BYTES)) and not raw.strip(_BLANK):
         pass
     piece = raw or None
     file.seek(position)

@@ -12,7 +12,9 @@ from typing import Any
 
 from lmtune.data.formats import RowFault, quoted
 
+MAX_DEPTH = 100  # of brackets in a row; how deep Python itself can go differs from version to version
 _GAP = re.compile(r"[ \t\r\n]*")
+_TOO_DEEP = "brackets are nested too deep; a row is a flat object"
 
 
 class Broken(RowFault):
@@ -51,9 +53,11 @@ class StrictDecoder:
             kind = Unfinished if unfinished else Broken
             raise kind(f"column {column}: {_in_words(error, text)}", error.pos) from None
         except RecursionError:
-            raise Broken("brackets are nested too deep; a row is a flat object", start) from None
+            raise Broken(_TOO_DEEP, start) from None
         except ValueError as error:  # an integer of thousands of digits
             raise Broken(f"not readable: {error}", start) from None
+        if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _is_deep(value):
+            self._problems.append(_TOO_DEEP)
         return RowFault("; ".join(self._problems)) if self._problems else value, end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -66,6 +70,19 @@ class StrictDecoder:
 
     def _constant(self, name: str) -> None:
         self._problems.append(f"{name} is not JSON; write null or a number")
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether `value` is nested deeper than `MAX_DEPTH`."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return any(isinstance(value, (dict, list)) for value in level)
 
 
 def decode_json(text: str) -> Any:
