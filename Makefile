@@ -2,16 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast check clean
+.PHONY: quickstart test test-fast test-long check clean
 
 quickstart: .venv/installed
 	$(BIN)/lmtune quickstart
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not long"
 
 test-fast: .venv/installed-test
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow and not long"
+
+# Minutes each: fuzzing at length, a gigabyte of data, the app under load.
+test-long: .venv/installed-test
+	$(BIN)/python -m pytest tests -m long --timeout 1800
 
 check: .venv/installed-check
 	$(BIN)/ruff check lmtune recipes tests benchmarks app.py

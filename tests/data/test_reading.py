@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lmtune.data import json_rows
 from lmtune.data.examples import Example
@@ -210,43 +206,3 @@ class TestPaths:
         monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind the root user
         with pytest.raises(DataError, match="permissions"):
             find_files([path])
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=10,
-)
-keys = st.sampled_from(
-    ["prompt", "completion", "messages", "role", "content", "text", "from", "conversations", "value"]
-)
-roles = st.sampled_from(["user", "assistant", "system", "human"])
-rows = st.dictionaries(
-    keys,
-    json_values | roles | st.lists(st.dictionaries(keys, json_values | roles, max_size=3), max_size=3),
-    max_size=3,
-)
-
-
-def _outcome(path: Path, content: bytes) -> None:
-    """Reading ends, and gives examples of valid text or faults."""
-    path.write_bytes(content)
-    examples, report = read(path)
-    assert examples or report.faults
-    for example in examples:
-        example.text.encode() if example.text is not None else [m.content.encode() for m in example.messages]
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(values=st.lists(rows | json_values, max_size=4), whole=st.booleans(), ascii=st.booleans())
-def test_any_json_is_read_or_refused(tmp_path: Path, values: list[Any], whole: bool, ascii: bool) -> None:
-    texts = [json.dumps(value, ensure_ascii=ascii) for value in values]
-    text = json.dumps(values, ensure_ascii=ascii, indent=1) if whole else "\n".join(texts)
-    _outcome(tmp_path / "rows.json", text.encode("utf-8", "surrogatepass"))
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=60), at=st.integers(0, 60), prefix=st.sampled_from([b"", b"[", GOOD, b"[" + GOOD]))
-def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes, at: int, prefix: bytes) -> None:
-    _outcome(tmp_path / "rows.json", prefix + content)
-    _outcome(tmp_path / "rows.json", GOOD[:at] + content + GOOD[at:])

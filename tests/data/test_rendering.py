@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lmtune.data.examples import Example, Message
 from lmtune.data.rendering import Document, Renderer
-from lmtune.errors import DataError, LmtuneError, ModelError
+from lmtune.errors import DataError, ModelError
 from tests.tokenizers import (
     CHAT_TEMPLATES,
     CHATML,
@@ -344,33 +342,3 @@ def test_the_fingerprint_does_not_change_with_use() -> None:
     renderer.tokenizer("some text", truncation=True, max_length=3, padding="max_length")
     renderer.render(THREE_TURNS)
     assert renderer.fingerprint == before
-
-
-texts = st.text(max_size=12) | st.sampled_from(
-    [INJECTION, "\n\n\n", " ", "<think>a</think>b", "</think>", "<|im_end|>"]
-)
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    name=st.sampled_from([*CHAT_TEMPLATES, None]), option=st.sampled_from(["auto", "thinking", "plain"]),
-    contents=st.lists(texts, min_size=2, max_size=4).filter(lambda found: len(found) % 2 == 0),
-    system=texts | st.none(),
-)  # fmt: skip
-def test_any_row_is_rendered_whole_or_refused(
-    name: str | None, option: str, contents: list[str], system: str | None
-) -> None:
-    row = example(*contents, system=system)
-    try:
-        renderer = Renderer(make_tokenizer(CHAT_TEMPLATES[name] if name else None), template=option)  # type: ignore[arg-type]
-        documents = renderer.render(row)
-    except LmtuneError:
-        return
-    assert documents
-    for document in documents:
-        assert document.trained[-1]
-        assert not document.trained[0]
-        assert document.input_ids[-1] in renderer.stop_token_ids
-    last = renderer.prompt_ids(row.messages[:-1])
-    assert documents[-1].input_ids[: len(last)] == last
-    assert all(documents[-1].trained[max(1, len(last)) :])
