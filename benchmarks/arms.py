@@ -1,6 +1,7 @@
 """The arms of a comparison: each makes the same optimizer step from the same rows in its own way.
 
-An arm has `step(rows)`, which leaves its gradients in place and returns the loss, and `update()`. Losses are means over
+An arm has `step(rows)`, which leaves its gradients in place and returns the loss, and `update()`; `computed` counts the
+positions it ran, padding included, shared prefixes once. Losses are means over
 the step's trained tokens in all arms, so losses and gradients can be compared before any timing counts.
 """
 
@@ -24,7 +25,7 @@ class Arm:
         from lmtune.config import ModelConfig
         from lmtune.models.loading import load_model
 
-        self.work, self.device = work, torch.device(device)
+        self.work, self.device, self.computed = work, torch.device(device), 0
         base = load_model(ModelConfig(name=str(folder), quantization=work.quantization), self.device)
         self.model = adapted(base, work.rank, work.seed)
         self.model.train()
@@ -93,6 +94,7 @@ class PlainPadded(Arm):
                 n = len(d.input_ids)
                 ids[i, :n], mask[i, :n] = torch.as_tensor(d.input_ids), 1
                 labels[i, :n] = torch.where(torch.as_tensor(d.trained), torch.as_tensor(d.input_ids), -100)
+            self.computed += ids.numel()
             logits = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
             total += _backward(logits[:, :-1], labels[:, 1:].to(self.device), trained)
         return total
@@ -114,6 +116,7 @@ class PlainPacked(Arm):
             labels = torch.cat(
                 [torch.where(torch.as_tensor(d.trained), torch.as_tensor(d.input_ids), -100) for d in some]
             )[None].to(self.device)
+            self.computed += ids.numel()
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
             total += _backward(logits[:, :-1], labels[:, 1:], trained)
         return total
@@ -122,4 +125,4 @@ class PlainPacked(Arm):
 def _backward(logits: torch.Tensor, labels: torch.Tensor, trained: int) -> float:
     loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / trained
     loss.backward()
-    return float(loss)
+    return float(loss.detach())

@@ -1,6 +1,7 @@
-"""lmtune against plain loops of transformers and PEFT on the same work, in one run.
+"""lmtune against TRL and plain loops of transformers and PEFT on the same work, in one run.
 
     python -m benchmarks.compare --device cpu --shape 30m --label-fraction 0.3
+    python -m benchmarks.compare --data questions.jsonl --arms lmtune trl-best
     python -m benchmarks.compare --shape 30m --shared-prefix 256 --arms lmtune lmtune-without-shared-prefix
 
 Before any timing counts, each arm's first step must give the plain loop's loss (to 1e-5) and adapter gradients (to 1e-4
@@ -10,6 +11,7 @@ of the largest), from the same weights and rows. An arm that does not is reporte
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import platform
@@ -25,13 +27,19 @@ from benchmarks.measure import ArmProcess, load_average
 from benchmarks.workload import SHAPES, Workload
 
 REFERENCE = "plain-packed"
+OTHERS = ["trl-defaults", "trl-best", "plain-packed", "plain-padded"]
+ARMS = ["lmtune", "lmtune-without-TECHNIQUE", *OTHERS, "trl-best-varlen (GPU)", "unsloth (GPU)"]
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
 
 
-def make_arm(name: str, work: Workload, folder: Path, device: str) -> Any:
-    """The arm of that name, built in the process that runs it."""
+def make_arm(name: str, work: Workload, folder: Path, device: str, steps: int) -> Any:
+    """The arm of that name, built in the process that runs it; `steps` is how many it will be asked for."""
     from benchmarks import arms
 
+    if name.startswith("trl-"):
+        from benchmarks.trl_arm import Trl
+
+        return Trl(work, folder, device, steps, best=name != "trl-defaults", varlen=name == "trl-best-varlen")
     if name == "lmtune":
         return arms.Lmtune(work, folder, device)
     if name.startswith("lmtune-without-"):
@@ -49,12 +57,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shared-prefix", type=int, default=0)
-    parser.add_argument("--arms", nargs="+", default=["lmtune", "plain-packed", "plain-padded"])
+    parser.add_argument("--data", help="rows of this file instead of random ones")
+    parser.add_argument("--arms", nargs="+", default=["lmtune", *OTHERS], metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     work = Workload(
         options.shape, options.quantization, options.label_fraction, options.batch_size,
-        shared_prefix=options.shared_prefix,
+        shared_prefix=options.shared_prefix, data=options.data,
     )  # fmt: skip
     report = compare(work, options.device, options.arms, options.repeats)
     print_table(report)
@@ -70,7 +79,7 @@ def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[
         work.write_base(base)
         load_before, processes = load_average(), []
         for name in names:
-            make = functools.partial(make_arm, name, work, base, device)
+            make = functools.partial(make_arm, name, work, base, device, repeats + 1)
             process = ArmProcess(name, make, work.rows)
             process.gate()
             processes.append(process)
@@ -88,9 +97,15 @@ def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[
         summary["mfu"] = round(rate * flop_per_token(work) / ceiling, 3) if rate else None
         results.append(summary)
     return {
-        "work": vars(work), "device": device, "machine": machine(device), "load_average_before": load_before,
-        "load_average_after": load_average(), "matmul_ceiling_gflops": round(ceiling / 1e9, 1), "arms": results,
-    }  # fmt: skip
+        "work": {field.name: getattr(work, field.name) for field in dataclasses.fields(work)},
+        "label_fraction": round(work.trained_share, 3),
+        "device": device,
+        "machine": machine(device),
+        "load_average_before": load_before,
+        "load_average_after": load_average(),
+        "matmul_ceiling_gflops": round(ceiling / 1e9, 1),
+        "arms": results,
+    }
 
 
 def gate(arm: Any, reference: Any) -> dict[str, Any]:
@@ -118,7 +133,7 @@ def flop_per_token(work: Workload) -> float:
     adapter = layers * work.rank * sum(a + b for a, b in sizes)
     lengths = [len(row.documents[0].input_ids) for row in work.rows(1)]
     seen = sum(n * n for n in lengths) / sum(lengths)
-    return 4 * linear + 4 * work.label_fraction * vocabulary * hidden + 6 * adapter + 7 * seen * hidden * layers
+    return 4 * linear + 4 * work.trained_share * vocabulary * hidden + 6 * adapter + 7 * seen * hidden * layers
 
 
 def matmul_ceiling(device: str) -> float:
@@ -159,7 +174,7 @@ def print_table(report: dict[str, Any]) -> None:
     """The arms, fastest first."""
     ours = next((a for a in report["arms"] if a["arm"] == "lmtune"), None)
     print(f"matmul ceiling {report['matmul_ceiling_gflops']} GFLOP/s, load {report['load_average_before']}")
-    print(f"{'arm':34}{'tok/s':>8}{'min':>8}{'memory':>9}{'first':>8}{'MFU':>6}{'ours/it':>9}  exact")
+    print(f"{'arm':34}{'tok/s':>8}{'min':>8}{'laid':>7}{'memory':>9}{'first':>8}{'MFU':>6}{'ours/it':>9}  exact")
     for arm in sorted(report["arms"], key=lambda a: -(a["tokens_per_second_median"] or 0)):
         rate = arm["tokens_per_second_median"]
         if rate is None:
@@ -167,7 +182,8 @@ def print_table(report: dict[str, Any]) -> None:
             continue
         ratio = f"{ours['tokens_per_second_median'] / rate:.2f}" if ours and ours["tokens_per_second_median"] else "-"
         print(
-            f"{arm['arm']:34}{rate:8.0f}{arm['tokens_per_second_min']:8.0f}{arm['peak_memory_gib']:7.2f} G"
+            f"{arm['arm']:34}{rate:8.0f}{arm['tokens_per_second_min']:8.0f}"
+            f"{arm['computed_per_real_token']:7.2f}{arm['peak_memory_gib']:7.2f} G"
             f"{arm['first_step_seconds']:6.1f} s{arm['mfu']:6.2f}{ratio:>9}  {'yes' if arm['exact'] else 'NO'}"
         )
 

@@ -29,6 +29,7 @@ class Measured:
     cpu_seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     trained_tokens: list[int] = field(default_factory=list)
+    computed_tokens: list[int] = field(default_factory=list)
     peak_memory_gib: float = 0.0
     first_step_seconds: float = 0.0
     loss: float = float("nan")
@@ -54,6 +55,7 @@ class Measured:
             if rates
             else None,
             "cpu_seconds_per_wall_second": round(sum(self.cpu_seconds) / sum(self.seconds), 2) if rates else None,
+            "computed_per_real_token": round(sum(self.computed_tokens) / sum(self.tokens), 3) if rates else None,
             "peak_memory_gib": round(self.peak_memory_gib, 2),
             "first_step_seconds": round(self.first_step_seconds, 2),
             "repeats": len(rates),
@@ -83,11 +85,12 @@ class ArmProcess:
         """One timed step."""
         answer = self._ask("step", step)
         if answer is not None:
-            seconds, cpu_seconds, tokens, trained, peak = answer
+            seconds, cpu_seconds, tokens, trained, computed, peak = answer
             self.measured.seconds.append(seconds)
             self.measured.cpu_seconds.append(cpu_seconds)
             self.measured.tokens.append(tokens)
             self.measured.trained_tokens.append(trained)
+            self.measured.computed_tokens.append(computed)
             self.measured.peak_memory_gib = max(self.measured.peak_memory_gib, peak)
 
     def stop(self) -> None:
@@ -125,7 +128,7 @@ def _serve(pipe: Any, make: MakeArm, rows_of: Callable[[int], list[Any]]) -> Non
                 pipe.send(("ok", None))
             elif what == "gate":
                 loss = arm.step(rows_of(step))
-                gradients = {name: p.grad.detach().float().cpu().numpy() for name, p in arm.parameters.items()}
+                gradients = {name: p.grad.detach().float().cpu().clone().numpy() for name, p in arm.parameters.items()}
                 arm.update()
                 pipe.send(("ok", (loss, gradients)))
             else:
@@ -134,7 +137,7 @@ def _serve(pipe: Any, make: MakeArm, rows_of: Callable[[int], list[Any]]) -> Non
             pipe.send(("error", traceback.format_exc(limit=3)))
 
 
-def _timed(arm: Any, rows: list[Any]) -> tuple[float, float, int, int, float]:
+def _timed(arm: Any, rows: list[Any]) -> tuple[float, float, int, int, int, float]:
     import torch
 
     tokens = sum(len(d.input_ids) for row in rows for d in row.documents)
@@ -142,6 +145,7 @@ def _timed(arm: Any, rows: list[Any]) -> tuple[float, float, int, int, float]:
     on_gpu = arm.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
+    arm.computed = 0
     cpu, began = time.process_time(), time.perf_counter()
     arm.step(rows)
     arm.update()
@@ -152,7 +156,7 @@ def _timed(arm: Any, rows: list[Any]) -> tuple[float, float, int, int, float]:
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return seconds, cpu, tokens, trained, peak
+    return seconds, cpu, tokens, trained, arm.computed, peak
 
 
 def load_average() -> float:

@@ -1,12 +1,15 @@
 """The work that every arm of a benchmark does: a model of random weights, an adapter, and rows of tokens.
 
 Lengths follow a lognormal distribution as real instruction data do: many short rows, a long tail. Tokens are random,
-since neither time nor exactness depends on what they say.
+since neither time nor exactness depends on what they say. With a data file, rows are the file's own, rendered by a
+tokenizer trained on it.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +39,7 @@ class Workload:
         max_length: rows are cut to so many tokens.
         shared_prefix: equal tokens at the beginning of every row.
         own_tokens: with a shared prefix, what follows it, in every row.
+        data: a file of rows in any of lmtune's formats, instead of random ones.
         seed: of weights and rows.
     """
 
@@ -47,10 +51,14 @@ class Workload:
     max_length: int = 1024
     shared_prefix: int = 0
     own_tokens: int = 64
+    data: str | None = None
     seed: int = 0
 
     def rows(self, step: int) -> list[Any]:
         """The rows of an optimizer step: `documents` with `input_ids[t]` and `trained[t]`; the same for every arm."""
+        if self.data is not None:
+            some = np.random.default_rng([self.seed, step]).choice(len(self._file_rows), self.batch_size, replace=False)
+            return [self._file_rows[int(index)] for index in some]
         generator = np.random.default_rng([self.seed, step])
         vocabulary = SHAPES[self.shape][5]
         prefix = np.random.default_rng(self.seed).integers(5, vocabulary, self.shared_prefix)
@@ -66,6 +74,40 @@ class Workload:
             document = SimpleNamespace(input_ids=ids, trained=trained)
             rows.append(SimpleNamespace(where=f"step {step} row {index}", documents=[document]))
         return rows
+
+    @cached_property
+    def _file_rows(self) -> Any:
+        """The rows of the data file."""
+        from lmtune.config import DataConfig
+        from lmtune.data.rendering import Renderer
+        from lmtune.data.tokenized import tokenize
+
+        assert self.data is not None
+        config = DataConfig(train=self.data, max_length=self.max_length)
+        return tokenize([self.data], Renderer(self.tokenizer(), "auto", None, ()), config)
+
+    def tokenizer(self) -> Any:
+        """A byte-level BPE tokenizer trained on the data file, or on lmtune's example file where there is none."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        source = Path(self.data) if self.data else Path(__file__).parents[1] / "examples" / "support.jsonl"
+        texts = [" ".join(str(v) for v in json.loads(line).values()) for line in source.open() if line.strip()]
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=min(8000, SHAPES[self.shape][5]), special_tokens=["<pad>", "</s>"], show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
+        tokenizer.train_from_iterator(texts, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+    @property
+    def trained_share(self) -> float:
+        """Trained tokens / tokens, of the rows as they are."""
+        documents = [document for row in self.rows(1) for document in row.documents]
+        return sum(int(d.trained.sum()) for d in documents) / sum(len(d.input_ids) for d in documents)
 
     def write_base(self, folder: Path) -> None:
         """Save the random base model once; every arm loads it."""

@@ -1,0 +1,166 @@
+"""TRL's SFTTrainer as an arm: the real trainer, held at each optimizer step until the comparison asks for the next.
+
+`trainer.train()` runs in a thread; callbacks at the beginning of a step, before the optimizer and at the end of a step
+hand control back and forth, so that what is timed is the trainer's own forward, backward, clipping and update.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.arms import Arm
+from benchmarks.workload import Workload
+
+ROWS_AT_ONCE = 8  # TRL's default per_device_train_batch_size
+
+
+class Trl(Arm):
+    """SFTTrainer on the rows of the workload's steps, in their order.
+
+    Args:
+        best: its quickest setting here (padding-free, no checkpointing) instead of its defaults.
+        varlen: on GPUs, with PyTorch's varlen attention registered instead of the masked one.
+    """
+
+    def __init__(
+        self, work: Workload, folder: Path, device: str, steps: int, best: bool = False, varlen: bool = False
+    ) -> None:
+        super().__init__(work, folder, device)
+        if varlen:
+            register_varlen()
+            self.model.get_base_model().set_attn_implementation("bench_varlen")
+        self.gate = _Gate()
+        self.losses: list[float] = []
+        self.trainer = self._trainer(folder, steps, best)
+        self.thread = threading.Thread(target=self._train, daemon=True)
+        self.thread.start()
+        self.gate.wait("step")
+
+    def step(self, rows: list[Any]) -> float:
+        """Let the trainer go on until just before its optimizer; its rows are those of the same step."""
+        self.losses.clear()
+        self.gate.go_on()
+        self.gate.wait("gradients")
+        return sum(self.losses)
+
+    def update(self) -> None:
+        """Let it step its optimizer."""
+        self.gate.go_on()
+        self.gate.wait("done")
+        self.gate.go_on()
+        self.gate.wait("step")
+
+    def _train(self) -> None:
+        try:
+            self.trainer.train()
+            self.gate.arrive("step", hold=False)  # all steps are done
+        except BaseException as error:
+            self.gate.fail(error)
+
+    def _trainer(self, folder: Path, steps: int, best: bool) -> Any:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        rows = [row.documents[0] for step in range(steps) for row in self.work.rows(step)]
+        data = Dataset.from_list([
+            {"input_ids": d.input_ids.tolist(),
+             "labels": [int(i) if t else -100 for i, t in zip(d.input_ids, d.trained, strict=True)]}
+            for d in rows
+        ])  # fmt: skip
+        chosen: dict[str, Any] = {"max_length": self.work.max_length}
+        if best:
+            chosen = {"padding_free": True, "gradient_checkpointing": False, "max_length": None}
+        on_cpu = self.device.type == "cpu"
+        at_once = min(ROWS_AT_ONCE, self.work.batch_size)
+        config = SFTConfig(
+            output_dir=str(folder / "trl"), use_cpu=on_cpu, bf16=not on_cpu, learning_rate=1e-4,
+            lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=steps, report_to="none", save_strategy="no",
+            per_device_train_batch_size=at_once, gradient_accumulation_steps=self.work.batch_size // at_once,
+            train_sampling_strategy="sequential", disable_tqdm=True, logging_strategy="no",
+            dataset_kwargs={"skip_prepare_dataset": True}, seed=self.work.seed, **chosen,
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=self.model, args=config, train_dataset=data, processing_class=self.work.tokenizer(),
+            callbacks=[_Hold(self.gate)],
+        )  # fmt: skip
+        plain = trainer.compute_loss
+
+        def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.computed += inputs["input_ids"].numel()
+            result = plain(model, inputs, *args, **kwargs)
+            loss = result[0] if isinstance(result, tuple) else result
+            self.losses.append(float(loss.detach()))
+            return result
+
+        trainer.compute_loss = compute_loss
+        return trainer
+
+
+class _Gate:
+    """Two threads of which one runs at a time."""
+
+    def __init__(self) -> None:
+        self.arrived: queue.Queue[Any] = queue.Queue()
+        self.released: queue.Queue[None] = queue.Queue()
+
+    def arrive(self, where: str, hold: bool = True) -> None:
+        """In the trainer's thread: say where it is, and wait to be let on."""
+        self.arrived.put(where)
+        if hold:
+            self.released.get()
+
+    def fail(self, error: BaseException) -> None:
+        """In the trainer's thread: it ended."""
+        self.arrived.put(error)
+
+    def wait(self, where: str) -> None:
+        """Until the trainer's thread is there."""
+        got = self.arrived.get()
+        if isinstance(got, BaseException):
+            raise got
+        assert got == where, (got, where)
+
+    def go_on(self) -> None:
+        """Let the trainer's thread on."""
+        self.released.put(None)
+
+
+class _Hold(TrainerCallback):
+    def __init__(self, gate: _Gate) -> None:
+        self.gate = gate
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.gate.arrive("step")
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.gate.arrive("gradients")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.gate.arrive("done")
+
+
+def register_varlen() -> None:
+    """Make `bench_varlen` known to transformers: varlen attention over the boundaries that TRL's collator gives."""
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+        scaling: float | None = None, cu_seq_lens_q: Any = None, max_length_q: Any = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        longest = int(max_length_q)
+        q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+        attended = varlen_attn(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, window_size=(-1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        assert isinstance(attended, torch.Tensor)
+        return attended[None], None
+
+    AttentionInterface.register("bench_varlen", attend)
