@@ -27,12 +27,12 @@ from lmtune.hub_checks import (
     ADAPTER_FILES,
     CARD,
     PICKLES,
-    WEIGHTS,
     check_incoming,
     check_outgoing,
     checked_repository,
     outgoing_files,
 )
+from lmtune.models.adapter_checks import WEIGHTS
 from lmtune.report import adapter_card
 from lmtune.runs import RunDirectory
 from lmtune.yaml_reader import read_yaml

@@ -362,7 +362,7 @@ FAULTS = {
         lambda a: (a / "adapter_model.safetensors").write_bytes((a / "adapter_model.safetensors").read_bytes()[:-9]),
         r"adapter_model.safetensors: damaged",
     ),
-    "no safetensors": (lambda a: (a / "adapter_model.safetensors").write_bytes(b"\x80\x04." * 99), r"damaged"),
+    "no safetensors": (lambda a: (a / "adapter_model.safetensors").write_bytes(b"\x80\x04." * 99), r"pickled"),
     "half a pair": (lambda a: _tensors(a, **{FIRST_A.replace("lora_A", "lora_B"): None}), r"no lora_B that fits"),
     "wrong type": (lambda a: _tensors(a, **{FIRST_A: torch.zeros(4, 128, dtype=torch.int32)}), r"type I32"),
     "no lora": (lambda a: save_file({"x": torch.zeros(1)}, a / "adapter_model.safetensors"), r"holds no LoRA tensor"),

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.config import AdapterConfig
 from lmtune.errors import ConfigError, ModelError, listed
+from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
 
 ADAPTER = "default"
 Tensors = dict[str, torch.Tensor]
@@ -87,10 +88,10 @@ def save_adapter(model: Any, folder: Path, notes: Mapping[str, Any], weights: Te
     # PEFT's own names: without the adapter's, and of DoRA's magnitudes without `.weight` too
     stored = get_peft_model_state_dict(model, state, save_embedding_layers=False)
     stored = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
-    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     config["inference_mode"] = True
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")
-    (folder / "lmtune.json").write_text(json.dumps(dict(notes), indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")
+    (folder / NOTES).write_text(json.dumps(dict(notes), indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None = None) -> Any:
@@ -116,7 +117,7 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
     try:
         peft_model = PeftModel(model, LoraConfig(**{**known, "init_lora_weights": True}))  # type: ignore[arg-type, unused-ignore]
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
         raise ModelError(f"{folder}: PEFT cannot put this adapter on the base model: {error}") from error
     _check_tensors(peft_model, state, folder)
     set_peft_model_state_dict(peft_model, state)
@@ -125,34 +126,27 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """`adapter_config.json` and the tensors of an adapter folder.
+    """`adapter_config.json` and the tensors of an adapter folder, after `check_adapter`.
 
     Raises:
-        ModelError: a file is missing or damaged.
+        ModelError: a file is missing or damaged, or holds what no plain LoRA adapter does.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        hint = "it holds a pickled adapter, which can run code when read" if pickled else "it is no adapter folder"
-        raise ModelError(f"{folder}: no adapter_model.safetensors; {hint}")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        config = check_adapter(folder)
+        state = load_file(folder / WEIGHTS)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: damaged adapter: {error}; copy or download it again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder}: damaged adapter: adapter_config.json holds no mapping; copy or download it again")
     return config, state
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
     """`lmtune.json` of an adapter or merged folder, or `{}` where another tool made it."""
     try:
-        notes = json.loads((folder / "lmtune.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ModelError(f"{folder / 'lmtune.json'}: not valid JSON: {error}") from None
-    return notes if isinstance(notes, dict) else {}
+        return read_object(folder / NOTES) if (folder / NOTES).is_file() else {}
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:

@@ -144,7 +144,8 @@ def test_an_adapter_whose_base_was_replaced_is_refused(there: Path, tmp_path: Pa
 
 
 def test_an_adapter_that_names_no_base(there: Path, tmp_path: Path) -> None:
-    target = changed(there, tmp_path / "a", lmtune__json="{}", adapter_config__json='{"r": 4}')
+    config = (there / "runs/trial/adapter/adapter_config.json").read_text().replace('"tiny-random"', "null")
+    target = changed(there, tmp_path / "a", lmtune__json="{}", adapter_config__json=config)
     with pytest.raises(ModelError, match="names no base model"):
         load_for_inference(target)
 
@@ -153,7 +154,8 @@ def test_an_adapter_that_names_no_base(there: Path, tmp_path: Path) -> None:
     ("files", "error"),
     [
         ({"lmtune__json": "{"}, ModelError),
-        ({"lmtune__json": '{"base_model": "base", "quantization": "nf5"}'}, ConfigError),
+        ({"lmtune__json": '{"base_model": "base", "quantization": "nf5"}'}, ModelError),
+        ({"lmtune__json": '{"base_model": ""}', "adapter_config__json": '{"r": 4}'}, ModelError),
         ({"lmtune__json": '{"base_model": "base", "template": "none"}'}, ModelError),
         ({"lmtune__json": '{"base_model": "base", "template": []}'}, ModelError),
         ({"lmtune__json": '{"base_model": "base", "system": 3}'}, ModelError),

@@ -1,0 +1,158 @@
+"""An adapter folder, looked at before PEFT or transformers read a line of it: what a plain LoRA adapter may hold.
+
+`adapter_config.json` decides which classes PEFT builds and how large they are, so it is checked against a schema of
+our own; whatever could name code to run, or multiply layers, is refused. Of the weights only the header is read here:
+names, shapes and types. `lmtune pull`, chat, merge and resuming all come through `check_adapter`, so an adapter is
+judged alike wherever it comes from. Every problem is listed, not the first one only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lmtune.errors import ModelError, listed
+
+WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
+
+_MAX_JSON_BYTES = 10_000_000
+_MAX_RANK = 4096
+# Keys through which a config reaches beyond weights: classes to import by name, or layers to multiply.
+_FORBIDDEN = ("auto_mapping", "auto_map", "custom_modules", "trust_remote_code", "megatron_config", "layer_replication")
+_NOTES_ALLOWED = {
+    "quantization": ("none", "nf4", "int8"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "template": ("auto", "chat", "plain", "thinking"),
+}
+_NO_WEIGHTS = (  # how files begin that are found in place of weights
+    (b"version https://git-lfs", "a Git LFS pointer in place of the weights; fetch them with `git lfs pull`"),
+    (b"<", "a page of HTML in place of the weights; download the file itself"),
+    (b"PK", "pickled weights, which can run code when read; lmtune reads safetensors only"),
+    (b"\x80", "pickled weights, which can run code when read; lmtune reads safetensors only"),
+)
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`, after everything in the folder was checked.
+
+    Raises:
+        ModelError: with everything that is wrong with it, without the folder's name.
+    """
+    if not (folder / WEIGHTS).is_file():
+        pickled = any((folder / f"adapter_model{suffix}").is_file() for suffix in (".bin", ".pt", ".pth"))
+        hint = "it holds a pickled adapter, which can run code when read" if pickled else "it is no adapter folder"
+        raise ModelError(f"no {WEIGHTS}; {hint}")
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"no {CONFIG}; it is no adapter folder")
+    config = read_object(folder / CONFIG)
+    problems = [f"{CONFIG}: {fault}" for fault in _config_faults(config)]
+    if (folder / NOTES).is_file():
+        problems += [f"{NOTES}: {fault}" for fault in _notes_faults(read_object(folder / NOTES))]
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file() and "auto_map" in read_object(folder / name):
+            problems.append(f"{name}: auto_map names code of the repository, which lmtune never runs")
+    problems += [f"{WEIGHTS}: {fault}" for fault in _weight_faults(folder / WEIGHTS, config)]
+    if problems:
+        raise ModelError(f"this is no adapter that lmtune can use\n{listed(problems)}")
+    return config
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of moderate size."""
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ModelError(f"{path.name}: {path.stat().st_size:,} bytes; a config has at most {_MAX_JSON_BYTES:,}")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name}: not valid JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{path.name}: holds {type(tree).__name__}, not an object")
+    return tree
+
+
+def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps `config` from being a plain LoRA config."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        yield f"peft_type is {kind!r}; lmtune uses LORA adapters"
+        return
+    ranks = {"r": config.get("r"), **_patterns(config, "rank_pattern")}
+    yield from (f"{k} is {v!r}; should be 1 to {_MAX_RANK}" for k, v in ranks.items() if not _is_rank(v))
+    alphas = {"lora_alpha": config.get("lora_alpha"), **_patterns(config, "alpha_pattern")}
+    yield from (f"{k} is {v!r}; should be a number above 0" for k, v in alphas.items() if not _is_positive(v))
+    if not _is_names(config.get("target_modules")):
+        yield "target_modules should be a name or a list of names"
+    for key in ("modules_to_save", "target_parameters", "exclude_modules"):
+        if config.get(key) is not None and not _is_names(config[key]):
+            yield f"{key} should be a list of names"
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), (str, type(None))):
+            yield f"{key} should be text"
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        yield f"task_type is {config['task_type']!r}; lmtune uses CAUSAL_LM"
+    yield from (
+        f"{key} is set, which a plain LoRA adapter does not need; remove it" for key in _FORBIDDEN if config.get(key)
+    )
+
+
+def _notes_faults(notes: Mapping[str, Any]) -> Iterator[str]:
+    for key, allowed in _NOTES_ALLOWED.items():
+        if key in notes and notes[key] not in allowed:
+            yield f"{key} is {notes[key]!r}; should be {' or '.join(allowed)}"
+    for key in ("base_model", "revision", "base_fingerprint", "system"):
+        if not isinstance(notes.get(key), (str, type(None))):
+            yield f"{key} should be text"
+
+
+def _weight_faults(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the tensors, as far as their header tells: names, shapes, types; no weight is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            shapes = {name: list(part.get_shape()) for name, part in slices.items()}
+            types = {name: str(part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        yield _instead_of_weights(path) or f"damaged ({error}); copy or download it again"
+        return
+    if not any("lora_A" in name for name in shapes):
+        yield "holds no LoRA tensor"
+    yield from (f"{n}: type {t}; should be a float" for n, t in types.items() if t not in ("F32", "F16", "BF16"))
+    for name, shape in shapes.items():
+        pair = shapes.get(name.replace("lora_A", "lora_B"))
+        if "lora_A" not in name:
+            continue
+        if pair is None or len(shape) < 2 or len(pair) < 2 or shape[0] != pair[1]:
+            yield f"{name}: no lora_B that fits its shape {shape}"
+        elif not config.get("rank_pattern") and shape[0] != config.get("r"):
+            yield f"{name}: rank {shape[0]}, but {CONFIG} says {config.get('r')}"
+
+
+def _instead_of_weights(path: Path) -> str | None:
+    """What a file is that holds no safetensors, if it can be told."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip()
+    return next((kind for start, kind in _NO_WEIGHTS if head.startswith(start)), None)
+
+
+def _patterns(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The entries of `rank_pattern` or `alpha_pattern`, by a name for error messages."""
+    patterns = config.get(key) or {}
+    return {f"{key}.{name}": value for name, value in patterns.items()} if isinstance(patterns, dict) else {key: None}
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _is_names(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, list) and bool(names) and all(isinstance(n, str) and 0 < len(n) <= 500 for n in names)
