@@ -42,7 +42,7 @@ class RunDirectory:
         """The directory `run.dir/run.name`.
 
         Raises:
-            ConfigError: the run has no name, or its folder is a link or lies outside `run.dir`.
+            ConfigError: the run has no name, or its folder is a link, holds one, or lies outside `run.dir`.
         """
         if run.name is None:
             raise ConfigError("run.name: missing; name the run, for example run.name=support")
@@ -51,6 +51,8 @@ class RunDirectory:
             raise ConfigError(f"run.name: {path} leads out of {parent}; a run is a plain folder in run.dir")
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run.name: {path} is a file; choose another run.name")
+        if path.is_dir() and (links := sorted(inner for inner in path.iterdir() if inner.is_symlink())):
+            raise ConfigError(f"run.name: {links[0]} is a link, which a run writes to no other place; remove it")
         return cls(path)
 
     @property

@@ -37,6 +37,8 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
     """Merge and verify; returns the report that is also written to `merge.json`."""
     if not (run_directory.adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{run_directory.path}: no adapter to merge; finish the run with `lmtune finetune` first")
+    if output.is_symlink():
+        raise ConfigError(f"--output: {output} is a link; give the folder itself")
     if output.exists() and not (output / "merge.json").is_file():
         raise ConfigError(f"--output: {output} exists and was not made by lmtune merge; choose another folder")
 

@@ -1,0 +1,134 @@
+"""Settings as people write them: `lmtune finetune` ends with 2, names `file:line` or `section.key`, and writes nothing.
+
+That `1e-4` is read as a number, and much more about single keys, is in tests/test_config.py and
+tests/test_yaml_reader.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lmtune.config import FinetuneConfig, load_config
+from tests.bad_input.conftest import Outcome
+from tests.sample_run import write_run
+from tests.workplace import make_workplace
+
+LEAST = "model: {name: tiny}\ndata: {train: train.jsonl}\n"
+TAGS = r"trial\.yaml:3: .*tags .* not supported"
+BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 40))
+
+REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
+    "an unknown key": ("train: {learning_rat: 1.0e-4}", r"train\.learning_rat: unknown key; did you mean learning_rate"),
+    "an unknown section": ("trian: {epochs: 1}", r"trian: unknown key; did you mean train\?"),
+    "a key twice": ("train:\n  epochs: 1\n  epochs: 2", r"trial\.yaml:5: .*the key 'epochs' stands here a second time"),
+    "a section twice": ("model: {name: tiny}", r"trial\.yaml:3: .*the key 'model' stands here a second time"),
+    "a tag that names code": ("run: {name: !!python/object/apply:os.system [id]}", TAGS),
+    "a tag that names a module": ("x: !!python/module:os", TAGS),
+    # found by a coverage-guided fuzzer: PyYAML's own classes for these fail with any exception there is
+    "a tag that its value does not fit": ("!!timestamp prn: 1", TAGS),
+    "a tagged number without digits": ("train: {seed: !!int ''}", TAGS),
+    "a tagged truth that is none": ("train: {seed: !!bool maybe}", TAGS),
+    "an alias bomb": (f"a0: &a0 [x, x]\n{BOMB}", r"trial\.yaml:4: .*aliases \(\*name\) are not supported"),
+    "a merge": ("train: {<<: {epochs: 1}}", r"trial\.yaml:3: .*merging \(<<\) is not supported"),
+    "a rate that is no number": ("train: {learning_rate: .nan}", r"train\.learning_rate: got nan; should be a finite"),
+    "a rate below 0": ("train: {learning_rate: -1e-4}", r"train\.learning_rate: got -0\.0001; should be greater"),
+    "rank 0": ("adapter: {rank: 0}", r"adapter\.rank: got 0; should be greater than or equal to 1"),
+    "rank 1e9": ("adapter: {rank: 1e9}", r"adapter\.rank: got 1000000000\.0; should be a valid integer"),
+    "rank 1000000000": ("adapter: {rank: 1000000000}", r"adapter\.rank: got 1000000000; should be less than"),
+    "a run name that climbs": ("run: {name: ../x}", r"run\.name: got '\.\./x'; should be one folder name"),
+    "a run name that is a path": ("run: {name: /tmp/x}", r"run\.name: got '/tmp/x'; should be one folder name"),
+    "half a character": ('run: {name: "\\ud83d"}', r"trial\.yaml: "),
+    "half a character in a key": ('run: {"\\ud83d": 1}', r"trial\.yaml: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_config_ends_with_2_and_its_place(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+    more, said = REFUSED[name]
+    (place / "trial.yaml").write_text(LEAST + more + "\n")
+    begin = time.perf_counter()
+    assert re.search(said, refused("finetune", "trial.yaml").err)
+    assert time.perf_counter() - begin < 5
+
+
+def test_wrong_values_are_all_told_at_once(place: Path, refused: Callable[..., Outcome]) -> None:
+    (place / "trial.yaml").write_text(
+        "model: {name: 3, quantization: nf5}\ndata: {train: [], max_length: long}\n"
+        "train: {epochs: [1], batch_size: '32', seed: 1.5}\nadapter: {use_dora: 'yes'}\n"
+    )
+    said = refused("finetune", "trial.yaml").err
+    assert "8 settings are wrong" in said
+    for key in ("model.name", "model.quantization", "data.train", "data.max_length", "train.epochs",
+                "train.batch_size", "train.seed", "adapter.use_dora"):  # fmt: skip
+        assert f"  {key}: got " in said
+
+
+@pytest.mark.parametrize("override", ["train.epochs=\udcff", "run.\udcff=1", "\udcff=1", "model.name=\udcff"])
+def test_an_argument_that_is_no_text_is_a_message_too(
+    place: Path, refused: Callable[..., Outcome], override: str
+) -> None:
+    """Bytes that are no UTF-8 come from the shell as halves of characters, which no terminal can print."""
+    (place / "trial.yaml").write_text(LEAST)
+    refused("finetune", "trial.yaml", override).err.encode()
+
+
+def test_a_config_that_is_no_file(place: Path, refused: Callable[..., Outcome]) -> None:
+    os.mkfifo(place / "pipe.yaml")
+    (place / "large.yaml").write_bytes(b"a: " + b"x" * 50_000_000)
+    (place / "bytes.yaml").write_bytes(b"\x80\x04\x95")
+    for name, said in (("pipe.yaml", "no such config file"), (".", "no such config file"), ("none.yaml", "no such"),
+                       ("large.yaml", "too large for a config"), ("bytes.yaml", "not UTF-8")):  # fmt: skip
+        assert said in refused("finetune", name).err
+
+
+def test_names_and_numbers_that_only_look_odd_are_read_as_they_are_meant(place: Path) -> None:
+    (place / "trial.yaml").write_text(LEAST + "train: {learning_rate: 1e-4}\nrun: {name: 2026-11-02}\n")
+    config = load_config(FinetuneConfig, place / "trial.yaml")
+    assert (config.train.learning_rate, config.run.name) == (1e-4, "2026-11-02")
+
+
+# --- settings that only the disk or the model can judge
+
+
+@pytest.mark.parametrize("link", ["runs/trial", "runs/trial/adapter", "runs/trial/summary.json", "runs/trial/merged"])
+def test_an_output_folder_that_is_a_link_or_holds_one_is_refused(
+    place: Path, refused: Callable[..., Outcome], link: str
+) -> None:
+    """`run.dir` itself may be one: that is how people put their runs on a larger disk."""
+    (place / "elsewhere").mkdir()
+    (place / "runs").symlink_to(place / "elsewhere")
+    (place / link).parent.mkdir(exist_ok=True)
+    (place / link).symlink_to(place / "outside")
+    (place / "trial.yaml").write_text(LEAST)
+    assert re.search(r"run\.name: runs/trial.* (leads out of|is a link)", refused("finetune", "trial.yaml").err)
+
+
+def test_merging_into_a_link_is_refused(place: Path, refused: Callable[..., Outcome]) -> None:
+    write_run(place / "runs" / "trial")
+    (place / "elsewhere").mkdir()
+    for name in ("merged", "runs/trial/merged"):
+        (place / name).symlink_to(place / "elsewhere")
+    assert "--output: merged is a link" in refused("merge", "trial", "--output", "merged").err
+    assert "--output: runs/trial/merged is a link" in refused("merge", "trial").err
+
+
+@pytest.mark.parametrize(
+    ("targets", "unknown"), [("[q_prj]", "q_prj"), ("[q_proj, v_prj]", "v_prj"), ("(q", "no regular")]
+)
+def test_targets_that_match_nothing_or_partly(
+    place: Path, refused: Callable[..., Outcome], targets: str, unknown: str
+) -> None:
+    make_workplace(place)
+    (place / "trial.yaml").write_text(
+        "model: {name: base, quantization: none}\ndata: {train: train.jsonl}\n"
+        f"adapter: {{target_modules: {targets}}}\n"
+    )
+    said = refused("finetune", "trial.yaml").err
+    assert "adapter.target_modules: " in said
+    assert unknown in said
