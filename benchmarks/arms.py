@@ -64,17 +64,22 @@ class Lmtune(Arm):
             self.forward.layer_reason = self.forward.layer_reason or self.forward.head_reason
 
     def step(self, rows: list[Any]) -> float:
-        """Micro-batches of at most 4,096 tokens, packed."""
+        """Micro-batches of at most 4,096 tokens, packed, with prefixes shared."""
         from types import SimpleNamespace
 
-        from lmtune.data.packing import fill
+        from lmtune.data.packing import fill, pack
+        from lmtune.data.prefixes import beginning, find_prefixes
         from lmtune.training.gradients import step_gradients
 
-        lengths = [len(row.documents[0].input_ids) for row in rows]
-        trained = sum(int(row.documents[0].trained.sum()) for row in rows)
+        documents = [row.documents[0] for row in rows]
+        shares = self.forward.shares_prefixes
+        prefixes = find_prefixes([beginning(d.input_ids, d.trained) for d in documents]) if shares else []
+        groups = fill([len(d.input_ids) for d in documents], 4096, prefixes)
+        batches = [pack([rows[index] for index in group], shares) for group in groups]
+        self.computed += sum(batch.input_ids.numel() for batch in batches)
+        trained = sum(int(d.trained.sum()) for d in documents)
         one = SimpleNamespace(num_processes=1)
-        share = fill(lengths, 4096)
-        return step_gradients(self.forward, self.parameters, share, rows.__getitem__, trained, one).loss
+        return step_gradients(self.forward, self.parameters, batches, trained, one).loss
 
 
 class PlainPadded(Arm):

@@ -15,7 +15,7 @@ prefix is laid down once, and each document's own tokens follow with position id
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_SHORTEST_PREFIX = 16  # tokens; a shorter common beginning is not worth the bookkeeping
+from lmtune.data.prefixes import SharedPrefix, beginning, find_prefixes
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -81,9 +82,18 @@ class MicroBatch:
     num_tokens: int
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on `device`."""
-        names = ("input_ids", "position_ids", "predictors", "targets", "examples")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        """The same on `device`; does not wait for the copy if the tensors are pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """The same in page-locked memory, from which a GPU copies by itself."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        return replace(
+            self, input_ids=change(self.input_ids), position_ids=change(self.position_ids),
+            predictors=change(self.predictors), targets=change(self.targets), examples=change(self.examples),
+        )  # fmt: skip
 
 
 def pack(rows: Sequence[Any], share_prefixes: bool = False) -> MicroBatch:
@@ -98,13 +108,13 @@ def pack(rows: Sequence[Any], share_prefixes: bool = False) -> MicroBatch:
         for index, row in enumerate(rows)
         for document in row.documents
     ]
-    groups = _common_beginnings([(ids, trained) for _, ids, trained in documents]) if share_prefixes else []
-    grouped = {index for _, members in groups for index in members}
-    groups = [*groups, *((0, [index]) for index in range(len(documents)) if index not in grouped)]
+    shared = find_prefixes([beginning(ids, trained) for _, ids, trained in documents]) if share_prefixes else []
+    grouped = {index for group in shared for index in group.members}
+    alone = [SharedPrefix(0, (index,)) for index in range(len(documents)) if index not in grouped]
     build = _Builder()
-    for length, members in groups:
-        prefix = build.prefix(documents[members[0]][1][:length]) if length else None
-        for index in members:
+    for group in [*shared, *alone]:
+        prefix = build.prefix(documents[group.members[0]][1][: group.length]) if group.length else None
+        for index in group.members:
             build.document(*documents[index], prefix)
     return build.finish(len(rows), sum(len(ids) for _, ids, _ in documents))
 
@@ -158,45 +168,34 @@ class _Builder:
         self.num_laid += len(ids)
 
 
-def _common_beginnings(documents: Sequence[tuple[Ints, npt.NDArray[np.bool_]]]) -> list[tuple[int, list[int]]]:
-    """Groups of documents worth laying down behind a common prefix, as (prefix length, members).
-
-    Sorted by their tokens, documents with a common beginning are neighbours; a neighbour joins a group if that saves
-    more tokens than leaving it out. A prefix holds no trained token, and each document keeps one token of its own.
-    """
-    order = sorted(range(len(documents)), key=lambda index: documents[index][0].tobytes())
-    limit = [min(int(np.argmax(trained)), len(ids) - 1) for ids, trained in documents]
-    groups: list[tuple[int, list[int]]] = []
-    for index in order:
-        if groups:
-            length, members = groups[-1]
-            common = _common_length(documents[members[-1]][0], documents[index][0], min(length, limit[index]))
-            if common >= _SHORTEST_PREFIX and len(members) * common > (len(members) - 1) * length:
-                groups[-1] = common, [*members, index]
-                continue
-        groups.append((limit[index], [index]))
-    return [(length, members) for length, members in groups if len(members) > 1]
-
-
-def _common_length(one: Ints, other: Ints, limit: int) -> int:
-    """How many of the first `limit` tokens are equal."""
-    size = min(limit, len(one), len(other))
-    different = np.flatnonzero(one[:size] != other[:size])
-    return int(different[0]) if len(different) else size
-
-
-def fill(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+def fill(lengths: Sequence[int], budget_tokens: int, prefixes: Sequence[SharedPrefix] = ()) -> list[list[int]]:
     """Sort items into as few groups of at most `budget_tokens` as best-fit decreasing finds.
 
-    An item longer than the budget gets a group of its own: a row is never cut and never dropped here.
+    An item longer than the budget gets a group of its own: a row is never cut and never dropped here. Items that share
+    a prefix go together, the prefix counted once; as many groups as they need each hold it.
 
     Args:
-        lengths: tokens of each item.
+        lengths: tokens of each item, its prefix included.
         budget_tokens: the most tokens in a group.
+        prefixes: which items begin with the same tokens.
 
     Returns:
         Groups of indices into `lengths`, largest item first; deterministic.
     """
+    shared = {index for prefix in prefixes for index in prefix.members}
+    items = [([index], length) for index, length in enumerate(lengths) if index not in shared]
+    for prefix in prefixes:
+        own = [lengths[index] - prefix.length for index in prefix.members]
+        for group in _best_fit(own, max(1, budget_tokens - prefix.length)):
+            members = [prefix.members[place] for place in group]
+            items.append((members, prefix.length + sum(own[place] for place in group)))
+    items.sort(key=lambda item: min(item[0]))
+    groups = _best_fit([length for _, length in items], budget_tokens)
+    return [[index for place in group for index in items[place][0]] for group in groups]
+
+
+def _best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Best-fit decreasing: each item, the largest first, into the fullest group that still has room for it."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, group), ascending
@@ -205,7 +204,7 @@ def fill(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
         if place < len(room):
             left, group = room.pop(place)
         else:
-            left, group = max(budget_tokens, lengths[index]), len(groups)
+            left, group = max(budget, lengths[index]), len(groups)
             groups.append([])
         groups[group].append(index)
         bisect.insort(room, (left - lengths[index], group))

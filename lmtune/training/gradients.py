@@ -8,7 +8,7 @@ flat buffer, finishes the step: gradients, loss, counts, and the flags that make
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,7 @@ class StepSums:
 def step_gradients(
     forward: PackedForward,
     parameters: Mapping[str, torch.nn.Parameter],
-    share: Sequence[Sequence[int]],
-    rows: Rows,
+    batches: Iterable[MicroBatch],
     num_trained: int,
     accelerator: Any,
     interrupted: bool = False,
@@ -59,8 +58,7 @@ def step_gradients(
     Args:
         forward: the model.
         parameters: the trainable parameters, fp32.
-        share: this process's micro-batches.
-        rows: gives a row's tokens.
+        batches: this process's micro-batches, on any device.
         num_trained: trained tokens of the whole step, over all processes.
         accelerator: the processes.
         interrupted: whether this process was asked to stop.
@@ -72,15 +70,13 @@ def step_gradients(
     sums[4] = float(interrupted)
     try:
         with forward.ready():
-            for group in share:
-                sums[:3] += _accumulate(
-                    forward, pack([rows(row) for row in group], forward.shares_prefixes).to(device), num_trained
-                )
+            for batch in batches:
+                sums[:3] += _accumulate(forward, batch.to(device), num_trained)
     except torch.OutOfMemoryError:
         sums[3] = 1.0
     _sum_over_processes(parameters, sums, accelerator)
     grads = [p.grad for p in parameters.values() if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+    norm = torch.nn.utils.get_total_norm(grads)
     loss, tokens, sequences, out_of_memory, stop, grad_norm = torch.cat([sums, norm[None].double()]).tolist()
     return StepSums(loss, round(tokens), round(sequences), grad_norm, out_of_memory > 0, stop > 0)
 

@@ -20,6 +20,7 @@ import torch
 
 from lmtune.config import FinetuneConfig
 from lmtune.console import warn
+from lmtune.data.prefixes import Ints, beginning
 from lmtune.errors import LmtuneError, listed
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
@@ -34,6 +35,7 @@ from lmtune.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from lmtune.training.feeding import Feeder
 from lmtune.training.gradients import StepSums, find_offenders, step_gradients
 from lmtune.training.plan import Plan, StepPlan
 from lmtune.training.progress import StepProgress
@@ -56,6 +58,7 @@ class Job:
         identity: what must be equal for a checkpoint to be continued.
         validate: scores the validation rows, or None if there are none.
         resumed: the checkpoint to go on from.
+        attention_cost: of a token before another, as a part of a token's other cost; deals rows to processes.
     """
 
     run: RunDirectory
@@ -67,6 +70,7 @@ class Job:
     identity: dict[str, Any] = field(default_factory=dict)
     validate: Callable[[], Accuracies] | None = None
     resumed: Checkpoint | None = None
+    attention_cost: float = 0.0
 
 
 @dataclass
@@ -108,35 +112,38 @@ def train(job: Job) -> Outcome:
     """
     config, main = job.config, job.accelerator.is_main_process
     parameters = trainable(job.forward.model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=config.train.weight_decay)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=config.train.weight_decay, fused=True)
     counters = _begin(job, optimizer, parameters)
-    plan = _plan(job, counters.micro_batch_tokens)
+    feeder = _feeder(job, counters.micro_batch_tokens)
+    total_steps = feeder.plan.total_steps
     records = Records(job.run, enabled=main)
     records.begin(counters.step)
-    progress = StepProgress(plan.total_steps, counters.step + 1, enabled=main)
+    progress = StepProgress(total_steps, counters.step + 1, enabled=main)
     stopped_early = _out_of_patience(counters, config)  # a crash after the last step leaves nothing to do
     job.forward.model.train()
-    with StopSignals() as signals, progress:
-        while counters.step < plan.total_steps and not stopped_early:
+    with StopSignals() as signals, progress, feeder:
+        feeder.start(counters.step + 1)
+        while counters.step < total_steps and not stopped_early:
             started = time.perf_counter()
-            todo = plan.step(counters.step + 1)
-            plan, sums = _gradients(job, plan, todo, parameters, signals)
+            todo = feeder.next_step()
+            job.accelerator.place = f"step {todo.step}"
+            todo, sums = _gradients(job, feeder, todo, parameters, signals)
             if not sums.is_finite:
                 _save(job, optimizer, parameters, counters)
-                raise _not_finite(job, plan, todo, sums, parameters)
-            _update(optimizer, parameters, learning_rate(todo.step, plan.total_steps, config.train), sums, config)
+                raise _not_finite(job, todo, sums, parameters)
+            _update(optimizer, parameters, learning_rate(todo.step, total_steps, config.train), sums, config)
             seconds = time.perf_counter() - started
-            _count(counters, todo, seconds, plan)
+            _count(counters, todo, seconds, feeder.plan)
             progress.advance(todo.step, sums.loss, todo.num_tokens, seconds)
-            validation = _validate(job, counters, plan, progress)
-            records.add(*_record(todo, sums, counters, plan, config, seconds), validation)
+            validation = _validate(job, counters, total_steps, progress)
+            records.add(*_record(todo, sums, counters, total_steps, config, seconds), validation)
             stopped_early = _out_of_patience(counters, config)
-            last = stopped_early or counters.step == plan.total_steps
+            last = stopped_early or counters.step == total_steps
             if last or sums.interrupted or _is_due(counters, validation, config):
                 _save(job, optimizer, parameters, counters)
             if sums.interrupted and not last:
                 raise Interrupted(
-                    f"stopped after step {counters.step} of {plan.total_steps}, which is saved; the same command goes "
+                    f"stopped after step {counters.step} of {total_steps}, which is saved; the same command goes "
                     "on from there", signals.exit_code,
                 )  # fmt: skip
     return Outcome(counters, _keep_best(job, counters, parameters), stopped_early)
@@ -161,27 +168,42 @@ def _begin(job: Job, optimizer: torch.optim.Optimizer, parameters: dict[str, tor
     return counters
 
 
+def _feeder(job: Job, micro_batch_tokens: int) -> Feeder:
+    """What feeds this process; not started."""
+    on_gpu = next(job.forward.base.parameters()).device.type == "cuda"
+    shares = job.forward.shares_prefixes
+    plan = _plan(job, micro_batch_tokens)
+    return Feeder(plan, job.accelerator.process_index, job.data.__getitem__, shares, pin=on_gpu)
+
+
 def _plan(job: Job, micro_batch_tokens: int) -> Plan:
     data, world = job.data, job.accelerator.num_processes
-    return Plan(data.num_tokens, data.num_trained, job.config.train, world, micro_batch_tokens)
+
+    def beginning_of(row: int) -> Ints:
+        first = data[row].documents[0]
+        return beginning(first.input_ids, first.trained)
+
+    return Plan(
+        data.num_tokens, data.num_trained, job.config.train, world, micro_batch_tokens,
+        beginning_of if job.forward.shares_prefixes else None, job.attention_cost,
+    )  # fmt: skip
 
 
 def _gradients(
-    job: Job, plan: Plan, todo: StepPlan, parameters: dict[str, torch.nn.Parameter], signals: StopSignals
-) -> tuple[Plan, StepSums]:
+    job: Job, feeder: Feeder, todo: StepPlan, parameters: dict[str, torch.nn.Parameter], signals: StopSignals
+) -> tuple[StepPlan, StepSums]:
     """The step's gradient; out of memory halves the micro-batches and does the same step again."""
     rank, seed = job.accelerator.process_index, job.config.train.seed
     while True:
         seed_step(seed, todo.step, rank)
         sums = step_gradients(
-            job.forward, parameters, todo.shares[rank], job.data.__getitem__, todo.num_trained, job.accelerator,
+            job.forward, parameters, feeder.batches(), todo.num_trained, job.accelerator,
             interrupted=signals.received is not None,
         )  # fmt: skip
         if not sums.out_of_memory:
-            break
-        plan = _halved(job, plan, todo)
-        todo = plan.step(todo.step)
-    return plan, sums
+            return todo, sums
+        feeder.start(todo.step, _halved(job, feeder.plan, todo))
+        todo = feeder.next_step()
 
 
 def _halved(job: Job, plan: Plan, todo: StepPlan) -> Plan:
@@ -200,17 +222,13 @@ def _halved(job: Job, plan: Plan, todo: StepPlan) -> Plan:
     return _plan(job, budget)
 
 
-def _not_finite(
-    job: Job, plan: Plan, todo: StepPlan, sums: StepSums, parameters: dict[str, torch.nn.Parameter]
-) -> LmtuneError:
+def _not_finite(job: Job, todo: StepPlan, sums: StepSums, parameters: dict[str, torch.nn.Parameter]) -> LmtuneError:
     """An error that names the rows that made the loss or gradient infinite or NaN, on whichever process they were."""
-    from accelerate.utils import gather_object
-
     rank = job.accelerator.process_index
     seed_step(job.config.train.seed, todo.step, rank)
     offenders = find_offenders(job.forward, parameters, todo.shares[rank], job.data.__getitem__)
     if job.accelerator.num_processes > 1:
-        offenders = gather_object(offenders)
+        offenders = job.accelerator.gather_object(offenders)
     rows = listed(sorted(offenders)) if offenders else "  no single row alone; the step as a whole"
     return LmtuneError(
         f"step {todo.step}: the loss ({sums.loss}) or the gradient (norm {sums.grad_norm}) is not finite. The adapter "
@@ -224,11 +242,8 @@ def _update(
     config: FinetuneConfig,
 ) -> None:  # fmt: skip
     """Clip by the norm that is already known, and step AdamW at `rate`."""
-    limit = config.train.max_grad_norm
-    if limit is not None and sums.grad_norm > limit:
-        for parameter in parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(limit / sums.grad_norm)
+    if (limit := config.train.max_grad_norm) is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit, torch.tensor(sums.grad_norm))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -243,9 +258,9 @@ def _count(counters: Counters, todo: StepPlan, seconds: float, plan: Plan) -> No
 
 
 def _record(
-    todo: StepPlan, sums: StepSums, counters: Counters, plan: Plan, config: FinetuneConfig, seconds: float
+    todo: StepPlan, sums: StepSums, counters: Counters, total_steps: int, config: FinetuneConfig, seconds: float
 ) -> tuple[StepRecord, tuple[int, int], Accuracies]:
-    rate = learning_rate(todo.step, plan.total_steps, config.train)
+    rate = learning_rate(todo.step, total_steps, config.train)
     record = StepRecord(
         todo.step, round(todo.epoch, 6), sums.loss, rate, sums.grad_norm, todo.num_tokens, todo.num_trained,
         len(todo.rows), round(seconds, 6),
@@ -256,9 +271,9 @@ def _record(
     return record, (counters.elapsed_tokens, counters.elapsed_examples), accuracies
 
 
-def _validate(job: Job, counters: Counters, plan: Plan, progress: StepProgress) -> Accuracies | None:
+def _validate(job: Job, counters: Counters, total_steps: int, progress: StepProgress) -> Accuracies | None:
     """Score the validation rows if this step is one where they are due, and note whether it is the best so far."""
-    every, last = job.config.evaluation.every_steps, counters.step == plan.total_steps
+    every, last = job.config.evaluation.every_steps, counters.step == total_steps
     if job.validate is None or not (last or (every is not None and counters.step % every == 0)):
         return None
     scores = job.validate()

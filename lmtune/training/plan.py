@@ -10,6 +10,7 @@ process knows all of it without a word to the others, and a resumed run goes on 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from lmtune.config import TrainConfig
 from lmtune.data.packing import fill
+from lmtune.data.prefixes import Ints, SharedPrefix, find_prefixes
 
 Int32 = npt.NDArray[np.int32]
 
@@ -46,8 +48,9 @@ class Plan:
     """All steps of a run."""
 
     def __init__(
-        self, num_tokens: Int32, num_trained: Int32, train: TrainConfig, world_size: int, micro_batch_tokens: int
-    ) -> None:
+        self, num_tokens: Int32, num_trained: Int32, train: TrainConfig, world_size: int, micro_batch_tokens: int,
+        beginning_of: Callable[[int], Ints] | None = None, attention_cost: float = 0.0,
+    ) -> None:  # fmt: skip
         """
         Args:
             num_tokens: `[rows]`, tokens of each row.
@@ -55,7 +58,10 @@ class Plan:
             train: batch size, epochs or steps, seed.
             world_size: processes.
             micro_batch_tokens: the most tokens in a micro-batch (a longer row stands alone).
+            beginning_of: the tokens with which a row may share a prefix with others; None where none are shared.
+            attention_cost: what a token costs more for each token before it, as a part of its other cost.
         """
+        self.beginning_of, self.attention_cost = beginning_of, attention_cost
         self.num_tokens, self.num_trained = num_tokens, num_trained
         self.batch_size, self.seed = train.batch_size, train.seed
         self.world_size, self.micro_batch_tokens = world_size, micro_batch_tokens
@@ -72,13 +78,17 @@ class Plan:
         """The plan of `step`, counted from 1."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         rows = self._permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        beginning_of = self.beginning_of
+        prefixes = find_prefixes([beginning_of(int(row)) for row in rows]) if beginning_of is not None else []
+        lengths = self.num_tokens[rows].tolist()
+        shares = deal(lengths, self.world_size, prefixes, self.attention_cost)
         return StepPlan(
             step=step,
             epoch=epoch + min(1.0, (place + 1) * self.batch_size / len(self.num_tokens)),
             rows=rows.tolist(),
-            num_tokens=int(self.num_tokens[rows].sum()),
+            num_tokens=sum(lengths),
             num_trained=int(self.num_trained[rows].sum()),
-            shares=[self._micro_batches(share) for share in deal(rows, self.num_tokens[rows], self.world_size)],
+            shares=[self._micro_batches(rows, lengths, share, prefixes) for share in shares],
         )
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -87,23 +97,58 @@ class Plan:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.num_tokens))
         return self._order[1]
 
-    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
-        groups = fill([int(self.num_tokens[row]) for row in rows], self.micro_batch_tokens)
-        return [[rows[index] for index in group] for group in groups]
+    def _micro_batches(
+        self, rows: npt.NDArray[np.int64], lengths: Sequence[int], share: Sequence[int],
+        prefixes: Sequence[SharedPrefix],
+    ) -> list[list[int]]:  # fmt: skip
+        """The rows of one process's `share` (places in the step), grouped."""
+        place_in_share = {place: index for index, place in enumerate(share)}
+        inside = (
+            (prefix.length, tuple(place_in_share[place] for place in prefix.members if place in place_in_share))
+            for prefix in prefixes
+        )
+        shared = [SharedPrefix(length, members) for length, members in inside if len(members) > 1]
+        groups = fill([lengths[place] for place in share], self.micro_batch_tokens, shared)
+        return [[int(rows[share[index]]) for index in group] for group in groups]
 
 
-def deal(rows: npt.NDArray[np.int64], lengths: Int32, world_size: int) -> list[list[int]]:
-    """Split a step's rows over the processes so that their tokens are about equal.
+def deal(
+    lengths: Sequence[int], world_size: int, prefixes: Sequence[SharedPrefix] = (), attention_cost: float = 0.0
+) -> list[list[int]]:
+    """Split a step's rows over the processes so that each has about the same to compute.
 
-    The longest row first, each to the process that has the fewest tokens so far: Graham's LPT rule, at most a third
-    above the best possible.
+    The dearest row first, each to the process that is then the least loaded: Graham's LPT rule, at most a third above
+    the best possible. A shared prefix costs a process once, with the first of its rows.
+
+    Args:
+        lengths: tokens of each row.
+        world_size: processes.
+        prefixes: which rows begin with the same tokens.
+        attention_cost: what a token costs more for each token before it, as a part of its other cost.
+
+    Returns:
+        For each process the places of its rows in `lengths`.
     """
     if world_size == 1:
-        return [rows.tolist()]
+        return [list(range(len(lengths)))]
+
+    def cost(tokens: int, before: int = 0) -> float:
+        return tokens * (1 + attention_cost * (before + tokens / 2))
+
+    prefix_of = {place: index for index, prefix in enumerate(prefixes) for place in prefix.members}
+    first = {index: cost(prefix.length) for index, prefix in enumerate(prefixes)}
+    own = []
+    for place, length in enumerate(lengths):
+        shared = prefixes[prefix_of[place]].length if place in prefix_of else 0
+        own.append(cost(length - shared, shared))
     shares: list[list[int]] = [[] for _ in range(world_size)]
-    load = [0] * world_size
-    for index in np.argsort(-lengths, kind="stable"):
-        rank = load.index(min(load))
-        shares[rank].append(int(rows[index]))
-        load[rank] += int(lengths[index])
+    load, held = [0.0] * world_size, [set[int]() for _ in range(world_size)]
+    for place in sorted(range(len(lengths)), key=lambda place: (-own[place], place)):
+        group = prefix_of.get(place)
+        extra = [own[place] + (first[group] if group is not None and group not in has else 0.0) for has in held]
+        rank = min(range(world_size), key=lambda rank: (load[rank] + extra[rank], rank))
+        shares[rank].append(place)
+        load[rank] += extra[rank]
+        if group is not None:
+            held[rank].add(group)
     return shares

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmtune.data.packing import fill, pack
+from lmtune.data.prefixes import SharedPrefix
 from tests.tiny import Row, random_rows
 
 lengths_and_budget = st.tuples(st.lists(st.integers(1, 200), max_size=60), st.integers(1, 400))
@@ -49,6 +50,25 @@ def test_known_cases() -> None:
     assert fill([5, 5, 5], 10) == [[0, 1], [2]]
     assert fill([3, 9, 7, 1], 10) == [[1, 3], [2, 0]]
     assert fill([30, 2], 10) == [[0], [1]]
+
+
+def test_a_shared_prefix_counts_once_in_each_group() -> None:
+    prefix = SharedPrefix(8, (0, 2, 3))
+    assert fill([10, 4, 10, 10], 14, [prefix]) == [[0, 2, 3], [1]]
+    assert fill([10, 4, 10, 10], 12, [prefix]) == [[0, 2], [3], [1]]
+    assert fill([10, 2, 10, 10], 12, [prefix]) == [[0, 2], [3, 1]]
+    assert sorted(fill([10, 4, 10, 10], 5, [prefix])) == [[0], [1], [2], [3]]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 20), st.integers(1, 100))
+def test_groups_with_a_prefix_partition_the_items_within_the_budget(own: list[int], shared: int, budget: int) -> None:
+    prefix = SharedPrefix(shared, tuple(range(0, len(own), 2)))
+    lengths = [n + shared if index % 2 == 0 else n for index, n in enumerate(own)]
+    groups = fill(lengths, budget, [prefix] if len(prefix.members) > 1 else [])
+    assert sorted(index for group in groups for index in group) == list(range(len(own)))
+    for group in groups:
+        size = sum(own[index] for index in group) + (shared if any(index % 2 == 0 for index in group) else 0)
+        assert len(group) == 1 or size <= budget
 
 
 def test_the_tensors_of_a_pack() -> None:

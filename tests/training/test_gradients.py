@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmtune.data.packing import fill
+from lmtune.data.packing import fill, pack
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
 from lmtune.training.gradients import find_offenders, step_gradients
@@ -30,10 +30,10 @@ def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
 
 def lmtune_step(model, rows: Rows, budget: int):
     """The same through lmtune, in micro-batches of at most `budget` tokens."""
-    share = fill(rows.num_tokens.tolist(), budget)
-    return step_gradients(
-        PackedForward(model), trainable(model), share, rows.__getitem__, int(rows.num_trained.sum()), OneProcess()
-    )
+    forward = PackedForward(model)
+    groups = fill(rows.num_tokens.tolist(), budget)
+    batches = (pack([rows[row] for row in group], forward.shares_prefixes) for group in groups)
+    return step_gradients(forward, trainable(model), batches, int(rows.num_trained.sum()), OneProcess())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmtune.config import TrainConfig, build_config
+from lmtune.data.prefixes import SharedPrefix
 from lmtune.training.plan import Plan, deal
 
 
@@ -71,10 +72,32 @@ def test_shares_partition_the_steps_rows_within_the_budget(lengths: list[int], w
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=64), st.integers(2, 8))
 def test_shares_are_about_equal(lengths: list[int], world: int) -> None:
     """Graham's bound: 4/3 of the best possible, and the best is at most the mean and one row more."""
-    rows, tokens = np.arange(len(lengths)), np.array(lengths, dtype=np.int32)
-    loads = [int(tokens[share].sum()) for share in deal(rows, tokens, world)]
+    loads = [sum(lengths[place] for place in share) for share in deal(lengths, world)]
     assert max(loads) <= 4 / 3 * (sum(loads) / world + max(lengths))
     assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_a_long_row_weighs_more_than_its_tokens() -> None:
+    assert deal([100, 60, 50], 2) == [[0], [1, 2]]
+    assert deal([100, 90, 40, 30], 2, attention_cost=0.02) == [[0, 3], [1, 2]]
+
+
+def test_rows_behind_one_prefix_go_to_one_process_while_that_is_cheaper() -> None:
+    prefix = SharedPrefix(100, (0, 1, 2, 3))
+    assert deal([110, 110, 110, 110, 130], 2, [prefix]) == [[4], [0, 1, 2, 3]]
+    assert [len(share) for share in deal([300] * 4, 2, [prefix])] == [2, 2]
+
+
+def test_rows_that_share_a_prefix_are_planned_together() -> None:
+    """Ten rows behind one prefix and ten behind another fit two micro-batches of the size of four whole rows."""
+    generator = np.random.default_rng(0)
+    prefixes = generator.integers(3, 99, (2, 40))
+    lengths = np.full(20, 50, dtype=np.int32)
+    plan = Plan(lengths, lengths // 5, settings(batch_size=20), 1, 180, lambda row: prefixes[row % 2])
+    (share,) = plan.step(1).shares
+    assert sorted(len(group) for group in share) == [10, 10]
+    assert all(len({row % 2 for row in group}) == 1 for group in share)
+    assert len(plan_of([50] * 20, budget=180, batch_size=20).step(1).shares[0]) == 7
 
 
 def test_more_processes_than_rows_leaves_some_without() -> None:

@@ -1,0 +1,82 @@
+"""Common beginnings: which rows start with the same tokens, so that they are laid down and computed once.
+
+A system prompt, a few-shot header, one question with several answers: such rows differ only in what follows.
+
+    [You are kind. | Hi -> Hello]             [You are kind.] laid once
+    [You are kind. | Bye -> See you]    ->    [Hi -> Hello] and [Bye -> See you] behind it
+
+`find_prefixes` finds the groups from the token ids alone; `packing.fill` then puts a group's rows side by side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+_SHORTEST = 16  # tokens; a shorter common beginning is not worth the bookkeeping
+Ints = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """`length` tokens with which each of `members` (indices) begins."""
+
+    length: int
+    members: tuple[int, ...]
+
+
+def find_prefixes(beginnings: Sequence[Ints]) -> list[SharedPrefix]:
+    """The groups of rows to lay down behind a common prefix, such that together they save the most tokens.
+
+    Sorted by their tokens, rows with a common beginning are neighbours, and a group is an interval whose prefix is the
+    least that any two neighbours in it share. Which intervals to take is decided from left to right: the best for the
+    first `i` rows is the best for the first `j` and the interval from `j` to `i`, for some `j`.
+
+    Args:
+        beginnings: for each row the tokens that it may share: those before its first trained token, and never all of
+            the row.
+    """
+    order = sorted(range(len(beginnings)), key=lambda index: beginnings[index].tobytes())
+    common = [_common_length(beginnings[one], beginnings[other]) for one, other in itertools.pairwise(order)]
+    cuts = [place + 1 for place, length in enumerate(common) if length < _SHORTEST]
+    found = []
+    for start, end in itertools.pairwise([0, *cuts, len(order)]):
+        for first, last in _best_intervals(np.array(common[start : end - 1], dtype=np.int64)):
+            members = order[start + first : start + last]
+            found.append(SharedPrefix(min(common[start + first : start + last - 1]), tuple(sorted(members))))
+    return found
+
+
+def _best_intervals(common: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Intervals `[first, last)` of two or more rows that save the most; `common[n - 1]` of each with its successor."""
+    count = len(common) + 1
+    saved, begin = np.zeros(count + 1, dtype=np.int64), np.arange(-1, count)
+    least = np.zeros(count, dtype=np.int64)  # least[j]: what rows j to the last one seen have in common
+    for end in range(2, count + 1):
+        least[end - 2] = common[end - 2]
+        np.minimum(least[: end - 1], common[end - 2], out=least[: end - 1])
+        gain = saved[: end - 1] + np.arange(end - 1, 0, -1) * least[: end - 1]
+        best = int(gain.argmax())
+        saved[end], begin[end] = (gain[best], best) if gain[best] > saved[end - 1] else (saved[end - 1], end - 1)
+    intervals, end = [], count
+    while end > 0:
+        if end - begin[end] > 1:
+            intervals.append((int(begin[end]), end))
+        end = int(begin[end])
+    return intervals[::-1]
+
+
+def beginning(input_ids: Ints, trained: npt.NDArray[np.bool_]) -> Ints:
+    """What a document of `input_ids[t]` may share: all before its first trained token, but for one token of its own."""
+    return input_ids[: min(int(np.argmax(trained)), len(input_ids) - 1)]
+
+
+def _common_length(one: Ints, other: Ints) -> int:
+    """How many of the first tokens are equal."""
+    size = min(len(one), len(other))
+    different = np.flatnonzero(one[:size] != other[:size])
+    return int(different[0]) if len(different) else size
