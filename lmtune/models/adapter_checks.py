@@ -91,6 +91,12 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), (str, type(None))):
             yield f"{key} should be text"
+    for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"):
+        if not isinstance(config.get(key), (bool, type(None))):
+            yield f"{key} is {config[key]!r}; should be true or false"
+    layers = config.get("layers_pattern")
+    if layers and not _is_names(layers):
+        yield "layers_pattern should be a name or a list of names"
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         yield f"task_type is {config['task_type']!r}; lmtune uses CAUSAL_LM"
     yield from (

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from lmtune.config import AdapterConfig
 from lmtune.errors import ConfigError, ModelError, listed
 from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
+from lmtune.models.pattern_limits import endless_patterns
 
 ADAPTER = "default"
 Tensors = dict[str, torch.Tensor]
@@ -114,6 +115,8 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
             f"{folder}: this adapter was trained over another base model; it does not fit this one's weights"
         )
     _check_dora(model, bool(config.get("use_dora")))
+    if endless_patterns(config, [name for name, _ in model.named_modules()]):
+        raise ModelError(f"{folder}: a regular expression in {CONFIG} takes too long to match; it is not safe to use")
     known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
     try:
         peft_model = PeftModel(model, LoraConfig(**{**known, "init_lora_weights": True}))  # type: ignore[arg-type, unused-ignore]

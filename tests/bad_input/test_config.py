@@ -24,7 +24,7 @@ TAGS = r"trial\.yaml:3: .*tags .* not supported"
 BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 40))
 
 REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
-    "an unknown key": ("train: {learning_rat: 1.0e-4}", r"train\.learning_rat: unknown key; did you mean learning_rate"),
+    "an unknown key": ("train: {learning_rat: 1e-4}", r"train\.learning_rat: unknown key; did you mean learning_rate"),
     "an unknown section": ("trian: {epochs: 1}", r"trian: unknown key; did you mean train\?"),
     "a key twice": ("train:\n  epochs: 1\n  epochs: 2", r"trial\.yaml:5: .*the key 'epochs' stands here a second time"),
     "a section twice": ("model: {name: tiny}", r"trial\.yaml:3: .*the key 'model' stands here a second time"),

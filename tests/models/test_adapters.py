@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lmtune.config import AdapterConfig, ModelConfig
 from lmtune.errors import ConfigError, ModelError
@@ -236,53 +236,7 @@ def test_dora_over_int8_on_a_cpu_is_refused_before_it_fails(tmp_path: Path) -> N
     logits(load_adapter(load_model(dataclasses.replace(base, quantization="nf4"), "cpu"), folder))
 
 
-# --- adapters that do not fit
-
-
-def rewritten(folder: Path, change: Any) -> Path:
-    """The adapter with its tensors changed."""
-    state = load_file(folder / "adapter_model.safetensors")
-    change(state)
-    save_file(state, folder / "adapter_model.safetensors")
-    return folder
-
-
-def first(state: dict[str, torch.Tensor], part: str) -> str:
-    """The first tensor whose name holds `part`."""
-    return next(name for name in state if part in name)
-
-
-LAYER_7 = "base_model.model.model.layers.7.mlp.up_proj"
-
-
-def without_first_pair(state: dict[str, torch.Tensor]) -> None:
-    """One layer's two tensors are gone."""
-    name = first(state, "lora_B")
-    del state[name], state[name.replace("lora_B", "lora_A")]
-
-
-CHANGES: dict[str, tuple[Any, str]] = {
-    "missing keys": (without_first_pair, r"missing: base_model.*lora_B\.weight"),
-    "extra keys": (
-        lambda state: state.update(
-            {f"{LAYER_7}.lora_A.weight": torch.zeros(4, 64), f"{LAYER_7}.lora_B.weight": torch.zeros(128, 4)}
-        ),
-        r"unexpected: base_model.*layers\.7",
-    ),
-    "not finite": (lambda state: state[first(state, "lora_A")].fill_(float("nan")), "holds NaN or infinity"),
-    "other shape": (
-        lambda state: state.update({first(state, "up_proj.lora_A"): torch.zeros(4, 32)}),
-        r"up_proj\.lora_A\.weight: shape \[4, 32\], the base needs \[4, 64\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", CHANGES)
-def test_tensors_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
-    change, message = CHANGES[kind]
-    folder = rewritten(saved(learn(attached()), tmp_path / "adapter"), change)
-    with pytest.raises(ModelError, match=rf"(?s)this adapter does not fit the base model\n.*{message}"):
-        load_adapter(tiny_model(), folder)
+# --- adapters that do not fit; what is wrong with single tensors or files is in tests/bad_input/test_model.py
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"intermediate_size": 192}])
@@ -318,13 +272,6 @@ def test_a_damaged_folder_is_said(tmp_path: Path, name: str, content: bytes | No
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     with pytest.raises(ModelError, match=message):
         load_adapter(tiny_model(), folder)
-
-
-def test_a_pickled_adapter_is_never_read(tmp_path: Path) -> None:
-    (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="pickled adapter, which can run code"):
-        load_adapter(tiny_model(), tmp_path)
 
 
 def test_an_adapter_of_another_tool_has_no_notes(tmp_path: Path) -> None:

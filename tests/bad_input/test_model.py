@@ -1,0 +1,231 @@
+"""Models and adapters as they are found: the commands take them, or end with 2, say what is wrong, and write nothing.
+
+That code in a base model's folder is never run is in tests/models/test_loading.py, further templates without bound in
+tests/data/test_template_limits.py, and what only `pull` meets in tests/test_hub.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmtune.config import ModelConfig
+from lmtune.data import template_limits
+from lmtune.models import pattern_limits
+from lmtune.models.adapters import save_adapter
+from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.loading import load_model
+from tests.bad_input.conftest import Command, Outcome
+from tests.tiny import adapted, save_tiny
+from tests.tokenizers import CHATML
+from tests.workplace import make_workplace
+
+PICKLE = b"cos\nsystem\n(S'touch it-ran'\ntR."
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9912\n"
+HTML = b"<!DOCTYPE html>\n<html><title>Not found</title></html>\n"
+Change = Callable[[Path], Any]
+
+
+def written(name: str, content: bytes | str) -> Change:
+    """Replaces a file."""
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def without(*names: str) -> Change:
+    """Takes files away."""
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def settings(name: str, **values: Any) -> Change:
+    """Changes keys of a JSON file."""
+    return lambda folder: (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **values}))
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
+    """Changes the adapter's tensors."""
+
+    def apply(folder: Path) -> None:
+        state = load_file(folder / "adapter_model.safetensors")
+        change(state)
+        save_file(state, folder / "adapter_model.safetensors")
+
+    return apply
+
+
+def all_of(*changes: Change) -> Change:
+    """One after the other."""
+    return lambda folder: [change(folder) for change in changes]
+
+
+# --- base models, as `lmtune finetune` meets them
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+GROWS = "{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
+BASES: dict[str, tuple[Change, str]] = {
+    "pickled weights": (
+        all_of(without("model.safetensors"), written("pytorch_model.bin", PICKLE)),
+        "model.name: ./base holds pickled weights (pytorch_model.bin), which can run code when read",
+    ),
+    "a pickle called safetensors": (written("model.safetensors", PICKLE), "model.name: cannot load the weights"),
+    "HTML in place of the weights": (written("model.safetensors", HTML), "model.name: cannot load the weights"),
+    "a pointer in place of the weights": (written("model.safetensors", POINTER), "model.name: cannot load the weights"),
+    "no byte of weights": (written("model.safetensors", b""), "model.name: cannot load the weights"),
+    "HTML in place of the config": (written("config.json", HTML), "model.name: cannot load the tokenizer"),
+    "no tokenizer": (
+        without("tokenizer.json", "tokenizer_config.json"), "model.name: cannot load the tokenizer",
+    ),
+    "a template that renders no answer": (
+        written("chat_template.jinja", "{{ messages[0].content }}"),
+        "the chat template drops or rewrites answers; use data.template: plain",
+    ),
+    "a template that renders nothing": (written("chat_template.jinja", "Hello!"), "use data.template: plain"),
+    "a template that loops": (written("chat_template.jinja", LOOPS), "did not finish a small conversation in 1 s"),
+    "a template that grows": (written("chat_template.jinja", GROWS), "writes over 1,000,000 characters for a small"),
+    "a template that reaches for Python": (
+        written("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), "use data.template: plain",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_that_cannot_be_used(
+    place: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(template_limits, "PROBE_CPU_SECONDS", 1)
+    template_limits.probe.cache_clear()
+    make_workplace(place)
+    change, said = BASES[name]
+    change(place / "base")
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    begin = time.monotonic()
+    assert said in refused("finetune", "trial.yaml").err
+    assert time.monotonic() - begin < 30
+    assert not (place / "it-ran").exists()
+
+
+# --- adapters, as `lmtune chat` meets them
+
+A, B = "lora_A.weight", "lora_B.weight"
+UP = "base_model.model.model.layers.0.mlp.up_proj."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CODE = "from pathlib import Path\nPath('it-ran').touch()\nclass T: pass\n"
+ADAPTERS: dict[str, tuple[Change, str]] = {
+    "pickled weights": (
+        all_of(without(WEIGHTS), written("adapter_model.bin", PICKLE)),
+        "no adapter_model.safetensors; it holds a pickled adapter, which can run code when read",
+    ),
+    "a pickle called safetensors": (written(WEIGHTS, b"\x80\x04" + PICKLE), f"{WEIGHTS}: pickled weights"),
+    "a zip as torch saves it": (written(WEIGHTS, b"PK\x03\x04" + PICKLE), f"{WEIGHTS}: pickled weights"),
+    "HTML in place of the weights": (written(WEIGHTS, HTML), f"{WEIGHTS}: a page of HTML in place of the weights"),
+    "a pointer in place of the weights": (written(WEIGHTS, POINTER), f"{WEIGHTS}: a Git LFS pointer"),
+    "no byte of weights": (written(WEIGHTS, b""), f"{WEIGHTS}: damaged"),
+    "weights cut off": (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), f"{WEIGHTS}: damaged"),
+    "no tensor": (tensors(lambda state: state.clear()), f"{WEIGHTS}: holds no LoRA tensor"),
+    "keys of another kind": (
+        tensors(lambda state: [state.update({f"x.{key}": state.pop(key)}) for key in list(state)]),
+        "missing: base_model",
+    ),
+    "half a pair": (tensors(lambda state: state.pop(UP + B)), f"{UP}{A}: no lora_B that fits its shape [4, 64]"),
+    "a pair missing": (tensors(lambda state: [state.pop(UP + A), state.pop(UP + B)]), f"missing: {UP}{A}"),
+    "one layer too many": (
+        tensors(lambda state: [state.update({(UP + e).replace(".0.", ".7."): state[UP + e].clone()}) for e in (A, B)]),
+        f"unexpected: {UP}{A}".replace(".0.", ".7."),
+    ),
+    "too narrow": (
+        tensors(lambda state: state.update({UP + A: torch.zeros(4, 32)})),
+        f"{UP}{A}: shape [4, 32], the base needs [4, 64]",
+    ),
+    "NaN": (tensors(lambda state: state[UP + A].fill_(float("nan"))), f"{UP}{A}: holds NaN or infinity"),
+    "infinity": (tensors(lambda state: state[UP + B].fill_(float("inf"))), f"{UP}{B}: holds NaN or infinity"),
+    "of another base": (settings("lmtune.json", base_fingerprint="0" * 32), "trained over another base model"),
+    "a base that is not there": (settings("lmtune.json", base_model="./gone"), "model.name: ./gone is no folder"),
+    "rank that its tensors have not": (settings(CONFIG, r=4096), "rank 4, but adapter_config.json says 4096"),
+    "rank 1e9": (settings(CONFIG, r=10**9), f"{CONFIG}: r is 1000000000; should be 1 to 4096"),
+    "of another method": (settings(CONFIG, peft_type="PREFIX_TUNING"), f"{CONFIG}: peft_type is 'PREFIX_TUNING'"),
+    "a class to import": (settings(CONFIG, auto_mapping={"parent_library": "os"}), f"{CONFIG}: auto_mapping is set"),
+    "layers to multiply": (settings(CONFIG, layer_replication=[[0, 99]]), f"{CONFIG}: layer_replication is set"),
+    "values that PEFT chokes on": (settings(CONFIG, bias="none of these"), "PEFT cannot put this adapter"),
+    "no regular expression": (settings(CONFIG, target_modules="(q"), "PEFT cannot put this adapter"),
+    "a regular expression without end": (settings(CONFIG, target_modules=r"([\w.]+)+!"), "takes too long to match"),
+    "another, for ranks": (settings(CONFIG, rank_pattern={r"([\w.]+)+!": 4}), "takes too long to match"),
+    "a text for a truth": (settings(CONFIG, use_rslora="no"), f"{CONFIG}: use_rslora is 'no'; should be true or false"),
+    "HTML in place of the config": (written(CONFIG, HTML), f"{CONFIG}: not valid JSON"),
+    "a tokenizer with code": (
+        all_of(
+            settings("tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.T"]}), written("code.py", CODE),
+        ),
+        "tokenizer_config.json: auto_map names code of the repository, which lmtune never runs",
+    ),
+    "a tokenizer of no known class": (
+        all_of(settings("tokenizer_config.json", tokenizer_class="T"), written("tokenizer.json", "{"),),
+        "cannot read its tokenizer",
+    ),
+    "a template that loops": (written("chat_template.jinja", LOOPS), "did not finish a small conversation in 1 s"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and an adapter over it."""
+    folder = tmp_path_factory.mktemp("made")
+    save_tiny(folder / "base", chat_template=CHATML)
+    (folder / "adapter").mkdir()
+    base = ModelConfig(name=str(folder / "base"), quantization="none")
+    notes = {"base_model": "./base", "quantization": "none", "base_fingerprint": base_fingerprint(base)}
+    save_adapter(adapted(load_model(base, "cpu")), folder / "adapter", notes)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(folder / "base" / name, folder / "adapter" / name)
+    return folder
+
+
+@pytest.fixture
+def adapter(made: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of its own in the current folder, with a question waiting at the command's input."""
+    shutil.copytree(made, place, dirs_exist_ok=True)
+    (place / "question").write_text("Hello?\n")
+    monkeypatch.setattr("sys.stdin", open(place / "question"))  # noqa: SIM115 - ends with the test
+    return place / "adapter"
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_that_cannot_be_used(
+    place: Path, adapter: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(template_limits, "PROBE_CPU_SECONDS", 1)
+    monkeypatch.setattr(pattern_limits, "CPU_SECONDS", 1)
+    template_limits.probe.cache_clear()
+    change, said = ADAPTERS[name]
+    change(adapter)
+    assert said in refused("chat", "adapter").err
+    assert not (place / "it-ran").exists()
+
+
+def test_the_adapter_as_it_was_answers(place: Path, adapter: Path, command: Command) -> None:
+    outcome = command("chat", "adapter", "--max-new-tokens", "3")
+    assert outcome.code == 0, outcome.said
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "up_proj")])
+def test_an_adapter_of_another_depth(
+    place: Path, adapter: Path, refused: Callable[..., Outcome], num_layers: int, targets: Any
+) -> None:
+    """Only the fingerprint tells an adapter for fewer layers whose targets are full names."""
+    other = ModelConfig(name=str(save_tiny(place / "other", num_hidden_layers=num_layers)), quantization="none")
+    shutil.rmtree(place / "adapter")
+    (place / "adapter").mkdir()
+    notes = {"base_model": "./base", "quantization": "none", "base_fingerprint": base_fingerprint(other)}
+    save_adapter(adapted(load_model(other, "cpu"), target_modules=targets), place / "adapter", notes)
+    assert "trained over another base model" in refused("chat", "adapter").err
+    if num_layers == 3 or targets != "all-linear":
+        (place / "adapter" / "lmtune.json").write_text('{"base_model": "./base"}')
+        said = refused("chat", "adapter").err
+        assert "does not fit the base model" in said or "PEFT cannot put this adapter on the base model" in said
