@@ -104,9 +104,7 @@ def _not_finite(data: Any, bad: torch.Tensor, accelerator: Any) -> LmtuneError:
     """An error that names the rows `bad[rows]`, on whichever process they were."""
     found = [str(data[row].where) for row in bad.nonzero()[:, 0].tolist()]
     if accelerator is not None and accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        found = gather_object(found)
+        found = accelerator.gather_object(found)
     return LmtuneError(
         f"the loss of these rows is not finite:\n{listed(found)}\n"
         "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
@@ -156,9 +154,7 @@ def evaluate(
     rows = [row for row in range(min(exact_match_rows, len(data))) if split_prompt(data[row])[0]]
     given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens)
     if world > 1:
-        from accelerate.utils import gather_object
-
-        given = sorted(gather_object(given), key=lambda answer: answer.row)
+        given = sorted(accelerator.gather_object(given), key=lambda answer: answer.row)
     return with_exact_match(scores, given), given
 
 

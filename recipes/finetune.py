@@ -46,7 +46,7 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, A
     from lmtune.training.session import prepare, save_tuned
     from lmtune.training.workers import start_accelerator
 
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(config.run.process_timeout_seconds)
     session = prepare(config, accelerator)
     with running(run_directory, session):
         checkpoint, complete = begin(run_directory, session)
@@ -55,6 +55,7 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, A
             return run_directory.read_json(run_directory.summary)
         base = base_scores(run_directory, session)
         outcome = train(session.job(run_directory, checkpoint))
+        accelerator.place = "scoring and saving the result"
         tuned = session.score()
         summary = summarise(session, outcome, base, tuned[0] if tuned else None)
         if accelerator.is_main_process:
@@ -66,6 +67,7 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, A
                 out.print(scores_table(base, summary["tuned"]))
             write_json(run_directory.summary, summary)  # last: it says that the run is complete
             err.print(f"the adapter is in {run_directory.adapter}; talk to it: lmtune chat {run_directory.path}")
+        accelerator.wait_for_everyone()  # nobody ends well before the result is saved
     return summary
 
 

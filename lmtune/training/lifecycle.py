@@ -23,7 +23,7 @@ from lmtune.training.memory import peak_memory_gib
 from lmtune.training.plan import Plan
 from lmtune.training.resume import find_checkpoint, identity, require_same
 from lmtune.training.session import Session, environment, verification_rows
-from lmtune.training.signals import Interrupted, sigterm_interrupts
+from lmtune.training.signals import Interrupted, no_more_signals, sigterm_interrupts
 from lmtune.yaml_reader import read_yaml
 
 FORMAT = 1
@@ -45,13 +45,13 @@ def running(run: RunDirectory, session: Session) -> Iterator[None]:
             err.print(f"the earlier run is now {escape(str(run.set_aside()))}")
             held.enter_context(run.locked())  # the lock went with the earlier one
         held.enter_context(sigterm_interrupts())
+        session.accelerator.on_failure = lambda reason: _note_end(run, session, "failed", reason)
         try:
             yield
         except BaseException as error:
-            if session.begun:
-                stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                _update(run, status="interrupted" if stopped else "failed", reason=reason)
+            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+            with no_more_signals():
+                _note_end(run, session, "interrupted" if stopped else "failed", str(error) or type(error).__name__)
             raise
 
 
@@ -111,6 +111,7 @@ def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
     The adapter must be as `prepare` made it, when it changes nothing yet.
     """
     known: dict[str, Any] | None = run.read_json(run.summary).get("base")
+    session.accelerator.place = "scoring before training"
     session.accelerator.wait_for_everyone()
     if known is None and (scored := session.score()) is not None:
         known = scored[0].as_dict()
@@ -166,6 +167,12 @@ def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | Non
     err.print(f"{escape(str(run.path))} {where}: {escape(model)} in {config.model.quantization}, {steps} steps")
     err.print(escape(describe_fates(data.fates)))
     err.print(escape(session.renderer.description))
+
+
+def _note_end(run: RunDirectory, session: Session, status: str, reason: str) -> None:
+    """Say in the summary how the run ended, if it is this session's."""
+    if session.begun:
+        _update(run, status=status, reason=reason.splitlines()[0])
 
 
 def _update(run: RunDirectory, **values: Any) -> None:

@@ -42,6 +42,20 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def no_more_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM change nothing inside the block, where a run that is ending writes down why."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class StopSignals:
     """A context manager that notes SIGINT and SIGTERM instead of dying from them."""
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lmtune.console import err
 from lmtune.errors import ConfigError
 
 ASKED = "LMTUNE_PROCESSES"  # set by `lmtune finetune --processes N` for the processes that it starts
@@ -46,16 +47,19 @@ def is_worker() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
-def start_accelerator() -> Any:
+def start_accelerator(process_timeout_seconds: float = 1800) -> Any:
     """This process's `accelerate.Accelerator`; the processes have met when it returns.
 
     However the process ends, it leaves the group first: gloo's threads abort a process that exits while they run, and
     the launcher would report a run that ended well as failed.
+
+    Args:
+        process_timeout_seconds: how long processes wait for one that does not come, before all end.
     """
-    from accelerate import Accelerator
+    from lmtune.training.watch import WatchedAccelerator
 
     check_world()
-    accelerator = Accelerator(mixed_precision="no")  # precision is the model's own; see PackedForward
+    accelerator = WatchedAccelerator(process_timeout_seconds)
     atexit.register(accelerator.end_training)
     running = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != running:
@@ -85,7 +89,9 @@ def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
         if received and launcher.returncode:
             return 128 + received[0]
         noted = [int(code) for code in codes.read_text().split()] if codes.exists() else []
-        return launcher.returncode and _failure(noted, processes)
+        if launcher.returncode == 0 and len(noted) < processes:
+            err.print(f"[bold red]error:[/] {processes - len(noted)} of {processes} processes ended before their work")
+        return _failure(noted, processes) if launcher.returncode or len(noted) < processes else 0
 
 
 def note_exit_code(code: int) -> None:

@@ -1,0 +1,182 @@
+"""Processes that wait for each other, with a limit to it: a job of which one process hangs ends, and says which one.
+
+A process that hangs leaves the others in a collective that never returns, and what the backend says after its own limit
+names nobody. So each process counts the meetings it has come to and notes where it is; a thread of each posts this in
+the store through which the processes found each other. Who has waited longer than the limit reads there who has not
+come, says so, and all end; so does the one that hangs, whose thread is alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lmtune.console import err, escape
+from lmtune.errors import LmtuneError
+from lmtune.training.workers import note_exit_code
+
+_KEY = "lmtune/"
+_STORE_SECONDS = 10.0  # for an answer of the store
+
+
+class WatchedAccelerator(Accelerator):  # type: ignore[misc]  # Accelerate has no types
+    """Accelerate's Accelerator, whose meetings of all processes are watched when there are several.
+
+    Attributes:
+        place: what this process is doing, for the message about one that hangs.
+        on_failure: told the reason when the watch ends this process.
+    """
+
+    def __init__(self, limit_seconds: float) -> None:
+        self.place = "the start"
+        self.on_failure: Callable[[str], None] | None = None
+        self._watch: Watch | None = None
+        backend_limit = timedelta(seconds=2 * limit_seconds + 60)  # ours, which names the process, comes first
+        super().__init__(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=backend_limit)])
+        if self.num_processes > 1:
+            self._watch = Watch(self, limit_seconds)
+
+    def wait_for_everyone(self) -> None:
+        """Go on when every process is here."""
+        with self._meeting():
+            super().wait_for_everyone()
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """The sum, or whatever `reduction` says, over all processes."""
+        with self._meeting():
+            total = super().reduce(tensor, reduction, scale)
+            if self.device.type == "cuda":  # there the call returns before the others have come
+                torch.cuda.current_stream().synchronize()
+            return total
+
+    def gather_object(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in their order."""
+        with self._meeting():
+            gathered: list[Any] = gather_object(items)
+            return gathered
+
+    @contextlib.contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """The first process runs the block before the others do."""
+        if not self.is_main_process:
+            self.wait_for_everyone()
+        yield
+        if self.is_main_process:
+            self.wait_for_everyone()
+
+    def end_training(self) -> None:
+        """Leave the group."""
+        if self._watch is not None:
+            self._watch.close()
+        super().end_training()
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        if self._watch is None:
+            yield
+            return
+        self._watch.arrive()
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what the backends raise when a process is gone
+            self._watch.end_if_given_up()
+            raise LmtuneError(
+                f"another process of this run has ended, and process {self.process_index} cannot go on alone (in "
+                f"{self.place}); the other one, or the launcher, says why"
+            ) from error
+        self._watch.depart()
+
+
+class Watch:
+    """One process's thread: posts where the process is, and ends it when a meeting lasts longer than the limit."""
+
+    def __init__(self, accelerator: WatchedAccelerator, limit_seconds: float) -> None:
+        self._accelerator, self._limit = accelerator, limit_seconds
+        self._meetings, self._since = 0, None  # type: int, float | None
+        self._store = TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            timeout=timedelta(seconds=_STORE_SECONDS),
+        )  # fmt: skip
+        self._stopped, self._lock = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def arrive(self) -> None:
+        """This process waits for the others from now on."""
+        self._meetings += 1
+        self._since = time.monotonic()
+
+    def depart(self) -> None:
+        """All have come."""
+        self._since = None
+
+    def close(self) -> None:
+        """Stop watching; the thread must not outlive the store."""
+        self._stopped.set()
+        self._thread.join(_STORE_SECONDS)
+
+    def end_if_given_up(self) -> None:
+        """End this process if another one has given up waiting and said why: that is why the group fell apart."""
+        with contextlib.suppress(RuntimeError), self._lock:
+            if self._store.check([f"{_KEY}given up"]):
+                self._end()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(min(1.0, self._limit / 10)):
+            with contextlib.suppress(RuntimeError), self._lock:  # the store went with the process that held it
+                self._look()
+
+    def _look(self) -> None:
+        """Post where this process is; end it if it, or another one, has waited too long."""
+        meetings, since = self._meetings, self._since
+        self._store.set(f"{_KEY}{self._accelerator.process_index}", f"{meetings} {self._accelerator.place}")
+        if self._store.check([f"{_KEY}given up"]):
+            self._end()
+        if since is not None and time.monotonic() - since > self._limit:
+            self._store.set(f"{_KEY}reason", _reason(self._absent(meetings), self._limit))
+            self._end(first=self._store.add(f"{_KEY}given up", 1) == 1)
+
+    def _absent(self, meetings: int) -> list[str]:
+        """The processes that have come to fewer meetings than this one, and where they are."""
+        found = []
+        for rank in range(self._accelerator.num_processes):
+            known = self._store.check([f"{_KEY}{rank}"])
+            text = self._store.get(f"{_KEY}{rank}").decode() if known else "0 its start"
+            count, _, place = text.partition(" ")
+            if int(count) < meetings:
+                found.append(f"process {rank} (in {place})")
+        return found
+
+    def _end(self, first: bool = False) -> None:
+        """End this process, whose main thread cannot be reached; the first one to give up says why."""
+        reason = self._store.get(f"{_KEY}reason").decode()
+        if first:
+            err.print(f"[bold red]error:[/] {escape(reason)}")
+        if self._accelerator.on_failure is not None:
+            self._accelerator.on_failure(reason)
+        note_exit_code(1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _reason(absent: list[str], limit: float) -> str:
+    who = " and ".join(absent) or "nobody is missing, but the processes"
+    return (
+        f"{who} did not come to where the others wait, for {limit:g} s (run.process_timeout_seconds)\n"
+        "  see what hangs there (py-spy dump, nvidia-smi), or raise the limit if it is only slow; the same command "
+        "goes on from the last checkpoint"
+    )
