@@ -21,35 +21,40 @@ _ADAPTER = "default"
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`x[T, in]`, `W[out, in]`, `A[r, in]`, `B[out, r]`, bias `[out]` or None, scaling s."""
+    """`x[T, in]`, `W[out, in]`, `A[r, in]`, `B[out, r]`, bias `[out]` or None, scaling s, dropout probability p."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, source: Any, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, s: float
-    ) -> torch.Tensor:
-        weight = source.dense(x.dtype)
+        ctx: Any, x: torch.Tensor, source: BaseWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor,
+        s: float, p: float,
+    ) -> torch.Tensor:  # fmt: skip
         a, b = a.to(x.dtype), b.to(x.dtype)
-        xa = x @ a.t()  # [T, r]
-        y = torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
+        dropped, mask = torch.native_dropout(x, p, True) if p > 0 else (x, None)
+        xa = dropped @ a.t()  # [T, r]
+        y = source.times(x, bias)
         y.addmm_(xa, b.t(), alpha=s)
-        ctx.save_for_backward(x, xa, a, b)
-        ctx.source, ctx.s = source, s
+        ctx.save_for_backward(x, xa, a, b, mask)
+        ctx.source, ctx.s, ctx.keep = source, s, 1 - p
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (g,) = grads
-        x, xa, a, b = ctx.saved_tensors
+        x, xa, a, b, mask = ctx.saved_tensors
         gb = (g @ b).mul_(ctx.s)  # [T, r]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ ctx.source.dense(x.dtype)
-            dx.addmm_(gb, a)
-        return dx, None, None, (gb.t() @ x).float(), (g.t() @ xa).mul_(ctx.s).float(), None
+            dx = ctx.source.times_transposed(g)
+            if mask is None:
+                dx.addmm_(gb, a)
+            else:
+                dx.add_((gb @ a).mul_(mask).div_(ctx.keep))
+        dropped = x if mask is None else (x * mask).div_(ctx.keep)
+        return dx, None, None, (gb.t() @ dropped).float(), (g.t() @ xa).mul_(ctx.s).float(), None, None
 
 
 class BaseWeight:
-    """The frozen weight `[out, in]` of a base layer, quantised or not, as a dense matrix.
+    """The frozen weight `W[out, in]` of a base layer, in full precision, 4 or 8 bit, as a dense matrix.
 
     `keep` holds the dense matrix instead of making it at each call; the values are the same.
     """
@@ -57,6 +62,15 @@ class BaseWeight:
     def __init__(self, layer: Any, keep: bool = False) -> None:
         self.layer, self.keep = layer, keep
         self._dense: torch.Tensor | None = None
+
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x[T, in] Wᵀ + bias`."""
+        weight = self.dense(x.dtype)
+        return torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
+
+    def times_transposed(self, g: torch.Tensor) -> torch.Tensor:
+        """`g[T, out] W`."""
+        return g @ self.dense(g.dtype)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in `dtype`."""
@@ -78,6 +92,10 @@ class BaseWeight:
 
             dense: torch.Tensor = dequantize_4bit(weight.data, state)
             return dense.to(dtype)
+        if weight.dtype == torch.int8:
+            largest = weight.SCB if weight.SCB is not None else self.layer.state.SCB  # moved at the first forward
+            exact: torch.Tensor = weight.data.to(dtype) * (largest / 127.0).to(dtype)[:, None]
+            return exact
         plain: torch.Tensor = weight.detach()
         return plain.to(dtype)
 
@@ -85,8 +103,8 @@ class BaseWeight:
 def fuse(model: torch.nn.Module, keep_dense: bool = False) -> list[str]:
     """Give every plain LoRA layer of `model` the fused forward pass; returns the names of those left as they are.
 
-    Plain is: one adapter without DoRA, bias or dropout, over a linear layer in full precision or 4 bit. In int8
-    bitsandbytes rounds activations too, which this operation would not, so int8 stays as it is.
+    Plain is: one adapter without DoRA or a bias of its own, over a linear layer in full precision, 4 or 8 bit. In 8 bit
+    this is the weights rounded and nothing else; bitsandbytes' own layer rounds activations too where it can.
 
     Args:
         model: a PeftModel.
@@ -119,23 +137,31 @@ def _fused_class(kind: type[Any]) -> type[Any]:
         base = self.get_base_layer()
         a, b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
         result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-            flat, self.lmtune_weight, base.bias, a, b, self.scaling[_ADAPTER]
+            flat, self.lmtune_weight, base.bias, a, b, self.scaling[_ADAPTER], _dropout_of(self)
         )
         return result.view(*x.shape[:-1], -1)
 
     return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
 
 
+def _dropout_of(module: Any) -> float:
+    """The probability with which an input of the adapter is dropped now."""
+    dropout = module.lora_dropout[_ADAPTER]
+    return float(dropout.p) if module.training and isinstance(dropout, torch.nn.Dropout) else 0.0
+
+
 def _is_plain(module: Any) -> bool:
     base = module.get_base_layer()
-    dense = type(base) is torch.nn.Linear
-    four_bit = type(base).__name__ == "Linear4bit" and getattr(base.weight, "quant_state", None) is not None
-    adapters = module.active_adapters == [_ADAPTER] and _ADAPTER in module.lora_A
+    kind = type(base).__name__
+    known = type(base) is torch.nn.Linear or (
+        getattr(base.weight, "quant_state", None) is not None if kind == "Linear4bit" else kind == "Linear8bitLt"
+    )
     return bool(
-        adapters
-        and (dense or four_bit)
+        known
+        and module.active_adapters == [_ADAPTER]
+        and _ADAPTER in module.lora_A
         and not module.lora_variant
         and not any(getattr(module, "lora_bias", {}).values())
-        and isinstance(module.lora_dropout[_ADAPTER], torch.nn.Identity)
+        and type(module.lora_dropout[_ADAPTER]) in (torch.nn.Identity, torch.nn.Dropout)
         and not base.weight.requires_grad
     )
