@@ -8,7 +8,6 @@ The page only draws. What was said lives in `lmtune.ui.conversation`, under the 
 from __future__ import annotations
 
 import os
-import random
 import sys
 import time
 import traceback
@@ -22,8 +21,9 @@ from lmtune.decoding import base_of, max_positions
 from lmtune.errors import LmtuneError
 from lmtune.generation import MAX_NEW_TOKENS, GenerationOptions
 from lmtune.models.inference import LoadedModel
-from lmtune.ui.conversation import MODES, Activity, Conversation, Mode, Settings, Tabs
+from lmtune.ui.conversation import MODES, Activity, Conversation, Settings, Tabs
 from lmtune.ui.display import origin, plain, shown, status, typed
+from lmtune.ui.request import MAX_CHARACTERS, index_of, settings_of, text_of
 
 _MODE_LABELS = {"tuned": "Tuned", "base": "Base", "both": "Both"}
 _COLUMN_LABELS = {"tuned": "Tuned", "base": "Base model", "both": "Tuned"}
@@ -79,7 +79,7 @@ class _Page:
             self.base_answers = self._chatbot((), visible=False)
         self.question = gr.Textbox(
             placeholder="Ask something", show_label=False, label="Question", lines=1, max_lines=8, autofocus=True,
-            submit_btn=True, elem_id="question", max_length=100_000,
+            submit_btn=True, elem_id="question", max_length=MAX_CHARACTERS,
         )  # fmt: skip
         self.status = gr.Markdown("", elem_id="status")
 
@@ -103,7 +103,7 @@ class _Page:
         )  # fmt: skip
         self.system = gr.Textbox(
             label="System prompt", placeholder=trained or "none", lines=2, max_lines=8, elem_id="system",
-            info="Empty: the one of training." if trained else None, max_length=100_000,
+            info="Empty: the one of training." if trained else None, max_length=MAX_CHARACTERS,
         )  # fmt: skip
         self.temperature = gr.Slider(
             0, 2, value=0, step=0.05, label="Temperature", elem_id="temperature",
@@ -140,9 +140,11 @@ class _Page:
         outputs = [self.question, self.answers, self.base_answers, self.status]
         answering: dict[str, Any] = {
             "outputs": outputs, "concurrency_id": "answers", "concurrency_limit": _ANSWERS_AT_ONCE,
-            "show_progress": "hidden", "api_visibility": "undocumented",
+            "show_progress": "hidden", "api_visibility": "undocumented", "preprocess": False,
         }  # fmt: skip
-        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        at_once: dict[str, Any] = {
+            "queue": False, "show_progress": "hidden", "api_visibility": "private", "preprocess": False,
+        }  # fmt: skip
         self.question.submit(self.on_send, [self.question, *settings], api_name="send", **answering)
         for chatbot in (self.answers, self.base_answers):
             chatbot.retry(self.on_retry, settings, api_name="retry", **answering)
@@ -156,12 +158,12 @@ class _Page:
         self.blocks.unload(self.on_unload)
 
     async def on_send(
-        self, text: str, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any,
+        self, text: Any, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any,
         seed: Any, request: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
         """Answer what is in the box."""
         values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
-        async for update in self._answer(request, values, lambda talk, how: talk.send(text, how), typed_text=text):
+        async for update in self._answer(request, values, self._sending(text), typed_text=text):
             yield update
 
     async def on_example(
@@ -169,9 +171,9 @@ class _Page:
         request: gr.Request, event: gr.SelectData,
     ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
         """Ask the example that was clicked."""
-        text = event.value.get("text", "") if isinstance(event.value, dict) else str(event.value)
+        text = event.value.get("text", "") if isinstance(event.value, dict) else event.value
         values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
-        async for update in self._answer(request, values, lambda talk, how: talk.send(text, how), typed_text=text):
+        async for update in self._answer(request, values, self._sending(text), typed_text=text):
             yield update
 
     async def on_retry(
@@ -191,7 +193,7 @@ class _Page:
 
         def ask(talk: Conversation, how: Settings) -> AsyncIterator[None]:
             place = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
-            return talk.edit(origin(talk.columns[0].messages, int(place)), typed(event.value), how)
+            return talk.edit(origin(talk.columns[0].messages, int(place)), text_of(typed(event.value), "question"), how)
 
         values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
         async for update in self._answer(request, values, ask):
@@ -215,16 +217,22 @@ class _Page:
 
     def on_model(self, model: Any) -> tuple[Any, ...]:
         """Say who answers now."""
-        index = _whole(model, "model", range(len(self.models)))
+        try:
+            index = index_of(model, len(self.models))
+        except LmtuneError as error:
+            raise gr.Error(str(error), print_exception=False) from None
         return self._header(index), gr.update(visible=self.models[index].has_adapter, value="tuned")
 
     def on_unload(self, request: gr.Request) -> None:
         """Forget a tab that was closed."""
         self.tabs.close(_key(request))
 
+    def _sending(self, text: Any) -> Callable[[Conversation, Settings], AsyncIterator[None]]:
+        return lambda talk, how: talk.send(text_of(text, "question"), how)
+
     async def _answer(
         self, request: gr.Request, values: Sequence[Any], ask: Callable[[Conversation, Settings], AsyncIterator[None]],
-        typed_text: str | None = None, is_retry: bool = False,
+        typed_text: Any = None, is_retry: bool = False,
     ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
         """Stream an answer to the page; whatever goes wrong becomes a line under the chat."""
         talk, begin = self._conversation(request), time.monotonic()
@@ -233,14 +241,14 @@ class _Page:
             yield gr.update(submit_btn=False, stop_btn=True, **emptied), gr.skip(), gr.skip(), ""
             box: dict[str, Any] = {}
             try:
-                settings = self._settings(values)
+                settings = settings_of(values, self.models)
                 async for _ in ask(talk, settings):
                     yield gr.skip(), *self._columns(talk, answering=True), gr.skip()
                 seconds = time.monotonic() - begin
                 line = status(_figures(talk.num_tokens(), seconds, settings.options, is_retry))
             except Exception as error:
                 line = status(_explain(error), is_error=True)
-                box = {"value": typed_text} if typed_text is not None else {}
+                box = {"value": _printable(typed_text)} if typed_text is not None else {}
             yield gr.update(submit_btn=True, stop_btn=False, **box), *self._columns(talk), line
 
     def _columns(self, talk: Conversation, answering: bool = False) -> tuple[Any, Any]:
@@ -250,36 +258,14 @@ class _Page:
     def _conversation(self, request: gr.Request) -> Conversation:
         return self.tabs.of(_key(request))
 
-    def _settings(self, values: Sequence[Any]) -> Settings:
-        """What the panel says; a browser may send anything.
-
-        Raises:
-            LmtuneError: a value is out of bounds.
-        """
-        model, mode, system, temperature, top_p, max_new_tokens, seed = values
-        index = _whole(model, "model", range(len(self.models)))
-        if mode not in MODES:
-            raise LmtuneError(f"answers from: got {mode!r}; should be one of {', '.join(MODES)}")
-        chosen: Mode = mode if self.models[index].has_adapter else "tuned"
-        text = str(seed or "").strip()
-        number: Any = random.randrange(2**32) if not text else int(text) if text.isdecimal() else text
-        options = GenerationOptions(temperature, top_p, _integral(max_new_tokens), number)
-        return Settings(index, chosen, str(system or ""), options)
-
 
 def _key(request: gr.Request) -> tuple[str, str]:
     return str(getattr(request, "username", None) or ""), str(request.session_hash or "")
 
 
-def _whole(value: Any, name: str, allowed: range) -> int:
-    if not isinstance(value, int) or value not in allowed:
-        raise LmtuneError(f"{name}: got {value!r}; should be a whole number from {allowed[0]} to {allowed[-1]}")
-    return value
-
-
-def _integral(value: Any) -> Any:
-    """Sliders send 256.0 for 256; anything else is for `GenerationOptions` to refuse."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _printable(text: Any) -> str:
+    """What was typed, for the box it came from; a program may have sent what no browser can."""
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
 
 
 def _figures(num_tokens: int, seconds: float, options: GenerationOptions, is_retry: bool) -> str:

@@ -1,0 +1,151 @@
+"""Requests as no page sends them: each is refused with a reason, no traceback, and the next good one is answered.
+
+Who may ask at all (foreign Host and Origin, closed routes, passwords) is in tests/ui/test_guard.py.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.ui.client import GOOD, Client, wait_until_idle
+from tests.ui.conftest import RunningApp, start
+
+JOIN = "/gradio_api/queue/join"
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[RunningApp]:
+    """A parrot behind the guard."""
+    from tests.chat_models import parrot
+
+    yield from start(parrot())
+
+
+@pytest.fixture(autouse=True)
+def goes_on(app: RunningApp, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Iterator[None]:
+    """Afterwards the app has said nothing of it on the terminal, and answers."""
+    yield
+    said = capfd.readouterr()
+    if "values" not in request.node.name:  # Gradio itself tells the terminal of a call with too few
+        assert "Traceback" not in said.out + said.err
+    assert "You asked: Hello" in str(Client(app, f"after {time.monotonic()}").run("send", ["Hello", *GOOD])["output"])
+    wait_until_idle(app)
+
+
+def posted(app: RunningApp, content: bytes, kind: str = "application/json") -> httpx.Response:
+    return httpx.post(app.url + JOIN, content=content, headers={"Content-Type": kind}, timeout=20)
+
+
+BODIES: dict[str, bytes] = {
+    "cut off": b'{"data": ["Hello", 0, "tun',
+    "no JSON": b"prompt=Hello",
+    "no byte": b"",
+    "no UTF-8": b'{"data": ["\xff"]}',
+    "a list": b"[]",
+    "a text": b'"a"',
+    "null": b"null",
+    "data a number": b'{"data": 3, "fn_index": 0, "session_hash": "a"}',
+    "function a text": b'{"data": [1], "fn_index": "x", "session_hash": "a"}',
+    "function a list": b'{"data": [1], "fn_index": [0], "session_hash": "a"}',
+    "session a number": b'{"data": [1], "fn_index": 0, "session_hash": 3}',
+    "nested 100,000 deep": b"[" * 100_000 + b"]" * 100_000,
+    "an integer of 5,000 digits": b'{"data": [1], "fn_index": ' + b"9" * 5000 + b', "session_hash": "a"}',
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_malformed_body_is_refused(app: RunningApp, name: str) -> None:
+    answer = posted(app, BODIES[name])
+    assert 400 <= answer.status_code < 500, answer.text
+    assert "File " not in answer.text
+
+
+def test_another_content_type_is_no_way_in(app: RunningApp) -> None:
+    body = json.dumps({"data": ["Hello", *GOOD], "fn_index": 0, "session_hash": "a"}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        assert 400 <= posted(app, body, kind).status_code < 500
+
+
+@pytest.mark.parametrize("megabytes", [2, 50])
+def test_a_large_body_is_refused_without_being_read(app: RunningApp, megabytes: int) -> None:
+    begin = time.monotonic()
+    try:
+        code = posted(app, b'{"data": ["' + b"x" * (megabytes * 1_000_000) + b'"]}').status_code
+    except httpx.TransportError:  # cut off while it was still sending
+        code = 413
+    assert code == 413
+    assert time.monotonic() - begin < 5
+
+
+SETTINGS: dict[str, tuple[int, Any, str]] = {  # place in GOOD, value, what is said
+    "a model that is not there": (0, 7, "model: got 7; should be a whole number from 0 to 0"),
+    "no model": (0, None, "model: got None"),
+    "a model that is a truth": (0, False, "model: got False"),
+    "a mode that is not there": (1, "neither", "answers from: got 'neither'; should be one of tuned, base, both"),
+    "a system prompt that is a number": (2, 3, "system prompt: got 3; should be text"),
+    "a system prompt of half a character": (2, "\ud83d", "system prompt: holds half a character"),
+    "temperature below 0": (3, -1, "temperature: got -1; should be a number, 0 or more"),
+    "temperature NaN": (3, float("nan"), "temperature: got nan; should be a number, 0 or more"),
+    "temperature infinite": (3, float("inf"), "temperature: got inf"),
+    "temperature a text": (3, "hot", "temperature: got 'hot'"),
+    "temperature a truth": (3, True, "temperature: got True"),
+    "temperature a list": (3, [1], "temperature: got [1]"),
+    "top p 0": (4, 0, "top_p: got 0; should be above 0"),
+    "top p NaN": (4, float("nan"), "top_p: got nan"),
+    "tokens below 0": (5, -5, "max_new_tokens: got -5; should be a whole number from 1 to 8192"),
+    "tokens 1e9": (5, 10**9, "max_new_tokens: got 1000000000"),
+    "tokens 1e300": (5, 1e300, "max_new_tokens: got 1000000"),
+    "tokens NaN": (5, float("nan"), "max_new_tokens: got nan"),
+    "tokens and a half": (5, 2.5, "max_new_tokens: got 2.5"),
+    "a seed below 0": (6, "-1", "seed: got '-1'"),
+    "a seed of 30 digits": (6, "9" * 30, "seed: got 999"),
+    "a seed in words": (6, "twelve", "seed: got 'twelve'"),
+    "a seed that only looks like a number": (6, "\u00b2", "seed: got"),
+    "a seed that is a list": (6, [7], "seed: got [7]; should be text"),
+    "a seed that is a truth": (6, True, "seed: got True"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_out_of_bounds_is_named(app: RunningApp, name: str) -> None:
+    place, value, said = SETTINGS[name]
+    settings = [*GOOD]
+    settings[place] = value
+    found = html.unescape(str(Client(app, name).run("send", ["Hello", *settings])["output"]))
+    assert said in found
+    assert "Traceback" not in found
+    assert "You asked" not in found
+
+
+TEXTS: dict[str, tuple[Any, str]] = {
+    "null": (None, "the question is empty"), "nothing": ("", "the question is empty"),
+    "blanks": (" \n ", "the question is empty"), "a number": (3, "question: got 3; should be text"),
+    "a list": (["Hello"], "question: got ['Hello']; should be text"),
+    "an object": ({"text": "Hello"}, "question: got {'text': 'Hello'}; should be text"),
+    "200,000 letters": ("x" * 200_000, "question: got 200,000 characters; should be at most 100,000"),
+    "half a character": ("\ud83d", "question: holds half a character"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_question_that_is_none_is_told_so(app: RunningApp, name: str) -> None:
+    question, said = TEXTS[name]
+    found = html.unescape(str(Client(app, f"text {name}").run("send", [question, *GOOD])["output"]))
+    assert said in found
+    assert "You asked" not in found
+
+
+@pytest.mark.parametrize("data", [[], ["Hello"], ["Hello", *GOOD, "more", "and more"]])
+def test_too_few_or_too_many_values(app: RunningApp, data: list[Any]) -> None:
+    client = Client(app, f"{len(data)} values")
+    response = client.join("send", data)
+    assert response.status_code in (200, 400, 422)
+    if response.status_code == 200:
+        assert "Traceback" not in str(client.wait_for("process_completed"))
