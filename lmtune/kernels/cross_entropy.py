@@ -46,7 +46,7 @@ def label_cross_entropy(
     targets: torch.Tensor,
     weight: float,
     transform: LogitTransform | None = None,
-    chunk_rows: int | None = None,
+    rows_at_once: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted sum of the losses of N trained tokens.
 
@@ -56,20 +56,21 @@ def label_cross_entropy(
         targets: `[N]`.
         weight: what each token's loss counts, one over the step's trained tokens.
         transform: what the model does to its logits.
-        chunk_rows: rows of logits held at a time; by default chosen for the device.
+        rows_at_once: rows of logits held at a time; by default `chunk_rows`.
 
     Returns:
         The weighted sum (a scalar that carries the gradient), `losses[N]` in fp32 and `correct[N]`, both without one.
     """
-    rows = chunk_rows or _default_chunk(hidden.device, len(head))
+    rows = rows_at_once or chunk_rows(hidden.device.type, len(head))
     total, losses, correct = _LabelCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, head, targets, weight, transform or LogitTransform(), rows, head.requires_grad
     )
     return total, losses, correct
 
 
-def _default_chunk(device: torch.device, vocabulary: int) -> int:
-    if device.type == "cuda":
+def chunk_rows(device_type: str, vocabulary: int) -> int:
+    """How many rows of logits are held at a time."""
+    if device_type == "cuda":
         return _GPU_CHUNK_ROWS
     return max(16, _CPU_CHUNK_ELEMENTS // vocabulary)
 

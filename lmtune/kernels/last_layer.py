@@ -170,8 +170,13 @@ def _at(value: Any, positions: torch.Tensor, total: int) -> Any:
     return value
 
 
-def _last_layer(model: Any) -> Any:
-    """The last module of the decoder's only list of as many modules as the model has layers, or None."""
+def decoder_layers(model: Any) -> Any:
+    """The decoder's list of as many modules as the model has layers, or None where no one list is it."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    return lists[0][-1] if len(lists) == 1 or (lists and count > 1) else None
+    return lists[0] if len(lists) == 1 or (lists and count > 1) else None
+
+
+def _last_layer(model: Any) -> Any:
+    layers = decoder_layers(model)
+    return None if layers is None else layers[-1]

@@ -33,7 +33,7 @@ class Forecast:
     tokens: int
     trained_tokens: int
     micro_batch_tokens: int
-    checkpointing: bool
+    checkpointed_layers: int
     memory: MemoryEstimate
     free_gib: float
     adapter_parameters: int
@@ -48,7 +48,7 @@ class Forecast:
             ("optimizer steps", f"{self.steps:,}"),
             ("tokens read", f"{self.tokens:,} ({self.trained_tokens / max(1, self.tokens):.0%} trained)"),
             ("micro-batch", f"up to {self.micro_batch_tokens:,} tokens"),
-            ("gradient checkpointing", "on" if self.checkpointing else "off"),
+            ("gradient checkpointing", f"{self.checkpointed_layers} layers" if self.checkpointed_layers else "off"),
             ("adapter", f"{self.adapter_parameters:,} parameters"),
             ("memory: base weights", f"{part.base_weights:.2f} GiB"),
             ("memory: adapter, optimizer", f"{part.adapter_and_optimizer:.2f} GiB"),
@@ -73,26 +73,26 @@ def forecast(
     share = float(num_trained.sum() / num_tokens.sum())
     free = memory.free_memory(device) // (processes if device.type == "cpu" else 1)
     longest = int(num_tokens.max())
-    weights = memory.estimate(shape, 1, config.model.quantization, dtype, share, False).base_weights * GIB
-    budget, checkpointing = memory.fitting_micro_batch(
-        shape, config.model.quantization, dtype, share, longest, max(0, int(free - weights))
+    weights = memory.estimate(shape, 1, config.model.quantization, dtype, share).base_weights * GIB
+    budget, checkpointed = memory.fitting_micro_batch(
+        memory.estimated_activations(shape, dtype), longest, max(0, int(free - weights)), device.type
     )
     if config.train.micro_batch_tokens != "auto":
         budget = config.train.micro_batch_tokens
     if config.train.gradient_checkpointing != "auto":
-        checkpointing = config.train.gradient_checkpointing
+        checkpointed = shape.num_layers if config.train.gradient_checkpointing else 0
     steps = Plan.count_steps(len(num_tokens), config.train)
     epochs = steps * config.train.batch_size / len(num_tokens)
     tokens, per_step = int(num_tokens.sum() * epochs), int(num_tokens.mean() * config.train.batch_size)
     part = memory.estimate(
-        shape, min(max(budget, longest), per_step), config.model.quantization, dtype, share, checkpointing
+        shape, min(max(budget, longest), per_step), config.model.quantization, dtype, share, checkpointed
     )
     rate = matmul_rate(device, dtype) * _EFFICIENCY * (processes if device.type == "cuda" else 1)
     work = flop_per_token(shape, share, float((num_tokens.astype(float) ** 2).sum() / num_tokens.sum()))
-    seconds = tokens * work * (4 / 3 if checkpointing else 1) / rate
-    advice = _advice(config, part, free / GIB, device, checkpointing)
+    seconds = tokens * work * (1 + checkpointed / shape.num_layers / 3) / rate
+    advice = _advice(config, part, free / GIB, device, checkpointed)
     return Forecast(
-        steps, len(num_tokens), tokens, int(tokens * share), budget, checkpointing, part, free / GIB,
+        steps, len(num_tokens), tokens, int(tokens * share), budget, checkpointed, part, free / GIB,
         shape.adapter_parameters, seconds, advice,
     )  # fmt: skip
 
@@ -149,14 +149,14 @@ def describe_seconds(seconds: float) -> str:
 
 
 def _advice(
-    config: FinetuneConfig, part: MemoryEstimate, free_gib: float, device: torch.device, checkpointing: bool
+    config: FinetuneConfig, part: MemoryEstimate, free_gib: float, device: torch.device, checkpointed: int
 ) -> tuple[str, ...]:
     found = []
     if part.total > free_gib:
         smaller = "model.quantization=nf4" if config.model.quantization != "nf4" else "a smaller model"
         found.append(f"it does not fit the {free_gib:.1f} GiB that are free: try {smaller}, or a lower data.max_length")
-    elif checkpointing:
-        found.append("layers are computed twice to save memory; a lower data.max_length may avoid it")
+    elif checkpointed:
+        found.append("some layers are computed twice to save memory; a lower data.max_length may avoid it")
     if device.type == "cpu" and part.base_weights > 2:
         found.append("a model of this size is slow on a CPU; a GPU is some hundred times faster")
     return tuple(found)

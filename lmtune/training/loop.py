@@ -25,6 +25,7 @@ from lmtune.errors import LmtuneError, listed
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
 from lmtune.runs import RunDirectory
+from lmtune.training.activations import checkpoint_layers, is_checkpointed_throughout
 from lmtune.training.checkpoint import (
     Checkpoint,
     Tensors,
@@ -202,24 +203,33 @@ def _gradients(
         )  # fmt: skip
         if not sums.out_of_memory:
             return todo, sums
-        feeder.start(todo.step, _halved(job, feeder.plan, todo))
+        feeder.start(todo.step, _smaller(job, feeder.plan, todo))
         todo = feeder.next_step()
 
 
-def _halved(job: Job, plan: Plan, todo: StepPlan) -> Plan:
-    """A plan with half the micro-batch budget; the step's examples, and so its update, stay the same."""
-    longest = int(plan.num_tokens[todo.rows].max())
-    if plan.micro_batch_tokens <= longest:
-        raise LmtuneError(
-            f"out of memory at step {todo.step} with a single row of {longest} tokens; lower data.max_length, use "
-            "model.quantization=nf4, a smaller model, or train.gradient_checkpointing=true"
-        )
+def _smaller(job: Job, plan: Plan, todo: StepPlan) -> Plan:
+    """A plan that needs less memory: half the micro-batch, and when rows stand alone already, layers computed twice.
+
+    The step's examples, and so its update, stay the same.
+    """
+    longest, main = int(plan.num_tokens[todo.rows].max()), job.accelerator.is_main_process
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    budget = max(longest, plan.micro_batch_tokens // 2)
-    if job.accelerator.is_main_process:
-        warn(f"out of memory at step {todo.step}: micro-batches of {budget} tokens from here on (same result, slower)")
-    return _plan(job, budget)
+    if plan.micro_batch_tokens > longest:
+        budget = max(longest, plan.micro_batch_tokens // 2)
+        if main:
+            warn(f"out of memory at step {todo.step}: micro-batches of {budget} tokens from here on (same result)")
+        return _plan(job, budget)
+    setting = job.config.train.gradient_checkpointing
+    if setting == "auto" and not is_checkpointed_throughout(job.forward.base):
+        if main:
+            warn(f"out of memory at step {todo.step}: layers are computed twice from here on (same result, slower)")
+        checkpoint_layers(job.forward.base, job.forward.base.config.get_text_config().num_hidden_layers)
+        return plan
+    raise LmtuneError(
+        f"out of memory at step {todo.step} with a single row of {longest} tokens; lower data.max_length, use "
+        "model.quantization=nf4, a smaller model, or train.gradient_checkpointing=true"
+    )
 
 
 def _not_finite(job: Job, todo: StepPlan, sums: StepSums, parameters: dict[str, torch.nn.Parameter]) -> LmtuneError:

@@ -1,23 +1,29 @@
 """How much memory a run needs, part by part, and the micro-batch that fits what is there.
 
-An estimate from the model's shape, used before anything is known better: `lmtune plan` prints it, and training starts
-from it. When it was too bold, the step is redone with half the tokens, which changes nothing but speed.
+What a token's activations weigh is estimated from the model's shape for `lmtune plan`, and measured on a few tokens
+before training (`training.activations`). Layers are computed twice only as far as that is needed to hold the longest
+row or a micro-batch that keeps the device busy. When all this was too bold, the step is redone with half the tokens,
+which changes nothing but speed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from lmtune.kernels.cross_entropy import chunk_rows
 from lmtune.models.loading import compute_dtype
 
 GIB = 2**30
-_SHARE = 0.6  # of the free memory, for activations; the rest is for what the estimate does not see
+_SHARE = 0.6  # of the free memory, for activations; the rest is for what is not seen beforehand
 _DENSE_SHARE = 0.25  # of the free memory, for quantised weights kept as dense matrices
-_MOST_TOKENS = 16384  # larger micro-batches gain nothing
+# Tokens of a micro-batch beyond which nothing is gained, and below which computing layers twice is the lesser evil.
+_MOST_TOKENS = {"cuda": 16384, "cpu": 4096}
+_ENOUGH_TOKENS = {"cuda": 2048, "cpu": 256}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,28 @@ class ModelShape:
     linear_parameters: int
     other_parameters: int
     adapter_parameters: int
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """What the forward pass keeps for the backward pass, in bytes per token.
+
+    Attributes:
+        layer: of one layer.
+        boundary: the input of a layer, all that is kept of one that is computed twice.
+        outside: after the last layer.
+        num_layers: of the model.
+    """
+
+    layer: float
+    boundary: float
+    outside: float
+    num_layers: int
+
+    def per_token(self, checkpointed: int) -> float:
+        """At the most, with the first `checkpointed` layers computed twice: what is kept, and one layer at work."""
+        kept = self.num_layers - checkpointed
+        return kept * self.layer + checkpointed * self.boundary + self.layer + self.outside
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,7 @@ def shape_of(model: Any, adapter_parameters: int | None = None) -> ModelShape:
 
 
 def estimate(
-    shape: ModelShape, tokens: int, quantization: str, dtype: torch.dtype, trained_share: float, checkpointing: bool
+    shape: ModelShape, tokens: int, quantization: str, dtype: torch.dtype, trained_share: float, checkpointed: int = 0
 ) -> MemoryEstimate:
     """The memory of one training step.
 
@@ -81,19 +109,24 @@ def estimate(
         quantization: `none`, `nf4` or `int8`.
         dtype: of computation and of unquantised weights.
         trained_share: trained tokens / tokens.
-        checkpointing: whether layers are recomputed in the backward pass.
+        checkpointed: layers that are computed again in the backward pass.
     """
     wide = dtype.itemsize
     per_element = {"none": float(wide), "nf4": 0.516, "int8": 1.002}[quantization]
     weights = shape.linear_parameters * per_element + shape.other_parameters * wide
-    # the inputs of the linear layers, of norms and of the activation function are kept for the backward pass
-    layer = (14 * shape.hidden_size + 5 * shape.intermediate_size) * max(wide, 3)
-    kept_layers = 1 if checkpointing else shape.num_layers
-    activations = tokens * (kept_layers * layer + shape.num_layers * shape.hidden_size * wide)
-    logits = tokens * trained_share * shape.vocabulary_size * 4 * 3  # fp32 logits, their softmax and gradient
+    activations = tokens * estimated_activations(shape, dtype).per_token(checkpointed)
+    rows = min(math.ceil(tokens * trained_share), chunk_rows("cpu" if wide == 4 else "cuda", shape.vocabulary_size))
+    logits = rows * shape.vocabulary_size * 4 * 3  # of a chunk: fp32 logits, their softmax and gradient
     return MemoryEstimate(
         weights / GIB, shape.adapter_parameters * 16 / GIB, activations / GIB, logits / GIB
     )  # weight, gradient and two moments in fp32
+
+
+def estimated_activations(shape: ModelShape, dtype: torch.dtype) -> ActivationBytes:
+    """From the shape: the inputs of linear layers, of norms and of the activation function are kept."""
+    boundary = shape.hidden_size * dtype.itemsize
+    layer = (14 * shape.hidden_size + 5 * shape.intermediate_size) * max(dtype.itemsize, 3)
+    return ActivationBytes(layer, boundary, 2 * boundary, shape.num_layers)
 
 
 def free_memory(device: torch.device) -> int:
@@ -104,21 +137,23 @@ def free_memory(device: torch.device) -> int:
 
 
 def fitting_micro_batch(
-    shape: ModelShape, quantization: str, dtype: torch.dtype, trained_share: float, longest: int, free_bytes: int
-) -> tuple[int, bool]:
-    """The micro-batch budget in tokens, and whether layers must be recomputed to hold even the longest row.
+    activations: ActivationBytes, longest: int, free_bytes: int, device_type: str
+) -> tuple[int, int]:
+    """The micro-batch budget in tokens, and how many layers must be computed twice for it.
 
     Args:
-        longest: tokens of the longest row.
+        activations: of a token.
+        longest: tokens of the longest row, which is never cut.
         free_bytes: memory left after the weights.
+        device_type: `cuda` or `cpu`.
     """
-    for checkpointing in (False, True):
-        unit = estimate(shape, 1024, quantization, dtype, trained_share, checkpointing)
-        per_token = (unit.activations + unit.logits) * GIB / 1024
-        tokens = int(free_bytes * _SHARE / per_token)
-        if tokens >= longest or checkpointing:
-            return max(longest, min(_MOST_TOKENS, tokens)), checkpointing
-    raise AssertionError("unreachable")
+    most = max(longest, _MOST_TOKENS[device_type])
+    wanted = max(longest, _ENOUGH_TOKENS[device_type])
+    for checkpointed in range(activations.num_layers + 1):
+        tokens = int(free_bytes * _SHARE / activations.per_token(checkpointed))
+        if tokens >= wanted:
+            return min(most, tokens), checkpointed
+    return max(longest, tokens), activations.num_layers
 
 
 def dense_weights_fit(model: Any, device: torch.device) -> bool:

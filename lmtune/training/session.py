@@ -29,6 +29,7 @@ from lmtune.models.inference import build_renderer, run_notes
 from lmtune.models.loading import compute_dtype, load_model, load_tokenizer
 from lmtune.runs import RunDirectory, share_files, sync_folder
 from lmtune.training import memory
+from lmtune.training.activations import checkpoint_layers, measure_activations
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.checkpoint import Tensors as CheckpointTensors
 from lmtune.training.forecast import flop_per_token
@@ -119,7 +120,7 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     if accelerator.is_main_process:
         for note in forward.notes:
             warn(f"{note}; this is slower, with the same result")
-    budget = _fit(config, model, data, accelerator.device)
+    budget = _fit(config, forward, data, accelerator.device)
     return Session(config, accelerator, renderer, data, forward, fingerprint, budget)
 
 
@@ -183,18 +184,19 @@ def environment(session: Session) -> dict[str, Any]:
     }
 
 
-def _fit(config: FinetuneConfig, model: Any, data: LoadedData, device: torch.device) -> int:
+def _fit(config: FinetuneConfig, forward: PackedForward, data: LoadedData, device: torch.device) -> int:
     """The micro-batch budget in tokens; switches gradient checkpointing on where the settings or the memory ask it."""
     tokens = data.train.num_tokens
-    shape = memory.shape_of(model)
     share = float(data.train.num_trained.sum() / tokens.sum())
-    dtype = compute_dtype(device, config.model.dtype)
+    activations = measure_activations(forward, share)
+    if activations is None:
+        shape = memory.shape_of(forward.model)
+        activations = memory.estimated_activations(shape, compute_dtype(device, config.model.dtype))
     free = memory.free_memory(device)
-    budget, needed = memory.fitting_micro_batch(shape, config.model.quantization, dtype, share, int(tokens.max()), free)
+    budget, needed = memory.fitting_micro_batch(activations, int(tokens.max()), free, device.type)
     wanted = config.train.gradient_checkpointing
-    if wanted is True or (wanted == "auto" and needed):
-        base = model.get_base_model()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    count = activations.num_layers if wanted is True else needed if wanted == "auto" else 0
+    checkpoint_layers(forward.base, count)
     return budget if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
 
 

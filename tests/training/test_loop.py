@@ -11,6 +11,7 @@ from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
 from lmtune.runs import RunDirectory
 from lmtune.training import loop
+from lmtune.training.activations import is_checkpointed_throughout
 from lmtune.training.checkpoint import checkpoint_folders, newest_checkpoint
 from lmtune.training.loop import Job, train
 from lmtune.training.records import Accuracies
@@ -73,6 +74,20 @@ def test_out_of_memory_halves_the_micro_batches_and_equals_the_smaller_run(
     monkeypatch.setattr(PackedForward, "__call__", limited)
     halved = final_weights(job_for(tmp_path / "halved", train__micro_batch_tokens=200))
     assert all(torch.equal(halved[name], weight) for name, weight in small.items())
+
+
+def test_out_of_memory_with_a_single_row_computes_layers_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = final_weights(job_for(tmp_path / "whole", train__micro_batch_tokens=1))
+    real = PackedForward.__call__
+
+    def limited(self, batch, weight=1.0):
+        if not is_checkpointed_throughout(self.base):
+            raise torch.OutOfMemoryError
+        return real(self, batch, weight)
+
+    monkeypatch.setattr(PackedForward, "__call__", limited)
+    saving = final_weights(job_for(tmp_path / "saving", train__micro_batch_tokens=1))
+    assert all(torch.equal(saving[name], weight) for name, weight in whole.items())
 
 
 def test_out_of_memory_with_a_single_row_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from lmtune.models.adapters import trainable
 from lmtune.training.forecast import describe_seconds, flop_per_token, forecast, planned_shape
 from lmtune.training.memory import (
     GIB,
+    ActivationBytes,
     ModelShape,
     estimate,
     fitting_micro_batch,
@@ -56,8 +57,7 @@ def test_the_planned_shape_is_the_loaded_ones(tmp_path: Path, kind: str, targets
 
 def test_quantised_weights_take_what_they_take() -> None:
     by_kind = {
-        kind: estimate(QWEN_LIKE, 1024, kind, torch.bfloat16, 0.5, False).base_weights
-        for kind in ("none", "int8", "nf4")
+        kind: estimate(QWEN_LIKE, 1024, kind, torch.bfloat16, 0.5).base_weights for kind in ("none", "int8", "nf4")
     }
     embeddings = 155_000_000 * 2 / GIB
     assert by_kind["none"] == pytest.approx(440_000_000 * 2 / GIB + embeddings)
@@ -66,37 +66,41 @@ def test_quantised_weights_take_what_they_take() -> None:
 
 
 def test_the_adapter_has_a_weight_a_gradient_and_two_moments_in_fp32() -> None:
-    part = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5, False)
+    part = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5)
     assert part.adapter_and_optimizer == pytest.approx(10_000_000 * 4 * 4 / GIB)
     assert part.total == pytest.approx(part.base_weights + part.adapter_and_optimizer + part.activations + part.logits)
 
 
 def test_activations_grow_with_tokens_and_shrink_by_recomputation() -> None:
-    one = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5, False)
-    two = estimate(QWEN_LIKE, 2048, "nf4", torch.bfloat16, 0.5, False)
-    cheap = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5, True)
+    one = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5)
+    two = estimate(QWEN_LIKE, 2048, "nf4", torch.bfloat16, 0.5)
+    cheap = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5, 28)
     assert two.activations == pytest.approx(2 * one.activations)
     assert cheap.activations < one.activations / 5
     assert cheap.logits == one.logits
-    assert estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.0, False).logits == 0
+    assert estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.0).logits == 0
 
 
+PER_TOKEN = ActivationBytes(layer=100_000.0, boundary=2_000.0, outside=4_000.0, num_layers=10)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("free_gib", [1, 4, 16, 80])
-def test_the_micro_batch_fits_the_free_memory(free_gib: int) -> None:
-    tokens, checkpointing = fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 512, free_gib * GIB)
-    part = estimate(QWEN_LIKE, tokens, "nf4", torch.bfloat16, 0.3, checkpointing)
-    assert part.activations + part.logits < free_gib
+def test_the_micro_batch_fits_the_free_memory(free_gib: int, device: str) -> None:
+    tokens, checkpointed = fitting_micro_batch(PER_TOKEN, 512, free_gib * GIB, device)
+    assert tokens * PER_TOKEN.per_token(checkpointed) < free_gib * GIB
     assert 512 <= tokens <= 16384
 
 
 def test_the_longest_row_always_fits_in_the_budget() -> None:
-    assert fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 100_000, 10**9) == (100_000, True)
-    assert fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 7, 0) == (7, True)
+    assert fitting_micro_batch(PER_TOKEN, 100_000, 10**9, "cuda") == (100_000, 10)
+    assert fitting_micro_batch(PER_TOKEN, 7, 0, "cpu") == (7, 10)
 
 
-def test_layers_are_recomputed_only_when_they_must() -> None:
-    assert fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 2048, 80 * GIB)[1] is False
-    assert fitting_micro_batch(QWEN_LIKE, "nf4", torch.bfloat16, 0.3, 2048, GIB)[1] is True
+def test_only_as_many_layers_are_computed_twice_as_needed() -> None:
+    free = int(2000 * PER_TOKEN.per_token(4) / 0.6) + 10_000  # a row of 2,000 tokens with four of ten layers
+    assert fitting_micro_batch(PER_TOKEN, 2000, free, "cpu") == (2000, 4)
+    assert fitting_micro_batch(PER_TOKEN, 1000, free, "cpu")[1] == 0
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,13 +140,13 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
     assert (found.steps, found.rows, found.tokens, found.trained_tokens) == (4, 10, 600, 200)
     assert found.adapter_parameters == 8192
     assert found.advice == ()
-    assert not found.checkpointing
+    assert found.checkpointed_layers == 0
     assert 0 < found.seconds < 60
     assert found.memory.total < found.free_gib
     assert dict(found.lines())["optimizer steps"] == "4"
     monkeypatch.setattr("lmtune.training.memory._available_ram", lambda: 1000)
     full = forecast(config, tokens, trained, torch.device("cpu"), 1)
-    assert full.checkpointing
+    assert full.checkpointed_layers == 2
     assert "it does not fit the 0.0 GiB that are free: try model.quantization=nf4" in full.advice[0]
 
 

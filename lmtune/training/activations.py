@@ -1,0 +1,106 @@
+"""What a token's activations weigh, measured on the model itself, and which layers are computed twice to save them.
+
+One forward pass over a few random tokens is watched through PyTorch's saved-tensor hooks: every tensor that autograd
+keeps for the backward pass is counted once, with the layer that made it. That holds for any model, adapter, dropout
+and kernel, on any device, without a guess at the code.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmtune.data.packing import pack
+from lmtune.kernels.last_layer import decoder_layers
+from lmtune.kernels.packed_forward import PackedForward
+from lmtune.training.memory import ActivationBytes
+
+_PROBE_TOKENS = 64
+
+
+def measure_activations(forward: PackedForward, trained_share: float) -> ActivationBytes | None:
+    """Bytes kept per token of a row, or None for a model without one list of layers.
+
+    Args:
+        forward: the model, with its adapter, in the way it will be trained.
+        trained_share: trained tokens / tokens.
+    """
+    layers = decoder_layers(forward.base)
+    if layers is None:
+        return None
+    watch = _Watch(forward.model, layers)
+    training = forward.model.training
+    forward.model.train()
+    try:
+        with watch, forward.ready():
+            forward(_random_row(forward, trained_share), 1.0)
+    finally:
+        forward.model.train(training)
+    per_layer = [size / _PROBE_TOKENS for size in watch.sizes]
+    boundary = forward.base.config.get_text_config().hidden_size * forward.base.dtype.itemsize
+    return ActivationBytes(max(per_layer[:-1]), float(boundary), per_layer[-1], len(layers))
+
+
+def checkpoint_layers(base: Any, count: int) -> None:
+    """Let the first `count` layers of a transformers model be computed again in the backward pass, the others not.
+
+    What is kept for the first layers is kept the longest.
+    """
+    if not count:
+        return
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = decoder_layers(base)
+    for layer in [] if layers is None else layers[count:]:
+        layer.gradient_checkpointing = False
+
+
+def is_checkpointed_throughout(base: Any) -> bool:
+    """Whether every layer is computed again already."""
+    layers = decoder_layers(base)
+    marks = [base] if layers is None else layers
+    return all(getattr(layer, "gradient_checkpointing", False) for layer in marks)
+
+
+class _Watch:
+    """Counts what autograd keeps inside the block: `sizes[i]` bytes for layer i, the last entry for all else."""
+
+    def __init__(self, model: Any, layers: Any) -> None:
+        self.sizes = [0] * (len(layers) + 1)
+        self._layers, self._now, self._held = layers, len(layers), list[torch.Tensor]()
+        self._seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for index, layer in enumerate(self._layers):
+            self._handles.append(layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index)))
+            self._handles.append(layer.register_forward_hook(lambda *_: self._enter(len(self._layers))))
+        self._hooks.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
+        self._held.clear()
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, index: int) -> None:
+        self._now = index
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._held.append(tensor)  # so that its address is not used again
+            self.sizes[self._now] += storage.nbytes()
+        return tensor
+
+
+def _random_row(forward: PackedForward, trained_share: float) -> Any:
+    embedding = forward.base.get_input_embeddings().weight
+    ids = np.random.default_rng(0).integers(0, embedding.shape[0], _PROBE_TOKENS)
+    trained = np.arange(_PROBE_TOKENS) >= _PROBE_TOKENS - max(1, round(trained_share * _PROBE_TOKENS))
+    row = SimpleNamespace(documents=[SimpleNamespace(input_ids=ids, trained=trained)])
+    return pack([row]).to(embedding.device)
