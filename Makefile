@@ -18,9 +18,10 @@ test-long: .venv/installed-test
 	$(BIN)/python -m pytest tests -m long --timeout 1800
 
 check: .venv/installed-check
-	$(BIN)/ruff check lmtune recipes tests benchmarks app.py
-	$(BIN)/ruff format --check lmtune recipes tests benchmarks app.py
+	$(BIN)/ruff check lmtune recipes tests benchmarks .ci app.py
+	$(BIN)/ruff format --check lmtune recipes tests benchmarks .ci app.py
 	$(BIN)/mypy --strict lmtune
+	$(BIN)/python .ci/audit.py constraints.txt
 
 # An editable install, so that the checkout is what runs. Each stamp is renewed when the requirements change.
 .venv/installed: pyproject.toml constraints.txt
