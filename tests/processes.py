@@ -90,6 +90,15 @@ def before(module: str, function: str, number: int = signal.SIGKILL) -> Trouble:
     return partial(_signal_at_call, module, function, number, 1)
 
 
+def with_environment(**variables: str) -> Trouble:
+    """Environment variables of that process alone; what libraries read when they are imported is too late for."""
+    return partial(_set_environment, variables)
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+
+
 def _signal_at_call(module: str, function: str, number: int, count: int) -> None:
     """Send this process a signal at the call number `count`, before the function does its work."""
     calls = 0
