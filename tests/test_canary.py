@@ -44,9 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, hub: HubServer) -> Path:
     (folder / "hf" / "token").write_text(STORED_TOKEN)
     secrets = {"HF_TOKEN": TOKEN, "HF_HOME": str(folder / "hf"), "HF_TOKEN_PATH": str(folder / "hf" / "token")}
     for arguments in (("finetune", "run.yaml"), ("merge", "trial")):
-        assert processes.lmtune(folder, *arguments, trouble=partial(os.environ.update, secrets)) == 0, processes.said(
-            folder
-        )
+        code = processes.lmtune(folder, *arguments, trouble=processes.with_environment(**secrets))
+        assert code == 0, processes.said(folder)
         (folder / "output").rename(folder / f"{arguments[0]}.said")
     done = subprocess.run(
         [sys.executable, "-m", "lmtune", "push", "trial", "me/support"], cwd=folder, capture_output=True, text=True,
