@@ -37,8 +37,14 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def cached(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
+def cached(folder: Path, key: str, build: Callable[[Path], None], keep: int | None = None) -> Path:
     """The folder of the entry `key`, built by `build(empty folder)` unless it is there and whole.
+
+    Args:
+        folder: of all entries of this kind.
+        key: of this one.
+        build: fills an empty folder.
+        keep: how many entries of `folder` may stay, the most recently used; None is all.
 
     Raises:
         LmtuneError: the cache cannot be written.
@@ -50,11 +56,24 @@ def cached(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
         with _locked(entry.with_suffix(".lock")):
             if not is_whole(entry):
                 _build(entry, build)
+            (entry / _MANIFEST).touch()  # used now
+        if keep is not None:
+            _keep_newest(folder, keep)
     except OSError as error:
         raise LmtuneError(
             f"the cache {folder} cannot be used ({error.strerror or error}); free space there, or name another folder "
             "in LMTUNE_CACHE"
         ) from error
+    return entry
+
+
+def found(folder: Path, key: str) -> Path | None:
+    """The folder of the entry `key` if it is there and whole."""
+    entry = folder / key[:2] / key
+    if not is_whole(entry):
+        return None
+    with contextlib.suppress(OSError):  # a cache that may be read but not written
+        (entry / _MANIFEST).touch()
     return entry
 
 
@@ -84,6 +103,14 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
         sync_folder(entry.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _keep_newest(folder: Path, count: int) -> None:
+    """Delete all but the `count` entries used last; a process that has one open keeps what it has mapped."""
+    manifests = sorted(folder.glob(f"??/*/{_MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    for manifest in manifests[:-count]:
+        manifest.unlink(missing_ok=True)
+        shutil.rmtree(manifest.parent, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.config import ModelConfig
+from lmtune.data.cache import found
 from lmtune.errors import ModelError
+from lmtune.models import loading
 from lmtune.models.loading import (
     compute_dtype,
     default_device,
@@ -226,3 +228,77 @@ def test_code_in_a_models_folder_never_runs(tmp_path: Path, model_type: str, qua
         with pytest.raises(ModelError):
             load_tokenizer(config_of(folder))
     assert not marker.exists()
+
+
+# --- the quantised base is kept for the next start
+
+
+@pytest.fixture
+def kept_from_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Small models go through the cache too; returns the folder of its entries."""
+    monkeypatch.setattr(loading, "_CACHED_FROM_BYTES", 0)
+    monkeypatch.setenv("LMTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "quantized"
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("??/*/manifest.json"))
+
+
+def test_a_base_in_4_bit_is_quantised_once(
+    tmp_path: Path, kept_from_any_size: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(save_tiny(tmp_path / "model", num_hidden_layers=3), "nf4")
+    first = load_model(config, "cpu")
+    assert len(entries(kept_from_any_size)) == 1
+    asked = []
+    monkeypatch.setattr(loading, "_quantization", lambda *a, real=loading._quantization: asked.append(a) or real(*a))
+    real = loading._from_pretrained
+    monkeypatch.setattr(loading, "_from_pretrained", lambda path, *rest: asked.append(path) or real(path, *rest))
+    second = load_model(config, "cpu")
+    assert [path for path in asked if isinstance(path, str)] == [str(entries(kept_from_any_size)[0])]
+    states = [model.state_dict() for model in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    ids = torch.arange(3, 30)[None]
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    assert second.config._name_or_path == first.config._name_or_path
+    assert not any(parameter.requires_grad for parameter in second.parameters())
+
+
+def test_changed_weights_or_config_are_quantised_anew(tmp_path: Path, kept_from_any_size: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    load_model(config_of(folder, "nf4"), "cpu")
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**tree, "rms_norm_eps": 0.1}))
+    assert load_model(config_of(folder, "nf4"), "cpu").config.rms_norm_eps == 0.1
+    save_tiny(folder, seed=3)
+    load_model(config_of(folder, "nf4"), "cpu")
+    assert len(entries(kept_from_any_size)) == 3
+    save_tiny(folder, seed=4)
+    load_model(config_of(folder, "nf4"), "cpu")
+    assert len(entries(kept_from_any_size)) == 3  # the oldest went
+
+
+def test_a_damaged_entry_is_made_again(tmp_path: Path, kept_from_any_size: Path) -> None:
+    config = config_of(save_tiny(tmp_path / "model"), "nf4")
+    whole = load_model(config, "cpu").state_dict()
+    (entry,) = entries(kept_from_any_size)
+    (entry / "model.safetensors").write_bytes(b"not any more")
+    again = load_model(config, "cpu").state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert found(kept_from_any_size, entry.name)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_does_without(
+    tmp_path: Path, kept_from_any_size: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept_from_any_size.parent.write_text("a file")
+    assert load_model(config_of(save_tiny(tmp_path / "model"), "nf4"), "cpu").is_quantized
+    assert "the quantised base is not kept for the next start: the cache" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_what_loads_quickly_is_not_kept(tmp_path: Path, kept_from_any_size: Path, quantization: str) -> None:
+    load_model(config_of(save_tiny(tmp_path / "model"), quantization), "cpu")
+    assert entries(kept_from_any_size) == []
