@@ -6,11 +6,14 @@ process for everything that matters here: signals, exit codes, what is on the di
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ CONTEXT.set_forkserver_preload(
     ["lmtune.cli", "lmtune.training.session", "lmtune.training.lifecycle", "peft", "bitsandbytes", "accelerate",
      "transformers.models.llama.modeling_llama", "tests.processes"]
 )  # fmt: skip
-Trouble = Callable[[], None]
+Trouble = Callable[[], object]
 
 
 def lmtune(folder: Path, *arguments: str, trouble: Trouble | None = None) -> int:
@@ -33,61 +36,104 @@ def lmtune(folder: Path, *arguments: str, trouble: Trouble | None = None) -> int
         arguments: of `lmtune`.
         trouble: called in the process before the command, to arrange for its end.
     """
-    process = CONTEXT.Process(target=_command, args=(folder, arguments, trouble))
+    return ended(start(folder, *arguments, trouble=trouble))
+
+
+def together(folder: Path, *arguments: str, troubles: Mapping[int, Trouble] | None = None) -> list[int]:
+    """Run the command as two processes of one job; their exit codes. What they said is in `output0` and `output1`.
+
+    They meet as under `accelerate launch`, but nobody ends the one when the other has failed.
+    """
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared["ACCELERATE_USE_CPU"] = "true"
+    processes = [
+        start(
+            folder, *arguments, trouble=(troubles or {}).get(rank), output=f"output{rank}",
+            variables={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    return [ended(process) for process in processes]
+
+
+def start(
+    folder: Path, *arguments: str, trouble: Trouble | None = None, output: str = "output",
+    variables: Mapping[str, str] | None = None,
+) -> Any:  # fmt: skip
+    """Start the command in `folder`, with more environment variables."""
+    process = CONTEXT.Process(target=_command, args=(folder, arguments, trouble, output, dict(variables or {})))
     process.start()
-    process.join(120)
+    return process
+
+
+def ended(process: Any, within_seconds: float = 120) -> int:
+    """Wait for a process; its exit code."""
+    process.join(within_seconds)
     if process.is_alive():
         process.kill()
-        raise AssertionError(f"lmtune {' '.join(arguments)} did not end")
+        raise AssertionError("a process did not end")
     assert process.exitcode is not None
-    return process.exitcode
+    return int(process.exitcode)
 
 
-def said(folder: Path) -> str:
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def said(folder: Path, output: str = "output") -> str:
     """What the last command in `folder` printed."""
-    return (folder / "output").read_text()
+    return (folder / output).read_text()
 
 
-def _command(folder: Path, arguments: tuple[str, ...], trouble: Trouble | None) -> None:
+def _command(
+    folder: Path, arguments: tuple[str, ...], trouble: Trouble | None, output: str, variables: dict[str, str]
+) -> None:
     os.chdir(folder)
-    os.environ.update(environment(folder))
-    with open("output", "wb") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    os.environ.update(environment(folder, **variables))
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     sys.argv = ["lmtune", *arguments]
     if trouble is not None:
         trouble()
     from lmtune.cli import main
 
-    main()
+    atexit._clear()  # a child of the fork server has its parent's, and does not run them by itself
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()
 
 
 # --- troubles; each is a partial of a function here, so that it can be sent to the process
 
 
-def at_step(step: int, number: int) -> Trouble:
-    """A signal when the forward pass of `step` begins."""
-    return partial(_signal_in, "lmtune.training.loop", "seed_step", number, step, 1)
+def at_step(step: int, action: Trouble) -> Trouble:
+    """`action` when the forward pass of `step` begins."""
+    return partial(_act_at_value, "lmtune.training.loop", "seed_step", action, step, 1)
 
 
-def after_update(step: int, number: int) -> Trouble:
-    """A signal between the update of `step` and its record."""
-    return partial(_signal_at_call, "lmtune.training.loop", "_count", number, step)
+def after_update(step: int, action: Trouble) -> Trouble:
+    """`action` between the update of `step` and its record."""
+    return at_call("lmtune.training.loop", "_count", action, step)
 
 
-def in_checkpoint(count: int, part: int, number: int = signal.SIGKILL) -> Trouble:
-    """A signal in the middle of checkpoint `count`, before its file `part`: 0 the adapter, 1 the optimizer."""
-    return partial(_signal_at_call, "lmtune.training.checkpoint", "save_file", number, 2 * count - 1 + part)
+def in_checkpoint(count: int, part: int, action: Trouble) -> Trouble:
+    """`action` in the middle of checkpoint `count`, before its file `part`: 0 the adapter, 1 the optimizer."""
+    return at_call("lmtune.training.checkpoint", "save_file", action, 2 * count - 1 + part)
 
 
-def before_manifest(count: int, number: int = signal.SIGKILL) -> Trouble:
-    """A signal when all of checkpoint `count` is written but not yet durable under its name."""
-    return partial(_signal_at_call, "lmtune.training.checkpoint", "_make_durable", number, count)
+def before_manifest(count: int, action: Trouble) -> Trouble:
+    """`action` when all of checkpoint `count` is written but not yet durable under its name."""
+    return at_call("lmtune.training.checkpoint", "_make_durable", action, count)
 
 
-def before(module: str, function: str, number: int = signal.SIGKILL) -> Trouble:
-    """A signal at the first call of a function."""
-    return partial(_signal_at_call, module, function, number, 1)
+def at_call(module: str, function: str, action: Trouble, count: int = 1) -> Trouble:
+    """`action` at the call number `count` of a function, before it does its work."""
+    return partial(_act_at_call, module, function, action, count)
 
 
 def with_environment(**variables: str) -> Trouble:
@@ -99,33 +145,61 @@ def _set_environment(variables: dict[str, str]) -> None:
     os.environ.update(variables)
 
 
-def _signal_at_call(module: str, function: str, number: int, count: int) -> None:
-    """Send this process a signal at the call number `count`, before the function does its work."""
+def send(number: int) -> Trouble:
+    """A signal to the process itself."""
+    return partial(_send, number)
+
+
+def all_of(*troubles: Trouble) -> Trouble:
+    """One trouble after the other."""
+    return partial(_all_of, troubles)
+
+
+def _send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+KILL = send(signal.SIGKILL)
+
+
+def _all_of(troubles: tuple[Trouble, ...]) -> None:
+    for trouble in troubles:
+        trouble()
+
+
+def _act_at_call(module: str, function: str, action: Trouble, count: int) -> None:
     calls = 0
 
     def counted(real: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == count:
-            os.kill(os.getpid(), number)
+            action()
         return real(*args, **kwargs)
 
-    _wrap(module, function, counted)
+    wrap(module, function, counted)
 
 
-def _signal_in(module: str, function: str, number: int, value: int, place: int) -> None:
-    """Send this process a signal at the call whose argument number `place` is `value`."""
+def _act_at_value(module: str, function: str, action: Trouble, value: int, place: int) -> None:
+    """`action` at the call whose argument number `place` is `value`."""
 
     def watched(real: Any, *args: Any, **kwargs: Any) -> Any:
         if args[place] == value:
-            os.kill(os.getpid(), number)
+            action()
         return real(*args, **kwargs)
 
-    _wrap(module, function, watched)
+    wrap(module, function, watched)
 
 
-def _wrap(module: str, function: str, wrapper: Callable[..., Any]) -> None:
-    import importlib
+def wrap(module: str, function: str, wrapper: Callable[..., Any]) -> None:
+    """Replace `module.function`, or `module.Class.method`, by `wrapper(real, *arguments)`."""
+    *owners, name = function.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    real = getattr(owner, name)
 
-    imported = importlib.import_module(module)
-    setattr(imported, function, partial(wrapper, getattr(imported, function)))
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(real, *args, **kwargs)
+
+    setattr(owner, name, replaced)

@@ -1,4 +1,4 @@
-"""`lmtune finetune` from its first file to its last, killed at any point, interrupted, and gone on with."""
+"""`lmtune finetune` from its first file to its last."""
 
 import csv
 import json
@@ -16,8 +16,7 @@ from lmtune.config import FinetuneConfig, load_config
 from lmtune.models.inference import load_for_inference
 from lmtune.recipes.merge import merge_run
 from lmtune.runs import RunDirectory
-from lmtune.yaml_reader import write_yaml
-from tests.processes import Trouble, after_update, at_step, before, before_manifest, in_checkpoint, lmtune, said
+from tests.processes import at_call, lmtune, said, send
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import (
@@ -27,7 +26,7 @@ from tests.workplace import (
     finetune,
     inside,
     make_workplace,
-    tree_of,
+    write_config,
     write_rows,
     written_files,
 )
@@ -45,16 +44,6 @@ RESULTS = [
     "training_token_accuracy", "validation_loss", "validation_sequence_accuracy", "validation_token_accuracy",
 ]  # fmt: skip
 SCORES = ["loss", "perplexity", "token_accuracy", "sequence_accuracy", "exact_match", "rows", "exact_match_rows"]
-# Dropout, an evaluation and a checkpoint now and then: whatever a run can do between two steps.
-RESTLESS = {
-    "adapter__dropout": 0.3, "evaluation__every_steps": 2, "run__checkpoint_every_steps": 3,
-    "train__micro_batch_tokens": 64,
-}  # fmt: skip
-
-
-def write_config(folder: Path, **changes: object) -> None:
-    """`run.yaml` with the run's settings."""
-    (folder / "run.yaml").write_text(write_yaml(tree_of(**changes)))
 
 
 @pytest.fixture(scope="module")
@@ -175,95 +164,7 @@ def test_the_run_can_be_planned(done: Path) -> None:
     assert json.loads((done / "runs/trial/summary.json").read_text())["trainable_parameters"] == 8192
 
 
-# --- killed, and gone on with
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A restless run that nothing disturbed."""
-    folder = make_workplace(tmp_path_factory.mktemp("whole"))
-    write_config(folder, **RESTLESS)
-    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
-    return folder
-
-
-def lasting(folder: Path) -> dict[str, object]:
-    """What must be the same bit for bit: the adapter, and every record but times."""
-    run = folder / "runs" / "trial"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((run / "summary.json").read_text())
-    return {
-        "adapter": written_files(run / "adapter"),
-        "metrics": [{key: line[key] for key in METRICS if key != "seconds"} for line in lines],
-        "results": (run / "results.csv").read_text(),
-        "answers": (run / "answers.jsonl").read_text(),
-        "scores": [summary[key] for key in ("status", "base", "tuned", "steps", "best_step", "tokens", "examples")],
-        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
-    }
-
-
-KILLS: dict[str, Trouble] = {
-    "before the first step": at_step(1, signal.SIGKILL),
-    "before any checkpoint": at_step(2, signal.SIGKILL),
-    "between a step and its record": after_update(5, signal.SIGKILL),
-    "in the first checkpoint": in_checkpoint(1, part=0),
-    "in a later checkpoint": in_checkpoint(2, part=1),
-    "before a checkpoint has its name": before_manifest(3),
-    "while old checkpoints are deleted": before("lmtune.training.loop", "prune_checkpoints"),
-    "after the last step": at_step(8, signal.SIGKILL),
-    "before the adapter is saved": before("lmtune.training.session", "save_adapter"),
-    "before it is complete": before("lmtune.training.lifecycle", "add_tuned_answers"),
-}
-
-
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "in a later checkpoint" else pytest.param(kind, marks=pytest.mark.slow) for kind in KILLS]
-)
-def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path: Path, whole: Path, kind: str) -> None:
-    folder = make_workplace(tmp_path / "work")
-    write_config(folder, **RESTLESS)
-    assert lmtune(folder, "finetune", "run.yaml", trouble=KILLS[kind]) == -signal.SIGKILL
-    assert json.loads((folder / "runs/trial/summary.json").read_text())["status"] == "running"
-    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
-    assert lasting(folder) == lasting(whole)
-
-
-@pytest.mark.slow
-def test_killed_many_times_it_still_is(tmp_path: Path, whole: Path) -> None:
-    folder = make_workplace(tmp_path / "work")
-    write_config(folder, **RESTLESS)
-    for step in (2, 4, 6, 8):
-        assert lmtune(folder, "finetune", "run.yaml", trouble=after_update(step=1, number=signal.SIGKILL)) < 0
-        assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(step, signal.SIGKILL)) < 0
-    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
-    assert lasting(folder) == lasting(whole)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_later(
-    tmp_path: Path, whole: Path, number: int, code: int
-) -> None:
-    folder = make_workplace(tmp_path / "work")
-    write_config(folder, **RESTLESS)
-    assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(5, number)) == code
-    assert "stopped after step 5 of 8, which is saved; the same command goes on from there" in said(folder)
-    assert "Traceback" not in said(folder)
-    run = folder / "runs" / "trial"
-    assert (run / "checkpoints" / "step-000005" / "manifest.json").is_file()
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["status"] == "interrupted"
-    assert "stopped after step 5" in summary["reason"]
-    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
-    assert "goes on after step 5" in said(folder)
-    wanted = {**lasting(whole), "checkpoints": None}
-    assert {**lasting(folder), "checkpoints": None} == wanted
-
-
-def test_a_stop_in_the_last_step_lets_it_finish(tmp_path: Path, whole: Path) -> None:
-    folder = make_workplace(tmp_path / "work")
-    write_config(folder, **RESTLESS)
-    assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(8, signal.SIGTERM)) == 0
-    assert lasting(folder) == lasting(whole)
+# --- stopped or failed outside of a step; within one, see tests/faults
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -271,7 +172,7 @@ def test_a_stop_outside_of_training_ends_at_once_and_is_told(tmp_path: Path, num
     """While the base is scored, for example."""
     folder = make_workplace(tmp_path / "work")
     write_config(folder)
-    trouble = before("lmtune.evaluation", "teacher_forced", number)
+    trouble = at_call("lmtune.evaluation", "teacher_forced", send(number))
     assert lmtune(folder, "finetune", "run.yaml", trouble=trouble) == code
     assert "Traceback" not in said(folder)
     assert json.loads((folder / "runs/trial/summary.json").read_text())["status"] == "interrupted"

@@ -14,6 +14,7 @@ import torch
 
 from lmtune.config import FinetuneConfig, build_config
 from lmtune.runs import RunDirectory
+from lmtune.yaml_reader import write_yaml
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 
@@ -26,6 +27,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"max_steps": 8, "batch_size": 4, "learning_rate": 1e-2},
     "evaluation": {"exact_match_rows": 3, "max_new_tokens": 8},
     "run": {"name": "trial", "checkpoint_every_steps": 3},
+}  # fmt: skip
+# Dropout, an evaluation and a checkpoint now and then: whatever a run can do between two steps.
+RESTLESS: dict[str, Any] = {
+    "adapter__dropout": 0.3, "evaluation__every_steps": 2, "run__checkpoint_every_steps": 3,
+    "train__micro_batch_tokens": 64,
 }  # fmt: skip
 
 
@@ -57,6 +63,11 @@ def config_of(**changes: Any) -> FinetuneConfig:
     return build_config(FinetuneConfig, tree_of(**changes), "test")
 
 
+def write_config(folder: Path, **changes: Any) -> None:
+    """`run.yaml` with the settings, for commands run in `folder`."""
+    (folder / "run.yaml").write_text(write_yaml(tree_of(**changes)))
+
+
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
     """Work in `folder`, with the row cache there too."""
@@ -75,6 +86,25 @@ def finetune(folder: Path, **changes: Any) -> tuple[RunDirectory, dict[str, Any]
         run = RunDirectory.of(config.run)
         summary = recipe(config, run)
     return RunDirectory(folder / run.path), summary
+
+
+def lasting(folder: Path, name: str = "trial") -> dict[str, Any]:
+    """What must be the same bit for bit however often a run was killed: the adapter, and every record but times."""
+    run = folder / "runs" / name
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    return {
+        "adapter": written_files(run / "adapter"),
+        "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
+        "results": (run / "results.csv").read_text(),
+        "answers": (run / "answers.jsonl").read_text(),
+        "scores": [summary[key] for key in ("status", "base", "tuned", "steps", "best_step", "tokens", "examples")],
+    }
+
+
+def checkpoints(folder: Path, name: str = "trial") -> list[str]:
+    """What lies in the checkpoint folder of a run, staging included."""
+    return sorted(path.name for path in (folder / "runs" / name / "checkpoints").iterdir())
 
 
 def written_files(folder: Path) -> dict[str, bytes]:

@@ -1,44 +1,19 @@
-"""The loop: layout changes nothing, resuming repeats the run bit for bit, a bad step changes no weight."""
+"""The loop: layout changes nothing, resuming repeats the run bit for bit; see tests/faults for what goes wrong."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from lmtune.config import FinetuneConfig, build_config
 from lmtune.errors import LmtuneError
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
-from lmtune.runs import RunDirectory
 from lmtune.training import loop
 from lmtune.training.activations import is_checkpointed_throughout
-from lmtune.training.checkpoint import checkpoint_folders, newest_checkpoint
-from lmtune.training.loop import Job, train
+from lmtune.training.checkpoint import checkpoint_folders
+from lmtune.training.loop import train
 from lmtune.training.records import Accuracies
-from tests.tiny import OneProcess, adapted, random_rows, tiny_model
-
-
-def job_for(folder: Path, dropout: float = 0.0, resumed=None, validate=None, **settings) -> Job:
-    """A job of 12 rows, batches of 4, over a tiny model; settings as `section__key`."""
-    tree = {
-        "model": {"name": "tiny-random", "quantization": "none"}, "data": {"train": "rows.jsonl"},
-        "train": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}, "evaluation": {}, "run": {"name": "test"},
-    }  # fmt: skip
-    for key, value in settings.items():
-        section, _, name = key.partition("__")
-        tree[section][name] = value
-    config = build_config(FinetuneConfig, tree, "test")
-    folder.mkdir(exist_ok=True)
-    forward = PackedForward(adapted(tiny_model(), dropout=dropout))
-    budget = 10**6 if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
-    return Job(
-        RunDirectory(folder), config, forward, random_rows(12), OneProcess(), budget, {"data": "x"}, validate, resumed
-    )
-
-
-def final_weights(job: Job) -> dict[str, torch.Tensor]:
-    train(job)
-    return {name: parameter.detach().clone() for name, parameter in trainable(job.forward.model).items()}
+from tests.jobs import final_weights, job_for
 
 
 def test_micro_batches_of_any_size_give_the_same_adapter(tmp_path: Path) -> None:
@@ -58,22 +33,6 @@ def test_resuming_from_any_step_is_bitwise_the_same(tmp_path: Path, dropout: flo
         folder = tmp_path / f"from{resumed.step}"
         again = final_weights(job_for(folder, dropout, resumed=resumed, **settings))
         assert all(torch.equal(again[name], weight) for name, weight in whole.items()), path.name
-
-
-def test_out_of_memory_halves_the_micro_batches_and_equals_the_smaller_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = final_weights(job_for(tmp_path / "small", train__micro_batch_tokens=100))
-    real = PackedForward.__call__
-
-    def limited(self, batch, weight=1.0):
-        if batch.num_tokens > 100:
-            raise torch.OutOfMemoryError
-        return real(self, batch, weight)
-
-    monkeypatch.setattr(PackedForward, "__call__", limited)
-    halved = final_weights(job_for(tmp_path / "halved", train__micro_batch_tokens=200))
-    assert all(torch.equal(halved[name], weight) for name, weight in small.items())
 
 
 def test_out_of_memory_with_a_single_row_computes_layers_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,23 +56,6 @@ def test_out_of_memory_with_a_single_row_says_what_to_do(tmp_path: Path, monkeyp
     monkeypatch.setattr(PackedForward, "__call__", never)
     with pytest.raises(LmtuneError, match=r"single row of .* tokens; lower data.max_length"):
         train(job_for(tmp_path / "run"))
-
-
-def test_a_step_that_is_not_finite_changes_nothing_and_names_its_rows(tmp_path: Path) -> None:
-    job = job_for(tmp_path / "run", train__max_steps=3)
-    bad, poison = loop._plan(job, 10**6).step(3).rows[0], 99
-    for row in job.data.rows:  # token 99 makes NaN; only row `bad` holds it
-        for document in row.documents:
-            document.input_ids[document.input_ids == poison] = 5
-    job.data[bad].documents[0].input_ids[0] = poison
-    job.forward.base.get_input_embeddings().weight.data[poison] = float("nan")
-    with pytest.raises(LmtuneError, match=rf"(?s)step 3: .*not finite.*rows.jsonl:{bad + 1}\b"):
-        train(job)
-    assert all(torch.isfinite(parameter).all() for parameter in trainable(job.forward.model).values())
-    saved, _ = newest_checkpoint(job.run.checkpoints)
-    assert saved is not None
-    assert saved.step == 2
-    assert all(torch.isfinite(tensor).all() for tensor in saved.adapter.values())
 
 
 def test_the_best_step_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""Losses and gradients that are no numbers stop the run before they reach a weight; out of memory stops nothing."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmtune.errors import LmtuneError
+from lmtune.kernels.packed_forward import PackedForward
+from lmtune.models.adapters import trainable
+from lmtune.training import loop
+from lmtune.training.checkpoint import newest_checkpoint
+from lmtune.training.loop import train
+from tests.jobs import final_weights, job_for, records
+from tests.processes import at_step, said, together, wrap
+from tests.workplace import lasting
+
+
+def finite(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether all are numbers."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def test_20_a_loss_that_is_no_number_stops_the_run_before_the_update_and_names_the_rows(tmp_path: Path) -> None:
+    job = job_for(tmp_path / "run", train__max_steps=3)
+    bad, poison = loop._plan(job, 10**6).step(3).rows[0], 99
+    for row in job.data.rows:  # token 99 makes NaN; only row `bad` holds it
+        for document in row.documents:
+            document.input_ids[document.input_ids == poison] = 5
+    job.data[bad].documents[0].input_ids[0] = poison
+    job.forward.base.get_input_embeddings().weight.data[poison] = float("nan")
+    with pytest.raises(LmtuneError, match=rf"(?s)step 3: .*not finite.*at fault:\n  rows.jsonl:{bad + 1}\n"):
+        train(job)
+    saved, _ = newest_checkpoint(job.run.checkpoints)
+    assert saved is not None
+    assert saved.step == 2
+    assert finite(saved.adapter)
+    assert all(torch.equal(p, saved.adapter[name]) for name, p in trainable(job.forward.model).items())
+    assert len(records(job)) == 2
+
+
+def infinite_gradient(step: int) -> None:
+    """From `step` on, the gradient of one adapter matrix is infinite, though the loss is not."""
+    at_step(step, _spoil)()
+
+
+def _spoil() -> None:
+    hooked: list[Any] = []
+
+    def forward(real: Any, self: PackedForward, *args: Any) -> Any:
+        if not hooked:
+            parameter = next(iter(trainable(self.model).values()))
+            hooked.append(parameter.register_hook(lambda grad: grad + float("inf")))
+        return real(self, *args)
+
+    wrap("lmtune.kernels.packed_forward", "PackedForward.__call__", forward)
+
+
+def test_21_an_infinite_gradient_on_one_of_two_processes_stops_both(
+    place: Path, undisturbed_pair: dict[str, Any]
+) -> None:
+    codes = together(place, "finetune", "run.yaml", troubles={1: partial(infinite_gradient, 5)})
+    assert codes == [1, 1]
+    for output in ("output0", "output1"):
+        assert re.search(
+            r"step 5: the loss \([\d.]+\) or the gradient \(norm (inf|nan)\) is not finite", said(place, output)
+        )
+        assert len(re.findall(r"^  train\.jsonl:\d+$", said(place, output), re.MULTILINE)) == 2  # that process's rows
+    saved, _ = newest_checkpoint(place / "runs/trial/checkpoints")
+    assert saved is not None
+    assert saved.step == 4
+    assert finite(saved.adapter)
+    assert finite(saved.optimizer)
+    assert together(place, "finetune", "run.yaml") == [0, 0]
+    assert lasting(place) == undisturbed_pair
+
+
+def limited(tokens: int) -> Callable[..., Any]:
+    """A forward pass that has memory for so many tokens when gradients are wanted."""
+
+    def forward(real: Any, self: PackedForward, batch: Any, *rest: Any) -> Any:
+        if torch.is_grad_enabled() and batch.input_ids.numel() > tokens:
+            raise torch.OutOfMemoryError
+        return real(self, batch, *rest)
+
+    return forward
+
+
+def test_22_out_of_memory_halves_the_micro_batches_and_equals_the_run_that_had_the_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small = job_for(tmp_path / "small", dropout=0.3, train__micro_batch_tokens=100)
+    weights = final_weights(small)
+    real = PackedForward.__call__
+    monkeypatch.setattr(PackedForward, "__call__", lambda self, *args: limited(100)(real, self, *args))
+    halved = job_for(tmp_path / "halved", dropout=0.3, train__micro_batch_tokens=200)
+    found = final_weights(halved)
+    assert "out of memory at step 1: micro-batches of 100 tokens" in capfd.readouterr().err
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assert records(halved) == records(small)
+
+
+def out_of_memory_above(tokens: int) -> None:
+    """Less memory for this process."""
+    wrap("lmtune.kernels.packed_forward", "PackedForward.__call__", limited(tokens))
+
+
+def test_23_out_of_memory_on_one_of_two_processes_halves_the_micro_batches_of_both(place: Path) -> None:
+    settings = ("finetune", "run.yaml", "evaluation.keep_best=false")
+    troubles = {1: partial(out_of_memory_above, 40)}
+    assert together(place, *settings, "train.micro_batch_tokens=32", "run.name=small") == [0, 0]
+    assert together(place, *settings, "train.micro_batch_tokens=64", troubles=troubles) == [0, 0]
+    assert "out of memory at step 1: micro-batches of 32 tokens" in said(place, "output0")
+    found, small = lasting(place), lasting(place, "small")
+    assert found["metrics"] == small["metrics"]
+    name = "adapter_model.safetensors"
+    assert found["adapter"][name] == small["adapter"][name]
