@@ -111,7 +111,7 @@ def out_of_memory_above(tokens: int) -> None:
 
 def test_23_out_of_memory_on_one_of_two_processes_halves_the_micro_batches_of_both(place: Path) -> None:
     settings = ("finetune", "run.yaml", "evaluation.keep_best=false")
-    troubles = {1: partial(out_of_memory_above, 40)}
+    troubles = {1: at_step(1, partial(out_of_memory_above, 40))}
     assert together(place, *settings, "train.micro_batch_tokens=32", "run.name=small") == [0, 0]
     assert together(place, *settings, "train.micro_batch_tokens=64", troubles=troubles) == [0, 0]
     assert "out of memory at step 1: micro-batches of 32 tokens" in said(place, "output0")
