@@ -30,16 +30,31 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Span:
+    """Some queries and the keys before and at them: all of run `prefix`, if any, and the first `keys` of `run`.
+
+    The last query is at the place of the last key.
+    """
+
+    queries: int
+    prefix: int | None
+    run: int
+    keys: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """Which tokens of a pack may see which: runs of tokens, each behind another run or behind none.
 
     Attributes:
         lengths: tokens of each run, in the order they lie; they sum to T.
         prefixes: for each run the index of the run that precedes it in its document, or None. A prefix has none.
+        label_positions: places that predict a trained token, ascending; empty if nobody asks for `label_spans`.
     """
 
     lengths: tuple[int, ...]
     prefixes: tuple[int | None, ...]
+    label_positions: tuple[int, ...] = ()
 
     @classmethod
     def of_documents(cls, *lengths: int) -> Layout:
@@ -50,6 +65,31 @@ class Layout:
     def starts(self) -> tuple[int, ...]:
         """Where each run begins."""
         return tuple(np.concatenate([[0], np.cumsum(self.lengths)])[:-1].tolist())
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Every token as a query: one span a run."""
+        return tuple(
+            Span(length, prefix, run, length)
+            for run, (length, prefix) in enumerate(zip(self.lengths, self.prefixes, strict=True))
+        )
+
+    @cached_property
+    def label_spans(self) -> tuple[Span, ...]:
+        """The label positions as queries: a span for each unbroken row of them in a run."""
+        places = np.array(self.label_positions, dtype=np.int64)
+        runs = np.searchsorted(np.array(self.starts), places, side="right") - 1
+        breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(runs) != 0)) + 1
+        return tuple(
+            Span(len(some), self.prefixes[run], run, int(some[-1]) - self.starts[run] + 1)
+            for some in np.split(places, breaks)
+            for run in [int(runs[np.searchsorted(places, some[0])])]
+        )
+
+    @cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What kernels work out from this layout, kept with it so that each does so once."""
+        return {}
 
     @property
     def is_plain(self) -> bool:
@@ -66,6 +106,8 @@ class MicroBatch:
         position_ids: `[1, T]`, from 0 within each document.
         layout: which tokens belong together.
         predictors: `[N]`, the positions whose output predicts a trained token: the one before it in its document.
+        label_positions: `[P]`, the different ones among them, ascending.
+        label_places: `[N]`, where in `label_positions` each predictor is.
         targets: `[N]`, the trained tokens.
         examples: `[N]`, which of the E examples each target belongs to.
         num_examples: E.
@@ -76,6 +118,8 @@ class MicroBatch:
     position_ids: torch.Tensor
     layout: Layout
     predictors: torch.Tensor
+    label_positions: torch.Tensor
+    label_places: torch.Tensor
     targets: torch.Tensor
     examples: torch.Tensor
     num_examples: int
@@ -92,7 +136,8 @@ class MicroBatch:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         return replace(
             self, input_ids=change(self.input_ids), position_ids=change(self.position_ids),
-            predictors=change(self.predictors), targets=change(self.targets), examples=change(self.examples),
+            predictors=change(self.predictors), label_positions=change(self.label_positions),
+            label_places=change(self.label_places), targets=change(self.targets), examples=change(self.examples),
         )  # fmt: skip
 
 
@@ -150,11 +195,16 @@ class _Builder:
 
     def finish(self, num_examples: int, num_tokens: int) -> MicroBatch:
         """The tensors."""
+        predictors = np.concatenate(self.predictors)
+        positions, places = np.unique(predictors, return_inverse=True)
+        lengths = tuple(len(run) for run in self.runs)
         return MicroBatch(
             input_ids=torch.from_numpy(np.concatenate(self.runs))[None],
             position_ids=torch.from_numpy(np.concatenate(self.positions))[None],
-            layout=Layout(tuple(len(run) for run in self.runs), tuple(self.prefixes)),
-            predictors=torch.from_numpy(np.concatenate(self.predictors)),
+            layout=Layout(lengths, tuple(self.prefixes), tuple(positions.tolist())),
+            predictors=torch.from_numpy(predictors),
+            label_positions=torch.from_numpy(positions),
+            label_places=torch.from_numpy(places),
             targets=torch.from_numpy(np.concatenate(self.targets)),
             examples=torch.from_numpy(np.concatenate(self.examples)),
             num_examples=num_examples,

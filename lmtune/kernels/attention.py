@@ -1,9 +1,10 @@
 """Attention by document: packed rows attend within themselves, at the cost of their own lengths only.
 
 A step's rows lie one after another in a single sequence. The stock way to keep them apart is a mask of the whole
-sequence squared; here each run of tokens goes through PyTorch's scaled dot product attention alone, or behind the
-prefix that it shares with others. The function is registered under a name with transformers' public
-`AttentionInterface`, so no model code is touched; the layout reaches it as an extra argument of the model's forward.
+sequence squared; here each span of queries goes with its own keys alone: PyTorch's scaled dot product attention span by
+span on a CPU, one kernel for spans of any length on a GPU (`torch.nn.attention.varlen`, or flash-attn). The function is
+registered under a name with transformers' public `AttentionInterface`, so no model code is touched; the layout reaches
+it as an extra argument of the model's forward.
 
     with packed_attention(model):
         model(input_ids=…, position_ids=…, layout=Layout.of_documents(5, 7))
@@ -12,15 +13,18 @@ prefix that it shares with others. The function is registered under a name with 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lmtune.data.packing import Layout
+from lmtune.data.packing import Layout, Span
 
 NAME = "lmtune_by_document"
+_Boundaries = tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor], tuple[int, int]]
 
 
 def attention_by_document(
@@ -62,24 +66,55 @@ def attention_by_document(
     assert layout is not None
     if label_layer is not None:
         return label_layer.attend(query, key, value, layout, scaling, dropout, sliding_window), None
+    return attend(query, key, value, layout, layout.spans, scaling, dropout, sliding_window), None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, spans: Sequence[Span],
+    scaling: float | None, dropout: float, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Causal attention of each span's queries to its keys, by the quickest way that works here.
+
+    Args:
+        query: `[1, heads, Q, d]`, the spans' queries one after another.
+        key, value: `[1, key_value_heads, T, d]`, laid out as `layout` says.
+        layout: where the keys lie.
+        spans: `layout.spans`, or `layout.label_spans`.
+        scaling, dropout, window: as in `attention_by_document`.
+
+    Returns:
+        `[1, Q, heads, d]`.
+    """
+    if not dropout and why_not_varlen(query.device, query.dtype, query.shape[-1]) is None:
+        return attend_varlen(varlen_function(), query, key, value, layout, spans, scaling, window)
+    return attend_span_by_span(query, key, value, layout, spans, scaling, dropout, window)
+
+
+def attend_span_by_span(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, spans: Sequence[Span],
+    scaling: float | None, dropout: float, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """`attend` with one scaled dot product attention for each span."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    queries, keys, values = (torch.split(tensor, list(layout.lengths), 2) for tensor in (query, key, value))
+    queries = torch.split(query, [span.queries for span in spans], 2)
+    keys, values = (torch.split(tensor, list(layout.lengths), 2) for tensor in (key, value))
     outputs = []
-    for index, prefix in enumerate(layout.prefixes):
-        q, k, v, mask = queries[index], keys[index], values[index], None
-        if prefix is not None:
-            k, v = torch.cat([keys[prefix], k], 2), torch.cat([values[prefix], v], 2)
-        if prefix is not None or (sliding_window is not None and q.shape[2] > sliding_window):
-            places = torch.arange(k.shape[2], device=q.device)
-            mask = visible(places[k.shape[2] - q.shape[2] :], places, sliding_window)
+    for q, span in zip(queries, spans, strict=True):
+        k, v = keys[span.run][:, :, : span.keys], values[span.run][:, :, : span.keys]
+        if span.prefix is not None:
+            k, v = torch.cat([keys[span.prefix], k], 2), torch.cat([values[span.prefix], v], 2)
+        mask, num_q, num_k = None, q.shape[2], k.shape[2]
+        if num_q < num_k or (window is not None and num_q > window):
+            places = torch.arange(num_k, device=q.device)
+            mask = visible(places[num_k - num_q :], places, window)
         outputs.append(
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             )
         )
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
 def visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -90,6 +125,97 @@ def visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> to
     distance = queries[:, None] - keys[None, :]
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
+
+
+# --- one kernel for all spans
+
+
+def attend_varlen(
+    varlen: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout,
+    spans: Sequence[Span], scaling: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """`attend` with one call of `varlen`, which aligns a span's queries with the last of its keys."""
+    places, edges, longest = _boundaries(layout, spans, query.device)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [tokens, heads, d]
+    if places is not None:
+        k, v = k.index_select(0, places), v.index_select(0, places)
+    attended = varlen(
+        q.contiguous(), k.contiguous(), v.contiguous(), *edges, *longest, scaling,
+        (-1 if window is None else window - 1, 0),
+    )  # fmt: skip
+    return attended[None]
+
+
+def _boundaries(layout: Layout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
+    """Which keys the spans see one after another (None: all, as they lie), where each span's begin, the longest."""
+    known: dict[Any, _Boundaries] = layout.derived  # the same for all layers
+    key = (spans is layout.spans, device)
+    if key not in known:
+        known[key] = _make_boundaries(layout, spans, device)
+    return known[key]
+
+
+def _make_boundaries(layout: Layout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
+    num_q = [span.queries for span in spans]
+    num_k = [span.keys + (0 if span.prefix is None else layout.lengths[span.prefix]) for span in spans]
+    places = None
+    if spans is not layout.spans or not layout.is_plain:
+        runs = [np.arange(start, start + n) for start, n in zip(layout.starts, layout.lengths, strict=True)]
+        parts = [p for s in spans for p in ([] if s.prefix is None else [runs[s.prefix]]) + [runs[s.run][: s.keys]]]
+        places = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+    edges = tuple(torch.tensor(np.cumsum([0, *n]), dtype=torch.int32, device=device) for n in (num_q, num_k))
+    return places, (edges[0], edges[1]), (max(num_q), max(num_k))
+
+
+def varlen_function() -> Callable[..., torch.Tensor]:
+    """Attention of spans: `(q, k, v, edges_q, edges_k, longest_q, longest_k, scale, window)`.
+
+    Raises:
+        ImportError: neither this PyTorch nor flash-attn has it.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        from flash_attn import flash_attn_varlen_func
+
+        def flash(q: Any, k: Any, v: Any, *sizes: Any) -> torch.Tensor:
+            *bounds, scale, window = sizes
+            out: torch.Tensor = flash_attn_varlen_func(
+                q, k, v, *bounds, softmax_scale=scale, causal=True, window_size=window
+            )
+            return out
+
+        return flash
+
+    def torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: Any) -> torch.Tensor:
+        *bounds, scale, window = sizes
+        gqa = q.shape[1] != k.shape[1]
+        out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window, enable_gqa=gqa)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    return torch_varlen
+
+
+@functools.lru_cache(maxsize=8)
+def why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None if one kernel for all spans works on `device`, forward and backward, with the result of the plain way."""
+    if device.type != "cuda":
+        return "it is for GPUs"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in 16 bit only, not in {dtype}"
+    try:
+        layout = Layout((4, 3, 5), (None, 0, 0))
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (3, 1, 2, 12, head_dim)
+        q, k, v = torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_().unbind()
+        one = attend_varlen(varlen_function(), q, k, v, layout, layout.spans, None, None)
+        one.sum().backward()  # type: ignore[no-untyped-call]
+        other = attend_span_by_span(q, k, v, layout, layout.spans, None, 0.0, None)
+    except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    difference = float((one - other).abs().max())
+    return None if difference < 5e-2 else f"its result differs by {difference:.2g}"
 
 
 @contextlib.contextmanager

@@ -18,10 +18,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lmtune.data.packing import Layout
-from lmtune.kernels.attention import visible
+from lmtune.kernels.attention import attend
 
 
 class _KeysAndValues(Exception):
@@ -41,49 +40,24 @@ class _Collect:
 
 
 class _Selected:
-    """What attention calls in the second run: few queries `[1, heads, N, d]` against the keys of the first run."""
+    """What attention calls in the second run: few queries `[1, heads, P, d]` against the keys of the first run."""
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
-        self.key, self.value, self.positions = key, value, positions
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.key, self.value = key, value
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None,
         dropout: float, window: int | None,
     ) -> torch.Tensor:  # fmt: skip
-        """`[1, N, heads, d]` for the selected positions, which are in ascending order."""
-        groups = query.shape[1] // self.key.shape[1]
-        lengths = list(layout.lengths)
-        keys = torch.split(self.key.repeat_interleave(groups, 1), lengths, 2)
-        values = torch.split(self.value.repeat_interleave(groups, 1), lengths, 2)
-        bounds = torch.tensor([*layout.starts, sum(layout.lengths)], device=self.positions.device)
-        edges = torch.searchsorted(self.positions, bounds).tolist()
-        outputs = []
-        for index, prefix in enumerate(layout.prefixes):
-            first, last = edges[index], edges[index + 1]
-            if first == last:
-                continue
-            k, v, shared = keys[index], values[index], 0
-            if prefix is not None:
-                k, v, shared = (
-                    torch.cat([keys[prefix], k], 2),
-                    torch.cat([values[prefix], v], 2),
-                    layout.lengths[prefix],
-                )
-            places = self.positions[first:last] - layout.starts[index] + shared
-            mask = visible(places, torch.arange(k.shape[2], device=k.device), window)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, first:last], k, v, attn_mask=mask, dropout_p=dropout, scale=scaling
-                )
-            )
-        return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+        """`[1, P, heads, d]` for the layout's label positions."""
+        return attend(query, self.key, self.value, layout, layout.label_spans, scaling, dropout, window)
 
 
 def install(model: Any) -> str | None:
     """Prepare the last layer of `model`; returns None, or why it stays as it is.
 
-    The layer then takes `label_positions` (`[N]`, ascending) as an extra argument of the model's forward, and with it
-    returns `[1, N, D]`; without it, nothing is different.
+    The layer then takes `label_positions` (`[P]`, the layout's own, ascending) as an extra argument of the model's
+    forward, and with it returns `[1, P, D]`; without it, nothing is different.
     """
     layer = _last_layer(model)
     if layer is None:
@@ -135,7 +109,7 @@ def _label_only_class(kind: type[Any]) -> type[Any]:
                 found = projected
         if getattr(self, "lmtune_probe", None) is not None:
             self.lmtune_probe["projected"] = (found.query, found.key, found.value)
-        few = _Selected(found.key, found.value, label_positions)
+        few = _Selected(found.key, found.value)
         total = hidden_states.shape[1]
         args, kwargs = (_at(part, label_positions, total) for part in (args, kwargs))
         return kind.forward(self, hidden_states[:, label_positions], *args, **kwargs, label_layer=few)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from lmtune.data.packing import Layout, MicroBatch
 from lmtune.kernels import last_layer
-from lmtune.kernels.attention import packed_attention
+from lmtune.kernels.attention import packed_attention, why_not_varlen
 from lmtune.kernels.cross_entropy import LogitTransform, label_cross_entropy
 
 _TOLERANCE = 5e-2  # relative, in 16 bit; a document that leaks or a wrong position moves outputs by about 1
@@ -85,8 +85,17 @@ class PackedForward:
     @property
     def notes(self) -> list[str]:
         """What runs slower for this model than it could, and why."""
-        reasons = (self.reason, self.head_reason, self.layer_reason, self.prefix_reason)
+        reasons = (self.reason, self.head_reason, self.layer_reason, self.prefix_reason, self._attention_reason())
         return list(dict.fromkeys(reason for reason in reasons if reason))
+
+    def _attention_reason(self) -> str | None:
+        """Why documents attend one after another on a GPU, or None."""
+        embedding, config = self.base.get_input_embeddings().weight, self.base.config.get_text_config()
+        if embedding.device.type != "cuda" or not self.packs:
+            return None
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        why = why_not_varlen(embedding.device, self.base.dtype, head_dim)
+        return None if why is None else f"documents attend one after another: {why}"
 
     def ready(self) -> contextlib.AbstractContextManager[None]:
         """Hold the model in the attention that forward and backward passes need; outside it is free to generate."""
@@ -100,7 +109,8 @@ class PackedForward:
             weight: what each token's loss counts in `total`: one over the step's trained tokens.
         """
         if self.packs:
-            outputs = self._outputs(batch.input_ids, batch.position_ids, batch.predictors, batch.layout)
+            labels = (batch.label_positions, batch.label_places)
+            outputs = self._outputs(batch.input_ids, batch.position_ids, batch.predictors, batch.layout, labels)
         else:
             outputs = self._one_by_one(batch)
         if self.head_reason is None:
@@ -111,27 +121,31 @@ class PackedForward:
         return TokenScores(losses.sum() * weight, losses.detach(), logits.detach().argmax(-1) == batch.targets)
 
     def _outputs(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor, layout: Layout | None
-    ) -> torch.Tensor:
-        """At the positions `keep[N]` of one sequence `[1, T]`: hidden states `[N, D]`, or logits `[N, V]`."""
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor, layout: Layout | None,
+        labels: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """At the positions `keep[N]` of one sequence `[1, T]`: hidden states `[N, D]`, or logits `[N, V]`.
+
+        With `labels`, the different positions `[P]` and where each of `keep` is among them, the last layer may run on
+        these positions only.
+        """
         arguments: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if layout is not None:
             arguments["layout"] = layout
         with self._autocast(input_ids.device):
             if self.head_reason is None:
-                return self._hidden(arguments, keep)
+                return self._hidden(arguments, keep, labels)
             if self._keeps:
                 arguments["logits_to_keep"] = keep
             logits: torch.Tensor = self.base(**arguments).logits[0]
         return logits if self._keeps else logits[keep]
 
-    def _hidden(self, arguments: dict[str, Any], keep: torch.Tensor) -> torch.Tensor:
+    def _hidden(
+        self, arguments: dict[str, Any], keep: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
         """The last hidden states `[N, D]` at `keep[N]`, in any order and with repetitions."""
-        if self.layer_reason is None and "layout" in arguments:
-            positions, place = torch.unique(keep, return_inverse=True)
-            arguments["label_positions"] = positions
-            few: torch.Tensor = self.base.base_model(**arguments).last_hidden_state[0]
-            return few[place]
+        if self.layer_reason is None and labels is not None:
+            arguments["label_positions"], keep = labels
         hidden: torch.Tensor = self.base.base_model(**arguments).last_hidden_state[0]
         return hidden[keep]
 
@@ -207,15 +221,16 @@ class PackedForward:
     def _compare_last_layer(self) -> float:
         """The last layer on a few positions against all of it."""
         ids, positions = self._probe(5, 7)
-        keep, layout = torch.tensor([2, 3, 6, 11], device=ids.device), Layout.of_documents(5, 7)
+        keep, layout = torch.tensor([2, 3, 6, 11], device=ids.device), Layout((5, 7), (None, None), (2, 3, 6, 11))
+        labels = keep, torch.arange(4, device=ids.device)
         if problem := last_layer.install(self.base):
             raise ValueError(problem)
         self.layer_reason = "not tried"
         with packed_attention(self.model):
             wanted = self._outputs(ids, positions, keep, layout)
             self.layer_reason = None
-            last_layer.find_query_linear(self.base, lambda: self._outputs(ids, positions, keep, layout))
-            return _difference(self._outputs(ids, positions, keep, layout), wanted)
+            last_layer.find_query_linear(self.base, lambda: self._outputs(ids, positions, keep, layout, labels))
+            return _difference(self._outputs(ids, positions, keep, layout, labels), wanted)
 
     def _why_no_direct_head(self) -> str | None:
         """None if the head's weight on the last hidden state gives the model's own logits, else why not."""

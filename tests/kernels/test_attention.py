@@ -1,0 +1,95 @@
+"""Spans of queries see their own keys and no others, span by span as in one kernel for all."""
+
+import itertools
+
+import pytest
+import torch
+
+from lmtune.data.packing import Layout, Span
+from lmtune.kernels.attention import attend_span_by_span, attend_varlen, varlen_function, why_not_varlen
+
+LAYOUTS = {
+    "plain": Layout((5, 1, 9), (None, None, None), (0, 1, 2, 5, 8, 9, 10, 14)),
+    "shared": Layout((6, 3, 4, 5), (None, 0, 0, None), (5, 6, 9, 10, 12, 13, 14, 17)),
+}
+
+
+def masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges_q: torch.Tensor, edges_k: torch.Tensor, longest_q: int,
+    longest_k: int, scale: float | None, window: tuple[int, int],
+) -> torch.Tensor:  # fmt: skip
+    """What a varlen kernel promises, written out: queries are aligned with the last of their span's keys."""
+    k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
+    sizes = list(zip(itertools.pairwise(edges_q.tolist()), itertools.pairwise(edges_k.tolist()), strict=True))
+    assert (longest_q, longest_k) == tuple(max(end - start for start, end in some) for some in zip(*sizes, strict=True))
+    outputs = []
+    for (first_q, last_q), (first_k, last_k) in sizes:
+        scores = torch.einsum("qhd,khd->hqk", q[first_q:last_q], k[first_k:last_k]) * (scale or q.shape[2] ** -0.5)
+        num_q, num_k = scores.shape[1:]
+        place = torch.arange(num_q)[:, None] + num_k - num_q
+        back = place - torch.arange(num_k)[None]
+        seen = (back >= 0) & ((window[0] < 0) | (back <= window[0]))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v[first_k:last_k]))
+    return torch.cat(outputs)
+
+
+def tensors(
+    layout: Layout, queries: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = ((1, 4, queries, 16), (1, 2, sum(layout.lengths), 16), (1, 2, sum(layout.lengths), 16))
+    return [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_kernel_gives_what_span_by_span_gives(name: str, labels: bool, window: int | None) -> None:
+    layout = LAYOUTS[name]
+    spans = layout.label_spans if labels else layout.spans
+    q, k, v = tensors(layout, sum(span.queries for span in spans))
+    one = attend_varlen(masked, q, k, v, layout, spans, 0.3, window)
+    other = attend_span_by_span(q, k, v, layout, spans, 0.3, 0.0, window)
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    weight = torch.randn(one.shape)
+    gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v), retain_graph=True) for out in (one, other)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_label_positions_get_what_they_get_among_all(name: str) -> None:
+    layout = LAYOUTS[name]
+    q, k, v = tensors(layout, sum(layout.lengths))
+    everywhere = attend_span_by_span(q, k, v, layout, layout.spans, None, 0.0, None)
+    places = list(layout.label_positions)
+    few = attend_span_by_span(q[:, :, places], k, v, layout, layout.label_spans, None, 0.0, None)
+    torch.testing.assert_close(few, everywhere[:, places])
+
+
+def test_label_spans_are_the_unbroken_rows_of_labels_in_a_run() -> None:
+    assert LAYOUTS["plain"].label_spans == (
+        Span(3, None, 0, 3), Span(1, None, 1, 1), Span(3, None, 2, 5), Span(1, None, 2, 9),
+    )  # fmt: skip
+    assert LAYOUTS["shared"].label_spans == (
+        Span(1, None, 0, 6), Span(1, 0, 1, 1), Span(2, 0, 2, 2), Span(1, 0, 2, 4), Span(2, None, 3, 2),
+        Span(1, None, 3, 5),
+    )  # fmt: skip
+
+
+def test_why_the_one_kernel_is_not_used() -> None:
+    assert why_not_varlen(torch.device("cpu"), torch.float32, 64) == "it is for GPUs"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_gpus_kernel_gives_what_span_by_span_gives(name: str, labels: bool, window: int | None) -> None:
+    layout = LAYOUTS[name]
+    spans = layout.label_spans if labels else layout.spans
+    q, k, v = tensors(layout, sum(span.queries for span in spans), "cuda", torch.bfloat16)
+    one = attend_varlen(varlen_function(), q, k, v, layout, spans, None, window)
+    other = attend_span_by_span(q.float(), k.float(), v.float(), layout, spans, None, 0.0, window)
+    torch.testing.assert_close(one.float(), other, atol=2e-2, rtol=2e-2)
