@@ -8,6 +8,7 @@ written); 130 after Ctrl-C and 143 after SIGTERM. `LMTUNE_TRACEBACK=1` shows the
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -30,6 +31,8 @@ VERBS = (
     "quickstart", "check", "preview", "plan", "finetune", "evaluate", "merge", "chat", "app", "push", "pull",
     "pretrain", "runs", "doctor",
 )  # fmt: skip
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def main() -> NoReturn:
@@ -77,10 +80,20 @@ def _outcome(app: typer.Typer) -> int:
     except KeyboardInterrupt:
         err.print("stopped")
         return 130
+    except OSError as error:
+        _show(error, _about_file(error))
+        return 1
     except Exception as error:
         _show(error, f"{type(error).__name__}: {error}\n  (LMTUNE_TRACEBACK=1 shows where)")
         return 1
     return 0
+
+
+def _about_file(error: OSError) -> str:
+    """What is wrong with which file, where the disk is full or must not be written."""
+    if error.filename is None or error.errno not in _DISK:
+        return f"{type(error).__name__}: {error}\n  (LMTUNE_TRACEBACK=1 shows where)"
+    return f"{error.filename}: {error.strerror}; make room or permit it, then start the same command again"
 
 
 def _show(error: Exception, message: str) -> None:

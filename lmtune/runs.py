@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -84,11 +85,18 @@ class RunDirectory:
 
         Raises:
             CheckpointError: another process is writing to this run.
+            ConfigError: the folder cannot be written.
         """
         import fcntl
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            opened = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir: {self.path} cannot be written ({error.strerror}); permit it or choose another run.dir"
+            ) from None
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -101,6 +109,13 @@ class RunDirectory:
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+    def clean(self) -> None:
+        """Remove what a crash in the middle of writing has left; for who holds the lock."""
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        for folder in (self.path / ".staging-adapter", *self.checkpoints.glob(".staging-*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def set_aside(self) -> Path:
         """Rename this run to the first free `NAME-old-N`, so that a new one can begin; returns the new path."""
@@ -124,13 +139,41 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by a file that holds `text`, whole or not at all."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(staged, "w", encoding="utf-8") as file:
+        with naming(path), open(staged, "w", encoding="utf-8") as file:
             file.write(text)
             flush_to_disk(file)
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside the block names `path`, which one from a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Give the complete folder `staging` the name `target`; an earlier one goes whole, not file by file.
+
+    Killed in between, there is the earlier folder, the new one or none, but never half of one.
+    """
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                flush_to_disk(file)
+    sync_folder(staging)
+    earlier = target.with_name(f".earlier-{target.name}")
+    shutil.rmtree(earlier, ignore_errors=True)  # a crash left it
+    if target.exists():
+        target.rename(earlier)
+    staging.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from lmtune.errors import LmtuneError
 from lmtune.models.adapters import load_adapter
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, quiet_libraries, stored_dtype
-from lmtune.runs import share_files, sync_folder
+from lmtune.runs import replace_folder, share_files
 
 Into = Literal["trained", "original"]
 
@@ -98,10 +98,8 @@ def merge(
         _require_bounds(report)
         if describe is not None:
             describe(staging, report)
-        shutil.rmtree(output, ignore_errors=True)  # an earlier merge of this run
         share_files(staging)
-        staging.rename(output)
-        sync_folder(output.parent)
+        replace_folder(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return report

@@ -26,7 +26,7 @@ from lmtune.runs import flush_to_disk, sync_folder
 ADAPTER, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors", "optimizer.safetensors", "state.json", "manifest.json",
 )  # fmt: skip
-_STAGING = ".staging-"
+_STAGING = ".staging-"  # `RunDirectory.clean` removes what a crash leaves of it
 Tensors = dict[str, torch.Tensor]
 
 
@@ -114,12 +114,6 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None, written: i
     for path in [path for path in checkpoint_folders(folder) if _step_of(path) <= written][:-keep]:
         if _step_of(path) != best_step:
             shutil.rmtree(path)
-
-
-def clean_staging(folder: Path) -> None:
-    """Remove what a crash in the middle of writing has left."""
-    for path in folder.glob(f"{_STAGING}*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

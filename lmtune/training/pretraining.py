@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from lmtune.config import TrainConfig
 from lmtune.errors import LmtuneError
 from lmtune.models.loading import DTYPES, compute_dtype, default_device, quiet_libraries
+from lmtune.runs import replace_folder
 from lmtune.training.corpus import TURN_END, Blocks, TokenStream, num_blocks, take_blocks
 from lmtune.training.pretrain_config import PretrainConfig, ShapeConfig
 from lmtune.training.progress import StepProgress
@@ -152,8 +153,7 @@ def save_pretrained(model: Any, tokenizer: Any, card: str, config: PretrainConfi
     (staged / "README.md").write_text(card, encoding="utf-8")
     for file in staged.iterdir():
         file.chmod(0o644)  # safetensors keeps its files to their owner, but a model is made to be passed on
-    shutil.rmtree(folder, ignore_errors=True)
-    staged.rename(folder)
+    replace_folder(staged, folder)
     return folder
 
 

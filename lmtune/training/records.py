@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lmtune.runs import RunDirectory, keep_lines
+from lmtune.runs import RunDirectory, keep_lines, naming
 
 COLUMNS = (
     "step", "elapsed_tokens", "elapsed_examples", "training_loss", "training_sequence_accuracy",
@@ -85,5 +85,5 @@ class Records:
 
     @staticmethod
     def _append(path: Path, line: str) -> None:
-        with path.open("a", encoding="utf-8") as file:
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

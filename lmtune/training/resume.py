@@ -12,7 +12,7 @@ from typing import Any
 from lmtune.config import FinetuneConfig, to_tree
 from lmtune.errors import CheckpointError, listed
 from lmtune.runs import RunDirectory
-from lmtune.training.checkpoint import Checkpoint, clean_staging, newest_checkpoint
+from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
 
 # Settings that change speed, memory or reporting, but never what is learned.
 _FREE = {
@@ -42,7 +42,7 @@ def find_checkpoint(run: RunDirectory, now: Mapping[str, Any]) -> tuple[Checkpoi
     Raises:
         CheckpointError: the run was made with other settings, data or base, or all its checkpoints are damaged.
     """
-    clean_staging(run.checkpoints)
+    run.clean()
     checkpoint, skipped = newest_checkpoint(run.checkpoints)
     if checkpoint is not None:
         require_same(run, checkpoint.state["identity"], now)

@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, checked before they are used, and never the reason why an earlier one is lost."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from lmtune.training import checkpoint as module
 from lmtune.training.checkpoint import (
     Checkpoint,
     checkpoint_folders,
-    clean_staging,
     load_checkpoint,
     newest_checkpoint,
     optimizer_tensors,
@@ -162,14 +160,6 @@ def test_a_later_one_that_was_passed_over_does_not_count_when_pruning(tmp_path: 
     newest, _ = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.step == 3
-
-
-def test_staging_that_a_crash_left_is_removed_and_never_resumed_from(tmp_path: Path) -> None:
-    saved(tmp_path, 1)
-    shutil.copytree(tmp_path / "step-000001", tmp_path / ".staging-step-000002")
-    assert newest_checkpoint(tmp_path)[0].step == 1  # type: ignore[union-attr]
-    clean_staging(tmp_path)
-    assert names(tmp_path) == ["step-000001"]
 
 
 @pytest.mark.parametrize("failing", ["save_file", "_make_durable", "sync_folder"])

@@ -1,0 +1,142 @@
+"""A disk that is full or must not be written: a clear error, what was there is untouched, and the run goes on later."""
+
+import ctypes
+import json
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmtune.training.checkpoint import checkpoint_folders, problem_of
+from tests.processes import Trouble, at_call, lmtune, said
+from tests.workplace import checkpoints, lasting, written_files
+
+
+def limit_files(size: int) -> None:
+    """From now on no file of this process can become larger: what a write to a full disk meets, but exact."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def in_save(count: int, action: Trouble) -> Trouble:
+    """`action` when the checkpoint number `count` is about to be written."""
+    return at_call("lmtune.training.loop", "save_checkpoint", action, count)
+
+
+def steps(place: Path) -> list[int]:
+    """The run's checkpoints; all must be whole."""
+    folders = checkpoint_folders(place / "runs/trial/checkpoints")
+    assert all(problem_of(path) is None for path in folders)
+    assert len(checkpoints(place)) == len(folders)  # no staging either
+    return [int(path.name[5:]) for path in folders]
+
+
+def assert_failed_clearly(place: Path, *parts: str) -> None:
+    """One message that says what could not be written, why, and what to do; the summary says it too."""
+    text = said(place)
+    assert text.count("\nerror: ") == 1
+    assert "Traceback" not in text
+    for part in (*parts, "make room or permit"):
+        assert part in text
+    assert json.loads((place / "runs/trial/summary.json").read_text())["status"] == "failed"
+
+
+# The adapter takes 34 kB, the optimizer's file twice as much.
+@pytest.mark.parametrize(
+    "size", [pytest.param(20_000, id="07 the adapter"), pytest.param(50_000, id="08 the optimizer")]
+)
+def test_07_and_08_a_disk_that_is_full_while_a_checkpoint_is_saved(
+    place: Path, undisturbed: dict[str, Any], size: int
+) -> None:
+    assert lmtune(place, "finetune", "run.yaml", trouble=in_save(2, partial(limit_files, size))) == 1
+    assert_failed_clearly(place, "cannot write the checkpoint runs/trial/checkpoints/step-000003", "File too large")
+    assert steps(place) == [2]
+    assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
+    assert "goes on after step 2" in said(place)
+    assert lasting(place) == undisturbed
+
+
+def test_07_a_disk_that_is_full_while_a_step_is_recorded(place: Path, undisturbed: dict[str, Any]) -> None:
+    """The metrics' line is cut in its middle."""
+    trouble = at_call("lmtune.training.records", "Records.add", partial(limit_files, 900), 5)
+    assert lmtune(place, "finetune", "run.yaml", trouble=trouble) == 1
+    text = said(place)
+    assert "error: runs/trial/metrics.jsonl: File too large; make room or permit it" in text
+    assert "Traceback" not in text
+    assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
+    assert lasting(place) == undisturbed
+
+
+def test_07_a_disk_that_is_full_while_the_result_is_saved(place: Path, undisturbed: dict[str, Any]) -> None:
+    trouble = at_call("lmtune.training.session", "save_adapter", partial(limit_files, 20_000))
+    assert lmtune(place, "finetune", "run.yaml", trouble=trouble) == 1
+    assert "File too large" in said(place)
+    assert "Traceback" not in said(place)
+    assert not (place / "runs/trial/adapter").exists()
+    assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
+    assert lasting(place) == undisturbed
+
+
+@pytest.fixture
+def small_disk(place: Path) -> Iterator[Path]:
+    """The place, whose runs are on a disk of 300 kB of their own."""
+    runs = place / "runs"
+    runs.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(runs)], check=True)
+    yield place
+    subprocess.run(["umount", str(runs)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount; the limit on files stands for it above")
+def test_07_a_small_disk_that_is_really_full(small_disk: Path, undisturbed: dict[str, Any]) -> None:
+    assert lmtune(small_disk, "finetune", "run.yaml", "run.keep_checkpoints=99") == 1
+    assert "cannot write the checkpoint runs/trial/checkpoints/step-000004" in said(small_disk)
+    assert "No space left on device" in said(small_disk)
+    assert "Traceback" not in said(small_disk)
+    assert steps(small_disk) == [2, 3]
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk / "runs")], check=True)
+    assert lmtune(small_disk, "finetune", "run.yaml") == 0, said(small_disk)
+    assert lasting(small_disk) == undisturbed
+
+
+def forbid(folder: Path) -> None:
+    """Nobody may write there any more, and this process has no right to do it all the same, whoever it runs as."""
+    for path in (folder, folder / "checkpoints"):
+        path.chmod(0o555)
+    header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, nothing) == 0
+
+
+def test_09_an_output_folder_that_turned_read_only(place: Path, undisturbed: dict[str, Any]) -> None:
+    run = place / "runs/trial"
+    assert lmtune(place, "finetune", "run.yaml", trouble=in_save(2, partial(forbid, run))) == 1
+    text = said(place)
+    assert text.count("\nerror: ") == 1
+    assert "cannot write the checkpoint runs/trial/checkpoints/step-000003" in text
+    assert "Permission denied" in text
+    assert "Traceback" not in text
+    assert steps(place) == [2]
+    for path in (run, run / "checkpoints"):
+        path.chmod(0o755)
+    assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
+    assert lasting(place) == undisturbed
+
+
+def no_rights() -> None:
+    """The `runs` folder cannot be written."""
+    Path("runs").mkdir()
+    (Path("runs") / "checkpoints").mkdir()
+    forbid(Path("runs"))
+
+
+def test_09_an_output_folder_that_is_read_only_from_the_start(place: Path) -> None:
+    assert lmtune(place, "finetune", "run.yaml", trouble=no_rights) == 2
+    assert "error: run.dir: runs/trial cannot be written (Permission denied); permit it or choose another" in said(
+        place
+    )
+    assert "Traceback" not in said(place)
+    assert written_files(place / "runs") == {}
