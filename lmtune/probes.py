@@ -42,7 +42,7 @@ def find_processor() -> Iterator[Finding]:
     """Cores and memory."""
     import torch
 
-    from lmtune.training.memory import free_memory
+    from lmtune.models.free_memory import free_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads, {_cpu_capability()}")

@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.config import AdapterConfig
 from lmtune.errors import ConfigError, ModelError, listed
+from lmtune.kernels.lora_linear import fuse
 from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
+from lmtune.models.free_memory import dense_weights_fit
 from lmtune.models.pattern_limits import endless_patterns
 
 ADAPTER = "default"
@@ -125,6 +127,9 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     _check_tensors(peft_model, state, folder)
     set_peft_model_state_dict(peft_model, state)
     peft_model.requires_grad_(False)
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        # bitsandbytes rounds activations too; training does not, and what was trained is what answers
+        fuse(peft_model, keep_dense=dense_weights_fit(peft_model, next(model.parameters()).device))
     return peft_model.eval()
 
 

@@ -16,6 +16,7 @@ import torch
 from lmtune.config import AdapterConfig, FinetuneConfig, ModelConfig
 from lmtune.errors import ModelError
 from lmtune.models.adapters import is_target
+from lmtune.models.free_memory import free_memory
 from lmtune.models.loading import compute_dtype, resolve_name
 from lmtune.training import memory
 from lmtune.training.memory import GIB, MemoryEstimate, ModelShape
@@ -71,7 +72,7 @@ def forecast(
     shape = planned_shape(config.model, config.adapter)
     dtype = compute_dtype(device, config.model.dtype)
     share = float(num_trained.sum() / num_tokens.sum())
-    free = memory.free_memory(device) // (processes if device.type == "cpu" else 1)
+    free = free_memory(device) // (processes if device.type == "cpu" else 1)
     longest = int(num_tokens.max())
     weights = memory.estimate(shape, 1, config.model.quantization, dtype, share).base_weights * GIB
     budget, checkpointed = memory.fitting_micro_batch(

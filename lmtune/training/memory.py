@@ -9,18 +9,15 @@ which changes nothing but speed.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lmtune.kernels.cross_entropy import chunk_rows
-from lmtune.models.loading import compute_dtype
 
 GIB = 2**30
 _SHARE = 0.6  # of the free memory, for activations; the rest is for what is not seen beforehand
-_DENSE_SHARE = 0.25  # of the free memory, for quantised weights kept as dense matrices
 # Tokens of a micro-batch beyond which nothing is gained, and below which computing layers twice is the lesser evil.
 _MOST_TOKENS = {"cuda": 16384, "cpu": 4096}
 _ENOUGH_TOKENS = {"cuda": 2048, "cpu": 256}
@@ -129,13 +126,6 @@ def estimated_activations(shape: ModelShape, dtype: torch.dtype) -> ActivationBy
     return ActivationBytes(layer, boundary, 2 * boundary, shape.num_layers)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on `device`; on the CPU shared with the other processes of this run."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return _available_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def fitting_micro_batch(
     activations: ActivationBytes, longest: int, free_bytes: int, device_type: str
 ) -> tuple[int, int]:
@@ -154,12 +144,6 @@ def fitting_micro_batch(
         if tokens >= wanted:
             return min(most, tokens), checkpointed
     return max(longest, tokens), activations.num_layers
-
-
-def dense_weights_fit(model: Any, device: torch.device) -> bool:
-    """Whether a quantised base's weights may also be held as dense matrices: in a quarter of the free memory."""
-    dense = shape_of(model).linear_parameters * compute_dtype(device).itemsize
-    return dense <= free_memory(device) * _DENSE_SHARE
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -187,19 +171,3 @@ def linear_layers(base: Any) -> list[tuple[str, int, int]]:
         elif isinstance(module, Conv1D):
             found.append((name, int(module.nx), int(module.nf)))
     return found
-
-
-def _available_ram() -> int:
-    """What Linux calls available, within this container's limit; elsewhere half of the physical memory."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, \
-             open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:  # fmt: skip
-            free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # no such limit, or "max"
-        pass
-    return max(free, 0)

@@ -25,6 +25,7 @@ from lmtune.kernels.lora_linear import fuse
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import Tensors, attach_adapter, save_adapter
 from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.free_memory import dense_weights_fit, free_memory
 from lmtune.models.inference import build_renderer, run_notes
 from lmtune.models.loading import compute_dtype, load_model, load_tokenizer
 from lmtune.runs import RunDirectory, share_files, sync_folder
@@ -115,7 +116,7 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     fingerprint = base_fingerprint(config.model)
     name = run_notes(config, renderer, fingerprint)["base_model"]
     model = attach_adapter(model, config.adapter, config.train.seed, name)
-    fuse(model, keep_dense=memory.dense_weights_fit(model, accelerator.device))
+    fuse(model, keep_dense=dense_weights_fit(model, accelerator.device))
     forward = PackedForward(model)
     if accelerator.is_main_process:
         for note in forward.notes:
@@ -192,7 +193,7 @@ def _fit(config: FinetuneConfig, forward: PackedForward, data: LoadedData, devic
     if activations is None:
         shape = memory.shape_of(forward.model)
         activations = memory.estimated_activations(shape, compute_dtype(device, config.model.dtype))
-    free = memory.free_memory(device)
+    free = free_memory(device)
     budget, needed = memory.fitting_micro_batch(activations, int(tokens.max()), free, device.type)
     wanted = config.train.gradient_checkpointing
     count = activations.num_layers if wanted is True else needed if wanted == "auto" else 0

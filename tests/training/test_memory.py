@@ -10,6 +10,7 @@ import torch
 from lmtune.config import AdapterConfig, ModelConfig
 from lmtune.errors import ModelError
 from lmtune.models.adapters import trainable
+from lmtune.models.free_memory import free_memory
 from lmtune.training.forecast import describe_seconds, flop_per_token, forecast, planned_shape
 from lmtune.training.memory import (
     GIB,
@@ -17,7 +18,6 @@ from lmtune.training.memory import (
     ModelShape,
     estimate,
     fitting_micro_batch,
-    free_memory,
     peak_memory_gib,
     shape_of,
 )
@@ -104,7 +104,7 @@ def test_only_as_many_layers_are_computed_twice_as_needed() -> None:
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmtune.training.memory._available_ram", lambda: 12_000)
+    monkeypatch.setattr("lmtune.models.free_memory._available_ram", lambda: 12_000)
     assert free_memory(torch.device("cpu")) == 12_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert free_memory(torch.device("cpu")) == 4_000
@@ -144,7 +144,7 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
     assert 0 < found.seconds < 60
     assert found.memory.total < found.free_gib
     assert dict(found.lines())["optimizer steps"] == "4"
-    monkeypatch.setattr("lmtune.training.memory._available_ram", lambda: 1000)
+    monkeypatch.setattr("lmtune.models.free_memory._available_ram", lambda: 1000)
     full = forecast(config, tokens, trained, torch.device("cpu"), 1)
     assert full.checkpointed_layers == 2
     assert "it does not fit the 0.0 GiB that are free: try model.quantization=nf4" in full.advice[0]
