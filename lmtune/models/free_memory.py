@@ -1,0 +1,41 @@
+"""How much memory is free, and whether a quantised base may also be held as dense matrices in it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+_DENSE_SHARE = 0.25  # of the free memory, for quantised weights kept as dense matrices
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on `device`; on the CPU shared with the other processes of this run."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _available_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def dense_weights_fit(model: Any, device: torch.device) -> bool:
+    """Whether the weights under a model's adapter may be kept as dense matrices: in a quarter of the free memory."""
+    base = model.get_base_model()
+    layers = (m.get_base_layer() for m in base.modules() if hasattr(m, "get_base_layer"))
+    elements = sum(layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features"))
+    return bool(elements * base.dtype.itemsize <= free_memory(device) * _DENSE_SHARE)
+
+
+def _available_ram() -> int:
+    """What Linux calls available, within this container's limit; elsewhere half of the physical memory."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, \
+             open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:  # fmt: skip
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # no such limit, or "max"
+        pass
+    return max(free, 0)
