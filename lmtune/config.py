@@ -37,7 +37,7 @@ def section(cls: type[T]) -> type[T]:
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-Quantization = Literal["none", "nf4", "int8"]
+Quantization = Literal["none", "nf4", "int8", "fp8"]
 # A run's folder is `run.dir/run.name`: one plain folder name, which cannot climb out of `run.dir`.
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 # One file or folder, or several.

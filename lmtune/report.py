@@ -31,7 +31,12 @@ SCORES = {
     "exact_match": ("Exact match", "exact_match"),
 }
 NOT_MEASURED = "not measured"
-_QUANTIZATIONS = {"none": "not quantised", "nf4": "4-bit NF4 (bitsandbytes)", "int8": "8-bit (bitsandbytes)"}
+_QUANTIZATIONS = {
+    "none": "not quantised",
+    "nf4": "4-bit NF4 (bitsandbytes)",
+    "int8": "8-bit (bitsandbytes)",
+    "fp8": "products in 8-bit floating point",
+}
 _QUIET_KEYS = ("data.train", "data.validation", "data.system")  # names and words of the user's own
 
 

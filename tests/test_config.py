@@ -74,7 +74,7 @@ def test_all_mistakes_stand_in_one_message(tmp_path: Path) -> None:
     )
     assert text.startswith(f"{tmp_path / 'trial.yaml'}: 5 settings are wrong\n")
     assert "model.name: missing; it has no default" in text
-    assert "model.quantization: got 'nf5'; should be 'none', 'nf4' or 'int8'" in text
+    assert "model.quantization: got 'nf5'; should be 'none', 'nf4', 'int8' or 'fp8'" in text
     assert "data.max_lenght: unknown key; did you mean max_length?" in text
     assert "train.epochs: got 0; should be greater than 0" in text
     assert "train.batch_size: got 1.5; should be a valid integer" in text

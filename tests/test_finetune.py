@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.config import FinetuneConfig, load_config
+from lmtune.errors import ConfigError
 from lmtune.models.inference import load_for_inference
 from lmtune.recipes.merge import merge_run
 from lmtune.runs import RunDirectory
@@ -306,6 +307,13 @@ def test_every_variant_trains_and_its_adapter_says_what_the_run_scored(
         assert scores.loss < summary["base"]["loss"]
     state = load_file(run.adapter / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_fp8_is_refused_where_no_gpu_has_it(tmp_path: Path) -> None:
+    folder = make_workplace(tmp_path / "work")
+    with pytest.raises(ConfigError, match=r"model\.quantization: fp8 cannot be trained over here: a CPU has no fp8"):
+        finetune(folder, model__quantization="fp8")
+    assert not (folder / "runs" / "trial" / "config.yaml").exists()
 
 
 def test_the_settings_of_these_tests_are_sound() -> None:

@@ -23,7 +23,7 @@ _MAX_RANK = 4096
 # Keys through which a config reaches beyond weights: classes to import by name, or layers to multiply.
 _FORBIDDEN = ("auto_mapping", "auto_map", "custom_modules", "trust_remote_code", "megatron_config", "layer_replication")
 _NOTES_ALLOWED = {
-    "quantization": ("none", "nf4", "int8"),
+    "quantization": ("none", "nf4", "int8", "fp8"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "template": ("auto", "chat", "plain", "thinking"),
 }

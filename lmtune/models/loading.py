@@ -212,7 +212,7 @@ def quiet_libraries() -> None:
 
 def _quantization(model: ModelConfig, dtype: torch.dtype) -> Any:
     """bitsandbytes' settings for `model.quantization`, or None."""
-    if model.quantization == "none":
+    if model.quantization in ("none", "fp8"):  # fp8 is how the adapter's layers multiply, see kernels.fp8_linear
         return None
     try:
         from transformers import BitsAndBytesConfig

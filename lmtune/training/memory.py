@@ -103,13 +103,13 @@ def estimate(
     Args:
         shape: of the model.
         tokens: in a micro-batch.
-        quantization: `none`, `nf4` or `int8`.
+        quantization: of the base; fp8 weights stand beside the stored ones, by rows and by columns.
         dtype: of computation and of unquantised weights.
         trained_share: trained tokens / tokens.
         checkpointed: layers that are computed again in the backward pass.
     """
     wide = dtype.itemsize
-    per_element = {"none": float(wide), "nf4": 0.516, "int8": 1.002}[quantization]
+    per_element = {"none": float(wide), "nf4": 0.516, "int8": 1.002, "fp8": wide + 2.0}[quantization]
     weights = shape.linear_parameters * per_element + shape.other_parameters * wide
     activations = tokens * estimated_activations(shape, dtype).per_token(checkpointed)
     rows = min(math.ceil(tokens * trained_share), chunk_rows("cpu" if wide == 4 else "cuda", shape.vocabulary_size))

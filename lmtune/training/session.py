@@ -20,7 +20,9 @@ import torch
 from lmtune.config import FinetuneConfig
 from lmtune.console import warn
 from lmtune.data.tokenized import LoadedData, load_data
+from lmtune.errors import ConfigError
 from lmtune.evaluation import Answer, Scores, evaluate, teacher_forced
+from lmtune.kernels.fp8_linear import why_not_fp8
 from lmtune.kernels.lora_linear import fuse
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import Tensors, attach_adapter, save_adapter
@@ -107,6 +109,10 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     Raises:
         ConfigError, DataError, ModelError: something is wrong with them; nothing was written but the row cache.
     """
+    if config.model.quantization == "fp8" and (problem := why_not_fp8(accelerator.device)):
+        raise ConfigError(f"model.quantization: fp8 cannot be trained over here: {problem}; use nf4, int8 or none")
+    if accelerator.device.type == "cuda" and config.model.dtype != "float32":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
     tokenizer = load_tokenizer(config.model)
     notes = {"template": config.data.template, "system": config.data.system}
     renderer = build_renderer(tokenizer, config.model, notes)
@@ -116,7 +122,7 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     fingerprint = base_fingerprint(config.model)
     name = run_notes(config, renderer, fingerprint)["base_model"]
     model = attach_adapter(model, config.adapter, config.train.seed, name)
-    fuse(model, keep_dense=dense_weights_fit(model, accelerator.device))
+    fuse(model, dense_weights_fit(model, accelerator.device), fp8=config.model.quantization == "fp8")
     forward = PackedForward(model)
     if accelerator.is_main_process:
         for note in forward.notes:
