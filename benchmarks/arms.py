@@ -46,7 +46,9 @@ class Arm:
 class Lmtune(Arm):
     """lmtune's own step; `without` names techniques to leave out, for the ablation."""
 
-    def __init__(self, work: Workload, folder: Path, device: str, without: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, work: Workload, folder: Path, device: str, without: tuple[str, ...] = (), micro_batch_tokens: int = 4096
+    ) -> None:
         super().__init__(work, folder, device)
         from lmtune.kernels.lora_linear import fuse
         from lmtune.kernels.packed_forward import PackedForward
@@ -62,9 +64,12 @@ class Lmtune(Arm):
                 setattr(self.forward, attribute, "left out")
         if self.forward.head_reason:
             self.forward.layer_reason = self.forward.layer_reason or self.forward.head_reason
+        self.budget = micro_batch_tokens
+        if "fused optimizer" not in without:
+            self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, weight_decay=0.0, fused=True)
 
     def step(self, rows: list[Any]) -> float:
-        """Micro-batches of at most 4,096 tokens, packed, with prefixes shared."""
+        """Packed micro-batches, with prefixes shared; by default of the size that training has on a CPU."""
         from types import SimpleNamespace
 
         from lmtune.data.packing import fill, pack
@@ -74,7 +79,7 @@ class Lmtune(Arm):
         documents = [row.documents[0] for row in rows]
         shares = self.forward.shares_prefixes
         prefixes = find_prefixes([beginning(d.input_ids, d.trained) for d in documents]) if shares else []
-        groups = fill([len(d.input_ids) for d in documents], 4096, prefixes)
+        groups = fill([len(d.input_ids) for d in documents], self.budget, prefixes)
         batches = [pack([rows[index] for index in group], shares) for group in groups]
         self.computed += sum(batch.input_ids.numel() for batch in batches)
         trained = sum(int(d.trained.sum()) for d in documents)

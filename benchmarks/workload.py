@@ -39,6 +39,7 @@ class Workload:
         max_length: rows are cut to so many tokens.
         shared_prefix: equal tokens at the beginning of every row.
         own_tokens: with a shared prefix, what follows it, in every row.
+        fixed_length: tokens of every row, instead of lengths with a long tail.
         data: a file of rows in any of lmtune's formats, instead of random ones.
         seed: of weights and rows.
     """
@@ -51,6 +52,7 @@ class Workload:
     max_length: int = 1024
     shared_prefix: int = 0
     own_tokens: int = 64
+    fixed_length: int | None = None
     data: str | None = None
     seed: int = 0
 
@@ -66,6 +68,8 @@ class Workload:
         for index in range(self.batch_size):
             if self.shared_prefix:
                 length = self.own_tokens
+            elif self.fixed_length:
+                length = self.fixed_length
             else:
                 length = int(np.clip(generator.lognormal(4.8, 0.8), 16, self.max_length))
             ids = np.concatenate([prefix, generator.integers(5, vocabulary, length)])
@@ -119,7 +123,7 @@ class Workload:
         config = LlamaConfig(
             hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=True, pad_token_id=0,
-            max_position_embeddings=4096,
+            max_position_embeddings=8192,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder)
 

@@ -1,0 +1,53 @@
+"""What each technique gives: lmtune's step with all of them, and with one left out at a time, in one run.
+
+python -m benchmarks.ablation
+python -m benchmarks.ablation --groups prefix --repeats 7 --output ablation.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import compare, print_table
+from benchmarks.workload import SHAPES, Workload
+
+# name: (changes of the workload, arms beside lmtune)
+GROUPS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "plain": (
+        {},
+        ("without-packing", "without-label-cross-entropy", "without-last-layer", "without-fused-LoRA",
+         "without-fused-optimizer"),
+    ),
+    "nf4": ({"quantization": "nf4"}, ("without-kept-dense-weights", "without-fused-LoRA")),
+    "prefix": ({"shared_prefix": 256, "own_tokens": 64, "batch_size": 50}, ("without-shared-prefix",)),
+    "budget": ({}, ("micro-batch-512", "micro-batch-1024", "micro-batch-2048", "micro-batch-8192")),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Measure the groups asked for, one table each, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="30m")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    reports = {}
+    for name in options.groups:
+        changes, others = GROUPS[name]
+        work = replace(Workload(options.shape), **changes)
+        arms = ["lmtune", *(f"lmtune-{other}" for other in others)]
+        reports[name] = compare(work, options.device, arms, options.repeats)
+        print(f"\n{name}: {changes or 'the workload of benchmarks.compare'}")
+        print_table(reports[name])
+    if options.output:
+        options.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

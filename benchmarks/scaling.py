@@ -1,0 +1,174 @@
+"""How cost grows: with rows (the planner's time and memory), with the length of rows, with the rank, with processes.
+
+python -m benchmarks.scaling rows           # 1,000 to 1,000,000 short rows, planned for a whole epoch
+python -m benchmarks.scaling length rank    # tokens per second of a training step
+python -m benchmarks.scaling processes      # `lmtune finetune --processes N`, whole runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.compare import compare, machine
+from benchmarks.measure import load_average
+from benchmarks.workload import Workload
+
+ROWS = (1_000, 10_000, 100_000, 1_000_000)
+LENGTHS = (64, 256, 1024, 4096)
+RANKS = (4, 16, 64, 256)
+STEPS, ROW_TOKENS = 20, 24  # steps of a run for `processes`; mean tokens of the short rows
+
+
+def main() -> None:
+    """Measure what the command line names, print it as it comes, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=("rows", "length", "rank", "processes"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", default="30m")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    report: dict[str, Any] = {"machine": machine(options.device), "load_average_before": load_average()}
+    for what in options.what:
+        if what == "rows":
+            report[what] = [planned(count) for count in ROWS]
+        elif what == "length":
+            works = [(n, Workload(options.shape, fixed_length=n, batch_size=max(2, 8192 // n))) for n in LENGTHS]
+            report[what] = [step_rate("length", n, work, options) for n, work in works]
+        elif what == "rank":
+            report[what] = [step_rate("rank", n, Workload(options.shape, rank=n), options) for n in RANKS]
+        else:
+            report[what] = [whole_run(count, options.shape) for count in options.processes]
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def step_rate(name: str, value: int, work: Workload, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second and memory of lmtune's step, with the plain packed loop in the same run."""
+    report = compare(work, options.device, ["lmtune", "plain-packed"], options.repeats)
+    arms = {arm["arm"]: arm for arm in report["arms"]}
+    ours, plain = arms["lmtune"], arms["plain-packed"]
+    rate, ceiling = ours["tokens_per_second_median"], report["matmul_ceiling_gflops"]
+    print(
+        f"{name} {value:>6}: {rate:8.0f} tok/s, {ours['peak_memory_gib']:5.2f} GiB, MFU {ours['mfu']:.2f} of {ceiling} "
+        f"GFLOP/s; plain packed {plain['tokens_per_second_median']:8.0f} tok/s, {plain['peak_memory_gib']:5.2f} GiB"
+    )
+    return {name: value, "matmul_ceiling_gflops": ceiling, "lmtune": ours, "plain-packed": plain}
+
+
+# --- rows
+
+
+def planned(count: int) -> dict[str, Any]:
+    """Time and memory to plan one epoch of `count` short rows, read from a file as training does, in a new process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.arrow"
+        write_rows(path, count)
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_plan_epoch, args=(theirs, path))
+        process.start()
+        found: dict[str, Any] = {"rows": count, "file_mib": round(path.stat().st_size / 2**20, 1), **ours.recv()}
+        process.join()
+    print(
+        f"{count:>9,} rows: {found['seconds']:7.2f} s to plan {found['steps']:,} steps, "
+        f"{found['memory_gib']:.2f} GiB more resident memory, {found['anonymous_gib']:.2f} GiB of it not the file's"
+    )
+    return found
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Tokenised rows of about `ROW_TOKENS` tokens, the last third trained."""
+    from lmtune.data.rendering import Document
+    from lmtune.data.token_table import TableWriter
+
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.lognormal(np.log(ROW_TOKENS), 0.5, count), 6, 128).astype(int)
+    with TableWriter(path) as table:
+        for index, length in enumerate(lengths.tolist()):
+            ids = generator.integers(5, 30_000, length).tolist()
+            trained = [False] * (length - length // 3) + [True] * (length // 3)
+            table.append([Document(ids, trained)], 0, index + 1, index)
+
+
+def _plan_epoch(pipe: Any, path: Path) -> None:
+    from lmtune.config import TrainConfig
+    from lmtune.data.prefixes import beginning
+    from lmtune.data.token_table import TokenTable
+    from lmtune.data.tokenized import TokenizedData
+    from lmtune.training.plan import Plan
+
+    before = _resident()
+    began = time.perf_counter()
+    data = TokenizedData(TokenTable(path), "key", {"files": ["rows.jsonl"]})
+
+    def beginning_of(row: int) -> Any:
+        document = data[row].documents[0]
+        return beginning(document.input_ids, document.trained)
+
+    plan = Plan(data.num_tokens, data.num_trained, TrainConfig(epochs=1), 1, 4096, beginning_of)
+    micro_batches = sum(len(plan.step(step).shares[0]) for step in range(1, plan.total_steps + 1))
+    seconds, after = time.perf_counter() - began, _resident()
+    pipe.send({
+        "seconds": round(seconds, 2), "steps": plan.total_steps, "micro_batches": micro_batches,
+        "memory_gib": round(after["VmRSS"] - before["VmRSS"], 3),
+        "anonymous_gib": round(after["RssAnon"] - before["RssAnon"], 3),
+    })  # fmt: skip
+
+
+def _resident() -> dict[str, float]:
+    """This process's memory in GiB: all that is resident, and the part that is no file's."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    pairs = (line.split() for line in lines if line.startswith(("VmRSS", "RssAnon")))
+    return {name.rstrip(":"): int(size) / 2**20 for name, size, *_ in pairs}
+
+
+# --- processes
+
+
+def whole_run(count: int, shape: str) -> dict[str, Any]:
+    """`lmtune finetune --processes count` from start to end: its own tokens per second, and the seconds of all."""
+    work = Workload(shape)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        work.write_base(folder / "base")
+        work.tokenizer().save_pretrained(folder / "base")
+        generator = np.random.default_rng(0)
+        words = [f"word{index}" for index in range(500)]
+        with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+            for _ in range(STEPS * 16):
+                length = int(np.clip(generator.lognormal(3.4, 0.8), 4, 200))
+                text = " ".join(generator.choice(words, length))
+                file.write(json.dumps({"prompt": text[: len(text) * 2 // 3], "completion": text[len(text) * 2 // 3 :]}))
+                file.write("\n")
+        settings = [
+            "model.name=base", "model.quantization=none", "data.train=rows.jsonl", "data.validation_fraction=0",
+            "train.batch_size=16", f"train.max_steps={STEPS}", "data.template=plain", "run.name=trial",
+        ]  # fmt: skip
+        (folder / "run.yaml").write_text("run: {dir: runs}\n")
+        threads = max(1, (os.cpu_count() or 1) // count)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "LMTUNE_CACHE": str(folder / "cache")}
+        command = [sys.executable, "-m", "lmtune", "finetune", "run.yaml", *settings, "--processes", str(count)]
+        began = time.perf_counter()
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+        seconds = time.perf_counter() - began
+        summary = json.loads((folder / "runs" / "trial" / "summary.json").read_text())
+    rate = summary["tokens_per_second"]
+    print(f"{count} processes of {threads} threads: {rate:8.0f} tok/s in training, {seconds:.0f} s in all")
+    return {"processes": count, "threads_each": threads, "tokens_per_second": rate, "seconds": round(seconds, 1)}
+
+
+if __name__ == "__main__":
+    main()
