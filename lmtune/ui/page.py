@@ -255,11 +255,11 @@ class _Page:
     def _columns(self, talk: Conversation, both: bool, answering: bool = False) -> tuple[Any, Any]:
         """What the two chats show.
 
-        As plain values in Gradio's own form: for an update, `gr.skip()` included, Gradio makes the component anew, which
-        takes 3.5 ms for a chat, ten times as long as all else that it does to redraw a page.
+        As plain values in Gradio's own form: for an update, `gr.skip()` too, Gradio makes the component anew: 3.5 ms
+        for a chat, ten times as long as all else that it does to redraw a page.
         """
         columns = [shown(session.messages, answering) for session in talk.columns]
-        drawn = [self.answers.postprocess(column).model_dump() for column in columns]  # type: ignore[arg-type]
+        drawn = [self.answers.postprocess(column).model_dump() for column in columns]
         return drawn[0], drawn[1] if len(drawn) > 1 else drawn[0] if both else []
 
     def _conversation(self, request: gr.Request) -> Conversation:
