@@ -106,6 +106,7 @@ class Watch:
     def __init__(self, accelerator: WatchedAccelerator, limit_seconds: float) -> None:
         self._accelerator, self._limit = accelerator, limit_seconds
         self._meetings, self._since = 0, None  # type: int, float | None
+        self._moved = time.monotonic()
         self._store = TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
             timeout=timedelta(seconds=_STORE_SECONDS),
@@ -117,11 +118,11 @@ class Watch:
     def arrive(self) -> None:
         """This process waits for the others from now on."""
         self._meetings += 1
-        self._since = time.monotonic()
+        self._since = self._moved = time.monotonic()
 
     def depart(self) -> None:
         """All have come."""
-        self._since = None
+        self._since, self._moved = None, time.monotonic()
 
     def close(self) -> None:
         """Stop watching; the thread must not outlive the store."""
@@ -130,24 +131,34 @@ class Watch:
 
     def end_if_given_up(self) -> None:
         """End this process if another one has given up waiting and said why: that is why the group fell apart."""
-        with contextlib.suppress(RuntimeError), self._lock:
+        with contextlib.suppress(RuntimeError), self._lock:  # RuntimeError: the store is gone too
             if self._store.check([f"{_KEY}given up"]):
-                self._end()
+                self._end(self._store.get(f"{_KEY}reason").decode())
 
     def _run(self) -> None:
+        alone: float | None = None  # since when the store is gone, with the process that held it
         while not self._stopped.wait(min(1.0, self._limit / 10)):
-            with contextlib.suppress(RuntimeError), self._lock:  # the store went with the process that held it
-                self._look()
+            try:
+                with self._lock:
+                    self._look()
+                alone = None
+            except RuntimeError:
+                now = time.monotonic()
+                alone = now if alone is None else alone
+                if now - max(alone, self._moved) > self._limit:
+                    place, rank = self._accelerator.place, self._accelerator.process_index
+                    self._end(f"process {rank} (in {place}) hangs, and the process it met the others by has ended")
 
     def _look(self) -> None:
         """Post where this process is; end it if it, or another one, has waited too long."""
         meetings, since = self._meetings, self._since
         self._store.set(f"{_KEY}{self._accelerator.process_index}", f"{meetings} {self._accelerator.place}")
         if self._store.check([f"{_KEY}given up"]):
-            self._end()
+            self._end(self._store.get(f"{_KEY}reason").decode())
         if since is not None and time.monotonic() - since > self._limit:
-            self._store.set(f"{_KEY}reason", _reason(self._absent(meetings), self._limit))
-            self._end(first=self._store.add(f"{_KEY}given up", 1) == 1)
+            reason = _reason(self._absent(meetings), self._limit)
+            self._store.set(f"{_KEY}reason", reason)
+            self._end(reason, first=self._store.add(f"{_KEY}given up", 1) == 1)
 
     def _absent(self, meetings: int) -> list[str]:
         """The processes that have come to fewer meetings than this one, and where they are."""
@@ -160,9 +171,8 @@ class Watch:
                 found.append(f"process {rank} (in {place})")
         return found
 
-    def _end(self, first: bool = False) -> None:
+    def _end(self, reason: str, first: bool = False) -> None:
         """End this process, whose main thread cannot be reached; the first one to give up says why."""
-        reason = self._store.get(f"{_KEY}reason").decode()
         if first:
             err.print(f"[bold red]error:[/] {escape(reason)}")
         if self._accelerator.on_failure is not None:

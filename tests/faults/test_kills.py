@@ -11,6 +11,7 @@ import torch
 
 from lmtune.training.checkpoint import checkpoint_folders, problem_of
 from lmtune.training.resume import find_checkpoint
+from tests.faults.choosing import few
 from tests.faults.failpoints import killed_in_a_save, stages_of_a_save
 from tests.jobs import final_weights, job_for, records
 from tests.processes import (
@@ -69,8 +70,7 @@ KILLS: dict[str, Trouble] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KILLS)
+@pytest.mark.parametrize("kind", few(KILLS, "between a step and its record", "before the adapter is saved"))
 def test_01_killed_anywhere_else(place: Path, undisturbed: dict[str, Any], kind: str) -> None:
     assert lmtune(place, "finetune", "run.yaml", trouble=KILLS[kind]) == -signal.SIGKILL
     assert summary_of(place)["status"] == "running"
@@ -78,7 +78,7 @@ def test_01_killed_anywhere_else(place: Path, undisturbed: dict[str, Any], kind:
     assert lasting(place) == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_01_killed_many_times(place: Path, undisturbed: dict[str, Any]) -> None:
     for step in (2, 4, 6, 8):
         assert lmtune(place, "finetune", "run.yaml", trouble=after_update(1, KILL)) < 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.choosing import few
 from tests.processes import KILL, Trouble, at_call, lmtune, said
 from tests.workplace import finetune, make_workplace, written_files
 
@@ -35,7 +36,10 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("kind", KILLS)
+@pytest.mark.parametrize(
+    "kind",
+    few(KILLS, "before the card is written", "before the new one comes", "while the earlier one is deleted"),
+)
 def test_26_killed_in_the_middle_of_a_merge(merged: Path, tmp_path: Path, kind: str) -> None:
     place = Path(shutil.copytree(merged, tmp_path / "work"))
     model = place / "runs/trial/merged"

@@ -1,0 +1,212 @@
+"""One of several processes is stopped, killed, fails, hangs or leaves: the job ends, says why, and can be gone on with.
+
+Most tests run two processes that meet as under a launcher. The last ones go through `accelerate launch`, as
+`lmtune finetune --processes 2` does; starting it takes ten seconds.
+"""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmtune.training.checkpoint import checkpoint_folders, problem_of
+from tests.faults.choosing import few
+from tests.processes import KILL, Trouble, at_call, at_step, said, send, together
+from tests.workplace import environment, lasting
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = "import sys; from pathlib import Path; from lmtune.training.workers import launch; "
+LAUNCH += f"sys.exit(launch(Path({str(ROOT / 'tests' / 'faults' / 'recipe.py')!r}), sys.argv[1:], 2))"
+
+
+def reason(place: Path) -> str:
+    """Why the run failed, in its summary."""
+    summary = json.loads((place / "runs/trial/summary.json").read_text())
+    assert summary["status"] == "failed"
+    return str(summary["reason"])
+
+
+def messages(place: Path, rank: int) -> list[str]:
+    """The first line of each error that a process showed."""
+    return re.findall(r"^error: (.*)$", said(place, f"output{rank}"), re.MULTILINE)
+
+
+def assert_goes_on(place: Path, undisturbed_pair: dict[str, Any]) -> None:
+    """The same command ends bit for bit like the run that nothing disturbed, and damaged nothing on its way."""
+    assert all(problem_of(path) is None for path in checkpoint_folders(place / "runs/trial/checkpoints"))
+    assert together(place, "finetune", "run.yaml") == [0, 0], said(place, "output0")
+    assert "goes on after step" in said(place, "output0")
+    assert lasting(place) == undisturbed_pair
+
+
+@pytest.mark.parametrize("rank", few([0, 1], 1))
+def test_06_a_sigterm_to_one_process_stops_both(place: Path, undisturbed_pair: dict[str, Any], rank: int) -> None:
+    codes = together(place, "finetune", "run.yaml", troubles={rank: at_step(5, send(signal.SIGTERM))})
+    assert codes == [143, 143]
+    assert problem_of(place / "runs/trial/checkpoints/step-000005") is None
+    assert messages(place, 0) == messages(place, 1)
+    assert messages(place, 0)[0].startswith("stopped after step 5 of 8, which is saved")
+    assert_goes_on(place, undisturbed_pair)
+
+
+@pytest.mark.parametrize("rank", few([0, 1], 1))
+def test_16_one_process_is_killed_and_the_other_ends(place: Path, undisturbed_pair: dict[str, Any], rank: int) -> None:
+    began = time.monotonic()
+    codes = together(place, "finetune", "run.yaml", troubles={rank: at_step(5, KILL)})
+    assert time.monotonic() - began < 30
+    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
+    assert messages(place, 1 - rank) == [
+        f"another process of this run has ended, and process {1 - rank} cannot go on alone (in step 5); the other "
+        "one, or the launcher, says why"
+    ]
+    assert_goes_on(place, undisturbed_pair)
+
+
+def fail() -> None:
+    """Something unforeseen."""
+    raise ValueError("this is the cause")
+
+
+@pytest.mark.parametrize("rank", few([0, 1], 1))
+def test_17_the_cause_in_one_process_is_what_it_says(place: Path, rank: int) -> None:
+    assert together(place, "finetune", "run.yaml", troubles={rank: at_step(5, fail)}) == [1, 1]
+    assert messages(place, rank) == ["ValueError: this is the cause"]
+    assert len(messages(place, 1 - rank)) == 1
+    assert "another process of this run has ended" in messages(place, 1 - rank)[0]
+    assert "Traceback" not in said(place, "output0") + said(place, "output1")
+
+
+def hang() -> None:
+    """Never come back."""
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize("rank", few([0, 1], 1))
+def test_18_a_process_that_hangs_is_named_within_the_limit(
+    place: Path, undisturbed_pair: dict[str, Any], rank: int
+) -> None:
+    limit = "run.process_timeout_seconds=3"
+    began = time.monotonic()
+    assert together(place, "finetune", "run.yaml", limit, troubles={rank: at_step(5, hang)}) == [1, 1]
+    assert time.monotonic() - began < 30
+    wanted = f"process {rank} (in step 5) did not come to where the others wait, for 3 s (run.process_timeout_seconds)"
+    assert messages(place, 1 - rank) == [wanted]
+    assert messages(place, rank) == []
+    assert reason(place) == wanted
+    assert_goes_on(place, undisturbed_pair)
+
+
+@pytest.mark.long
+def test_18_a_process_that_hangs_before_the_first_step_is_named_too(place: Path) -> None:
+    trouble = at_call("lmtune.training.session", "load_model", hang)
+    limit = "run.process_timeout_seconds=3"
+    assert together(place, "finetune", "run.yaml", limit, troubles={1: trouble}) == [1, 1]
+    assert messages(place, 0)[0].startswith("process 1 (in the start) did not come to where the others wait")
+
+
+def leave() -> None:
+    """End as if all were done."""
+    sys.exit(0)
+
+
+def vanish() -> None:
+    """End without a word to anybody."""
+    os._exit(0)
+
+
+@pytest.mark.parametrize("rank", few([0, 1], 1))
+@pytest.mark.parametrize("how", [leave, vanish])
+def test_19_one_process_that_ends_early_with_0_fails_the_other(
+    place: Path, undisturbed_pair: dict[str, Any], rank: int, how: Trouble
+) -> None:
+    codes = together(place, "finetune", "run.yaml", troubles={rank: at_step(5, how)})
+    assert (codes[rank], codes[1 - rank]) == (0, 1)
+    assert "another process of this run has ended" in messages(place, 1 - rank)[0]
+    assert_goes_on(place, undisturbed_pair)
+
+
+def test_19_the_first_process_may_not_leave_before_the_result_is_saved(place: Path) -> None:
+    """When no step is left to meet for."""
+    codes = together(place, "finetune", "run.yaml", troubles={0: at_call("lmtune.report", "adapter_card", leave)})
+    assert codes == [0, 1]
+    assert "(in scoring and saving the result)" in messages(place, 1)[0]
+
+
+# --- through the launcher
+
+
+def launched(
+    place: Path, rank: int, trouble: Trouble, *settings: str
+) -> "tuple[subprocess.CompletedProcess[str], float]":
+    """`lmtune finetune --processes 2` with trouble for one of them, and for how long it went on after that."""
+    variables = {"TROUBLE": pickle.dumps(trouble).hex(), "RANK_IN_TROUBLE": str(rank), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LAUNCH, "run.yaml", *settings]
+    done = subprocess.run(
+        command,
+        cwd=place,
+        env=environment(place, **variables),
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=200,
+    )
+    return done, time.time() - (place / "trouble").stat().st_mtime
+
+
+def marked(trouble: Trouble) -> None:
+    """Note when the trouble begins."""
+    Path("trouble").touch()
+    trouble()
+
+
+@pytest.mark.long
+def test_16_a_job_with_a_killed_process_ends_within_half_a_minute(place: Path) -> None:
+    done, seconds = launched(place, 1, at_step(5, partial(marked, KILL)))
+    assert done.returncode == 1
+    assert seconds < 30
+    assert "error: process 1 was ended by SIGKILL; perhaps the memory was full" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_19_a_job_of_which_one_process_left_early_has_failed(place: Path) -> None:
+    """After the last meeting, so that only the launcher can notice: it counts who finished."""
+    trouble = at_call("lmtune.cli", "note_exit_code", partial(marked, vanish))
+    done, _ = launched(place, 1, trouble)
+    assert done.returncode == 1
+    assert "error: 1 of 2 processes ended before their work" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("trouble", "code", "first"),
+    [
+        (send(signal.SIGTERM), 143, "stopped after step 5 of 8, which is saved"),
+        (KILL, 1, "another process of this run has ended|process . was ended by SIGKILL"),
+        (fail, 1, "ValueError: this is the cause"),
+        (hang, 1, r"process . \(in step 5\) did not come to where the others wait"),
+        (leave, 1, "another process of this run has ended"),
+        (vanish, 1, "another process of this run has ended"),
+    ],
+    ids=["06", "16", "17", "18", "19", "19-vanished"],
+)
+def test_the_same_through_the_launcher(
+    place: Path, undisturbed_pair: dict[str, Any], trouble: Trouble, code: int, first: str, rank: int
+) -> None:
+    done, seconds = launched(place, rank, at_step(5, partial(marked, trouble)), "run.process_timeout_seconds=3")
+    assert done.returncode == code, done.stderr
+    assert seconds < 30
+    errors = re.findall(r"^error: (.*)$", done.stderr, re.MULTILINE)
+    assert re.match(first, errors[0]), done.stderr
+    assert "Traceback" not in done.stderr
+    assert_goes_on(place, undisturbed_pair)
