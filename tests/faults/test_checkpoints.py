@@ -68,10 +68,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 USUAL = ("10 a truncated adapter", "11 a truncated optimizer", "12 one flipped bit of the optimizer", "13 no state")
-    kind
-    for kind in DAMAGE
-    if kind.startswith(("10", "11")) or kind.endswith(("of the optimizer", "no state", "no manifest"))
-]
 
 
 @pytest.mark.parametrize("kind", few(DAMAGE, *USUAL, "14 no manifest"))
