@@ -102,7 +102,9 @@ def attend_span_by_span(
     keys, values = (torch.split(tensor, list(layout.lengths), 2) for tensor in (key, value))
     outputs = []
     for q, span in zip(queries, spans, strict=True):
-        k, v = keys[span.run][:, :, : span.keys], values[span.run][:, :, : span.keys]
+        k, v = keys[span.run], values[span.run]
+        if span.keys < k.shape[2]:
+            k, v = k[:, :, : span.keys], v[:, :, : span.keys]
         if span.prefix is not None:
             k, v = torch.cat([keys[span.prefix], k], 2), torch.cat([values[span.prefix], v], 2)
         mask, num_q, num_k = None, q.shape[2], k.shape[2]
