@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast test-long check clean
+.PHONY: quickstart test test-fast test-long check bench clean
 
 quickstart: .venv/installed
 	$(BIN)/lmtune quickstart
@@ -23,6 +23,9 @@ check: .venv/installed-check
 	$(BIN)/mypy --strict lmtune
 	$(BIN)/python .ci/audit.py constraints.txt
 
+bench: .venv/installed-bench
+	$(BIN)/python -m benchmarks.compare
+
 # An editable install, so that the checkout is what runs. Each stamp is renewed when the requirements change.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +34,11 @@ check: .venv/installed-check
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+# TRL, to be compared with.
+.venv/installed-bench: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	touch $@
 
 .venv/installed-check: .venv/installed

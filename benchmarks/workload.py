@@ -18,6 +18,7 @@ import numpy as np
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
 SHAPES = {
+    "1m": (64, 192, 2, 4, 2, 8000),  # to try things on
     "30m": (512, 1408, 8, 8, 4, 32000),
     "100m": (768, 2048, 12, 12, 4, 32000),
     "1b": (2048, 5504, 20, 16, 8, 64000),

@@ -1,0 +1,77 @@
+"""The benchmarks run, and their gate tells an exact arm from one that is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import flop_per_token, gate
+from benchmarks.scaling import planned
+from benchmarks.workload import Workload
+
+ROOT = Path(__file__).parents[1]
+
+
+def measured(loss: float, *gradients: float) -> SimpleNamespace:
+    """What an arm's first step gave."""
+    return SimpleNamespace(loss=loss, gradients={"a": np.array(gradients)}, error=None)
+
+
+@pytest.mark.parametrize(
+    ("arm", "exact"),
+    [
+        (measured(2.0, 1.0, -4.0), True), (measured(2.000009, 1.0, -4.0), True), (measured(2.00002, 1.0, -4.0), False),
+        (measured(2.0, 1.0003, -4.0), True), (measured(2.0, 1.0, -4.001), False),
+        (measured(float("nan"), 1.0, -4.0), False), (measured(2.0), False),
+    ],
+)  # fmt: skip
+def test_the_gate_lets_only_the_plain_loops_result_pass(arm: SimpleNamespace, exact: bool) -> None:
+    if not len(arm.gradients["a"]):
+        arm.gradients = {}
+    assert gate(arm, measured(2.0, 1.0, -4.0))["exact"] is exact
+
+
+def test_rows_are_the_same_for_every_arm_and_others_at_each_step() -> None:
+    one, other = (Workload("1m", batch_size=4).rows(3) for _ in range(2))
+    assert all(
+        np.array_equal(a.documents[0].input_ids, b.documents[0].input_ids) for a, b in zip(one, other, strict=True)
+    )
+    again = Workload("1m", batch_size=4).rows(4)
+    assert not np.array_equal(one[0].documents[0].input_ids, again[0].documents[0].input_ids)
+    shared = Workload("1m", batch_size=4, shared_prefix=20, own_tokens=5).rows(0)
+    assert {len(row.documents[0].input_ids) for row in shared} == {25}
+    assert len({tuple(row.documents[0].input_ids[:20]) for row in shared}) == 1
+
+
+def test_rows_of_a_file_are_rendered_by_a_tokenizer_trained_on_it() -> None:
+    work = Workload("1m", batch_size=8, data=str(ROOT / "examples" / "support.jsonl"))
+    assert all(row.documents[0].trained.any() for row in work.rows(1))
+    assert 0 < work.trained_share < 1
+    assert flop_per_token(work) > 0
+
+
+@pytest.mark.slow
+def test_a_comparison_from_its_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.compare", "--shape", "1m", "--batch-size", "4", "--repeats", "1"]
+    command += ["--arms", "lmtune", "lmtune-without-last-layer", "plain-padded", "--output", str(tmp_path / "o.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "o.json").read_text())
+    arms = {arm["arm"]: arm for arm in report["arms"]}
+    assert all(arm["exact"] for arm in arms.values()), done.stdout
+    assert arms["plain-packed"]["repeats"] == 0  # it was there for the gate
+    assert arms["lmtune"]["computed_per_real_token"] == 1.0 < arms["plain-padded"]["computed_per_real_token"]
+    assert arms["lmtune"]["tokens_per_second_median"] > 0
+    assert "lmtune-without-last-layer" in done.stdout
+
+
+@pytest.mark.slow
+def test_planning_a_thousand_rows_is_measured() -> None:
+    found = planned(1000)
+    assert found["steps"] == 32
+    assert 0 < found["seconds"] < 60
+    assert found["memory_gib"] < 1
