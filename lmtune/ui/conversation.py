@@ -23,7 +23,7 @@ from lmtune.models.inference import LoadedModel
 
 Mode = Literal["tuned", "base", "both"]
 MODES: tuple[Mode, ...] = ("tuned", "base", "both")
-_MAX_TABS = 1000  # conversations kept; the one unused for longest goes first
+MAX_TABS = 1000  # conversations kept; the one unused for longest goes first
 _MAX_CACHES = 16  # of them, how many keep their KV caches; the others read their conversation again when it goes on
 _REDRAW_SECONDS = 0.05
 _REDRAW_SECONDS_EACH = 0.004  # more for each answer under way, so that drawing never crowds out answering
@@ -194,7 +194,7 @@ class Tabs:
         with self._guard:
             conversation = self._conversations.pop(key, None) or Conversation(self._models, self.activity)
             self._conversations[key] = conversation
-            while len(self._conversations) > _MAX_TABS:
+            while len(self._conversations) > MAX_TABS:
                 self._conversations.popitem(last=False)[1].clear()
             if len(self._conversations) > _MAX_CACHES:
                 list(self._conversations.values())[-_MAX_CACHES - 1].release()

@@ -94,11 +94,14 @@ class Guard:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application, with what it reads bounded and what it sends marked."""
+        asked = await _whole_body(receive) if scope["method"] == "POST" else []
+        if asked is None:
+            return
         read = 0
 
         async def bounded() -> MutableMapping[str, Any]:
             nonlocal read
-            message = await self._unless_closing(receive)
+            message = asked.pop(0) if asked else await self._unless_closing(receive)
             read += len(message.get("body", b""))
             # A body without a length, in chunks: to the application it is as if the client had gone.
             return {"type": "http.disconnect"} if read > MAX_BODY_BYTES else message
@@ -123,6 +126,31 @@ class Guard:
         finally:
             message.cancel()
             closing.cancel()
+
+
+async def _whole_body(receive: Receive) -> list[MutableMapping[str, Any]] | None:
+    """The messages of a request's body, as far as it may go; None if the client is gone already.
+
+    A busy server comes to requests whose clients no longer wait. Gradio would queue their questions all the same, and
+    answer them for nobody, while those who do wait stand in line behind.
+    """
+    messages: list[MutableMapping[str, Any]] = []
+    size = 0
+    while size <= MAX_BODY_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        messages.append(message)
+        size += len(message.get("body", b""))
+        if not message.get("more_body"):
+            break
+    await asyncio.sleep(0)  # the end of a connection is read one turn of the loop after its last bytes
+    more = asyncio.ensure_future(receive())
+    await asyncio.wait((more,), timeout=0)
+    if not more.done():
+        more.cancel()
+        return messages
+    return None if more.result()["type"] == "http.disconnect" else [*messages, more.result()]
 
 
 def _single_headers(scope: Scope) -> dict[str, str]:

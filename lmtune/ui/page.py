@@ -21,7 +21,7 @@ from lmtune.decoding import base_of, max_positions
 from lmtune.errors import LmtuneError
 from lmtune.generation import MAX_NEW_TOKENS, GenerationOptions
 from lmtune.models.inference import LoadedModel
-from lmtune.ui.conversation import MODES, Activity, Conversation, Settings, Tabs
+from lmtune.ui.conversation import MAX_TABS, MODES, Activity, Conversation, Settings, Tabs
 from lmtune.ui.display import origin, plain, shown, status, typed
 from lmtune.ui.request import MAX_CHARACTERS, index_of, settings_of, text_of
 
@@ -69,6 +69,10 @@ class _Page:
                 with gr.Column(scale=1, min_width=240, elem_id="settings"):
                     self._lay_out_settings()
             self._connect()
+        self.blocks.state_session_capacity = MAX_TABS  # each takes 70 kB; Gradio would keep those of 10,000 visitors
+        self.blocks.max_threads = (
+            _ANSWERS_AT_ONCE  # of the queue too; else no more than 40 questions are taken up at once
+        )
         self.blocks.queue(api_open=False, max_size=_QUEUE_SIZE, default_concurrency_limit=_ANSWERS_AT_ONCE)
 
     # --- what is on the page

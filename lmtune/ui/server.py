@@ -136,7 +136,7 @@ def _serve(application: Guard, listening: socket.socket, activity: Activity, rec
 
     config = uvicorn.Config(
         application, log_level="error", access_log=False, ws="none", proxy_headers=in_space(), server_header=False,
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=2, timeout_keep_alive=60,  # a busy server comes late to a connection used again
     )  # fmt: skip
     server = uvicorn.Server(config)
     # In a thread uvicorn leaves the signals to us.

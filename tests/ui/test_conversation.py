@@ -180,7 +180,7 @@ def test_tabs_are_apart_and_forgotten_when_closed() -> None:
 
 
 def test_the_tab_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_TABS", 3)
+    monkeypatch.setattr(module, "MAX_TABS", 3)
     monkeypatch.setattr(module, "_MAX_CACHES", 2)
     tabs = Tabs([parrot()], Activity())
     talks = {key: tabs.of(("", key)) for key in "abc"}

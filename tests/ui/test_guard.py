@@ -121,6 +121,33 @@ def test_with_a_password_nothing_is_told_without_it(start_app: Callable[..., Ite
     next(running, None)
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_question_is_passed_on_only_while_its_client_waits_for_it(stays: bool) -> None:
+    parts = [b'{"data": ', b"[]}"]
+    asked: list[bytes] = []
+
+    async def receive() -> Any:
+        if parts:
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+        if stays:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        more = True
+        while more:
+            message = await receive()
+            asked.append(message["body"])
+            more = message["more_body"]
+
+    async def send(message: Any) -> None:
+        raise AssertionError("nobody is there to be answered")
+
+    scope = {"type": "http", "method": "POST", "path": JOIN, "headers": [(b"host", b"localhost")]}
+    asyncio.run(Guard(application)(scope, receive, send))
+    assert b"".join(asked) == (b'{"data": []}' if stays else b"")
+
+
 def test_websockets_are_refused() -> None:
     sent: list[Any] = []
 
