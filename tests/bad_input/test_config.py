@@ -132,3 +132,18 @@ def test_targets_that_match_nothing_or_partly(
     said = refused("finetune", "trial.yaml").err
     assert "adapter.target_modules: " in said
     assert unknown in said
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantisation_that_nothing_here_can_serve(
+    place: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    for bits in (4, 8):
+        monkeypatch.setattr(f"transformers.quantizers.quantizer_bnb_{bits}bit.is_bitsandbytes_available", lambda: False)
+    make_workplace(place)
+    (place / "trial.yaml").write_text(
+        f"model: {{name: base, quantization: {quantization}}}\ndata: {{train: train.jsonl}}\n"
+    )
+    said = refused("finetune", "trial.yaml").err
+    assert "error: model." in said
+    assert "requires bitsandbytes" in said
