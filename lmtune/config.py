@@ -118,7 +118,8 @@ class RunConfig:
     checkpoint_every_steps: Count = 100
     keep_checkpoints: Count = 2
     resume: Literal["auto", "never"] = "auto"  # never: an earlier run of this name is renamed, and a new one begins
-    process_timeout_seconds: Count = 1800  # with several processes: they wait so long for one that does not come
+    # With several processes: they wait so long for one that does not come; a week at most.
+    process_timeout_seconds: Annotated[int, Field(ge=1, le=604_800)] = 1800
 
 
 @section

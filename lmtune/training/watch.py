@@ -128,6 +128,8 @@ class Watch:
         """Stop watching; the thread must not outlive the store."""
         self._stopped.set()
         self._thread.join(_STORE_SECONDS)
+        with contextlib.suppress(RuntimeError), self._lock:
+            self._post("ended")  # for those who wait in vain
 
     def end_if_given_up(self) -> None:
         """End this process if another one has given up waiting and said why: that is why the group fell apart."""
@@ -152,7 +154,7 @@ class Watch:
     def _look(self) -> None:
         """Post where this process is; end it if it, or another one, has waited too long."""
         meetings, since = self._meetings, self._since
-        self._store.set(f"{_KEY}{self._accelerator.process_index}", f"{meetings} {self._accelerator.place}")
+        self._post(f"in {self._accelerator.place}")
         if self._store.check([f"{_KEY}given up"]):
             self._end(self._store.get(f"{_KEY}reason").decode())
         if since is not None and time.monotonic() - since > self._limit:
@@ -160,15 +162,18 @@ class Watch:
             self._store.set(f"{_KEY}reason", reason)
             self._end(reason, first=self._store.add(f"{_KEY}given up", 1) == 1)
 
+    def _post(self, state: str) -> None:
+        self._store.set(f"{_KEY}{self._accelerator.process_index}", f"{self._meetings} {state}")
+
     def _absent(self, meetings: int) -> list[str]:
         """The processes that have come to fewer meetings than this one, and where they are."""
         found = []
         for rank in range(self._accelerator.num_processes):
             known = self._store.check([f"{_KEY}{rank}"])
-            text = self._store.get(f"{_KEY}{rank}").decode() if known else "0 its start"
-            count, _, place = text.partition(" ")
+            text = self._store.get(f"{_KEY}{rank}").decode() if known else "0 not started"
+            count, _, state = text.partition(" ")
             if int(count) < meetings:
-                found.append(f"process {rank} (in {place})")
+                found.append(f"process {rank} ({state})")
         return found
 
     def _end(self, reason: str, first: bool = False) -> None:

@@ -36,15 +36,20 @@ def kept(place: Path) -> dict[str, bytes]:
 def pause() -> None:
     """Say that the run is here, and wait until it may go on."""
     Path("here").touch()
-    while not Path("go on").exists():
+    assert appears(Path("go on"))
+
+
+def appears(path: Path) -> bool:
+    """Whether a file is there within a minute."""
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until:
         time.sleep(0.02)
+    return path.exists()
 
 
 def test_24_a_second_run_on_the_same_folder_is_refused(place: Path, undisturbed: dict[str, Any]) -> None:
     first = start(place, "finetune", "run.yaml", trouble=at_step(5, pause), output="first")
-    until = time.monotonic() + 60
-    while not (place / "here").exists() and time.monotonic() < until:
-        time.sleep(0.02)
+    assert appears(place / "here")
     before = kept(place)
     for arguments in ((), ("run.resume=never",), ("adapter.rank=2",)):
         assert lmtune(place, "finetune", "run.yaml", *arguments) == 2
