@@ -30,6 +30,7 @@ _READ = re.compile(
     r"|/gradio_api/(heartbeat|call)/.+"
 )
 _WRITE = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|run/predict)/?|/gradio_api/call/.+")
+_QUESTION = re.compile(r"/gradio_api/(queue/join/?|call/.+)")
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
     "blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
@@ -49,6 +50,7 @@ class Guard:
     def __init__(self, app: App, hosts: frozenset[str] | None = LOOPBACK, framed: bool = False) -> None:
         self._app, self._hosts = app, hosts
         self._closing: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._turn = asyncio.Lock()
         policy = _POLICY if framed else f"{_POLICY}; frame-ancestors 'none'"
         self._headers = [
             (b"content-security-policy", policy.encode()),
@@ -93,15 +95,23 @@ class Guard:
         return None
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application, with what it reads bounded and what it sends marked."""
-        asked = await _whole_body(receive) if scope["method"] == "POST" else []
-        if asked is None:
-            return
+        """Run the application, unless the client of a question has gone before its turn came."""
+        if scope["method"] != "POST" or _QUESTION.fullmatch(scope["path"]) is None:
+            await self._run(scope, receive, send, [])
+        elif (body := await _whole_body(receive)) is not None:
+            # One at a time: taking up a question is work for Gradio. A client that leaves while it stands in line is
+            # seen then, where otherwise its question would be queued and answered for nobody.
+            async with self._turn:
+                if not await _has_gone(receive):
+                    await self._run(scope, receive, send, body)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send, body: list[MutableMapping[str, Any]]) -> None:
+        """Run the application, with what it reads bounded and what it sends marked; `body` was read already."""
         read = 0
 
         async def bounded() -> MutableMapping[str, Any]:
             nonlocal read
-            message = asked.pop(0) if asked else await self._unless_closing(receive)
+            message = body.pop(0) if body else await self._unless_closing(receive)
             read += len(message.get("body", b""))
             # A body without a length, in chunks: to the application it is as if the client had gone.
             return {"type": "http.disconnect"} if read > MAX_BODY_BYTES else message
@@ -129,11 +139,7 @@ class Guard:
 
 
 async def _whole_body(receive: Receive) -> list[MutableMapping[str, Any]] | None:
-    """The messages of a request's body, as far as it may go; None if the client is gone already.
-
-    A busy server comes to requests whose clients no longer wait. Gradio would queue their questions all the same, and
-    answer them for nobody, while those who do wait stand in line behind.
-    """
+    """The messages of a request's body, as far as it may go; None if the client leaves in the middle."""
     messages: list[MutableMapping[str, Any]] = []
     size = 0
     while size <= MAX_BODY_BYTES:
@@ -144,13 +150,17 @@ async def _whole_body(receive: Receive) -> list[MutableMapping[str, Any]] | None
         size += len(message.get("body", b""))
         if not message.get("more_body"):
             break
-    await asyncio.sleep(0)  # the end of a connection is read one turn of the loop after its last bytes
-    more = asyncio.ensure_future(receive())
-    await asyncio.wait((more,), timeout=0)
-    if not more.done():
-        more.cancel()
-        return messages
-    return None if more.result()["type"] == "http.disconnect" else [*messages, more.result()]
+    return messages
+
+
+async def _has_gone(receive: Receive) -> bool:
+    """Whether the client of a request that was read to its end has closed the connection."""
+    message = asyncio.ensure_future(receive())
+    await asyncio.wait((message,), timeout=0)
+    if message.done():
+        return bool(message.result()["type"] == "http.disconnect")
+    message.cancel()
+    return False
 
 
 def _single_headers(scope: Scope) -> dict[str, str]:
