@@ -12,8 +12,10 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from lmtune.config import Quantization
+from lmtune.data.rendering import Template
 from lmtune.errors import ModelError, listed
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
@@ -23,9 +25,9 @@ _MAX_RANK = 4096
 # Keys through which a config reaches beyond weights: classes to import by name, or layers to multiply.
 _FORBIDDEN = ("auto_mapping", "auto_map", "custom_modules", "trust_remote_code", "megatron_config", "layer_replication")
 _NOTES_ALLOWED = {
-    "quantization": ("none", "nf4", "int8", "fp8"),
+    "quantization": get_args(Quantization),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "template": ("auto", "chat", "plain", "thinking"),
+    "template": get_args(Template),
 }
 _NO_WEIGHTS = (  # how files begin that are found in place of weights
     (b"version https://git-lfs", "a Git LFS pointer in place of the weights; fetch them with `git lfs pull`"),
