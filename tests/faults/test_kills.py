@@ -70,7 +70,7 @@ KILLS: dict[str, Trouble] = {
 }
 
 
-@pytest.mark.parametrize("kind", few(KILLS, "between a step and its record", "before the adapter is saved"))
+@pytest.mark.parametrize("kind", few(KILLS, "before the adapter is saved"))
 def test_01_killed_anywhere_else(place: Path, undisturbed: dict[str, Any], kind: str) -> None:
     assert lmtune(place, "finetune", "run.yaml", trouble=KILLS[kind]) == -signal.SIGKILL
     assert summary_of(place)["status"] == "running"
@@ -156,7 +156,7 @@ def count_saves() -> None:
     wrap("lmtune.training.loop", "save_checkpoint", noted)
 
 
-@pytest.mark.parametrize("moment", SECOND)
+@pytest.mark.parametrize("moment", few(SECOND, "in the same step", "while the summary is written"))
 def test_04_a_second_sigterm_changes_nothing(place: Path, undisturbed: dict[str, Any], moment: str) -> None:
     assert lmtune(place, "finetune", "run.yaml", trouble=all_of(count_saves, SECOND[moment])) == 143
     assert (place / "saves").read_text().split().count("5") == 1

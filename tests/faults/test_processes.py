@@ -90,7 +90,8 @@ def hang() -> None:
     time.sleep(1000)
 
 
-@pytest.mark.parametrize("rank", few([0, 1], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", few([0, 1], 0))
 def test_18_a_process_that_hangs_is_named_within_the_limit(
     place: Path, undisturbed_pair: dict[str, Any], rank: int
 ) -> None:
@@ -124,7 +125,7 @@ def vanish() -> None:
 
 
 @pytest.mark.parametrize("rank", few([0, 1], 1))
-@pytest.mark.parametrize("how", [leave, vanish])
+@pytest.mark.parametrize("how", few([leave, vanish], vanish))
 def test_19_one_process_that_ends_early_with_0_fails_the_other(
     place: Path, undisturbed_pair: dict[str, Any], rank: int, how: Trouble
 ) -> None:

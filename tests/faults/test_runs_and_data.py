@@ -89,7 +89,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", few(CHANGES, "rows", "base", "rank"))
+@pytest.mark.parametrize("what", few(CHANGES, "rows", "rank"))
 def test_25_a_run_whose_data_base_or_settings_changed_is_refused_by_name(cut_off: Path, what: str) -> None:
     change, message = CHANGES[what]
     change(cut_off)
