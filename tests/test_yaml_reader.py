@@ -44,7 +44,10 @@ def test_values_mean_what_a_person_means(tmp_path: Path, text: str, wanted: obje
         ("m:\n  x: 1\n  x: 2\n", "run.yaml:3: not valid YAML: the key 'x' stands here a second time"),
         ("a: &n [1]\nb: *n\n", "run.yaml:2: not valid YAML: aliases"),
         ("a: 1\nb: {<<: {c: 1}}\n", "run.yaml:2: not valid YAML: merging"),
-        ("a: 1\nb: !!python/object/apply:os.system [ls]\n", r"run.yaml:2: .*tags \(tag:yaml.org,2002:python/object/apply:os.syst"),
+        (
+            "a: 1\nb: !!python/object/apply:os.system [ls]\n",
+            r"run.yaml:2: .*tags \(tag:yaml.org,2002:python/object/app",
+        ),
         ("? [1, 2]\n: x\n", "run.yaml:1: not valid YAML: a key must be a plain word"),
         ("a: [1\n", "run.yaml:2: not valid YAML"),
         ("a: 1\n b: 2\n", "run.yaml:2: not valid YAML"),
