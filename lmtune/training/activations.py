@@ -22,7 +22,7 @@ _PROBE_TOKENS = 64
 
 
 def measure_activations(forward: PackedForward, trained_share: float) -> ActivationBytes | None:
-    """Bytes kept per token of a row, or None for a model without one list of layers.
+    """Bytes kept per token of a row, or None for a model without one list of layers, or no memory for a few tokens.
 
     Args:
         forward: the model, with its adapter, in the way it will be trained.
@@ -37,6 +37,8 @@ def measure_activations(forward: PackedForward, trained_share: float) -> Activat
     try:
         with watch, forward.ready():
             forward(_random_row(forward, trained_share), 1.0)
+    except torch.OutOfMemoryError:  # the first step will say what to do
+        return None
     finally:
         forward.model.train(training)
     per_layer = [size / _PROBE_TOKENS for size in watch.sizes]

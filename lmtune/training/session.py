@@ -30,7 +30,7 @@ from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.free_memory import dense_weights_fit, free_memory
 from lmtune.models.inference import build_renderer, run_notes
 from lmtune.models.loading import compute_dtype, load_model, load_tokenizer
-from lmtune.runs import RunDirectory, share_files, sync_folder
+from lmtune.runs import RunDirectory, replace_folder, share_files
 from lmtune.training import memory
 from lmtune.training.activations import checkpoint_layers, measure_activations
 from lmtune.training.checkpoint import Checkpoint
@@ -156,9 +156,7 @@ def save_tuned(session: Session, folder: Path, weights: Tensors | CheckpointTens
     session.renderer.save_tokenizer(staging)
     generation_config(session.forward.base, session.renderer).save_pretrained(staging)
     share_files(staging)
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
-    sync_folder(folder.parent)
+    replace_folder(staging, folder)
 
 
 def generation_config(model: Any, renderer: Any) -> Any:
