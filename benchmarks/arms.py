@@ -21,12 +21,12 @@ class Arm:
 
     attention = "sdpa"
 
-    def __init__(self, work: Workload, folder: Path, device: str) -> None:
+    def __init__(self, work: Workload, folder: Path, device: str, dtype: Any = "auto") -> None:
         from lmtune.config import ModelConfig
         from lmtune.models.loading import load_model
 
         self.work, self.device, self.computed = work, torch.device(device), 0
-        base = load_model(ModelConfig(name=str(folder), quantization=work.quantization), self.device)
+        base = load_model(ModelConfig(name=str(folder), quantization=work.quantization, dtype=dtype), self.device)
         self.model = adapted(base, work.rank, work.seed)
         self.model.train()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -47,11 +47,13 @@ class Lmtune(Arm):
     """lmtune's own step; `without` names techniques to leave out, for the ablation."""
 
     def __init__(
-        self, work: Workload, folder: Path, device: str, without: tuple[str, ...] = (), micro_batch_tokens: int = 4096
-    ) -> None:
-        super().__init__(work, folder, device)
+        self, work: Workload, folder: Path, device: str, dtype: Any = "auto", without: tuple[str, ...] = (),
+        micro_batch_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(work, folder, device, dtype)
         from lmtune.kernels.lora_linear import fuse
         from lmtune.kernels.packed_forward import PackedForward
+        from lmtune.training.memory import MOST_TOKENS
 
         if "fused LoRA" not in without:
             fuse(self.model, keep_dense="kept dense weights" not in without)
@@ -64,12 +66,12 @@ class Lmtune(Arm):
                 setattr(self.forward, attribute, "left out")
         if self.forward.head_reason:
             self.forward.layer_reason = self.forward.layer_reason or self.forward.head_reason
-        self.budget = micro_batch_tokens
+        self.budget = micro_batch_tokens or MOST_TOKENS[self.device.type]
         if "fused optimizer" not in without:
             self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, weight_decay=0.0, fused=True)
 
     def step(self, rows: list[Any]) -> float:
-        """Packed micro-batches, with prefixes shared; by default of the size that training has on a CPU."""
+        """Packed micro-batches, with prefixes shared; by default of the size that training has."""
         from types import SimpleNamespace
 
         from lmtune.data.packing import fill, pack
@@ -78,8 +80,10 @@ class Lmtune(Arm):
 
         documents = [row.documents[0] for row in rows]
         shares = self.forward.shares_prefixes
-        prefixes = find_prefixes([beginning(d.input_ids, d.trained) for d in documents]) if shares else []
-        groups = fill([len(d.input_ids) for d in documents], self.budget, prefixes)
+        lengths = [len(d.input_ids) for d in documents]
+        beginnings = [beginning(d.input_ids, d.trained) for d in documents]
+        prefixes = find_prefixes(beginnings, lengths) if shares else []
+        groups = fill(lengths, self.budget, prefixes)
         batches = [pack([rows[index] for index in group], shares) for group in groups]
         self.computed += sum(batch.input_ids.numel() for batch in batches)
         trained = sum(int(d.trained.sum()) for d in documents)

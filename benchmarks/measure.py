@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 import traceback
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-MakeArm = Callable[[], Any]
+MakeArm = Callable[..., Any]
 
 
 @dataclass
@@ -127,10 +126,12 @@ def _serve(pipe: Any, make: MakeArm, rows_of: Callable[[int], list[Any]]) -> Non
                 arm = make()
                 pipe.send(("ok", None))
             elif what == "gate":
-                loss = arm.step(rows_of(step))
-                gradients = {name: p.grad.detach().float().cpu().clone().numpy() for name, p in arm.parameters.items()}
-                arm.update()
+                judged = arm if arm.device.type == "cpu" else make(exact=True)  # on a CPU all is fp32 already
+                loss = judged.step(rows_of(step))
+                gradients = {n: p.grad.detach().float().cpu().clone().numpy() for n, p in judged.parameters.items()}
+                judged.update()
                 pipe.send(("ok", (loss, gradients)))
+                del judged
             else:
                 pipe.send(("ok", _timed(arm, rows_of(step))))
         except Exception:
@@ -155,8 +156,14 @@ def _timed(arm: Any, rows: list[Any]) -> tuple[float, float, int, int, int, floa
     if on_gpu:
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = peak_resident_gib()
     return seconds, cpu, tokens, trained, arm.computed, peak
+
+
+def peak_resident_gib() -> float:
+    """The most memory this process has had; unlike `ru_maxrss` it does not begin with that of the parent."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
 
 
 def load_average() -> float:

@@ -29,9 +29,12 @@ class Trl(Arm):
     """
 
     def __init__(
-        self, work: Workload, folder: Path, device: str, steps: int, best: bool = False, varlen: bool = False
-    ) -> None:
-        super().__init__(work, folder, device)
+        self, work: Workload, folder: Path, device: str, dtype: Any, steps: int, best: bool = False,
+        varlen: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(work, folder, device, dtype)
+        if work.batch_size % min(ROWS_AT_ONCE, work.batch_size):
+            raise ValueError(f"TRL cannot make steps of {work.batch_size} rows from batches of {ROWS_AT_ONCE}")
         if varlen:
             register_varlen()
             self.model.get_base_model().set_attn_implementation("bench_varlen")
@@ -76,10 +79,10 @@ class Trl(Arm):
         chosen: dict[str, Any] = {"max_length": self.work.max_length}
         if best:
             chosen = {"padding_free": True, "gradient_checkpointing": False, "max_length": None}
-        on_cpu = self.device.type == "cpu"
+        on_cpu, base = self.device.type == "cpu", self.model.get_base_model()
         at_once = min(ROWS_AT_ONCE, self.work.batch_size)
         config = SFTConfig(
-            output_dir=str(folder / "trl"), use_cpu=on_cpu, bf16=not on_cpu, learning_rate=1e-4,
+            output_dir=str(folder / "trl"), use_cpu=on_cpu, bf16=base.dtype == torch.bfloat16, learning_rate=1e-4,
             lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=steps, report_to="none", save_strategy="no",
             per_device_train_batch_size=at_once, gradient_accumulation_steps=self.work.batch_size // at_once,
             train_sampling_strategy="sequential", disable_tqdm=True, logging_strategy="no",

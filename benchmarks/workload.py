@@ -75,7 +75,7 @@ class Workload:
                 length = int(np.clip(generator.lognormal(4.8, 0.8), 16, self.max_length))
             ids = np.concatenate([prefix, generator.integers(5, vocabulary, length)])
             trained = np.zeros(len(ids), dtype=bool)
-            trained[-max(4, int(self.label_fraction * len(ids))) :] = True
+            trained[-max(4, int(self.label_fraction * length)) :] = True  # none in a shared prefix
             document = SimpleNamespace(input_ids=ids, trained=trained)
             rows.append(SimpleNamespace(where=f"step {step} row {index}", documents=[document]))
         return rows

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 def measured(loss: float, *gradients: float) -> SimpleNamespace:
     """What an arm's first step gave."""
-    return SimpleNamespace(loss=loss, gradients={"a": np.array(gradients)}, error=None)
+    return SimpleNamespace(name="arm", loss=loss, gradients={"b": np.ones(2), "a": np.array(gradients)}, error=None)
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,20 @@ def measured(loss: float, *gradients: float) -> SimpleNamespace:
     [
         (measured(2.0, 1.0, -4.0), True), (measured(2.000009, 1.0, -4.0), True), (measured(2.00002, 1.0, -4.0), False),
         (measured(2.0, 1.0003, -4.0), True), (measured(2.0, 1.0, -4.001), False),
-        (measured(float("nan"), 1.0, -4.0), False), (measured(2.0), False),
+        (measured(float("nan"), 1.0, -4.0), False), (measured(2.0, 1.0, float("nan")), False),
     ],
 )  # fmt: skip
 def test_the_gate_lets_only_the_plain_loops_result_pass(arm: SimpleNamespace, exact: bool) -> None:
-    if not len(arm.gradients["a"]):
-        arm.gradients = {}
     assert gate(arm, measured(2.0, 1.0, -4.0))["exact"] is exact
+
+
+def test_an_arm_without_some_gradient_does_not_pass_and_one_over_another_base_is_not_judged() -> None:
+    arm, reference = measured(2.0, 1.0), measured(2.0, 1.0)
+    del arm.gradients["b"]
+    assert gate(arm, reference)["exact"] is False
+    arm = measured(3.0, 7.0)
+    arm.name = "lmtune-over-nf4"
+    assert gate(arm, reference)["exact"] is None
 
 
 def test_rows_are_the_same_for_every_arm_and_others_at_each_step() -> None:

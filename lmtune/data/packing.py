@@ -27,6 +27,7 @@ import torch
 from lmtune.data.prefixes import SharedPrefix, beginning, find_prefixes
 
 Ints = npt.NDArray[np.int64]
+_PREFIX_AGAIN = 1 / 8  # of a prefix token's memory: its keys and values, which each document behind it keeps
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,11 @@ def pack(rows: Sequence[Any], share_prefixes: bool = False) -> MicroBatch:
         for index, row in enumerate(rows)
         for document in row.documents
     ]
-    shared = find_prefixes([beginning(ids, trained) for _, ids, trained in documents]) if share_prefixes else []
+    shared = []
+    if share_prefixes:
+        shared = find_prefixes(
+            [beginning(ids, trained) for _, ids, trained in documents], [len(ids) for _, ids, _ in documents]
+        )
     grouped = {index for group in shared for index in group.members}
     alone = [SharedPrefix(0, (index,)) for index in range(len(documents)) if index not in grouped]
     build = _Builder()
@@ -222,7 +227,8 @@ def fill(lengths: Sequence[int], budget_tokens: int, prefixes: Sequence[SharedPr
     """Sort items into as few groups of at most `budget_tokens` as best-fit decreasing finds.
 
     An item longer than the budget gets a group of its own: a row is never cut and never dropped here. Items that share
-    a prefix go together, the prefix counted once; as many groups as they need each hold it.
+    a prefix go together, the prefix counted once, and for each of them what attention keeps of it; as many groups as
+    they need each hold it.
 
     Args:
         lengths: tokens of each item, its prefix included.
@@ -235,7 +241,8 @@ def fill(lengths: Sequence[int], budget_tokens: int, prefixes: Sequence[SharedPr
     shared = {index for prefix in prefixes for index in prefix.members}
     items = [([index], length) for index, length in enumerate(lengths) if index not in shared]
     for prefix in prefixes:
-        own = [lengths[index] - prefix.length for index in prefix.members]
+        again = int(prefix.length * _PREFIX_AGAIN)
+        own = [lengths[index] - prefix.length + again for index in prefix.members]
         for group in _best_fit(own, max(1, budget_tokens - prefix.length)):
             members = [prefix.members[place] for place in group]
             items.append((members, prefix.length + sum(own[place] for place in group)))

@@ -64,7 +64,7 @@ def install(model: Any) -> str | None:
         return "the last layer is not found: the model has no single list of layers"
     if not type(layer).__name__.startswith("LabelOnly"):
         layer.__class__ = _label_only_class(type(layer))
-    layer.lmtune_query_linear = None
+    _set_query_linear(layer, None)
     return None
 
 
@@ -80,17 +80,22 @@ def find_query_linear(model: Any, run: Any) -> None:
     try:
         run()
         whole = layer.lmtune_probe.pop("projected")
-        for name, module in layer.named_modules():
+        for name, module in list(layer.named_modules()):
             if not hasattr(module, "in_features") or ".lora_" in name or name.endswith("base_layer"):
                 continue
-            layer.lmtune_query_linear = module
+            _set_query_linear(layer, module)
             run()
             query, key, value = layer.lmtune_probe.pop("projected")
             if not torch.equal(query, whole[0]) and torch.equal(key, whole[1]) and torch.equal(value, whole[2]):
                 return
-        layer.lmtune_query_linear = None
+        _set_query_linear(layer, None)
     finally:
         layer.lmtune_probe = None
+
+
+def _set_query_linear(layer: Any, linear: Any) -> None:
+    """Note the linear layer that makes queries, without making it a module of the layer a second time."""
+    object.__setattr__(layer, "lmtune_query_linear", linear)
 
 
 def _label_only_class(kind: type[Any]) -> type[Any]:

@@ -56,11 +56,11 @@ class _LoraLinear(torch.autograd.Function):
 class BaseWeight:
     """The frozen weight `W[out, in]` of a base layer, in full precision, 4 or 8 bit, as a dense matrix.
 
-    `keep` holds the dense matrix instead of making it at each call; the values are the same.
+    `keep` holds the dense matrix of a quantised weight instead of making it at each call; the values are the same.
     """
 
     def __init__(self, layer: Any, keep: bool = False) -> None:
-        self.layer, self.keep = layer, keep
+        self.layer, self.keep = layer, keep and type(layer) is not torch.nn.Linear
         self._dense: torch.Tensor | None = None
 
     def times(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -132,7 +132,7 @@ def _fused_class(kind: type[Any]) -> type[Any]:
     """A subclass of PEFT's layer class with the fused forward pass."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters or self.merged or args or kwargs:
+        if self.disable_adapters or self.merged or args or kwargs or self.active_adapters != [_ADAPTER]:
             output: torch.Tensor = kind.forward(self, x, *args, **kwargs)
             return output
         if torch.is_autocast_enabled(x.device.type):

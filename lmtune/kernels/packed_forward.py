@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from lmtune.data.packing import Layout, MicroBatch
 from lmtune.kernels import last_layer
-from lmtune.kernels.attention import packed_attention, why_not_varlen
+from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_cross_entropy
 
 _TOLERANCE = 5e-2  # relative, in 16 bit; a document that leaks or a wrong position moves outputs by about 1
@@ -85,16 +85,27 @@ class PackedForward:
     @property
     def notes(self) -> list[str]:
         """What runs slower for this model than it could, and why."""
-        reasons = (self.reason, self.head_reason, self.layer_reason, self.prefix_reason, self._attention_reason())
-        return list(dict.fromkeys(reason for reason in reasons if reason))
+        return list(dict.fromkeys(reason for reason in (*self.reasons, self._attention_reason()) if reason))
+
+    @property
+    def reasons(self) -> tuple[str | None, str | None, str | None, str | None]:
+        """Why each fast way is not taken, or None: packing, head, last layer, prefixes."""
+        return self.reason, self.head_reason, self.layer_reason, self.prefix_reason
+
+    def give_up(self, reasons: Sequence[str | None]) -> None:
+        """Leave out, of the ways that `reasons` names, those that are left: another process does without them."""
+        ours = (own or other for own, other in zip(self.reasons, reasons, strict=True))
+        self.reason, self.head_reason, self.layer_reason, self.prefix_reason = ours
 
     def _attention_reason(self) -> str | None:
         """Why documents attend one after another on a GPU, or None."""
         embedding, config = self.base.get_input_embeddings().weight, self.base.config.get_text_config()
         if embedding.device.type != "cuda" or not self.packs:
             return None
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        why = why_not_varlen(embedding.device, self.base.dtype, head_dim)
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        _, why = find_varlen(embedding.device, self.base.dtype, head_dim, groups)
         return None if why is None else f"documents attend one after another: {why}"
 
     def ready(self) -> contextlib.AbstractContextManager[None]:
@@ -187,6 +198,8 @@ class PackedForward:
         """None if `compare` finds no difference, else the consequence and its reason."""
         try:
             difference = compare()
+        except torch.OutOfMemoryError:
+            raise
         except (NotImplementedError, TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
             return f"{consequence}: {' '.join(str(error).split()) or type(error).__name__}"
         return f"{consequence}: outputs would differ by {difference:.2g}" if difference > self._tolerance else None

@@ -89,10 +89,10 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
     dtype = compute_dtype(device, model.dtype)
     try:
         key = _cache_key(model, dtype)
-        if key and (folder := found(cache_folder() / _CACHE, key)):
-            loaded, report = _from_pretrained(str(folder), None, dtype, device, None)
-        else:
-            loaded, report = _from_pretrained(path, model.revision, dtype, device, _quantization(model, dtype))
+        remembered = _from_cache(key, dtype, device) if key else None
+        loaded, report = remembered or _from_pretrained(
+            path, model.revision, dtype, device, _quantization(model, dtype)
+        )
     except Exception as error:
         raise _model_error(model, "weights", error) from error
     _require_all_weights(model, report)
@@ -128,14 +128,27 @@ def _cache_key(model: ModelConfig, dtype: torch.dtype) -> str | None:
     from lmtune.models.fingerprint import base_fingerprint
 
     try:
-        if model.quantization != "nf4" or sum(f.stat().st_size for f in weight_files(model)) < _CACHED_FROM_BYTES:
-            return None
+        files = [file.resolve() for file in weight_files(model)]
     except ModelError:  # not downloaded yet
         return None
+    if model.quantization != "nf4" or sum(file.stat().st_size for file in files) < _CACHED_FROM_BYTES:
+        return None
+    # the fingerprint reads samples of large files: a file that was written again is another one
+    written = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     configs = [_stored_file(model, name) for name in ("config.json", "generation_config.json")]
     texts = [file.read_text(encoding="utf-8") if file else None for file in configs]
     versions = [version("transformers"), version("bitsandbytes")]
-    return key_of(base_fingerprint(model), texts, _quantization(model, dtype).to_dict(), str(dtype), versions)
+    return key_of(base_fingerprint(model), written, texts, _quantization(model, dtype).to_dict(), str(dtype), versions)
+
+
+def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]] | None:
+    """The quantised base as it was kept, or None: another process may just have made room there."""
+    folder = found(cache_folder() / _CACHE, key)
+    try:
+        return _from_pretrained(str(folder), None, dtype, device, None) if folder else None
+    except Exception as error:
+        warn(f"the quantised base in the cache cannot be read, and is made again: {error}")
+        return None
 
 
 def _remember(loaded: Any, key: str) -> None:

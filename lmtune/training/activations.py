@@ -1,6 +1,6 @@
 """What a token's activations weigh, measured on the model itself, and which layers are computed twice to save them.
 
-One forward pass over a few random tokens is watched through PyTorch's saved-tensor hooks: every tensor that autograd
+Two forward passes over a few random tokens are watched through PyTorch's saved-tensor hooks: every tensor that autograd
 keeps for the backward pass is counted once, with the layer that made it. That holds for any model, adapter, dropout
 and kernel, on any device, without a guess at the code.
 """
@@ -18,7 +18,7 @@ from lmtune.kernels.last_layer import decoder_layers
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.training.memory import ActivationBytes
 
-_PROBE_TOKENS = 64
+_PROBE_TOKENS = (64, 128)
 
 
 def measure_activations(forward: PackedForward, trained_share: float) -> ActivationBytes | None:
@@ -31,19 +31,27 @@ def measure_activations(forward: PackedForward, trained_share: float) -> Activat
     layers = decoder_layers(forward.base)
     if layers is None:
         return None
-    watch = _Watch(forward.model, layers)
     training = forward.model.training
     forward.model.train()
     try:
-        with watch, forward.ready():
-            forward(_random_row(forward, trained_share), 1.0)
+        short, long = (_kept(forward, layers, trained_share, tokens) for tokens in _PROBE_TOKENS)
     except torch.OutOfMemoryError:  # the first step will say what to do
         return None
     finally:
         forward.model.train(training)
-    per_layer = [size / _PROBE_TOKENS for size in watch.sizes]
+    # the difference, since some of what is kept is there once, however many tokens there are
+    more = _PROBE_TOKENS[1] - _PROBE_TOKENS[0]
+    per_layer = [max(0, b - a) / more for a, b in zip(short, long, strict=True)]
     boundary = forward.base.config.get_text_config().hidden_size * forward.base.dtype.itemsize
     return ActivationBytes(max(per_layer[:-1]), float(boundary), per_layer[-1], len(layers))
+
+
+def _kept(forward: PackedForward, layers: Any, trained_share: float, tokens: int) -> list[int]:
+    """Bytes that autograd keeps of one row: by layer, and last outside the layers."""
+    watch = _Watch(forward.model, layers)
+    with watch, forward.ready():
+        forward(_random_row(forward, trained_share, tokens), 1.0)
+    return watch.sizes
 
 
 def checkpoint_layers(base: Any, count: int) -> None:
@@ -100,9 +108,9 @@ class _Watch:
         return tensor
 
 
-def _random_row(forward: PackedForward, trained_share: float) -> Any:
+def _random_row(forward: PackedForward, trained_share: float, tokens: int) -> Any:
     embedding = forward.base.get_input_embeddings().weight
-    ids = np.random.default_rng(0).integers(0, embedding.shape[0], _PROBE_TOKENS)
-    trained = np.arange(_PROBE_TOKENS) >= _PROBE_TOKENS - max(1, round(trained_share * _PROBE_TOKENS))
+    ids = np.random.default_rng(0).integers(0, embedding.shape[0], tokens)
+    trained = np.arange(tokens) >= tokens - max(1, round(trained_share * tokens))
     row = SimpleNamespace(documents=[SimpleNamespace(input_ids=ids, trained=trained)])
     return pack([row]).to(embedding.device)

@@ -20,6 +20,7 @@ from typing import Any
 from lmtune.data.packing import MicroBatch, pack
 from lmtune.training.plan import Plan, StepPlan
 
+_JOIN_SECONDS = 10.0
 _AHEAD = 3  # micro-batches; each is some kilobytes
 _Item = StepPlan | MicroBatch | BaseException | None  # None: the step has no more
 
@@ -82,7 +83,7 @@ class Feeder:
         """Stop preparing."""
         if self._thread is not None:
             self._closed.set()
-            self._thread.join()
+            self._thread.join(_JOIN_SECONDS)  # a disk that hangs must not hold up the end of the process
             self._thread = None
 
     def _take(self) -> StepPlan | MicroBatch | None:

@@ -72,13 +72,20 @@ def step_gradients(
         with forward.ready():
             for batch in batches:
                 sums[:3] += _accumulate(forward, batch.to(device), num_trained)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         sums[3] = 1.0
     _sum_over_processes(parameters, sums, accelerator)
     grads = [p.grad for p in parameters.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     loss, tokens, sequences, out_of_memory, stop, grad_norm = torch.cat([sums, norm[None].double()]).tolist()
     return StepSums(loss, round(tokens), round(sequences), grad_norm, out_of_memory > 0, stop > 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small: a GPU's allocator says so by its type, a CPU's in words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def find_offenders(

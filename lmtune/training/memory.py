@@ -19,7 +19,7 @@ from lmtune.kernels.cross_entropy import chunk_rows
 GIB = 2**30
 _SHARE = 0.6  # of the free memory, for activations; the rest is for what is not seen beforehand
 # Tokens of a micro-batch beyond which nothing is gained, and below which computing layers twice is the lesser evil.
-_MOST_TOKENS = {"cuda": 16384, "cpu": 4096}
+MOST_TOKENS = {"cuda": 16384, "cpu": 4096}
 _ENOUGH_TOKENS = {"cuda": 2048, "cpu": 256}
 
 
@@ -137,7 +137,7 @@ def fitting_micro_batch(
         free_bytes: memory left after the weights.
         device_type: `cuda` or `cpu`.
     """
-    most = max(longest, _MOST_TOKENS[device_type])
+    most = max(longest, MOST_TOKENS[device_type])
     wanted = max(longest, _ENOUGH_TOKENS[device_type])
     for checkpointed in range(activations.num_layers + 1):
         tokens = int(free_bytes * _SHARE / activations.per_token(checkpointed))

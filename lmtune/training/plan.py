@@ -79,8 +79,8 @@ class Plan:
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         rows = self._permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
         beginning_of = self.beginning_of
-        prefixes = find_prefixes([beginning_of(int(row)) for row in rows]) if beginning_of is not None else []
         lengths = self.num_tokens[rows].tolist()
+        prefixes = find_prefixes([beginning_of(int(row)) for row in rows], lengths) if beginning_of is not None else []
         shares = deal(lengths, self.world_size, prefixes, self.attention_cost)
         return StepPlan(
             step=step,
@@ -124,7 +124,7 @@ def deal(
         lengths: tokens of each row.
         world_size: processes.
         prefixes: which rows begin with the same tokens.
-        attention_cost: what a token costs more for each token before it, as a part of its other cost.
+        attention_cost: what a token costs more for each token of its row, as a part of its other cost.
 
     Returns:
         For each process the places of its rows in `lengths`.
@@ -133,7 +133,7 @@ def deal(
         return [list(range(len(lengths)))]
 
     def cost(tokens: int, before: int = 0) -> float:
-        return tokens * (1 + attention_cost * (before + tokens / 2))
+        return tokens * (1 + attention_cost * (tokens + 2 * before))  # of its own tokens each sees half
 
     prefix_of = {place: index for index, prefix in enumerate(prefixes) for place in prefix.members}
     first = {index: cost(prefix.length) for index, prefix in enumerate(prefixes)}

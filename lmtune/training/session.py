@@ -124,10 +124,11 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     model = attach_adapter(model, config.adapter, config.train.seed, name)
     fuse(model, dense_weights_fit(model, accelerator.device), fp8=config.model.quantization == "fp8")
     forward = PackedForward(model)
+    _agree(forward, accelerator)
     if accelerator.is_main_process:
         for note in forward.notes:
             warn(f"{note}; this is slower, with the same result")
-    budget = _fit(config, forward, data, accelerator.device)
+    budget = _fit(config, forward, data, accelerator)
     return Session(config, accelerator, renderer, data, forward, fingerprint, budget)
 
 
@@ -189,9 +190,19 @@ def environment(session: Session) -> dict[str, Any]:
     }
 
 
-def _fit(config: FinetuneConfig, forward: PackedForward, data: LoadedData, device: torch.device) -> int:
-    """The micro-batch budget in tokens; switches gradient checkpointing on where the settings or the memory ask it."""
-    tokens = data.train.num_tokens
+def _agree(forward: PackedForward, accelerator: Any) -> None:
+    """Take only the fast ways that every process takes: the plan, which all make alike, depends on them."""
+    if accelerator.num_processes > 1:
+        for reasons in accelerator.gather_object([forward.reasons]):
+            forward.give_up(reasons)
+
+
+def _fit(config: FinetuneConfig, forward: PackedForward, data: LoadedData, accelerator: Any) -> int:
+    """The micro-batch budget in tokens; switches gradient checkpointing on where the settings or the memory ask it.
+
+    All processes take what suits the one with the least memory, so that they plan, and run out of memory, alike.
+    """
+    device, tokens = accelerator.device, data.train.num_tokens
     share = float(data.train.num_trained.sum() / tokens.sum())
     activations = measure_activations(forward, share)
     if activations is None:
@@ -199,6 +210,9 @@ def _fit(config: FinetuneConfig, forward: PackedForward, data: LoadedData, devic
         activations = memory.estimated_activations(shape, compute_dtype(device, config.model.dtype))
     free = free_memory(device)
     budget, needed = memory.fitting_micro_batch(activations, int(tokens.max()), free, device.type)
+    if accelerator.num_processes > 1:
+        all_of_them = accelerator.gather_object([(budget, needed)])
+        budget, needed = min(b for b, _ in all_of_them), max(n for _, n in all_of_them)
     wanted = config.train.gradient_checkpointing
     count = activations.num_layers if wanted is True else needed if wanted == "auto" else 0
     checkpoint_layers(forward.base, count)

@@ -4,9 +4,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtune.data.prefixes import SharedPrefix, beginning, find_prefixes
+from lmtune.data import prefixes
+from lmtune.data.prefixes import SharedPrefix, beginning
 
 SYSTEM, OTHER = np.arange(100, 130), np.arange(200, 260)
+
+
+def find_prefixes(rows: list[np.ndarray], own: int = 4) -> list[SharedPrefix]:
+    """Of rows with `own` tokens after what they may share."""
+    return prefixes.find_prefixes(rows, [len(row) + own for row in rows])
 
 
 def behind(prefix: np.ndarray, *own: int) -> np.ndarray:
@@ -32,6 +38,13 @@ def test_a_row_that_shares_less_does_not_cost_the_others_their_prefix() -> None:
     rows = [behind(OTHER, 1), behind(OTHER, 2), behind(OTHER[:20], 3)]
     (group,) = find_prefixes(rows)
     assert group == SharedPrefix(60, (0, 1))
+
+
+def test_a_prefix_that_is_short_beside_its_rows_is_left_alone() -> None:
+    """Behind a prefix a row attends through a mask, which costs a long row more than a few tokens saved."""
+    rows = [behind(SYSTEM, n) for n in range(4)]
+    assert find_prefixes(rows, own=200) == [SharedPrefix(30, (0, 1, 2, 3))]
+    assert find_prefixes(rows, own=1000) == []
 
 
 def test_a_beginning_ends_before_the_first_trained_token_and_leaves_one_token() -> None:
@@ -73,4 +86,5 @@ def test_the_groups_save_as_much_as_any_others(rows: list[tuple[int, int]]) -> N
         )
         return max(saved(part) + best([index for index in rest if index not in part]) for part in choices)
 
-    assert sum((len(g.members) - 1) * g.length for g in find_prefixes(beginnings)) == best(list(range(len(rows))))
+    found = prefixes.find_prefixes(beginnings, [0] * len(beginnings))
+    assert sum((len(group.members) - 1) * group.length for group in found) == best(list(range(len(rows))))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmtune.data.packing import Layout, Span
-from lmtune.kernels.attention import attend_span_by_span, attend_varlen, varlen_function, why_not_varlen
+from lmtune.kernels.attention import attend_span_by_span, attend_varlen, find_varlen, torch_varlen
 
 LAYOUTS = {
     "plain": Layout((5, 1, 9), (None, None, None), (0, 1, 2, 5, 8, 9, 10, 14)),
@@ -78,8 +78,33 @@ def test_label_spans_are_the_unbroken_rows_of_labels_in_a_run() -> None:
     )  # fmt: skip
 
 
-def test_why_the_one_kernel_is_not_used() -> None:
-    assert why_not_varlen(torch.device("cpu"), torch.float32, 64) == "it is for GPUs"
+CPU = torch.device("cpu")
+
+
+def broken(*arguments: object) -> torch.Tensor:
+    raise RuntimeError("no kernel image")
+
+
+@torch.no_grad()
+def test_the_first_kernel_that_gives_the_plain_result_is_taken() -> None:
+    """Asked where gradients are switched off, as at the start of a run."""
+    assert find_varlen(CPU, torch.float32, 16, 2, (masked,)) == (masked, None)
+    assert find_varlen(CPU, torch.float32, 16, 2, (broken, masked)) == (masked, None)
+
+
+def test_a_kernel_that_fails_or_differs_is_not_taken_and_why_is_said() -> None:
+    def shifted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: object) -> torch.Tensor:
+        return masked(q, k, v.roll(1, 0), *sizes)
+
+    def detached(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: object) -> torch.Tensor:
+        return masked(q, k, v.detach() + 0 * v, *sizes)
+
+    assert find_varlen(CPU, torch.float32, 16, 2, (broken,)) == (None, "no kernel image")
+    for wrong in (shifted, detached):
+        kernel, why = find_varlen(CPU, torch.float32, 16, 2, (wrong,))
+        assert kernel is None
+        assert "its result differs by" in str(why)
+    assert "16 bit only" in str(find_varlen(CPU, torch.float32, 16, 1)[1])
 
 
 @pytest.mark.gpu
@@ -90,6 +115,11 @@ def test_the_gpus_kernel_gives_what_span_by_span_gives(name: str, labels: bool, 
     layout = LAYOUTS[name]
     spans = layout.label_spans if labels else layout.spans
     q, k, v = tensors(layout, sum(span.queries for span in spans), "cuda", torch.bfloat16)
-    one = attend_varlen(varlen_function(), q, k, v, layout, spans, None, window)
+    one = attend_varlen(torch_varlen, q, k, v, layout, spans, None, window)
     other = attend_span_by_span(q.float(), k.float(), v.float(), layout, spans, None, 0.0, window)
     torch.testing.assert_close(one.float(), other, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+def test_the_gpus_kernel_is_taken() -> None:
+    assert find_varlen(torch.device("cuda", 0), torch.bfloat16, 64, 2)[1] is None

@@ -53,6 +53,30 @@ def test_the_query_projection_is_found_and_left_out_of_the_first_run() -> None:
     assert layer.lmtune_query_linear is layer.self_attn.q_proj
 
 
+def test_the_layer_holds_no_module_twice() -> None:
+    model = adapted(tiny_model())
+    names = set(model.state_dict())
+    PackedForward(model)
+    assert set(model.state_dict()) == names
+
+
+def test_layers_with_one_projection_for_queries_keys_and_values() -> None:
+    """Nothing can be left out of their first run, and the result is the same."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    forward = PackedForward(adapted(Phi3ForCausalLM(Phi3Config(**shape, **tokens)).requires_grad_(False).eval()))
+    assert forward.notes == []
+    loss, fast = gradients(forward)
+    forward.layer_reason = "switched off"
+    plain_loss, plain = gradients(forward)
+    assert loss == pytest.approx(plain_loss, abs=1e-6)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fast[name], gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_a_layer_that_does_not_reproduce_the_plain_result_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from lmtune.kernels import last_layer
 

@@ -52,6 +52,23 @@ def test_switching_the_adapter_off_and_merging_still_work() -> None:
     torch.testing.assert_close(*merged)
 
 
+def test_another_adapter_answers_when_it_is_chosen() -> None:
+    plain, fused = adapted(tiny_model()), adapted(tiny_model())
+    fuse(fused)
+    outputs = []
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        model.add_adapter("other", model.peft_config["default"])
+        for name, parameter in model.named_parameters():
+            if "lora_B.other" in name:
+                torch.nn.init.normal_(parameter, 0, 0.1)
+        model.set_adapter("other")
+        outputs.append(model(input_ids=IDS).logits)
+    torch.testing.assert_close(outputs[1], outputs[0])
+    fused.set_adapter("default")
+    assert (fused(input_ids=IDS).logits - outputs[1]).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}])
 def test_layers_that_are_not_plain_are_left_alone(settings: dict) -> None:
     model = adapted(tiny_model(), **settings)

@@ -84,3 +84,12 @@ def test_counting_sequences_that_are_right_throughout() -> None:
     assert int(count_correct_sequences(correct, batch)) == 6
     correct[batch.examples == 2] = False
     assert int(count_correct_sequences(correct, batch)) == 5
+
+
+def test_what_one_process_does_without_all_do_without() -> None:
+    one, other = PackedForward(adapted(tiny_model())), PackedForward(adapted(tiny_model()))
+    other.prefix_reason = "too little memory there"
+    for reasons in (one.reasons, other.reasons):
+        one.give_up(reasons)
+    assert one.reasons == (None, None, None, "too little memory there")
+    assert not one.shares_prefixes

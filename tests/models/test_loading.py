@@ -280,6 +280,18 @@ def test_changed_weights_or_config_are_quantised_anew(tmp_path: Path, kept_from_
     assert len(entries(kept_from_any_size)) == 3  # the oldest went
 
 
+def test_weights_written_again_are_quantised_anew_though_their_samples_are_equal(
+    tmp_path: Path, kept_from_any_size: Path
+) -> None:
+    """The fingerprint reads samples of a file, so that it is quick; a change between them must not be missed here."""
+    folder = save_tiny(tmp_path / "model", vocab_size=40_000)
+    before = load_model(config_of(folder, "nf4"), "cpu").model.norm.weight
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"] *= 3
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_model(config_of(folder, "nf4"), "cpu").model.norm.weight, before * 3)
+
+
 def test_a_damaged_entry_is_made_again(tmp_path: Path, kept_from_any_size: Path) -> None:
     config = config_of(save_tiny(tmp_path / "model"), "nf4")
     whole = load_model(config, "cpu").state_dict()

@@ -36,7 +36,7 @@ def test_a_token_weighs_what_autograd_keeps_of_it(kind: str) -> None:
     assert measured.num_layers == 4
     tokens = sum(len(r.documents[0].input_ids) for r in random_rows(60, longest=41).rows if len(r.documents) == 1)
     kept = kept_bytes(forward, 60)
-    assert kept <= measured.per_token(0) * tokens <= 2 * kept
+    assert kept <= measured.per_token(0) * tokens <= 3 * kept  # a layer at work is counted too, on longer rows
     forward.model.eval()
     measure_activations(forward, 0.3)
     assert not forward.model.training

@@ -77,11 +77,23 @@ def test_a_row_with_an_infinite_loss_is_found() -> None:
     assert len(offenders) == sum(any(7 in d.input_ids for d in row.documents) for row in rows.rows)
 
 
-def test_out_of_memory_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, "what a CPU says"])
+def test_out_of_memory_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch, error: object) -> None:
     model, rows = adapted(tiny_model()), random_rows(4)
 
     def explode(self, batch, weight=1.0):
-        raise torch.OutOfMemoryError
+        if isinstance(error, str):
+            torch.empty(2**60)
+        raise error
 
     monkeypatch.setattr(PackedForward, "__call__", explode)
     assert lmtune_step(model, rows, 100).out_of_memory
+
+
+def test_another_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(self, batch, weight=1.0):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(PackedForward, "__call__", explode)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        lmtune_step(adapted(tiny_model()), random_rows(4), 100)

@@ -93,11 +93,11 @@ def test_rows_that_share_a_prefix_are_planned_together() -> None:
     generator = np.random.default_rng(0)
     prefixes = generator.integers(3, 99, (2, 40))
     lengths = np.full(20, 50, dtype=np.int32)
-    plan = Plan(lengths, lengths // 5, settings(batch_size=20), 1, 180, lambda row: prefixes[row % 2])
+    plan = Plan(lengths, lengths // 5, settings(batch_size=20), 1, 200, lambda row: prefixes[row % 2])
     (share,) = plan.step(1).shares
     assert sorted(len(group) for group in share) == [10, 10]
     assert all(len({row % 2 for row in group}) == 1 for group in share)
-    assert len(plan_of([50] * 20, budget=180, batch_size=20).step(1).shares[0]) == 7
+    assert len(plan_of([50] * 20, budget=200, batch_size=20).step(1).shares[0]) == 5
 
 
 def test_more_processes_than_rows_leaves_some_without() -> None:
