@@ -23,7 +23,7 @@ GROUPS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
          "without-fused-optimizer"),
     ),
     "nf4": ({"quantization": "nf4"}, ("without-kept-dense-weights", "without-fused-LoRA")),
-    "prefix": ({"shared_prefix": 256, "own_tokens": 64, "batch_size": 200}, ("without-shared-prefix",)),
+    "prefix": ({"shared_prefix": 256, "own_tokens": 64, "batch_size": 50}, ("without-shared-prefix",)),
     "budget": ({}, ("micro-batch-512", "micro-batch-1024", "micro-batch-2048", "micro-batch-8192")),
 }  # fmt: skip
 
