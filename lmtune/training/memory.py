@@ -19,7 +19,7 @@ from lmtune.kernels.cross_entropy import chunk_rows
 GIB = 2**30
 _SHARE = 0.6  # of the free memory, for activations; the rest is for what is not seen beforehand
 # Tokens of a micro-batch beyond which nothing is gained, and below which computing layers twice is the lesser evil.
-MOST_TOKENS = {"cuda": 16384, "cpu": 4096}
+MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
 _ENOUGH_TOKENS = {"cuda": 2048, "cpu": 256}
 
 
