@@ -85,13 +85,17 @@ from lmtune.training.workers import check_world
 def main(what: str) -> None:
     check_world()
     rank = os.environ["RANK"]
+    if what != "fine":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     Path(f"rank{rank}").write_text(os.environ["WORLD_SIZE"] + os.environ["OMP_NUM_THREADS"])
+    until = time.monotonic() + 60
+    while not Path(f"rank{1 - int(rank)}").exists() and time.monotonic() < until:
+        time.sleep(0.02)
     if what == "data" and rank == "1":
         raise DataError("rows.jsonl:3: wrong")
     if what == "killed" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     if what != "fine":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         time.sleep(60)
 
 run(main)
