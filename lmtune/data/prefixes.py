@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 _SHORTEST = 16  # tokens; a shorter common beginning is not worth the bookkeeping
-# A document behind a prefix attends through a mask, which computes the half that causal attention leaves out: this much
-# of a token's other cost for each pair of its tokens (of a model with 30M to 1B parameters; less for larger ones).
+MASKED_BLOCK = 256  # queries that share a mask in `kernels.attention`
+# A document behind a prefix attends through masks, which compute up to a block's keys that causal attention leaves out:
+# this much of a token's other cost for each pair of its tokens (of a model with 30M to 1B parameters; less for larger
+# ones).
 _MASKED_PAIR = 1.25e-4
 Ints = npt.NDArray[np.integer]
 
@@ -49,11 +51,16 @@ def find_prefixes(beginnings: Sequence[Ints], lengths: Sequence[int]) -> list[Sh
     cuts = [place + 1 for place, length in enumerate(common) if length < _SHORTEST]
     found = []
     for start, end in itertools.pairwise([0, *cuts, len(order)]):
-        costs = np.array([_MASKED_PAIR * lengths[index] ** 2 for index in order[start:end]])
+        costs = np.array([_masked(lengths[index]) for index in order[start:end]])
         for first, last in _best_intervals(np.array(common[start : end - 1], dtype=np.int64), costs):
             members = order[start + first : start + last]
             found.append(SharedPrefix(min(common[start + first : start + last - 1]), tuple(sorted(members))))
     return found
+
+
+def _masked(length: int) -> float:
+    """What a row of `length` tokens computes behind a prefix and would not alone, in tokens."""
+    return _MASKED_PAIR * length * min(length, MASKED_BLOCK)
 
 
 def _best_intervals(common: npt.NDArray[np.int64], costs: npt.NDArray[np.float64]) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from lmtune.data.packing import Layout, Span
+from lmtune.data.prefixes import MASKED_BLOCK
 
 NAME = "lmtune_by_document"
 _VARLEN_TOLERANCE = 3e-2  # relative, in 16 bit; a wrong alignment moves outputs by about 1
@@ -101,25 +102,62 @@ def attend_span_by_span(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    queries = torch.split(query, [span.queries for span in spans], 2)
+    span_queries = torch.split(query, [span.queries for span in spans], 2)
     keys, values = (torch.split(tensor, list(layout.lengths), 2) for tensor in (key, value))
     outputs = []
-    for q, span in zip(queries, spans, strict=True):
+    for q, span in zip(span_queries, spans, strict=True):
         k, v = keys[span.run], values[span.run]
         if span.keys < k.shape[2]:
             k, v = k[:, :, : span.keys], v[:, :, : span.keys]
         if span.prefix is not None:
             k, v = torch.cat([keys[span.prefix], k], 2), torch.cat([values[span.prefix], v], 2)
-        mask, num_q, num_k = None, q.shape[2], k.shape[2]
-        if num_q < num_k or (window is not None and num_q > window):
-            places = torch.arange(num_k, device=q.device)
-            mask = visible(places[num_k - num_q :], places, window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        for queries_of, keys_of in _blocks(q.shape[2], k.shape[2], window):
+            some_q, some_k, some_v = q[:, :, queries_of], k[:, :, keys_of], v[:, :, keys_of]
+            causal = queries_of == keys_of and (window is None or queries_of.stop <= window)
+            mask = None if causal else _mask(layout, some_q, some_k.shape[2], window)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    some_q, some_k, some_v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+                )
             )
-        )
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+def _blocks(num_q: int, num_k: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """The queries of a span in parts, each with the keys that they may see.
+
+    Queries that need no mask stay together. The others are cut into blocks, so that little is computed that a mask
+    hides, and neither the work of a window nor its masks grow with the square of a document.
+
+    Args:
+        num_q, num_k: the span's; its last query is at the place of its last key.
+        window: how many tokens back a query sees, itself included; None is all.
+    """
+    before = num_k - num_q
+    start = 0 if before else min(num_q, window or num_q)
+    if start:
+        yield slice(0, start), slice(0, start)
+    while start < num_q:
+        end = min(start + MASKED_BLOCK, num_q)
+        first = 0 if window is None else max(0, before + start - window + 1)
+        yield slice(start, end), slice(first, before + end)
+        start = end
+
+
+def _mask(layout: Layout, query: torch.Tensor, num_k: int, window: int | None) -> torch.Tensor:
+    """`[q, num_k]`, to be added to the scores of `query[1, heads, q, d]`, the last of which is at the last key.
+
+    Made once for all layers and for all blocks of the same size: autograd keeps one of each.
+    """
+    key = ("mask", query.shape[2], num_k, window, query.dtype, query.device)
+    if key not in layout.derived:
+        places = torch.arange(num_k, device=query.device)
+        seen = visible(places[num_k - query.shape[2] :], places, window)
+        layout.derived[key] = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(
+            ~seen, -torch.inf
+        )
+    mask: torch.Tensor = layout.derived[key]
+    return mask
 
 
 def visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lmtune.data.packing import Layout, Span
+from lmtune.kernels import attention
 from lmtune.kernels.attention import attend_span_by_span, attend_varlen, find_varlen, torch_varlen
 
 LAYOUTS = {
@@ -42,10 +43,14 @@ def tensors(
     return [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("block", [2, 256])
+@pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_one_kernel_gives_what_span_by_span_gives(name: str, labels: bool, window: int | None) -> None:
+def test_one_kernel_gives_what_span_by_span_gives(
+    name: str, labels: bool, window: int | None, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MASKED_BLOCK", block)
     layout = LAYOUTS[name]
     spans = layout.label_spans if labels else layout.spans
     q, k, v = tensors(layout, sum(span.queries for span in spans))
@@ -56,6 +61,25 @@ def test_one_kernel_gives_what_span_by_span_gives(name: str, labels: bool, windo
     gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v), retain_graph=True) for out in (one, other)]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_window_keeps_grows_with_the_document_and_not_with_its_square() -> None:
+    """Of a document of 2,048 tokens that look 64 back: its queries, keys, values and outputs, and a few small masks."""
+
+    def kept_beside(tokens: int) -> int:
+        layout, storages = Layout.of_documents(tokens), dict[int, int]()
+        q, k, v = tensors(layout, tokens)
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = attend_span_by_span(q, k, v, layout, layout.spans, None, 0.0, 64)
+        del out
+        return sum(storages.values())
+
+    assert kept_beside(4096) < 2.1 * kept_beside(2048)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
