@@ -20,7 +20,7 @@ from lmtune.models.free_memory import free_memory
 from lmtune.models.loading import compute_dtype, resolve_name
 from lmtune.training import memory
 from lmtune.training.memory import GIB, MemoryEstimate, ModelShape
-from lmtune.training.plan import Plan
+from lmtune.training.plan import Plan, TokenCost
 
 _EFFICIENCY = 0.5  # of the matrix product's rate, what a whole step reaches at the least
 
@@ -104,9 +104,20 @@ def flop_per_token(shape: ModelShape, trained_share: float, document_tokens: flo
     N frozen linear parameters, f the trained share, H the head's, P the adapter's, s the length-weighted document
     length in tokens, a the attention's width, L layers. Recomputation is not counted.
     """
-    head = shape.vocabulary_size * shape.hidden_size
-    attention = 7 * document_tokens * shape.hidden_size * shape.num_layers
-    return 4 * shape.linear_parameters + 4 * trained_share * head + 6 * shape.adapter_parameters + attention
+    cost = token_cost(shape)
+    return _plain_flop(shape) * (1 + trained_share * cost.trained + document_tokens / 2 * cost.before)
+
+
+def token_cost(shape: ModelShape) -> TokenCost:
+    """What attention and the head add to the work of a token, as `flop_per_token` counts it."""
+    head = 4 * shape.vocabulary_size * shape.hidden_size
+    pair = 14 * shape.attention_width * shape.num_layers  # a query and a key that it sees: half of all in a document
+    return TokenCost(before=pair / _plain_flop(shape), trained=head / _plain_flop(shape))
+
+
+def _plain_flop(shape: ModelShape) -> float:
+    """What every token needs in linear layers and adapters."""
+    return float(4 * shape.linear_parameters + 6 * shape.adapter_parameters)
 
 
 def planned_shape(model: ModelConfig, adapter: AdapterConfig) -> ModelShape:

@@ -38,7 +38,7 @@ from lmtune.training.checkpoint import (
 )
 from lmtune.training.feeding import Feeder
 from lmtune.training.gradients import StepSums, find_offenders, step_gradients
-from lmtune.training.plan import Plan, StepPlan
+from lmtune.training.plan import Plan, StepPlan, TokenCost
 from lmtune.training.progress import StepProgress
 from lmtune.training.records import Accuracies, Records, StepRecord
 from lmtune.training.schedule import learning_rate
@@ -59,7 +59,7 @@ class Job:
         identity: what must be equal for a checkpoint to be continued.
         validate: scores the validation rows, or None if there are none.
         resumed: the checkpoint to go on from.
-        attention_cost: of a token before another, as a part of a token's other cost; deals rows to processes.
+        cost: of tokens beside each other, by which rows are dealt to processes.
     """
 
     run: RunDirectory
@@ -71,7 +71,7 @@ class Job:
     identity: dict[str, Any] = field(default_factory=dict)
     validate: Callable[[], Accuracies] | None = None
     resumed: Checkpoint | None = None
-    attention_cost: float = 0.0
+    cost: TokenCost = field(default_factory=TokenCost)
 
 
 @dataclass
@@ -186,7 +186,7 @@ def _plan(job: Job, micro_batch_tokens: int) -> Plan:
 
     return Plan(
         data.num_tokens, data.num_trained, job.config.train, world, micro_batch_tokens,
-        beginning_of if job.forward.shares_prefixes else None, job.attention_cost,
+        beginning_of if job.forward.shares_prefixes else None, job.cost,
     )  # fmt: skip
 
 

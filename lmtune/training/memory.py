@@ -29,6 +29,7 @@ class ModelShape:
 
     num_layers: int
     hidden_size: int
+    attention_width: int  # heads x head_dim
     intermediate_size: int
     vocabulary_size: int
     linear_parameters: int
@@ -89,9 +90,11 @@ def shape_of(model: Any, adapter_parameters: int | None = None) -> ModelShape:
     if head is not None and not config.tie_word_embeddings:
         other += head.weight.numel()
     hidden = int(config.hidden_size)
+    heads = int(config.num_attention_heads)
+    width = heads * int(getattr(config, "head_dim", None) or hidden // heads)
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     return ModelShape(
-        int(config.num_hidden_layers), hidden, intermediate, int(config.vocab_size), linear, other, adapter
+        int(config.num_hidden_layers), hidden, width, intermediate, int(config.vocab_size), linear, other, adapter
     )
 
 

@@ -24,6 +24,19 @@ Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
+class TokenCost:
+    """What makes one token dearer than another, as parts of what each costs.
+
+    Attributes:
+        before: for each token before it in its document: attention.
+        trained: if it is trained: the output head.
+    """
+
+    before: float = 0.0
+    trained: float = 0.0
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One optimizer step.
 
@@ -49,7 +62,7 @@ class Plan:
 
     def __init__(
         self, num_tokens: Int32, num_trained: Int32, train: TrainConfig, world_size: int, micro_batch_tokens: int,
-        beginning_of: Callable[[int], Ints] | None = None, attention_cost: float = 0.0,
+        beginning_of: Callable[[int], Ints] | None = None, cost: TokenCost = TokenCost(),
     ) -> None:  # fmt: skip
         """
         Args:
@@ -59,9 +72,9 @@ class Plan:
             world_size: processes.
             micro_batch_tokens: the most tokens in a micro-batch (a longer row stands alone).
             beginning_of: the tokens with which a row may share a prefix with others; None where none are shared.
-            attention_cost: what a token costs more for each token before it, as a part of its other cost.
+            cost: of tokens beside each other, by which rows are dealt to processes.
         """
-        self.beginning_of, self.attention_cost = beginning_of, attention_cost
+        self.beginning_of, self.cost = beginning_of, cost
         self.num_tokens, self.num_trained = num_tokens, num_trained
         self.batch_size, self.seed = train.batch_size, train.seed
         self.world_size, self.micro_batch_tokens = world_size, micro_batch_tokens
@@ -81,7 +94,7 @@ class Plan:
         beginning_of = self.beginning_of
         lengths = self.num_tokens[rows].tolist()
         prefixes = find_prefixes([beginning_of(int(row)) for row in rows], lengths) if beginning_of is not None else []
-        shares = deal(lengths, self.world_size, prefixes, self.attention_cost)
+        shares = deal(lengths, self.num_trained[rows].tolist(), self.world_size, prefixes, self.cost)
         return StepPlan(
             step=step,
             epoch=epoch + min(1.0, (place + 1) * self.batch_size / len(self.num_tokens)),
@@ -113,8 +126,9 @@ class Plan:
 
 
 def deal(
-    lengths: Sequence[int], world_size: int, prefixes: Sequence[SharedPrefix] = (), attention_cost: float = 0.0
-) -> list[list[int]]:
+    lengths: Sequence[int], trained: Sequence[int], world_size: int, prefixes: Sequence[SharedPrefix] = (),
+    cost: TokenCost = TokenCost(),
+) -> list[list[int]]:  # fmt: skip
     """Split a step's rows over the processes so that each has about the same to compute.
 
     The dearest row first, each to the process that is then the least loaded: Graham's LPT rule, at most a third above
@@ -122,9 +136,10 @@ def deal(
 
     Args:
         lengths: tokens of each row.
+        trained: trained tokens of each row.
         world_size: processes.
         prefixes: which rows begin with the same tokens.
-        attention_cost: what a token costs more for each token of its row, as a part of its other cost.
+        cost: of tokens beside each other.
 
     Returns:
         For each process the places of its rows in `lengths`.
@@ -132,15 +147,15 @@ def deal(
     if world_size == 1:
         return [list(range(len(lengths)))]
 
-    def cost(tokens: int, before: int = 0) -> float:
-        return tokens * (1 + attention_cost * (tokens + 2 * before))  # of its own tokens each sees half
+    def work(tokens: int, before: int = 0) -> float:
+        return tokens * (1 + cost.before * (tokens / 2 + before))  # of its own tokens each sees half
 
     prefix_of = {place: index for index, prefix in enumerate(prefixes) for place in prefix.members}
-    first = {index: cost(prefix.length) for index, prefix in enumerate(prefixes)}
+    first = {index: work(prefix.length) for index, prefix in enumerate(prefixes)}
     own = []
-    for place, length in enumerate(lengths):
+    for place, (length, labels) in enumerate(zip(lengths, trained, strict=True)):
         shared = prefixes[prefix_of[place]].length if place in prefix_of else 0
-        own.append(cost(length - shared, shared))
+        own.append(work(length - shared, shared) + labels * cost.trained)
     shares: list[list[int]] = [[] for _ in range(world_size)]
     load, held = [0.0] * world_size, [set[int]() for _ in range(world_size)]
     for place in sorted(range(len(lengths)), key=lambda place: (-own[place], place)):

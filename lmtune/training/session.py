@@ -35,7 +35,7 @@ from lmtune.training import memory
 from lmtune.training.activations import checkpoint_layers, measure_activations
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.checkpoint import Tensors as CheckpointTensors
-from lmtune.training.forecast import flop_per_token
+from lmtune.training.forecast import token_cost
 from lmtune.training.loop import Job
 from lmtune.training.records import Accuracies
 from lmtune.training.resume import identity
@@ -72,19 +72,12 @@ class Session:
         """What must be equal for a checkpoint of this run to be continued."""
         return identity(self.config, self.data.key, self.fingerprint)
 
-    @property
-    def attention_cost(self) -> float:
-        """What a token costs more for each token before it, as a part of its other cost."""
-        share = float(self.data.train.num_trained.sum() / self.data.train.num_tokens.sum())
-        shape = memory.shape_of(self.forward.model)
-        plain = flop_per_token(shape, share, 0.0)
-        return flop_per_token(shape, share, 1.0) / plain - 1
-
     def job(self, run: RunDirectory, resumed: Checkpoint | None) -> Job:
         """The training job."""
         return Job(
             run, self.config, self.forward, self.data.train, self.accelerator, self.micro_batch_tokens, self.identity,
-            self.validate if self.data.validation is not None else None, resumed, self.attention_cost,
+            self.validate if self.data.validation is not None else None, resumed,
+            token_cost(memory.shape_of(self.forward.model)),
         )  # fmt: skip
 
     def validate(self) -> Accuracies:

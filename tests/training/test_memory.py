@@ -24,7 +24,7 @@ from lmtune.training.memory import (
 from tests.tiny import SAVED_VOCABULARY, adapted, save_tiny, tiny_model
 from tests.workplace import config_of
 
-QWEN_LIKE = ModelShape(28, 1024, 3072, 151_936, 440_000_000, 155_000_000, 10_000_000)
+QWEN_LIKE = ModelShape(28, 1024, 2048, 3072, 151_936, 440_000_000, 155_000_000, 10_000_000)
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("qwen3", {"tie_word_embeddings": True}), ("gpt2", {})])
@@ -120,7 +120,7 @@ def test_memory_of_this_machine_is_a_sensible_number() -> None:
 
 def test_the_work_of_a_token_is_the_designs_formula() -> None:
     """F = 4N + 4fH + 6P + 7saL."""
-    work = 4 * 440e6 + 4 * 0.5 * 151_936 * 1024 + 6 * 10e6 + 7 * 300 * 1024 * 28
+    work = 4 * 440e6 + 4 * 0.5 * 151_936 * 1024 + 6 * 10e6 + 7 * 300 * 2048 * 28
     assert flop_per_token(QWEN_LIKE, 0.5, 300.0) == pytest.approx(work)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lmtune.config import TrainConfig, build_config
 from lmtune.data.prefixes import SharedPrefix
-from lmtune.training.plan import Plan, deal
+from lmtune.training.plan import Plan, TokenCost, deal
 
 
 def settings(**changes: object) -> TrainConfig:
@@ -72,20 +72,25 @@ def test_shares_partition_the_steps_rows_within_the_budget(lengths: list[int], w
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=64), st.integers(2, 8))
 def test_shares_are_about_equal(lengths: list[int], world: int) -> None:
     """Graham's bound: 4/3 of the best possible, and the best is at most the mean and one row more."""
-    loads = [sum(lengths[place] for place in share) for share in deal(lengths, world)]
+    loads = [sum(lengths[place] for place in share) for share in deal(lengths, [0] * len(lengths), world)]
     assert max(loads) <= 4 / 3 * (sum(loads) / world + max(lengths))
     assert max(loads) - min(loads) <= max(lengths)
 
 
 def test_a_long_row_weighs_more_than_its_tokens() -> None:
-    assert deal([100, 60, 50], 2) == [[0], [1, 2]]
-    assert deal([100, 90, 40, 30], 2, attention_cost=0.02) == [[0, 3], [1, 2]]
+    assert deal([100, 60, 50], [0] * 3, 2) == [[0], [1, 2]]
+    assert deal([100, 90, 40, 30], [0] * 4, 2, cost=TokenCost(before=0.04)) == [[0, 3], [1, 2]]
+
+
+def test_a_trained_token_weighs_more_than_another() -> None:
+    assert deal([100, 100, 100, 100], [0, 100, 0, 100], 2) == [[0, 2], [1, 3]]
+    assert deal([100, 100, 100, 100], [0, 100, 0, 100], 2, cost=TokenCost(trained=0.5)) == [[1, 0], [3, 2]]
 
 
 def test_rows_behind_one_prefix_go_to_one_process_while_that_is_cheaper() -> None:
     prefix = SharedPrefix(100, (0, 1, 2, 3))
-    assert deal([110, 110, 110, 110, 130], 2, [prefix]) == [[4], [0, 1, 2, 3]]
-    assert [len(share) for share in deal([300] * 4, 2, [prefix])] == [2, 2]
+    assert deal([110, 110, 110, 110, 130], [0] * 5, 2, [prefix]) == [[4], [0, 1, 2, 3]]
+    assert [len(share) for share in deal([300] * 4, [0] * 4, 2, [prefix])] == [2, 2]
 
 
 def test_rows_that_share_a_prefix_are_planned_together() -> None:
