@@ -30,7 +30,7 @@ class Arm:
         self.model = adapted(base, work.rank, work.seed)
         self.model.train()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, weight_decay=0.0, fused=True)
 
     def step(self, rows: list[Any]) -> float:
         """One optimizer step's forward and backward passes."""
@@ -67,8 +67,8 @@ class Lmtune(Arm):
         if self.forward.head_reason:
             self.forward.layer_reason = self.forward.layer_reason or self.forward.head_reason
         self.budget = micro_batch_tokens or MOST_TOKENS[self.device.type]
-        if "fused optimizer" not in without:
-            self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, weight_decay=0.0, fused=True)
+        if "fused optimizer" in without:
+            self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, weight_decay=0.0)
 
     def step(self, rows: list[Any]) -> float:
         """Packed micro-batches, with prefixes shared; by default of the size that training has."""
