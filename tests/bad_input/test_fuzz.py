@@ -26,7 +26,9 @@ from lmtune.data.rendering import Renderer
 from lmtune.errors import LmtuneError
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
 
-examples = pytest.mark.parametrize("examples", [300, pytest.param(10_000, marks=[pytest.mark.long])])
+examples = pytest.mark.parametrize(
+    "examples", [pytest.param(300, marks=[pytest.mark.slow]), pytest.param(10_000, marks=[pytest.mark.long])]
+)
 
 
 def search(examples: int, test: Callable[..., None], **strategies: Any) -> None:

@@ -17,6 +17,8 @@ import pytest
 from tests.ui.client import GOOD, Client, wait_until_idle
 from tests.ui.conftest import RunningApp, start
 
+pytestmark = pytest.mark.slow  # after each request the app must answer another
+
 JOIN = "/gradio_api/queue/join"
 
 

@@ -9,6 +9,13 @@ from tests.processes import lmtune, said, together
 from tests.workplace import RESTLESS, lasting, make_workplace, write_config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each test here starts whole runs, most of them several: all are slow."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with base, data and the settings of a restless run, not begun yet."""
