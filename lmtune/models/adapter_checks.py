@@ -8,7 +8,6 @@ judged alike wherever it comes from. Every problem is listed, not the first one 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +16,12 @@ from typing import Any, get_args
 from lmtune.config import Quantization
 from lmtune.data.rendering import Template
 from lmtune.errors import ModelError, listed
+from lmtune.models.file_checks import read_object, weights_fault
+
+__all__ = ["CONFIG", "NOTES", "WEIGHTS", "check_adapter", "read_object"]
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
 
-_MAX_JSON_BYTES = 10_000_000
 _MAX_RANK = 4096
 # Keys through which a config reaches beyond weights: classes to import by name, or layers to multiply.
 _FORBIDDEN = ("auto_mapping", "auto_map", "custom_modules", "trust_remote_code", "megatron_config", "layer_replication")
@@ -29,12 +30,6 @@ _NOTES_ALLOWED = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "template": get_args(Template),
 }
-_NO_WEIGHTS = (  # how files begin that are found in place of weights
-    (b"version https://git-lfs", "a Git LFS pointer in place of the weights; fetch them with `git lfs pull`"),
-    (b"<", "a page of HTML in place of the weights; download the file itself"),
-    (b"PK", "pickled weights, which can run code when read; lmtune reads safetensors only"),
-    (b"\x80", "pickled weights, which can run code when read; lmtune reads safetensors only"),
-)
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
@@ -56,23 +51,13 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     for name in ("tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file() and "auto_map" in read_object(folder / name):
             problems.append(f"{name}: auto_map names code of the repository, which lmtune never runs")
-    problems += [f"{WEIGHTS}: {fault}" for fault in _weight_faults(folder / WEIGHTS, config)]
+    if unreadable := weights_fault(folder / WEIGHTS):
+        problems.append(unreadable)
+    else:
+        problems += [f"{WEIGHTS}: {fault}" for fault in _weight_faults(folder / WEIGHTS, config)]
     if problems:
         raise ModelError(f"this is no adapter that lmtune can use\n{listed(problems)}")
     return config
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of moderate size."""
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ModelError(f"{path.name}: {path.stat().st_size:,} bytes; a config has at most {_MAX_JSON_BYTES:,}")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path.name}: not valid JSON ({error})") from None
-    if not isinstance(tree, dict):
-        raise ModelError(f"{path.name}: holds {type(tree).__name__}, not an object")
-    return tree
 
 
 def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
@@ -117,16 +102,12 @@ def _notes_faults(notes: Mapping[str, Any]) -> Iterator[str]:
 
 def _weight_faults(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the tensors, as far as their header tells: names, shapes, types; no weight is read."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            shapes = {name: list(part.get_shape()) for name, part in slices.items()}
-            types = {name: str(part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        yield _instead_of_weights(path) or f"damaged ({error}); copy or download it again"
-        return
+    with safe_open(path, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        shapes = {name: list(part.get_shape()) for name, part in slices.items()}
+        types = {name: str(part.get_dtype()) for name, part in slices.items()}
     if not any("lora_A" in name for name in shapes):
         yield "holds no LoRA tensor"
     yield from (f"{n}: type {t}; should be a float" for n, t in types.items() if t not in ("F32", "F16", "BF16"))
@@ -138,13 +119,6 @@ def _weight_faults(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: no lora_B that fits its shape {shape}"
         elif not config.get("rank_pattern") and shape[0] != config.get("r"):
             yield f"{name}: rank {shape[0]}, but {CONFIG} says {config.get('r')}"
-
-
-def _instead_of_weights(path: Path) -> str | None:
-    """What a file is that holds no safetensors, if it can be told."""
-    with path.open("rb") as file:
-        head = file.read(64).lstrip()
-    return next((kind for start, kind in _NO_WEIGHTS if head.startswith(start)), None)
 
 
 def _patterns(config: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lmtune.config import ModelConfig
 from lmtune.console import warn
 from lmtune.data.cache import cache_folder, cached, found, key_of
 from lmtune.errors import ModelError, listed
+from lmtune.models.base_checks import INDEX, WEIGHTS, check_base, check_weights
 
 _CACHE = "quantized"
 _CACHED_FROM_BYTES = 200 * 2**20  # of stored weights; less is quantised in a second or two
@@ -94,6 +95,8 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
             path, model.revision, dtype, device, _quantization(model, dtype)
         )
     except Exception as error:
+        if stored := _stored_file(model, WEIGHTS) or _stored_file(model, INDEX):
+            check_weights(model.name, stored.parent)
         raise _model_error(model, "weights", error) from error
     _require_all_weights(model, report)
     if key := key or _cache_key(model, dtype):  # downloaded just now
@@ -173,9 +176,9 @@ def weight_files(model: ModelConfig) -> list[Path]:
     Raises:
         ModelError: there are none.
     """
-    if single := _stored_file(model, "model.safetensors"):
+    if single := _stored_file(model, WEIGHTS):
         return [single]
-    if index := _stored_file(model, "model.safetensors.index.json"):
+    if index := _stored_file(model, INDEX):
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         return [index.with_name(shard) for shard in shards]
     raise ModelError(f"model.name: {model.name} has no model.safetensors; lmtune reads safetensors only")
@@ -262,14 +265,8 @@ def _checked_path(name: str) -> str:
         raise ModelError(
             f"model.name: {name} is no folder; give a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"
         )
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model.name: {name} holds no config.json, so it is no model folder")
-        if not list(folder.glob("*.safetensors")) and (pickled := [*folder.glob("*.bin"), *folder.glob("*.pt*")]):
-            raise ModelError(
-                f"model.name: {name} holds pickled weights ({pickled[0].name}), which can run code when read; "
-                "lmtune reads safetensors only: convert them with the safetensors tools, or ask its author"
-            )
+    if name != "tiny" and folder.is_dir():
+        check_base(name, folder)
     return path
 
 

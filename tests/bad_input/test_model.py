@@ -67,6 +67,25 @@ def all_of(*changes: Change) -> Change:
 
 # --- base models, as `lmtune finetune` meets them
 
+INDEX = "model.safetensors.index.json"
+
+
+def sharded(change: Callable[[Path, list[Path]], Any]) -> Change:
+    """The weights in three files, and then a change to them."""
+
+    def apply(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+        place = {tensor: names[number % 3] for number, tensor in enumerate(sorted(state))}
+        for name in names:
+            save_file({t: state[t] for t in state if place[t] == name}, folder / name, metadata={"format": "pt"})
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": place}))
+        change(folder, [folder / name for name in names])
+
+    return apply
+
+
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROWS = "{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
 BASES: dict[str, tuple[Change, str]] = {
@@ -74,11 +93,69 @@ BASES: dict[str, tuple[Change, str]] = {
         all_of(without("model.safetensors"), written("pytorch_model.bin", PICKLE)),
         "model.name: ./base holds pickled weights (pytorch_model.bin), which can run code when read",
     ),
-    "a pickle called safetensors": (written("model.safetensors", PICKLE), "model.name: cannot load the weights"),
-    "HTML in place of the weights": (written("model.safetensors", HTML), "model.name: cannot load the weights"),
-    "a pointer in place of the weights": (written("model.safetensors", POINTER), "model.name: cannot load the weights"),
-    "no byte of weights": (written("model.safetensors", b""), "model.name: cannot load the weights"),
-    "HTML in place of the config": (written("config.json", HTML), "model.name: cannot load the tokenizer"),
+    "a pickle called safetensors": (
+        written("model.safetensors", b"\x80\x04" + PICKLE), "model.safetensors is pickled weights, which can run code",
+    ),
+    "HTML in place of the weights": (
+        written("model.safetensors", HTML),
+        "model.name: ./base: model.safetensors is a web page, not weights; download the file itself, for example with",
+    ),
+    "a pointer in place of the weights": (
+        written("model.safetensors", POINTER),
+        "model.name: ./base: model.safetensors is a Git LFS pointer, not weights; download the file itself: `git lfs",
+    ),
+    "no byte of weights": (written("model.safetensors", b""), "model.name: ./base: model.safetensors is empty"),
+    "weights cut off": (
+        lambda base: (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-9]),
+        "model.name: ./base: model.safetensors: damaged or cut off",
+    ),
+    "no weights": (
+        without("model.safetensors"),
+        "model.name: ./base holds no model.safetensors; lmtune reads safetensors only: download the weights too",
+    ),
+    "a link to weights that are not there": (
+        lambda base: ((base / "model.safetensors").unlink(), (base / "model.safetensors").symlink_to("../blobs/4d7a")),
+        "model.name: ./base: model.safetensors is a link to a file that is not there; copy the file itself",
+    ),
+    "shards without their list": (
+        sharded(lambda base, shards: (base / INDEX).unlink()),
+        "model.name: ./base holds model-00001-of-00003.safetensors, but neither model.safetensors nor model.safe",
+    ),
+    "weights for llama.cpp": (
+        all_of(without("model.safetensors"), written("model-q4.gguf", b"GGUF")),
+        "model.name: ./base holds weights for llama.cpp (model-q4.gguf); lmtune reads safetensors only",
+    ),
+    "weights of TensorFlow": (
+        all_of(without("model.safetensors"), written("tf_model.h5", b"HDF")),
+        "model.name: ./base holds weights for TensorFlow or Flax (tf_model.h5); lmtune reads safetensors only",
+    ),
+    "a shard missing": (
+        sharded(lambda base, shards: shards[1].unlink()),
+        "model.name: ./base: model-00002-of-00003.safetensors, which model.safetensors.index.json names, is missing; ",
+    ),
+    "a pointer in place of a shard": (
+        sharded(lambda base, shards: shards[2].write_bytes(POINTER)),
+        "model.name: ./base: model-00003-of-00003.safetensors is a Git LFS pointer, not weights; ",
+    ),
+    "HTML in place of the list of shards": (
+        sharded(lambda base, shards: (base / INDEX).write_bytes(HTML)),
+        f"model.name: ./base: {INDEX} is a web page, not JSON; ",
+    ),
+    "no list of shards in its file": (
+        sharded(lambda base, shards: (base / INDEX).write_text('{"weight_map": {"a": 1}}')),
+        f"model.name: ./base: {INDEX} holds no weight_map of file names; copy or download it again",
+    ),
+    "a shard from elsewhere": (
+        sharded(lambda base, shards: (base / INDEX).write_text('{"weight_map": {"a": "../../a.safetensors"}}')),
+        f"model.name: ./base: {INDEX} names ../../a.safetensors, which is no file name; copy or download it again",
+    ),
+    "HTML in place of the config": (
+        written("config.json", HTML), "model.name: ./base: config.json is a web page, not JSON; download the file itse",
+    ),
+    "half a config": (written("config.json", '{"model": '), "model.name: ./base: config.json: not valid JSON"),
+    "a pointer in place of the tokenizer": (
+        written("tokenizer.json", POINTER), "model.name: ./base: tokenizer.json is a Git LFS pointer, not a vocabulary",
+    ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"), "model.name: cannot load the tokenizer",
     ),
@@ -122,12 +199,12 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
         all_of(without(WEIGHTS), written("adapter_model.bin", PICKLE)),
         "no adapter_model.safetensors; it holds a pickled adapter, which can run code when read",
     ),
-    "a pickle called safetensors": (written(WEIGHTS, b"\x80\x04" + PICKLE), f"{WEIGHTS}: pickled weights"),
-    "a zip as torch saves it": (written(WEIGHTS, b"PK\x03\x04" + PICKLE), f"{WEIGHTS}: pickled weights"),
-    "HTML in place of the weights": (written(WEIGHTS, HTML), f"{WEIGHTS}: a page of HTML in place of the weights"),
-    "a pointer in place of the weights": (written(WEIGHTS, POINTER), f"{WEIGHTS}: a Git LFS pointer"),
-    "no byte of weights": (written(WEIGHTS, b""), f"{WEIGHTS}: damaged"),
-    "weights cut off": (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), f"{WEIGHTS}: damaged"),
+    "a pickle called safetensors": (written(WEIGHTS, b"\x80\x04" + PICKLE), f"{WEIGHTS} is pickled weights"),
+    "a zip as torch saves it": (written(WEIGHTS, b"PK\x03\x04" + PICKLE), f"{WEIGHTS} is pickled weights"),
+    "HTML in place of the weights": (written(WEIGHTS, HTML), f"{WEIGHTS} is a web page, not weights"),
+    "a pointer in place of the weights": (written(WEIGHTS, POINTER), f"{WEIGHTS} is a Git LFS pointer, not weights"),
+    "no byte of weights": (written(WEIGHTS, b""), f"{WEIGHTS} is empty"),
+    "weights cut off": (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), f"{WEIGHTS}: damaged or cut off"),
     "no tensor": (tensors(lambda state: state.clear()), f"{WEIGHTS}: holds no LoRA tensor"),
     "keys of another kind": (
         tensors(lambda state: [state.update({f"x.{key}": state.pop(key)}) for key in list(state)]),
@@ -157,7 +234,7 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "a regular expression without end": (settings(CONFIG, target_modules=r"([\w.]+)+!"), "takes too long to match"),
     "another, for ranks": (settings(CONFIG, rank_pattern={r"([\w.]+)+!": 4}), "takes too long to match"),
     "a text for a truth": (settings(CONFIG, use_rslora="no"), f"{CONFIG}: use_rslora is 'no'; should be true or false"),
-    "HTML in place of the config": (written(CONFIG, HTML), f"{CONFIG}: not valid JSON"),
+    "HTML in place of the config": (written(CONFIG, HTML), f"{CONFIG} is a web page, not JSON"),
     "a tokenizer with code": (
         all_of(
             settings("tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.T"]}), written("code.py", CODE),

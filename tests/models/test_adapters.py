@@ -258,8 +258,8 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused_by_its_fingerpr
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("adapter_model.safetensors", b"x" * 100, r"adapter_model\.safetensors: damaged"),
-        ("adapter_model.safetensors", b"", r"adapter_model\.safetensors: damaged"),
+        ("adapter_model.safetensors", b"x" * 100, r"adapter_model\.safetensors: damaged or cut off"),
+        ("adapter_model.safetensors", b"", r"adapter_model\.safetensors is empty"),
         ("adapter_config.json", b'{"r": ', r"adapter_config\.json: not valid JSON"),
         ("adapter_config.json", b"[]", r"adapter_config\.json: holds list, not an object"),
         ("adapter_config.json", None, r"no adapter_config\.json; it is no adapter folder"),

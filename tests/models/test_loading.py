@@ -146,7 +146,7 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     text = error_of(config_of(folder))
-    assert text.startswith(f"model.name: cannot load the weights of {folder}: ")
+    assert text.startswith(f"model.name: {folder} holds no model.safetensors; lmtune reads safetensors only: download")
     with pytest.raises(ModelError, match=r"has no model\.safetensors; lmtune reads safetensors only"):
         weight_files(config_of(folder))
 
@@ -179,8 +179,34 @@ def test_damaged_weights(tmp_path: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     text = error_of(config_of(folder))
-    assert "cannot load the weights of" in text
-    assert "holds a complete causal language model" in text
+    assert text.startswith(f"model.name: {folder}: model.safetensors: damaged or cut off (")
+    assert "copy or download it again" in text
+
+
+def test_everything_that_is_wrong_with_a_folder_is_said_at_once(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9912\n")
+    text = error_of(config_of(folder))
+    assert text.startswith(f"model.name: {folder}:\n")
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["config.json", "tokenizer.json", "model.safetensors"]
+
+
+def test_an_adapter_given_as_the_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "it is an adapter; give the base model that it was trained over" in error_of(config_of(tmp_path))
+
+
+def test_damaged_weights_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--user--name"
+    folder = save_tiny(repository / "snapshots" / "4d7a")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("4d7a")
+    load_model(config_of("user/name"), "cpu")
+    (folder / "model.safetensors").write_bytes(b"<html>Sign in to this network</html>")
+    text = error_of(config_of("user/name"))
+    assert text.startswith("model.name: user/name: model.safetensors is a web page, not weights; download")
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])

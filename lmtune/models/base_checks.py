@@ -1,0 +1,121 @@
+"""A base model's folder, looked at before transformers reads it: whether each file is what its name says.
+
+This costs the headers of the weights, so it comes before the data are read, and each problem is listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lmtune.errors import ModelError, listed
+from lmtune.models.file_checks import read_object, text_fault, weights_fault
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_JSON = ("config.json", "generation_config.json", "tokenizer_config.json")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+# Weights of other kinds, by how their names end: what holds them, and what to do
+_OTHERS = {
+    (".bin", ".pt", ".pth", ".bin.index.json"): (
+        "pickled weights ({}), which can run code when read",
+        "convert them with the safetensors tools, or ask its author",
+    ),
+    (".gguf",): ("weights for llama.cpp ({})", "use the model that they were made from"),
+    (".h5", ".msgpack", ".ckpt"): ("weights for TensorFlow or Flax ({})", "ask its author for safetensors"),
+}
+
+
+def check_base(name: str, folder: Path) -> None:
+    """Look at every file of a base model's folder.
+
+    Args:
+        name: the folder as `model.name` gives it.
+        folder: where it is.
+
+    Raises:
+        ModelError: with everything that is wrong with it.
+    """
+    if not (folder / "config.json").exists() and not (folder / "config.json").is_symlink():
+        adapter = (folder / "adapter_config.json").is_file()
+        what = "it is an adapter; give the base model that it was trained over" if adapter else "it is no model folder"
+        raise ModelError(f"model.name: {name} holds no config.json, so {what}")
+    if not any(_is_there(folder / file) for file in (WEIGHTS, INDEX)):
+        raise ModelError(f"model.name: {name} holds {_instead(folder)}")
+    problems = [*_text_faults(folder), *_weights_faults(folder)]
+    if problems:
+        raise _error(name, problems)
+
+
+def check_weights(name: str, folder: Path) -> None:
+    """Look at the weights in a folder that is not the user's: the Hub's cache.
+
+    Raises:
+        ModelError: with everything that is wrong with them.
+    """
+    if problems := list(_weights_faults(folder)):
+        raise _error(name, problems)
+
+
+def _error(name: str, problems: list[str]) -> ModelError:
+    said = f" {problems[0]}" if len(problems) == 1 else f"\n{listed(problems)}"
+    return ModelError(f"model.name: {name}:{said}")
+
+
+def _weights_faults(folder: Path) -> Iterator[str]:
+    if _is_there(folder / WEIGHTS):
+        shards = [WEIGHTS]
+    else:
+        try:
+            shards = _shards(folder / INDEX)
+        except ModelError as error:
+            yield str(error)
+            return
+    for shard in shards:
+        if not _is_there(folder / shard):
+            yield f"{shard}, which {INDEX} names, is missing; download it too"
+        elif fault := weights_fault(folder / shard):
+            yield fault
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, in order."""
+    if fault := text_fault(index):
+        raise ModelError(fault)
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ModelError(f"{INDEX} holds no weight_map of file names; copy or download it again")
+    shards = sorted(set(places.values()))
+    if strange := [name for name in shards if Path(name).name != name]:
+        raise ModelError(f"{INDEX} names {strange[0]}, which is no file name; copy or download it again")
+    return shards
+
+
+def _text_faults(folder: Path) -> Iterator[str]:
+    for name in _JSON:
+        if _is_there(folder / name):
+            if fault := text_fault(folder / name):
+                yield fault
+                continue
+            try:
+                read_object(folder / name)
+            except ModelError as error:
+                yield str(error)
+    for name in _VOCABULARIES:
+        if _is_there(folder / name) and (fault := text_fault(folder / name, "a vocabulary")):
+            yield fault
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file, or a link to one that is missing."""
+    return path.is_file() or path.is_symlink()
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without weights that lmtune reads holds in their place, and what to do."""
+    names = sorted(path.name for path in folder.iterdir())
+    if others := [name for name in names if name.endswith(".safetensors")]:
+        return f"{others[0]}, but neither {WEIGHTS} nor {INDEX}, which names the files; download the whole model"
+    for ends, (what, advice) in _OTHERS.items():
+        if found := [name for name in names if name.endswith(ends)]:
+            return f"{what.format(found[0])}; lmtune reads safetensors only: {advice}"
+    return f"no {WEIGHTS}; lmtune reads safetensors only: download the weights too"
