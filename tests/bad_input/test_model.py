@@ -204,7 +204,7 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "HTML in place of the weights": (written(WEIGHTS, HTML), f"{WEIGHTS} is a web page, not weights"),
     "a pointer in place of the weights": (written(WEIGHTS, POINTER), f"{WEIGHTS} is a Git LFS pointer, not weights"),
     "no byte of weights": (written(WEIGHTS, b""), f"{WEIGHTS} is empty"),
-    "weights cut off": (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), f"{WEIGHTS}: damaged or cut off"),
+    "weights cut off": (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), f"{WEIGHTS}: damaged"),
     "no tensor": (tensors(lambda state: state.clear()), f"{WEIGHTS}: holds no LoRA tensor"),
     "keys of another kind": (
         tensors(lambda state: [state.update({f"x.{key}": state.pop(key)}) for key in list(state)]),
