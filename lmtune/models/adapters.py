@@ -24,6 +24,7 @@ from lmtune.config import AdapterConfig
 from lmtune.errors import ConfigError, ModelError, listed
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
+from lmtune.models.backends import check_bitsandbytes
 from lmtune.models.free_memory import dense_weights_fit
 from lmtune.models.pattern_limits import endless_patterns
 
@@ -42,7 +43,9 @@ def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, ba
 
     Raises:
         ConfigError: a target module matches nothing in the model, or the variant does not run over this base.
+        ModelError: bitsandbytes is installed but broken.
     """
+    check_bitsandbytes("none")  # whether one that is there works: PEFT imports it
     from peft import LoraConfig, get_peft_model
 
     _check_targets(model, adapter.target_modules)
@@ -108,6 +111,7 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     Raises:
         ModelError: a file is missing or damaged, or the tensors do not fit this base exactly.
     """
+    check_bitsandbytes("none")
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
     config, state = read_adapter(folder)

@@ -21,6 +21,7 @@ from lmtune.config import ModelConfig
 from lmtune.console import warn
 from lmtune.data.cache import cache_folder, cached, found, key_of
 from lmtune.errors import ModelError, listed
+from lmtune.models.backends import INSTALL, check_bitsandbytes
 from lmtune.models.base_checks import INDEX, WEIGHTS, check_base, check_weights
 
 _CACHE = "quantized"
@@ -87,6 +88,8 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
     quiet_libraries()
     device = torch.device(device) if device is not None else default_device()
     path = _checked_path(model.name)
+    if model.quantization in ("nf4", "int8"):
+        check_bitsandbytes(model.quantization)
     dtype = compute_dtype(device, model.dtype)
     try:
         key = _cache_key(model, dtype)
@@ -230,10 +233,8 @@ def _quantization(model: ModelConfig, dtype: torch.dtype) -> Any:
     """bitsandbytes' settings for `model.quantization`, or None."""
     if model.quantization in ("none", "fp8"):  # fp8 is how the adapter's layers multiply, see kernels.fp8_linear
         return None
-    try:
-        from transformers import BitsAndBytesConfig
-    except ImportError as error:
-        raise ModelError(f"model.quantization: {model.quantization} needs bitsandbytes ({error})") from error
+    from transformers import BitsAndBytesConfig
+
     if model.quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -275,7 +276,14 @@ def _model_error(model: ModelConfig, part: str, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else text[:297] + "…"
     lower = text.lower()
-    if "trust_remote_code" in lower or "custom code" in lower:
+    if "bitsandbytes" in lower and model.quantization in ("nf4", "int8"):
+        return ModelError(
+            f"model.quantization: bitsandbytes cannot hold {model.name} in {model.quantization} here: "
+            f"{type(error).__name__}: {text}\n  `lmtune doctor` says what works, or set model.quantization=none"
+        )
+    if "bitsandbytes" in lower:
+        hint = f"it is stored in the form of bitsandbytes, which does not work here; {INSTALL}, or see `lmtune doctor`"
+    elif "trust_remote_code" in lower or "custom code" in lower:
         hint = "this model needs code from its repository, which lmtune never runs; use a model built into transformers"
     elif "gated" in lower or "401" in lower or "403" in lower:
         hint = "accept its conditions on the Hub, then log in with `hf auth login`"

@@ -1,6 +1,7 @@
 """Loading: the same call for every quantization, safetensors only, no code from a model's folder, errors that help."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.config import ModelConfig
+from lmtune.config import AdapterConfig, ModelConfig
 from lmtune.data.cache import found
 from lmtune.errors import ModelError
 from lmtune.models import loading
+from lmtune.models.adapters import attach_adapter
 from lmtune.models.loading import (
     compute_dtype,
     default_device,
@@ -254,6 +256,68 @@ def test_code_in_a_models_folder_never_runs(tmp_path: Path, model_type: str, qua
         with pytest.raises(ModelError):
             load_tokenizer(config_of(folder))
     assert not marker.exists()
+
+
+# --- bitsandbytes that is not there, or does not work
+
+
+def without_bitsandbytes(patch: pytest.MonkeyPatch, folder: Path, fault: str | None) -> None:
+    """As if bitsandbytes were not installed, or failed with `fault` when it is imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+        patch.delitem(sys.modules, name)
+    if fault is None:
+        patch.setitem(sys.modules, "bitsandbytes", None)
+        return
+    (folder / "bitsandbytes").mkdir()
+    (folder / "bitsandbytes" / "__init__.py").write_text(fault)
+    patch.syspath_prepend(str(folder))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantisation_without_bitsandbytes_names_both_ways_out(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    without_bitsandbytes(monkeypatch, tmp_path, None)
+    assert error_of(config_of(base, quantization)) == (
+        f"model.quantization: {quantization} needs bitsandbytes, which is not installed; `pip install bitsandbytes`, "
+        "or set model.quantization=none"
+    )
+    load_model(config_of(base), "cpu")
+
+
+@pytest.mark.parametrize("fault", ["raise RuntimeError('no such\\nlibrary')", "import not_there_at_all"])
+def test_bitsandbytes_that_cannot_be_imported(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """PEFT fails then as well, also over a base that is not quantised."""
+    without_bitsandbytes(monkeypatch, tmp_path, fault)
+    text = error_of(config_of(base, "nf4"))
+    assert text.startswith("model.quantization: nf4 needs bitsandbytes, which is installed but cannot be imported (")
+    assert ("RuntimeError: no such library" in text) or ("No module named 'not_there_at_all'" in text)
+    assert "`pip install --force-reinstall bitsandbytes`" in text
+    assert "model.quantization=none" in text
+    model = load_model(config_of(base), "cpu")
+    with pytest.raises(ModelError, match=r"bitsandbytes is installed but cannot be imported .*`pip uninstall bitsandb"):
+        attach_adapter(model, AdapterConfig(), 0, "base")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_what_bitsandbytes_refuses_names_the_setting(
+    base: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    """As on a device that it has no code for; the base may also be stored in its form."""
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("Attempted to use bitsandbytes native library functionality but it's not available.")
+
+    monkeypatch.setattr(loading, "_from_pretrained", refuse)
+    text = error_of(config_of(base, quantization))
+    if quantization == "none":
+        assert "model.name: cannot load the weights of" in text
+        assert "it is stored in the form of bitsandbytes, which does not work here; `pip install bitsandbytes`" in text
+    else:
+        assert text.startswith(f"model.quantization: bitsandbytes cannot hold {base} in {quantization} here: RuntimeE")
+        assert "`lmtune doctor` says what works, or set model.quantization=none" in text
 
 
 # --- the quantised base is kept for the next start
