@@ -10,12 +10,14 @@ chunk's logits instead of several copies of all. The idea of taking the gradient
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-_CPU_CHUNK_ELEMENTS = 4 * 2**20  # logits of a chunk stay near the size of a processor's cache
+_CPU_CHUNK_ELEMENTS, _CPU_CHUNK_ROWS = 8 * 2**20, 128  # fewer rows make slower products, more only hold more memory
 _GPU_CHUNK_ROWS = 2048
 
 
@@ -72,7 +74,7 @@ def chunk_rows(device_type: str, vocabulary: int) -> int:
     """How many rows of logits are held at a time."""
     if device_type == "cuda":
         return _GPU_CHUNK_ROWS
-    return max(16, _CPU_CHUNK_ELEMENTS // vocabulary)
+    return max(_CPU_CHUNK_ROWS, _CPU_CHUNK_ELEMENTS // vocabulary)
 
 
 class _LabelCrossEntropy(torch.autograd.Function):
@@ -87,8 +89,7 @@ class _LabelCrossEntropy(torch.autograd.Function):
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_head = torch.zeros_like(head, dtype=torch.float32) if head_grad else None
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
+        for part in _chunks(len(hidden), rows):
             raw = hidden[part] @ head.t()  # [rows, V]
             loss, right, d_raw = _chunk(raw, targets[part], weight, transform)
             losses[part], correct[part] = loss, right
@@ -105,6 +106,13 @@ class _LabelCrossEntropy(torch.autograd.Function):
         d_hidden, d_head = ctx.saved_tensors
         d_head = None if d_head is None else d_head * grads[0]
         return d_hidden * grads[0], d_head, None, None, None, None, None
+
+
+def _chunks(count: int, most: int) -> list[slice]:
+    """`count` rows in as few parts of at most `most` as possible, of about the same size: a short one is slow."""
+    parts = math.ceil(count / most)
+    edges = [count * part // parts for part in range(parts + 1)] if parts else []
+    return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
 
 def _chunk(

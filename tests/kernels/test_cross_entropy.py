@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lmtune.kernels.cross_entropy import LogitTransform, label_cross_entropy
+from lmtune.kernels.cross_entropy import LogitTransform, _chunks, label_cross_entropy
 
 PLAIN, CAPPED, SCALED = LogitTransform(), LogitTransform(softcap=5.0), LogitTransform(scale=0.25)
 
@@ -28,6 +30,16 @@ def test_equals_plain_cross_entropy(transform: LogitTransform, chunk_rows: int) 
     torch.testing.assert_close(hidden.grad, wanted[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head.grad, wanted[1], atol=1e-5, rtol=1e-5)
     assert torch.equal(correct, logits.argmax(-1) == targets)
+
+
+@given(st.integers(0, 5000), st.integers(1, 700))
+def test_chunks_cover_all_rows_in_parts_of_about_one_size(count: int, most: int) -> None:
+    parts = _chunks(count, most)
+    assert [row for part in parts for row in range(count)[part]] == list(range(count))
+    sizes = [part.stop - part.start for part in parts]
+    assert len(sizes) == -(-count // most)
+    assert max(sizes, default=0) <= most
+    assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
 def test_large_logits_stay_finite() -> None:
