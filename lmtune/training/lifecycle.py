@@ -65,10 +65,10 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
         CheckpointError: the run was begun with other settings, or its checkpoints are damaged.
     """
     session.accelerator.wait_for_everyone()  # an earlier run was set aside
-    checkpoint, skipped = find_checkpoint(run, session.identity)
+    checkpoint, skipped = find_checkpoint(run, session.identity, session.data.fates)
     complete = _is_complete(run)
     if complete and checkpoint is None:  # they were deleted to save room
-        require_same(run, _identity_of(run), session.identity)
+        require_same(run, _identity_of(run), session.identity, session.data.fates)
     session.accelerator.wait_for_everyone()  # all have looked before the first one writes
     if session.accelerator.is_main_process:
         for problem in skipped:

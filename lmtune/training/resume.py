@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmtune.config import FinetuneConfig, to_tree
+from lmtune.data.fates import changed_files
 from lmtune.errors import CheckpointError, listed
 from lmtune.runs import RunDirectory
 from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
@@ -19,6 +20,7 @@ _FREE = {
     "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.exact_match_rows",
     "evaluation.max_new_tokens", "data.train", "data.validation",
 }  # fmt: skip
+_DATA = "the data files' content"
 
 
 def identity(config: FinetuneConfig, data_key: str, base_fingerprint: str) -> dict[str, Any]:
@@ -33,11 +35,18 @@ def identity(config: FinetuneConfig, data_key: str, base_fingerprint: str) -> di
         for key, value in values.items()
     }
     kept = {key: value for key, value in flat.items() if key not in _FREE}
-    return {**kept, "the data files' content": data_key, "the base model's weights": base_fingerprint}
+    return {**kept, _DATA: data_key, "the base model's weights": base_fingerprint}
 
 
-def find_checkpoint(run: RunDirectory, now: Mapping[str, Any]) -> tuple[Checkpoint | None, list[str]]:
+def find_checkpoint(
+    run: RunDirectory, now: Mapping[str, Any], fates: Mapping[str, Any] | None = None
+) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from (None at the beginning), and what was wrong with newer ones.
+
+    Args:
+        run: the run.
+        now: the identity asked for.
+        fates: of the rows as they are now, to say which file changed.
 
     Raises:
         CheckpointError: the run was made with other settings, data or base, or all its checkpoints are damaged.
@@ -45,19 +54,44 @@ def find_checkpoint(run: RunDirectory, now: Mapping[str, Any]) -> tuple[Checkpoi
     run.clean()
     checkpoint, skipped = newest_checkpoint(run.checkpoints)
     if checkpoint is not None:
-        require_same(run, checkpoint.state["identity"], now)
+        require_same(run, checkpoint.state["identity"], now, fates)
     return checkpoint, skipped
 
 
-def require_same(run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def require_same(
+    run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any], fates: Mapping[str, Any] | None = None
+) -> None:
     """Raise CheckpointError with every difference between a run's identity and the one asked for."""
-    differences = [
-        f"{key}: was {before.get(key)!r}, now {now.get(key)!r}" if "." in key else f"{key}: changed"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differences:
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    differences = []
+    for key in keys:
+        if key == _DATA:
+            differences += _changed_data(run, fates, alone=len(keys) == 1)
+        else:
+            differences.append(
+                f"{key}: was {before.get(key)!r}, now {now.get(key)!r}" if "." in key else f"{key}: changed"
+            )
+    if keys:
         raise CheckpointError(
             f"{run.path}: this run was begun differently, so it cannot go on\n{listed(differences)}\n"
             "  put these back, or choose a new run.name, or begin again with run.resume=never (the old run is renamed)"
         )
+
+
+def _changed_data(run: RunDirectory, fates: Mapping[str, Any] | None, alone: bool) -> list[str]:
+    """Why the rows of tokens are others than they were, as far as the run's `data.json` tells.
+
+    Args:
+        run: the run.
+        fates: of the rows as they are now.
+        alone: whether nothing else differs, such as `data.max_length`, from which other tokens follow.
+    """
+    try:
+        begun = run.read_json(run.data)
+    except CheckpointError:
+        begun = {}
+    if not begun or fates is None:
+        return [f"{_DATA}: changed"]
+    if files := changed_files(begun, fates):
+        return files
+    return ["how rows become tokens: changed (the tokenizer, its template, or another version of lmtune)"] * alone

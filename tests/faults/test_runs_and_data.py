@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lmtune.data.fates import changed_files
 from lmtune.training.checkpoint import checkpoint_folders
 from tests.faults.choosing import few
 from tests.processes import KILL, all_of, at_step, ended, lmtune, said, start
@@ -77,9 +78,13 @@ def cut_off(tmp_path: Path, killed: Path) -> Path:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "rows": (lambda place: write_rows(place / "train.jsonl", QUESTIONS[1:]), "the data files' content: changed"),
+    "rows": (lambda place: write_rows(place / "train.jsonl", QUESTIONS[1:]), "data.train: train.jsonl changed"),
     "held-out rows": (
-        lambda place: write_rows(place / "validation.jsonl", HELDOUT[1:]), "the data files' content: changed"
+        lambda place: write_rows(place / "validation.jsonl", HELDOUT[1:]), "data.validation: validation.jsonl changed"
+    ),
+    "template": (
+        lambda place: (place / "base" / "chat_template.jinja").write_text(CHATML + "{# the same, said otherwise #}"),
+        "how rows become tokens: changed (the tokenizer, its template, or another version of lmtune)",
     ),
     "base": (
         lambda place: save_tiny(place / "base", chat_template=CHATML, seed=7), "the base model's weights: changed"
@@ -143,9 +148,65 @@ def test_29_data_that_changes_while_the_run_trains_is_said_at_the_next_start(
     rows = (place / "train.jsonl").read_bytes()
     assert lmtune(place, "finetune", "run.yaml", trouble=all_of(at_step(3, add_row), at_step(7, KILL))) < 0
     assert lmtune(place, "finetune", "run.yaml") == 2
-    assert "the data files' content: changed" in said(place)
+    assert "\n  data.train: train.jsonl changed\n" in said(place)
     (place / "train.jsonl").write_bytes(rows)
     assert lmtune(place, "finetune", "run.yaml", trouble=at_step(8, add_row)) == 0, said(place)
     assert lasting(place) == undisturbed
     assert lmtune(place, "finetune", "run.yaml") == 2
-    assert "the data files' content: changed" in said(place)
+    assert "\n  data.train: train.jsonl changed\n" in said(place)
+
+
+def fates(train: dict[str, str], validation: dict[str, str] | int | None = None) -> dict[str, Any]:
+    """What `data.json` holds of these files, by name with their content."""
+    parts: list[Any] = [
+        {"files": list(part), "sha256": list(part.values())} if isinstance(part, dict)
+        else None if part is None else {"held_out": part}
+        for part in (train, validation)
+    ]  # fmt: skip
+    return {"train": parts[0], "validation": parts[1]}
+
+
+ONE = {"a.jsonl": "1"}
+BEFORE_AND_NOW: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "nothing": (fates(ONE, 3), fates(ONE, 3), []),
+    "only a name": (fates(ONE), fates({"b.jsonl": "1"}), []),
+    "one of two": (
+        fates({**ONE, "b.jsonl": "2"}, {"v.jsonl": "9"}), fates({**ONE, "b.jsonl": "3"}, {"v.jsonl": "9"}),
+        ["data.train: b.jsonl changed"],
+    ),
+    "both parts": (
+        fates(ONE, {"v.jsonl": "8"}), fates({"a.jsonl": "2"}, {"v.jsonl": "9"}),
+        ["data.train: a.jsonl changed", "data.validation: v.jsonl changed"],
+    ),
+    "another file": (fates(ONE), fates({"b.jsonl": "2"}), ["data.train: b.jsonl is new, a.jsonl is gone"]),
+    "a file more": (fates(ONE), fates({**ONE, "b.jsonl": "2"}), ["data.train: b.jsonl is new"]),
+    "a file less": (fates({**ONE, "b.jsonl": "2"}), fates(ONE), ["data.train: b.jsonl is gone"]),
+    "the same file twice": (fates(ONE), fates({**ONE, "b.jsonl": "1"}), ["data.train: b.jsonl is new"]),
+    "many": (
+        fates({f"{n}.jsonl": "1" for n in range(9)}), fates({f"{n}.jsonl": "2" for n in range(9)}),
+        ["data.train: 0.jsonl, 1.jsonl, 2.jsonl and 6 more changed"],
+    ),
+    "the order": (
+        fates({"a.jsonl": "1", "b.jsonl": "2"}), fates({"b.jsonl": "2", "a.jsonl": "1"}),
+        ["data.train: the same files in another order"],
+    ),
+    "held out of train, now a file": (
+        fates(ONE, 3), fates(ONE, {"v.jsonl": "9"}), ["data.validation: was a part of data.train, now v.jsonl"],
+    ),
+    "a file, now none": (fates(ONE, {"v.jsonl": "9"}), fates(ONE), ["data.validation: was v.jsonl, now none"]),
+    "a record that is no such record": ({"train": {"files": 3}, "validation": []}, fates(ONE), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BEFORE_AND_NOW)
+def test_25_what_changed_of_the_data_is_named(what: str) -> None:
+    before, now, expected = BEFORE_AND_NOW[what]
+    assert changed_files(before, now) == expected
+
+
+def test_25_data_without_a_record_of_the_run_are_still_refused(cut_off: Path) -> None:
+    """Such as one whose `data.json` was deleted, or is damaged."""
+    write_rows(cut_off / "train.jsonl", QUESTIONS[1:])
+    (cut_off / "runs/trial/data.json").write_text("{")
+    assert lmtune(cut_off, "finetune", "run.yaml") == 2
+    assert "\n  the data files' content: changed\n" in said(cut_off)
