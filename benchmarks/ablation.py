@@ -2,6 +2,9 @@
 
 python -m benchmarks.ablation
 python -m benchmarks.ablation --groups prefix --repeats 7 --output ablation.json
+
+Without attention by document the last layer runs everywhere too; without checkpointing by need each layer is computed
+twice. What balances processes is in benchmarks.scaling, what a start saves in benchmarks.first_step.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from benchmarks.workload import SHAPES, Workload
 GROUPS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "plain": (
         {},
-        ("without-packing", "without-label-cross-entropy", "without-last-layer", "without-fused-LoRA",
-         "without-fused-optimizer"),
+        ("without-packing", "without-attention-by-document", "without-label-cross-entropy", "without-last-layer",
+         "without-fused-LoRA", "without-checkpointing-by-need", "without-fused-optimizer"),
     ),
     "nf4": ({"quantization": "nf4"}, ("without-kept-dense-weights", "without-fused-LoRA")),
     "prefix": ({"shared_prefix": 256, "own_tokens": 64, "batch_size": 50}, ("without-shared-prefix",)),
@@ -34,13 +37,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="30m")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     reports = {}
     for name in options.groups:
         changes, others = GROUPS[name]
-        work = replace(Workload(options.shape), **changes)
+        work = replace(Workload(options.shape, batch_size=options.batch_size), **changes)
         arms = ["lmtune", *(f"lmtune-{other}" for other in others)]
         reports[name] = compare(work, options.device, arms, options.repeats)
         print(f"\n{name}: {changes or 'the workload of benchmarks.compare'}")

@@ -7,6 +7,7 @@ the step's trained tokens in all arms, so losses and gradients can be compared b
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,10 @@ class Lmtune(Arm):
         micro_batch_tokens: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(work, folder, device, dtype)
+        from lmtune.kernels.last_layer import decoder_layers
         from lmtune.kernels.lora_linear import fuse
         from lmtune.kernels.packed_forward import PackedForward
+        from lmtune.training.activations import checkpoint_layers
         from lmtune.training.memory import MOST_TOKENS
 
         if "fused LoRA" not in without:
@@ -64,6 +67,11 @@ class Lmtune(Arm):
         ):  # fmt: skip
             if technique in without:
                 setattr(self.forward, attribute, "left out")
+        if "attention by document" in without:  # transformers' own, with a mask of the whole micro-batch
+            self.forward.ready = contextlib.nullcontext  # type: ignore[method-assign]
+            self.forward.layer_reason = self.forward.prefix_reason = "left out"
+        if "checkpointing by need" in without:
+            checkpoint_layers(self.forward.base, len(decoder_layers(self.forward.base)))
         if self.forward.head_reason:
             self.forward.layer_reason = self.forward.layer_reason or self.forward.head_reason
         self.budget = micro_batch_tokens or MOST_TOKENS[self.device.type]

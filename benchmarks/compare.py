@@ -213,7 +213,7 @@ def print_table(report: dict[str, Any]) -> None:
     """The arms, fastest first."""
     ours = next((a for a in report["arms"] if a["arm"] == "lmtune"), None)
     print(f"matmul ceiling {report['matmul_ceiling_gflops']} GFLOP/s, load {report['load_average_before']}")
-    print(f"{'arm':34}{'tok/s':>8}{'min':>8}{'laid':>7}{'memory':>9}{'first':>8}{'MFU':>6}{'ours/it':>9}  exact")
+    print(f"{'arm':38}{'tok/s':>8}{'min':>8}{'laid':>7}{'memory':>9}{'first':>8}{'MFU':>6}{'ours/it':>9}  exact")
     shown = [arm for arm in report["arms"] if arm["repeats"] or arm["exact"] is False]
     for arm in sorted(shown, key=lambda a: -(a["tokens_per_second_median"] or 0)):
         rate = arm["tokens_per_second_median"]
@@ -221,11 +221,11 @@ def print_table(report: dict[str, Any]) -> None:
             why = (
                 f"not exact: loss {arm['loss_difference']}, gradients {arm['gradient_difference']} from the plain loop"
             )
-            print(f"{arm['arm']:34} {arm['error'].strip().splitlines()[-1][:80] if arm['error'] else why}")
+            print(f"{arm['arm']:38} {arm['error'].strip().splitlines()[-1][:80] if arm['error'] else why}")
             continue
         ratio = f"{ours['tokens_per_second_median'] / rate:.2f}" if ours and ours["tokens_per_second_median"] else "-"
         print(
-            f"{arm['arm']:34}{rate:8.0f}{arm['tokens_per_second_min']:8.0f}"
+            f"{arm['arm']:38}{rate:8.0f}{arm['tokens_per_second_min']:8.0f}"
             f"{arm['computed_per_real_token']:7.2f}{arm['peak_memory_gib']:7.2f} G"
             f"{arm['first_step_seconds']:6.1f} s{arm['mfu']:6.2f}{ratio:>9}  {EXACT[arm['exact']]}"
         )

@@ -3,6 +3,7 @@
 python -m benchmarks.scaling rows           # 1,000 to 1,000,000 short rows, planned for a whole epoch
 python -m benchmarks.scaling length rank    # tokens per second of a training step
 python -m benchmarks.scaling processes      # `lmtune finetune --processes N`, whole runs
+python -m benchmarks.scaling balance        # how evenly a step's work is dealt to 2 to 64 processes
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ STEPS, ROW_TOKENS = 20, 24  # steps of a run for `processes`; mean tokens of the
 def main() -> None:
     """Measure what the command line names, print it as it comes, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("rows", "length", "rank", "processes"))
+    parser.add_argument("what", nargs="+", choices=("rows", "length", "rank", "processes", "balance"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", default="30m")
     parser.add_argument("--repeats", type=int, default=5)
@@ -49,6 +50,8 @@ def main() -> None:
             report[what] = [step_rate("length", n, work, options) for n, work in works]
         elif what == "rank":
             report[what] = [step_rate("rank", n, Workload(options.shape, rank=n), options) for n in RANKS]
+        elif what == "balance":
+            report[what] = [balance(count) for count in (2, 8, 64)]
         else:
             report[what] = [whole_run(count, options.shape) for count in options.processes]
     if options.output:
@@ -136,6 +139,34 @@ def _resident() -> dict[str, float]:
 
 
 # --- processes
+
+
+def balance(processes: int) -> dict[str, Any]:
+    """The busiest process's work as a multiple of the mean, dealt by cost and in the rows' order; means of steps.
+
+    The work is that of `lmtune.training.forecast`, for a model like Qwen3-0.6B with rank 16; rows have lengths with a
+    long tail, and trained shares from nothing to all; 16 rows a process.
+    """
+    from lmtune.training.forecast import token_cost
+    from lmtune.training.memory import ModelShape
+    from lmtune.training.plan import deal
+
+    cost = token_cost(ModelShape(28, 1024, 2048, 3072, 151_936, 440_000_000, 155_000_000, 10_000_000))
+    generator, worst = np.random.default_rng(0), dict[str, list[float]](dealt=[], in_order=[])
+    for _ in range(STEPS):
+        lengths = np.clip(generator.lognormal(4.8, 0.8, 16 * processes), 16, 2048).astype(int)
+        trained = np.maximum(1, lengths * generator.random(len(lengths))).astype(int)
+        work = lengths * (1 + cost.before * lengths / 2) + trained * cost.trained
+        ways = {
+            "dealt": deal(lengths.tolist(), trained.tolist(), processes, cost=cost),
+            "in_order": np.arange(len(lengths)).reshape(processes, -1),
+        }
+        for way, shares in ways.items():
+            loads = [work[share].sum() for share in shares]
+            worst[way].append(max(loads) / (sum(loads) / processes))
+    found = {way: round(float(np.mean(values)), 3) for way, values in worst.items()}
+    print(f"{processes:>3} processes: the busiest has {found['dealt']} of the mean, {found['in_order']} in order")
+    return {"processes": processes, **found}
 
 
 def whole_run(count: int, shape: str) -> dict[str, Any]:
