@@ -61,7 +61,7 @@ class Workload:
         """The rows of an optimizer step: `documents` with `input_ids[t]` and `trained[t]`; the same for every arm."""
         if self.data is not None:
             some = np.random.default_rng([self.seed, step]).choice(len(self._file_rows), self.batch_size, replace=False)
-            return [self._file_rows[int(index)] for index in some]
+            return [_as_random_rows_are(self._file_rows[int(index)]) for index in some]
         generator = np.random.default_rng([self.seed, step])
         vocabulary = SHAPES[self.shape][5]
         prefix = np.random.default_rng(self.seed).integers(5, vocabulary, self.shared_prefix)
@@ -127,6 +127,12 @@ class Workload:
             max_position_embeddings=8192,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def _as_random_rows_are(row: Any) -> Any:
+    """A row of a file with the types of the random ones."""
+    documents = [SimpleNamespace(input_ids=d.input_ids.astype(np.int64), trained=d.trained) for d in row.documents]
+    return SimpleNamespace(where=row.where, documents=documents)
 
 
 def adapted(model: Any, rank: int, seed: int) -> Any:

@@ -57,6 +57,7 @@ def test_rows_are_the_same_for_every_arm_and_others_at_each_step() -> None:
 def test_rows_of_a_file_are_rendered_by_a_tokenizer_trained_on_it() -> None:
     work = Workload("1m", batch_size=8, data=str(ROOT / "examples" / "support.jsonl"))
     assert all(row.documents[0].trained.any() for row in work.rows(1))
+    assert all(row.documents[0].input_ids.dtype == np.int64 for row in work.rows(1))  # as the plain arms need them
     assert 0 < work.trained_share < 1
     assert flop_per_token(work) > 0
 
