@@ -10,15 +10,20 @@ Nothing here imports torch, so that listing runs answers at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from lmtune.config import RunConfig
-from lmtune.errors import CheckpointError, ConfigError
+from lmtune.errors import CheckpointError, ConfigError, LmtuneError
+
+# A disk that is full, broken, or must not be written
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class RunDirectory:
@@ -150,29 +155,61 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError inside the block names `path`, which one from a full disk does not."""
+    """A failure of the system inside the block names `path`, which one from a full disk does not."""
     try:
         yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        if (number := _system_error(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(_final(path))) from error
+
+
+@contextlib.contextmanager
+def naming_in(folder: Path) -> Iterator[None]:
+    """A full or read-only disk met inside the block, where files of `folder` are written, names it or a file in it."""
+    try:
+        yield
+    except Exception as error:
+        number = _system_error(error)
+        if number not in _DISK:
+            raise
+        name = error.filename if isinstance(error, OSError) else None
+        raise OSError(number, os.strerror(number), str(_final(Path(os.fsdecode(name)) if name else folder))) from error
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number for an error, also where a library written in Rust (safetensors, tokenizers) met it."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = None if isinstance(error, LmtuneError) else re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _final(path: Path) -> Path:
+    """What `path` would have been called when it was complete."""
+    return Path(*(part.removeprefix(".staging-") for part in path.parts))
 
 
 def replace_folder(staging: Path, target: Path) -> None:
     """Give the complete folder `staging` the name `target`; an earlier one goes whole, not file by file.
 
     Killed in between, there is the earlier folder, the new one or none, but never half of one.
+
+    Raises:
+        OSError: the disk is full or must not be written; names what.
     """
-    for path in staging.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                flush_to_disk(file)
-    sync_folder(staging)
     earlier = target.with_name(f".earlier-{target.name}")
-    shutil.rmtree(earlier, ignore_errors=True)  # a crash left it
-    if target.exists():
-        target.rename(earlier)
-    staging.rename(target)
-    sync_folder(target.parent)
+    with naming_in(target):
+        for path in staging.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    flush_to_disk(file)
+        sync_folder(staging)
+        shutil.rmtree(earlier, ignore_errors=True)  # a crash left it
+        if target.exists():
+            target.rename(earlier)
+        staging.rename(target)
+        sync_folder(target.parent)
     shutil.rmtree(earlier, ignore_errors=True)
 
 

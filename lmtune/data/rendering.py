@@ -26,6 +26,7 @@ from typing import Any, Literal
 from lmtune.data.chat_template import ChatTemplate, TemplateFault
 from lmtune.data.examples import Example, Message
 from lmtune.errors import DataError, ModelError
+from lmtune.runs import naming_in
 
 Template = Literal["auto", "chat", "plain", "thinking"]
 
@@ -128,7 +129,8 @@ class Renderer:
         try:
             if self._chat is not None and self._chat.is_amended:
                 self.tokenizer.chat_template = self._chat.source
-            self.tokenizer.save_pretrained(folder)
+            with naming_in(folder):
+                self.tokenizer.save_pretrained(folder)
         finally:
             self.tokenizer.chat_template = own
 

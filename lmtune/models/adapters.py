@@ -27,6 +27,7 @@ from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, 
 from lmtune.models.backends import check_bitsandbytes
 from lmtune.models.free_memory import dense_weights_fit
 from lmtune.models.pattern_limits import endless_patterns
+from lmtune.runs import naming
 
 ADAPTER = "default"
 Tensors = dict[str, torch.Tensor]
@@ -84,6 +85,9 @@ def save_adapter(model: Any, folder: Path, notes: Mapping[str, Any], weights: Te
         folder: an existing folder.
         notes: what goes into `lmtune.json`.
         weights: trainable parameters by name to save instead of the model's own.
+
+    Raises:
+        OSError: naming the file that could not be written.
     """
     from peft import get_peft_model_state_dict
 
@@ -94,10 +98,12 @@ def save_adapter(model: Any, folder: Path, notes: Mapping[str, Any], weights: Te
     # PEFT's own names: without the adapter's, and of DoRA's magnitudes without `.weight` too
     stored = get_peft_model_state_dict(model, state, save_embedding_layers=False)
     stored = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
-    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    with naming(folder / WEIGHTS):
+        save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     config["inference_mode"] = True
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")
-    (folder / NOTES).write_text(json.dumps(dict(notes), indent=2) + "\n", encoding="utf-8")
+    for name, tree in ((CONFIG, config), (NOTES, dict(notes))):
+        with naming(folder / name):
+            (folder / name).write_text(json.dumps(tree, indent=2, default=_plain) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None = None) -> Any:

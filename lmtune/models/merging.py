@@ -25,7 +25,7 @@ from lmtune.errors import LmtuneError
 from lmtune.models.adapters import load_adapter
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, quiet_libraries, stored_dtype
-from lmtune.runs import replace_folder, share_files
+from lmtune.runs import naming_in, replace_folder, share_files
 
 Into = Literal["trained", "original"]
 
@@ -82,6 +82,7 @@ def merge(
 
     Raises:
         LmtuneError: the merged model differs by more than the bound; nothing is left behind.
+        OSError: the disk is full or must not be written; nothing is left behind.
     """
     dtype, fingerprint = stored_dtype(base), base_fingerprint(base)
     model = load_adapter(load_model(base), adapter, fingerprint)
@@ -92,16 +93,17 @@ def merge(
     staging = output.with_name(f".staging-{output.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
-        model = load_adapter(_numbers(plain), adapter, fingerprint)
-        reference = logits(model, sequences)
-        _write(model.merge_and_unload(safe_merge=True).to(dtype), staging, tokenizer, generation_config)
-        report = _compare(reference, trained, logits(_plain(staging), sequences), into, dtype, computed)
-        _require_bounds(report)
-        if describe is not None:
-            describe(staging, report)
-        share_files(staging)
-        replace_folder(staging, output)
+        with naming_in(output):
+            staging.mkdir(parents=True)
+            model = load_adapter(_numbers(plain), adapter, fingerprint)
+            reference = logits(model, sequences)
+            _write(model.merge_and_unload(safe_merge=True).to(dtype), staging, tokenizer, generation_config)
+            report = _compare(reference, trained, logits(_plain(staging), sequences), into, dtype, computed)
+            _require_bounds(report)
+            if describe is not None:
+                describe(staging, report)
+            share_files(staging)
+            replace_folder(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return report

@@ -16,7 +16,7 @@ from lmtune.console import err, escape, warn
 from lmtune.data.fates import describe_fates
 from lmtune.errors import LmtuneError
 from lmtune.evaluation import Answer, Scores
-from lmtune.runs import RunDirectory, write_json, write_text
+from lmtune.runs import RunDirectory, naming_in, write_json, write_text
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.loop import Outcome
 from lmtune.training.memory import peak_memory_gib
@@ -47,7 +47,8 @@ def running(run: RunDirectory, session: Session) -> Iterator[None]:
         held.enter_context(sigterm_interrupts())
         session.accelerator.on_failure = lambda reason: _note_end(run, session, "failed", reason)
         try:
-            yield
+            with naming_in(run.path):
+                yield
         except BaseException as error:
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
             with no_more_signals():

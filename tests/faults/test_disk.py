@@ -1,6 +1,7 @@
 """A disk that is full or must not be written: a clear error, what was there is untouched, and the run goes on later."""
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
+from lmtune.errors import LmtuneError
+from lmtune.runs import naming, naming_in
 from lmtune.training.checkpoint import checkpoint_folders, problem_of
-from tests.processes import Trouble, at_call, lmtune, said
+from tests.faults.choosing import few
+from tests.processes import Trouble, at_call, lmtune, said, wrap
 from tests.workplace import checkpoints, lasting, written_files
 
 
@@ -71,14 +76,79 @@ def test_07_a_disk_that_is_full_while_a_step_is_recorded(place: Path, undisturbe
     assert lasting(place) == undisturbed
 
 
-def test_07_a_disk_that_is_full_while_the_result_is_saved(place: Path, undisturbed: dict[str, Any]) -> None:
-    trouble = at_call("lmtune.training.session", "save_adapter", partial(limit_files, 20_000))
+def full() -> None:
+    """What the system says on a full disk: no name."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_when_flushed() -> None:
+    """Every flush finds the disk full, as on one that takes up in memory what is written."""
+    wrap("os", "fsync", lambda *_: full())
+
+
+# The output of the command is a file too, so only large files are limited in fact.
+SAVING: dict[str, tuple[Trouble, str]] = {
+    "the weights": (
+        at_call("lmtune.training.session", "save_adapter", partial(limit_files, 20_000)),
+        "runs/trial/adapter/adapter_model.safetensors: File too large",
+    ),
+    "the adapter's config": (
+        at_call("lmtune.models.adapters", "_plain", full),
+        "runs/trial/adapter/adapter_config.json: No space left on device",
+    ),
+    "the tokenizer": (
+        at_call("transformers", "PreTrainedTokenizerBase.save_pretrained", full),
+        "runs/trial/adapter: No space left on device",
+    ),
+    "the generation config": (
+        at_call("transformers", "GenerationConfig.save_pretrained", full), "runs/trial: No space left on device",
+    ),
+    "the flush": (
+        at_call("lmtune.training.session", "replace_folder", full_when_flushed),
+        "runs/trial/adapter: No space left on device",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", few(SAVING, "the weights", "the flush"))
+def test_07_a_disk_that_is_full_while_the_result_is_saved(place: Path, undisturbed: dict[str, Any], what: str) -> None:
+    trouble, message = SAVING[what]
     assert lmtune(place, "finetune", "run.yaml", trouble=trouble) == 1
-    assert "File too large" in said(place)
-    assert "Traceback" not in said(place)
+    text = said(place)
+    assert f"error: {message}" in text
+    assert "make room or permit it, then start the same command again" in " ".join(text.split())
+    assert text.count("\nerror: ") == 1
+    assert "Traceback" not in text
     assert not (place / "runs/trial/adapter").exists()
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
     assert lasting(place) == undisturbed
+
+
+FULL = "File too large"
+RAISED: dict[str, tuple[Exception, tuple[str | None, str | None]]] = {  # what a file and a folder's block then name
+    "the system, without a name": (OSError(errno.EFBIG, FULL), ("out/file", "out")),
+    "the system, with one": (OSError(errno.EFBIG, FULL, ".staging-out/part"), ("out/file", "out/part")),
+    "safetensors": (SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 27)"), ("out/file", "out")),
+    "another library in Rust": (Exception(f"{FULL} (os error 27)"), ("out/file", "out")),
+    "no disk": (OSError(errno.ECONNRESET, "Connection reset"), ("out/file", None)),
+    "no number": (OSError("cannot find it"), (None, None)),
+    "an error that says it already": (LmtuneError(f"no checkpoint: {FULL} (os error 27)"), (None, None)),
+    "something else": (ValueError("27"), (None, None)),
+}
+
+
+@pytest.mark.parametrize("what", RAISED)
+@pytest.mark.parametrize("block", [0, 1], ids=["file", "folder"])
+def test_07_what_could_not_be_written_is_named_whoever_wrote_it(what: str, block: int) -> None:
+    error, names = RAISED[what]
+    named = (naming(Path(".staging-out/file")), naming_in(Path(".staging-out")))[block]
+    with pytest.raises(type(error) if names[block] is None else OSError) as caught, named:
+        raise error
+    if names[block] is None:
+        assert caught.value is error
+    else:
+        assert caught.value.filename == names[block]
+        assert caught.value.strerror
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.faults.choosing import few
+from tests.faults.test_disk import full_when_flushed, limit_files
 from tests.processes import KILL, Trouble, at_call, lmtune, said
 from tests.workplace import finetune, make_workplace, written_files
 
@@ -52,3 +54,25 @@ def test_26_killed_in_the_middle_of_a_merge(merged: Path, tmp_path: Path, kind: 
     assert lmtune(place, "merge", "trial") == 0, said(place)
     assert written_files(model) == new
     assert [path.name for path in model.parent.glob(".*")] == [".lock"]
+
+
+FULL: dict[str, tuple[Trouble, str]] = {
+    "the weights": (at_call("lmtune.models.merging", "_write", partial(limit_files, 20_000)), ": File too large"),
+    "a config": (at_call("lmtune.models.merging", "_write", partial(limit_files, 100)), ": File too large"),
+    "the flush": (
+        at_call("lmtune.models.merging", "replace_folder", full_when_flushed), ": No space left on device",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", few(FULL, "the weights"))
+def test_07_a_disk_that_is_full_while_a_merge_is_written(merged: Path, tmp_path: Path, what: str) -> None:
+    """The merged model from before stays as it was."""
+    place = Path(shutil.copytree(merged, tmp_path / "work"))
+    before = written_files(place / "runs")
+    trouble, message = FULL[what]
+    assert lmtune(place, "merge", "trial", trouble=trouble) == 1
+    text = " ".join(said(place).split())
+    assert f"error: runs/trial/merged{message}; make room or permit it, then start the same command again" in text
+    assert "Traceback" not in text
+    assert written_files(place / "runs") == before
