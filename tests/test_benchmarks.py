@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import flop_per_token, gate
-from benchmarks.scaling import planned
+from benchmarks.profile_step import part_of, profile
+from benchmarks.scaling import balance, planned
 from benchmarks.workload import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -83,3 +84,21 @@ def test_planning_a_thousand_rows_is_measured() -> None:
     assert found["steps"] == 32
     assert 0 < found["seconds"] < 60
     assert found["memory_gib"] < 1
+
+
+def test_work_is_dealt_more_evenly_than_in_order() -> None:
+    found = balance(2)
+    assert 1 <= found["dealt"] < found["in_order"]
+
+
+@pytest.mark.slow
+def test_a_step_is_profiled_by_parts() -> None:
+    report = profile(Workload("1m", batch_size=2), "cpu")
+    assert sum(report["shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert all(report["shares"].values())
+    assert report["tokens_per_second"] > 0
+
+
+def test_operations_are_told_apart_by_name() -> None:
+    names = ("aten::mm", "aten::addmm_", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::mul")
+    assert [part_of(name) for name in names] == ["products", "products", "attention", "the rest"]
