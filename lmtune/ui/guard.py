@@ -13,7 +13,10 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
+
+from lmtune.ui.calls import Calls, parsed
+from lmtune.ui.waiting import Waiting
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,10 +30,13 @@ _READ = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|logout)/?"
     r"|/(assets|static|svelte)/.+"
     r"|/gradio_api/(info|theme\.css|user|login_check|token|app_id|startup-events|queue/(data|status))/?"
-    r"|/gradio_api/(heartbeat|call)/.+"
+    r"|/gradio_api/(heartbeat/.+|call/[^/]+/[^/]+/?)"
 )
-_WRITE = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|run/predict)/?|/gradio_api/call/.+")
-_QUESTION = re.compile(r"/gradio_api/(queue/join/?|call/.+)")
+_WRITE = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|run/predict|call/[^/]+)/?")
+_QUESTION = re.compile(r"/gradio_api/(queue/join|call/[^/]+)/?")
+_CALL = re.compile(rf"{_QUESTION.pattern}|/gradio_api/run/predict/?")
+_STREAM = re.compile(r"/gradio_api/(queue/data|call/[^/]+/([^/]+))/?")
+_LOGIN_CHECK = "/gradio_api/login_check"
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
     "blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
@@ -45,10 +51,19 @@ class Guard:
         app: the application.
         hosts: names that a request may call us by, without port; None is any name.
         framed: other sites may show the page in a frame, as a Hub Space needs.
+        calls: what a call has to hold; None lets any pass.
+        waiting: told who asks and who listens.
     """
 
-    def __init__(self, app: App, hosts: frozenset[str] | None = LOOPBACK, framed: bool = False) -> None:
-        self._app, self._hosts = app, hosts
+    def __init__(
+        self,
+        app: App,
+        hosts: frozenset[str] | None = LOOPBACK,
+        framed: bool = False,
+        calls: Calls | None = None,
+        waiting: Waiting | None = None,
+    ) -> None:
+        self._app, self._hosts, self._calls, self._waiting = app, hosts, calls, waiting
         self._closing: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._turn = asyncio.Lock()
         policy = _POLICY if framed else f"{_POLICY}; frame-ancestors 'none'"
@@ -95,15 +110,60 @@ class Guard:
         return None
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application, unless the client of a question has gone before its turn came."""
-        if scope["method"] != "POST" or _QUESTION.fullmatch(scope["path"]) is None:
+        """Run the application, unless it is called wrongly, or the client of a question has gone before its turn."""
+        if scope["method"] == "GET" and self._waiting is not None and _STREAM.fullmatch(scope["path"]) is not None:
+            session = _session(scope, self._waiting)
+            if not self._waiting.knows(session) and await self._may_enter(scope):
+                await _answer(send, 404, "nothing is waiting in this session: ask first, and listen soon")
+                return
+            with self._waiting.listening(session):
+                await self._run(scope, receive, send, [])
+        elif scope["method"] != "POST" or _CALL.fullmatch(scope["path"]) is None:
             await self._run(scope, receive, send, [])
         elif (body := await _whole_body(receive)) is not None:
-            # One at a time: taking up a question is work for Gradio. A client that leaves while it stands in line is
-            # seen then, where otherwise its question would be queued and answered for nobody.
-            async with self._turn:
-                if not await _has_gone(receive):
-                    await self._run(scope, receive, send, body)
+            content = b"".join(message.get("body", b"") for message in body)
+            refusal = None if self._calls is None else self._calls.refusal(scope["path"], content)
+            if refusal is not None and await self._may_enter(scope):
+                await _answer(send, *refusal)
+            elif _QUESTION.fullmatch(scope["path"]) is None:
+                await self._run(scope, receive, send, body)
+            else:
+                await self._take_up(scope, receive, send, body, content)
+
+    async def _take_up(
+        self, scope: Scope, receive: Receive, send: Send, body: list[MutableMapping[str, Any]], content: bytes
+    ) -> None:
+        """Hand on a question, and note whose it is."""
+        answer: dict[str, Any] = {"status": 0, "body": b"", "gone": False}
+
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            answer["status"] = message.get("status", answer["status"])
+            answer["body"] += message.get("body", b"")
+            answer["gone"] = answer["gone"] or await _has_gone(receive)  # after the answer nobody can tell any more
+            await send(message)
+
+        # One at a time: taking up a question is work for Gradio. A client that leaves while it stands in line is
+        # seen then, where otherwise its question would be queued and answered for nobody.
+        async with self._turn:
+            if not await _has_gone(receive):
+                await self._run(scope, receive, noted, body)
+        if self._waiting is not None and answer["status"] == 200:
+            session = parsed(content).get("session_hash") or parsed(answer["body"]).get("event_id")
+            self._waiting.asked(str(session), answer["gone"])
+
+    async def _may_enter(self, scope: Scope) -> bool:
+        """Whether the application knows who asks: others are not even told what is wrong with their call."""
+        found: list[int] = []
+
+        async def nothing() -> MutableMapping[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def note(message: MutableMapping[str, Any]) -> None:
+            found.append(message.get("status", 0))
+
+        question = {"method": "GET", "path": _LOGIN_CHECK, "raw_path": _LOGIN_CHECK.encode(), "query_string": b""}
+        await self._app({**scope, **question}, nothing, note)
+        return found[0] == 200
 
     async def _run(self, scope: Scope, receive: Receive, send: Send, body: list[MutableMapping[str, Any]]) -> None:
         """Run the application, with what it reads bounded and what it sends marked; `body` was read already."""
@@ -161,6 +221,15 @@ async def _has_gone(receive: Receive) -> bool:
         return bool(message.result()["type"] == "http.disconnect")
     message.cancel()
     return False
+
+
+def _session(scope: Scope, waiting: Waiting) -> str:
+    """Whose stream is asked for."""
+    found = _STREAM.fullmatch(scope["path"])
+    if found is not None and found[2]:
+        return waiting.session_of(found[2])
+    query: bytes = scope["query_string"]
+    return parse_qs(query.decode("latin-1")).get("session_hash", [""])[-1]
 
 
 def _single_headers(scope: Scope) -> dict[str, str]:

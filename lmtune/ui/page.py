@@ -23,7 +23,7 @@ from lmtune.generation import MAX_NEW_TOKENS, GenerationOptions
 from lmtune.models.inference import LoadedModel
 from lmtune.ui.conversation import MAX_TABS, MODES, Activity, Conversation, Settings, Tabs
 from lmtune.ui.display import origin, plain, shown, status, typed
-from lmtune.ui.request import MAX_CHARACTERS, index_of, settings_of, text_of
+from lmtune.ui.request import MAX_CHARACTERS, index_of, mode_of, place_of, settings_of, text_of
 
 _MODE_LABELS = {"tuned": "Tuned", "base": "Base", "both": "Both"}
 _COLUMN_LABELS = {"tuned": "Tuned", "base": "Base model", "both": "Tuned"}
@@ -173,10 +173,11 @@ class _Page:
 
     async def on_example(
         self, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any, seed: Any,
-        request: gr.Request, event: gr.SelectData,
+        request: gr.Request, event: gr.EventData,
     ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
         """Ask the example that was clicked."""
-        text = event.value.get("text", "") if isinstance(event.value, dict) else event.value
+        value = getattr(event, "value", None)
+        text = value.get("text", "") if isinstance(value, dict) else value
         values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
         async for update in self._answer(request, values, self._sending(text), typed_text=text):
             yield update
@@ -192,13 +193,13 @@ class _Page:
 
     async def on_edit(
         self, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any, seed: Any,
-        request: gr.Request, event: gr.EditData,
+        request: gr.Request, event: gr.EventData,
     ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
         """Answer a question that was changed; what came after it is dropped."""
 
         def ask(talk: Conversation, how: Settings) -> AsyncIterator[None]:
-            place = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
-            return talk.edit(origin(talk.columns[0].messages, int(place)), text_of(typed(event.value), "question"), how)
+            text = text_of(typed(getattr(event, "value", None)), "question")
+            return talk.edit(origin(talk.columns[0].messages, place_of(getattr(event, "index", None))), text, how)
 
         values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
         async for update in self._answer(request, values, ask):
@@ -215,6 +216,10 @@ class _Page:
 
     def on_mode(self, model: Any, mode: Any, request: gr.Request) -> tuple[Any, ...]:
         """Show one column or two."""
+        try:
+            mode = mode_of(mode)
+        except LmtuneError as error:
+            raise gr.Error(str(error), print_exception=False) from None
         both = mode == "both"
         first = shown(self._conversation(request).columns[0].messages)
         label = _COLUMN_LABELS.get(mode, "")

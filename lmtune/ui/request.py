@@ -25,9 +25,8 @@ def settings_of(values: Sequence[Any], models: Sequence[LoadedModel]) -> Setting
     """
     model, mode, system, temperature, top_p, max_new_tokens, seed = values
     index = index_of(model, len(models))
-    if mode not in MODES:
-        raise LmtuneError(f"answers from: got {mode!r}; should be one of {', '.join(MODES)}")
-    chosen: Mode = mode if models[index].has_adapter else "tuned"
+    wanted = mode_of(mode)
+    chosen: Mode = wanted if models[index].has_adapter else "tuned"
     number: Any = seed  # the page sends text, programs also numbers
     if not isinstance(seed, int):
         text = text_of(seed, "seed").strip()
@@ -45,6 +44,30 @@ def index_of(value: Any, num_models: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_models:
         raise LmtuneError(f"model: got {value!r}; should be a whole number from 0 to {num_models - 1}")
     return value
+
+
+def mode_of(value: Any) -> Mode:
+    """Who is to answer.
+
+    Raises:
+        LmtuneError: that is nobody.
+    """
+    for mode in MODES:
+        if value == mode:
+            return mode
+    raise LmtuneError(f"answers from: got {repr(value)[:60]}; should be one of {', '.join(MODES)}")
+
+
+def place_of(value: Any) -> int:
+    """Which message was changed: its number, or a list that begins with it.
+
+    Raises:
+        LmtuneError: it is something else.
+    """
+    number = value[0] if isinstance(value, list) and value else value
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise LmtuneError(f"message: got {repr(value)[:60]}; should be the number of the one that was changed")
+    return number
 
 
 def text_of(value: Any, name: str) -> str:

@@ -111,19 +111,23 @@ def build_application(
     from fastapi import FastAPI
     from gradio import mount_gradio_app
 
+    from lmtune.ui.calls import Calls
     from lmtune.ui.page import build_app
     from lmtune.ui.style import CSS, theme
+    from lmtune.ui.waiting import Waiting
 
     place = "Everything stays on this computer." if address.is_local and not address.share else ""
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     user, _, password = (address.auth or "").partition(":")
+    page = build_app(models, examples, activity, place)
     mount_gradio_app(
-        outer, build_app(models, examples, activity, place), path="/", server_name=address.host,
+        outer, page, path="/", server_name=address.host,
         server_port=address.port, auth=(user, password) if address.auth else None, footer_links=[], run_history=False,
         max_file_size="1kb", enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, show_error=True,
         theme=theme(), css=CSS,
     )  # fmt: skip
-    return Guard(outer, None if in_space() else address.hosts, framed=in_space())
+    hosts = None if in_space() else address.hosts
+    return Guard(outer, hosts, framed=in_space(), calls=Calls(page), waiting=Waiting(page))
 
 
 def _serve(application: Guard, listening: socket.socket, activity: Activity, received: list[int]) -> None:

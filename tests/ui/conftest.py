@@ -17,10 +17,17 @@ from tests.chat_models import parrot
 
 @dataclass
 class RunningApp:
-    """Where the app is, and what goes on in it."""
+    """Where the app is, and what goes on in it.
+
+    Attributes:
+        url: where it is.
+        activity: the answers under way.
+        page: Gradio's blocks.
+    """
 
     url: str
     activity: Any
+    page: Any
 
 
 def start(models: LoadedModel | Sequence[LoadedModel], auth: str | None = None, **changes: Any) -> Iterator[RunningApp]:
@@ -40,7 +47,7 @@ def start(models: LoadedModel | Sequence[LoadedModel], auth: str | None = None, 
     thread.start()
     while not server.started:
         time.sleep(0.02)
-    yield RunningApp(f"http://127.0.0.1:{port}", activity)
+    yield RunningApp(f"http://127.0.0.1:{port}", activity, application._waiting._blocks)
     server.should_exit = True
     thread.join(10)
     listening.close()
