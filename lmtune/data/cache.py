@@ -13,15 +13,17 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lmtune.data.files import content_sha256
 from lmtune.errors import LmtuneError
 from lmtune.runs import flush_to_disk, sync_folder, write_json
 
 _MANIFEST = "manifest.json"
+_TURN_SECONDS = 1800.0  # 70 billion weights take a CPU longer; then the others begin as well
 
 
 def cache_folder() -> Path:
@@ -75,6 +77,45 @@ def found(folder: Path, key: str) -> Path | None:
     with contextlib.suppress(OSError):  # a cache that may be read but not written
         (entry / _MANIFEST).touch()
     return entry
+
+
+@contextlib.contextmanager
+def turn(folder: Path, key: str) -> Iterator[bool]:
+    """Of the processes that would make the entry `key` at once, one comes first and the others wait until it is done.
+
+    The wait also ends where that process fails, dies, or hangs for half an hour: nobody is in a meeting of all
+    processes here, whose own limit would end it. Where there is no such lock, each comes first.
+
+    Yields:
+        Whether this process is the first; one that has waited holds up nobody, and finds the entry if it was made.
+    """
+    entry = folder / key[:2] / key
+    with contextlib.ExitStack() as held:
+        try:
+            import fcntl
+
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(entry.with_suffix(".turn"), "a", encoding="utf-8"))
+            first = _is_first(fcntl, file)
+        except (ImportError, OSError):
+            first = True
+        if not first:
+            held.close()
+        yield first
+
+
+def _is_first(fcntl: Any, file: IO[str]) -> bool:
+    """Whether nobody has the lock on `file`; it is held now. Waits for who has it, up to a limit."""
+    until = time.monotonic() + _TURN_SECONDS
+    first = True
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return first
+        except BlockingIOError:
+            first = False
+            time.sleep(0.1)
+    return False
 
 
 def is_whole(entry: Path) -> bool:

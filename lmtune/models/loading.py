@@ -8,6 +8,7 @@ network, pickled weights) becomes a `ModelError` that says how.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import torch
 
 from lmtune.config import ModelConfig
 from lmtune.console import warn
-from lmtune.data.cache import cache_folder, cached, found, key_of
+from lmtune.data.cache import cache_folder, cached, found, key_of, turn
 from lmtune.errors import ModelError, listed
 from lmtune.models.backends import INSTALL, check_bitsandbytes
 from lmtune.models.base_checks import INDEX, WEIGHTS, check_base, check_weights
@@ -92,22 +93,34 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
         check_bitsandbytes(model.quantization)
     dtype = compute_dtype(device, model.dtype)
     try:
-        key = _cache_key(model, dtype)
-        remembered = _from_cache(key, dtype, device) if key else None
-        loaded, report = remembered or _from_pretrained(
-            path, model.revision, dtype, device, _quantization(model, dtype)
-        )
+        loaded = _kept_or_made(model, path, dtype, device)
+    except ModelError:
+        raise
     except Exception as error:
         if stored := _stored_file(model, WEIGHTS) or _stored_file(model, INDEX):
             check_weights(model.name, stored.parent)
         raise _model_error(model, "weights", error) from error
-    _require_all_weights(model, report)
-    if key := key or _cache_key(model, dtype):  # downloaded just now
-        _remember(loaded, key)
     loaded.config._name_or_path = path
     loaded.requires_grad_(False)
     _keep_one_layout(loaded)
     return loaded.eval()
+
+
+def _kept_or_made(model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The base from the cache, or made now; of processes that start at once, one makes it for all."""
+    key = _cache_key(model, dtype)
+    kept = _from_cache(key, dtype, device) if key else None
+    if kept is not None:
+        return kept
+    with turn(cache_folder() / _CACHE, key) if key else contextlib.nullcontext():
+        kept = _from_cache(key, dtype, device) if key else None  # another process may just have made it
+        if kept is not None:
+            return kept
+        loaded, report = _from_pretrained(path, model.revision, dtype, device, _quantization(model, dtype))
+        _require_all_weights(model, report)
+        if key := key or _cache_key(model, dtype):  # downloaded just now
+            _remember(loaded, key)
+        return loaded
 
 
 def _from_pretrained(
@@ -147,14 +160,18 @@ def _cache_key(model: ModelConfig, dtype: torch.dtype) -> str | None:
     return key_of(base_fingerprint(model), written, texts, _quantization(model, dtype).to_dict(), str(dtype), versions)
 
 
-def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]] | None:
+def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> Any | None:
     """The quantised base as it was kept, or None: another process may just have made room there."""
-    folder = found(cache_folder() / _CACHE, key)
+    if (folder := found(cache_folder() / _CACHE, key)) is None:
+        return None
     try:
-        return _from_pretrained(str(folder), None, dtype, device, None) if folder else None
+        loaded, report = _from_pretrained(str(folder), None, dtype, device, None)
+        if report["missing_keys"]:
+            raise ValueError("weights are missing")
     except Exception as error:
         warn(f"the quantised base in the cache cannot be read, and is made again: {error}")
         return None
+    return loaded
 
 
 def _remember(loaded: Any, key: str) -> None:

@@ -1,8 +1,11 @@
 """Loading: the same call for every quantization, safetensors only, no code from a model's folder, errors that help."""
 
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.config import AdapterConfig, ModelConfig
-from lmtune.data.cache import found
+from lmtune.data import cache
+from lmtune.data.cache import found, turn
 from lmtune.errors import ModelError
 from lmtune.models import loading
 from lmtune.models.adapters import attach_adapter
@@ -398,6 +402,64 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_without(
     kept_from_any_size.parent.write_text("a file")
     assert load_model(config_of(save_tiny(tmp_path / "model"), "nf4"), "cpu").is_quantized
     assert "the quantised base is not kept for the next start: the cache" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("outcome", ["the first one succeeds", "the first one fails", "nothing can be kept"])
+def test_of_two_that_start_at_once_one_quantises_and_the_other_waits_for_it(
+    tmp_path: Path, kept_from_any_size: Path, monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    """Threads stand for processes: a lock on a file is between open files. One that fails lets the other one go on."""
+    config = config_of(save_tiny(tmp_path / "model"), "nf4")
+    inside, at_once, quantised = [], [], []
+
+    def watched(path: str, *rest: object, real: Callable[..., object] = loading._from_pretrained) -> object:
+        if path != config.name:
+            return real(path, *rest)
+        quantised.append(path)
+        inside.append(path)
+        time.sleep(0.2)
+        at_once.append(len(inside))
+        try:
+            if outcome == "the first one fails" and len(quantised) == 1:
+                raise RuntimeError("no luck")
+            return real(path, *rest)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(loading, "_from_pretrained", watched)
+    if outcome == "nothing can be kept":
+        monkeypatch.setattr(loading, "_remember", lambda *_: None)
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(load_model, config, "cpu") for _ in range(2)]
+        failures = [load.exception() for load in loads]
+    assert at_once == ([1] if outcome == "the first one succeeds" else [1, 1])
+    assert len([failure for failure in failures if failure]) == (outcome == "the first one fails")
+    assert all(failure is None or "no luck" in str(failure) for failure in failures)
+    assert all(load.result().is_quantized for load in loads if not load.exception())
+
+
+def test_a_process_that_was_killed_or_hangs_while_it_quantised_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys, time; from pathlib import Path; from lmtune.data.cache import turn\n"
+    code += "with turn(Path(sys.argv[1]), 'key') as first: print(first, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    with monkeypatch.context() as patch, turn(tmp_path, "another key") as first:
+        assert first
+        patch.setattr(cache, "_TURN_SECONDS", 0.1)
+        with turn(tmp_path, "key") as first:
+            assert not first
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: turn(tmp_path, "key").__enter__())
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        process.kill()
+        process.communicate()
+        assert waiting.result(10) is False
+    with turn(tmp_path, "key") as first:
+        assert first
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
