@@ -5,6 +5,7 @@ This costs the headers of the weights, so it comes before the data are read, and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from lmtune.models.file_checks import read_object, text_fault, weights_fault
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _JSON = ("config.json", "generation_config.json", "tokenizer_config.json")
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+_TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer.json"
+_VOCABULARIES = (_TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt")
+ADAPTER = "adapter_config.json"
 # Weights of other kinds, by how their names end: what holds them, and what to do
 _OTHERS = {
     (".bin", ".pt", ".pth", ".bin.index.json"): (
@@ -36,14 +39,35 @@ def check_base(name: str, folder: Path) -> None:
         ModelError: with everything that is wrong with it.
     """
     if not (folder / "config.json").exists() and not (folder / "config.json").is_symlink():
-        adapter = (folder / "adapter_config.json").is_file()
+        adapter = (folder / ADAPTER).is_file()
         what = "it is an adapter; give the base model that it was trained over" if adapter else "it is no model folder"
         raise ModelError(f"model.name: {name} holds no config.json, so {what}")
+    if _is_there(folder / ADAPTER):
+        raise adapter_beside(name)
     if not any(_is_there(folder / file) for file in (WEIGHTS, INDEX)):
         raise ModelError(f"model.name: {name} holds {_instead(folder)}")
     problems = [*_text_faults(folder), *_weights_faults(folder)]
     if problems:
         raise _error(name, problems)
+
+
+def adapter_beside(name: str) -> ModelError:
+    """For a model with an adapter in its folder: transformers would load another base, and the adapter on it."""
+    return ModelError(
+        f"model.name: {name} holds an adapter ({ADAPTER}) beside the model, and transformers would load the base that "
+        "it names; take the adapter away to train over the model alone, or merge it first"
+    )
+
+
+def tokenizer_fault(folder: Path) -> str | None:
+    """What is wrong with the vocabulary of a tokenizer that could not be loaded, if that can be told."""
+    try:
+        json.loads((folder / _TOKENIZER).read_bytes())
+    except OSError:
+        return None
+    except (ValueError, RecursionError) as error:
+        return f"{_TOKENIZER}: not valid JSON ({error}); copy or download it again"
+    return None
 
 
 def check_weights(name: str, folder: Path) -> None:
@@ -103,6 +127,14 @@ def _text_faults(folder: Path) -> Iterator[str]:
     for name in _VOCABULARIES:
         if _is_there(folder / name) and (fault := text_fault(folder / name, "a vocabulary")):
             yield fault
+    template = folder / _TEMPLATE
+    if template.is_file() and template.stat().st_size:  # an empty one is none
+        if fault := text_fault(template, "a template"):
+            yield fault
+        try:
+            template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            yield f"{_TEMPLATE}: not UTF-8 (byte {error.start}); save it as UTF-8"
 
 
 def _is_there(path: Path) -> bool:

@@ -19,8 +19,7 @@ _POINTER = ("a Git LFS pointer", f"{_DOWNLOAD}: `git lfs pull` in its folder, or
 _PAGE = ("a web page", f"{_DOWNLOAD}, for example with `hf download`")
 _PICKLE = ("pickled weights, which can run code when read", "lmtune reads safetensors only")
 _POINTERS_AND_PAGES = (  # how files begin that are found in place of others, in small letters
-    (b"version https://git-lfs", _POINTER), (b"<!doctype", _PAGE), (b"<html", _PAGE), (b"<head", _PAGE),
-    (b"<?xml", _PAGE), (b"<!--", _PAGE),
+    (b"version https://git-lfs", _POINTER), (b"<!doctype", _PAGE), (b"<html", _PAGE), (b"<?xml", _PAGE),
 )  # fmt: skip
 _PICKLES = ((b"pk", _PICKLE), (b"\x80", _PICKLE))
 

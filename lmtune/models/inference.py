@@ -125,14 +125,24 @@ def build_renderer(tokenizer: Any, model: ModelConfig, notes: Mapping[str, Any])
 
 
 def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
-    """The end tokens in the base's generation config, if it has one."""
+    """The end tokens in the base's generation config, if it has one.
+
+    Raises:
+        ModelError: they are no token numbers.
+    """
     from transformers import GenerationConfig
 
     try:
         ids = GenerationConfig.from_pretrained(resolve_name(model.name), revision=model.revision).eos_token_id
     except (OSError, ValueError):  # many base models have no generation_config.json
         return ()
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+    several = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(index, int) and index >= 0 for index in several):
+        raise ModelError(
+            f"model.name: {model.name}: generation_config.json: eos_token_id is {ids!r}; should be a token's number or "
+            "several"
+        )
+    return tuple(several)
 
 
 def run_notes(config: FinetuneConfig, renderer: Renderer, fingerprint: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,24 @@ import torch
 from lmtune.config import ModelConfig
 from lmtune.console import warn
 from lmtune.data.cache import cache_folder, cached, found, key_of, turn
-from lmtune.errors import ModelError, listed
+from lmtune.errors import ModelError
 from lmtune.models.backends import INSTALL, check_bitsandbytes
-from lmtune.models.base_checks import INDEX, WEIGHTS, check_base, check_weights
+from lmtune.models.base_checks import (
+    ADAPTER,
+    INDEX,
+    WEIGHTS,
+    adapter_beside,
+    check_base,
+    check_weights,
+    tokenizer_fault,
+)
+from lmtune.models.loaded_checks import check_loaded
 
 _CACHE = "quantized"
 _CACHED_FROM_BYTES = 200 * 2**20  # of stored weights; less is quantised in a second or two
 _CACHED_MODELS = 3
 
+_HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,6 +84,8 @@ def load_tokenizer(model: ModelConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     except Exception as error:
+        if fault := tokenizer_fault(Path(path)):
+            raise ModelError(f"model.name: {model.name}: {fault}") from error
         raise _model_error(model, "tokenizer", error) from error
 
 
@@ -97,6 +110,8 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
     except ModelError:
         raise
     except Exception as error:
+        if _stored_file(model, ADAPTER):
+            raise adapter_beside(model.name) from error
         if stored := _stored_file(model, WEIGHTS) or _stored_file(model, INDEX):
             check_weights(model.name, stored.parent)
         raise _model_error(model, "weights", error) from error
@@ -117,7 +132,7 @@ def _kept_or_made(model: ModelConfig, path: str, dtype: torch.dtype, device: tor
         if kept is not None:
             return kept
         loaded, report = _from_pretrained(path, model.revision, dtype, device, _quantization(model, dtype))
-        _require_all_weights(model, report)
+        check_loaded(model, loaded, report)
         if key := key or _cache_key(model, dtype):  # downloaded just now
             _remember(loaded, key)
         return loaded
@@ -132,7 +147,7 @@ def _from_pretrained(
     settings = {} if quantization is None else {"quantization_config": quantization}  # None would undo the stored one
     loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         path, revision=revision, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True,
-        output_loading_info=True, **settings,
+        ignore_mismatched_sizes=True, output_loading_info=True, **settings,  # which `check_loaded` names
     )  # fmt: skip
     return loaded
 
@@ -166,8 +181,8 @@ def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> Any | Non
         return None
     try:
         loaded, report = _from_pretrained(str(folder), None, dtype, device, None)
-        if report["missing_keys"]:
-            raise ValueError("weights are missing")
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise ValueError("its weights are not those of its config")
     except Exception as error:
         warn(f"the quantised base in the cache cannot be read, and is made again: {error}")
         return None
@@ -180,14 +195,6 @@ def _remember(loaded: Any, key: str) -> None:
         cached(cache_folder() / _CACHE, key, loaded.save_pretrained, keep=_CACHED_MODELS)
     except Exception as error:  # a full disk, or a config that transformers reads but does not write
         warn(f"the quantised base is not kept for the next start: {error}")
-
-
-def _require_all_weights(model: ModelConfig, report: dict[str, Any]) -> None:
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
-        raise ModelError(
-            f"model.name: {model.name} lacks weights that its config.json asks for; copy or download it again, or use "
-            f"a causal language model\n{listed(missing, 8)}"
-        )
 
 
 def weight_files(model: ModelConfig) -> list[Path]:
@@ -236,6 +243,7 @@ def quiet_libraries() -> None:
     """Switch off the libraries' own progress bars and notes; lmtune says what matters itself."""
     import transformers.utils.logging as transformers_logging
 
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # `check_loaded` says it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -279,10 +287,14 @@ def _checked_path(name: str) -> str:
         folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or " " in name
         or ("/" in name and folder.parent.is_dir())
     )  # fmt: skip
-    if name != "tiny" and looks_like_a_path and not folder.is_dir():
+    if name != "tiny" and folder.is_file():
         raise ModelError(
-            f"model.name: {name} is no folder; give a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"
+            f"model.name: {name} is a file; give the folder that it is in, a Hub id like Qwen/Qwen3-0.6B, or tiny"
         )
+    if name != "tiny" and looks_like_a_path and not folder.is_dir():
+        page = _HUB_PAGE.fullmatch(name)
+        give = f"its Hub id: {page[1]}" if page else "a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"
+        raise ModelError(f"model.name: {name} is no folder; give {give}")
     if name != "tiny" and folder.is_dir():
         check_base(name, folder)
     return path
@@ -308,6 +320,8 @@ def _model_error(model: ModelConfig, part: str, error: Exception) -> ModelError:
         hint = "check the spelling (user/name) and the network; a model that was loaded once is found offline too"
     elif "memory" in lower:
         hint = "try model.quantization=nf4, or a smaller model"
+    elif part == "tokenizer":
+        hint = "check tokenizer.json, tokenizer_config.json and config.json, or download them again"
     else:
         hint = "check that the folder or repository holds a complete causal language model"
     return ModelError(f"model.name: cannot load the {part} of {model.name}: {type(error).__name__}: {text}\n  {hint}")

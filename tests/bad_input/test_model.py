@@ -156,6 +156,36 @@ BASES: dict[str, tuple[Change, str]] = {
     "a pointer in place of the tokenizer": (
         written("tokenizer.json", POINTER), "model.name: ./base: tokenizer.json is a Git LFS pointer, not a vocabulary",
     ),
+    "half a tokenizer": (
+        written("tokenizer.json", '{"version": '), "model.name: ./base: tokenizer.json: not valid JSON (",
+    ),
+    "a tokenizer without what makes one": (
+        written("tokenizer.json", "{}"), "\n  check tokenizer.json, tokenizer_config.json and config.json, or download",
+    ),
+    "a pointer in place of the template": (
+        written("chat_template.jinja", POINTER), "model.name: ./base: chat_template.jinja is a Git LFS pointer, not a ",
+    ),
+    "a template that is no UTF-8": (
+        written("chat_template.jinja", b'{{ "\xe9" }}'), "model.name: ./base: chat_template.jinja: not UTF-8 (byte 4)",
+    ),
+    "an end token by name": (
+        settings("generation_config.json", eos_token_id="</s>"),
+        "model.name: ./base: generation_config.json: eos_token_id is '</s>'; should be a token's number or several",
+    ),
+    "end tokens by name": (
+        settings("generation_config.json", eos_token_id=[1, "</s>"]), "generation_config.json: eos_token_id is [1, '</",
+    ),
+    "an end token below zero": (
+        settings("generation_config.json", eos_token_id=-5), "generation_config.json: eos_token_id is -5; should be a ",
+    ),
+    "a smaller vocabulary in the config": (
+        settings("config.json", vocab_size=10),
+        "model.name: ./base: the weights have other shapes than its config.json says; copy or download both again\n",
+    ),
+    "an adapter in the base's folder": (
+        written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}'),
+        "model.name: ./base holds an adapter (adapter_config.json) beside the model, and transformers would load the ",
+    ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"), "model.name: cannot load the tokenizer",
     ),
@@ -186,6 +216,26 @@ def test_a_base_that_cannot_be_used(
     assert said in refused("finetune", "trial.yaml").err
     assert time.monotonic() - begin < 30
     assert not (place / "it-ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./base/model.safetensors", "is a file; give the folder that it is in, a Hub id like Qwen/Qwen3-0.6B, or ti"),
+        ("model.gguf", "is a file; give the folder that it is in"),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "is no folder; give its Hub id: Qwen/Qwen3-0.6B"),
+        ("https://example.org/some/model", "is no folder; give a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"),
+    ],
+)
+def test_a_name_of_a_base_that_is_something_else(
+    place: Path, refused: Callable[..., Outcome], name: str, said: str
+) -> None:
+    (place / "base").mkdir()
+    for file in ("base/model.safetensors", "model.gguf"):
+        (place / file).write_bytes(b"GGUF")
+    (place / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (place / "trial.yaml").write_text(f"model: {{name: '{name}'}}\ndata: {{train: train.jsonl}}\n")
+    assert f"error: model.name: {name} {said}" in refused("finetune", "trial.yaml").err
 
 
 # --- adapters, as `lmtune chat` meets them

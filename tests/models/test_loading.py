@@ -17,7 +17,7 @@ from lmtune.data import cache
 from lmtune.data.cache import found, turn
 from lmtune.errors import ModelError
 from lmtune.models import loading
-from lmtune.models.adapters import attach_adapter
+from lmtune.models.adapters import attach_adapter, save_adapter
 from lmtune.models.loading import (
     compute_dtype,
     default_device,
@@ -27,7 +27,7 @@ from lmtune.models.loading import (
     stored_dtype,
     weight_files,
 )
-from tests.tiny import save_tiny
+from tests.tiny import adapted, save_tiny
 from tests.tokenizers import CHATML
 
 IDS = torch.arange(5, 29)[None]
@@ -235,6 +235,60 @@ def test_a_model_of_another_kind(tmp_path: Path) -> None:
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**tree, "model_type": "no-such-architecture"}))
     assert "cannot load the weights of" in error_of(config_of(folder))
+
+
+def test_weights_of_other_shapes_are_all_named(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**tree, "intermediate_size": 96}))
+    text = error_of(config_of(folder))
+    assert "the weights have other shapes than its config.json says" in text
+    assert f"\n  model.layers.0.mlp.up_proj.weight: [{tree['intermediate_size']}, 64], not [96, 64]" in text
+    assert text.count("\n") == 6  # three matrices of two layers
+
+
+def test_weights_that_the_config_has_no_place_for_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as the last layers, where the config is that of a smaller model; other files have parts for other uses."""
+    folder = save_tiny(tmp_path / "model")
+    load_model(config_of(folder), "cpu")
+    assert capsys.readouterr().err == ""
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**tree, "num_hidden_layers": 1}))
+    load_model(config_of(folder), "cpu")
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"model.name: {folder} holds 9 weights that its config.json has no place for, such as model.layers.1." in said
+    )
+    assert "is it the config of another model?" in said
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("nf4", "int8"), ("nf4", "none"), ("int8", "nf4"), ("nf4", "nf4")])
+def test_a_base_that_is_stored_quantised_stays_so_and_it_is_said(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: str, asked: str
+) -> None:
+    load_model(config_of(base, stored), "cpu").save_pretrained(tmp_path)
+    capsys.readouterr()
+    load_model(config_of(tmp_path, asked), "cpu")
+    said = " ".join(capsys.readouterr().err.split())
+    overruled = f"model.quantization: {asked} is overruled: {tmp_path} is stored in {stored}, and is used like that"
+    assert (overruled in said) is (stored != asked)
+
+
+def test_an_adapter_beside_a_model_on_the_hub_is_not_loaded_unnoticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would load the base that the adapter names, and put the adapter on it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--user--name"
+    folder = save_tiny(repository / "snapshots" / "4d7a")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("4d7a")
+    other = save_tiny(tmp_path / "other", seed=5)
+    notes = {"base_model": str(other)}
+    save_adapter(adapted(load_model(config_of(other), "cpu")), folder, notes)
+    tree = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**tree, "base_model_name_or_path": str(other)}))
+    assert "holds an adapter (adapter_config.json)" in error_of(config_of("user/name"))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "of-its-own"])
