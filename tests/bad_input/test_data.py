@@ -64,6 +64,16 @@ REFUSED: dict[str, tuple[bytes, int, list[str]]] = {  # content, line of the fau
     "5,000 objects in each other": (b'{"a":' * 5000 + b"1" + b"}" * 5000, 1, ["nested too deep"]),
     "a list that opens for ever": (b"[" * 200_000, 1, ["nested too deep"]),
     "gzip": (gzip.compress(GOOD), 1, ["gzip", "unpack it first"]),
+    "a pointer in place of the rows": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n",
+        1,
+        ["Git LFS pointer", "git lfs pull"],
+    ),
+    "a web page in place of the rows": (
+        b"<!DOCTYPE html>\n<html></html>\n",
+        1,
+        ["a web page", "download the file itself"],
+    ),
     "a row of 50 MB": (GOOD + b"\n" + row(prompt=f'"{"x" * 50_000_000}"') + b"\n" + GOOD, 2, ["longer than 32 MiB"]),
     "formats mixed": (GOOD + b'\n\n{"text": "t"}\n', 3, ["text rows begin", "prompt/completion", "line 1"]),
     # found by a coverage-guided fuzzer: Python strips more white space than JSON has
