@@ -133,7 +133,8 @@ def _kept_or_made(model: ModelConfig, path: str, dtype: torch.dtype, device: tor
             return kept
         loaded, report = _from_pretrained(path, model.revision, dtype, device, _quantization(model, dtype))
         check_loaded(model, loaded, report)
-        if key := key or _cache_key(model, dtype):  # downloaded just now
+        stored = getattr(getattr(loaded, "hf_quantizer", None), "pre_quantized", False)
+        if (key := key or _cache_key(model, dtype)) and not stored:  # downloaded just now
             _remember(loaded, key)
         return loaded
 

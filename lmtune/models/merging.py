@@ -130,7 +130,21 @@ def _numbers(base: Any) -> Any:
 
     PEFT's layers over quantised weights would quantise the sum again, so this is done without an adapter on it.
     """
-    return (base.dequantize() if getattr(base, "is_quantized", False) else base).float()
+    if not getattr(base, "is_quantized", False):
+        return base.float()
+    plain = base.dequantize(dtype=base.dtype)  # its config may hold the name of one, which `dequantize` cannot take
+    # how weights that were stored quantised were read, which `save_pretrained` would undo and cannot
+    ways = getattr(plain, "_weight_conversions", None) or []
+    plain._weight_conversions = [way for way in ways if _can_be_undone(way)]
+    return plain.float()
+
+
+def _can_be_undone(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 def _write(model: Any, folder: Path, tokenizer: Any, generation_config: Any) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lmtune.config import ModelConfig
 from lmtune.errors import ConfigError, LmtuneError, ModelError
-from lmtune.models import merging
+from lmtune.models import loading, merging
 from lmtune.models.inference import load_for_inference
 from lmtune.models.merging import MergeReport
 from lmtune.recipes.merge import main, merge_run
@@ -82,6 +82,34 @@ def test_plain_transformers_loads_it_with_the_logits_of_training(
     assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained.tokenizer.apply_chat_template(
         conversation, tokenize=False
     )
+
+
+def test_a_quantised_base_out_of_the_cache_gives_the_same_merged_model(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every base of some size is from the second start on."""
+    plain, _ = merged(places["float32"], "nf4", output="merged-without-cache")
+    monkeypatch.setattr(loading, "_CACHED_FROM_BYTES", 0)
+    for _ in range(2):
+        folder, _ = merged(places["float32"], "nf4", output="merged-from-cache")
+    assert list((places["float32"] / "cache" / "quantized").glob("??/*/manifest.json"))
+    assert written_files(folder)["model.safetensors"] == written_files(plain)["model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_that_is_stored_quantised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: Any
+) -> None:
+    monkeypatch.setattr(loading, "_CACHED_FROM_BYTES", 0)
+    place = make_workplace(tmp_path)
+    with inside(place):
+        quantised = loading.load_model(ModelConfig(name="base", quantization=kind), "cpu")
+        (place / "base" / "model.safetensors").unlink()
+        quantised.save_pretrained(place / "base")
+    finetune(place, train__max_steps=2, model__quantization=kind)
+    _, report = merged(place, "trial")
+    assert report["logits_difference"] <= report["bound"]
+    assert "not kept for the next start" not in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("stored", DTYPES)
