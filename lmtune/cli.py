@@ -20,7 +20,7 @@ import typer
 
 from lmtune import __version__
 from lmtune.console import err, escape
-from lmtune.errors import LmtuneError
+from lmtune.errors import LmtuneError, is_failure
 from lmtune.training.workers import note_exit_code
 
 # OpenMP's threads wait for each other by spinning, and torch reads this when it is imported. Beside any other busy
@@ -83,7 +83,9 @@ def _outcome(app: typer.Typer) -> int:
     except OSError as error:
         _show(error, _about_file(error))
         return 1
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         _show(error, f"{type(error).__name__}: {error}\n  (LMTUNE_TRACEBACK=1 shows where)")
         return 1
     return 0
@@ -96,7 +98,7 @@ def _about_file(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}; make room or permit it, then start the same command again"
 
 
-def _show(error: Exception, message: str) -> None:
+def _show(error: BaseException, message: str) -> None:
     if os.environ.get("LMTUNE_TRACEBACK") == "1":
         traceback.print_exception(error)
     err.print(f"[bold red]error:[/] {escape(message)}")

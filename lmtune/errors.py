@@ -46,6 +46,11 @@ class CheckpointError(LmtuneError):
     exit_code = 2
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether `error` is something that failed, not a request to stop: what libraries in Rust raise is no Exception."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
 def listed(problems: Sequence[str], limit: int = 20) -> str:
     """The first `limit` problems, one a line, and how many more there are."""
     shown = "\n".join(f"  {problem}" for problem in problems[:limit])

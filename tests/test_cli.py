@@ -55,6 +55,18 @@ def test_an_unforeseen_error_is_code_1_without_a_traceback(outcome) -> None:
     assert outcome(recipe) == (1, "error: RuntimeError: shape [3, 4]\n  (LMTUNE_TRACEBACK=1 shows where)\n")
 
 
+def test_a_panic_in_a_library_is_an_unforeseen_error_too(outcome) -> None:
+    """Libraries written in Rust raise what is no Exception."""
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+    def recipe() -> None:
+        raise panic("index 4 is out of range")
+
+    code, text = outcome(recipe)
+    assert code == 1
+    assert text.startswith("error: PanicException: index 4 is out of range\n")
+
+
 def test_the_traceback_is_shown_on_demand(outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMTUNE_TRACEBACK", "1")
 

@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 from lmtune.config import FinetuneConfig, ModelConfig, Quantization, build_config, load_config
 from lmtune.data.rendering import Renderer, Template
-from lmtune.errors import ModelError
+from lmtune.errors import ModelError, is_failure
 from lmtune.models.adapters import load_adapter, read_adapter, read_notes
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
@@ -177,5 +177,7 @@ def saved_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise ModelError(f"{folder}: cannot read its tokenizer: {error}") from error

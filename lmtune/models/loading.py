@@ -22,7 +22,7 @@ import torch
 from lmtune.config import ModelConfig
 from lmtune.console import warn
 from lmtune.data.cache import cache_folder, cached, found, key_of, turn
-from lmtune.errors import ModelError
+from lmtune.errors import ModelError, is_failure
 from lmtune.models.backends import INSTALL, check_bitsandbytes
 from lmtune.models.base_checks import (
     ADAPTER,
@@ -83,7 +83,9 @@ def load_tokenizer(model: ModelConfig) -> Any:
     path = _checked_path(model.name)
     try:
         return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         if fault := tokenizer_fault(Path(path)):
             raise ModelError(f"model.name: {model.name}: {fault}") from error
         raise _model_error(model, "tokenizer", error) from error
@@ -301,7 +303,7 @@ def _checked_path(name: str) -> str:
     return path
 
 
-def _model_error(model: ModelConfig, part: str, error: Exception) -> ModelError:
+def _model_error(model: ModelConfig, part: str, error: BaseException) -> ModelError:
     """A `ModelError` that says in one paragraph what failed and what to do about it."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else text[:297] + "…"

@@ -86,6 +86,7 @@ def sharded(change: Callable[[Path, list[Path]], Any]) -> Change:
     return apply
 
 
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROWS = "{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
 BASES: dict[str, tuple[Change, str]] = {
@@ -161,6 +162,9 @@ BASES: dict[str, tuple[Change, str]] = {
     ),
     "a tokenizer without what makes one": (
         written("tokenizer.json", "{}"), "\n  check tokenizer.json, tokenizer_config.json and config.json, or download",
+    ),
+    "a tokenizer at which its library panics": (  # which is no Exception
+        settings("tokenizer.json", normalizer=PANICS), "cannot load the tokenizer of ./base: PanicException: ",
     ),
     "a pointer in place of the template": (
         written("chat_template.jinja", POINTER), "model.name: ./base: chat_template.jinja is a Git LFS pointer, not a ",
@@ -294,6 +298,9 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "a tokenizer of no known class": (
         all_of(settings("tokenizer_config.json", tokenizer_class="T"), written("tokenizer.json", "{"),),
         "cannot read its tokenizer",
+    ),
+    "a tokenizer at which its library panics": (
+        settings("tokenizer.json", normalizer=PANICS), "adapter: cannot read its tokenizer: ",
     ),
     "a template that loops": (written("chat_template.jinja", LOOPS), "did not finish a small conversation in 1 s"),
 }  # fmt: skip
