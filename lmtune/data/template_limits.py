@@ -3,8 +3,8 @@
 Jinja's sandbox keeps a template from the machine, but not from the clock: `{{ 10 ** (10 ** 10) }}` is one operation of
 years that no Python code can interrupt, `{{ "a" * 10 ** 11 }}` fills the memory. So a template is first run once in a
 process of its own, with short and long conversations and a limit on processor time, memory and output: 0.2 s, once for
-each template. Not covered is one that turns on particular words of the data; a deadline on every rendering (through the
-interpreter's profiling hook) was tried and made rendering half as fast.
+each template. Not covered is one that turns on particular words of the data or numbers of messages; a deadline on every
+rendering (through the interpreter's profiling hook) was tried and made rendering half as fast.
 
 This file also is that other process's program, so at the top it imports the standard library only.
 """
@@ -12,6 +12,7 @@ This file also is that other process's program, so at the top it imports the sta
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -74,6 +75,11 @@ def _conversations() -> Iterator[list[dict[str, str]]]:
     yield turns[:2]
     yield turns
     yield [{"role": "system", "content": "Be brief."}, *turns]
+    yield [{"role": "system", "content": "Be brief."}, turns[0]]
+    thought = "<think>" + "thought " * 20 + "</think>"
+    yield [turns[0], {"role": "assistant", "content": f"{thought}Yes."}]
+    # as transformers passes on what is given as `reasoning_content`
+    yield [turns[0], {"role": "assistant", "content": "Yes.", "reasoning_content": "thought " * 20, "thinking": "too"}]
 
 
 def _refuse(message: str) -> None:
@@ -92,12 +98,14 @@ def _render_all(source: str, variables: dict[str, str]) -> None:
     environment.globals.update(raise_exception=_refuse, strftime_now=time.strftime)
     template = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
     for messages in _conversations():
-        for add_generation_prompt in (False, True):
+        for add_generation_prompt, enable_thinking in itertools.product((False, True), repeat=2):
             size = 0
             try:
+                # exactly the variables of a real rendering: a template can ask whether there are such
                 for piece in template.generate(
-                    messages=messages, add_generation_prompt=add_generation_prompt, enable_thinking=False, **variables
-                ):
+                    messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                    enable_thinking=enable_thinking, **variables,
+                ):  # fmt: skip
                     size += len(piece)
                     if size > PROBE_OUTPUT_CHARACTERS:
                         sys.exit(_TOO_LARGE)

@@ -10,6 +10,14 @@ from lmtune.data.template_limits import probe
 from lmtune.errors import ModelError
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
 
+_LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+# what is true in some real renderings only, or in none of a trial that leaves out what transformers passes
+_SELDOM = (
+    "{% if tools is defined %}", "{% if documents is defined %}", "{% if enable_thinking %}",
+    "{% if messages[-1].reasoning_content is defined %}", "{% if messages[-1].thinking is defined %}",
+    "{% if messages[0].role == 'system' and messages | length == 2 %}",
+)  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +38,10 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("{{ 'a' * 10 ** 11 }}", "MiB"),
         ("{{ '%99999999999d' % 1 }}", "MiB"),
+        *(
+            pytest.param(f"{condition}{_LOOPS}{{% endif %}}", "did not finish", marks=[pytest.mark.long] * (number > 0))
+            for number, condition in enumerate(_SELDOM)
+        ),
     ],
 )  # fmt: skip
 def test_a_template_without_bound_is_refused(source: str, words: str) -> None:
