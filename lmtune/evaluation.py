@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from lmtune.console import warn
 from lmtune.data.examples import Message
 from lmtune.data.packing import fill, pack
-from lmtune.errors import LmtuneError, listed
+from lmtune.decoding import base_of, max_positions
+from lmtune.errors import ConfigError, LmtuneError, listed
 from lmtune.kernels.packed_forward import PackedForward, count_correct_sequences
 
 
@@ -57,6 +60,50 @@ class Answer:
     def matches(self) -> bool:
         """Whether they are the same text, but for white space at the ends."""
         return self.wanted.strip() == self.given.strip()
+
+
+def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True) -> None:
+    """Hold the longest document of `parts` against the positions that the model was made for.
+
+    Args:
+        model: with or without adapter.
+        parts: tokenised rows, with `num_tokens`, `where` and `[i]`.
+        key: the setting that lets in rows so long.
+        tell: whether to warn where the model can compute such rows, but was not made for them.
+
+    Raises:
+        ConfigError: the model cannot compute them: it has a table of positions, and they are beyond its end.
+    """
+    limit = max_positions(model)
+    longest, where = 0, ""
+    for data in parts:
+        for row in np.argsort(-data.num_tokens, kind="stable").tolist():
+            if data.num_tokens[row] <= max(longest, limit or 0):  # in all its documents together
+                break
+            example = data[row]
+            if (length := max(len(document.input_ids) for document in example.documents)) > longest:
+                longest, where = length, example.where
+    if limit is None or longest <= limit:
+        return
+    if _has_position_table(model, limit):
+        raise ConfigError(
+            f"{key}: {where} has {longest:,} tokens, but this model has positions for {limit:,}; set {key} to "
+            f"{limit:,} or less (data.too_long says what becomes of longer rows)"
+        )
+    if tell:
+        warn(
+            f"{key}: {where} has {longest:,} tokens, but this model was made for at most {limit:,}; what it computes "
+            f"beyond them may be poor, and such questions are not asked; {key} {limit} leaves longer rows out"
+        )
+
+
+def _has_position_table(model: Any, limit: int) -> bool:
+    """Whether positions are looked up in a table, which ends (at `limit`, or a few entries later)."""
+    base = base_of(model)
+    stored, tokens = base.state_dict().keys(), base.get_input_embeddings()
+    tables = [m.weight for m in base.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+    tables += [table for name, table in base.named_buffers() if table.dim() == 2 and name not in stored]
+    return any(limit <= len(table) < limit + 8 for table in tables)
 
 
 def teacher_forced(forward: PackedForward, data: Any, micro_batch_tokens: int, accelerator: Any = None) -> Scores:
@@ -151,7 +198,8 @@ def evaluate(
     """
     scores = teacher_forced(forward, data, micro_batch_tokens, accelerator)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    rows = [row for row in range(min(exact_match_rows, len(data))) if split_prompt(data[row])[0]]
+    room = max_positions(forward.model) or math.inf
+    rows = [row for row in range(min(exact_match_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]
     given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens)
     if world > 1:
         given = sorted(accelerator.gather_object(given), key=lambda answer: answer.row)

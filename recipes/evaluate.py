@@ -31,7 +31,7 @@ def main(
     check_data(paths)
 
     from lmtune.data.tokenized import describe_fates, tokenize
-    from lmtune.evaluation import evaluate
+    from lmtune.evaluation import check_lengths, evaluate
     from lmtune.kernels.packed_forward import PackedForward
     from lmtune.models.inference import load_for_inference
     from lmtune.report import scores_table
@@ -39,6 +39,7 @@ def main(
     loaded = load_for_inference(target)
     settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune evaluate")
     rows = tokenize(paths, loaded.renderer, settings)
+    check_lengths(loaded.model, [rows], "--max-length")
     forward = PackedForward(loaded.model)
     arguments = (forward, loaded.renderer, rows, exact_match_rows, max_new_tokens, max(4096, max_length))
     tuned = evaluate(*arguments)[0].as_dict()

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from lmtune.data.rendering import Renderer
-from lmtune.errors import LmtuneError
-from lmtune.evaluation import Answer, answers, evaluate, split_prompt, teacher_forced, with_exact_match
+from lmtune.errors import ConfigError, LmtuneError
+from lmtune.evaluation import Answer, answers, check_lengths, evaluate, split_prompt, teacher_forced, with_exact_match
 from lmtune.kernels.packed_forward import PackedForward
 from tests.tiny import SAVED_VOCABULARY, Row, Rows, adapted, random_rows, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer
@@ -237,3 +237,35 @@ def test_plain_texts_are_scored_but_not_asked(asked: int, measured: int) -> None
     assert list(scores.as_dict()) == [
         "loss", "perplexity", "token_accuracy", "sequence_accuracy", "exact_match", "rows", "exact_match_rows"
     ]  # fmt: skip
+
+
+class TestLengths:
+    def test_a_rotary_model_reads_on_and_that_is_said(self, capsys: pytest.CaptureFixture[str]) -> None:
+        check_lengths(tiny_model(max_position_embeddings=40), [random_rows(9, longest=40)], "data.max_length")
+        assert not capsys.readouterr().err
+        check_lengths(tiny_model(max_position_embeddings=30), [random_rows(9, longest=40)], "data.max_length")
+        assert "tokens, but this model was made for at most 30" in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_learned_positions_end(self, number: int) -> None:
+        rows = [random_rows(9, longest=20), random_rows(9, longest=20)]
+        check_lengths(tiny_model("gpt2", n_positions=20), rows, "data.max_length")
+        rows[number] = random_rows(9, longest=40)
+        with pytest.raises(ConfigError, match=r"^data\.max_length: rows\.jsonl:\d+ has \d+ tokens, but this model has"):
+            check_lengths(tiny_model("gpt2", n_positions=20), rows, "data.max_length")
+
+    def test_a_row_is_as_long_as_its_longest_document(self) -> None:
+        rows = random_rows(20, longest=40)
+        longest = max(len(document.input_ids) for row in rows.rows for document in row.documents)
+        assert rows.num_tokens.max() > longest
+        check_lengths(tiny_model("gpt2", n_positions=longest), [rows], "data.max_length")
+        with pytest.raises(ConfigError, match=f"has {longest} tokens, but this model has positions for {longest - 1};"):
+            check_lengths(tiny_model("gpt2", n_positions=longest - 1), [rows], "data.max_length")
+
+    def test_a_question_without_room_for_an_answer_is_not_asked(self) -> None:
+        model, rows = tiny_model(max_position_embeddings=16), random_rows(12, longest=60)
+        renderer = Renderer(make_tokenizer(CHATML))
+        roomy = [row for row in range(12) if 0 < len(split_prompt(rows[row])[0]) < 16]
+        scores, given = evaluate(PackedForward(model), renderer, rows, 12, 2, 4096)
+        assert [answer.row for answer in given] == roomy
+        assert 0 < scores.exact_match_rows == len(roomy) < 12

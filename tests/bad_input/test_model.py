@@ -7,6 +7,7 @@ tests/data/test_template_limits.py, and what only `pull` meets in tests/test_hub
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -363,3 +364,22 @@ def test_an_adapter_of_another_depth(
         (place / "adapter" / "lmtune.json").write_text('{"base_model": "./base"}')
         said = refused("chat", "adapter").err
         assert "does not fit the base model" in said or "PEFT cannot put this adapter on the base model" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "arguments"),
+    [
+        ("--max-length", ("evaluate", "base", "train.jsonl", "--max-length", "5000")),
+    ],
+)
+def test_rows_longer_than_a_base_has_positions(
+    place: Path, refused: Callable[..., Outcome], key: str, arguments: tuple[str, ...]
+) -> None:
+    save_tiny(place / "base", "gpt2", chat_template=CHATML)
+    rows = [{"prompt": "Count!", "completion": "one two three " * n} for n in (1, 2, 200, 3)]
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "trial.yaml").write_text(
+        "model: {name: ./base, quantization: none}\ndata: {train: train.jsonl, max_length: 5000}\n"
+    )
+    said = refused(*arguments).err
+    assert re.search(rf"error: {key}: train\.jsonl:3 has [\d,]+ tokens, but this model has positions for 256;", said)
