@@ -27,6 +27,8 @@ import torch
 from lmtune.data.prefixes import SharedPrefix, beginning, find_prefixes
 
 Ints = npt.NDArray[np.int64]
+_JOINED_GAPS = (32, 128, 512)  # places that predict nothing, computed along between two that do
+_MOST_KEYS = 12  # of label positions, as a multiple of all tokens
 _PREFIX_AGAIN = 1 / 8  # of a prefix token's memory: its keys and values, which each document behind it keeps
 
 
@@ -50,7 +52,8 @@ class Layout:
     Attributes:
         lengths: tokens of each run, in the order they lie; they sum to T.
         prefixes: for each run the index of the run that precedes it in its document, or None. A prefix has none.
-        label_positions: places that predict a trained token, ascending; empty if nobody asks for `label_spans`.
+        label_positions: places that predict a trained token and a few between them, ascending; empty if nobody asks
+            for `label_spans`.
     """
 
     lengths: tuple[int, ...]
@@ -107,7 +110,7 @@ class MicroBatch:
         position_ids: `[1, T]`, from 0 within each document.
         layout: which tokens belong together.
         predictors: `[N]`, the positions whose output predicts a trained token: the one before it in its document.
-        label_positions: `[P]`, the different ones among them, ascending.
+        label_positions: `[P]`, the different ones among them, ascending, and the few between neighbours.
         label_places: `[N]`, where in `label_positions` each predictor is.
         targets: `[N]`, the trained tokens.
         examples: `[N]`, which of the E examples each target belongs to.
@@ -191,6 +194,8 @@ class _Builder:
     ) -> None:
         """Lay down one document, or what follows its prefix."""
         run, shared, end = prefix or (None, 0, self.num_laid)
+        if trained[0]:
+            raise ValueError("the first token of a document cannot be trained: nothing comes before it")
         labels = np.flatnonzero(trained)
         own = labels - shared  # the label's place among the document's own tokens
         self.predictors.append(np.where(own > 0, self.num_laid + own - 1, end - 1))
@@ -201,8 +206,9 @@ class _Builder:
     def finish(self, num_examples: int, num_tokens: int) -> MicroBatch:
         """The tensors."""
         predictors = np.concatenate(self.predictors)
-        positions, places = np.unique(predictors, return_inverse=True)
         lengths = tuple(len(run) for run in self.runs)
+        positions = _joined(np.unique(predictors), np.cumsum([0, *lengths]))
+        places = np.searchsorted(positions, predictors)
         return MicroBatch(
             input_ids=torch.from_numpy(np.concatenate(self.runs))[None],
             position_ids=torch.from_numpy(np.concatenate(self.positions))[None],
@@ -221,6 +227,27 @@ class _Builder:
         self.positions.append(np.arange(first_position, first_position + len(ids)))
         self.prefixes.append(prefix)
         self.num_laid += len(ids)
+
+
+def _joined(positions: Ints, edges: Ints) -> Ints:
+    """`positions` and those in short gaps between them, since each unbroken row of them attends by itself.
+
+    A row's keys are all before it, so many short rows of one long document have many times its keys: then longer gaps
+    are filled too.
+
+    Args:
+        positions: `[P]`, ascending.
+        edges: where runs begin, and the end; no gap across one is filled.
+    """
+    runs = np.searchsorted(edges, positions, side="right")
+    gaps = np.where(np.diff(runs) == 0, np.diff(positions) - 1, edges[-1])
+    for longest in (*_JOINED_GAPS, edges[-1] - 1):
+        last = np.append(gaps > longest, True)  # of an unbroken row
+        if (positions - edges[runs - 1] + 1)[last].sum() <= _MOST_KEYS * edges[-1]:
+            break
+    short = np.flatnonzero((gaps > 0) & ~last[:-1])
+    between = [np.arange(positions[place] + 1, positions[place + 1]) for place in short]
+    return np.sort(np.concatenate([positions, *between]))
 
 
 def fill(lengths: Sequence[int], budget_tokens: int, prefixes: Sequence[SharedPrefix] = ()) -> list[list[int]]:

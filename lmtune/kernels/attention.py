@@ -65,7 +65,9 @@ def attention_by_document(
     """
     if softcap is not None or s_aux is not None or attention_mask is not None:
         raise NotImplementedError("soft-capped scores, attention sinks and masks need the model's own attention")
-    assert layout is not None
+    if layout is None:
+        raise NotImplementedError("the model does not hand extra arguments on to its attention")
+    layout.derived["window"] = layout.derived.get("window") or sliding_window
     if label_layer is not None:
         return label_layer.attend(query, key, value, layout, scaling, dropout, sliding_window), None
     return attend(query, key, value, layout, layout.spans, scaling, dropout, sliding_window), None

@@ -46,26 +46,28 @@ def label_cross_entropy(
     hidden: torch.Tensor,
     head: torch.Tensor,
     targets: torch.Tensor,
-    weight: float,
     transform: LogitTransform | None = None,
     rows_at_once: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted sum of the losses of N trained tokens.
+    """Sum of the losses of N trained tokens.
+
+    A step divides its gradients by its number of tokens at the end, in fp32: in fp16 most of a token's gradient would
+    vanish if that were done here.
 
     Args:
-        hidden: `[N, D]`, the last hidden state at the positions that predict them.
+        hidden: `[N, D]`, the last hidden state at the positions that predict them; taken in the head's type, which
+            it does not have where autocast leaves the last norm in fp32.
         head: `[V, D]`, the output head's weight; may require a gradient.
         targets: `[N]`.
-        weight: what each token's loss counts, one over the step's trained tokens.
         transform: what the model does to its logits.
         rows_at_once: rows of logits held at a time; by default `chunk_rows`.
 
     Returns:
-        The weighted sum (a scalar that carries the gradient), `losses[N]` in fp32 and `correct[N]`, both without one.
+        The sum (a scalar that carries the gradient), `losses[N]` in fp32 and `correct[N]`, both without one.
     """
     rows = rows_at_once or chunk_rows(hidden.device.type, len(head))
     total, losses, correct = _LabelCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, head, targets, weight, transform or LogitTransform(), rows, head.requires_grad
+        hidden.to(head.dtype), head, targets, transform or LogitTransform(), rows, head.requires_grad
     )
     return total, losses, correct
 
@@ -82,7 +84,7 @@ class _LabelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weight: float,
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,
         transform: LogitTransform, rows: int, head_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -91,7 +93,7 @@ class _LabelCrossEntropy(torch.autograd.Function):
         d_head = torch.zeros_like(head, dtype=torch.float32) if head_grad else None
         for part in _chunks(len(hidden), rows):
             raw = hidden[part] @ head.t()  # [rows, V]
-            loss, right, d_raw = _chunk(raw, targets[part], weight, transform)
+            loss, right, d_raw = _chunk(raw, targets[part], transform)
             losses[part], correct[part] = loss, right
             d_raw = d_raw.to(hidden.dtype)
             torch.mm(d_raw, head, out=d_hidden[part])
@@ -99,13 +101,13 @@ class _LabelCrossEntropy(torch.autograd.Function):
                 d_head += d_raw.t() @ hidden[part]
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(losses, correct)
-        return losses.sum() * weight, losses, correct
+        return losses.sum(), losses, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
         d_head = None if d_head is None else d_head * grads[0]
-        return d_hidden * grads[0], d_head, None, None, None, None, None
+        return d_hidden * grads[0], d_head, None, None, None, None
 
 
 def _chunks(count: int, most: int) -> list[slice]:
@@ -116,9 +118,9 @@ def _chunks(count: int, most: int) -> list[slice]:
 
 
 def _chunk(
-    raw: torch.Tensor, targets: torch.Tensor, weight: float, transform: LogitTransform
+    raw: torch.Tensor, targets: torch.Tensor, transform: LogitTransform
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses `[n]`, first choice right `[n]`, and the gradient `[n, V]` of the weighted sum by the raw logits."""
+    """Losses `[n]`, first choice right `[n]`, and the gradient `[n, V]` of their sum by the raw logits."""
     logits = transform.apply(raw).float()
     target = targets[:, None]
     most, choice = logits.max(1, keepdim=True)
@@ -127,8 +129,8 @@ def _chunk(
     probabilities = logits.sub_(most).exp_()  # in place: the logits themselves are not needed any more
     total = probabilities.sum(1, keepdim=True)
     losses = (total.log() + most - wanted)[:, 0]
-    gradient = probabilities.mul_(weight / total)
-    gradient.scatter_add_(1, target, torch.full_like(wanted, -weight))
+    gradient = probabilities.div_(total)
+    gradient.scatter_add_(1, target, torch.full_like(wanted, -1.0))
     if keep is not None:
         gradient.mul_(1 - keep.square_())  # the derivative of softcap * tanh(z / softcap)
     if transform.scale != 1.0:

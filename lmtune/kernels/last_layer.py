@@ -79,6 +79,8 @@ def find_query_linear(model: Any, run: Any) -> None:
     layer.lmtune_probe = {}
     try:
         run()
+        if "projected" not in layer.lmtune_probe:
+            raise ValueError("the model does not hand extra arguments on to its layers")
         whole = layer.lmtune_probe.pop("projected")
         for name, module in list(layer.named_modules()):
             if not hasattr(module, "in_features") or ".lora_" in name or name.endswith("base_layer"):

@@ -2,7 +2,7 @@
 
     forward = PackedForward(model)            # asks the model once which of the fast ways give its own result
     with forward.ready():                     # until the backward pass is over: checkpointing runs layers again in it
-        scores = forward(micro_batch, 1 / n)  # scores.total carries the gradient
+        scores = forward(micro_batch)         # scores.total carries the gradient
 
 The fast ways, each tried on a few random tokens against the plain one before it is used:
 
@@ -38,7 +38,7 @@ class TokenScores:
     """What the model makes of the N trained tokens of a micro-batch.
 
     Attributes:
-        total: the weighted sum of the losses, a scalar; carries the gradient.
+        total: the sum of the losses, a scalar; carries the gradient.
         losses: `[N]` fp32, cross-entropy of each trained token in nats.
         correct: `[N]` bool, whether the trained token is the model's first choice.
     """
@@ -112,12 +112,11 @@ class PackedForward:
         """Hold the model in the attention that forward and backward passes need; outside it is free to generate."""
         return packed_attention(self.model) if self.packs else contextlib.nullcontext()
 
-    def __call__(self, batch: MicroBatch, weight: float = 1.0) -> TokenScores:
+    def __call__(self, batch: MicroBatch) -> TokenScores:
         """Score the trained tokens of `batch`, whose tensors are on the model's device; only inside `ready()`.
 
         Args:
             batch: the micro-batch; with shared prefixes only if `shares_prefixes`.
-            weight: what each token's loss counts in `total`: one over the step's trained tokens.
         """
         if self.packs:
             labels = (batch.label_positions, batch.label_places)
@@ -126,10 +125,10 @@ class PackedForward:
             outputs = self._one_by_one(batch)
         if self.head_reason is None:
             head = self.base.get_output_embeddings().weight
-            return TokenScores(*label_cross_entropy(outputs, head, batch.targets, weight, self._transform))
+            return TokenScores(*label_cross_entropy(outputs, head, batch.targets, self._transform))
         logits = outputs.float()
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
-        return TokenScores(losses.sum() * weight, losses.detach(), logits.detach().argmax(-1) == batch.targets)
+        return TokenScores(losses.sum(), losses.detach(), logits.detach().argmax(-1) == batch.targets)
 
     def _outputs(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor, layout: Layout | None,
@@ -200,7 +199,7 @@ class PackedForward:
             difference = compare()
         except torch.OutOfMemoryError:
             raise
-        except (NotImplementedError, TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # whatever a model's code makes of what it was not written for
             return f"{consequence}: {' '.join(str(error).split()) or type(error).__name__}"
         return f"{consequence}: outputs would differ by {difference:.2g}" if difference > self._tolerance else None
 
@@ -210,11 +209,16 @@ class PackedForward:
 
     def _compare_packed(self) -> float:
         """Two documents packed together against the second alone."""
+        if problem := longest_row_matters(self.base.config.get_text_config()):
+            raise ValueError(problem)
         ids, positions = self._probe(5, 7)
         second = torch.arange(7, device=ids.device)
         alone = self._outputs(ids[:, 5:], positions[:, 5:], second, None)
+        layout = Layout.of_documents(5, 7)
         with packed_attention(self.model):
-            packed = self._outputs(ids, positions, second + 5, Layout.of_documents(5, 7))
+            packed = self._outputs(ids, positions, second + 5, layout)
+        if problem := window_in_mask_only(self.base.config.get_text_config(), layout.derived.get("window")):
+            raise ValueError(problem)
         return _difference(packed, alone)
 
     def _compare_prefix(self) -> float:
@@ -260,6 +264,7 @@ class PackedForward:
         self.head_reason = None
         hidden = self._outputs(ids, positions, keep, None)
         self.head_reason = "not tried"
+        label_cross_entropy(hidden, head, ids[0], self._transform)  # whether it can be computed
         return _difference(self._transform.apply(hidden.to(head.dtype) @ head.t()), wanted)
 
     def _probe(self, *lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,6 +275,32 @@ class PackedForward:
         ids = torch.randint(0, vocabulary, (1, sum(lengths)), generator=generator)
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         return ids.to(device), positions.to(device)
+
+
+def longest_row_matters(config: Any) -> str | None:
+    """Why a row's numbers would depend on which longer row lies beside it, or None."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = getattr(config, name, None) or {}
+        kinds = {part.get("rope_type", part.get("type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+        if found := kinds & {"longrope", "dynamic"}:
+            return f"its rotary embedding ({found.pop()}) depends on the longest row of a forward pass"
+    return None
+
+
+def window_in_mask_only(config: Any, window: int | None) -> str | None:
+    """Why documents longer than the model's window would see too much, or None.
+
+    Args:
+        config: of the text model.
+        window: what its attention was told; transformers makes no mask for an attention of ours.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if getattr(config, "attention_chunk_size", None) and (kinds is None or "chunked_attention" in kinds):
+        return "its attention by chunks is known to its mask alone"
+    asked = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if asked and window is None and (kinds is None or any("sliding" in kind for kind in kinds)):
+        return "its sliding window is known to its mask alone"
+    return None
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def _kept(forward: PackedForward, layers: Any, trained_share: float, tokens: int
     """Bytes that autograd keeps of one row: by layer, and last outside the layers."""
     watch = _Watch(forward.model, layers)
     with watch, forward.ready():
-        forward(_random_row(forward, trained_share, tokens), 1.0)
+        forward(_random_row(forward, trained_share, tokens))
     return watch.sizes
 
 

@@ -46,6 +46,7 @@ class Feeder:
         self.plan, self._rank, self._rows = plan, rank, rows
         self._share_prefixes, self._pin = share_prefixes, pin
         self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def __enter__(self) -> Feeder:
         return self
@@ -58,7 +59,7 @@ class Feeder:
         self.close()
         self.plan = plan or self.plan
         self._ready: queue.Queue[_Item] = queue.Queue(_AHEAD)
-        self._closed = threading.Event()
+        self._closed, self._error = threading.Event(), None
         arguments = (self.plan, step, self._ready, self._closed)
         self._thread = threading.Thread(target=self._run, args=arguments, name="lmtune-feeder", daemon=True)
         self._thread.start()
@@ -87,10 +88,12 @@ class Feeder:
             self._thread = None
 
     def _take(self) -> StepPlan | MicroBatch | None:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        if self._error is None:
+            item = self._ready.get()
+            if not isinstance(item, BaseException):
+                return item
+            self._error = item
+        raise self._error  # again too, whoever asks: the thread has ended
 
     def _run(self, plan: Plan, step: int, ready: queue.Queue[_Item], closed: threading.Event) -> None:
         def offer(item: _Item) -> None:

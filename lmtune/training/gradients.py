@@ -71,13 +71,15 @@ def step_gradients(
     try:
         with forward.ready():
             for batch in batches:
-                sums[:3] += _accumulate(forward, batch.to(device), num_trained)
+                sums[:3] += _accumulate(forward, batch.to(device))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         sums[3] = 1.0
     _sum_over_processes(parameters, sums, accelerator)
     grads = [p.grad for p in parameters.values() if p.grad is not None]
+    torch._foreach_div_(grads, num_trained)
+    sums[0] /= num_trained
     norm = torch.nn.utils.get_total_norm(grads)
     loss, tokens, sequences, out_of_memory, stop, grad_norm = torch.cat([sums, norm[None].double()]).tolist()
     return StepSums(loss, round(tokens), round(sequences), grad_norm, out_of_memory > 0, stop > 0)
@@ -98,7 +100,7 @@ def find_offenders(
         for row in (row for group in share for row in group):
             for parameter in parameters.values():
                 parameter.grad = None
-            loss, _, _ = _accumulate(forward, pack([rows(row)]).to(device), 1).tolist()
+            loss, _, _ = _accumulate(forward, pack([rows(row)]).to(device)).tolist()
             grads = [p.grad for p in parameters.values() if p.grad is not None]
             if not (torch.tensor(loss).isfinite() and all(bool(grad.isfinite().all()) for grad in grads)):
                 found.append(str(rows(row).where))
@@ -107,9 +109,9 @@ def find_offenders(
     return found
 
 
-def _accumulate(forward: PackedForward, batch: MicroBatch, num_trained: int) -> torch.Tensor:
-    """Add one micro-batch's part to the gradients; returns its part of loss, right tokens and right sequences."""
-    scores = forward(batch, 1 / num_trained)
+def _accumulate(forward: PackedForward, batch: MicroBatch) -> torch.Tensor:
+    """Add one micro-batch's gradients; returns its sum of losses, right tokens and right sequences."""
+    scores = forward(batch)
     scores.total.backward()  # type: ignore[no-untyped-call]
     sequences = count_correct_sequences(scores.correct, batch)
     return torch.stack([scores.total.detach().double(), scores.correct.sum().double(), sequences.double()])

@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lmtune.kernels.fp8_linear import why_not_fp8
 from lmtune.kernels.lora_linear import fuse
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import Tensors, attach_adapter, save_adapter
+from lmtune.models.backends import check_bitsandbytes
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.free_memory import dense_weights_fit, free_memory
 from lmtune.models.inference import build_renderer, run_notes
@@ -104,6 +105,7 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     """
     if config.model.quantization == "fp8" and (problem := why_not_fp8(accelerator.device)):
         raise ConfigError(f"model.quantization: fp8 cannot be trained over here: {problem}; use nf4, int8 or none")
+    check_bitsandbytes(config.model.quantization)
     if accelerator.device.type == "cuda" and config.model.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
     tokenizer = load_tokenizer(config.model)
@@ -171,7 +173,7 @@ def environment(session: Session) -> dict[str, Any]:
     device = session.accelerator.device
     return {
         "python": platform.python_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {name: _version(name) for name in LIBRARIES},
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "processes": session.accelerator.num_processes,
@@ -181,6 +183,14 @@ def environment(session: Session) -> dict[str, Any]:
         "base_fingerprint": session.fingerprint,
         "slower_than_could_be": session.forward.notes,
     }
+
+
+def _version(library: str) -> str | None:
+    """The installed version; None for a library that is not there, as bitsandbytes may be."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _agree(forward: PackedForward, accelerator: Any) -> None:

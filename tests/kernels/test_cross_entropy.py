@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtune.kernels.cross_entropy import LogitTransform, _chunks, label_cross_entropy
+from lmtune.kernels import cross_entropy
+from lmtune.kernels.cross_entropy import LogitTransform, _chunks, chunk_rows, label_cross_entropy
 
 PLAIN, CAPPED, SCALED = LogitTransform(), LogitTransform(softcap=5.0), LogitTransform(scale=0.25)
 
@@ -20,13 +21,13 @@ def test_equals_plain_cross_entropy(transform: LogitTransform, chunk_rows: int) 
     targets = torch.randint(0, 101, (33,))
     logits = transform.apply(hidden @ head.t())
     each = F.cross_entropy(logits, targets, reduction="none")
-    (each.sum() * 0.1 * 3).backward()
+    (each.sum() * 3).backward()
     wanted = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None
-    total, losses, correct = label_cross_entropy(hidden, head, targets, 0.1, transform, chunk_rows)
+    total, losses, correct = label_cross_entropy(hidden, head, targets, transform, chunk_rows)
     (total * 3).backward()
     torch.testing.assert_close(losses, each.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(total, each.detach().sum() * 0.1, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(total, each.detach().sum(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(hidden.grad, wanted[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head.grad, wanted[1], atol=1e-5, rtol=1e-5)
     assert torch.equal(correct, logits.argmax(-1) == targets)
@@ -42,9 +43,17 @@ def test_chunks_cover_all_rows_in_parts_of_about_one_size(count: int, most: int)
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
+def test_logits_are_never_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = list[tuple[int, ...]](), cross_entropy._chunk
+    monkeypatch.setattr(cross_entropy, "_chunk", lambda raw, *rest: seen.append(tuple(raw.shape)) or real(raw, *rest))
+    label_cross_entropy(torch.randn(600, 2), torch.randn(50_000, 2), torch.zeros(600, dtype=torch.long))
+    assert sum(rows for rows, _ in seen) == 600
+    assert max(rows for rows, _ in seen) <= chunk_rows("cpu", 50_000) < 200
+
+
 def test_large_logits_stay_finite() -> None:
     hidden, head = torch.full((2, 4), 100.0, requires_grad=True), torch.randn(9, 4)
-    total, losses, _ = label_cross_entropy(hidden, head, torch.tensor([1, 2]), 1.0)
+    total, losses, _ = label_cross_entropy(hidden, head, torch.tensor([1, 2]))
     total.backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(hidden.grad).all()

@@ -13,9 +13,10 @@ from tests.tiny import adapted, random_rows, tiny_model
 def gradients(forward: PackedForward, share: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
     forward.model.zero_grad()
     with forward.ready():
-        scores = forward(pack(random_rows(7).rows, share), 0.01)
-        scores.total.backward()
-    return scores.total.item(), {name: p.grad.clone() for name, p in trainable(forward.model).items()}
+        scores = forward(pack(random_rows(7).rows, share))
+        total = scores.total * 0.01
+        total.backward()
+    return total.item(), {name: p.grad.clone() for name, p in trainable(forward.model).items()}
 
 
 def assert_equals_the_whole_layer(forward: PackedForward) -> None:
@@ -37,6 +38,16 @@ def test_equals_the_whole_layer(kind: str, fused: bool) -> None:
         fuse(model)
     forward = PackedForward(model)
     assert_equals_the_whole_layer(forward)
+
+
+def test_the_last_mlp_sees_the_trained_positions_alone() -> None:
+    forward, seen = PackedForward(adapted(tiny_model())), list[int]()
+    forward.base.model.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    batch = pack(random_rows(7).rows)
+    with forward.ready():
+        forward(batch)
+    assert seen == [len(batch.label_positions)]
+    assert seen[0] < batch.num_tokens / 2
 
 
 def test_gradient_checkpointing_of_the_last_layer() -> None:

@@ -69,6 +69,20 @@ def test_another_adapter_answers_when_it_is_chosen() -> None:
     assert (fused(input_ids=IDS).logits - outputs[1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_base_that_is_kept_dense_is_dequantised_once(
+    keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes import functional
+
+    model, calls, real = adapted(quantized_model(tmp_path, "nf4")), list[int](), functional.dequantize_4bit
+    fuse(model, keep)
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, **k: calls.append(1) or real(*a, **k))
+    for _ in range(3):
+        loss_and_gradients(model)
+    assert len(calls) <= 14 if keep else len(calls) > 3 * 14
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}])
 def test_layers_that_are_not_plain_are_left_alone(settings: dict) -> None:
     model = adapted(tiny_model(), **settings)

@@ -78,4 +78,6 @@ def test_what_goes_wrong_in_the_background_is_raised_where_it_is_waited_for() ->
         feeder.next_step()
         with pytest.raises(OSError, match="the disk is gone"):
             list(feeder.batches())
+        with pytest.raises(OSError, match="the disk is gone"):  # whoever asks again does not wait for ever
+            feeder.next_step()
     assert feeders() == 0

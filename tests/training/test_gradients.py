@@ -81,7 +81,7 @@ def test_a_row_with_an_infinite_loss_is_found() -> None:
 def test_out_of_memory_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch, error: object) -> None:
     model, rows = adapted(tiny_model()), random_rows(4)
 
-    def explode(self, batch, weight=1.0):
+    def explode(self, batch):
         if isinstance(error, str):
             torch.empty(2**60)
         raise error
@@ -91,7 +91,7 @@ def test_out_of_memory_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch, e
 
 
 def test_another_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def explode(self, batch, weight=1.0):
+    def explode(self, batch):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(PackedForward, "__call__", explode)

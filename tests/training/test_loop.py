@@ -39,10 +39,10 @@ def test_out_of_memory_with_a_single_row_computes_layers_twice(tmp_path: Path, m
     whole = final_weights(job_for(tmp_path / "whole", train__micro_batch_tokens=1))
     real = PackedForward.__call__
 
-    def limited(self, batch, weight=1.0):
+    def limited(self, batch):
         if not is_checkpointed_throughout(self.base):
             raise torch.OutOfMemoryError
-        return real(self, batch, weight)
+        return real(self, batch)
 
     monkeypatch.setattr(PackedForward, "__call__", limited)
     saving = final_weights(job_for(tmp_path / "saving", train__micro_batch_tokens=1))
@@ -50,7 +50,7 @@ def test_out_of_memory_with_a_single_row_computes_layers_twice(tmp_path: Path, m
 
 
 def test_out_of_memory_with_a_single_row_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(self, batch, weight=1.0):
+    def never(self, batch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(PackedForward, "__call__", never)
