@@ -23,6 +23,7 @@ from lmtune.errors import ModelError, is_failure
 from lmtune.models.adapters import load_adapter, read_adapter, read_notes
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
+from lmtune.models.tokenizer_checks import unusable
 from lmtune.runs import find_run
 
 
@@ -137,7 +138,7 @@ def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
     except (OSError, ValueError):  # many base models have no generation_config.json
         return ()
     several = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(index, int) and index >= 0 for index in several):
+    if not all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < 2**31 for index in several):
         raise ModelError(
             f"model.name: {model.name}: generation_config.json: eos_token_id is {ids!r}; should be a token's number or "
             "several"
@@ -176,8 +177,11 @@ def saved_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except BaseException as error:
         if not is_failure(error):
             raise
         raise ModelError(f"{folder}: cannot read its tokenizer: {error}") from error
+    if fault := unusable(tokenizer):
+        raise ModelError(f"{folder}: {fault}")
+    return tokenizer

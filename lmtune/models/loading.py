@@ -34,6 +34,7 @@ from lmtune.models.base_checks import (
     tokenizer_fault,
 )
 from lmtune.models.loaded_checks import check_loaded
+from lmtune.models.tokenizer_checks import unusable
 
 _CACHE = "quantized"
 _CACHED_FROM_BYTES = 200 * 2**20  # of stored weights; less is quantised in a second or two
@@ -82,13 +83,16 @@ def load_tokenizer(model: ModelConfig) -> Any:
     quiet_libraries()
     path = _checked_path(model.name)
     try:
-        return AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     except BaseException as error:
         if not is_failure(error):
             raise
         if fault := tokenizer_fault(Path(path)):
             raise ModelError(f"model.name: {model.name}: {fault}") from error
         raise _model_error(model, "tokenizer", error) from error
+    if fault := unusable(tokenizer):
+        raise ModelError(f"model.name: {model.name}: {fault}")
+    return tokenizer
 
 
 def load_model(model: ModelConfig, device: torch.device | str | None = None) -> Any:

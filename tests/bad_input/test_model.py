@@ -167,6 +167,14 @@ BASES: dict[str, tuple[Change, str]] = {
     "a tokenizer at which its library panics": (  # which is no Exception
         settings("tokenizer.json", normalizer=PANICS), "cannot load the tokenizer of ./base: PanicException: ",
     ),
+    "a tokenizer without tokens": (
+        settings("tokenizer.json", model={"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]}, added_tokens=[]),
+        "model.name: ./base: its tokenizer knows nothing of 'Hello, 12 ",
+    ),
+    "a tokenizer with no token at all": (
+        settings("tokenizer.json", model={"type": "Unigram", "unk_id": None, "vocab": []}, added_tokens=[]),
+        "model.name: ./base: its tokenizer cannot encode plain text (Encountered an unknown token",
+    ),
     "a pointer in place of the template": (
         written("chat_template.jinja", POINTER), "model.name: ./base: chat_template.jinja is a Git LFS pointer, not a ",
     ),
@@ -182,6 +190,17 @@ BASES: dict[str, tuple[Change, str]] = {
     ),
     "an end token below zero": (
         settings("generation_config.json", eos_token_id=-5), "generation_config.json: eos_token_id is -5; should be a ",
+    ),
+    "a truth for an end token": (
+        settings("generation_config.json", eos_token_id=True), "generation_config.json: eos_token_id is True; should ",
+    ),
+    "an end token beyond the vocabulary": (
+        settings("generation_config.json", eos_token_id=10**12),
+        "generation_config.json: eos_token_id is 1000000000000; should be a token's number or several",
+    ),
+    "a length that is no number": (
+        settings("tokenizer_config.json", model_max_length="x"),
+        "model.name: ./base: tokenizer_config.json: model_max_length is 'x'; should be a number above 0",
     ),
     "a smaller vocabulary in the config": (
         settings("config.json", vocab_size=10),
@@ -302,6 +321,10 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     ),
     "a tokenizer at which its library panics": (
         settings("tokenizer.json", normalizer=PANICS), "adapter: cannot read its tokenizer: ",
+    ),
+    "a tokenizer with no token at all": (
+        settings("tokenizer.json", model={"type": "Unigram", "unk_id": None, "vocab": []}, added_tokens=[]),
+        "adapter: its tokenizer cannot encode plain text (",
     ),
     "a template that loops": (written("chat_template.jinja", LOOPS), "did not finish a small conversation in 1 s"),
 }  # fmt: skip
