@@ -199,6 +199,13 @@ def data_paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
+def without_absolute_paths(text: str) -> str:
+    """`text` with each absolute path in it made relative to this folder, as it may be written to a run's files."""
+    here = os.getcwd().rstrip(os.sep) + os.sep
+    return re.sub(_ABSOLUTE, lambda found: os.path.relpath(found[0]), text.replace(here, ""))
+
+
+_ABSOLUTE = r"(?<![\w.:~/-])/[^\s/'\"`,;:()]+/[^\s'\"`,;:()]+"
 _PATHS = ("name", "train", "validation", "dir", "path")  # keys whose values may be paths
 
 

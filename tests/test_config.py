@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtune import config as config_module
-from lmtune.config import FinetuneConfig, ModelConfig, RunConfig, build_config, dump_config, load_config, to_tree
+from lmtune.config import (
+    FinetuneConfig,
+    ModelConfig,
+    RunConfig,
+    build_config,
+    dump_config,
+    load_config,
+    to_tree,
+    without_absolute_paths,
+)
 from lmtune.errors import ConfigError
 from lmtune.training.pretrain_config import PretrainConfig
 from lmtune.yaml_reader import read_yaml, read_yaml_value
@@ -279,3 +288,21 @@ def test_a_section_stands_alone() -> None:
     assert build_config(ModelConfig, {"name": "x"}, "test") == ModelConfig(name="x")
     with pytest.raises(ConfigError, match="quantisation: unknown key; did you mean quantization"):
         build_config(ModelConfig, {"name": "x", "quantisation": "nf4"}, "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cannot write HERE/runs/trial: full", "cannot write runs/trial: full"),
+        ("'HERE/a b/c' and HERE/d", "'a b/c' and d"),
+        ("no UP/x/y", "no ../x/y"),
+        ("1/2 of a/b, https://hub/a/b and ~/x/y", "1/2 of a/b, https://hub/a/b and ~/x/y"),
+        ("not / but /usr", "not / but /usr"),
+    ],
+)
+def test_absolute_paths_in_text_become_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = text.replace("HERE", str(tmp_path)).replace("UP", str(tmp_path.parent))
+    assert without_absolute_paths(text) == expected
