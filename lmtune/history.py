@@ -24,6 +24,7 @@ from lmtune.errors import LmtuneError, ModelError
 from lmtune.runs import RunDirectory, find_run
 from lmtune.yaml_reader import read_yaml
 
+_TOLD = ("step", "epoch", "loss", "tokens", "seconds")  # of a step, to a person
 _TAIL_BYTES = 65_536  # holds the last line of metrics.jsonl many times over
 
 
@@ -81,8 +82,9 @@ def overview(run: RunDirectory) -> Overview:
     """One run in a line; damaged files are told as status `damaged`, not raised."""
     status, summary, model = "damaged", dict[str, Any](), dict[str, Any]()
     with contextlib.suppress(LmtuneError):
-        model = read_yaml(run.config).get("model") or {}
-        summary = run.read_json(run.summary)
+        named = read_yaml(run.config).get("model")
+        model = named if isinstance(named, dict) else {}
+        summary = run.read_summary()
         status = run_status(run, summary)
     last = last_step(run)
     return Overview(
@@ -116,7 +118,7 @@ def last_step(run: RunDirectory) -> dict[str, Any]:
         with run.metrics.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
             lines = file.read().split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return {}
     for line in reversed(lines[:-1]):  # after the last newline comes nothing, or half a line
         if (step := _parsed(line)) is not None:
@@ -152,7 +154,7 @@ class _GrowingFile:
         try:
             with self._path.open("rb") as file:
                 return self._read(file, os.fstat(file.fileno()))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return []
 
     def _read(self, file: BinaryIO, now: os.stat_result) -> list[bytes]:
@@ -173,11 +175,13 @@ def _run_folders(runs_dir: str | Path) -> list[Path]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
+    """What a line of `metrics.jsonl` tells; None if it is not one that a run writes."""
     try:
         step = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return step if isinstance(step, dict) else None
+    whole = isinstance(step, dict) and all(type(step.get(key)) in (int, float) for key in _TOLD)
+    return step if whole else None
 
 
 def _score(summary: Mapping[str, Any], which: str) -> float | None:

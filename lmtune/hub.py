@@ -66,7 +66,7 @@ def prepare_push(run: RunDirectory, repository: str) -> Upload:
     """
     checked_repository(repository)
     names, kept_here = outgoing_files(run.adapter)
-    config, summary = read_yaml(run.config), run.read_json(run.summary)
+    config, summary = read_yaml(run.config), run.read_summary()
     card = adapter_card(config, summary, run.read_json(run.data), repository)
     check_outgoing(run.adapter, [*names, *([] if CARD in names else [CARD])], card, _token())
     base = str((config.get("model") or {}).get("name"))

@@ -48,7 +48,8 @@ class RunDirectory:
         """The directory `run.dir/run.name`.
 
         Raises:
-            ConfigError: the run has no name, or its folder is a link, holds one, or lies outside `run.dir`.
+            ConfigError: the run has no name; or its folder is a link, holds one, lies outside `run.dir`, or holds a
+                folder where a run writes a file.
         """
         if run.name is None:
             raise ConfigError("run.name: missing; name the run, for example run.name=support")
@@ -59,7 +60,15 @@ class RunDirectory:
             raise ConfigError(f"run.name: {path} is a file; choose another run.name")
         if path.is_dir() and (links := sorted(inner for inner in path.iterdir() if inner.is_symlink())):
             raise ConfigError(f"run.name: {links[0]} is a link, which a run writes to no other place; remove it")
-        return cls(path)
+        made = cls(path)
+        files = (made.config, made.environment, made.data, made.metrics, made.results, made.summary, made.answers)
+        for file in (*files, made.verification):
+            if file.is_dir():
+                raise ConfigError(f"run.name: {file} is a folder, where a run writes a file; remove it")
+        for folder in (made.checkpoints, made.adapter):
+            if folder.is_file():
+                raise ConfigError(f"run.name: {folder} is a file, where a run writes a folder; remove it")
+        return made
 
     @property
     def name(self) -> str:
@@ -80,9 +89,24 @@ class RunDirectory:
             return {}
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); delete it or restore it") from None
         return tree if isinstance(tree, dict) else {}
+
+    def read_summary(self) -> dict[str, Any]:
+        """`summary.json`, or `{}` if it is not there yet; its scores are numbers or null, whatever else it says.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        summary = self.read_json(self.summary)
+        for key in ("base", "tuned"):
+            scores = summary.get(key)
+            if scores is not None and not (isinstance(scores, dict) and all(map(_is_score, scores.values()))):
+                raise CheckpointError(f"{self.summary}: damaged: {key} holds no scores; delete it or restore it")
+        if not isinstance(summary.get("steps", 0), int):
+            raise CheckpointError(f"{self.summary}: damaged: steps is no number; delete it or restore it")
+        return summary
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -129,6 +153,10 @@ class RunDirectory:
             number += 1
         self.path.rename(target)
         return target
+
+
+def _is_score(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def find_run(target: str | Path, runs_dir: str | Path = "runs") -> RunDirectory | None:

@@ -52,7 +52,7 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, A
         checkpoint, complete = begin(run_directory, session)
         if complete:
             err.print(f"{run_directory.path} is complete already; give run.name=… for a new run, or run.resume=never")
-            return run_directory.read_json(run_directory.summary)
+            return run_directory.read_summary()
         base = base_scores(run_directory, session)
         outcome = train(session.job(run_directory, checkpoint))
         accelerator.place = "scoring and saving the result"

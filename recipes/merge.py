@@ -55,7 +55,7 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
     sequences = run_directory.read_json(run_directory.verification).get("sequences")
     if not sequences:
         raise ModelError(f"{run_directory.path}: no verification.json, the rows to compare on; run it again to make it")
-    summary = run_directory.read_json(run_directory.summary)
+    summary = run_directory.read_summary()
 
     def describe(folder: Path, report: MergeReport) -> None:
         write_json(folder / "lmtune.json", {**notes, "quantization": "none", "merged": into})

@@ -39,7 +39,7 @@ def main(
     config = load_config(FinetuneConfig, shipped, paths)
     run_directory = RunDirectory.of(config.run)
     out.print(describe_check(check_data(data_paths(config.data.train), data_paths(config.data.validation or ()))))
-    if run_directory.read_json(run_directory.summary).get("status") == "complete":
+    if run_directory.read_summary().get("status") == "complete":
         err.print(f"replacing the earlier {run_directory.path}")
         shutil.rmtree(run_directory.path)
 

@@ -15,6 +15,7 @@ from lmtune.console import err, escape, out
 from lmtune.errors import ConfigError, ModelError
 from lmtune.history import choose_run, follow_steps, list_runs, overview
 from lmtune.runs import RunDirectory
+from lmtune.yaml_reader import read_yaml, write_yaml
 
 
 class Action(StrEnum):
@@ -62,7 +63,7 @@ def print_run(chosen: RunDirectory) -> None:
     from lmtune.data.fates import describe_fates
     from lmtune.report import scores_table
 
-    item, summary = overview(chosen), chosen.read_json(chosen.summary)
+    item, summary = overview(chosen), chosen.read_summary()
     out.print(f"[bold]{escape(item.name)}[/]  {item.status}  {item.changed:%Y-%m-%d %H:%M}")
     if reason := summary.get("reason"):
         out.print(escape(str(reason)))
@@ -71,7 +72,7 @@ def print_run(chosen: RunDirectory) -> None:
     for key, value in summary.items():
         if type(value) in (int, float) and key != "format":
             out.print(f"{key.replace('_', ' ')}: {value:,}")
-    out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text(encoding='utf-8').rstrip())}")
+    out.print(f"\n[bold]settings[/]\n{escape(write_yaml(read_yaml(chosen.config)).rstrip())}")
     if fates := chosen.read_json(chosen.data):
         out.print(f"\n[bold]data[/]\n{escape(describe_fates(fates))}")
 
@@ -93,7 +94,7 @@ def print_results(chosen: RunDirectory) -> None:
     """`results.csv` as it is, to read or to pipe on."""
     if not chosen.results.is_file():
         raise ModelError(f"{chosen.path}: no results yet; they come with the first step")
-    typer.echo(chosen.results.read_text(encoding="utf-8"), nl=False)
+    typer.echo(chosen.results.read_bytes(), nl=False)
 
 
 if __name__ == "__main__":

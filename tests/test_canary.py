@@ -3,6 +3,8 @@ training, merging and sharing write, and in everything that is sent."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -102,6 +104,22 @@ def test_no_absolute_path_is_written_or_sent(place: Path, hub: HubServer) -> Non
     for private in (str(place), place.name, f"{Path.home()}{os.sep}", os.path.realpath(sys.prefix)):
         assert holding(written(place), private) == []
         assert holding(sent(hub), private) == []
+
+
+def no_room() -> None:
+    """The checkpoint cannot be written, and says where."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(Path("runs/failed/checkpoints").resolve()))
+
+
+def test_no_absolute_path_is_written_when_a_run_fails(place: Path) -> None:
+    trouble = processes.at_call("lmtune.training.checkpoint", "save_file", no_room)
+    arguments = ("run.yaml", "run.name=failed", "evaluation.exact_match_rows=0")
+    assert processes.lmtune(place, "finetune", *arguments, trouble=trouble) == 1
+    (place / "output").rename(place / "failed.said")
+    reason = json.loads((place / "runs/failed/summary.json").read_text())["reason"]
+    assert reason.startswith("cannot write the checkpoint runs/failed/checkpoints/step-00000")
+    assert holding(written(place / "runs/failed"), str(place)) == []
+    assert holding(written(place / "runs/failed"), place.name) == []
 
 
 def test_rows_stay_in_the_files_that_are_there_to_hold_them(place: Path, hub: HubServer) -> None:

@@ -41,6 +41,21 @@ def test_a_run_that_is_a_link_or_a_file_is_refused(tmp_path: Path) -> None:
         RunDirectory.of(run_config(dir=str(tmp_path / "runs"), name="file"))
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml"])
+def test_a_folder_where_a_run_writes_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "trial" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"run\.name: .*{name} is a folder, where a run writes a file; remove it"):
+        RunDirectory.of(run_config(dir=str(tmp_path), name="trial"))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter"])
+def test_a_file_where_a_run_writes_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "trial").mkdir()
+    (tmp_path / "trial" / name).touch()
+    with pytest.raises(ConfigError, match=rf"run\.name: .*{name} is a file, where a run writes a folder; remove it"):
+        RunDirectory.of(run_config(dir=str(tmp_path), name="trial"))
+
+
 def test_run_dir_itself_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "disk")

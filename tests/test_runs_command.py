@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.errors import ModelError
+from lmtune.errors import LmtuneError, ModelError
 from lmtune.history import choose_run, follow_steps, last_step, list_runs, overview
+from lmtune.recipes import runs as runs_recipe
 from lmtune.runs import RunDirectory, keep_lines
 from tests.sample_run import METRICS, write_records
 
@@ -135,6 +136,42 @@ def test_command(run: RunDirectory, tmp_path: Path) -> None:
         assert text in shown.stdout, text
     assert lmtune(tmp_path, "results", "runs/support").stdout == run.results.read_text()
     assert lmtune(tmp_path, "follow", "support").stdout.count("\n") == 120
+
+
+ODD: dict[str, tuple[str, bytes]] = {  # file, content
+    "scores that are a number": ("summary.json", b'{"status": "complete", "base": 3}'),
+    "scores that are words": ("summary.json", b'{"status": "complete", "tuned": {"exact_match": "all"}}'),
+    "steps that are a word": ("summary.json", b'{"status": "complete", "steps": "many"}'),
+    "a summary of brackets": ("summary.json", b"[" * 100_000),
+    "settings that are no UTF-8": ("config.yaml", b"model: {name: \xe9}\n"),
+    "settings whose model is a word": ("config.yaml", b"model: tiny\n"),
+    "steps that are no UTF-8": ("metrics.jsonl", b"\xff\xfe\n"),
+    "a step of other keys": ("metrics.jsonl", b'{"step": 1}\n'),
+    "a loss that is a word": ("metrics.jsonl", b'{"step": 1, "loss": "low", "epoch": 1, "tokens": 1, "seconds": 1}\n'),
+    "results that are no UTF-8": ("results.csv", b"step\n\xff\n"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_files_of_one_run_break_no_list_and_are_named(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, content = ODD[what]
+    (run.path / file).write_bytes(content)
+    for action in runs_recipe.Action:
+        try:
+            runs_recipe.main(action, "support")
+        except LmtuneError as error:
+            assert action is runs_recipe.Action.show
+            assert f"runs/support/{file}: " in str(error)  # noqa: PT017
+
+
+def test_a_folder_in_place_of_the_steps_breaks_no_list(run: RunDirectory, tmp_path: Path) -> None:
+    run.metrics.unlink()
+    run.metrics.mkdir()
+    assert overview(run).steps == 120
+    assert list(follow_steps(run)) == []
 
 
 def test_mistakes(run: RunDirectory, tmp_path: Path) -> None:

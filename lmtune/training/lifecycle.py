@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lmtune.config import FinetuneConfig, dump_config, load_config, to_tree
+from lmtune.config import FinetuneConfig, dump_config, load_config, to_tree, without_absolute_paths
 from lmtune.console import err, escape, warn
 from lmtune.data.fates import describe_fates
 from lmtune.errors import LmtuneError
@@ -21,7 +21,8 @@ from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.loop import Outcome
 from lmtune.training.memory import peak_memory_gib
 from lmtune.training.plan import Plan
-from lmtune.training.resume import find_checkpoint, identity, require_same
+from lmtune.training.records import read_answers
+from lmtune.training.resume import find_checkpoint, identity, records_lost, require_same
 from lmtune.training.session import Session, environment, verification_rows
 from lmtune.training.signals import Interrupted, no_more_signals, sigterm_interrupts
 from lmtune.yaml_reader import read_yaml
@@ -63,20 +64,21 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
         The checkpoint to go on from (None at the beginning), and whether the run is complete already.
 
     Raises:
-        CheckpointError: the run was begun with other settings, or its checkpoints are damaged.
+        CheckpointError: the run was begun with other settings, or its checkpoints or records are damaged or gone.
     """
     session.accelerator.wait_for_everyone()  # an earlier run was set aside
     checkpoint, skipped = find_checkpoint(run, session.identity, session.data.fates)
     complete = _is_complete(run)
     if complete and checkpoint is None:  # they were deleted to save room
         require_same(run, _identity_of(run), session.identity, session.data.fates)
+    lost = [] if complete else records_lost(run, checkpoint)
+    base = None if complete else _known_scores(run, session)
     session.accelerator.wait_for_everyone()  # all have looked before the first one writes
     if session.accelerator.is_main_process:
-        for problem in skipped:
-            warn(f"skipped a damaged checkpoint: {problem}")
+        for problem in (*(f"skipped a damaged checkpoint: {problem}" for problem in skipped), *lost):
+            warn(problem)
         if not complete:
             _say_start(run, session, checkpoint)
-            base = run.read_json(run.summary).get("base") if _measures_the_same(run, session.config) else None
             write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base})
             session.begun = True
             write_text(run.config, dump_config(session.config))
@@ -89,7 +91,7 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
 def _is_complete(run: RunDirectory) -> bool:
     """Whether the run ended well and its adapter is still there."""
     adapter = run.adapter / "adapter_model.safetensors"
-    return run.read_json(run.summary).get("status") == "complete" and adapter.is_file()
+    return run.read_summary().get("status") == "complete" and adapter.is_file()
 
 
 def _identity_of(run: RunDirectory) -> dict[str, Any]:
@@ -97,6 +99,14 @@ def _identity_of(run: RunDirectory) -> dict[str, Any]:
     made = run.read_json(run.environment)
     config = load_config(FinetuneConfig, run.config)
     return identity(config, str(made.get("data_sha256")), str(made.get("base_fingerprint")))
+
+
+def _known_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
+    """The base's scores from before, if they were measured as they would be now and its answers are still there."""
+    known: dict[str, Any] | None = run.read_summary().get("base")
+    if known is None or not _measures_the_same(run, session.config):
+        return None
+    return known if len(read_answers(run)) == known.get("exact_match_rows") else None
 
 
 def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:
@@ -111,7 +121,7 @@ def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
 
     The adapter must be as `prepare` made it, when it changes nothing yet.
     """
-    known: dict[str, Any] | None = run.read_json(run.summary).get("base")
+    known: dict[str, Any] | None = run.read_summary().get("base")
     session.accelerator.place = "scoring before training"
     session.accelerator.wait_for_everyone()
     if known is None and (scored := session.score()) is not None:
@@ -126,8 +136,7 @@ def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
 
 def add_tuned_answers(run: RunDirectory, given: Sequence[Answer]) -> None:
     """Put the tuned model's answers beside the base's in `answers.jsonl`."""
-    lines = run.answers.read_text(encoding="utf-8").splitlines() if run.answers.is_file() else []
-    rows = [json.loads(line) for line in lines]
+    rows = read_answers(run)
     _write_answers(run, [{**row, "tuned": answer.given} for row, answer in zip(rows, given, strict=True)])
 
 
@@ -173,7 +182,7 @@ def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | Non
 def _note_end(run: RunDirectory, session: Session, status: str, reason: str) -> None:
     """Say in the summary how the run ended, if it is this session's."""
     if session.begun:
-        _update(run, status=status, reason=reason.splitlines()[0])
+        _update(run, status=status, reason=without_absolute_paths(reason.splitlines()[0]))
 
 
 def _update(run: RunDirectory, **values: Any) -> None:

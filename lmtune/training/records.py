@@ -1,6 +1,7 @@
 """What a run writes of each step: `metrics.jsonl` for programs, `results.csv` for a spreadsheet.
 
-One line a step in both. On resuming, lines after the checkpoint are cut, so that a step never stands there twice.
+One line a step in both. On resuming, lines after the checkpoint are cut, so that a step never stands there twice. What
+is there from before is looked at first: a run is not gone on with over records that it could not have written.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+from lmtune.errors import CheckpointError
 from lmtune.runs import RunDirectory, keep_lines, naming
 
 COLUMNS = (
     "step", "elapsed_tokens", "elapsed_examples", "training_loss", "training_sequence_accuracy",
     "training_token_accuracy", "validation_loss", "validation_sequence_accuracy", "validation_token_accuracy",
 )  # fmt: skip
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class Records:
         """Keep the lines of the first `done_steps` steps and start both files if they are new."""
         if not self.enabled:
             return
-        keep_lines(self.run.metrics, done_steps)
-        keep_lines(self.run.results, done_steps + 1)
+        for path, step_of in ((self.run.metrics, _metrics_step), (self.run.results, _results_step)):
+            keep_lines(path, sum(step <= done_steps for step in _read(path, step_of)))
         if not self.run.results.is_file() or not self.run.results.stat().st_size:
             self._append(self.run.results, ",".join(COLUMNS))
         self.run.metrics.touch()
@@ -87,3 +92,61 @@ class Records:
     def _append(path: Path, line: str) -> None:
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def recorded_steps(run: RunDirectory) -> list[int]:
+    """The steps that `metrics.jsonl` tells of; the files of records beside it are looked at too.
+
+    Raises:
+        CheckpointError: one of them is not what a run writes; names the line.
+    """
+    _read(run.results, _results_step)
+    read_answers(run)
+    return _read(run.metrics, _metrics_step)
+
+
+def read_answers(run: RunDirectory) -> list[dict[str, Any]]:
+    """The rows of `answers.jsonl`; none if it is not there.
+
+    Raises:
+        CheckpointError: it is not what a run writes; names the line.
+    """
+    return _read(run.answers, _object)
+
+
+def _read(path: Path, parse: Callable[[bytes], T]) -> list[T]:
+    """Each whole line of a file, parsed; a last one that a crash left half written is passed over."""
+    if not path.exists():
+        return []
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is no file, so nothing can be recorded there; remove it")
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            found.append(parse(line))
+        except (ValueError, KeyError, RecursionError):
+            raise CheckpointError(
+                f"{path}:{number}: damaged, for a run writes no such line; restore the file from a copy, or delete it "
+                "if you can do without"
+            ) from None
+    return found
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    tree = json.loads(line.decode("utf-8"))
+    if not isinstance(tree, dict):
+        raise ValueError("no object")
+    return tree
+
+
+def _metrics_step(line: bytes) -> int:
+    step = _object(line)["step"]
+    if type(step) is not int:
+        raise ValueError("no step")
+    return step
+
+
+def _results_step(line: bytes) -> int:
+    """0 for the line of names."""
+    first = line.decode("utf-8").partition(",")[0]
+    return 0 if first == COLUMNS[0] else int(first)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmtune.config import FinetuneConfig, to_tree
+from lmtune.config import FinetuneConfig, RunConfig, load_config, to_tree
 from lmtune.data.fates import changed_files
 from lmtune.errors import CheckpointError, listed
 from lmtune.runs import RunDirectory
 from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
+from lmtune.training.records import recorded_steps
 
 # Settings that change speed, memory or reporting, but never what is learned.
 _FREE = {
@@ -56,6 +57,27 @@ def find_checkpoint(
     if checkpoint is not None:
         require_same(run, checkpoint.state["identity"], now, fates)
     return checkpoint, skipped
+
+
+def records_lost(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
+    """What to say of the steps that an unfinished run has done, where their weights or records are gone.
+
+    Raises:
+        CheckpointError: checkpoints must have been written, and there are none; or the records are damaged.
+    """
+    steps, summary = recorded_steps(run), run.read_summary()
+    if checkpoint is not None:
+        missing = checkpoint.step - len({step for step in steps if 1 <= step <= checkpoint.step})
+        return [f"{run.metrics}: {missing} of the {checkpoint.step} steps done are no longer recorded"] * bool(missing)
+    done = max([*steps, summary.get("steps") or 0])
+    due = (load_config(FinetuneConfig, run.config).run if run.exists() else RunConfig()).checkpoint_every_steps
+    # The first one itself may have been what could not be written.
+    if done > due or (done and summary.get("status") == "complete"):
+        raise CheckpointError(
+            f"{run.checkpoints}: no checkpoint is there, though {done} steps are recorded; restore the folder from a "
+            "copy, or begin again with run.resume=never (the old run is renamed)"
+        )
+    return [f"{run.path}: {done} steps were done before and no checkpoint holds them; they are done again"] * bool(done)
 
 
 def require_same(

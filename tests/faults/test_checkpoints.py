@@ -98,6 +98,65 @@ def test_15_if_all_are_damaged_the_run_is_refused_and_nothing_is_written(place: 
     assert {**after, "trial/.lock": b""} == {**before, "trial/.lock": b""}
 
 
+@pytest.mark.parametrize("how", few(["deleted", "emptied"], "deleted"))
+def test_15_if_all_are_gone_the_run_does_not_begin_anew_in_silence(place: Path, how: str) -> None:
+    """Six steps are recorded, and the first checkpoint was due after the third."""
+    shutil.rmtree(place / "runs/trial/checkpoints")
+    if how == "emptied":
+        (place / "runs/trial/checkpoints").mkdir()
+    before = written_files(place / "runs")
+    assert lmtune(place, "finetune", "run.yaml") == 2
+    assert "error: runs/trial/checkpoints: no checkpoint is there, though 6 steps are recorded; restore" in said(place)
+    assert "begin again with run.resume=never" in said(place)
+    after = written_files(place / "runs")
+    assert {**after, "trial/.lock": b""} == {**before, "trial/.lock": b""}
+
+
+@pytest.mark.long
+def test_15_steps_before_the_first_checkpoint_are_said_to_be_done_again(
+    tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    folder = make_workplace(tmp_path / "early")
+    write_config(folder, **RESTLESS)
+    assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(2, KILL)) == -signal.SIGKILL
+    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
+    assert "warning: runs/trial: 1 steps were done before and no checkpoint holds them; they are" in said(folder)
+    assert lasting(folder) == undisturbed
+
+
+@pytest.mark.long
+def test_records_that_are_gone_are_said(place: Path, undisturbed: dict[str, Any]) -> None:
+    """And answers that are gone are given again."""
+    (place / "runs/trial/metrics.jsonl").write_text("")
+    (place / "runs/trial/answers.jsonl").unlink()
+    assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
+    assert "warning: runs/trial/metrics.jsonl: 6 of the 6 steps done are no longer recorded" in said(place)
+    result = lasting(place)
+    assert [line["step"] for line in result["metrics"]] == [7, 8]
+    for key in ("adapter", "results", "answers", "scores"):
+        assert result[key] == undisturbed[key]
+
+
+DAMAGED_RECORDS: dict[str, tuple[bytes, str]] = {
+    "metrics.jsonl": (b'{"step": 1, "loss": 1}\n\xff\xfe\n', "runs/trial/metrics.jsonl:2: damaged"),
+    "results.csv": (b"step,\n1\xff,2\n", "runs/trial/results.csv:2: damaged"),
+    "answers.jsonl": (b'"\xff"\n', "runs/trial/answers.jsonl:1: damaged"),
+    "summary.json": (b'{"status": "running", "base": 3}', "runs/trial/summary.json: damaged: base holds no scores"),
+    "config.yaml": (b"model: {name: \xe9}\n", "runs/trial/config.yaml: not UTF-8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", few(DAMAGED_RECORDS, "metrics.jsonl"))
+def test_damaged_records_are_named_and_nothing_is_written(place: Path, name: str) -> None:
+    content, message = DAMAGED_RECORDS[name]
+    (place / "runs/trial" / name).write_bytes(content)
+    before = written_files(place / "runs")
+    assert lmtune(place, "finetune", "run.yaml") == 2, said(place)
+    assert f"error: {message}" in said(place)
+    after = written_files(place / "runs")
+    assert {**after, "trial/.lock": b""} == {**before, "trial/.lock": b""}
+
+
 def test_27_what_a_crash_left_half_written_is_removed_and_never_read(place: Path, undisturbed: dict[str, Any]) -> None:
     run = place / "runs/trial"
     shutil.copytree(newest(place), run / "checkpoints/.staging-step-000007")  # whole, but without its name

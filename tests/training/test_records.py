@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from lmtune.errors import CheckpointError
+from lmtune.evaluation import Answer
 from lmtune.runs import RunDirectory
-from lmtune.training.records import Accuracies, Records, StepRecord
+from lmtune.training.lifecycle import add_tuned_answers
+from lmtune.training.records import Accuracies, Records, StepRecord, recorded_steps
 
 COLUMNS = (
     "step,elapsed_tokens,elapsed_examples,training_loss,training_sequence_accuracy,training_token_accuracy,"
@@ -76,3 +79,42 @@ def test_a_number_that_json_has_not_is_refused(tmp_path: Path) -> None:
     bad = StepRecord(1, 0.1, float("nan"), 1e-4, 0.5, 100, 30, 4, 0.25)
     with pytest.raises(ValueError, match="not JSON compliant"):
         records.add(bad, (1, 1), Accuracies(1.0, 1.0, 1.0), None)
+
+
+def test_lines_after_the_checkpoint_are_cut_by_their_step_not_their_number(tmp_path: Path) -> None:
+    """Where earlier lines were lost."""
+    run = RunDirectory(tmp_path)
+    written(run, 5, 6, 7)
+    written(run, 7)
+    assert recorded_steps(run) == [5, 6, 7]
+    assert [line.split(",")[0] for line in run.results.read_text().splitlines()] == ["step", *"567"]
+
+
+DAMAGED: dict[str, tuple[str, bytes]] = {
+    "no UTF-8": ("metrics.jsonl:2", b'{"step": 1}\n\xff\n'),
+    "no JSON": ("metrics.jsonl:1", b"step 1\n"),
+    "no object": ("metrics.jsonl:1", b"[1]\n"),
+    "no step": ("metrics.jsonl:1", b'{"loss": 1}\n'),
+    "a step that is no number": ("metrics.jsonl:1", b'{"step": "1"}\n'),
+    "brackets without end": ("metrics.jsonl:1", b"[" * 100_000 + b"\n"),
+    "results: no UTF-8": ("results.csv:2", b"step,\n1\xff,2\n"),
+    "results: no step": ("results.csv:2", b"step,\nx,2\n"),
+    "answers: no UTF-8": ("answers.jsonl:1", b'{"question": "\xff"}\n'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_record_that_no_run_writes_is_named(tmp_path: Path, what: str) -> None:
+    place, content = DAMAGED[what]
+    (tmp_path / place.partition(":")[0]).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{place}: damaged"):
+        recorded_steps(RunDirectory(tmp_path))
+
+
+def test_answers_may_hold_any_line_break(tmp_path: Path) -> None:
+    """Python takes more characters for the end of a line than JSON lines do."""
+    run = RunDirectory(tmp_path)
+    run.answers.write_text('{"question": "a\u2028b\x85c", "base": "x"}\n', encoding="utf-8")
+    add_tuned_answers(run, [Answer(0, "a", "b", "given")])
+    row = json.loads(run.answers.read_text(encoding="utf-8"))
+    assert row == {"question": "a\u2028b\x85c", "base": "x", "tuned": "given"}
