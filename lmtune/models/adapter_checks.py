@@ -8,7 +8,6 @@ judged alike wherever it comes from. Every problem is listed, not the first one 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +21,7 @@ __all__ = ["CONFIG", "NOTES", "WEIGHTS", "check_adapter", "read_object"]
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
 
-_MAX_RANK = 4096
+_MAX_RANK, _MAX_ALPHA = 4096, 1_000_000
 # Keys through which a config reaches beyond weights: classes to import by name, or layers to multiply.
 _FORBIDDEN = ("auto_mapping", "auto_map", "custom_modules", "trust_remote_code", "megatron_config", "layer_replication")
 _NOTES_ALLOWED = {
@@ -69,7 +68,11 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
     ranks = {"r": config.get("r"), **_patterns(config, "rank_pattern")}
     yield from (f"{k} is {v!r}; should be 1 to {_MAX_RANK}" for k, v in ranks.items() if not _is_rank(v))
     alphas = {"lora_alpha": config.get("lora_alpha"), **_patterns(config, "alpha_pattern")}
-    yield from (f"{k} is {v!r}; should be a number above 0" for k, v in alphas.items() if not _is_positive(v))
+    yield from (
+        f"{k} is {v!r}; should be a number above 0 and at most {_MAX_ALPHA:,}"
+        for k, v in alphas.items()
+        if not _is_alpha(v)
+    )
     if not _is_names(config.get("target_modules")):
         yield "target_modules should be a name or a list of names"
     for key in ("modules_to_save", "target_parameters", "exclude_modules"):
@@ -131,8 +134,8 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= _MAX_ALPHA
 
 
 def _is_names(value: Any) -> bool:

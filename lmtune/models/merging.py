@@ -84,8 +84,9 @@ def merge(
         LmtuneError: the merged model differs by more than the bound; nothing is left behind.
         OSError: the disk is full or must not be written; nothing is left behind.
     """
+    model = load_model(base)  # first: it looks at the files before anything reads them
     dtype, fingerprint = stored_dtype(base), base_fingerprint(base)
-    model = load_adapter(load_model(base), adapter, fingerprint)
+    model = load_adapter(model, adapter, fingerprint)
     trained, computed = logits(model, sequences), BOUNDS[model.get_base_model().dtype]
     if _rounds_activations(model):
         computed += INT8_ACTIVATIONS

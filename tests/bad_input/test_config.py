@@ -42,6 +42,7 @@ REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
     "rank 0": ("adapter: {rank: 0}", r"adapter\.rank: got 0; should be greater than or equal to 1"),
     "rank 1e9": ("adapter: {rank: 1e9}", r"adapter\.rank: got 1000000000\.0; should be a valid integer"),
     "rank 1000000000": ("adapter: {rank: 1000000000}", r"adapter\.rank: got 1000000000; should be less than"),
+    "an alpha that overflows": ("adapter: {alpha: 1e308}", r"adapter\.alpha: got 1e\+308; should be less than"),
     "a run name that climbs": ("run: {name: ../x}", r"run\.name: got '\.\./x'; should be one folder name"),
     "a run name that is a path": ("run: {name: /tmp/x}", r"run\.name: got '/tmp/x'; should be one folder name"),
     "half a character": ('run: {name: "\\ud83d"}', r"trial\.yaml: "),

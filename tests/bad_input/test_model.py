@@ -25,6 +25,8 @@ from lmtune.models.adapters import save_adapter
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model
 from tests.bad_input.conftest import Command, Outcome
+from tests.faults.choosing import few
+from tests.sample_run import write_base, write_run
 from tests.tiny import adapted, save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import make_workplace
@@ -300,6 +302,7 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "a base that is not there": (settings("lmtune.json", base_model="./gone"), "model.name: ./gone is no folder"),
     "rank that its tensors have not": (settings(CONFIG, r=4096), "rank 4, but adapter_config.json says 4096"),
     "rank 1e9": (settings(CONFIG, r=10**9), f"{CONFIG}: r is 1000000000; should be 1 to 4096"),
+    "an alpha that overflows": (settings(CONFIG, lora_alpha=1e308), f"{CONFIG}: lora_alpha is 1e+308; should be a num"),
     "of another method": (settings(CONFIG, peft_type="PREFIX_TUNING"), f"{CONFIG}: peft_type is 'PREFIX_TUNING'"),
     "a class to import": (settings(CONFIG, auto_mapping={"parent_library": "os"}), f"{CONFIG}: auto_mapping is set"),
     "layers to multiply": (settings(CONFIG, layer_replication=[[0, 99]]), f"{CONFIG}: layer_replication is set"),
@@ -406,3 +409,13 @@ def test_rows_longer_than_a_base_has_positions(
     )
     said = refused(*arguments).err
     assert re.search(rf"error: {key}: train\.jsonl:3 has [\d,]+ tokens, but this model has positions for 256;", said)
+
+
+@pytest.mark.parametrize("name", few(("weights cut off", "no byte of weights", "half a config"), "weights cut off"))
+def test_a_damaged_base_is_not_merged_into(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+    run = write_run(place / "runs" / "trial", "./base")
+    run.verification.write_text('{"sequences": [[1, 2, 3]]}')
+    write_base(place / "base")
+    change, said = BASES[name]
+    change(place / "base")
+    assert said in refused("merge", "trial").err
