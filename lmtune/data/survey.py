@@ -1,12 +1,13 @@
 """What can be said of rows only when all are known: repeated rows, questions answered in several ways, lengths.
 
-Each row leaves 28 bytes here, so ten million of them take 280 MB. Rows are compared by 64-bit hashes of their content.
+Each row leaves 28 bytes here, and 25 more at most while the questions are answered: 530 MB for ten million rows. Rows
+are compared by 64-bit hashes of their content.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _NUM_SHOWN = 5
+_PIECE_ROWS = 8192  # looked at together
 
 
 @dataclass
@@ -84,32 +86,42 @@ class Survey:
 
     def duplicates(self) -> Tally:
         """Rows that are equal to an earlier one."""
-        import numpy as np
-
-        first_of, again = _repeats(self.content)
-        return self._tally(
-            again, lambda k: f"{self.where(again[k])} (= {self.where(first_of[k])})", np.arange(len(again))
-        )
+        firsts = _Firsts(self.content)
+        tally = Tally(len(self) - firsts.num_different)
+        for start in range(0, len(self), _PIECE_ROWS):
+            if len(tally.first) >= min(_NUM_SHOWN, tally.count):
+                break
+            rows, first = firsts.next_rows(start)
+            again = rows[first != rows]
+            self._show(tally, again, first[again - start], "=")
+        return tally
 
     def same_prompt(self) -> Tally:
         """Rows whose prompt an earlier row answers differently."""
         import numpy as np
 
-        prompts = np.frombuffer(self._prompts, dtype=np.uint64)
-        _, unique_rows = np.unique(self.content, return_index=True)
-        unique_rows.sort()
-        first_of, again = _repeats(prompts[unique_rows])
-        first_of, again = unique_rows[first_of], unique_rows[again]
-        return self._tally(
-            again, lambda k: f"{self.where(again[k])} (as {self.where(first_of[k])})", np.arange(len(again))
-        )
+        contents, prompts = _Firsts(self.content), _Firsts(np.frombuffer(self._prompts, dtype=np.uint64))
+        tally = Tally(contents.num_different - prompts.num_different)  # equal rows have equal prompts
+        for start in range(0, len(self), _PIECE_ROWS):
+            if len(tally.first) >= min(_NUM_SHOWN, tally.count):
+                break
+            rows, first_content = contents.next_rows(start)
+            _, first_prompt = prompts.next_rows(start)
+            again = rows[(first_content == rows) & (first_prompt != rows)]
+            self._show(tally, again, first_prompt[again - start], "as")
+        return tally
 
     def shared_with(self, other: Survey) -> Tally:
         """Rows that `other` holds too."""
         import numpy as np
 
-        shared = np.flatnonzero(np.isin(self.content, other.content))
-        return self._tally(shared, self.where, shared)
+        known, tally = np.sort(other.content), Tally()
+        for start in range(0, len(self), _PIECE_ROWS):
+            piece = self.content[start : start + _PIECE_ROWS]
+            shared = np.flatnonzero(_place_in(known, piece)[1]) + start
+            tally.first += [self.where(int(row)) for row in shared[: _NUM_SHOWN - len(tally.first)]]
+            tally.count += len(shared)
+        return tally
 
     def characters(self) -> dict[str, int]:
         """Shortest, median, 95 % and longest row, in characters."""
@@ -121,15 +133,52 @@ class Survey:
         found = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest")
         return dict(zip(("shortest", "median", "95 %", "longest"), map(int, found), strict=True))
 
-    def _tally(self, rows: Any, describe: Callable[[int], str], keys: Any) -> Tally:
-        return Tally(len(rows), [describe(int(key)) for key in keys[:_NUM_SHOWN]])
+    def _show(self, tally: Tally, rows: Any, first: Any, word: str) -> None:
+        """Name some rows, each with the row where the same stands first, as far as there is room."""
+        for row, earlier in list(zip(rows, first, strict=True))[: _NUM_SHOWN - len(tally.first)]:
+            tally.first.append(f"{self.where(int(row))} ({word} {self.where(int(earlier))})")
 
 
-def _repeats(hashes: npt.NDArray[np.uint64]) -> tuple[Any, Any]:
-    """For each value that stands earlier already: where it first stood, and where it stands again; in order."""
+class _Firsts:
+    """In which row each hash stands first. Only of those that stand more than once a row is kept.
+
+    Attributes:
+        num_different: hashes that differ from all others.
+    """
+
+    def __init__(self, hashes: npt.NDArray[np.uint64]) -> None:
+        import numpy as np
+
+        self._hashes = hashes
+        ordered = np.sort(hashes)
+        same = ordered[1:] == ordered[:-1]
+        self.num_different = len(hashes) - int(np.count_nonzero(same))
+        again = ordered[1:][same]
+        del ordered, same
+        self._values = again[np.flatnonzero(np.diff(again, prepend=~again[:1]))]
+        self._rows = np.full(len(self._values), -1, dtype=np.int64)
+
+    def next_rows(self, start: int) -> tuple[Any, Any]:
+        """The numbers of the rows from `start` on, and where the hash of each stands first; to be asked in order."""
+        import numpy as np
+
+        piece = self._hashes[start : start + _PIECE_ROWS]
+        rows = np.arange(start, start + len(piece))
+        place, found = _place_in(self._values, piece)
+        place, first = place[found], rows.copy()
+        new, index = np.unique(place, return_index=True)
+        unknown = self._rows[new] < 0
+        self._rows[new[unknown]] = rows[found][index[unknown]]
+        first[found] = self._rows[place]
+        return rows, first
+
+
+def _place_in(ordered: npt.NDArray[np.uint64], hashes: npt.NDArray[np.uint64]) -> tuple[Any, Any]:
+    """Where each of `hashes` stands in `ordered`, and whether it does."""
     import numpy as np
 
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    first_of = first[inverse]
-    again = np.flatnonzero(first_of != np.arange(len(hashes)))
-    return first_of[again], again
+    place = np.searchsorted(ordered, hashes)
+    found = np.zeros(len(hashes), dtype=bool)
+    inside = place < len(ordered)
+    found[inside] = ordered[place[inside]] == hashes[inside]
+    return place, found

@@ -210,6 +210,15 @@ def test_memory_does_not_grow_with_the_file(place: Path, kind: str, megabytes: i
     assert large - small < 30_000_000, (small, large)
 
 
+@pytest.mark.long
+def test_memory_grows_by_less_than_sixty_bytes_with_each_row(place: Path) -> None:
+    """However short the rows are; so many that the rows themselves, 40 bytes each, could be held twice over."""
+    (place / "one.jsonl").write_bytes(GOOD + b"\n")
+    write_rows(place / "many.jsonl", [{"prompt": f"q{number}", "completion": "c"} for number in range(300_000)])
+    one, many = (_peak_bytes(place / f"{name}.jsonl") for name in ("one", "many"))
+    assert many - one < 60 * 300_000, (one, many)
+
+
 def _peak_bytes(path: Path) -> int:
     """The most memory that `lmtune check` held at once."""
     process = subprocess.Popen(
