@@ -100,12 +100,14 @@ class Lmtune(Arm):
 
 
 class PlainPadded(Arm):
-    """transformers and PEFT as tutorials show them: rows padded to the longest, full logits."""
+    """transformers and PEFT as tutorials show them: rows padded to the longest, or one at a time; full logits."""
 
-    rows_at_once = 4
+    def __init__(self, work: Workload, folder: Path, device: str, dtype: Any = "auto", rows_at_once: int = 4) -> None:
+        super().__init__(work, folder, device, dtype)
+        self.rows_at_once = rows_at_once
 
     def step(self, rows: list[Any]) -> float:
-        """Batches of four rows."""
+        """Batches of `rows_at_once` rows, with a mask only where something is padded."""
         trained, total = sum(int(row.documents[0].trained.sum()) for row in rows), 0.0
         for start in range(0, len(rows), self.rows_at_once):
             some = [row.documents[0] for row in rows[start : start + self.rows_at_once]]
@@ -117,7 +119,8 @@ class PlainPadded(Arm):
                 ids[i, :n], mask[i, :n] = torch.as_tensor(d.input_ids), 1
                 labels[i, :n] = torch.where(torch.as_tensor(d.trained), torch.as_tensor(d.input_ids), -100)
             self.computed += ids.numel()
-            logits = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
+            padded = None if bool(mask.all()) else mask.to(self.device)
+            logits = self.model(input_ids=ids.to(self.device), attention_mask=padded, use_cache=False).logits
             total += _backward(logits[:, :-1], labels[:, 1:].to(self.device), trained)
         return total
 

@@ -1,7 +1,7 @@
 """lmtune against TRL and plain loops of transformers and PEFT on the same work, in one run.
 
     python -m benchmarks.compare --device cpu --shape 30m --label-fraction 0.3
-    python -m benchmarks.compare --data questions.jsonl --arms lmtune trl-best
+    python -m benchmarks.compare --data questions.jsonl --arms lmtune trl-padding-free
     python -m benchmarks.compare --shape 30m --shared-prefix 256 --arms lmtune lmtune-without-shared-prefix
 
 Before any timing counts, each arm's first step must give the plain loop's loss (to 1e-5) and adapter gradients (to 1e-4
@@ -18,6 +18,7 @@ import multiprocessing
 import platform
 import tempfile
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from benchmarks.measure import ArmProcess, load_average
 from benchmarks.workload import SHAPES, Workload
 
 REFERENCE = "plain-packed"
-OTHERS = ["trl-defaults", "trl-best", "plain-packed", "plain-padded"]
+OTHERS = ["trl-defaults", "trl-padding-free", "trl-by-row", "plain-packed", "plain-padded", "plain-by-row"]
+VARLEN = "trl-padding-free-varlen"  # GPUs only
 ARMS = [
     "lmtune",
     "lmtune-without-TECHNIQUE",
     "lmtune-micro-batch-TOKENS",
     "lmtune-over-QUANTIZATION",
     *OTHERS,
-    "trl-best-varlen (GPU)",
+    f"{VARLEN} (GPU)",
 ]
 OVER = "lmtune-over-"  # another quantization of the base: other numbers, and so outside the gate
 EXACT = {True: "yes", False: "NO", None: "other base"}
@@ -55,9 +57,10 @@ def make_arm(name: str, work: Workload, folder: Path, device: str, steps: int, e
 
     place = (folder, device, "float32" if exact else "auto")
     if name.startswith("trl-"):
-        from benchmarks.trl_arm import Trl
+        from benchmarks.trl_arm import ROWS_AT_ONCE, Trl
 
-        return Trl(work, *place, steps, best=name != "trl-defaults", varlen=name == "trl-best-varlen" and not exact)
+        at_once = 1 if name == "trl-by-row" else ROWS_AT_ONCE
+        return Trl(work, *place, steps, at_once, name != "trl-defaults", varlen=name == VARLEN and not exact)
     if name == "lmtune":
         return arms.Lmtune(work, *place)
     if name.startswith(OVER):
@@ -66,7 +69,9 @@ def make_arm(name: str, work: Workload, folder: Path, device: str, steps: int, e
         return arms.Lmtune(work, *place, micro_batch_tokens=int(name.removeprefix("lmtune-micro-batch-")))
     if name.startswith("lmtune-without-"):
         return arms.Lmtune(work, *place, (name.removeprefix("lmtune-without-").replace("-", " "),))
-    return {"plain-padded": arms.PlainPadded, "plain-packed": arms.PlainPacked}[name](work, *place)
+    if name == "plain-packed":
+        return arms.PlainPacked(work, *place)
+    return arms.PlainPadded(work, *place, rows_at_once={"plain-padded": 4, "plain-by-row": 1}[name])
 
 
 def main() -> None:
@@ -80,14 +85,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shared-prefix", type=int, default=0)
     parser.add_argument("--data", help="rows of this file instead of random ones")
-    parser.add_argument("--arms", nargs="+", default=["lmtune", *OTHERS], metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     work = Workload(
         options.shape, options.quantization, options.label_fraction, options.batch_size,
         shared_prefix=options.shared_prefix, data=options.data,
     )  # fmt: skip
-    report = compare(work, options.device, options.arms, options.repeats)
+    usual = ["lmtune", *OTHERS, *([VARLEN] if options.device == "cuda" else [])]
+    report = compare(work, options.device, options.arms or usual, options.repeats)
     print_table(report)
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -101,10 +107,9 @@ def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[
         write_base(work, base)
         load_before, processes = load_average(), []
         for name in names:
-            make = functools.partial(make_arm, name, work, base, device, repeats + 1)
-            process = ArmProcess(name, make, work.rows)
-            process.gate()
-            processes.append(process)
+            processes.append(
+                _started(name, functools.partial(make_arm, name, work, base, device, 2 * repeats + 1), work)
+            )
         reference = processes[0].measured
         if reference.error:
             raise RuntimeError(f"the reference {REFERENCE} failed:\n{reference.error}")
@@ -112,17 +117,17 @@ def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[
         # the reference may be there for the gate alone, and what is not exact is not timed
         timed = [p for p in processes if p.measured.name in arms and judged[p.measured.name]["exact"] is not False]
         ceilings = [matmul_ceiling(device)]
-        for step in range(1, repeats + 1):
+        for number in range(1, repeats + 1):
             for process in timed:
-                process.repeat(step)
+                process.repeat(number)
         ceilings.append(matmul_ceiling(device))
         for process in processes:
             process.stop()
-    ceiling, results = max(ceilings), []
+    ceiling, results, steps = max(ceilings), [], range(2, 2 * repeats + 1, 2)
     for process in processes:
         summary = {**process.measured.summary(), **judged[process.measured.name]}
         rate = summary["tokens_per_second_median"]
-        summary["mfu"] = round(rate * flop_per_token(work) / ceiling, 3) if rate else None
+        summary["mfu"] = round(rate * flop_per_token(work, steps) / ceiling, 3) if rate else None
         results.append(summary)
     return {
         "work": {field.name: getattr(work, field.name) for field in dataclasses.fields(work)},
@@ -134,6 +139,21 @@ def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[
         "matmul_ceiling_gflops": round(ceiling / 1e9, 1),
         "arms": results,
     }
+
+
+def _started(name: str, make: Any, work: Workload) -> ArmProcess:
+    """An arm after its first step, with loss and gradients of that step in fp32."""
+    judge = None
+    if make.args[3] != "cpu":  # on a CPU all is fp32 anyway; elsewhere another process, whose memory is then nobody's
+        judge = ArmProcess(name, functools.partial(make, exact=True), work.rows)
+        judge.first_step()
+        judge.stop()
+    process = ArmProcess(name, make, work.rows)
+    process.first_step()
+    if judge is not None:
+        process.measured.loss, process.measured.gradients = judge.measured.loss, judge.measured.gradients
+        process.measured.error = process.measured.error or judge.measured.error
+    return process
 
 
 def gate(arm: Any, reference: Any) -> dict[str, Any]:
@@ -154,16 +174,17 @@ def gate(arm: Any, reference: Any) -> dict[str, Any]:
     }
 
 
-def flop_per_token(work: Workload) -> float:
+def flop_per_token(work: Workload, steps: Iterable[int]) -> float:
     """Operations of a LoRA step per token: 4 N + 4 f H + 6 P + 7 s a L, as in lmtune.training.forecast."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[work.shape]
     kv = hidden * kv_heads // heads
     sizes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, intermediate)] * 3]
     linear = layers * sum(a * b for a, b in sizes)
     adapter = layers * work.rank * sum(a + b for a, b in sizes)
-    lengths = [len(row.documents[0].input_ids) for row in work.rows(1)]
-    seen = sum(n * n for n in lengths) / sum(lengths)
-    return 4 * linear + 4 * work.trained_share * vocabulary * hidden + 6 * adapter + 7 * seen * hidden * layers
+    documents = [row.documents[0] for step in steps for row in work.rows(step)]
+    lengths, trained = [len(d.input_ids) for d in documents], sum(int(d.trained.sum()) for d in documents)
+    seen, share = sum(n * n for n in lengths) / sum(lengths), trained / sum(lengths)
+    return 4 * linear + 4 * share * vocabulary * hidden + 6 * adapter + 7 * seen * hidden * layers
 
 
 def write_base(work: Workload, folder: Path) -> None:
@@ -213,7 +234,9 @@ def print_table(report: dict[str, Any]) -> None:
     """The arms, fastest first."""
     ours = next((a for a in report["arms"] if a["arm"] == "lmtune"), None)
     print(f"matmul ceiling {report['matmul_ceiling_gflops']} GFLOP/s, load {report['load_average_before']}")
-    print(f"{'arm':38}{'tok/s':>8}{'min':>8}{'laid':>7}{'memory':>9}{'first':>8}{'MFU':>6}{'ours/it':>9}  exact")
+    print(
+        f"{'arm':38}{'tok/s':>8}{'min':>8}{'max':>8}{'laid':>7}{'memory':>9}{'first':>8}{'MFU':>6}{'ours/it':>9}  exact"
+    )
     shown = [arm for arm in report["arms"] if arm["repeats"] or arm["exact"] is False]
     for arm in sorted(shown, key=lambda a: -(a["tokens_per_second_median"] or 0)):
         rate = arm["tokens_per_second_median"]
@@ -225,7 +248,7 @@ def print_table(report: dict[str, Any]) -> None:
             continue
         ratio = f"{ours['tokens_per_second_median'] / rate:.2f}" if ours and ours["tokens_per_second_median"] else "-"
         print(
-            f"{arm['arm']:38}{rate:8.0f}{arm['tokens_per_second_min']:8.0f}"
+            f"{arm['arm']:38}{rate:8.0f}{arm['tokens_per_second_min']:8.0f}{arm['tokens_per_second_max']:8.0f}"
             f"{arm['computed_per_real_token']:7.2f}{arm['peak_memory_gib']:7.2f} G"
             f"{arm['first_step_seconds']:6.1f} s{arm['mfu']:6.2f}{ratio:>9}  {EXACT[arm['exact']]}"
         )

@@ -1,8 +1,9 @@
 """How an arm is measured: in a process of its own, one at a time, in turn with the others.
 
-Each process keeps its arm ready and waits; the parent lets one after another do a step (A B C A B C …), so that a
-machine whose speed drifts drifts for all. Time is wall time of forward, backward and update; CPU seconds of the process
-stand beside it as a check that no other program had the cores.
+Each process keeps its arm ready and waits; the parent lets one after another do two steps (A B C A B C …), so that a
+machine whose speed drifts drifts for all. The first of the two is not timed: while an arm waits, a machine may take its
+memory away, which costs the one with the most memory the most. Time is wall time of forward, backward and update; CPU
+seconds of the process stand beside it as a check that no other program had the cores.
 """
 
 from __future__ import annotations
@@ -73,16 +74,17 @@ class ArmProcess:
         self.process.start()
         self._ask("ready", 0)
 
-    def gate(self) -> None:
-        """The first step: its loss and gradients, and the time from the start of the process to its end."""
-        answer = self._ask("gate", 0)
+    def first_step(self) -> None:
+        """Its loss and gradients, and the time from the start of the process to its end."""
+        answer = self._ask("first", 0)
         if answer is not None:
             self.measured.loss, self.measured.gradients = answer
             self.measured.first_step_seconds = time.perf_counter() - self.started
 
-    def repeat(self, step: int) -> None:
-        """One timed step."""
-        answer = self._ask("step", step)
+    def repeat(self, number: int) -> None:
+        """Two steps, the second of them timed; `number` counts from 1."""
+        self._ask("warm", 2 * number - 1)
+        answer = self._ask("step", 2 * number)
         if answer is not None:
             seconds, cpu_seconds, tokens, trained, computed, peak = answer
             self.measured.seconds.append(seconds)
@@ -116,7 +118,7 @@ class ArmProcess:
 
 def _serve(pipe: Any, make: MakeArm, rows_of: Callable[[int], list[Any]]) -> None:
     """Answer the parent's questions until it says stop."""
-    arm = None
+    arm: Any = None
     while True:
         what, step = pipe.recv()
         try:
@@ -125,13 +127,11 @@ def _serve(pipe: Any, make: MakeArm, rows_of: Callable[[int], list[Any]]) -> Non
             if what == "ready":
                 arm = make()
                 pipe.send(("ok", None))
-            elif what == "gate":
-                judged = arm if arm.device.type == "cpu" else make(exact=True)  # on a CPU all is fp32 already
-                loss = judged.step(rows_of(step))
-                gradients = {n: p.grad.detach().float().cpu().clone().numpy() for n, p in judged.parameters.items()}
-                judged.update()
+            elif what == "first":
+                loss = arm.step(rows_of(step))
+                gradients = {n: p.grad.detach().float().cpu().clone().numpy() for n, p in arm.parameters.items()}
+                arm.update()
                 pipe.send(("ok", (loss, gradients)))
-                del judged
             else:
                 pipe.send(("ok", _timed(arm, rows_of(step))))
         except Exception:

@@ -79,7 +79,7 @@ def profile(work: Workload, device: str) -> dict[str, Any]:
     return {
         "shares": {part: round(share, 4) for part, share in shares.items()},
         "tokens_per_second": round(rate, 1),
-        "mfu": round(rate * flop_per_token(work) / ceiling, 3),
+        "mfu": round(rate * flop_per_token(work, range(WARM_UP, WARM_UP + MEASURED)) / ceiling, 3),
         "operations": [(key, round(used / total, 4), count) for key, (used, count) in dearest],
     }
 

@@ -46,7 +46,7 @@ def main() -> None:
         if what == "rows":
             report[what] = [planned(count) for count in ROWS]
         elif what == "length":
-            works = [(n, Workload(options.shape, fixed_length=n, batch_size=max(2, 8192 // n))) for n in LENGTHS]
+            works = [(n, Workload(options.shape, fixed_length=n, batch_size=max(1, 4096 // n))) for n in LENGTHS]
             report[what] = [step_rate("length", n, work, options) for n, work in works]
         elif what == "rank":
             report[what] = [step_rate("rank", n, Workload(options.shape, rank=n), options) for n in RANKS]

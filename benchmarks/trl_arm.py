@@ -24,22 +24,25 @@ class Trl(Arm):
     """SFTTrainer on the rows of the workload's steps, in their order.
 
     Args:
-        best: its quickest setting here (padding-free, no checkpointing) instead of its defaults.
+        at_once: rows of a forward pass.
+        best: padding-free and without checkpointing, instead of its defaults; which is quicker, many rows at once or
+            one, depends on the attention.
         varlen: on GPUs, with PyTorch's varlen attention registered instead of the masked one.
     """
 
     def __init__(
-        self, work: Workload, folder: Path, device: str, dtype: Any, steps: int, best: bool = False,
-        varlen: bool = False,
+        self, work: Workload, folder: Path, device: str, dtype: Any, steps: int, at_once: int = ROWS_AT_ONCE,
+        best: bool = False, varlen: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(work, folder, device, dtype)
-        if work.batch_size % min(ROWS_AT_ONCE, work.batch_size):
-            raise ValueError(f"TRL cannot make steps of {work.batch_size} rows from batches of {ROWS_AT_ONCE}")
+        self.at_once = min(at_once, work.batch_size)
+        if work.batch_size % self.at_once:
+            raise ValueError(f"TRL cannot make steps of {work.batch_size} rows from batches of {self.at_once}")
         if varlen:
             register_varlen()
             self.model.get_base_model().set_attn_implementation("bench_varlen")
         self.gate = _Gate()
-        self.losses: list[float] = []
+        self.losses: list[Any] = []
         self.trainer = self._trainer(folder, steps, best)
         self.thread = threading.Thread(target=self._train, daemon=True)
         self.thread.start()
@@ -50,7 +53,7 @@ class Trl(Arm):
         self.losses.clear()
         self.gate.go_on()
         self.gate.wait("gradients")
-        return sum(self.losses)
+        return float(sum(self.losses))
 
     def update(self) -> None:
         """Let it step its optimizer."""
@@ -80,11 +83,11 @@ class Trl(Arm):
         if best:
             chosen = {"padding_free": True, "gradient_checkpointing": False, "max_length": None}
         on_cpu, base = self.device.type == "cpu", self.model.get_base_model()
-        at_once = min(ROWS_AT_ONCE, self.work.batch_size)
         config = SFTConfig(
             output_dir=str(folder / "trl"), use_cpu=on_cpu, bf16=base.dtype == torch.bfloat16, learning_rate=1e-4,
             lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=steps, report_to="none", save_strategy="no",
-            per_device_train_batch_size=at_once, gradient_accumulation_steps=self.work.batch_size // at_once,
+            per_device_train_batch_size=self.at_once,
+            gradient_accumulation_steps=self.work.batch_size // self.at_once,
             train_sampling_strategy="sequential", disable_tqdm=True, logging_strategy="no",
             dataset_kwargs={"skip_prepare_dataset": True}, seed=self.work.seed, **chosen,
         )  # fmt: skip
@@ -98,7 +101,7 @@ class Trl(Arm):
             self.computed += inputs["input_ids"].numel()
             result = plain(model, inputs, *args, **kwargs)
             loss = result[0] if isinstance(result, tuple) else result
-            self.losses.append(float(loss.detach()))
+            self.losses.append(loss.detach())
             return result
 
         trainer.compute_loss = compute_loss
