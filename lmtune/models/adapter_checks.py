@@ -8,6 +8,7 @@ judged alike wherever it comes from. Every problem is listed, not the first one 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -16,14 +17,13 @@ from lmtune.config import Quantization
 from lmtune.data.rendering import Template
 from lmtune.errors import ModelError, listed
 from lmtune.models.file_checks import read_object, weights_fault
+from lmtune.models.lora_config import config_faults
 
 __all__ = ["CONFIG", "NOTES", "WEIGHTS", "check_adapter", "read_object"]
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
 
-_MAX_RANK, _MAX_ALPHA = 4096, 1_000_000
-# Keys through which a config reaches beyond weights: classes to import by name, or layers to multiply.
-_FORBIDDEN = ("auto_mapping", "auto_map", "custom_modules", "trust_remote_code", "megatron_config", "layer_replication")
+_FINGERPRINT = re.compile("[0-9a-f]{32}")
 _NOTES_ALLOWED = {
     "quantization": get_args(Quantization),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -44,7 +44,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise ModelError(f"no {CONFIG}; it is no adapter folder")
     config = read_object(folder / CONFIG)
-    problems = [f"{CONFIG}: {fault}" for fault in _config_faults(config)]
+    problems = [f"{CONFIG}: {fault}" for fault in config_faults(config)]
     if (folder / NOTES).is_file():
         problems += [f"{NOTES}: {fault}" for fault in _notes_faults(read_object(folder / NOTES))]
     for name in ("tokenizer_config.json", "generation_config.json"):
@@ -59,41 +59,6 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps `config` from being a plain LoRA config."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        yield f"peft_type is {kind!r}; lmtune uses LORA adapters"
-        return
-    ranks = {"r": config.get("r"), **_patterns(config, "rank_pattern")}
-    yield from (f"{k} is {v!r}; should be 1 to {_MAX_RANK}" for k, v in ranks.items() if not _is_rank(v))
-    alphas = {"lora_alpha": config.get("lora_alpha"), **_patterns(config, "alpha_pattern")}
-    yield from (
-        f"{k} is {v!r}; should be a number above 0 and at most {_MAX_ALPHA:,}"
-        for k, v in alphas.items()
-        if not _is_alpha(v)
-    )
-    if not _is_names(config.get("target_modules")):
-        yield "target_modules should be a name or a list of names"
-    for key in ("modules_to_save", "target_parameters", "exclude_modules"):
-        if config.get(key) is not None and not _is_names(config[key]):
-            yield f"{key} should be a list of names"
-    for key in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(key), (str, type(None))):
-            yield f"{key} should be text"
-    for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"):
-        if not isinstance(config.get(key), (bool, type(None))):
-            yield f"{key} is {config[key]!r}; should be true or false"
-    layers = config.get("layers_pattern")
-    if layers and not _is_names(layers):
-        yield "layers_pattern should be a name or a list of names"
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        yield f"task_type is {config['task_type']!r}; lmtune uses CAUSAL_LM"
-    yield from (
-        f"{key} is set, which a plain LoRA adapter does not need; remove it" for key in _FORBIDDEN if config.get(key)
-    )
-
-
 def _notes_faults(notes: Mapping[str, Any]) -> Iterator[str]:
     for key, allowed in _NOTES_ALLOWED.items():
         if key in notes and notes[key] not in allowed:
@@ -101,6 +66,9 @@ def _notes_faults(notes: Mapping[str, Any]) -> Iterator[str]:
     for key in ("base_model", "revision", "base_fingerprint", "system"):
         if not isinstance(notes.get(key), (str, type(None))):
             yield f"{key} should be text"
+    trained_on = notes.get("base_fingerprint")
+    if isinstance(trained_on, str) and not _FINGERPRINT.fullmatch(trained_on):
+        yield f"base_fingerprint is {trained_on[:60]!r}; should be 32 hex digits, or null"
 
 
 def _weight_faults(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
@@ -122,22 +90,3 @@ def _weight_faults(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: no lora_B that fits its shape {shape}"
         elif not config.get("rank_pattern") and shape[0] != config.get("r"):
             yield f"{name}: rank {shape[0]}, but {CONFIG} says {config.get('r')}"
-
-
-def _patterns(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The entries of `rank_pattern` or `alpha_pattern`, by a name for error messages."""
-    patterns = config.get(key) or {}
-    return {f"{key}.{name}": value for name, value in patterns.items()} if isinstance(patterns, dict) else {key: None}
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK
-
-
-def _is_alpha(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= _MAX_ALPHA
-
-
-def _is_names(value: Any) -> bool:
-    names = [value] if isinstance(value, str) else value
-    return isinstance(names, list) and bool(names) and all(isinstance(n, str) and 0 < len(n) <= 500 for n in names)

@@ -26,6 +26,7 @@ from lmtune.kernels.lora_linear import fuse
 from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
 from lmtune.models.backends import check_bitsandbytes
 from lmtune.models.free_memory import dense_weights_fit
+from lmtune.models.lora_config import USED
 from lmtune.models.pattern_limits import endless_patterns
 from lmtune.runs import naming
 
@@ -129,9 +130,9 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     _check_dora(model, bool(config.get("use_dora")))
     if endless_patterns(config, [name for name, _ in model.named_modules()]):
         raise ModelError(f"{folder}: a regular expression in {CONFIG} takes too long to match; it is not safe to use")
-    known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
+    used = {k: v for k, v in config.items() if v is not None and k in USED and k in LoraConfig.__dataclass_fields__}
     try:
-        peft_model = PeftModel(model, LoraConfig(**{**known, "init_lora_weights": True}))  # type: ignore[arg-type, unused-ignore]
+        peft_model = PeftModel(model, LoraConfig(**{**used, "init_lora_weights": True}))  # type: ignore[arg-type, unused-ignore]
     except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
         raise ModelError(f"{folder}: PEFT cannot put this adapter on the base model: {error}") from error
     _check_tensors(peft_model, state, folder)
@@ -193,6 +194,8 @@ def is_target(name: str, targets: str | Sequence[str]) -> bool:
 def _check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
     """Raise ConfigError unless every target names at least one linear layer."""
     names = linear_names(model)
+    if endless_patterns({"target_modules": targets}, names):
+        raise ConfigError(f"adapter.target_modules: {targets!r} takes too long to match; write it more simply")
     try:
         wanted = [targets] if isinstance(targets, str) else [[target] for target in targets]
         missing = [target for target in wanted if not any(is_target(name, target) for name in names)]

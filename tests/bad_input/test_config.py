@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from lmtune.config import FinetuneConfig, load_config
+from lmtune.models import pattern_limits
 from tests.bad_input.conftest import Outcome
 from tests.sample_run import write_run
 from tests.workplace import make_workplace
@@ -121,11 +122,18 @@ def test_merging_into_a_link_is_refused(place: Path, refused: Callable[..., Outc
 
 
 @pytest.mark.parametrize(
-    ("targets", "unknown"), [("[q_prj]", "q_prj"), ("[q_proj, v_prj]", "v_prj"), ("(q", "no regular")]
+    ("targets", "unknown"),
+    [
+        ("[q_prj]", "q_prj"),
+        (r"'([\w.]+)+!'", "takes too long to match"),
+        ("[q_proj, v_prj]", "v_prj"),
+        ("(q", "no regular"),
+    ],
 )
 def test_targets_that_match_nothing_or_partly(
-    place: Path, refused: Callable[..., Outcome], targets: str, unknown: str
+    place: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, targets: str, unknown: str
 ) -> None:
+    monkeypatch.setattr(pattern_limits, "CPU_SECONDS", 1)
     make_workplace(place)
     (place / "trial.yaml").write_text(
         "model: {name: base, quantization: none}\ndata: {train: train.jsonl}\n"
