@@ -85,7 +85,7 @@ class DataConfig:
 class TrainConfig:
     """The optimisation. One optimizer step learns `batch_size` examples, summed over all processes."""
 
-    epochs: Annotated[float, Field(gt=0)] = 3
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3
     max_steps: Count | None = None  # overrules `epochs`
     batch_size: Count = 32
     micro_batch_tokens: Count | Literal["auto"] = "auto"  # memory and speed only; never what is learned
@@ -171,6 +171,8 @@ def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()
 
 def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
     """The checked config of a plain nested mapping; `where` begins the error message."""
+    if problems := [f"{key}: holds a NUL character; remove it" for key in _with_nul(tree)]:
+        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}")
     try:
         # Through JSON, where strict means what it should: a list is a tuple, a mapping a section, "3" no number.
         config = TypeAdapter(schema).validate_json(json.dumps(tree, default=str))
@@ -232,6 +234,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {part} is not a section, so it has no keys to set")
     node[parts[-1]] = read_yaml_value(text, where=key)
+
+
+def _with_nul(value: Any, key: str = "") -> list[str]:
+    """The keys of all values that hold a NUL, which no path may and no model has learned."""
+    if isinstance(value, str):
+        return [key] * ("\0" in value)
+    if isinstance(value, Mapping):
+        return [k for name, item in value.items() for k in _with_nul(item, f"{key}.{name}".lstrip("."))]
+    return [k for item in value for k in _with_nul(item, key)] if isinstance(value, (list, tuple)) else []
 
 
 def _counted(problems: Sequence[str]) -> str:

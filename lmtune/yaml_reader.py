@@ -16,6 +16,7 @@ import yaml
 from lmtune.errors import ConfigError
 
 _MAX_BYTES = 1_000_000  # a config is a page of text; a larger file is a mistake
+_MAX_DIGITS = 200  # of a number; Python takes minutes for some of a million, and does not print those over 4,300
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -34,6 +35,14 @@ class _StrictLoader(yaml.SafeLoader):
             raise _fault(event.start_mark, f"tags ({event.tag}) are not supported; write the value without it")
         return super().compose_node(parent, index)
 
+    def construct_number(self, node: Any) -> int | float:
+        """A number, in any base and with any separators that YAML knows."""
+        if len(node.value) > _MAX_DIGITS:
+            raise _fault(node.start_mark, f"a number of {len(node.value):,} characters; {_MAX_DIGITS} are the most")
+        real = node.tag == "tag:yaml.org,2002:float"
+        number: int | float = self.construct_yaml_float(node) if real else self.construct_yaml_int(node)
+        return number
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
@@ -46,6 +55,10 @@ class _StrictLoader(yaml.SafeLoader):
                 raise _fault(key_node.start_mark, f"the key {key!r} stands here a second time")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+for _tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _StrictLoader.construct_number)
 
 
 class _StrictDumper(yaml.SafeDumper):

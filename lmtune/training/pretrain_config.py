@@ -49,7 +49,7 @@ class ShapeConfig:
 class PretrainTrainConfig:
     """The optimisation: AdamW over blocks of text, cosine with warm-up."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1
     max_steps: Count | None = None  # overrules `epochs`
     batch_size: Count = 32  # blocks in a step
     block_length: Annotated[int, Field(ge=8)] = 256  # tokens

@@ -46,6 +46,18 @@ REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
     "an alpha that overflows": ("adapter: {alpha: 1e308}", r"adapter\.alpha: got 1e\+308; should be less than"),
     "a run name that climbs": ("run: {name: ../x}", r"run\.name: got '\.\./x'; should be one folder name"),
     "a run name that is a path": ("run: {name: /tmp/x}", r"run\.name: got '/tmp/x'; should be one folder name"),
+    "a hexadecimal number of 4,000 digits": (f"train: {{seed: 0x{'f' * 4000}}}", r"trial\.yaml:3: .*of 4,002 char"),
+    "an octal one": (f"train: {{seed: 0{'7' * 6000}}}", r"trial\.yaml:3: .*a number of 6,001 characters"),
+    "a binary one": (f"train: {{seed: 0b{'1' * 20_000}}}", r"trial\.yaml:3: .*a number of 20,002 characters"),
+    "one of base sixty": (f"train: {{seed: 1{':10' * 100_000}}}", r"trial\.yaml:3: .*a number of 300,001 characters"),
+    "one of base sixty with a point": (f"train: {{seed: 1{':10' * 300}.5}}", r"trial\.yaml:3: .*a number of 903 char"),
+    "one of a decimal million": (f"train: {{seed: {'9' * 900_000}}}", r"trial\.yaml:3: .*a number of 900,000 char"),
+    "one under a key that is unknown": (f"x: 0x{'f' * 4000}", r"trial\.yaml:3: .*a number of 4,002 characters"),
+    "one that is a key": (f"? 0x{'f' * 4000}\n: 1", r"trial\.yaml:3: .*a number of 4,002 characters"),
+    "NUL in a folder": ('run: {dir: "a\\0b"}', r"run\.dir: holds a NUL character; remove it"),
+    "NUL in a list": ('adapter: {target_modules: [q, "a\\0b"]}', r"adapter\.target_modules: holds a NUL character"),
+    "NUL under a key that is unknown": ('x: {y: "\\0"}', r"x\.y: holds a NUL character"),
+    "epochs without end": ("train: {epochs: 1e300}", r"train\.epochs: got 1e\+300; should be less than or equal to"),
     "half a character": ('run: {name: "\\ud83d"}', r"trial\.yaml: "),
     "half a character in a key": ('run: {"\\ud83d": 1}', r"trial\.yaml: "),
 }  # fmt: skip
@@ -79,6 +91,16 @@ def test_an_argument_that_is_no_text_is_a_message_too(
     """Bytes that are no UTF-8 come from the shell as halves of characters, which no terminal can print."""
     (place / "trial.yaml").write_text(LEAST)
     refused("finetune", "trial.yaml", override).err.encode()
+
+
+def test_a_long_number_is_refused_as_an_override_and_by_pretrain_too(
+    place: Path, refused: Callable[..., Outcome]
+) -> None:
+    number = f"train.seed=0x{'f' * 4000}"
+    (place / "trial.yaml").write_text(LEAST)
+    (place / "new.yaml").write_text("data: {world_documents: 9}\noutput: {dir: new}\n")
+    for arguments in (("finetune", "trial.yaml"), ("pretrain", "new.yaml")):
+        assert re.search(r"train\.seed:1: .*a number of 4,002 characters", refused(*arguments, number).err)
 
 
 def test_a_config_that_is_no_file(place: Path, refused: Callable[..., Outcome]) -> None:

@@ -106,7 +106,9 @@ FIELDS = sorted({field.name for section in SECTIONS.values() for field in datacl
 scalars = st.sampled_from(
     ["1e-4", "-1", "0", "1e400", ".nan", "-.inf", "true", "null", "~", "''", "auto", "tiny", "nf4", "rows.jsonl", "3.5",
      "!!python/name:os.system", "!!int ''", "!!bool x", "!!timestamp x", "!!binary x", "&a x", "*a", "0x_", "12:30",
-     "2024-01-01", "../x", '"\\ud83d"', '"\\0"', "'unclosed", "|", ">", "[", "{", "}", "%", "@", "`", "9" * 5000]
+     "2024-01-01", "../x", '"\\ud83d"', '"\\0"', "'unclosed", "|", ">", "[", "{", "}", "%", "@", "`", "9" * 5000,
+     "0x" + "f" * 4000, "0" + "7" * 6000,
+     "0b" + "1" * 20_000, "1" + ":59" * 3000, "1" + ":59" * 3000 + ".5", "1" * 4000 + "e5", "9" * 199, "n" * 5000]
 ) | st.text(max_size=10)  # fmt: skip
 lines = st.builds(
     lambda indent, key, value: f"{indent}{key}: {value}",
