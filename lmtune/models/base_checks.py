@@ -6,15 +6,19 @@ This costs the headers of the weights, so it comes before the data are read, and
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from lmtune.errors import ModelError, listed
-from lmtune.models.file_checks import read_object, text_fault, weights_fault
+from lmtune.models.file_checks import read_object, shapes_of, text_fault, weights_fault
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _JSON = ("config.json", "generation_config.json", "tokenizer_config.json")
 _TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer.json"
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_SIZES = ("vocab_size", "hidden_size", "n_embd")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _VOCABULARIES = (_TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt")
 ADAPTER = "adapter_config.json"
 # Weights of other kinds, by how their names end: what holds them, and what to do
@@ -46,7 +50,7 @@ def check_base(name: str, folder: Path) -> None:
         raise adapter_beside(name)
     if not any(_is_there(folder / file) for file in (WEIGHTS, INDEX)):
         raise ModelError(f"model.name: {name} holds {_instead(folder)}")
-    problems = [*_text_faults(folder), *_weights_faults(folder)]
+    problems = [*_text_faults(folder), *_weights_faults(folder)] or list(_size_faults(folder))
     if problems:
         raise _error(name, problems)
 
@@ -99,6 +103,21 @@ def _weights_faults(folder: Path) -> Iterator[str]:
             yield f"{shard}, which {INDEX} names, is missing; download it too"
         elif fault := weights_fault(folder / shard):
             yield fault
+
+
+def _size_faults(folder: Path) -> Iterator[str]:
+    """What the config says about sizes that the weights cannot have: building such a model would take hours."""
+    config = read_object(folder / "config.json")
+    nested = config.get("text_config")
+    settings = {**config, **(nested if isinstance(nested, dict) else {})}
+    files = [WEIGHTS] if _is_there(folder / WEIGHTS) else _shards(folder / INDEX)
+    shapes = {name: shape for file in files for name, shape in shapes_of(folder / file).items()}
+    layers = 1 + max((int(number) for name in shapes for number in _NUMBER.findall(name)), default=-1)
+    width = max((size for shape in shapes.values() for size in shape), default=0)
+    for keys, most, who in ((_LAYERS, layers, "the weights have"), (_SIZES, width, "the largest of the weights has")):
+        for key in keys:
+            if isinstance(settings.get(key), int) and most and settings[key] > most:
+                yield f"config.json: {key} is {settings[key]:,}, but {who} {most:,}; copy or download both again"
 
 
 def _shards(index: Path) -> list[str]:

@@ -38,6 +38,14 @@ def weights_fault(path: Path) -> str | None:
         return _in_place_of("weights", path, *_PICKLES) or again
 
 
+def shapes_of(path: Path) -> dict[str, list[int]]:
+    """The shape of each tensor in a safetensors file, by name; no weight is read."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
 def text_fault(path: Path, kind: str = "JSON") -> str | None:
     """What `path` is in place of text of some kind and what to do about it, or None."""
     return _absence(path) or _in_place_of(kind, path)

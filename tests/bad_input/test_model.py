@@ -208,6 +208,18 @@ BASES: dict[str, tuple[Change, str]] = {
         settings("config.json", vocab_size=10),
         "model.name: ./base: the weights have other shapes than its config.json says; copy or download both again\n",
     ),
+    "a million layers in the config": (
+        settings("config.json", num_hidden_layers=10**6),
+        "model.name: ./base: config.json: num_hidden_layers is 1,000,000, but the weights have 2; copy or downl",
+    ),
+    "a million layers over shards": (
+        sharded(lambda base, shards: settings("config.json", num_hidden_layers=10**6)(base)),
+        "config.json: num_hidden_layers is 1,000,000, but the weights have 2",
+    ),
+    "a vocabulary without end in the config": (
+        settings("config.json", vocab_size=10**12),
+        "config.json: vocab_size is 1,000,000,000,000, but the largest of the weights has 448; copy or downl",
+    ),
     "an adapter in the base's folder": (
         written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}'),
         "model.name: ./base holds an adapter (adapter_config.json) beside the model, and transformers would load the ",
