@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from lmtune.ui.calls import Calls, parsed
+from lmtune.errors import LmtuneError
+from lmtune.ui.calls import Calls, read_body
 from lmtune.ui.waiting import Waiting
 
 Scope = MutableMapping[str, Any]
@@ -35,7 +36,9 @@ _READ = re.compile(
 _WRITE = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|run/predict|call/[^/]+)/?")
 _QUESTION = re.compile(r"/gradio_api/(queue/join|call/[^/]+)/?")
 _CALL = re.compile(rf"{_QUESTION.pattern}|/gradio_api/run/predict/?")
+_LOGIN = re.compile(r"/login/?")  # a form; every other body is JSON
 _STREAM = re.compile(r"/gradio_api/(queue/data|call/[^/]+/([^/]+))/?")
+_TOO_LARGE = (413, f"a request may hold at most {MAX_BODY_BYTES} bytes")
 _LOGIN_CHECK = "/gradio_api/login_check"
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
@@ -106,7 +109,7 @@ class Guard:
             return 404, "there is nothing here"
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            return 413, f"a request may hold at most {MAX_BODY_BYTES} bytes"
+            return _TOO_LARGE
         return None
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,20 +121,35 @@ class Guard:
                 return
             with self._waiting.listening(session):
                 await self._run(scope, receive, send, [])
-        elif scope["method"] != "POST" or _CALL.fullmatch(scope["path"]) is None:
+        elif scope["method"] != "POST" or _LOGIN.fullmatch(scope["path"]) is not None:
             await self._run(scope, receive, send, [])
         elif (body := await _whole_body(receive)) is not None:
-            content = b"".join(message.get("body", b"") for message in body)
-            refusal = None if self._calls is None else self._calls.refusal(scope["path"], content)
-            if refusal is not None and await self._may_enter(scope):
-                await _answer(send, *refusal)
-            elif _QUESTION.fullmatch(scope["path"]) is None:
-                await self._run(scope, receive, send, body)
-            else:
-                await self._take_up(scope, receive, send, body, content)
+            await self._pass_on_body(scope, receive, send, body)
+
+    async def _pass_on_body(
+        self, scope: Scope, receive: Receive, send: Send, body: list[MutableMapping[str, Any]]
+    ) -> None:
+        """Run the application for a request whose body is JSON, unless that is malformed or no call of ours."""
+        content = b"".join(message.get("body", b"") for message in body)
+        if len(content) > MAX_BODY_BYTES:
+            await _answer(send, *_TOO_LARGE)
+            return
+        try:
+            call = read_body(content)
+        except LmtuneError as error:  # said to anyone, as it is about nothing of ours
+            await _answer(send, 400, str(error))
+            return
+        is_call = _CALL.fullmatch(scope["path"]) is not None
+        refusal = self._calls.refusal(scope["path"], call) if self._calls is not None and is_call else None
+        if refusal is not None and await self._may_enter(scope):
+            await _answer(send, *refusal)
+        elif _QUESTION.fullmatch(scope["path"]) is None:
+            await self._run(scope, receive, send, body)
+        else:
+            await self._take_up(scope, receive, send, body, call)
 
     async def _take_up(
-        self, scope: Scope, receive: Receive, send: Send, body: list[MutableMapping[str, Any]], content: bytes
+        self, scope: Scope, receive: Receive, send: Send, body: list[MutableMapping[str, Any]], call: dict[str, Any]
     ) -> None:
         """Hand on a question, and note whose it is."""
         answer: dict[str, Any] = {"status": 0, "body": b"", "gone": False}
@@ -148,7 +166,7 @@ class Guard:
             if not await _has_gone(receive):
                 await self._run(scope, receive, noted, body)
         if self._waiting is not None and answer["status"] == 200:
-            session = parsed(content).get("session_hash") or parsed(answer["body"]).get("event_id")
+            session = call.get("session_hash") or read_body(answer["body"]).get("event_id")
             self._waiting.asked(str(session), answer["gone"])
 
     async def _may_enter(self, scope: Scope) -> bool:

@@ -1,0 +1,31 @@
+"""Values that come by no request, as a guard refuses those, but by the page of a program that serves it itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmtune.errors import LmtuneError
+from lmtune.ui.request import settings_of
+from tests.ui.client import GOOD
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (2, "\ud83d", "system prompt: holds half a character"),
+        (3, float("nan"), "temperature: got nan; should be a number, 0 or more"),
+        (3, float("inf"), "temperature: got inf"),
+        (4, float("nan"), "top_p: got nan"),
+        (5, float("nan"), "max_new_tokens: got nan"),
+        (6, "\ud83d", "seed: holds half a character"),
+    ],
+)
+def test_what_is_no_number_or_no_text_is_named(place: int, value: Any, said: str) -> None:
+    values = [*GOOD]
+    values[place] = value
+    models: Any = [SimpleNamespace(has_adapter=True)]
+    with pytest.raises(LmtuneError, match=said.replace(";", ".")):
+        settings_of(values, models)
