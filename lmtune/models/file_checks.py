@@ -24,6 +24,15 @@ _POINTERS_AND_PAGES = (  # how files begin that are found in place of others, in
 _PICKLES = ((b"pk", _PICKLE), (b"\x80", _PICKLE))
 
 
+def unreachable(name: str) -> str | None:
+    """Why the system can look for no file of this name: begins with the name, shortened. None if it can."""
+    try:
+        Path(name).exists()
+    except OSError as error:
+        return f"{name if len(name) <= 60 else name[:56] + '…'}: {error.strerror}"
+    return None
+
+
 def weights_fault(path: Path) -> str | None:
     """What keeps `path` from being read as safetensors and what to do about it, or None."""
     from safetensors import SafetensorError, safe_open

@@ -21,10 +21,13 @@ from lmtune.config import FinetuneConfig, ModelConfig, Quantization, build_confi
 from lmtune.data.rendering import Renderer, Template
 from lmtune.errors import ModelError, is_failure
 from lmtune.models.adapters import load_adapter, read_adapter, read_notes
+from lmtune.models.file_checks import unreachable
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
 from lmtune.models.tokenizer_checks import unusable
 from lmtune.runs import find_run
+
+_TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ def load_for_inference(target: str, quantization: Quantization | None = None) ->
     Raises:
         ModelError: it is none of these, or damaged.
     """
+    if not target.strip():
+        raise ModelError(f"no model is named; give {_TARGETS}")
+    if fault := unreachable(target):
+        raise ModelError(f"{fault}; give {_TARGETS}")
     run = find_run(target)
     if run is not None:
         if not (run.adapter / "adapter_config.json").is_file():
@@ -102,7 +109,7 @@ def adapter_base(folder: Path, quantization: Quantization | None = None) -> Mode
     config, _ = read_adapter(folder)
     notes = read_notes(folder)
     name = notes.get("base_model") or config.get("base_model_name_or_path")
-    if not name:
+    if not name or not name.strip():
         raise ModelError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path)")
     tree: dict[str, Any] = {
         "name": name,

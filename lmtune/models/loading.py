@@ -33,6 +33,7 @@ from lmtune.models.base_checks import (
     check_weights,
     tokenizer_fault,
 )
+from lmtune.models.file_checks import unreachable
 from lmtune.models.loaded_checks import check_loaded
 from lmtune.models.tokenizer_checks import unusable
 
@@ -288,6 +289,8 @@ def _keep_one_layout(model: torch.nn.Module) -> None:
 
 def _checked_path(name: str) -> str:
     """`resolve_name`, after refusing what can be seen to be wrong without loading."""
+    if fault := unreachable(name):
+        raise ModelError(f"model.name: {fault}; give a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny")
     path = resolve_name(name)
     folder = Path(path)
     looks_like_a_path = (

@@ -276,6 +276,24 @@ def test_a_name_of_a_base_that_is_something_else(
     assert f"error: model.name: {name} {said}" in refused("finetune", "trial.yaml").err
 
 
+@pytest.mark.parametrize("name", ["b" * 5000, "/".join(["bb"] * 2000)], ids=["a long name", "a long path"])
+def test_a_name_too_long_for_any_file(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+    (place / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (place / "trial.yaml").write_text(f"model: {{name: '{name}'}}\ndata: {{train: train.jsonl}}\n")
+    for arguments, key in (
+        (("finetune", "trial.yaml"), "model.name: "),
+        (("chat", name), ""),
+        (("evaluate", name, "train.jsonl"), ""),
+    ):
+        assert f"error: {key}{name[:56]}…: File name too long; give " in refused(*arguments).err
+
+
+@pytest.mark.parametrize("arguments", [("chat", ""), ("evaluate", " ", "train.jsonl"), ("app", "")], ids=" ".join)
+def test_no_name_at_all(place: Path, refused: Callable[..., Outcome], arguments: tuple[str, ...]) -> None:
+    (place / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "no model is named; give a run, an adapter or model folder, a Hub id, or tiny" in refused(*arguments).err
+
+
 # --- adapters, as `lmtune chat` meets them
 
 A, B = "lora_A.weight", "lora_B.weight"
@@ -311,6 +329,8 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "NaN": (tensors(lambda state: state[UP + A].fill_(float("nan"))), f"{UP}{A}: holds NaN or infinity"),
     "infinity": (tensors(lambda state: state[UP + B].fill_(float("inf"))), f"{UP}{B}: holds NaN or infinity"),
     "of another base": (settings("lmtune.json", base_fingerprint="0" * 32), "trained over another base model"),
+    "a base of a name too long": (settings("lmtune.json", base_model="b" * 5000), "bbbb…: File name too long; give "),
+    "a base without a name": (settings("lmtune.json", base_model=" "), "names no base model (base_model_name_or_path)"),
     "a base that is not there": (settings("lmtune.json", base_model="./gone"), "model.name: ./gone is no folder"),
     "rank that its tensors have not": (settings(CONFIG, r=4096), "rank 4, but adapter_config.json says 4096"),
     "rank 1e9": (settings(CONFIG, r=10**9), f"{CONFIG}: r is 1000000000; should be 1 to 4096"),
