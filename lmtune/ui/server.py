@@ -200,7 +200,8 @@ def _listen(address: Address) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     last = min(address.port + _PORTS_TRIED, 65536)
     for port in range(address.port, last):
-        listening = socket.socket(family)
+        # By the protocol's number asyncio knows to send small packets at once; else each answer may wait for 40 ms.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((address.host, port))

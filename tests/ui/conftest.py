@@ -37,7 +37,9 @@ def start(models: LoadedModel | Sequence[LoadedModel], auth: str | None = None, 
     from lmtune.ui.conversation import Activity
     from lmtune.ui.server import Address, build_application
 
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as the server's own
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(256)
     port = listening.getsockname()[1]
     activity = Activity()
     application = build_application(models, Address(port=port, auth=auth), activity, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 
 from lmtune.errors import ConfigError
 from lmtune.ui.guard import LOOPBACK
-from lmtune.ui.server import Address
+from lmtune.ui.server import Address, _listen
 
 PROGRAM = """
 import sys
@@ -45,6 +46,25 @@ def test_which_names_an_address_answers_to() -> None:
     assert Address(host="127.0.0.9").hosts == LOOPBACK | {"127.0.0.9"}
     assert Address(host="0.0.0.0", auth="me:secret").hosts is None
     assert Address(share=True, auth="me:secret").hosts is None
+
+
+def test_answers_do_not_wait_for_the_client_to_confirm_their_first_half() -> None:
+    """The kernel holds a second small packet back until the first is confirmed, 40 ms later, unless told otherwise."""
+
+    async def option() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with _listen(Address(port=17860)) as listening:
+            async with await asyncio.start_server(accepted, sock=listening):
+                _, writer = await asyncio.open_connection(*listening.getsockname())
+                writer.close()
+                return await asyncio.wait_for(found, 10)
+
+    assert asyncio.run(option()) != 0
 
 
 def test_in_a_space_the_hub_decides_who_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
