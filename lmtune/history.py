@@ -171,7 +171,7 @@ class _GrowingFile:
 
 def _run_folders(runs_dir: str | Path) -> list[Path]:
     folder = Path(runs_dir)
-    return [path for path in sorted(folder.iterdir()) if RunDirectory(path).exists()] if folder.is_dir() else []
+    return [path for path in sorted(folder.iterdir()) if RunDirectory(path).exists()] if os.path.isdir(folder) else []
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

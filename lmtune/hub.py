@@ -34,7 +34,7 @@ from lmtune.hub_checks import (
 )
 from lmtune.models.adapter_checks import WEIGHTS
 from lmtune.report import adapter_card
-from lmtune.runs import RunDirectory
+from lmtune.runs import RunDirectory, require_possible
 from lmtune.yaml_reader import read_yaml
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -136,6 +136,7 @@ def pull(repository: str, revision: str | None = None, output: Path | None = Non
         LmtuneError: the Hub cannot be reached.
     """
     folder = output or Path("adapters") / checked_repository(repository).replace("/", "--")
+    require_possible(folder, "--output")
     checked_repository(repository)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; delete it, or give another folder with --output")

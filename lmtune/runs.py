@@ -25,6 +25,8 @@ from lmtune.errors import CheckpointError, ConfigError, LmtuneError
 # A disk that is full, broken, or must not be written
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
+_MAX_NAME_BYTES = 255  # of a file or folder, on every common file system
+
 
 class RunDirectory:
     """The paths of one run. Creating the object touches nothing on disk."""
@@ -53,7 +55,9 @@ class RunDirectory:
         """
         if run.name is None:
             raise ConfigError("run.name: missing; name the run, for example run.name=support")
-        parent, path = Path(run.dir), Path(run.dir) / run.name
+        parent = home_expanded(run.dir, "run.dir")
+        path = parent / run.name
+        require_possible(path, "run.dir")
         if path.is_symlink() or not path.resolve().is_relative_to(parent.resolve()):
             raise ConfigError(f"run.name: {path} leads out of {parent}; a run is a plain folder in run.dir")
         if path.exists() and not path.is_dir():
@@ -77,7 +81,7 @@ class RunDirectory:
 
     def exists(self) -> bool:
         """Whether a run was begun here."""
-        return self.config.is_file()
+        return os.path.isfile(self.config)  # unlike pathlib's, also false for names that are too long
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """One of the run's JSON files, or `{}` if it is not there yet.
@@ -153,6 +157,32 @@ class RunDirectory:
             number += 1
         self.path.rename(target)
         return target
+
+
+def home_expanded(path: str | Path, setting: str) -> Path:
+    """`path` with a `~` at its beginning as the home folder that a shell would make of it.
+
+    Raises:
+        ConfigError: there is no such person; names `setting`.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{setting}: {path}: {str(error).rstrip('.')}; write the folder out") from None
+
+
+def require_possible(path: Path, setting: str) -> None:
+    """Raise ConfigError, naming `setting`, if no folder can be at `path`: too long a name, or a file in the way."""
+    try:
+        too_long = any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in path.parts)
+        if not too_long:
+            os.lstat(path)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}: {path}: {getattr(error, 'strerror', None) or error}; choose another") from None
+    if too_long:
+        raise ConfigError(f"{setting}: {path}: a name of over {_MAX_NAME_BYTES} bytes; choose a shorter one")
 
 
 def _is_score(value: object) -> bool:

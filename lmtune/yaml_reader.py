@@ -7,6 +7,7 @@ aliases without limit (a small file can then fill the memory). Here a repeated k
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, too large, not UTF-8, not YAML, or holds no mapping.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's, also false for names that are too long
         raise ConfigError(f"{path}: no such config file")
     if path.stat().st_size > _MAX_BYTES:
         raise ConfigError(f"{path}: {path.stat().st_size:,} bytes is too large for a config; is this a data file?")

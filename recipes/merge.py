@@ -12,7 +12,7 @@ from lmtune.cli import run
 from lmtune.config import FinetuneConfig, load_config, to_tree
 from lmtune.console import out
 from lmtune.errors import ConfigError, ModelError
-from lmtune.runs import RunDirectory, find_run, write_json, write_text
+from lmtune.runs import RunDirectory, find_run, require_possible, write_json, write_text
 
 
 def main(
@@ -37,6 +37,7 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
     """Merge and verify; returns the report that is also written to `merge.json`."""
     if not (run_directory.adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{run_directory.path}: no adapter to merge; finish the run with `lmtune finetune` first")
+    require_possible(output, "--output")
     if output.is_symlink():
         raise ConfigError(f"--output: {output} is a link; give the folder itself")
     if output.exists() and not (output / "merge.json").is_file():

@@ -12,6 +12,7 @@ from lmtune.cli import run
 from lmtune.config import load_config
 from lmtune.console import err, escape, out
 from lmtune.errors import ConfigError
+from lmtune.runs import home_expanded, require_possible
 from lmtune.training.pretrain_config import PretrainConfig
 
 
@@ -30,7 +31,8 @@ def main(
     Example: lmtune pretrain recipes/configs/pretrain_tiny.yaml output.dir=my-tiny
     """
     config = load_config(PretrainConfig, config_file, overrides or [])
-    folder = Path(config.output.dir)
+    folder = home_expanded(config.output.dir, "output.dir")
+    require_possible(folder, "output.dir")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise ConfigError(f"output.dir: {folder} is there already; choose another folder, or replace it: --overwrite")
 

@@ -62,7 +62,7 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
     problems: list[str] = []
     for given in paths:
         path = Path(given)
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike pathlib's, also false for names that are too long
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
             if not inside:
                 problems.append(f"{given}: the folder holds no *.jsonl or *.json file")

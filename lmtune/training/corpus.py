@@ -8,6 +8,7 @@ built-in world are written with the chat template; a user's text is never read a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,9 +168,10 @@ def take_blocks(stream: TokenStream, block_length: int, indices: Sequence[int]) 
 
 
 def _read_texts(path: Path, split: str) -> Iterator[str]:
-    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
+    files = [path] if os.path.isfile(path) else sorted(path.rglob("*.txt")) if os.path.isdir(path) else []
     if not files:
-        raise DataError(f"data.path: {path} holds no .txt file" if path.is_dir() else f"data.path: {path} not found")
+        problem = "holds no .txt file" if os.path.isdir(path) else "not found"
+        raise DataError(f"data.path: {path} {problem}")
     unreadable, found = [], False
     for file in files:
         try:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from lmtune.config import TrainConfig
 from lmtune.errors import LmtuneError
 from lmtune.models.loading import DTYPES, compute_dtype, default_device, quiet_libraries
-from lmtune.runs import replace_folder
+from lmtune.runs import home_expanded, replace_folder
 from lmtune.training.corpus import TURN_END, Blocks, TokenStream, num_blocks, take_blocks
 from lmtune.training.pretrain_config import PretrainConfig, ShapeConfig
 from lmtune.training.progress import StepProgress
@@ -143,7 +143,7 @@ def save_pretrained(model: Any, tokenizer: Any, card: str, config: PretrainConfi
     Returns:
         The folder `output.dir`, replaced if it was there.
     """
-    folder = Path(config.output.dir)
+    folder = home_expanded(config.output.dir, "output.dir")
     staged = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)

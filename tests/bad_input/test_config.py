@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.config import FinetuneConfig, load_config
+from lmtune.config import FinetuneConfig, RunConfig, load_config
 from lmtune.models import pattern_limits
+from lmtune.runs import RunDirectory
 from tests.bad_input.conftest import Outcome
-from tests.sample_run import write_run
+from tests.sample_run import write_records, write_run
 from tests.workplace import make_workplace
 
 LEAST = "model: {name: tiny}\ndata: {train: train.jsonl}\n"
@@ -119,6 +120,45 @@ def test_names_and_numbers_that_only_look_odd_are_read_as_they_are_meant(place: 
 
 
 # --- settings that only the disk or the model can judge
+
+LONG = "n" * 5000
+PLACES: dict[str, tuple[tuple[str, ...], str]] = {  # arguments, what is said
+    "a config": (("finetune", LONG), f"{LONG}: no such config file"),
+    "data to check": (("check", LONG), f"{LONG}: cannot be opened (File name too long)"),
+    "data to learn": (("finetune", "trial.yaml", f"data.train={LONG}"), "cannot be opened (File name too long)"),
+    "data to preview": (("preview", LONG, "--model", "tiny"), "cannot be opened (File name too long)"),
+    "runs": (("finetune", "trial.yaml", f"run.dir={LONG}"), f"run.dir: {LONG}/trial: a name of over 255 bytes"),
+    "runs below a folder to be made": (
+        ("finetune", "trial.yaml", f"run.dir=new/{LONG}"), f"run.dir: new/{LONG}/trial: a name of over 255 bytes",
+    ),
+    "runs below a file": (("finetune", "trial.yaml", "run.dir=trial.yaml/x"), "run.dir: trial.yaml/x/trial: Not a dir"),
+    "runs of nobody": (("finetune", "trial.yaml", "run.dir=~no-such-person/x"), "run.dir: ~no-such-person/x: "),
+    "a run to merge": (("merge", LONG), f"{LONG}: no such run"),
+    "a run to show": (("runs", "show", LONG), f"{LONG}: no such run"),
+    "a folder of runs": (("runs", "show", "x", "--dir", LONG), "holds no run yet"),
+    "a merged model": (("merge", "done", "--output", LONG), f"--output: {LONG}: a name of over 255 bytes"),
+    "a merged model below a device": (("merge", "done", "--output", "/dev/null/x"), "--output: /dev/null/x: Not a dir"),
+    "an adapter to pull": (("pull", "a/b", "--output", LONG), f"--output: {LONG}: a name of over 255 bytes"),
+    "a model to make": (("pretrain", "new.yaml", f"output.dir={LONG}"), f"output.dir: {LONG}: a name of over"),
+    "text to learn": (("pretrain", "new.yaml", f"data.path={LONG}", "data.world_documents=null"), "not found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_place_that_cannot_be_is_named(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+    (place / "trial.yaml").write_text("model: {name: tiny}\ndata: {train: trial.yaml}\n")
+    (place / "new.yaml").write_text("data: {world_documents: 9}\noutput: {dir: new}\n")
+    run = write_records(place / "runs" / "done")
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").touch()
+    arguments, said = PLACES[name]
+    assert said in refused(*arguments).err
+
+
+def test_a_tilde_is_the_home_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a shell makes of it only at the beginning of an argument."""
+    monkeypatch.setenv("HOME", str(place / "home"))
+    assert RunDirectory.of(RunConfig(dir="~/x", name="trial")).path == place / "home/x/trial"
 
 
 @pytest.mark.parametrize("link", ["runs/trial", "runs/trial/adapter", "runs/trial/summary.json", "runs/trial/merged"])
