@@ -60,7 +60,7 @@ class AdapterConfig:
 
     method: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    alpha: Annotated[float, Field(gt=0, le=1e6)] = 32
+    alpha: Annotated[float, Field(gt=0, le=1e30)] = 32
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     use_rslora: bool = False  # scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-_MAX_RANK, _MAX_ALPHA, _MAX_NAMES, _MAX_LAYERS = 4096, 1_000_000, 2000, 10_000
+_MAX_RANK, _MAX_ALPHA, _MAX_NAMES, _MAX_LAYERS = 4096, 1e30, 2000, 10_000
 # How the adapter began: ways that leave the base's weights as they are. Under the others, PiSSA for one, an adapter
 # belongs to a base that was changed with it.
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -64,7 +64,7 @@ def _is_truth(value: Any) -> bool:
 
 _TRUTHS = ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "inference_mode", "ensure_weight_tying")
 _NAMES = f"a name or a list of up to {_MAX_NAMES:,} names"
-_RANK, _ALPHA = f"1 to {_MAX_RANK}", f"a number above 0, at most {_MAX_ALPHA:,}"
+_RANK, _ALPHA = f"1 to {_MAX_RANK}", f"a number above 0, at most {_MAX_ALPHA:g}"
 # What each key may be if it is there and not null, and how that is said
 USED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, _RANK),
