@@ -21,7 +21,7 @@ from lmtune.config import FinetuneConfig
 from lmtune.console import warn
 from lmtune.data.tokenized import LoadedData, load_data
 from lmtune.errors import ConfigError
-from lmtune.evaluation import Answer, Scores, evaluate, teacher_forced
+from lmtune.evaluation import Answer, Scores, check_lengths, evaluate, teacher_forced
 from lmtune.kernels.fp8_linear import why_not_fp8
 from lmtune.kernels.lora_linear import fuse
 from lmtune.kernels.packed_forward import PackedForward
@@ -114,6 +114,8 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     with accelerator.main_process_first():  # the others find the rows in the cache
         data = load_data(config.data, renderer, config.train.seed)
     model = load_model(config.model, accelerator.device)
+    parts = [part for part in (data.train, data.validation) if part is not None]
+    check_lengths(model, parts, "data.max_length", tell=accelerator.is_main_process)
     fingerprint = base_fingerprint(config.model)
     name = run_notes(config, renderer, fingerprint)["base_model"]
     model = attach_adapter(model, config.adapter, config.train.seed, name)

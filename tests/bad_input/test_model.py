@@ -432,6 +432,7 @@ def test_an_adapter_of_another_depth(
 @pytest.mark.parametrize(
     ("key", "arguments"),
     [
+        ("data.max_length", ("finetune", "trial.yaml")),
         ("--max-length", ("evaluate", "base", "train.jsonl", "--max-length", "5000")),
     ],
 )
