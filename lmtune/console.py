@@ -5,10 +5,13 @@ Rich picks the width and drops colours when the output is no terminal, so piping
 
 from __future__ import annotations
 
+import re
+
 from rich.console import Console
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def warn(message: str) -> None:
@@ -17,7 +20,10 @@ def warn(message: str) -> None:
 
 
 def escape(text: str) -> str:
-    """`text` with Rich's markup switched off: data and error messages may hold square brackets."""
+    """`text` with Rich's markup switched off: data and error messages may hold square brackets.
+
+    Control characters but tab and line end are written out, so that no name or row can command the terminal.
+    """
     from rich.markup import escape as rich_escape
 
-    return rich_escape(text)
+    return rich_escape(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text))

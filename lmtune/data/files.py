@@ -43,7 +43,7 @@ class DataFile:
     """One file of rows.
 
     Attributes:
-        name: what the user called it, for messages on the screen; always valid text.
+        name: what the user called it, for messages on the screen; always text of one line that a terminal only shows.
         portable_name: the same without the folders of this machine, for what is written to disk; no two are equal.
     """
 
@@ -65,7 +65,7 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
         if os.path.isdir(path):  # unlike pathlib's, also false for names that are too long
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
             if not inside:
-                problems.append(f"{given}: the folder holds no *.jsonl or *.json file")
+                problems.append(f"{shown_name(given)}: the folder holds no *.jsonl or *.json file")
             found += [(p, str(p)) for p in inside]
         else:
             found.append((path, str(given)))
@@ -75,17 +75,23 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
         if not problem:
             real = os.path.realpath(path)
             if real in seen:
-                problem = "given twice" + (f" (it is {seen[real]})" if seen[real] != name else "")
+                problem = "given twice" + (f" (it is {shown_name(seen[real])})" if seen[real] != name else "")
             seen.setdefault(real, name)
         if problem:
-            problems.append(f"{name}: {problem}")
+            problems.append(f"{shown_name(name)}: {problem}")
     if problems:
         raise DataError(f"these data files cannot be read:\n{listed(problems)}")
     if not found:
         raise DataError("no data file given")
-    names = [os.fsencode(name).decode("utf-8", "replace") for _, name in found]
+    names = [shown_name(name) for _, name in found]
     portable = _portable_names(names)
     return [DataFile(path, name, short) for (path, _), name, short in zip(found, names, portable, strict=True)]
+
+
+def shown_name(name: str | Path) -> str:
+    """A file's name as it may be printed: bytes that are no UTF-8 are replaced, control characters written out."""
+    text = os.fsencode(name).decode("utf-8", "replace")
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
 
 
 def _portable_names(names: Sequence[str]) -> list[str]:
@@ -110,7 +116,7 @@ def _unusable(path: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
-        return "no such file" + (f"; did you mean {path.with_name(near[0])}?" if near else "")
+        return "no such file" + (f"; did you mean {shown_name(path.with_name(near[0]))}?" if near else "")
     except (OSError, ValueError) as error:
         return f"cannot be opened ({getattr(error, 'strerror', None) or error})"
     if not stat.S_ISREG(mode):
@@ -135,6 +141,7 @@ def content_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex, read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
+        # What says that it is empty is not read: a file of the kernel's may wait for ever.
+        while os.fstat(file.fileno()).st_size and (piece := file.read(1 << 20)):
             digest.update(piece)
     return digest.hexdigest()

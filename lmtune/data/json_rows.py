@@ -1,6 +1,6 @@
 """JSON values out of a file, each with the line where it begins: one a line (JSONL), or the items of one list.
 
-    for line, row in read_rows(path):        # row is a value, or a RowFault that says why there is none
+    for line, item, row in read_rows(path):  # row is a value, or a RowFault that says why there is none
         ...
 
 Memory is bounded by the longest row allowed, whatever the file's size: lines are read one at a time, and a list is
@@ -10,6 +10,7 @@ parsed item by item as its text arrives.
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +24,8 @@ _PIECE_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"  # JSON's white space, which is less than what Python strips
 
-Row = tuple[int, Any]  # line, and a JSON value or the RowFault that stands in its place
+# Line, number in the list if it is one (counted from 1), and a JSON value or the RowFault that stands in its place
+Row = tuple[int, int | None, Any]
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -33,17 +35,21 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     try:
         with open(path, "rb") as file:
+            # A file of the kernel's says that it holds nothing, and may never give what it does hold.
+            if not os.fstat(file.fileno()).st_size:
+                yield 1, None, RowFault("the file is empty; it must hold one row a line")
+                return
             head = file.peek(4096) if hasattr(file, "peek") else b""
             if kind := foreign_kind(head):
-                yield 1, RowFault(f"the file is {kind}")
+                yield 1, None, RowFault(f"the file is {kind}")
                 return
             first = _skip_blank(file)
             if first is None:
-                yield 1, RowFault("the file is empty; it must hold one row a line")
+                yield 1, None, RowFault("the file is empty; it must hold one row a line")
                 return
             yield from _list_items(file) if first == b"[" else _lines(file)
     except OSError as error:
-        yield 1, RowFault(f"the file cannot be read ({error.strerror or error})")
+        yield 1, None, RowFault(f"the file cannot be read ({error.strerror or error})")
 
 
 def _skip_blank(file: IO[bytes]) -> bytes | None:
@@ -64,20 +70,20 @@ def _lines(file: IO[bytes]) -> Iterator[Row]:
             raw = raw.removeprefix(_BOM)
         if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
             _skip_line(file)
-            yield line, _too_long()
+            yield line, None, _too_long()
             continue
         if not raw.strip(_BLANK):
             continue
         try:
-            yield line, decode_json(_decode_utf8(raw).rstrip("\r\n"))
+            yield line, None, decode_json(_decode_utf8(raw).rstrip("\r\n"))
         except Broken as fault:
             following = _next_filled(file)
             one_row_a_line = num_rows > 0 or following is None or following.lstrip().startswith(b"{")
-            yield line, _described(fault, following is None, one_row_a_line)
+            yield line, None, _described(fault, following is None, one_row_a_line)
             if not one_row_a_line:  # not what we read: a fault for each of its lines would help nobody
                 return
         except RowFault as fault:
-            yield line, fault
+            yield line, None, fault
         num_rows += 1
 
 
@@ -122,17 +128,25 @@ def _too_long() -> RowFault:
     return RowFault(f"the row is longer than {MAX_ROW_BYTES >> 20} MiB; cut it into shorter rows")
 
 
+def _is_long(text: str, start: int, end: int) -> bool:
+    """Whether what stands there has more bytes than a row may; most need no counting."""
+    if end - start > MAX_ROW_BYTES:
+        return True
+    return 4 * (end - start) > MAX_ROW_BYTES and len(text[start:end].encode()) > MAX_ROW_BYTES
+
+
 # --- one list of rows ------------------------------------------------------------------------------------------------
 
 
 def _list_items(file: IO[bytes]) -> Iterator[Row]:
     """The items of the list that fills the file, each with the line where it begins."""
-    text = _ArrivingText(file)
+    text, number = _ArrivingText(file), 1
     try:
         text.take("[")
         while text.next_character() != "]":
             line, value = text.take_value()
-            yield line, value
+            yield line, number, value
+            number += 1
             if text.next_character() not in (",", "]"):
                 raise RowFault(f"a comma or ] is missing after the row, found {text.excerpt()}")
             if text.next_character() == ",":
@@ -145,7 +159,7 @@ def _list_items(file: IO[bytes]) -> Iterator[Row]:
                 f"more text after the list's end ({text.excerpt()}); for one row a line, drop the list's brackets"
             )
     except RowFault as fault:
-        yield text.line, fault
+        yield text.line, number, fault
 
 
 class _ArrivingText:
@@ -185,8 +199,9 @@ class _ArrivingText:
             try:
                 value, end = self._json.value_at(self._text, self._position, self._first_column)
                 if end < len(self._text) or self._ended:  # a number at the very end might go on
+                    long = _is_long(self._text, self._position, end)
                     self._move(end)
-                    return line, value
+                    return line, _too_long() if long else value
             except Unfinished:
                 if self._ended:
                     raise RowFault("the file ends in the middle of this row; restore its end") from None

@@ -85,8 +85,8 @@ def read_examples(files: Sequence[DataFile], report: ReadReport) -> Iterator[Exa
         found = FileReport(file.portable_name)
         report.files.append(found)
         faults_before = report.num_faults
-        for line, row in read_rows(file.path):
-            example = _example(file, line, row, found, report)
+        for line, item, row in read_rows(file.path):
+            example = _example(file, line, item, row, found, report)
             if example is not None:
                 found.num_rows += 1
                 yield example
@@ -94,7 +94,9 @@ def read_examples(files: Sequence[DataFile], report: ReadReport) -> Iterator[Exa
             report.add_fault(f"{file.name}:1", "the file holds no row; it must hold one row a line")
 
 
-def _example(file: DataFile, line: int, row: object, found: FileReport, report: ReadReport) -> Example | None:
+def _example(
+    file: DataFile, line: int, item: int | None, row: object, found: FileReport, report: ReadReport
+) -> Example | None:
     """The row as an example, or None with its fault reported."""
     try:
         if isinstance(row, RowFault):
@@ -114,7 +116,7 @@ def _example(file: DataFile, line: int, row: object, found: FileReport, report: 
             )
         parsed = parse_row(row, format)
     except RowFault as fault:
-        report.add_fault(f"{file.name}:{line}", str(fault))
+        report.add_fault(f"{file.name}:{line}", str(fault) if item is None else f"item {item}: {fault}")
         return None
     found.ignored_keys |= parsed.ignored_keys
     for warning in parsed.warnings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from lmtune.data.files import content_sha256
 from lmtune.errors import DataError
 from lmtune.runs import RunDirectory
 from tests.bad_input.conftest import Command, Outcome
@@ -75,6 +77,23 @@ REFUSED: dict[str, tuple[bytes, int, list[str]]] = {  # content, line of the fau
         ["a web page", "download the file itself"],
     ),
     "a row of 50 MB": (GOOD + b"\n" + row(prompt=f'"{"x" * 50_000_000}"') + b"\n" + GOOD, 2, ["longer than 32 MiB"]),
+    "a row of 50 MB in a list": (
+        b"[" + GOOD + b",\n" + row(prompt=f'"{"x" * 50_000_000}"') + b",\n" + GOOD + b"]",
+        2,
+        ["item 2: the row is longer than 32 MiB"],
+    ),
+    "a row of 40 MB that is 20 million letters in a list": (
+        b"[\n" + row(prompt=f'"{"ä" * 20_000_000}"') + b"]",
+        2,
+        ["item 1: the row is longer than 32 MiB"],
+    ),
+    "a bad item of a list on one line": (
+        b"[" + GOOD + b", " + row(prompt="null") + b", " + GOOD + b"]",
+        1,
+        ["1: item 2: prompt is null"],
+    ),
+    "a list on one line that breaks off": (b"[" + GOOD + b", " + GOOD + b", {", 1, ["1: item 3: ", "ends in the mid"]),
+    "a list on one line without a comma": (b"[" + GOOD + b" " + GOOD + b"]", 1, ["1: item 2: a comma or ] is missing"]),
     "formats mixed": (GOOD + b'\n\n{"text": "t"}\n', 3, ["text rows begin", "prompt/completion", "line 1"]),
     # found by a coverage-guided fuzzer: Python strips more white space than JSON has
     "a vertical tab before a list": (b"\x0b[" + GOOD + b"]", 1, ["not JSON"]),
@@ -127,6 +146,30 @@ def test_what_is_no_file_is_no_data(place: Path, refused: Callable[..., Outcome]
     make_workplace(place)
     (place / "trial.yaml").write_text(f"model: {{name: base, quantization: none}}\ndata: {{train: {paths[kind]}}}\n")
     assert f"{paths[kind]}: {words[kind]}" in refused("finetune", "trial.yaml").err
+
+
+KERNEL = Path("/proc/self/pagemap")  # says that it is empty, and has terabytes
+
+
+@pytest.mark.skipif(not KERNEL.exists(), reason="only Linux has such files")
+def test_a_file_of_the_kernels_is_not_read(refused: Callable[..., Outcome]) -> None:
+    """Some of these have no end, others (/proc/kmsg) wait for ever."""
+    assert f"{KERNEL}:1: the file is empty" in refused("check", str(KERNEL)).out
+    assert content_sha256(KERNEL) == hashlib.sha256().hexdigest()
+
+
+@pytest.mark.parametrize("name", ["a\nb\x1b[31m.jsonl", "a\u2028b.jsonl", "a\x9b31m\r.jsonl"])
+def test_a_files_name_cannot_command_the_terminal_nor_begin_a_line(
+    place: Path, command: Command, refused: Callable[..., Outcome], name: str
+) -> None:
+    shown = name.encode("unicode_escape").decode()
+    assert f"  {shown}: no such file" in refused("check", name).err
+    (place / name).write_bytes(GOOD + b"\n{}")
+    assert f"\n{shown}:2: the row is empty" in "\n" + refused("check", name).out
+    (place / name).write_bytes(GOOD)
+    assert f"\n{shown}: 1 row" in "\n" + command("check", name).out
+    for outcome in (command("check", name), command("check", name[:-1]), command("finetune", name)):
+        assert not set(outcome.said) & set("\x1b\x9b\r\u2028")
 
 
 def test_validation_rows_that_stand_in_train_are_counted(place: Path, command: Command) -> None:

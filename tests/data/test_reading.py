@@ -144,7 +144,7 @@ def test_columns_in_a_list_count_from_the_line_s_beginning(tmp_path: Path, monke
     for size in (3, 17, 1000):
         monkeypatch.setattr(json_rows, "_PIECE_BYTES", size)
         _, report = read(written(tmp_path, content))
-        assert f":1: column {content.index(b'x}') + 1}: " in report.faults[0]
+        assert f":1: item 11: column {content.index(b'x}') + 1}: " in report.faults[0]
 
 
 def test_a_row_that_is_too_long_is_skipped_without_being_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_a_row_that_is_too_long_is_skipped_without_being_kept(tmp_path: Path, mo
     assert [example.line for example in examples] == [1, 3]
     assert "rows.jsonl:2: the row is longer" in report.faults[0]
     _, report = read(written(tmp_path, b"[" + GOOD + b",\n" + long + b"]"))
-    assert "rows.jsonl:2: the row is longer" in report.faults[0]
+    assert "rows.jsonl:2: item 2: the row is longer" in report.faults[0]
 
 
 class TestPaths:
