@@ -15,7 +15,6 @@ from lmtune.console import err, escape, out
 from lmtune.errors import ConfigError, ModelError
 from lmtune.history import choose_run, follow_steps, list_runs, overview
 from lmtune.runs import RunDirectory
-from lmtune.yaml_reader import read_yaml, write_yaml
 
 
 class Action(StrEnum):
@@ -72,7 +71,7 @@ def print_run(chosen: RunDirectory) -> None:
     for key, value in summary.items():
         if type(value) in (int, float) and key != "format":
             out.print(f"{key.replace('_', ' ')}: {value:,}")
-    out.print(f"\n[bold]settings[/]\n{escape(write_yaml(read_yaml(chosen.config)).rstrip())}")
+    out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")
     if fates := chosen.read_json(chosen.data):
         out.print(f"\n[bold]data[/]\n{escape(describe_fates(fates))}")
 
