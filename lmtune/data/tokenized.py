@@ -115,7 +115,8 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
         DataError: with every fault found, or no row is left.
     """
     data = tokenize(data_paths(config.train), renderer, config)
-    fates: dict[str, Any] = {"template": renderer.description, "train": data.fates, "validation": None}
+    learned = {**data.fates, "warnings": [*data.fates["warnings"], *_template_warnings(config, renderer)]}
+    fates: dict[str, Any] = {"template": renderer.description, "train": learned, "validation": None}
     train, validation = data, None
     if config.validation is not None:
         validation = tokenize(data_paths(config.validation), renderer, config)
@@ -129,6 +130,14 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
         fates["validation"] = {"held_out": len(held_out)}
     key = key_of(train.key, validation.key if validation is not None else None)
     return LoadedData(train, validation, fates, key)
+
+
+def _template_warnings(config: DataConfig, renderer: Renderer) -> list[str]:
+    """A template that is there but empty was probably cut off, and plain text is not what was meant then."""
+    empty = getattr(renderer.tokenizer, "chat_template", None) == ""
+    return ["the base's chat template is empty, so rows are plain text; copy or download it again"] * (
+        empty and config.template == "auto"
+    )
 
 
 def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:

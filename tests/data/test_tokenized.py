@@ -47,6 +47,19 @@ def no_rendering(self: Renderer, example: Example) -> list[Document]:
     raise AssertionError("rendered again")
 
 
+@pytest.mark.parametrize(
+    ("template", "setting", "warned"), [("", "auto", True), ("", "plain", False), (None, "auto", False)]
+)
+def test_a_template_that_is_there_but_empty_is_said(template: str | None, setting: str, warned: bool) -> None:
+    """As `chat_template.jinja` of 0 bytes makes it; without any, plain text is what a base wants."""
+    written("train.jsonl", rows(3))
+    tokenizer = make_tokenizer(None)
+    tokenizer.chat_template = template
+    settings = config(template=setting)
+    fates = load_data(settings, Renderer(tokenizer, template=settings.template), 0).fates
+    assert ("warning: the base's chat template is empty, so rows are plain text" in describe_fates(fates)) == warned
+
+
 def test_rows_come_back_as_they_were_rendered() -> None:
     conversation = {"messages": [{"role": r, "content": f"{r} {i}"} for i, r in enumerate(["user", "assistant"] * 3)]}
     written("a.jsonl", rows(3))
