@@ -19,6 +19,8 @@ _TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer.json"
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _SIZES = ("vocab_size", "hidden_size", "n_embd")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+# What bitsandbytes stores beside quantised weights
+_STORED = {"load_in_4bit": (4, re.compile(r"\.absmax$")), "load_in_8bit": (8, re.compile(r"\.SCB$"))}
 _VOCABULARIES = (_TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt")
 ADAPTER = "adapter_config.json"
 # Weights of other kinds, by how their names end: what holds them, and what to do
@@ -50,7 +52,7 @@ def check_base(name: str, folder: Path) -> None:
         raise adapter_beside(name)
     if not any(_is_there(folder / file) for file in (WEIGHTS, INDEX)):
         raise ModelError(f"model.name: {name} holds {_instead(folder)}")
-    problems = [*_text_faults(folder), *_weights_faults(folder)] or list(_size_faults(folder))
+    problems = [*_text_faults(folder), *_weights_faults(folder)] or list(_header_faults(folder))
     if problems:
         raise _error(name, problems)
 
@@ -105,13 +107,20 @@ def _weights_faults(folder: Path) -> Iterator[str]:
             yield fault
 
 
-def _size_faults(folder: Path) -> Iterator[str]:
-    """What the config says about sizes that the weights cannot have: building such a model would take hours."""
+def _header_faults(folder: Path) -> Iterator[str]:
+    """What the config says that the weights' header denies: sizes, whose model would take hours to build, and bits."""
     config = read_object(folder / "config.json")
     nested = config.get("text_config")
     settings = {**config, **(nested if isinstance(nested, dict) else {})}
     files = [WEIGHTS] if _is_there(folder / WEIGHTS) else _shards(folder / INDEX)
     shapes = {name: shape for file in files for name, shape in shapes_of(folder / file).items()}
+    quantization = config.get("quantization_config")
+    for key, (bits, mark) in _STORED.items():
+        if isinstance(quantization, dict) and quantization.get(key) and not any(mark.search(name) for name in shapes):
+            yield (
+                f"config.json says that the weights are stored in {bits} bit (quantization_config), but they are not; "
+                "take that key away, or download the weights again"
+            )
     layers = 1 + max((int(number) for name in shapes for number in _NUMBER.findall(name)), default=-1)
     width = max((size for shape in shapes.values() for size in shape), default=0)
     for keys, most, who in ((_LAYERS, layers, "the weights have"), (_SIZES, width, "the largest of the weights has")):

@@ -89,6 +89,7 @@ def sharded(change: Callable[[Path, list[Path]], Any]) -> Change:
     return apply
 
 
+BITS = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
 PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROWS = "{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
@@ -219,6 +220,14 @@ BASES: dict[str, tuple[Change, str]] = {
     "a vocabulary without end in the config": (
         settings("config.json", vocab_size=10**12),
         "config.json: vocab_size is 1,000,000,000,000, but the largest of the weights has 448; copy or downl",
+    ),
+    "plain weights said to be 4-bit ones": (
+        settings("config.json", quantization_config={**BITS, "load_in_4bit": True}),
+        "model.name: ./base: config.json says that the weights are stored in 4 bit",
+    ),
+    "plain weights said to be 8-bit ones": (
+        settings("config.json", quantization_config={**BITS, "load_in_8bit": True}),
+        "model.name: ./base: config.json says that the weights are stored in 8 bit",
     ),
     "an adapter in the base's folder": (
         written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}'),
