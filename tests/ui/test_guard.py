@@ -115,6 +115,9 @@ def test_with_a_password_nothing_is_told_without_it(start_app: Callable[..., Ite
         assert client.get("/gradio_api/info").status_code == 401
         assert client.post(JOIN, json={"data": [], "fn_index": 0, "session_hash": "a"}).status_code == 401
         assert client.post("/gradio_api/call/nobody", json={"data": []}).status_code == 401
+        file = {"path": "/dev/zero", "meta": {"_type": "gradio.FileData"}}
+        assert client.post(JOIN, json={"data": [file], "fn_index": 0, "session_hash": "a"}).status_code == 401
+        assert client.post("/gradio_api/cancel", content=b'{"session_hash": NaN}').status_code == 400
         assert client.get("/gradio_api/queue/data", params={"session_hash": "a"}).status_code == 401
         assert "secret-name" not in client.get("/").text
         assert client.post("/login", data={"username": "me", "password": "pass"}).status_code == 400
