@@ -466,3 +466,21 @@ def test_a_damaged_base_is_not_merged_into(place: Path, refused: Callable[..., O
     change, said = BASES[name]
     change(place / "base")
     assert said in refused("merge", "trial").err
+
+
+@pytest.mark.parametrize("value", few((float("nan"), float("inf")), float("nan")), ids=str)
+@pytest.mark.parametrize("quantization", few(("none", "nf4", "int8"), "none"))
+def test_a_base_whose_weights_are_no_numbers(
+    place: Path, refused: Callable[..., Outcome], quantization: str, value: float
+) -> None:
+    """Not its rows are at fault."""
+    make_workplace(place)
+    state = load_file(place / "base" / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][100, 33] = value
+    save_file(state, place / "base" / "model.safetensors", metadata={"format": "pt"})
+    (place / "trial.yaml").write_text(
+        f"model: {{name: ./base, quantization: {quantization}}}\ndata: {{train: train.jsonl}}\n"
+    )
+    said = refused("finetune", "trial.yaml").err
+    assert "model.name: ./base: weights hold NaN or infinity; copy or download it again\n" in said
+    assert "  model.layers.1.mlp.up_proj.weight" in said
