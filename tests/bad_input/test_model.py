@@ -402,7 +402,7 @@ def adapter(made: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place / "adapter"
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", few(ADAPTERS, *(set(ADAPTERS) - {"another, for ranks"})))
 def test_an_adapter_that_cannot_be_used(
     place: Path, adapter: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
