@@ -36,7 +36,7 @@ def main(
     from lmtune.training.forecast import forecast
 
     notes = {"template": config.data.template, "system": config.data.system}
-    renderer = build_renderer(load_tokenizer(config.model), config.model, notes)
+    renderer = build_renderer(load_tokenizer(config.model, alone=True), config.model, notes)
     data = load_data(config.data, renderer, config.train.seed)
     plan = forecast(config, data.train.num_tokens, data.train.num_trained, default_device(), processes)
 

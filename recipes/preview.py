@@ -45,7 +45,7 @@ def main(
 
     files = find_files(paths)
     notes = {"template": data_config.template, "system": data_config.system}
-    renderer = build_renderer(load_tokenizer(model_config), model_config, notes)
+    renderer = build_renderer(load_tokenizer(model_config, alone=True), model_config, notes)
     err.print(f"{escape(model_config.name)}: {escape(renderer.description)}")
     colour = out.is_terminal and not out.no_color
     report = ReadReport()

@@ -34,12 +34,13 @@ _OTHERS = {
 }
 
 
-def check_base(name: str, folder: Path) -> None:
+def check_base(name: str, folder: Path, tokenizer_alone: bool = False) -> None:
     """Look at every file of a base model's folder.
 
     Args:
         name: the folder as `model.name` gives it.
         folder: where it is.
+        tokenizer_alone: it need not hold weights.
 
     Raises:
         ModelError: with everything that is wrong with it.
@@ -51,6 +52,8 @@ def check_base(name: str, folder: Path) -> None:
     if _is_there(folder / ADAPTER):
         raise adapter_beside(name)
     if not any(_is_there(folder / file) for file in (WEIGHTS, INDEX)):
+        if tokenizer_alone:
+            return
         raise ModelError(f"model.name: {name} holds {_instead(folder)}")
     problems = [*_text_faults(folder), *_weights_faults(folder)] or list(_header_faults(folder))
     if problems:

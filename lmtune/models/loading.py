@@ -73,8 +73,12 @@ def compute_dtype(device: torch.device, setting: str = "auto") -> torch.dtype:
     return torch.bfloat16 if real_bf16 else torch.float32
 
 
-def load_tokenizer(model: ModelConfig) -> Any:
+def load_tokenizer(model: ModelConfig, alone: bool = False) -> Any:
     """The tokenizer of `model`.
+
+    Args:
+        model: name and revision.
+        alone: no model will be loaded after it, so a folder need not hold weights.
 
     Raises:
         ModelError: it cannot be found or read.
@@ -82,7 +86,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     quiet_libraries()
-    path = _checked_path(model.name)
+    path = _checked_path(model.name, alone)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     except BaseException as error:
@@ -287,7 +291,7 @@ def _keep_one_layout(model: torch.nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - an attribute only this class has
 
 
-def _checked_path(name: str) -> str:
+def _checked_path(name: str, tokenizer_alone: bool = False) -> str:
     """`resolve_name`, after refusing what can be seen to be wrong without loading."""
     if fault := unreachable(name):
         raise ModelError(f"model.name: {fault}; give a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny")
@@ -306,7 +310,7 @@ def _checked_path(name: str) -> str:
         give = f"its Hub id: {page[1]}" if page else "a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"
         raise ModelError(f"model.name: {name} is no folder; give {give}")
     if name != "tiny" and folder.is_dir():
-        check_base(name, folder)
+        check_base(name, folder, tokenizer_alone)
     return path
 
 
