@@ -1,7 +1,9 @@
-"""How much memory is free, and whether a quantised base may also be held as dense matrices in it."""
+"""How much memory is free, whether a quantised base may also be held as dense matrices in it, and freeing more."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 from typing import Any
 
@@ -15,6 +17,24 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return _available_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def return_freed_memory() -> None:
+    """Hand what was freed on the CPU back to the system, where the C library can.
+
+    glibc keeps it in case it is wanted again, which for tensors of other sizes in every step it is not.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Any:
+    """glibc's `malloc_trim`, or None: other C libraries have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
 
 
 def dense_weights_fit(model: Any, device: torch.device) -> bool:

@@ -24,6 +24,7 @@ from lmtune.data.prefixes import Ints, beginning
 from lmtune.errors import LmtuneError, listed
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
+from lmtune.models.free_memory import return_freed_memory
 from lmtune.runs import RunDirectory
 from lmtune.training.activations import checkpoint_layers, is_checkpointed_throughout
 from lmtune.training.checkpoint import (
@@ -43,6 +44,8 @@ from lmtune.training.progress import StepProgress
 from lmtune.training.records import Accuracies, Records, StepRecord
 from lmtune.training.schedule import learning_rate
 from lmtune.training.signals import Interrupted, StopSignals
+
+_FREE_EVERY = 16  # steps; what is freed must be faulted in again, a fraction of a second each time
 
 
 @dataclass
@@ -138,6 +141,8 @@ def train(job: Job) -> Outcome:
             progress.advance(todo.step, sums.loss, todo.num_tokens, seconds)
             validation = _validate(job, counters, total_steps, progress)
             records.add(*_record(todo, sums, counters, total_steps, config, seconds), validation)
+            if todo.step % _FREE_EVERY == 0:
+                return_freed_memory()
             stopped_early = _out_of_patience(counters, config)
             last = stopped_early or counters.step == total_steps
             if last or sums.interrupted or _is_due(counters, validation, config):

@@ -1,6 +1,7 @@
 """The memory estimate: counted from the model's shape, and a micro-batch that fits it."""
 
 import dataclasses
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from lmtune.config import AdapterConfig, ModelConfig
 from lmtune.errors import ModelError
 from lmtune.models.adapters import trainable
-from lmtune.models.free_memory import free_memory
+from lmtune.models.free_memory import free_memory, return_freed_memory
 from lmtune.training.forecast import describe_seconds, flop_per_token, forecast, planned_shape
 from lmtune.training.memory import (
     GIB,
@@ -113,6 +114,22 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
 def test_memory_of_this_machine_is_a_sensible_number() -> None:
     assert 2**20 < free_memory(torch.device("cpu")) < 2**45
     assert 0.05 < peak_memory_gib(torch.device("cpu")) < 1000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less, and cannot be asked")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    """In pieces under glibc's limit for memory of their own, the last of them kept, as a step leaves them."""
+    pieces = [torch.ones(2**14) for _ in range(3000)]  # 64 KiB each
+    pieces = [pieces[-1]]
+    before = resident()
+    return_freed_memory()
+    assert resident() < before - 100_000  # KiB
+    assert len(pieces) == 1
+
+
+def resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 # --- what `lmtune plan` says of a run
