@@ -147,6 +147,7 @@ def test_generation_stops_where_training_taught_it(done: Path) -> None:
     assert config["eos_token_id"] == json.loads((done / "runs/trial/adapter/lmtune.json").read_text())["stop_token_ids"]
 
 
+@pytest.mark.slow
 def test_the_run_can_be_evaluated_and_gives_the_same_scores(done: Path) -> None:
     assert lmtune(done, "evaluate", "trial", "validation.jsonl", "--json", "--max-new-tokens", "8") == 0
     text = said(done)
@@ -168,6 +169,7 @@ def test_the_run_can_be_planned(done: Path) -> None:
 # --- stopped or failed outside of a step; within one, see tests/faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_outside_of_training_ends_at_once_and_is_told(tmp_path: Path, number: int, code: int) -> None:
     """While the base is scored, for example."""

@@ -23,6 +23,8 @@ from lmtune.runs import RunDirectory
 from tests.hub_server import TOKEN, HubServer
 from tests.sample_run import base_model, write_base, write_run
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 UPLOADED = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "generation_config.json",
     "lmtune.json", "tokenizer.json", "tokenizer_config.json",

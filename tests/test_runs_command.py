@@ -126,6 +126,7 @@ def test_following_shows_steps_live_and_ctrl_c_leaves(running: RunDirectory, tmp
     assert "the run itself goes on" in errors
 
 
+@pytest.mark.slow
 def test_command(run: RunDirectory, tmp_path: Path) -> None:
     listed = lmtune(tmp_path)
     assert (listed.returncode, "support" in listed.stdout) == (0, True), listed.stderr
@@ -174,6 +175,7 @@ def test_a_folder_in_place_of_the_steps_breaks_no_list(run: RunDirectory, tmp_pa
     assert list(follow_steps(run)) == []
 
 
+@pytest.mark.slow
 def test_mistakes(run: RunDirectory, tmp_path: Path) -> None:
     for arguments, message in (
         (["show"], "which run? Write lmtune runs show NAME"),

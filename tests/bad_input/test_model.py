@@ -31,6 +31,8 @@ from tests.tiny import adapted, save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import make_workplace
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 PICKLE = b"cos\nsystem\n(S'touch it-ran'\ntR."
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9912\n"
 HTML = b"<!DOCTYPE html>\n<html><title>Not found</title></html>\n"

@@ -26,6 +26,7 @@ def plain(outcomes: list[tuple[Example, list[Document] | DataError]]) -> list[tu
     return [(example, str(found) if isinstance(found, DataError) else found) for example, found in outcomes]
 
 
+@pytest.mark.slow
 def test_a_pool_gives_what_one_process_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render_pool, "_CHUNK_ROWS", 7)
     renderer = Renderer(make_tokenizer(NO_SYSTEM))

@@ -21,6 +21,8 @@ from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import finetune, inside, make_workplace, written_files
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 IDS = torch.arange(5, 29)[None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -49,6 +49,7 @@ def test_out_of_memory_with_a_single_row_computes_layers_twice(tmp_path: Path, m
     assert all(torch.equal(saving[name], weight) for name, weight in whole.items())
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_a_single_row_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(self, batch):
         raise torch.OutOfMemoryError

@@ -16,6 +16,8 @@ from lmtune.training.checkpoint import checkpoint_folders
 from lmtune.training.resume import find_checkpoint, identity, require_same
 from tests.workplace import config_of, finetune, inside, make_workplace
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 FREE = {
     "train__micro_batch_tokens": 64, "train__gradient_checkpointing": True, "evaluation__exact_match_rows": 2,
     "evaluation__max_new_tokens": 4, "run__checkpoint_every_steps": 7, "run__keep_checkpoints": 5,
