@@ -40,12 +40,14 @@ class Stream:
         return max((b - a for a, b in zip(self.updates, self.updates[1:], strict=False)), default=0.0)
 
 
-async def ask_at_once(url: str, num_clients: int, num_tokens: int, leave_after: float | None = None) -> list[Stream]:
-    """`num_clients` ask for `num_tokens` at the same moment.
+async def ask_at_once(
+    url: str, questions: Sequence[str], num_tokens: int, leave_after: float | None = None
+) -> list[Stream]:
+    """As many clients as there are questions ask at the same moment.
 
     Args:
         url: of the app.
-        num_clients: each a session of its own; client number n asks "client n".
+        questions: one of each client; each client is a session of its own.
         num_tokens: of each answer.
         leave_after: seconds after which each closes its connection.
     """
@@ -55,8 +57,8 @@ async def ask_at_once(url: str, num_clients: int, num_tokens: int, leave_after: 
         send = next(d["id"] for d in dependencies if d["api_name"] == "send")
         mark = time.monotonic_ns()
         tasks = [
-            asyncio.create_task(_ask(client, send, f"load-{mark}-{number}", f"client {number}", num_tokens))
-            for number in range(num_clients)
+            asyncio.create_task(_ask(client, send, f"load-{mark}-{number}", question, num_tokens))
+            for number, question in enumerate(questions)
         ]
         if leave_after is not None:
             await asyncio.sleep(leave_after)
@@ -82,7 +84,7 @@ async def _ask(client: httpx.AsyncClient, send: int, session: str, question: str
             if not line.startswith("data:"):
                 continue
             message: dict[str, Any] = json.loads(line[5:])
-            if (message["msg"] == "process_generating" and "client" in line) or (stream.updates and "append" in line):
+            if (message["msg"] == "process_generating" and question in line) or (stream.updates and "append" in line):
                 stream.updates.append(time.monotonic() - begin)
             if message["msg"] == "process_completed":
                 break
