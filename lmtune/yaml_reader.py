@@ -36,6 +36,14 @@ class _StrictLoader(yaml.SafeLoader):
             raise _fault(event.start_mark, f"tags ({event.tag}) are not supported; write the value without it")
         return super().compose_node(parent, index)
 
+    def construct_scalar(self, node: Any) -> Any:
+        """Text; an escaped pair such as \\ud83d\\ude00 is the one character that JSON, which is YAML, means by it."""
+        text = super().construct_scalar(node)
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise _fault(node.start_mark, "half a character (a lone surrogate such as \\ud83d); rewrite it") from None
+
     def construct_number(self, node: Any) -> int | float:
         """A number, in any base and with any separators that YAML knows."""
         if len(node.value) > _MAX_DIGITS:

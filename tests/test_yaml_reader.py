@@ -29,6 +29,8 @@ def written(folder: Path, text: str | bytes) -> Path:
         ("a: e5", "e5"),
         ("a: null", None),
         ("a: [x, 1]", ["x", 1]),
+        (r'{"a": "\ud83d\ude00"}', "\U0001f600"),  # as JSON writes it
+        ('a: "\ufeffx"', "\ufeffx"),
     ],
 )
 def test_values_mean_what_a_person_means(tmp_path: Path, text: str, wanted: object) -> None:

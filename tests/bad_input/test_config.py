@@ -59,8 +59,10 @@ REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
     "NUL in a list": ('adapter: {target_modules: [q, "a\\0b"]}', r"adapter\.target_modules: holds a NUL character"),
     "NUL under a key that is unknown": ('x: {y: "\\0"}', r"x\.y: holds a NUL character"),
     "epochs without end": ("train: {epochs: 1e300}", r"train\.epochs: got 1e\+300; should be less than or equal to"),
-    "half a character": ('run: {name: "\\ud83d"}', r"trial\.yaml: "),
-    "half a character in a key": ('run: {"\\ud83d": 1}', r"trial\.yaml: "),
+    "half a character": ('run: {name: "\\ud83d"}', r"trial\.yaml:3: .*half a character"),
+    "half a character in a key": ('run: {"\\ud83d": 1}', r"trial\.yaml:3: .*half a character"),
+    # found by the long search
+    "NUL under a key of two halves": ('run: {"\\ud800\\udc00": "\\0"}', "run\\.\U00010000: holds a NUL character"),
 }  # fmt: skip
 
 
