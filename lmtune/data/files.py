@@ -63,8 +63,11 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
     for given in paths:
         path = Path(given)
         if os.path.isdir(path):  # unlike pathlib's, also false for names that are too long
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
-            if not inside:
+            names = _names_in(path)
+            inside = sorted(path / n for n in names or () if n.lower().endswith(_SUFFIXES) and not n.startswith("."))
+            if names is None:
+                problems.append(f"{shown_name(given)}: the folder may not be listed; check its permissions")
+            elif not inside:
                 problems.append(f"{shown_name(given)}: the folder holds no *.jsonl or *.json file")
             found += [(p, str(p)) for p in inside]
         else:
@@ -94,6 +97,14 @@ def shown_name(name: str | Path) -> str:
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
 
 
+def _names_in(folder: Path) -> list[str] | None:
+    """What is in a folder, or None if that may not be known."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return None
+
+
 def _portable_names(names: Sequence[str]) -> list[str]:
     """Relative names stay; an absolute one is shortened to its place in the working folder, else to its last part."""
     short: list[str] = []
@@ -114,8 +125,7 @@ def _unusable(path: Path) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
+        near = difflib.get_close_matches(path.name, _names_in(path.parent) or (), n=1)
         return "no such file" + (f"; did you mean {shown_name(path.with_name(near[0]))}?" if near else "")
     except (OSError, ValueError) as error:
         return f"cannot be opened ({getattr(error, 'strerror', None) or error})"

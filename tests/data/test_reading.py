@@ -206,3 +206,11 @@ class TestPaths:
         monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind the root user
         with pytest.raises(DataError, match="permissions"):
             find_files([path])
+
+    def test_a_folder_without_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(path: Path) -> list[str]:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(os, "listdir", refuse)
+        with pytest.raises(DataError, match=r"the folder may not be listed; check its permissions\n.*x.jsonl: no such"):
+            find_files([tmp_path, tmp_path / "x.jsonl"])
