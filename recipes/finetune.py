@@ -12,7 +12,7 @@ import typer
 
 from lmtune.cli import run
 from lmtune.config import FinetuneConfig, data_paths, load_config, to_tree
-from lmtune.console import err, out
+from lmtune.console import err, escape, out
 from lmtune.data.checking import check_data
 from lmtune.runs import RunDirectory, write_json, write_text
 from lmtune.training.workers import check_world, is_worker, launch
@@ -51,7 +51,8 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, A
     with running(run_directory, session):
         checkpoint, complete = begin(run_directory, session)
         if complete:
-            err.print(f"{run_directory.path} is complete already; give run.name=… for a new run, or run.resume=never")
+            shown = escape(str(run_directory.path))
+            err.print(f"{shown} is complete already; give run.name=… for a new run, or run.resume=never")
             return run_directory.read_summary()
         base = base_scores(run_directory, session)
         outcome = train(session.job(run_directory, checkpoint))
@@ -66,7 +67,8 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, A
                 add_tuned_answers(run_directory, tuned[1])
                 out.print(scores_table(base, summary["tuned"]))
             write_json(run_directory.summary, summary)  # last: it says that the run is complete
-            err.print(f"the adapter is in {run_directory.adapter}; talk to it: lmtune chat {run_directory.path}")
+            adapter, run_path = escape(str(run_directory.adapter)), escape(str(run_directory.path))
+            err.print(f"the adapter is in {adapter}; talk to it: lmtune chat {run_path}")
         accelerator.wait_for_everyone()  # nobody ends well before the result is saved
     return summary
 

@@ -10,7 +10,7 @@ import typer
 
 from lmtune.cli import run
 from lmtune.config import FinetuneConfig, load_config, to_tree
-from lmtune.console import out
+from lmtune.console import escape, out
 from lmtune.errors import ConfigError, ModelError
 from lmtune.runs import RunDirectory, find_run, require_possible, write_json, write_text
 
@@ -69,7 +69,7 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
     ).as_dict()  # fmt: skip
     if output == run_directory.merged:
         write_json(run_directory.summary, {**summary, "merge": report})
-    out.print(f"merged into {output} ({report['dtype']}, {into} weights)")
+    out.print(f"merged into {escape(str(output))} ({report['dtype']}, {into} weights)")
     bound = "said only" if report["bound_to_trained"] is None else f"bound {report['bound_to_trained']:.0e}"
     out.print(
         f"verified on {report['rows']} rows, as a share of the largest logit:\n"

@@ -38,9 +38,10 @@ def main(
     shipped = Path(lmtune.recipes.__file__).parent / "configs" / "quickstart.yaml"
     config = load_config(FinetuneConfig, shipped, paths)
     run_directory = RunDirectory.of(config.run)
-    out.print(describe_check(check_data(data_paths(config.data.train), data_paths(config.data.validation or ()))))
+    checked = check_data(data_paths(config.data.train), data_paths(config.data.validation or ()))
+    out.print(escape(describe_check(checked)))
     if run_directory.read_summary().get("status") == "complete":
-        err.print(f"replacing the earlier {run_directory.path}")
+        err.print(f"replacing the earlier {escape(str(run_directory.path))}")
         shutil.rmtree(run_directory.path)
 
     from lmtune.recipes.finetune import finetune

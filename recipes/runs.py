@@ -12,7 +12,7 @@ import typer
 
 from lmtune.cli import run
 from lmtune.console import err, escape, out
-from lmtune.errors import ConfigError, ModelError
+from lmtune.errors import CheckpointError, ConfigError, ModelError
 from lmtune.history import choose_run, follow_steps, list_runs, overview
 from lmtune.runs import RunDirectory
 
@@ -73,7 +73,11 @@ def print_run(chosen: RunDirectory) -> None:
             out.print(f"{key.replace('_', ' ')}: {value:,}")
     out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")
     if fates := chosen.read_json(chosen.data):
-        out.print(f"\n[bold]data[/]\n{escape(describe_fates(fates))}")
+        try:
+            described = describe_fates(fates)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise CheckpointError(f"{chosen.data}: damaged: no counts of rows; delete it or restore it") from None
+        out.print(f"\n[bold]data[/]\n{escape(described)}")
 
 
 def print_steps(chosen: RunDirectory) -> None:

@@ -149,6 +149,9 @@ ODD: dict[str, tuple[str, bytes]] = {  # file, content
     "steps that are no UTF-8": ("metrics.jsonl", b"\xff\xfe\n"),
     "a step of other keys": ("metrics.jsonl", b'{"step": 1}\n'),
     "a loss that is a word": ("metrics.jsonl", b'{"step": 1, "loss": "low", "epoch": 1, "tokens": 1, "seconds": 1}\n'),
+    "counts without their parts": ("data.json", b'{"train": {"rows": 3}}'),
+    "counts that are words": ("data.json", b'{"train": {"rows": "x", "formats": []}}'),
+    "no counts of train": ("data.json", b'{"validation": null}'),
     "results that are no UTF-8": ("results.csv", b"step\n\xff\n"),
 }
 
