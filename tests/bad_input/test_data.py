@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -16,10 +15,8 @@ from pathlib import Path
 import pytest
 
 from lmtune.data.files import content_sha256
-from lmtune.errors import DataError
-from lmtune.runs import RunDirectory
 from tests.bad_input.conftest import Command, Outcome
-from tests.workplace import config_of, inside, make_workplace, write_rows
+from tests.workplace import make_workplace, write_config, write_rows
 
 GOOD = b'{"prompt": "p", "completion": "c"}'
 TEXT = GOOD.decode()
@@ -184,20 +181,27 @@ def test_validation_rows_that_stand_in_train_are_counted(place: Path, command: C
 # --- what a run does with rows that are good in themselves
 
 
-def test_a_prompt_too_long_is_counted_and_named(place: Path) -> None:
+ONE_STEP = {"train__max_steps": 1, "data__validation": None, "evaluation__exact_match_rows": 0}
+
+
+def test_a_prompt_too_long_is_counted_and_named(place: Path, command: Command) -> None:
     make_workplace(place)
     rows = [{"prompt": "long " * 200, "completion": "c"}, *[{"prompt": f"q {n}", "completion": "c"} for n in range(8)]]
     write_rows(place / "train.jsonl", rows)
-    run = _finetune(place, data__validation_fraction=0.0)
-    assert run.read_json(run.data)["train"]["dropped"] == {"too_long": {"count": 1, "first": ["train.jsonl:1"]}}
+    write_config(place, **ONE_STEP, data__validation_fraction=0.0)
+    outcome = command("finetune", "run.yaml")
+    assert outcome.code == 0, outcome.said
+    assert "1 dropped, longer than data.max_length: train.jsonl:1" in outcome.err
+    told = json.loads((place / "runs/trial/data.json").read_text())
+    assert told["train"]["dropped"] == {"too_long": {"count": 1, "first": ["train.jsonl:1"]}}
 
 
-def test_a_run_that_would_have_no_row_left_does_not_begin(place: Path) -> None:
+def test_a_run_that_would_have_no_row_left_does_not_begin(place: Path, refused: Callable[..., Outcome]) -> None:
     make_workplace(place)
     write_rows(place / "train.jsonl", [{"prompt": "long " * 200, "completion": "c"}] * 3)
-    with pytest.raises(DataError, match=r"no row is left(.|\n)*data\.max_length(.|\n)*the longest row has"):
-        _finetune(place)
-    assert not (place / "runs").exists()
+    write_config(place, **ONE_STEP)
+    told = refused("finetune", "run.yaml").err
+    assert re.search(r"no row is left(.|\n)*data\.max_length(.|\n)*the longest row has", told), told
 
 
 def test_a_run_refuses_what_check_refuses_before_any_model_is_loaded(
@@ -220,17 +224,6 @@ def test_control_tokens_in_user_text_are_shown_as_text(place: Path, command: Com
         assert outcome.code == 0, outcome.said
         shown[name] = [outcome.out.count(token) for token in ("<|im_start|>", "<|im_end|>")]  # text is cut by bars
     assert shown["plain"] == shown["forged"] == [2, 2]
-
-
-def _finetune(place: Path, **changes: object) -> RunDirectory:
-    """The recipe's work on `train.jsonl`, one step."""
-    from lmtune.recipes.finetune import finetune
-
-    config = config_of(train__max_steps=1, data__validation=None, evaluation__exact_match_rows=0, **changes)
-    with inside(place), contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-        run = RunDirectory.of(config.run)
-        finetune(config, run)
-    return run
 
 
 # --- size

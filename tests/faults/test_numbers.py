@@ -1,5 +1,6 @@
 """Losses and gradients that are no numbers stop the run before they reach a weight; out of memory stops nothing."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +17,8 @@ from lmtune.training import loop
 from lmtune.training.checkpoint import newest_checkpoint
 from lmtune.training.loop import train
 from tests.jobs import final_weights, job_for, records
-from tests.processes import at_step, said, together, wrap
-from tests.workplace import lasting
+from tests.processes import at_step, lmtune, said, together, wrap
+from tests.workplace import QUESTIONS, lasting, write_rows
 
 
 def finite(tensors: dict[str, torch.Tensor]) -> bool:
@@ -41,6 +42,48 @@ def test_20_a_loss_that_is_no_number_stops_the_run_before_the_update_and_names_t
     assert finite(saved.adapter)
     assert all(torch.equal(p, saved.adapter[name]) for name, p in trainable(job.forward.model).items())
     assert len(records(job)) == 2
+
+
+MARK, MARKED = "@", 16  # a character of one row only, which comes in the third step or later
+
+
+def no_loss_for_the_marked() -> None:
+    """The loss of a micro-batch that holds the marked row is NaN."""
+    from transformers import AutoTokenizer
+
+    mark = AutoTokenizer.from_pretrained("base").convert_tokens_to_ids(MARK)
+
+    def forward(real: Any, self: PackedForward, batch: Any, *rest: Any) -> Any:
+        scores = real(self, batch, *rest)
+        holds = bool((batch.input_ids == mark).any())
+        return dataclasses.replace(scores, total=scores.total * float("nan")) if holds else scores
+
+    wrap("lmtune.kernels.packed_forward", "PackedForward.__call__", forward)
+
+
+def test_20_the_command_names_the_row_and_goes_on_when_it_is_mended(place: Path) -> None:
+    rows = [dict(row) for row in QUESTIONS]
+    rows[MARKED]["prompt"] += MARK
+    write_rows(place / "train.jsonl", rows)
+    assert lmtune(place, "finetune", "run.yaml", trouble=no_loss_for_the_marked) == 1
+    told = said(place)
+    found = re.search(r"\nerror: step (\d+): the loss \(nan\) .* Rows at fault:\n((?:  \S+\n)+)", told)
+    assert found, told
+    assert found[2] == f"  train.jsonl:{MARKED + 1}\n"
+    assert "Traceback" not in told
+    saved, _ = newest_checkpoint(place / "runs/trial/checkpoints")
+    assert saved is not None
+    assert saved.step == int(found[1]) - 1 >= 2
+    assert finite(saved.adapter)
+    assert finite(saved.optimizer)
+    assert not (place / "runs/trial/adapter").exists()
+    assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
+    assert f"goes on after step {saved.step}" in said(place)
+    assert lmtune(place, "finetune", "run.yaml", "run.name=undisturbed") == 0
+    mended, undisturbed = lasting(place), lasting(place, "undisturbed")
+    for kept in (mended, undisturbed):
+        del kept["adapter"]["README.md"]  # the card names the run
+    assert mended == undisturbed
 
 
 def infinite_gradient(step: int) -> None:
@@ -100,6 +143,44 @@ def test_22_out_of_memory_halves_the_micro_batches_and_equals_the_run_that_had_t
     halved = job_for(tmp_path / "halved", dropout=0.3, train__micro_batch_tokens=200)
     found = final_weights(halved)
     assert "out of memory at step 1: micro-batches of 100 tokens" in capfd.readouterr().err
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assert records(halved) == records(small)
+
+
+def run_out_once(job: Any, batch: int, backward: bool) -> None:
+    """Out of memory at the forward or backward pass of micro-batch number `batch`, counted from 1, and not again."""
+    count, real = 0, job.forward.__class__.__call__
+    last = next(iter(trainable(job.forward.model).values()))  # its gradient comes after most others
+
+    def forward(self: PackedForward, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == batch and backward:
+
+            def run_out(_: torch.Tensor) -> None:
+                hook.remove()
+                raise torch.OutOfMemoryError
+
+            hook = last.register_hook(run_out)
+        elif count == batch:
+            raise torch.OutOfMemoryError
+        return real(self, *args)
+
+    job.forward.__class__ = type("RunsOut", (PackedForward,), {"__call__": forward})
+
+
+@pytest.mark.parametrize(("batch", "backward"), [(1, True), (2, False), (2, True)])
+def test_22_out_of_memory_with_a_part_of_the_gradient_there_leaves_nothing_of_it(
+    tmp_path: Path, batch: int, backward: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"dropout": 0.3, "train__batch_size": 6}
+    small = job_for(tmp_path / "small", **settings, train__micro_batch_tokens=50)
+    weights = final_weights(small)
+    halved = job_for(tmp_path / "halved", **settings, train__micro_batch_tokens=100)
+    assert len(loop._plan(halved, 100).step(1).shares[0]) >= 2
+    run_out_once(halved, batch, backward)
+    found = final_weights(halved)
+    assert "out of memory at step 1: micro-batches of 50 tokens" in capfd.readouterr().err
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
     assert records(halved) == records(small)
 
