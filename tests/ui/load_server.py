@@ -1,8 +1,9 @@
 """The app in a process of its own, for tests of load: `python -m tests.ui.load_server PORT stub|tiny`.
 
 The stub answers every question with its own words and then counts, at 100 tokens a second for any number of
-conversations at once: no model, no lock, so what is more than that in a client's time is the app's. The process tells
-on request, by a file, how many threads and how much memory it has.
+conversations at once: no model, no lock, so what is more than that in a client's time is the app's. `tiny` is the
+embedded model, which here goes on until its tokens are used up. The process tells on request, by a file, how many
+threads and how much memory it has.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lmtune.generation import ChatSession, GenerationOptions
 from lmtune.models.inference import load_for_inference
 from lmtune.ui import conversation
 from lmtune.ui.server import Address, launch
-from tests.chat_models import parrot
+from tests.chat_models import never_stops, parrot
 
 TOKEN_SECONDS = 0.01
 
@@ -56,7 +57,7 @@ def tell(path: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[2] == "stub":
         conversation.ChatSession = CountingSession  # type: ignore[misc]
-    model = parrot() if sys.argv[2] == "stub" else load_for_inference("tiny")
+    model = parrot() if sys.argv[2] == "stub" else never_stops(load_for_inference("tiny"))
     if len(sys.argv) > 3:
         threading.Thread(target=tell, args=(Path(sys.argv[3]),), daemon=True).start()
     launch(model, Address(port=int(sys.argv[1])))

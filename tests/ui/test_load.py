@@ -9,7 +9,6 @@ import asyncio
 import concurrent.futures
 import json
 import os
-import re
 import signal
 import socket
 import statistics
@@ -123,8 +122,8 @@ def test_a_real_model_answers_each_as_if_it_were_alone(serve: Callable[[str], Se
     streams = server.ask(questions)
     found = tell(f"tiny, {num_clients} clients", streams)
     assert [stream.text for stream in streams] == alone
-    assert all(re.search(r"\d+ tokens", stream.said) for stream in streams)
-    assert found["seconds p99"] <= 1 + 0.25 * num_clients
+    assert all("100 tokens" in stream.said for stream in streams)
+    assert found["seconds p99"] <= 2 + num_clients, "clients take turns, token by token"
     code, said = server.end()
     assert (code, "Traceback" in said) == (0, False), said
 
