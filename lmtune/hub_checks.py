@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lmtune.console import HUB_TOKEN
 from lmtune.errors import ConfigError, ModelError, listed
 from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
 
@@ -25,7 +26,7 @@ ADAPTER_FILES = (
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
+_TOKEN = re.compile(HUB_TOKEN.encode())
 _ABSOLUTE = re.compile(r"(/[^/\s]+){2,}/?|~/.+|[A-Za-z]:[\\/].+|\\\\.+")
 
 

@@ -96,6 +96,17 @@ def test_an_argument_that_is_no_text_is_a_message_too(
     refused("finetune", "trial.yaml", override).err.encode()
 
 
+@pytest.mark.parametrize("name", ["https://me:{}@huggingface.co/me/x", "{}", "https://{}@hf.co/x"])
+def test_a_token_in_a_name_is_not_repeated(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+    token = "hf_" + "CanaryTokenForTests0123456789abcdef"
+    (place / "trial.yaml").write_text(LEAST)
+    (place / "train.jsonl").write_text('{"prompt": "p", "completion": "c"}')
+    said = refused("finetune", "trial.yaml", f"model.name={name.format(token)}").said
+    assert "model.name: " in said
+    assert "…" in said
+    assert token not in said
+
+
 def test_a_long_number_is_refused_as_an_override_and_by_pretrain_too(
     place: Path, refused: Callable[..., Outcome]
 ) -> None:
