@@ -61,7 +61,7 @@ def no_loss_for_the_marked() -> None:
     wrap("lmtune.kernels.packed_forward", "PackedForward.__call__", forward)
 
 
-def test_20_the_command_names_the_row_and_goes_on_when_it_is_mended(place: Path) -> None:
+def test_20_the_command_names_the_row_and_resumes_when_the_cause_is_gone(place: Path) -> None:
     rows = [dict(row) for row in QUESTIONS]
     rows[MARKED]["prompt"] += MARK
     write_rows(place / "train.jsonl", rows)
