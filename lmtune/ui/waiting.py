@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import gradio as gr
 
-PATIENCE_SECONDS = 10.0  # a page opens its stream at once; a busy server comes to it a few seconds later
+PATIENCE_SECONDS = 30.0  # a page opens its stream at once; a full server on two cores came to some after ten seconds
 
 
 class Waiting:

@@ -80,6 +80,9 @@ async def _ask(client: httpx.AsyncClient, send: int, session: str, question: str
         stream.said, stream.seconds = joined.text, time.monotonic() - begin
         return stream
     async with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as answer:
+        if answer.status_code != 200:
+            stream.said, stream.seconds = (await answer.aread()).decode(), time.monotonic() - begin
+            return stream
         async for line in answer.aiter_lines():
             if not line.startswith("data:"):
                 continue
