@@ -30,7 +30,8 @@ def settings_of(values: Sequence[Any], models: Sequence[LoadedModel]) -> Setting
     number: Any = seed  # the page sends text, programs also numbers
     if not isinstance(seed, int):
         text = text_of(seed, "seed").strip()
-        number = random.randrange(2**32) if not text else int(text) if text.isdecimal() else text
+        is_number = text.isdecimal() and len(text) <= 10  # Python refuses to read numbers of over 4,300 digits
+        number = random.randrange(2**32) if not text else int(text) if is_number else text[:60]
     options = GenerationOptions(temperature, top_p, _integral(max_new_tokens), number)
     return Settings(index, chosen, text_of(system, "system prompt"), options)
 

@@ -1,4 +1,5 @@
-"""Any input at all gives a result or an error of ours, never another exception: the reader, the config, the renderer.
+"""Any input at all gives a result or an error of ours, never another exception: the reader, the config, the renderer,
+an adapter's config, a request to the app.
 
 A few hundred examples each in `make test`, 10,000 each in `make test-long`. What a coverage-guided fuzzer (atheris, on
 the JSON and the YAML reader) has found stands as rows in the tables beside this file.
@@ -6,13 +7,16 @@ the JSON and the YAML reader) has found stands as rows in the tables beside this
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -24,11 +28,23 @@ from lmtune.data.files import find_files
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import Renderer
 from lmtune.errors import LmtuneError
+from lmtune.models.adapters import load_adapter, save_adapter
+from lmtune.models.lora_config import USED
+from lmtune.ui.calls import Calls, read_body
+from lmtune.ui.request import settings_of
+from tests.tiny import adapted, tiny_model
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
+from tests.ui.client import GOOD as GOOD_VALUES
 
-examples = pytest.mark.parametrize(
-    "examples", [pytest.param(300, marks=[pytest.mark.slow]), pytest.param(10_000, marks=[pytest.mark.long])]
-)
+
+def numbers_of_examples(few: int) -> Any:
+    """So many in `make test`, 10,000 in `make test-long`."""
+    return pytest.mark.parametrize(
+        "examples", [pytest.param(few, marks=pytest.mark.slow), pytest.param(10_000, marks=pytest.mark.long)]
+    )
+
+
+examples = numbers_of_examples(300)
 
 
 def search(examples: int, test: Callable[..., None], **strategies: Any) -> None:
@@ -229,3 +245,78 @@ def test_any_template_renders_a_row_or_is_refused(examples: int, monkeypatch: py
         render(source, "auto", conversation(contents, system))
 
     search(examples, check, source=templates, contents=contents, system=texts | st.none())
+
+
+# --- an adapter's config
+
+odd = st.sampled_from([None, True, 0, 1, 4, 10**400, -1, 1e308, "", "q_proj", "all", [], ["q_proj"], {}, {"q_proj": 4}])
+adapter_keys = st.sampled_from(
+    [*USED, "peft_type", "init_lora_weights", "layer_replication", "trainable_token_indices", "loftq_config"]
+) | st.text(max_size=5)  # fmt: skip
+
+
+@numbers_of_examples(60)  # 20 ms each
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's, about settings without effect
+def test_any_adapter_config_is_loaded_whole_or_refused(tmp_path: Path, examples: int) -> None:
+    folder = tmp_path
+    save_adapter(adapted(tiny_model(), target_modules=("q_proj", "v_proj")), folder, {})
+    good, base = json.loads((folder / "adapter_config.json").read_text()), tiny_model()
+    tokens = torch.arange(8)[None]
+    plain = base(tokens).logits
+
+    def check(changes: dict[str, Any], without: list[str]) -> None:
+        config = {key: value for key, value in {**good, **changes}.items() if key not in without}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        try:
+            model = load_adapter(copy.deepcopy(base), folder)
+        except LmtuneError as error:
+            str(error).encode()
+            return
+        found = model(tokens).logits
+        assert found.isfinite().all()
+        assert not torch.equal(found, plain)
+        with model.disable_adapter():
+            assert torch.equal(model(tokens).logits, plain)
+
+    search(examples, check, changes=st.dictionaries(adapter_keys, odd | json_values, max_size=3), without=st.lists(
+        adapter_keys, max_size=1))  # fmt: skip
+
+
+# --- a request to the app
+
+call_keys = st.sampled_from(["data", "fn_index", "session_hash", "event_data", "trigger_id", "path", "url", "meta"])
+call_values = json_values | st.sampled_from([0, 1, 99, "", "s", [], "1" * 5000, "²", "\ud83d", 1e300])
+send_values = st.dictionaries(st.integers(0, 7), call_values, max_size=2).map(
+    lambda odd: [odd.get(place, value) for place, value in enumerate(["text", *GOOD_VALUES])]
+)
+bodies = st.dictionaries(call_keys, call_values | send_values, max_size=4) | st.builds(
+    lambda data: {"data": data, "fn_index": 0, "session_hash": "s"}, send_values
+)
+paths = st.sampled_from(["queue/join", "call/send", "call/edit", "call/none", "run/predict"])
+
+
+@examples
+def test_any_body_is_a_call_with_settings_or_gets_a_reason(examples: int) -> None:
+    functions = {
+        number: SimpleNamespace(api_name=name, inputs=range(count), collects_event_data=name == "edit")
+        for number, (name, count) in enumerate([("send", 8), ("edit", 7), ("clear", 0)])
+    }
+    calls = Calls(SimpleNamespace(fns=functions))  # type: ignore[arg-type]
+    models: Any = [SimpleNamespace(has_adapter=True)]
+
+    def check(body: Any, raw: bytes | None, path: str) -> None:
+        content = json.dumps(body).encode() if raw is None else raw
+        try:
+            call = read_body(content)
+            refusal = calls.refusal(f"/gradio_api/{path}", call)
+            if refusal is None and isinstance(call.get("data"), list):
+                settings_of(call["data"][-7:] if len(call["data"]) >= 7 else [None] * 7, models)
+        except LmtuneError as error:
+            str(error).encode()
+            return
+        if refusal is not None:
+            assert refusal[0] in (404, 422)
+            refusal[1].encode()
+
+    raw = st.none() | st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()[:-1])
+    search(examples, check, body=bodies | json_values, raw=raw, path=paths)

@@ -21,6 +21,8 @@ from tests.ui.client import GOOD
         (4, float("nan"), "top_p: got nan"),
         (5, float("nan"), "max_new_tokens: got nan"),
         (6, "\ud83d", "seed: holds half a character"),
+        (6, "1" * 5000, "seed: got '1{60}'; should be a whole number from 0 to 4294967295"),  # found by the long search
+        (6, "99999999999", "seed: got '99999999999'; should be"),
     ],
 )
 def test_what_is_no_number_or_no_text_is_named(place: int, value: Any, said: str) -> None:
