@@ -14,8 +14,9 @@ from lmtune.cli import run
 from lmtune.config import FinetuneConfig, data_paths, load_config, to_tree
 from lmtune.console import err, escape, out
 from lmtune.data.checking import check_data
-from lmtune.runs import RunDirectory, write_json, write_text
+from lmtune.runs import RunDirectory
 from lmtune.training.workers import check_world, is_worker, launch
+from lmtune.writing import write_json, write_text
 
 
 def main(

@@ -12,7 +12,8 @@ from lmtune.cli import run
 from lmtune.config import FinetuneConfig, load_config, to_tree
 from lmtune.console import escape, out
 from lmtune.errors import ConfigError, ModelError
-from lmtune.runs import RunDirectory, find_run, require_possible, write_json, write_text
+from lmtune.runs import RunDirectory, find_run, require_possible
+from lmtune.writing import write_json, write_text
 
 
 def main(

@@ -9,7 +9,8 @@ import pytest
 
 from lmtune.config import RunConfig, build_config
 from lmtune.errors import CheckpointError, ConfigError
-from lmtune.runs import RunDirectory, find_run, keep_lines, write_json, write_text
+from lmtune.runs import RunDirectory, find_run
+from lmtune.writing import keep_lines, write_json, write_text
 
 
 def run_config(**settings: object) -> RunConfig:
@@ -126,7 +127,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lmtune.runs.flush_to_disk", full)
+        patch.setattr("lmtune.writing.flush_to_disk", full)
         with pytest.raises(OSError, match="No space left"):
             write_text(path, "second\n")
     assert path.read_text() == "first\n"

@@ -16,7 +16,8 @@ import pytest
 from lmtune.errors import LmtuneError, ModelError
 from lmtune.history import choose_run, follow_steps, last_step, list_runs, overview
 from lmtune.recipes import runs as runs_recipe
-from lmtune.runs import RunDirectory, keep_lines
+from lmtune.runs import RunDirectory
+from lmtune.writing import keep_lines
 from tests.sample_run import METRICS, write_records
 
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from lmtune.data.files import content_sha256
 from lmtune.errors import LmtuneError
-from lmtune.runs import flush_to_disk, sync_folder, write_json
+from lmtune.writing import flush_to_disk, sync_folder, write_json
 
 _MANIFEST = "manifest.json"
 _TURN_SECONDS = 1800.0  # 70 billion weights take a CPU longer; then the others begin as well

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from lmtune.data.chat_template import ChatTemplate, TemplateFault
 from lmtune.data.examples import Example, Message
 from lmtune.errors import DataError, ModelError
-from lmtune.runs import naming_in
+from lmtune.writing import naming_in
 
 Template = Literal["auto", "chat", "plain", "thinking"]
 

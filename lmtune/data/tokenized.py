@@ -31,7 +31,7 @@ from lmtune.data.rendering import Document, Renderer
 from lmtune.data.survey import Survey, Tally
 from lmtune.data.token_table import TableWriter, TokenTable
 from lmtune.errors import DataError
-from lmtune.runs import write_json
+from lmtune.writing import write_json
 
 __all__ = [
     "LoadedData", "TokenizedData", "TokenizedDocument", "TokenizedExample", "describe_fates", "fit", "load_data",

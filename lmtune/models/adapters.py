@@ -28,7 +28,7 @@ from lmtune.models.backends import check_bitsandbytes
 from lmtune.models.free_memory import dense_weights_fit
 from lmtune.models.lora_config import USED
 from lmtune.models.pattern_limits import endless_patterns
-from lmtune.runs import naming
+from lmtune.writing import naming
 
 ADAPTER = "default"
 Tensors = dict[str, torch.Tensor]

@@ -12,7 +12,6 @@ differ a little more, because bitsandbytes rounds activations to 8 bits there, w
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from lmtune.errors import LmtuneError
 from lmtune.models.adapters import load_adapter
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, quiet_libraries, stored_dtype
-from lmtune.runs import naming_in, replace_folder, share_files
+from lmtune.writing import naming_in, new_folder
 
 Into = Literal["trained", "original"]
 
@@ -82,31 +81,25 @@ def merge(
 
     Raises:
         LmtuneError: the merged model differs by more than the bound; nothing is left behind.
+        ConfigError: another process is writing `output` now.
         OSError: the disk is full or must not be written; nothing is left behind.
     """
-    model = load_model(base)  # first: it looks at the files before anything reads them
-    dtype, fingerprint = stored_dtype(base), base_fingerprint(base)
-    model = load_adapter(model, adapter, fingerprint)
-    trained, computed = logits(model, sequences), BOUNDS[model.get_base_model().dtype]
-    if _rounds_activations(model):
-        computed += INT8_ACTIVATIONS
-    plain = load_model(replace(base, quantization="none")) if into == "original" else model.unload()
-    staging = output.with_name(f".staging-{output.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    with new_folder(output) as staging:
+        model = load_model(base)  # first: it looks at the files before anything reads them
+        dtype, fingerprint = stored_dtype(base), base_fingerprint(base)
+        model = load_adapter(model, adapter, fingerprint)
+        trained, computed = logits(model, sequences), BOUNDS[model.get_base_model().dtype]
+        if _rounds_activations(model):
+            computed += INT8_ACTIVATIONS
+        plain = load_model(replace(base, quantization="none")) if into == "original" else model.unload()
+        model = load_adapter(_numbers(plain), adapter, fingerprint)
+        reference = logits(model, sequences)
         with naming_in(output):
-            staging.mkdir(parents=True)
-            model = load_adapter(_numbers(plain), adapter, fingerprint)
-            reference = logits(model, sequences)
             _write(model.merge_and_unload(safe_merge=True).to(dtype), staging, tokenizer, generation_config)
             report = _compare(reference, trained, logits(_plain(staging), sequences), into, dtype, computed)
             _require_bounds(report)
             if describe is not None:
                 describe(staging, report)
-            share_files(staging)
-            replace_folder(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return report
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.errors import CheckpointError, LmtuneError, listed
-from lmtune.runs import flush_to_disk, sync_folder
+from lmtune.writing import flush_to_disk, sync_folder
 
 ADAPTER, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors", "optimizer.safetensors", "state.json", "manifest.json",

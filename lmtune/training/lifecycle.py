@@ -16,7 +16,7 @@ from lmtune.console import err, escape, warn
 from lmtune.data.fates import describe_fates
 from lmtune.errors import LmtuneError
 from lmtune.evaluation import Answer, Scores
-from lmtune.runs import RunDirectory, naming_in, write_json, write_text
+from lmtune.runs import RunDirectory
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.loop import Outcome
 from lmtune.training.memory import peak_memory_gib
@@ -25,6 +25,7 @@ from lmtune.training.records import read_answers
 from lmtune.training.resume import find_checkpoint, identity, records_lost, require_same
 from lmtune.training.session import Session, environment, verification_rows
 from lmtune.training.signals import Interrupted, no_more_signals, sigterm_interrupts
+from lmtune.writing import naming_in, write_json, write_text
 from lmtune.yaml_reader import read_yaml
 
 FORMAT = 1

@@ -7,7 +7,6 @@ on a GPU. The recipe follows nanoGPT's; the model is a Llama or Qwen3 of transfo
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ import torch.nn.functional as F
 from lmtune.config import TrainConfig
 from lmtune.errors import LmtuneError
 from lmtune.models.loading import DTYPES, compute_dtype, default_device, quiet_libraries
-from lmtune.runs import home_expanded, replace_folder
+from lmtune.runs import home_expanded
 from lmtune.training.corpus import TURN_END, Blocks, TokenStream, num_blocks, take_blocks
 from lmtune.training.pretrain_config import PretrainConfig, ShapeConfig
 from lmtune.training.progress import StepProgress
 from lmtune.training.schedule import learning_rate
 from lmtune.training.signals import StopSignals
+from lmtune.writing import naming_in, new_folder
 
 
 @dataclass(frozen=True)
@@ -144,16 +144,11 @@ def save_pretrained(model: Any, tokenizer: Any, card: str, config: PretrainConfi
         The folder `output.dir`, replaced if it was there.
     """
     folder = home_expanded(config.output.dir, "output.dir")
-    staged = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    model.to("cpu", DTYPES[config.output.dtype]).save_pretrained(staged)
-    tokenizer.model_max_length = config.model.max_position_embeddings
-    tokenizer.save_pretrained(staged)
-    (staged / "README.md").write_text(card, encoding="utf-8")
-    for file in staged.iterdir():
-        file.chmod(0o644)  # safetensors keeps its files to their owner, but a model is made to be passed on
-    replace_folder(staged, folder)
+    with new_folder(folder) as staging, naming_in(folder):
+        model.to("cpu", DTYPES[config.output.dtype]).save_pretrained(staging)
+        tokenizer.model_max_length = config.model.max_position_embeddings
+        tokenizer.save_pretrained(staging)
+        (staging / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmtune.errors import CheckpointError
-from lmtune.runs import RunDirectory, keep_lines, naming
+from lmtune.runs import RunDirectory
+from lmtune.writing import keep_lines, naming
 
 COLUMNS = (
     "step", "elapsed_tokens", "elapsed_examples", "training_loss", "training_sequence_accuracy",

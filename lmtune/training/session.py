@@ -8,7 +8,6 @@ save_tuned(session, run.adapter, outcome.weights)
 from __future__ import annotations
 
 import platform
-import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +30,7 @@ from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.free_memory import dense_weights_fit, free_memory
 from lmtune.models.inference import build_renderer, run_notes
 from lmtune.models.loading import compute_dtype, load_model, load_tokenizer
-from lmtune.runs import RunDirectory, replace_folder, share_files
+from lmtune.runs import RunDirectory
 from lmtune.training import memory
 from lmtune.training.activations import checkpoint_layers, measure_activations
 from lmtune.training.checkpoint import Checkpoint
@@ -40,6 +39,7 @@ from lmtune.training.forecast import token_cost
 from lmtune.training.loop import Job
 from lmtune.training.records import Accuracies
 from lmtune.training.resume import identity
+from lmtune.writing import new_folder
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lmtune")
 
@@ -146,15 +146,11 @@ def save_tuned(session: Session, folder: Path, weights: Tensors | CheckpointTens
         folder: where to.
         weights: the adapter's tensors, or None for the model's own.
     """
-    staging = folder.with_name(f".staging-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    notes = run_notes(session.config, session.renderer, session.fingerprint)
-    save_adapter(session.forward.model, staging, notes, weights)
-    session.renderer.save_tokenizer(staging)
-    generation_config(session.forward.base, session.renderer).save_pretrained(staging)
-    share_files(staging)
-    replace_folder(staging, folder)
+    with new_folder(folder) as staging:
+        notes = run_notes(session.config, session.renderer, session.fingerprint)
+        save_adapter(session.forward.model, staging, notes, weights)
+        session.renderer.save_tokenizer(staging)
+        generation_config(session.forward.base, session.renderer).save_pretrained(staging)
 
 
 def generation_config(model: Any, renderer: Any) -> Any:

@@ -15,8 +15,8 @@ import pytest
 from safetensors import SafetensorError
 
 from lmtune.errors import LmtuneError
-from lmtune.runs import naming, naming_in
 from lmtune.training.checkpoint import checkpoint_folders, problem_of
+from lmtune.writing import naming, naming_in
 from tests.faults.choosing import few
 from tests.processes import Trouble, at_call, lmtune, said, wrap
 from tests.workplace import checkpoints, lasting, written_files
@@ -104,7 +104,7 @@ SAVING: dict[str, tuple[Trouble, str]] = {
         at_call("transformers", "GenerationConfig.save_pretrained", full), "runs/trial: No space left on device",
     ),
     "the flush": (
-        at_call("lmtune.training.session", "replace_folder", full_when_flushed),
+        at_call("lmtune.writing", "replace_folder", full_when_flushed),
         "runs/trial/adapter: No space left on device",
     ),
 }  # fmt: skip

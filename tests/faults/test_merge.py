@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.faults.choosing import few
 from tests.faults.test_disk import full_when_flushed, limit_files
-from tests.processes import KILL, Trouble, at_call, lmtune, said
+from tests.processes import KILL, Trouble, at_call, ended, lmtune, said, start
 from tests.workplace import finetune, make_workplace, written_files
 
 
@@ -24,7 +25,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def when_replacing(module: str, function: str, count: int = 1) -> Trouble:
     """Killed at that call, counted from the moment when the new folder is complete."""
-    return at_call("lmtune.models.merging", "replace_folder", at_call(module, function, KILL, count))
+    return at_call("lmtune.writing", "replace_folder", at_call(module, function, KILL, count))
 
 
 KILLS = {
@@ -56,11 +57,31 @@ def test_26_killed_in_the_middle_of_a_merge(merged: Path, tmp_path: Path, kind: 
     assert [path.name for path in model.parent.glob(".*")] == [".lock"]
 
 
+def test_26_a_second_merge_at_the_same_time_is_refused_and_the_first_is_not_disturbed(
+    merged: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(merged, tmp_path / "work"))
+    model = place / "runs/trial/merged"
+    whole = written_files(model)
+    staging = model.with_name(".staging-merged")
+    first = start(place, "merge", "trial", trouble=at_call("lmtune.models.merging", "_plain", partial(time.sleep, 8)))
+    while not (staging / "model.safetensors").exists():
+        assert first.is_alive()
+        time.sleep(0.05)
+    half = written_files(staging)
+    assert ended(start(place, "merge", "trial", output="second")) == 2
+    assert "error: runs/trial/merged: another lmtune process is writing this folder now" in said(place, "second")
+    assert written_files(staging).items() >= half.items()
+    assert ended(first) == 0, said(place)
+    assert written_files(model) == whole
+    assert not staging.exists()
+
+
 FULL: dict[str, tuple[Trouble, str]] = {
     "the weights": (at_call("lmtune.models.merging", "_write", partial(limit_files, 20_000)), ": File too large"),
     "a config": (at_call("lmtune.models.merging", "_write", partial(limit_files, 100)), ": File too large"),
     "the flush": (
-        at_call("lmtune.models.merging", "replace_folder", full_when_flushed), ": No space left on device",
+        at_call("lmtune.writing", "replace_folder", full_when_flushed), ": No space left on device",
     ),
 }  # fmt: skip
 

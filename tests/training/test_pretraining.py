@@ -67,7 +67,7 @@ def test_the_command_trains_a_model_that_plain_transformers_loads(workplace: Pat
     card = Path("out/README.md").read_text(encoding="utf-8")
     assert f"| perplexity on held-out text | {value:.2f} |" in card
     assert not [file for file in Path("out").iterdir() if str(workplace).encode() in file.read_bytes()]
-    assert not list(workplace.glob("*.partial"))
+    assert not list(workplace.glob(".staging-*"))
 
 
 def test_a_model_that_is_there_is_not_replaced_unasked(workplace: Path) -> None:
