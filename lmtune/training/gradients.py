@@ -51,7 +51,7 @@ def step_gradients(
     batches: Iterable[MicroBatch],
     num_trained: int,
     accelerator: Any,
-    interrupted: bool = False,
+    is_interrupted: Callable[[], bool] = lambda: False,
 ) -> StepSums:
     """Leave the step's gradient in `.grad` of every parameter, the same on all processes.
 
@@ -61,13 +61,12 @@ def step_gradients(
         batches: this process's micro-batches, on any device.
         num_trained: trained tokens of the whole step, over all processes.
         accelerator: the processes.
-        interrupted: whether this process was asked to stop.
+        is_interrupted: whether this process was asked to stop; looked at when its gradients are there.
     """
     for parameter in parameters.values():
         parameter.grad = None
     device = next(iter(parameters.values())).device
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, tokens, sequences, out of memory, interrupted
-    sums[4] = float(interrupted)
     try:
         with forward.ready():
             for batch in batches:
@@ -76,6 +75,7 @@ def step_gradients(
         if not is_out_of_memory(error):
             raise
         sums[3] = 1.0
+    sums[4] = float(is_interrupted())
     _sum_over_processes(parameters, sums, accelerator)
     grads = [p.grad for p in parameters.values() if p.grad is not None]
     torch._foreach_div_(grads, num_trained)

@@ -145,9 +145,12 @@ def train(job: Job) -> Outcome:
                 return_freed_memory()
             stopped_early = _out_of_patience(counters, config)
             last = stopped_early or counters.step == total_steps
-            if last or sums.interrupted or _is_due(counters, validation, config):
+            stop = sums.interrupted or (
+                job.accelerator.num_processes == 1 and signals.asked()
+            )  # alone it need not wait
+            if last or stop or _is_due(counters, validation, config):
                 _save(job, optimizer, parameters, counters)
-            if sums.interrupted and not last:
+            if stop and not last:
                 raise Interrupted(
                     f"stopped after step {counters.step} of {total_steps}, which is saved; the same command goes "
                     "on from there", signals.exit_code,
@@ -203,8 +206,7 @@ def _gradients(
     while True:
         seed_step(seed, todo.step, rank)
         sums = step_gradients(
-            job.forward, parameters, feeder.batches(), todo.num_trained, job.accelerator,
-            interrupted=signals.received is not None,
+            job.forward, parameters, feeder.batches(), todo.num_trained, job.accelerator, signals.asked
         )  # fmt: skip
         if not sums.out_of_memory:
             return todo, sums

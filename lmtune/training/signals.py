@@ -63,6 +63,10 @@ class StopSignals:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.received is not None
+
     @property
     def exit_code(self) -> int:
         """What the shell expects of a process that ended for this signal; SIGTERM's where another process got it."""

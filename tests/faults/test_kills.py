@@ -26,6 +26,7 @@ from tests.processes import (
     lmtune,
     said,
     send,
+    together,
     wrap,
 )
 from tests.workplace import checkpoints, lasting
@@ -127,6 +128,31 @@ def test_03_and_05_asked_to_stop_it_saves_the_step_and_goes_on_later(
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
     assert "goes on after step 5" in said(place)
     assert lasting(place) == undisturbed
+
+
+def in_gradient(step: int, action: Trouble) -> Trouble:
+    """`action` in the first micro-batch of `step`."""
+    return at_step(step, at_call("lmtune.training.gradients", "_accumulate", action))
+
+
+LATER = {
+    "in the middle of the gradient": in_gradient(5, send(signal.SIGTERM)),
+    "when the gradient is there": at_call("lmtune.training.loop", "_update", send(signal.SIGTERM), 5),
+    "when the step is recorded": at_call("lmtune.training.loop", "_out_of_patience", send(signal.SIGTERM), 6),
+}
+
+
+@pytest.mark.parametrize("when", LATER)
+def test_03_asked_at_any_moment_of_a_step_it_is_the_step_that_is_saved(place: Path, when: str) -> None:
+    assert lmtune(place, "finetune", "run.yaml", trouble=LATER[when]) == 143
+    assert "stopped after step 5 of 8, which is saved" in said(place)
+    assert problem_of(place / "runs/trial/checkpoints/step-000005") is None
+
+
+def test_06_asked_in_the_middle_of_a_gradient_both_save_that_step(place: Path) -> None:
+    trouble = in_gradient(5, send(signal.SIGTERM))
+    assert together(place, "finetune", "run.yaml", troubles={1: trouble}) == [143, 143]
+    assert "stopped after step 5 of 8, which is saved" in said(place, "output0")
 
 
 def test_03_a_stop_in_the_last_step_lets_it_finish(place: Path, undisturbed: dict[str, Any]) -> None:
