@@ -19,7 +19,7 @@ from typing import NoReturn
 import typer
 
 from lmtune import __version__
-from lmtune.console import err, escape
+from lmtune.console import err, escape, keep_without_stderr
 from lmtune.errors import LmtuneError, is_failure
 from lmtune.training.workers import note_exit_code
 
@@ -64,6 +64,7 @@ def run(recipe: Callable[..., None]) -> NoReturn:
 
 def _exit_with(app: typer.Typer) -> NoReturn:
     """Call `app`, and end the process with the exit code that its outcome stands for."""
+    keep_without_stderr()
     code = _outcome(app)
     note_exit_code(code)
     sys.exit(code)

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from lmtune.console import HUB_TOKEN
 from lmtune.errors import ConfigError, listed
 from lmtune.yaml_reader import read_yaml, read_yaml_value, write_yaml
 
@@ -145,6 +146,8 @@ class FinetuneConfig:
             found.append("adapter.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
         if self.evaluation.patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
+        if re.search(HUB_TOKEN, self.run.name or ""):
+            found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
         return found
 
 

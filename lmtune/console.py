@@ -5,15 +5,68 @@ Rich picks the width and drops colours when the output is no terminal, so piping
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import sys
+from typing import Any
 
 from rich.console import Console
+from rich.errors import MarkupError
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 HUB_TOKEN = "hf_[A-Za-z0-9]{20,}"
 _SECRET = re.compile(rf"{HUB_TOKEN}|(?<=://)[^\s/@]+(?=@)")  # an address may hold a name and a password
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+class _Console(Console):
+    """Rich's, on which no text can command the terminal, and brackets that are no markup do not end the program."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        shown = [_clean(one) if isinstance(one, str) else one for one in objects]
+        try:
+            super().print(*shown, **options)
+        except MarkupError:
+            super().print(*shown, **{**options, "markup": False})
+
+
+def _clean(text: str) -> str:
+    """`text` without secrets, its control characters but tab and line end written out."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), _SECRET.sub("…", text))
+
+
+# Without `emoji`, or Rich would make one of the line in `rows:100: no JSON`
+out = _Console(highlight=False, soft_wrap=True, emoji=False)
+err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def keep_without_stderr() -> None:
+    """From here on work goes on when nobody reads stderr any more, as `lmtune … 2>&1 | tee log` after Ctrl-C."""
+    if not isinstance(sys.stderr, _Forgiving):
+        sys.stderr = _Forgiving(sys.stderr)
+
+
+class _Forgiving:
+    """A text stream that forgets what it cannot write."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or turn to nothing for good."""
+        try:
+            return int(self._stream.write(text))
+        except OSError:
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush what there is."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def warn(message: str) -> None:
@@ -29,5 +82,4 @@ def escape(text: str) -> str:
     """
     from rich.markup import escape as rich_escape
 
-    text = _SECRET.sub("…", text)
-    return rich_escape(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
+    return rich_escape(_clean(text))

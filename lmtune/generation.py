@@ -13,7 +13,7 @@ tokens count, so that chat and evaluation answer alike.
 
 from __future__ import annotations
 
-import math
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -306,7 +306,7 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], max_new_to
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_whole(value: Any) -> bool:

@@ -36,7 +36,7 @@ def main(
     out.print(escape(describe_check(check)))
     if check.report.num_faults:
         raise DataError(f"{counted(check.report.num_faults, 'fault')} in the data; mend the lines named above")
-    how = f"--config {config}" if config else "--model NAME"
+    how = f"--config {escape(str(config))}" if config else "--model NAME"
     out.print(f"[green]no fault[/]; tokens are shown by: lmtune preview {escape(' '.join(paths))} {how}")
 
 

@@ -11,7 +11,7 @@ import typer
 
 from lmtune.cli import run
 from lmtune.config import DataConfig, build_config
-from lmtune.console import out
+from lmtune.console import escape, out
 from lmtune.data.checking import check_data
 
 
@@ -50,7 +50,7 @@ def main(
     if as_json:
         typer.echo(json.dumps({"base": base, "tuned": tuned}, indent=2))
         return
-    out.print(describe_fates(rows.fates))
+    out.print(escape(describe_fates(rows.fates)))
     out.print(scores_table(base, tuned))
 
 

@@ -66,11 +66,13 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, A
             write_text(run_directory.adapter / "README.md", card)
             if tuned is not None:
                 add_tuned_answers(run_directory, tuned[1])
-                out.print(scores_table(base, summary["tuned"]))
             write_json(run_directory.summary, summary)  # last: it says that the run is complete
-            adapter, run_path = escape(str(run_directory.adapter)), escape(str(run_directory.path))
-            err.print(f"the adapter is in {adapter}; talk to it: lmtune chat {run_path}")
         accelerator.wait_for_everyone()  # nobody ends well before the result is saved
+    if accelerator.is_main_process:  # out here, as nobody may read it any more
+        if tuned is not None:
+            out.print(scores_table(base, summary["tuned"]))
+        adapter, run_path = escape(str(run_directory.adapter)), escape(str(run_directory.path))
+        err.print(f"the adapter is in {adapter}; talk to it: lmtune chat {run_path}")
     return summary
 
 

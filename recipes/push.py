@@ -36,11 +36,12 @@ def main(
             out.print(f"{size:>13,} bytes  {escape(name)}")
         for name in upload.kept_here:
             out.print(f"{'stays here':>19}  {escape(name)}")
-        err.print(f"nothing was uploaded; without --dry-run these {len(upload.sizes)} files go to {repository}")
+        err.print(f"nothing was uploaded; without --dry-run these {len(upload.sizes)} files go to {escape(repository)}")
         return
-    err.print(f"uploading {escape(str(run_directory.adapter))} to {repository} …")
-    out.print(push(run_directory, repository, private=not public, revision=revision, message=message))
-    err.print(f"others load it with: lmtune pull {repository}")
+    err.print(f"uploading {escape(str(run_directory.adapter))} to {escape(repository)} …")
+    address = push(run_directory, repository, private=not public, revision=revision, message=message)
+    out.print(escape(address))
+    err.print(f"others load it with: lmtune pull {escape(repository)}")
 
 
 if __name__ == "__main__":

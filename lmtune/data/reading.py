@@ -21,6 +21,8 @@ from lmtune.data.json_rows import read_rows
 from lmtune.data.survey import counted
 from lmtune.errors import DataError, listed
 
+_SHOWN_KEYS, _KEY_CHARACTERS = 10, 100  # of the keys that are not used
+
 MAX_FAULTS = 10_000  # a file of nothing but faults is told by far fewer; this bounds memory
 
 
@@ -33,7 +35,7 @@ class FileReport:
     format_line: int = 0  # the row that the format was read from
     other_formats: set[Format] = field(default_factory=set)  # each is a fault, where it first stands
     num_rows: int = 0
-    ignored_keys: set[str] = field(default_factory=set)
+    ignored_keys: set[str] = field(default_factory=set)  # the first of them, cut off
     warnings: dict[str, list[int]] = field(default_factory=dict)  # what is odd -> the first lines where
     warning_counts: dict[str, int] = field(default_factory=dict)
 
@@ -118,7 +120,8 @@ def _example(
     except RowFault as fault:
         report.add_fault(f"{file.name}:{line}", str(fault) if item is None else f"item {item}: {fault}")
         return None
-    found.ignored_keys |= parsed.ignored_keys
+    if parsed.ignored_keys and (room := _SHOWN_KEYS + 1 - len(found.ignored_keys)) > 0:
+        found.ignored_keys |= set(sorted({key[:_KEY_CHARACTERS] for key in parsed.ignored_keys})[:room])
     for warning in parsed.warnings:
         found.warning_counts[warning] = found.warning_counts.get(warning, 0) + 1
         first = found.warnings.setdefault(warning, [])
@@ -130,8 +133,8 @@ def _example(
 def _describe_warnings(file: FileReport) -> list[str]:
     lines = []
     if file.ignored_keys:
-        names = ", ".join(quoted(key) for key in sorted(file.ignored_keys)[:10]) + (
-            ", …" if len(file.ignored_keys) > 10 else ""
+        names = ", ".join(quoted(key) for key in sorted(file.ignored_keys)[:_SHOWN_KEYS]) + (
+            ", …" if len(file.ignored_keys) > _SHOWN_KEYS else ""
         )
         lines.append(f"{file.name}: these keys are not used: {names}")
     for warning, first in file.warnings.items():

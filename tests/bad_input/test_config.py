@@ -58,6 +58,7 @@ REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
     "NUL in a folder": ('run: {dir: "a\\0b"}', r"run\.dir: holds a NUL character; remove it"),
     "NUL in a list": ('adapter: {target_modules: [q, "a\\0b"]}', r"adapter\.target_modules: holds a NUL character"),
     "NUL under a key that is unknown": ('x: {y: "\\0"}', r"x\.y: holds a NUL character"),
+    "a token for a name": (f"run: {{name: hf_{'a1B2' * 8}}}", r"run\.name: looks like a token of the Hub"),
     "epochs without end": ("train: {epochs: 1e300}", r"train\.epochs: got 1e\+300; should be less than or equal to"),
     "half a character": ('run: {name: "\\ud83d"}', r"trial\.yaml:3: .*half a character"),
     "half a character in a key": ('run: {"\\ud83d": 1}', r"trial\.yaml:3: .*half a character"),

@@ -40,6 +40,11 @@ REFUSED: dict[str, tuple[bytes, int, list[str]]] = {  # content, line of the fau
     "a list cut in a row": (b"[" + GOOD + b',\n{"prompt": "p",\n "completion"', 2, ["ends in the middle"]),
     "a key twice": (row(more=', "prompt": "q"'), 1, ['"prompt"', "twice", "keep one"]),
     "a key twice, further in": (row(more=', "x": {"a": 1, "a": 2}'), 1, ['"a"', "twice"]),
+    "a key twice among many": (  # in a moment, not in minutes
+        row(more="".join(f', "k{number}": 1' for number in range(200_000)) + ', "z": 1, "z": 2'),
+        1,
+        ['"z"', "twice"],
+    ),
     "no byte": (b"", 1, ["the file is empty"]),
     "a mark only": (b"\xef\xbb\xbf", 1, ["the file is empty"]),
     "line ends only": (b"\n \r\n\t\n", 1, ["the file is empty"]),

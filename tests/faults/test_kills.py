@@ -1,6 +1,7 @@
 """Killed or asked to stop at any moment: the next `finetune` ends bit for bit like a run that nothing disturbed."""
 
 import json
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -127,6 +128,31 @@ def test_03_and_05_asked_to_stop_it_saves_the_step_and_goes_on_later(
     assert "stopped after step 5" in summary_of(place)["reason"]
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
     assert "goes on after step 5" in said(place)
+    assert lasting(place) == undisturbed
+
+
+def nobody_reads(descriptors: tuple[int, ...]) -> None:
+    """What is written there has no reader any more, as after Ctrl-C at `lmtune … 2>&1 | tee log`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    for descriptor in descriptors:
+        os.dup2(writing, descriptor)
+
+
+def test_05_ctrl_c_that_also_ends_the_reader_of_its_output(place: Path, undisturbed: dict[str, Any]) -> None:
+    trouble = at_step(5, all_of(partial(nobody_reads, (1, 2)), send(signal.SIGINT)))
+    assert lmtune(place, "finetune", "run.yaml", trouble=trouble) == 130
+    assert problem_of(place / "runs/trial/checkpoints/step-000005") is None
+    assert summary_of(place)["status"] == "interrupted"
+    assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
+    assert lasting(place) == undisturbed
+
+
+@pytest.mark.parametrize("descriptors", [(1,), (1, 2)])
+def test_05_a_run_is_complete_though_nobody_reads_its_result(
+    place: Path, undisturbed: dict[str, Any], descriptors: tuple[int, ...]
+) -> None:
+    lmtune(place, "finetune", "run.yaml", trouble=at_step(5, partial(nobody_reads, descriptors)))
     assert lasting(place) == undisturbed
 
 

@@ -18,6 +18,8 @@ from tests.ui.client import GOOD
         (2, "\ud83d", "system prompt: holds half a character"),
         (3, float("nan"), "temperature: got nan; should be a number, 0 or more"),
         (3, float("inf"), "temperature: got inf"),
+        (3, 10**400, "temperature: got 1000"),
+        (4, -(10**400), "top_p: got -1000"),
         (4, float("nan"), "top_p: got nan"),
         (5, float("nan"), "max_new_tokens: got nan"),
         (6, "\ud83d", "seed: holds half a character"),
