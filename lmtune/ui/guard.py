@@ -25,6 +25,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES = 1_000_000
+_BODY_SECONDS = 60.0  # for all of it
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 _READ = re.compile(
@@ -34,6 +35,8 @@ _READ = re.compile(
     r"|/gradio_api/(heartbeat/.+|call/[^/]+/[^/]+/?)"
 )
 _WRITE = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|run/predict|call/[^/]+)/?")
+_CONTROL = re.compile(r"/gradio_api/(cancel|reset)/?")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 _QUESTION = re.compile(r"/gradio_api/(queue/join|call/[^/]+)/?")
 _CALL = re.compile(rf"{_QUESTION.pattern}|/gradio_api/run/predict/?")
 _LOGIN = re.compile(r"/login/?")  # a form; every other body is JSON
@@ -99,10 +102,12 @@ class Guard:
         """Status and reason, or None for a request that may pass."""
         headers = _single_headers(scope)
         host = headers.get("host", "")
-        if self._hosts is not None and _split(f"//{host}").hostname not in self._hosts:
+        if self._hosts is not None and _hostname(host) not in self._hosts:
             return 421, f"this app answers to {', '.join(sorted(self._hosts))} only"
         origin = headers.get("origin")
         if origin is not None and _split(origin).netloc.lower() != host.lower():
+            return 403, "requests from other sites are refused"
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not _is_visit(scope, headers):
             return 403, "requests from other sites are refused"
         allowed = {"GET": _READ, "HEAD": _READ, "POST": _WRITE}.get(scope["method"])
         if allowed is None or allowed.fullmatch(scope["path"]) is None:
@@ -123,8 +128,14 @@ class Guard:
                 await self._run(scope, receive, send, [])
         elif scope["method"] != "POST" or _LOGIN.fullmatch(scope["path"]) is not None:
             await self._run(scope, receive, send, [])
-        elif (body := await _whole_body(receive)) is not None:
-            await self._pass_on_body(scope, receive, send, body)
+        else:
+            try:
+                body = await asyncio.wait_for(_whole_body(receive), _BODY_SECONDS)
+            except TimeoutError:
+                await _answer(send, 408, "the body did not come")
+                return
+            if body is not None:
+                await self._pass_on_body(scope, receive, send, body)
 
     async def _pass_on_body(
         self, scope: Scope, receive: Receive, send: Send, body: list[MutableMapping[str, Any]]
@@ -143,6 +154,8 @@ class Guard:
         refusal = self._calls.refusal(scope["path"], call) if self._calls is not None and is_call else None
         if refusal is not None and await self._may_enter(scope):
             await _answer(send, *refusal)
+        elif _CONTROL.fullmatch(scope["path"]) is not None and not await self._may_enter(scope):
+            await _answer(send, 401, "log in first")
         elif _QUESTION.fullmatch(scope["path"]) is None:
             await self._run(scope, receive, send, body)
         else:
@@ -258,6 +271,16 @@ def _single_headers(scope: Scope) -> dict[str, str]:
         text = value.decode("latin-1").strip()
         found[key] = f"{found[key]}, {text}" if key in found else text
     return found
+
+
+def _hostname(host: str) -> str | None:
+    """The name in a Host header, None where that is more than a name and a port."""
+    return _split(f"//{host}").hostname if _HOST.fullmatch(host) else None
+
+
+def _is_visit(scope: Scope, headers: dict[str, str]) -> bool:
+    """Whether a link, or a frame, of another site leads to the page itself."""
+    return scope["method"] == "GET" and scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
 
 
 def _split(url: str) -> SplitResult:

@@ -43,6 +43,11 @@ def test_our_own_names_are_answered(app: RunningApp, host: str) -> None:
         "localhost@evil.example",
         "[bad",
         "a b",
+        "evil@127.0.0.1",
+        "localhost#.evil.example",
+        "localhost/evil",
+        "localhost?x",
+        "127.0.0.1:99999999",
     ],
 )
 def test_foreign_names_are_not(app: RunningApp, host: str) -> None:
@@ -59,6 +64,28 @@ def test_other_sites_may_not_ask(app: RunningApp, origin: str) -> None:
     answer = httpx.post(app.url + JOIN, json=body, headers={"Origin": origin})
     assert answer.status_code == 403
     assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@pytest.mark.parametrize("path", ["/config", "/logout", "/theme.css", "/gradio_api/info"])
+def test_other_sites_may_not_read_either(app: RunningApp, path: str, site: str) -> None:
+    """A browser says where a picture or a script that a page asks for is wanted, though not by Origin."""
+    headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"}
+    assert httpx.get(app.url + path, headers=headers).status_code == 403
+    assert httpx.get(app.url + path, headers={**headers, "Sec-Fetch-Mode": "navigate"}).status_code == 403
+
+
+def test_a_link_leads_to_the_page(app: RunningApp) -> None:
+    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert httpx.get(app.url + "/?__theme=dark", headers=headers).status_code == 200
+    assert httpx.get(app.url + "/config", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(app: RunningApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmtune.ui.guard._BODY_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", int(app.url.rpartition(":")[2])), timeout=5) as connection:
+        connection.sendall(f"POST {JOIN} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{{".encode())
+        assert connection.recv(65536).split()[1] == b"408"
 
 
 def test_our_own_page_may(app: RunningApp) -> None:
@@ -118,6 +145,11 @@ def test_with_a_password_nothing_is_told_without_it(start_app: Callable[..., Ite
         file = {"path": "/dev/zero", "meta": {"_type": "gradio.FileData"}}
         assert client.post(JOIN, json={"data": [file], "fn_index": 0, "session_hash": "a"}).status_code == 401
         assert client.post("/gradio_api/cancel", content=b'{"session_hash": NaN}').status_code == 400
+        assert (
+            client.post("/gradio_api/cancel", json={"session_hash": "a", "event_id": "b", "fn_index": 0}).status_code
+            == 401
+        )
+        assert client.post("/gradio_api/reset", json={"event_id": "b"}).status_code == 401
         assert client.get("/gradio_api/queue/data", params={"session_hash": "a"}).status_code == 401
         assert "secret-name" not in client.get("/").text
         assert client.post("/login", data={"username": "me", "password": "pass"}).status_code == 400
