@@ -42,7 +42,7 @@ err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 def keep_without_stderr() -> None:
     """From here on work goes on when nobody reads stderr any more, as `lmtune … 2>&1 | tee log` after Ctrl-C."""
-    if not isinstance(sys.stderr, _Forgiving):
+    if sys.stderr is not None and not isinstance(sys.stderr, _Forgiving):
         sys.stderr = _Forgiving(sys.stderr)
 
 

@@ -17,6 +17,7 @@ import yaml
 from lmtune.errors import ConfigError
 
 _MAX_BYTES = 1_000_000  # a config is a page of text; a larger file is a mistake
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]")  # of base eight, as 1:30 is of base sixty
 _MAX_DIGITS = 200  # of a number; Python takes minutes for some of a million, and does not print those over 4,300
 
 
@@ -50,6 +51,8 @@ class _StrictLoader(yaml.SafeLoader):
             raise _fault(node.start_mark, f"a number of {len(node.value):,} characters; {_MAX_DIGITS} are the most")
         real = node.tag == "tag:yaml.org,2002:float"
         number: int | float = self.construct_yaml_float(node) if real else self.construct_yaml_int(node)
+        if ":" in node.value or (not real and _LEADING_ZERO.match(node.value)):
+            raise _fault(node.start_mark, f"{node.value} is {number} to YAML; write that, or quotes around a text")
         return number
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
