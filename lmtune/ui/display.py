@@ -32,7 +32,7 @@ MATHS = [
     {"left": _SEPARATOR + left, "right": right + _SEPARATOR, "display": left != "\\("} for left, right in _MARKS.items()
 ]
 _OPENING = re.compile(r"(?P<indent> {0,3})(?P<marks>`{3,}|~{3,})[ \t]*(?P<language>[A-Za-z0-9+#.-]{0,20})")
-_NO_LANGUAGES = ("mermaid", "constructor")  # the first is drawn as a picture, the second breaks the page's script
+_LANGUAGES = {"mermaid": "", "constructor": "", "cpp": "c"}  # one is drawn, with the others the page shows no answer
 _LIVE = re.compile(r"<(?=[A-Za-z/!?])|&(?=[A-Za-z#])|!(?=\\*\[)|\](?=:)|`{3,}|~{3,}")
 _BEGINS_MATHS = re.compile(r"\$\$|\\[\[(]")
 _THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)(?:</think>\s*(?P<rest>.*)|\Z)", re.DOTALL)
@@ -113,7 +113,7 @@ def _fenced(opening: re.Match[str], lines: Iterator[str]) -> list[str]:
     longest = max((len(run) for line in content for run in re.findall("`{3,}", line)), default=2)
     fence = "`" * (longest + 1)
     language = opening["language"].lower()
-    written = [fence + (language if language not in _NO_LANGUAGES else ""), *content]
+    written = [fence + _LANGUAGES.get(language, language), *content]
     return [*written, fence] if is_closed else written
 
 

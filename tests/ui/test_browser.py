@@ -246,6 +246,17 @@ def test_no_attack_is_live(open_tab: Callable[..., Tab], start_app: Callable[...
     next(running, None)
 
 
+@pytest.mark.parametrize(
+    "language",
+    ["bash", "c", "constructor", "cpp", "go", "html", "java", "json", "latex", "php", "python", "rust", "sql", "yaml"],
+)
+def test_code_in_any_language_is_shown(open_tab: Callable[..., Tab], language: str) -> None:
+    tab = open_tab()
+    tab.send(f"So:\n\n```{language}\nvector<int> &amp; b\n```\n\nover")
+    expect(tab.answers()).to_contain_text("over")
+    assert tab.answers().locator("pre code").text_content() == "vector<int> &amp; b\n"
+
+
 def test_code_and_maths_are_shown_as_they_were_said(open_tab: Callable[..., Tab]) -> None:
     tab = open_tab()
     code = "vector<int> a;  # &amp; ![x](y) $$\nif b<c and d&e:\n    s = r'\\[<b>\\]' \"``\""

@@ -50,6 +50,7 @@ def test_nothing_outside_code_is_live(text: str, wanted: str) -> None:
         ("```\n    ```\n<b>\n   ```", "````\n    ```\n<b>\n````"), ("```\r\n<b>\r```\r", "```\n<b>\n```\n"),
         ("```\n<b>\f\n```\u2028\n```", "````\n<b>\f\n```\u2028\n````"),
         ("```mermaid\n<b>\n```", "```\n<b>\n```"), ("```Mermaid", "```"), ("```constructor", "```"),
+        ("```cpp\n", "```c\n"),
     ],
 )  # fmt: skip
 def test_blocks_of_code_keep_every_letter_between_fences_of_one_form(text: str, wanted: str) -> None:
