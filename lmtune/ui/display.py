@@ -1,26 +1,40 @@
 """From messages to what Gradio's chatbot shows: Markdown, but never live HTML or a picture from somewhere else.
 
 The chatbot turns HTML in a message into HTML on the page. What a model says, and what a user types, should be read as
-it is, so an invisible word joiner (U+2060) is put into whatever would begin a tag, an entity or an image, outside of
-code, where Markdown shows it as it is already. An edited question comes back with the joiners, and loses them again.
+it is, so an invisible word joiner (U+2060) is put into whatever would begin a tag, an entity, an image, a link's
+definition or a fence, inline code included: what is code is the page's to say, and it says otherwise than the standard.
+
+Only blocks of code keep every letter. They are found by a strict rule, and written anew in a form that cannot be read
+in two ways: at the margin, between blank lines, with a fence longer than any within, and no language that is drawn.
+
+The page would also take maths from one end of the text to the other, and blocks of code with it. So it is told to look
+for maths between other marks than those that are typed: the same, with an invisible separator (U+2063) outside, which
+only maths that ends before the next block of code is given.
+
+An edited question comes back with the joiners and separators, and loses them again; line ends and the form of its
+blocks of code stay as they were shown.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lmtune.data.examples import Message
 
 _JOINER = "\u2060"
-_CODE = re.compile(
-    r"(?P<fence>^ {0,3}(?P<mark>`{3,}|~{3,})[^\n]*(?:\n(?:.*?^ {0,3}(?P=mark)[`~]*[ \t]*$|.*\Z)|\Z))"
-    r"|(?P<inline>(?<!`)(?P<ticks>`+)(?!`)[^\n]+?(?<!`)(?P=ticks)(?!`))",
-    re.MULTILINE | re.DOTALL,
-)
-_LIVE = re.compile(r"<(?=[A-Za-z/!?])|&(?=[A-Za-z#])|!(?=\[)")
+_SEPARATOR = "\u2063"
+_INVISIBLE = re.compile(f"[{_JOINER}{_SEPARATOR}]")
+_MARKS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)"}
+MATHS = [
+    {"left": _SEPARATOR + left, "right": right + _SEPARATOR, "display": left != "\\("} for left, right in _MARKS.items()
+]
+_OPENING = re.compile(r"(?P<indent> {0,3})(?P<marks>`{3,}|~{3,})[ \t]*(?P<language>[A-Za-z0-9+#.-]{0,20})")
+_LANGUAGES = {"mermaid": "", "constructor": "", "cpp": "c"}  # one is drawn, with the others the page shows no answer
+_LIVE = re.compile(r"<(?=[A-Za-z/!?])|&(?=[A-Za-z#])|!(?=\\*\[)|\](?=:)|`{3,}|~{3,}")
+_BEGINS_MATHS = re.compile(r"\$\$|\\[\[(]")
 _THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)(?:</think>\s*(?P<rest>.*)|\Z)", re.DOTALL)
 
 
@@ -43,18 +57,19 @@ def origin(messages: Sequence[Message], index: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def harmless(text: str) -> str:
     """`text` as Markdown in which HTML and images are text."""
-    parts, end = [], 0
-    for code in _CODE.finditer(text):
-        parts += [_break_up(text[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join([*parts, _break_up(text[end:])])
+    shown_lines: list[str] = []
+    for lines in _parts(_INVISIBLE.sub("", text).replace("\r\n", "\n").replace("\r", "\n")):
+        if shown_lines and shown_lines[-1] and lines[0]:
+            shown_lines.append("")
+        shown_lines += lines
+    return "\n".join(shown_lines)
 
 
 def typed(value: Any) -> str:
     """What the user wrote, from the value of an edit event: a text, or a list of parts."""
     parts = value if isinstance(value, list) else [value]
     texts = [part.get("text", "") if isinstance(part, dict) else str(part) for part in parts]
-    return "".join(texts).replace(_JOINER, "")
+    return _INVISIBLE.sub("", "".join(texts))
 
 
 def plain(text: str) -> str:
@@ -68,8 +83,70 @@ def status(text: str, is_error: bool = False) -> str:
     return f'<div class="{"error" if is_error else "note"}" role="{role}">{plain(text)}</div>' if text else ""
 
 
-def _break_up(text: str) -> str:
-    return _LIVE.sub(lambda found: found[0] + _JOINER, text)
+def _parts(text: str) -> Iterator[list[str]]:
+    """The lines of `text`, by turns those outside of blocks of code and those of one, as they are to be shown."""
+    outside: list[str] = []
+    lines = iter(text.split("\n"))
+    for line in lines:
+        opening = _OPENING.fullmatch(line.rstrip(" \t"))
+        if opening is None:
+            outside.append(line)
+            continue
+        if outside:
+            yield _broken_up(outside)
+            outside = []
+        yield _fenced(opening, lines)
+    if outside:
+        yield _broken_up(outside)
+
+
+def _fenced(opening: re.Match[str], lines: Iterator[str]) -> list[str]:
+    """The block of code that `opening` begins and `lines` go on with; it stays open if they end before it does."""
+    content: list[str] = []
+    is_closed = False
+    marks, indent = opening["marks"], len(opening["indent"])
+    for line in lines:
+        if _closes(line, marks):
+            is_closed = True
+            break
+        content.append(line[min(indent, len(line) - len(line.lstrip(" "))) :])
+    longest = max((len(run) for line in content for run in re.findall("`{3,}", line)), default=2)
+    fence = "`" * (longest + 1)
+    language = opening["language"].lower()
+    written = [fence + _LANGUAGES.get(language, language), *content]
+    return [*written, fence] if is_closed else written
+
+
+def _closes(line: str, marks: str) -> bool:
+    """Whether `line` ends a block of code that `marks` began."""
+    begun = line.lstrip(" ")
+    return len(line) - len(begun) <= 3 and begun.startswith(marks) and not begun.rstrip(" \t").strip("`~")
+
+
+def _broken_up(lines: list[str]) -> list[str]:
+    """Lines outside of blocks of code, with joiners in what would be live, and separators around maths."""
+    return _with_maths(_LIVE.sub(_joined, "\n".join(lines))).split("\n")
+
+
+def _joined(found: re.Match[str]) -> str:
+    return _JOINER.join(found[0]) if len(found[0]) > 1 else found[0] + _JOINER
+
+
+def _with_maths(text: str) -> str:
+    """`text` with separators around its maths; each search goes on where the last ended, so that time is linear."""
+    parts, end = [], 0
+    unending: set[str] = set()
+    for found in _BEGINS_MATHS.finditer(text):
+        left, start = found[0], found.start()
+        if start < end or left in unending:
+            continue
+        stop = text.find(_MARKS[left], found.end() + 1)
+        if stop < 0:
+            unending.add(left)
+            continue
+        parts += [text[end:start], _SEPARATOR, text[start : stop + 2], _SEPARATOR]
+        end = stop + 2
+    return "".join([*parts, text[end:]])
 
 
 def _entries(messages: Sequence[Message], answering: bool) -> list[tuple[int, dict[str, Any]]]:

@@ -22,15 +22,13 @@ from lmtune.errors import LmtuneError
 from lmtune.generation import MAX_NEW_TOKENS, GenerationOptions
 from lmtune.models.inference import LoadedModel
 from lmtune.ui.conversation import MAX_TABS, MODES, Activity, Conversation, Settings, Tabs
-from lmtune.ui.display import origin, plain, shown, status, typed
+from lmtune.ui.display import MATHS, origin, plain, shown, status, typed
 from lmtune.ui.request import MAX_CHARACTERS, index_of, mode_of, place_of, settings_of, text_of
 
 _MODE_LABELS = {"tuned": "Tuned", "base": "Base", "both": "Both"}
 _COLUMN_LABELS = {"tuned": "Tuned", "base": "Base model", "both": "Tuned"}
 _QUEUE_SIZE = 256
 _ANSWERS_AT_ONCE = 64
-_MATHS = [{"left": "$$", "right": "$$", "display": True}, {"left": "\\[", "right": "\\]", "display": True},
-          {"left": "\\(", "right": "\\)", "display": False}]  # fmt: skip
 
 
 def build_app(
@@ -91,7 +89,7 @@ class _Page:
         return gr.Chatbot(
             label=_COLUMN_LABELS["tuned" if visible else "base"], show_label=not visible, visible=visible,
             elem_classes=["answers"], height=None, editable="user", buttons=["copy"], sanitize_html=True,
-            allow_tags=False, feedback_options=None, layout="bubble", latex_delimiters=_MATHS, min_width=200,
+            allow_tags=False, feedback_options=None, layout="bubble", latex_delimiters=MATHS, min_width=200,
             placeholder=f"**{plain(self.models[0].name)}** is ready", allow_file_downloads=False,
             examples=[{"text": question} for question in examples] or None, group_consecutive_messages=False,
         )  # fmt: skip

@@ -17,12 +17,17 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from tests.chat_models import parrot
 from tests.ui.conftest import RunningApp
+from tests.ui.test_display import ATTACKS
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+FROM_TEXT = (  # a link in Markdown has a target
+    ":is(b, img, a:not([target]), form, button, input, details, svg, .mermaid)"
+    ":not(.copy_code_button, .copy_code_button *)"
+)
 PATIENCE = 20_000  # milliseconds; CI machines are slow
 
 
@@ -221,8 +226,51 @@ def test_what_is_said_is_never_live(open_tab: Callable[..., Tab]) -> None:
     assert tab.page.locator(".answers .message img, .answers .message script").count() == 0
     assert tab.page.locator(".answers .message a[href^='javascript']").count() == 0
     assert tab.page.title() == "parrot · lmtune"
-    tab.ask("`<b>` is **bold**", "You asked: <b> is bold")
-    assert tab.answers().last.locator("code").inner_text() == "<b>"
+    tab.ask("`<b>` is **bold**", "You asked: <\u2060b> is bold")
+    assert tab.answers().last.locator("code").inner_text() == "<\u2060b>"
+
+
+def test_no_attack_is_live(open_tab: Callable[..., Tab], start_app: Callable[..., Iterator[RunningApp]]) -> None:
+    running = start_app(parrot())
+    tab = open_tab(next(running).url)
+    for attack in ATTACKS:
+        tab.send(f"So:\n\n{attack}\n\nover")
+        expect(tab.answers()).to_contain_text("over")
+        tab.wait_for_end()
+        bubbles = tab.page.locator(".answers .message .md")
+        assert bubbles.count() == 2, attack
+        assert bubbles.locator(FROM_TEXT).evaluate_all("found => found.map(one => one.outerHTML)") == [], attack
+        tab.page.locator("#clear").click()
+        expect(tab.answers()).to_have_count(0)
+    assert [url for url in tab.requests if "leak" in url] == []
+    next(running, None)
+
+
+@pytest.mark.parametrize(
+    "language",
+    ["bash", "c", "constructor", "cpp", "go", "html", "java", "json", "latex", "php", "python", "rust", "sql", "yaml"],
+)
+def test_code_in_any_language_is_shown(open_tab: Callable[..., Tab], language: str) -> None:
+    tab = open_tab()
+    tab.send(f"So:\n\n```{language}\nvector<int> &amp; b\n```\n\nover")
+    expect(tab.answers()).to_contain_text("over")
+    assert tab.answers().locator("pre code").text_content() == "vector<int> &amp; b\n"
+
+
+def test_code_and_maths_are_shown_as_they_were_said(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    code = "vector<int> a;  # &amp; ![x](y) $$\nif b<c and d&e:\n    s = r'\\[<b>\\]' \"``\""
+    tab.send(f"So:\n```python\n{code}\n```\nand \\(x^2\\) or $$y < z$$ over")
+    expect(tab.answers()).to_contain_text("over")
+    tab.wait_for_end()
+    assert tab.answers().locator("pre code").text_content() == code + "\n"
+    assert tab.answers().locator("pre code.language-python .token").count() > 0
+    expect(tab.answers().locator(".katex")).to_have_count(2)
+    assert tab.answers().locator(".katex-display, .katex-error").count() == 1
+    assert "\u2063" not in tab.answers().inner_text()
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.answers().locator(".copy_code_button").click()
+    assert tab.page.evaluate("navigator.clipboard.readText()").rstrip("\n") == code
 
 
 def test_tabs_never_see_each_other(open_tab: Callable[..., Tab]) -> None:
