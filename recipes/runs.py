@@ -63,14 +63,14 @@ def print_run(chosen: RunDirectory) -> None:
     from lmtune.report import scores_table
 
     item, summary = overview(chosen), chosen.read_summary()
-    out.print(f"[bold]{escape(item.name)}[/]  {item.status}  {item.changed:%Y-%m-%d %H:%M}")
+    out.print(f"[bold]{escape(item.name)}[/]  {escape(item.status)}  {item.changed:%Y-%m-%d %H:%M}")
     if reason := summary.get("reason"):
         out.print(escape(str(reason)))
     if summary.get("tuned") or summary.get("base"):
         out.print(scores_table(summary.get("base"), summary.get("tuned") or {}))
     for key, value in summary.items():
         if type(value) in (int, float) and key != "format":
-            out.print(f"{key.replace('_', ' ')}: {value:,}")
+            out.print(f"{escape(key.replace('_', ' '))}: {value:,}")
     out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")
     if fates := chosen.read_json(chosen.data):
         try:
@@ -90,7 +90,7 @@ def print_steps(chosen: RunDirectory) -> None:
         err.print("left; the run itself goes on")
         return
     item = overview(chosen)
-    err.print(f"{escape(item.name)} is {item.status}" + (f" at step {item.steps}" if item.steps else ""))
+    err.print(f"{escape(item.name)} is {escape(item.status)}" + (f" at step {item.steps}" if item.steps else ""))
 
 
 def print_results(chosen: RunDirectory) -> None:

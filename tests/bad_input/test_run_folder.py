@@ -88,3 +88,52 @@ def test_the_run_as_it_was_is_uploaded_and_shown(run: RunDirectory, command: Com
     for arguments in (("push", "trial", "me/trial", "--dry-run"), ("runs", "show", "trial"), ("runs", "list")):
         outcome = command(*arguments)
         assert outcome.code == 0, outcome.said
+
+
+# --- what a run tells of itself
+
+
+HUGE = str(10**400)
+TERMINAL = "\\u001b]0;owned\\u0007"
+SUMMARIES: dict[str, tuple[str, str]] = {  # content, message
+    "a status of markup": ('{"status": "[/x]"}', "status is '[/x]'; should be running or "),
+    "a status that commands the terminal": (f'{{"status": "{TERMINAL}"}}', "status is "),
+    "a status that is a list": ('{"status": [1]}', "status is list; should be"),
+    "no status": ('{"status": null}', "status is NoneType; should be"),
+    "a score of 400 digits": (f'{{"status": "complete", "tuned": {{"exact_match": {HUGE}}}}}', "tuned is, or holds, a"),
+    "a score that is no number": ('{"status": "complete", "base": {"loss": NaN}}', "base is, or holds, a number that"),
+    "an infinite number": ('{"status": "complete", "tokens": 1e999}', "tokens is, or holds, a number that is not"),
+    "one deep within": ('{"merge": ' + 300 * '{"a": [' + "Infinity" + 300 * "]}" + "}", "merge is, or holds, a number"),
+    "a list": ("[1]", "holds list, not an object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SUMMARIES)
+def test_a_summary_that_no_run_writes(run: RunDirectory, refused: Refused, command: Command, what: str) -> None:
+    content, message = SUMMARIES[what]
+    run.summary.write_text(content)
+    for arguments in (("runs", "show", "trial"), ("merge", "trial"), ("push", "trial", "me/trial", "--dry-run")):
+        assert f"error: runs/trial/summary.json: damaged: {message}" in refused(*arguments).err
+    for action in (("list",), ("follow", "trial")):
+        outcome = command("runs", *action)
+        assert outcome.code == 0, outcome.said
+        assert "damaged" in outcome.said
+        assert "\x1b" not in outcome.said
+
+
+def test_a_folder_in_place_of_the_summary(run: RunDirectory, refused: Refused, command: Command) -> None:
+    run.summary.unlink()
+    run.summary.mkdir()
+    assert "error: runs/trial/summary.json: damaged: is no plain file" in refused("runs", "show", "trial").err
+    assert "damaged" in command("runs", "list").out
+
+
+def test_names_of_markup_are_shown_as_they_are(run: RunDirectory, command: Command) -> None:
+    run.summary.write_text(f'{{"status": "complete", "reason": "[/y]{TERMINAL}", "[/x]{TERMINAL}": 3}}')
+    run.config.write_text('model: {name: "[/m]", quantization: "[/q]"}\n')
+    shown, listed = command("runs", "show", "trial"), command("runs", "list")
+    assert (shown.code, listed.code) == (0, 0), shown.said + listed.said
+    assert "[/y]\\x1b]0;owned\\x07" in shown.out
+    assert "[/x]\\x1b]0;owned\\x07: 3" in shown.out
+    assert "[/q]" in listed.out
+    assert "\x1b" not in shown.said + listed.said
