@@ -137,3 +137,33 @@ def test_names_of_markup_are_shown_as_they_are(run: RunDirectory, command: Comma
     assert "[/x]\\x1b]0;owned\\x07: 3" in shown.out
     assert "[/q]" in listed.out
     assert "\x1b" not in shown.said + listed.said
+
+
+# --- the rows on which a merge is verified
+
+
+ROWS: dict[str, tuple[str, str]] = {  # sequences, message
+    "a word": ('"x"', "sequences is no list of rows of tokens"),
+    "null": ("null", "sequences is no list of rows of tokens"),
+    "no row": ("[]", "sequences is no list of rows of tokens"),
+    "an empty row": ("[[1], []]", "sequences is no list of rows of tokens"),
+    "no rows but tokens": ("[1, 2]", "sequences is no list of rows of tokens"),
+    "a token beyond the vocabulary": ("[[1], [1000000000]]", "row 2 of sequences holds what is no token, a whole number"),
+    "a token below 0": ("[[-1, 3]]", "row 1 of sequences holds what is no token"),
+    "half a token": ("[[1.5]]", "row 1 of sequences holds what is no token"),
+    "a truth": ("[[true]]", "row 1 of sequences holds what is no token"),
+    "a word in a row": ('[["x"]]', "row 1 of sequences holds what is no token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_rows_to_verify_on_that_are_none(run: RunDirectory, refused: Refused, what: str) -> None:
+    content, message = ROWS[what]
+    run.verification.write_text(f'{{"sequences": {content}}}')
+    assert f"error: runs/trial/verification.json: damaged: {message}" in refused("merge", "trial").err
+
+
+def test_the_run_as_it_was_is_merged(run: RunDirectory, command: Command) -> None:
+    outcome = command("merge", "trial")
+    assert outcome.code == 0, outcome.said
+    assert "verified on 2 rows" in outcome.out
