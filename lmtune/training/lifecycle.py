@@ -114,9 +114,11 @@ def _known_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
 
 def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:
     """Whether the base's scores, if there are any, were measured as `config` says."""
-    before = read_yaml(run.config).get("evaluation", {}) if run.exists() else {}
+    before = read_yaml(run.config).get("evaluation") if run.exists() else None
     now = to_tree(config)["evaluation"]
-    return all(before.get(key) == now[key] for key in ("exact_match_rows", "max_new_tokens"))
+    return isinstance(before, dict) and all(
+        before.get(key) == now[key] for key in ("exact_match_rows", "max_new_tokens")
+    )
 
 
 def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:

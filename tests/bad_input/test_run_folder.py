@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.runs import RunDirectory
+from lmtune.yaml_reader import read_yaml, write_yaml
 from tests.bad_input.conftest import Command, Outcome
 from tests.sample_run import write_base, write_run
+from tests.workplace import finetune, make_workplace, write_config
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
 
@@ -167,3 +169,37 @@ def test_the_run_as_it_was_is_merged(run: RunDirectory, command: Command) -> Non
     outcome = command("merge", "trial")
     assert outcome.code == 0, outcome.said
     assert "verified on 2 rows" in outcome.out
+
+
+# --- settings of the run that its next start meets
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with a run whose last note is missing."""
+    folder = make_workplace(tmp_path_factory.mktemp("interrupted"))
+    run, summary = finetune(folder)
+    write_config(folder)
+    run.summary.write_text(json.dumps({**summary, "status": "interrupted"}))
+    return folder
+
+
+@pytest.mark.parametrize("settings", ["evaluation: null", "evaluation: 3", "evaluation: [1]"])
+def test_a_run_of_damaged_settings_goes_on_and_is_scored_again(
+    interrupted: Path, place: Path, command: Command, settings: str
+) -> None:
+    shutil.copytree(interrupted, place, dirs_exist_ok=True)
+    run = RunDirectory(Path("runs/trial"))
+    tree = read_yaml(run.config)
+    del tree["evaluation"]
+    run.config.write_text(f"{write_yaml(tree)}{settings}\n")
+    outcome = command("finetune", "run.yaml")
+    assert outcome.code == 0, outcome.said
+    assert run.read_summary()["status"] == "complete"
+    assert read_yaml(run.config)["evaluation"]["exact_match_rows"] == 3
+    shutil.rmtree(run.checkpoints)
+    run.summary.write_text('{"status": "interrupted", "steps": 8}')
+    run.config.write_text(f"{write_yaml(tree)}{settings}\n")
+    outcome = command("finetune", "run.yaml")
+    assert outcome.code == 2, outcome.said
+    assert "error: runs/trial/config.yaml" in outcome.err
