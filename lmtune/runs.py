@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.config import RunConfig
-from lmtune.errors import CheckpointError, ConfigError
+from lmtune.errors import CheckpointError, ConfigError, ModelError
 
 STATUSES = ("running", "interrupted", "failed", "complete")  # what `summary.json` may say
 _MAX_NAME_BYTES = 255  # of a file or folder, on every common file system
@@ -112,6 +112,26 @@ class RunDirectory:
         if fault := _summary_fault(summary):
             raise CheckpointError(f"{self.summary}: damaged: {fault}; delete it or restore it")
         return summary
+
+    def read_verification(self, vocabulary: int) -> list[list[int]]:
+        """The tokens of the rows on which a merge is verified, for a model that knows `vocabulary` tokens.
+
+        Raises:
+            ModelError: `verification.json` is missing, or holds anything else.
+        """
+        file = self.verification
+        if not file.exists():
+            raise ModelError(f"{self.path}: no verification.json, the rows to compare on; run it again to make it")
+        rows: Any = self.read_json(file).get("sequences")
+        if not (isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)):
+            raise ModelError(f"{file}: damaged: sequences is no list of rows of tokens; restore it from a copy")
+        for number, row in enumerate(rows, start=1):
+            if not all(type(token) is int and 0 <= token < vocabulary for token in row):
+                raise ModelError(
+                    f"{file}: damaged: row {number} of sequences holds what is no token, a whole number from 0 to "
+                    f"{vocabulary - 1:,}; restore it from a copy"
+                )
+        return rows
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -54,7 +54,7 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
     config = load_config(FinetuneConfig, run_directory.config)
     notes = read_notes(run_directory.adapter)
     tokenizer = saved_tokenizer(run_directory.adapter)
-    sequences = verification_rows(run_directory, max(tokenizer.get_vocab().values()) + 1)
+    sequences = run_directory.read_verification(max(tokenizer.get_vocab().values()) + 1)
     summary = run_directory.read_summary()
 
     def describe(folder: Path, report: MergeReport) -> None:
@@ -77,31 +77,6 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
         f"first choice equal for {report['same_first_choice']:.1%} of tokens)"
     )
     return report
-
-
-def verification_rows(run_directory: RunDirectory, vocabulary: int) -> list[list[int]]:
-    """The tokens of the rows on which a merge is verified.
-
-    Args:
-        run_directory: the run, whose `verification.json` holds them.
-        vocabulary: how many tokens the model knows.
-
-    Raises:
-        ModelError: the file is missing, or holds anything else.
-    """
-    file = run_directory.verification
-    if not file.exists():
-        raise ModelError(f"{run_directory.path}: no verification.json, the rows to compare on; run it again to make it")
-    rows: Any = run_directory.read_json(file).get("sequences")
-    if not (isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)):
-        raise ModelError(f"{file}: damaged: sequences is no list of rows of tokens; restore it from a copy")
-    for number, row in enumerate(rows, start=1):
-        if not all(type(token) is int and 0 <= token < vocabulary for token in row):
-            raise ModelError(
-                f"{file}: damaged: row {number} of sequences holds what is no token, a whole number from 0 to "
-                f"{vocabulary - 1:,}; restore it from a copy"
-            )
-    return rows
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ ROWS: dict[str, tuple[str, str]] = {  # sequences, message
     "no row": ("[]", "sequences is no list of rows of tokens"),
     "an empty row": ("[[1], []]", "sequences is no list of rows of tokens"),
     "no rows but tokens": ("[1, 2]", "sequences is no list of rows of tokens"),
-    "a token beyond the vocabulary": ("[[1], [1000000000]]", "row 2 of sequences holds what is no token, a whole number"),
+    "a token beyond the vocabulary": ("[[1], [1000000000]]", "row 2 of sequences holds what is no token"),
     "a token below 0": ("[[-1, 3]]", "row 1 of sequences holds what is no token"),
     "half a token": ("[[1.5]]", "row 1 of sequences holds what is no token"),
     "a truth": ("[[true]]", "row 1 of sequences holds what is no token"),
