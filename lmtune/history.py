@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lmtune.errors import LmtuneError, ModelError
+from lmtune.errors import CheckpointError, LmtuneError, ModelError
 from lmtune.runs import RunDirectory, find_run, is_usable_number
 from lmtune.yaml_reader import read_yaml
 
@@ -113,6 +113,21 @@ def is_running(run: RunDirectory) -> bool:
         except OSError:
             return True
     return False
+
+
+def describe_rows(run: RunDirectory) -> str:
+    """What became of the rows of data, in a few lines; nothing if that was not written yet.
+
+    Raises:
+        CheckpointError: `data.json` is damaged.
+    """
+    from lmtune.data.fates import describe_fates
+
+    fates = run.read_json(run.data)
+    try:
+        return describe_fates(fates) if fates else ""
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(f"{run.data}: damaged: no counts of rows; delete it or restore it") from None
 
 
 def last_step(run: RunDirectory) -> dict[str, Any]:
