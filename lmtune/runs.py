@@ -92,6 +92,7 @@ class RunDirectory:
             raise CheckpointError(f"{path}: damaged: is no plain file; delete it or restore it")
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
+            json.dumps(tree, ensure_ascii=False).encode("utf-8")  # not half a character, which cannot be printed
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); delete it or restore it") from None
         if not isinstance(tree, dict):

@@ -123,6 +123,13 @@ def test_a_summary_that_no_run_writes(run: RunDirectory, refused: Refused, comma
         assert "\x1b" not in outcome.said
 
 
+def test_half_a_character_in_a_summary(run: RunDirectory, refused: Refused) -> None:
+    """A lone surrogate, which cannot be printed."""
+    run.summary.write_text('{"status": "failed", "reason": "\\ud800"}')
+    for arguments in (("runs", "show", "trial"), ("merge", "trial")):
+        assert "error: runs/trial/summary.json: not valid JSON (" in refused(*arguments).err
+
+
 def test_a_folder_in_place_of_the_summary(run: RunDirectory, refused: Refused, command: Command) -> None:
     run.summary.unlink()
     run.summary.mkdir()
