@@ -20,8 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lmtune.errors import LmtuneError, ModelError
-from lmtune.runs import RunDirectory, find_run
+from lmtune.errors import CheckpointError, LmtuneError, ModelError
+from lmtune.runs import RunDirectory, find_run, is_usable_number
 from lmtune.yaml_reader import read_yaml
 
 _TOLD = ("step", "epoch", "loss", "tokens", "seconds")  # of a step, to a person
@@ -104,7 +104,10 @@ def is_running(run: RunDirectory) -> bool:
     """Whether a process holds the run's lock at this moment."""
     import fcntl
 
-    with contextlib.suppress(FileNotFoundError), open(run.path / ".lock", encoding="utf-8") as file:
+    lock = run.path / ".lock"
+    if not lock.is_file():  # a pipe would wait for who writes into it
+        return False
+    with contextlib.suppress(FileNotFoundError), open(lock, encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go again when the file is closed
         except OSError:
@@ -112,13 +115,30 @@ def is_running(run: RunDirectory) -> bool:
     return False
 
 
+def describe_rows(run: RunDirectory) -> str:
+    """What became of the rows of data, in a few lines; nothing if that was not written yet.
+
+    Raises:
+        CheckpointError: `data.json` is damaged.
+    """
+    from lmtune.data.fates import describe_fates
+
+    fates = run.read_json(run.data)
+    try:
+        return describe_fates(fates) if fates else ""
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(f"{run.data}: damaged: no counts of rows; delete it or restore it") from None
+
+
 def last_step(run: RunDirectory) -> dict[str, Any]:
     """The last whole line of `metrics.jsonl`, or `{}`; reads the file's end only."""
+    if not run.metrics.is_file():
+        return {}
     try:
         with run.metrics.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
             lines = file.read().split(b"\n")
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         return {}
     for line in reversed(lines[:-1]):  # after the last newline comes nothing, or half a line
         if (step := _parsed(line)) is not None:
@@ -151,10 +171,12 @@ class _GrowingFile:
         self._path, self._inode, self._offset, self._told = path, 0, 0, 0
 
     def new_lines(self) -> list[bytes]:
+        if not self._path.is_file():
+            return []
         try:
             with self._path.open("rb") as file:
                 return self._read(file, os.fstat(file.fileno()))
-        except (FileNotFoundError, IsADirectoryError):
+        except FileNotFoundError:
             return []
 
     def _read(self, file: BinaryIO, now: os.stat_result) -> list[bytes]:
@@ -180,7 +202,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         step = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(step, dict) and all(type(step.get(key)) in (int, float) for key in _TOLD)
+    whole = isinstance(step, dict) and all(is_usable_number(step.get(key)) for key in _TOLD)
     return step if whole else None
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtune import __version__
-from lmtune.card_usage import is_hub_id
+from lmtune.card_usage import is_hub_id, section
 from lmtune.console import warn
 from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.hub_checks import (
@@ -29,6 +29,7 @@ from lmtune.hub_checks import (
     PICKLES,
     check_incoming,
     check_outgoing,
+    check_usable,
     checked_repository,
     outgoing_files,
 )
@@ -62,14 +63,16 @@ def prepare_push(run: RunDirectory, repository: str) -> Upload:
 
     Raises:
         ConfigError: the repository's name is not `user/name`.
-        ModelError: the run has no adapter, or its files hold something private.
+        ModelError: the run has no adapter, or one that nobody could use, or its files hold something private.
+        CheckpointError: the run's records are damaged.
     """
     checked_repository(repository)
     names, kept_here = outgoing_files(run.adapter)
     config, summary = read_yaml(run.config), run.read_summary()
     card = adapter_card(config, summary, run.read_json(run.data), repository)
     check_outgoing(run.adapter, [*names, *([] if CARD in names else [CARD])], card, _token())
-    base = str((config.get("model") or {}).get("name"))
+    check_usable(run.adapter)
+    base = str(section(config, "model").get("name"))
     if base != "tiny" and not is_hub_id(base):
         warn(f"the base model {Path(base).name} is a folder of yours: others need that very model to use the adapter")
     if summary.get("status") != "complete":

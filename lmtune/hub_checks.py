@@ -1,7 +1,7 @@
 """What may leave this machine in an adapter's repository, and what is taken from one.
 
-Outgoing: files of known names only, and in them no token, no path of this machine. Incoming: the same names only, and
-then what `lmtune.models.adapter_checks` demands of every adapter. Every problem is listed, not the first one only.
+Outgoing: files of known names only, and in them no token, no path of this machine. Incoming: the same names only. Both
+ways, what `lmtune.models.adapter_checks` demands of every adapter. Every problem is listed, not the first one only.
 """
 
 from __future__ import annotations
@@ -93,6 +93,22 @@ def check_outgoing(folder: Path, names: list[str], card: str, token: str | None)
         raise ModelError(f"{folder}: not uploaded, these files would tell what is private\n{listed(problems)}")
 
 
+def check_usable(folder: Path) -> None:
+    """Make sure that others can use an adapter, as far as that can be said without its base; every tensor is read.
+
+    Raises:
+        ModelError: with everything that is wrong with it.
+    """
+    try:
+        check_adapter(folder)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    if problems := list(_tensor_faults(folder / WEIGHTS)):
+        raise ModelError(
+            f"{folder}: not uploaded, nobody could use this adapter; train it again\n{listed(problems, 8)}"
+        )
+
+
 def check_incoming(folder: Path) -> list[str]:
     """Check a downloaded adapter before any library reads it; returns what is worth a warning.
 
@@ -104,6 +120,19 @@ def check_incoming(folder: Path) -> list[str]:
     if not base or _ABSOLUTE.fullmatch(base):
         return [f"its base model is {base or 'not named'}: a folder of its author's machine; you need that very model"]
     return []
+
+
+def _tensor_faults(path: Path) -> Iterator[str]:
+    """Which tensors have names that PEFT does not give, or hold what is no finite number."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            if not name.startswith("base_model.model.") or ".lora_" not in name:
+                yield f"{WEIGHTS}: {name}: no name that PEFT gives a LoRA tensor"
+            elif not torch.isfinite(file.get_tensor(name)).all():
+                yield f"{WEIGHTS}: {name}: holds NaN or infinity"
 
 
 def _leaks(name: str, content: Any, secrets: list[bytes]) -> Iterator[str]:

@@ -84,7 +84,7 @@ def runs_table(runs: Sequence[Overview], width: int) -> Table:
         scores = (run.base_exact_match, run.tuned_exact_match)
         base, tuned = ("?" if share is None else f"{100 * share:.1f}" for share in scores)
         table.add_row(
-            escape(run.name), run.status, *((escape(run.model), run.quantization) if wide else ()),
+            escape(run.name), escape(run.status), *((escape(run.model), escape(run.quantization)) if wide else ()),
             "" if run.steps is None else str(run.steps), "" if run.loss is None else f"{run.loss:.4f}",
             "" if scores == (None, None) else f"{base} → {tuned} %",
             *((f"{run.changed:%Y-%m-%d %H:%M}",) if wide else ()),

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.config import RunConfig
-from lmtune.errors import CheckpointError, ConfigError
+from lmtune.errors import CheckpointError, ConfigError, ModelError
 
+STATUSES = ("running", "interrupted", "failed", "complete")  # what `summary.json` may say
 _MAX_NAME_BYTES = 255  # of a file or folder, on every common file system
+_MAX_NUMBER = 1e308  # nearly the largest float; what is above it can be neither computed with nor shown
 
 
 class RunDirectory:
@@ -60,9 +62,10 @@ class RunDirectory:
             raise ConfigError(f"run.name: {links[0]} is a link, which a run writes to no other place; remove it")
         made = cls(path)
         files = (made.config, made.environment, made.data, made.metrics, made.results, made.summary, made.answers)
-        for file in (*files, made.verification):
-            if file.is_dir():
-                raise ConfigError(f"run.name: {file} is a folder, where a run writes a file; remove it")
+        for file in (*files, made.verification, path / ".lock"):
+            if file.exists() and not file.is_file():
+                what = "a folder" if file.is_dir() else "no plain file"
+                raise ConfigError(f"run.name: {file} is {what}, where a run writes a file; remove it")
         for folder in (made.checkpoints, made.adapter):
             if folder.is_file():
                 raise ConfigError(f"run.name: {folder} is a file, where a run writes a folder; remove it")
@@ -83,28 +86,53 @@ class RunDirectory:
         Raises:
             CheckpointError: the file is damaged.
         """
-        if not path.is_file():
+        if not path.exists():
             return {}
+        if not path.is_file():
+            raise CheckpointError(f"{path}: damaged: is no plain file; delete it or restore it")
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
+            json.dumps(tree, ensure_ascii=False).encode("utf-8")  # not half a character, which cannot be printed
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); delete it or restore it") from None
-        return tree if isinstance(tree, dict) else {}
+        if not isinstance(tree, dict):
+            raise CheckpointError(
+                f"{path}: damaged: holds {type(tree).__name__}, not an object; delete it or restore it"
+            )
+        return tree
 
     def read_summary(self) -> dict[str, Any]:
-        """`summary.json`, or `{}` if it is not there yet; its scores are numbers or null, whatever else it says.
+        """`summary.json`, or `{}` if it is not there yet.
+
+        Its status is a known one, its scores are numbers or null, and all its numbers can be computed with.
 
         Raises:
             CheckpointError: the file is damaged.
         """
         summary = self.read_json(self.summary)
-        for key in ("base", "tuned"):
-            scores = summary.get(key)
-            if scores is not None and not (isinstance(scores, dict) and all(map(_is_score, scores.values()))):
-                raise CheckpointError(f"{self.summary}: damaged: {key} holds no scores; delete it or restore it")
-        if not isinstance(summary.get("steps", 0), int):
-            raise CheckpointError(f"{self.summary}: damaged: steps is no number; delete it or restore it")
+        if fault := _summary_fault(summary):
+            raise CheckpointError(f"{self.summary}: damaged: {fault}; delete it or restore it")
         return summary
+
+    def read_verification(self, vocabulary: int) -> list[list[int]]:
+        """The tokens of the rows on which a merge is verified, for a model that knows `vocabulary` tokens.
+
+        Raises:
+            ModelError: `verification.json` is missing, or holds anything else.
+        """
+        file = self.verification
+        if not file.exists():
+            raise ModelError(f"{self.path}: no verification.json, the rows to compare on; run it again to make it")
+        rows: Any = self.read_json(file).get("sequences")
+        if not (isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)):
+            raise ModelError(f"{file}: damaged: sequences is no list of rows of tokens; restore it from a copy")
+        for number, row in enumerate(rows, start=1):
+            if not all(type(token) is int and 0 <= token < vocabulary for token in row):
+                raise ModelError(
+                    f"{file}: damaged: row {number} of sequences holds what is no token, a whole number from 0 to "
+                    f"{vocabulary - 1:,}; restore it from a copy"
+                )
+        return rows
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -177,6 +205,37 @@ def require_possible(path: Path, setting: str) -> None:
         raise ConfigError(f"{setting}: {path}: {getattr(error, 'strerror', None) or error}; choose another") from None
     if too_long:
         raise ConfigError(f"{setting}: {path}: a name of over {_MAX_NAME_BYTES} bytes; choose a shorter one")
+
+
+def is_usable_number(value: object) -> bool:
+    """Whether `value` is a number that can be computed with and shown: finite, and not of hundreds of digits."""
+    return type(value) in (int, float) and abs(value) <= _MAX_NUMBER  # type: ignore[arg-type] # NaN is not
+
+
+def _summary_fault(summary: dict[str, Any]) -> str | None:
+    """What in a summary no run writes, or None."""
+    if (status := summary.get("status", "running")) not in STATUSES:
+        found = repr(status[:60]) if isinstance(status, str) else type(status).__name__
+        return f"status is {found}; should be {' or '.join(STATUSES)}"
+    for key, value in summary.items():
+        if not all(map(is_usable_number, _numbers_in(value))):
+            return f"{key[:60]} is, or holds, a number that is not finite or too large"
+    for key in ("base", "tuned"):
+        scores = summary.get(key)
+        if scores is not None and not (isinstance(scores, dict) and all(map(_is_score, scores.values()))):
+            return f"{key} holds no scores"
+    return None if isinstance(summary.get("steps", 0), int) else "steps is no number"
+
+
+def _numbers_in(tree: object) -> Iterator[int | float]:
+    """Every number in a JSON tree, however deep."""
+    waiting = [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (dict, list)):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield value
 
 
 def _is_score(value: object) -> bool:

@@ -54,9 +54,7 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
     config = load_config(FinetuneConfig, run_directory.config)
     notes = read_notes(run_directory.adapter)
     tokenizer = saved_tokenizer(run_directory.adapter)
-    sequences = run_directory.read_json(run_directory.verification).get("sequences")
-    if not sequences:
-        raise ModelError(f"{run_directory.path}: no verification.json, the rows to compare on; run it again to make it")
+    sequences = run_directory.read_verification(max(tokenizer.get_vocab().values()) + 1)
     summary = run_directory.read_summary()
 
     def describe(folder: Path, report: MergeReport) -> None:

@@ -12,8 +12,8 @@ import typer
 
 from lmtune.cli import run
 from lmtune.console import err, escape, out
-from lmtune.errors import CheckpointError, ConfigError, ModelError
-from lmtune.history import choose_run, follow_steps, list_runs, overview
+from lmtune.errors import ConfigError, ModelError
+from lmtune.history import choose_run, describe_rows, follow_steps, list_runs, overview
 from lmtune.runs import RunDirectory
 
 
@@ -59,24 +59,19 @@ def print_list(runs_dir: Path) -> None:
 
 def print_run(chosen: RunDirectory) -> None:
     """Scores, figures, settings and what became of the rows."""
-    from lmtune.data.fates import describe_fates
     from lmtune.report import scores_table
 
     item, summary = overview(chosen), chosen.read_summary()
-    out.print(f"[bold]{escape(item.name)}[/]  {item.status}  {item.changed:%Y-%m-%d %H:%M}")
+    out.print(f"[bold]{escape(item.name)}[/]  {escape(item.status)}  {item.changed:%Y-%m-%d %H:%M}")
     if reason := summary.get("reason"):
         out.print(escape(str(reason)))
     if summary.get("tuned") or summary.get("base"):
         out.print(scores_table(summary.get("base"), summary.get("tuned") or {}))
     for key, value in summary.items():
         if type(value) in (int, float) and key != "format":
-            out.print(f"{key.replace('_', ' ')}: {value:,}")
+            out.print(f"{escape(key.replace('_', ' '))}: {value:,}")
     out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")
-    if fates := chosen.read_json(chosen.data):
-        try:
-            described = describe_fates(fates)
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise CheckpointError(f"{chosen.data}: damaged: no counts of rows; delete it or restore it") from None
+    if described := describe_rows(chosen):
         out.print(f"\n[bold]data[/]\n{escape(described)}")
 
 
@@ -90,7 +85,7 @@ def print_steps(chosen: RunDirectory) -> None:
         err.print("left; the run itself goes on")
         return
     item = overview(chosen)
-    err.print(f"{escape(item.name)} is {item.status}" + (f" at step {item.steps}" if item.steps else ""))
+    err.print(f"{escape(item.name)} is {escape(item.status)}" + (f" at step {item.steps}" if item.steps else ""))
 
 
 def print_results(chosen: RunDirectory) -> None:

@@ -42,10 +42,19 @@ def test_a_run_that_is_a_link_or_a_file_is_refused(tmp_path: Path) -> None:
         RunDirectory.of(run_config(dir=str(tmp_path / "runs"), name="file"))
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml", ".lock"])
 def test_a_folder_where_a_run_writes_a_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "trial" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=rf"run\.name: .*{name} is a folder, where a run writes a file; remove it"):
+        RunDirectory.of(run_config(dir=str(tmp_path), name="trial"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
+def test_a_pipe_where_a_run_writes_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    """Who reads one waits for ever."""
+    (tmp_path / "trial").mkdir()
+    os.mkfifo(tmp_path / "trial" / name)
+    with pytest.raises(ConfigError, match=rf"run\.name: .*{name} is no plain file, where a run writes a file; remove"):
         RunDirectory.of(run_config(dir=str(tmp_path), name="trial"))
 
 

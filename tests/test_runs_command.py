@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lmtune.errors import LmtuneError, ModelError
-from lmtune.history import choose_run, follow_steps, last_step, list_runs, overview
+from lmtune.history import choose_run, follow_steps, is_running, last_step, list_runs, overview
 from lmtune.recipes import runs as runs_recipe
 from lmtune.runs import RunDirectory
 from lmtune.writing import keep_lines
@@ -172,11 +172,44 @@ def test_odd_files_of_one_run_break_no_list_and_are_named(
             assert f"runs/support/{file}: " in str(error)  # noqa: PT017
 
 
-def test_a_folder_in_place_of_the_steps_breaks_no_list(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_folder_in_place_of_the_steps_breaks_no_list(run: RunDirectory) -> None:
     run.metrics.unlink()
     run.metrics.mkdir()
     assert overview(run).steps == 120
     assert list(follow_steps(run)) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_plain_file_is_not_waited_for(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], name: str
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("opened, so that a pipe is waited for")
+
+    (run.path / name).unlink(missing_ok=True)
+    make(run.path / name)
+    if name == ".lock":
+        monkeypatch.setattr("builtins.open", opened)
+        assert not is_running(run)
+    else:
+        monkeypatch.setattr("pathlib.Path.open", opened)
+        assert last_step(run) == {}
+        assert list(follow_steps(run)) == []
+
+
+def test_steps_of_numbers_too_large_are_passed_over(run: RunDirectory, tmp_path: Path) -> None:
+    """Others are shown."""
+    huge = "1" + 400 * "0"
+    for key in ("tokens", "loss"):
+        for value in (huge, "NaN", "1e999"):
+            line = json.dumps({**METRICS[0], "step": 121, key: 0.5}).replace(f'"{key}": 0.5', f'"{key}": {value}')
+            with run.metrics.open("a") as file:
+                file.write(line + "\n")
+    add_step(run, 122)
+    assert [step["step"] for step in follow_steps(run)] == [*range(1, 121), 122]
+    runs_recipe.print_steps(run)
+    runs_recipe.print_list(tmp_path / "runs")
 
 
 @pytest.mark.slow

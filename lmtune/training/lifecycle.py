@@ -21,7 +21,7 @@ from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.loop import Outcome
 from lmtune.training.memory import peak_memory_gib
 from lmtune.training.plan import Plan
-from lmtune.training.records import read_answers
+from lmtune.training.records import Records, read_answers
 from lmtune.training.resume import find_checkpoint, identity, records_lost, require_same
 from lmtune.training.session import Session, environment, verification_rows
 from lmtune.training.signals import Interrupted, no_more_signals, sigterm_interrupts
@@ -82,6 +82,8 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
             _say_start(run, session, checkpoint)
             write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base})
             session.begun = True
+            # before the new settings: records are judged by those that they were made with
+            Records(run, enabled=True).begin(0 if checkpoint is None else checkpoint.step)
             write_text(run.config, dump_config(session.config))
             write_json(run.environment, environment(session))
             write_json(run.data, session.data.fates)
@@ -112,9 +114,11 @@ def _known_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
 
 def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:
     """Whether the base's scores, if there are any, were measured as `config` says."""
-    before = read_yaml(run.config).get("evaluation", {}) if run.exists() else {}
+    before = read_yaml(run.config).get("evaluation") if run.exists() else None
     now = to_tree(config)["evaluation"]
-    return all(before.get(key) == now[key] for key in ("exact_match_rows", "max_new_tokens"))
+    return isinstance(before, dict) and all(
+        before.get(key) == now[key] for key in ("exact_match_rows", "max_new_tokens")
+    )
 
 
 def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:

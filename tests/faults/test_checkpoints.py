@@ -12,7 +12,7 @@ from lmtune.training.checkpoint import checkpoint_folders, problem_of, prune_che
 from lmtune.training.loop import train
 from tests.faults.choosing import few
 from tests.jobs import job_for
-from tests.processes import KILL, at_step, lmtune, said
+from tests.processes import KILL, at_call, at_step, lmtune, said
 from tests.workplace import RESTLESS, checkpoints, lasting, make_workplace, write_config, written_files
 
 KEPT = [2, 3, 4, 6]  # of the restless run: best steps and every third
@@ -122,6 +122,19 @@ def test_15_steps_before_the_first_checkpoint_are_said_to_be_done_again(
     assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
     assert "warning: runs/trial: 1 steps were done before and no checkpoint holds them; they are" in said(folder)
     assert lasting(folder) == undisturbed
+
+
+def test_15_records_of_an_earlier_start_are_not_judged_by_the_settings_of_a_later_one(tmp_path: Path) -> None:
+    """Five steps without a checkpoint were right when they were done; a checkpoint is due earlier now."""
+    folder = make_workplace(tmp_path / "work")
+    before_training = at_call("lmtune.training.lifecycle", "base_scores", KILL)
+    write_config(folder, run__checkpoint_every_steps=1000)
+    assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(6, KILL)) == -signal.SIGKILL
+    sooner = ("finetune", "run.yaml", "run.checkpoint_every_steps=2")
+    assert lmtune(folder, *sooner, trouble=before_training) == -signal.SIGKILL
+    assert "warning: runs/trial: 5 steps were done before and no checkpoint holds them; they are" in said(folder)
+    assert lmtune(folder, *sooner) == 0, said(folder)
+    assert [line["step"] for line in lasting(folder)["metrics"]] == list(range(1, 9))
 
 
 @pytest.mark.long

@@ -1,0 +1,212 @@
+"""Runs whose files are not what a run writes: each command names the file and ends with 2, or shows what there is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmtune.runs import RunDirectory
+from lmtune.yaml_reader import read_yaml, write_yaml
+from tests.bad_input.conftest import Command, Outcome
+from tests.sample_run import write_base, write_run
+from tests.workplace import finetune, make_workplace, write_config
+
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Refused = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and a finished run over it."""
+    folder = tmp_path_factory.mktemp("made")
+    write_base(folder / "base")
+    run = write_run(folder / "runs" / "trial", "base")
+    run.verification.write_text(json.dumps({"sequences": [[1, 2, 3], [4, 5]]}))
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, place: Path) -> RunDirectory:
+    """A copy of its own in the current folder."""
+    shutil.copytree(made, place, dirs_exist_ok=True)
+    return RunDirectory(Path("runs/trial"))
+
+
+# --- adapters that nobody could use are not uploaded
+
+
+def settings(name: str, **values: Any) -> Callable[[Path], Any]:
+    """Changes keys of a JSON file."""
+    return lambda folder: (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **values}))
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
+    """Changes the adapter's tensors."""
+
+    def apply(folder: Path) -> None:
+        state = load_file(folder / WEIGHTS)
+        change(state)
+        save_file(state, folder / WEIGHTS)
+
+    return apply
+
+
+def renamed(state: dict[str, torch.Tensor]) -> None:
+    """Puts something before every name."""
+    for key in list(state):
+        state[f"x.{key}"] = state.pop(key)
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "HTML": (lambda a: (a / WEIGHTS).write_bytes(b"<!doctype html>\n<p>Not found"), f"{WEIGHTS} is a web page"),
+    "NaN": (tensors(lambda state: next(iter(state.values())).fill_(float("nan"))), "holds NaN or infinity"),
+    "infinity": (tensors(lambda state: next(iter(state.values())).fill_(float("inf"))), "holds NaN or infinity"),
+    "keys of another kind": (tensors(renamed), "no name that PEFT gives"),
+    "no tensor": (tensors(lambda state: state.clear()), "holds no LoRA tensor"),
+    "no alpha": (settings(CONFIG, lora_alpha=0), f"{CONFIG}: lora_alpha is 0"),
+    "code": (settings("tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}), "auto_map names code"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_an_adapter_that_nobody_could_use_is_not_uploaded(run: RunDirectory, refused: Refused, what: str) -> None:
+    change, message = UNUSABLE[what]
+    change(run.adapter)
+    told = refused("push", "runs/trial", "me/trial", "--dry-run").err
+    assert "error: runs/trial/adapter: " in told
+    assert message in told
+
+
+def test_the_run_as_it_was_is_uploaded_and_shown(run: RunDirectory, command: Command) -> None:
+    for arguments in (("push", "trial", "me/trial", "--dry-run"), ("runs", "show", "trial"), ("runs", "list")):
+        outcome = command(*arguments)
+        assert outcome.code == 0, outcome.said
+
+
+# --- what a run tells of itself
+
+
+HUGE = str(10**400)
+TERMINAL = "\\u001b]0;owned\\u0007"
+SUMMARIES: dict[str, tuple[str, str]] = {  # content, message
+    "a status of markup": ('{"status": "[/x]"}', "status is '[/x]'; should be running or "),
+    "a status that commands the terminal": (f'{{"status": "{TERMINAL}"}}', "status is "),
+    "a status that is a list": ('{"status": [1]}', "status is list; should be"),
+    "no status": ('{"status": null}', "status is NoneType; should be"),
+    "a score of 400 digits": (f'{{"status": "complete", "tuned": {{"exact_match": {HUGE}}}}}', "tuned is, or holds, a"),
+    "a score that is no number": ('{"status": "complete", "base": {"loss": NaN}}', "base is, or holds, a number that"),
+    "an infinite number": ('{"status": "complete", "tokens": 1e999}', "tokens is, or holds, a number that is not"),
+    "one deep within": ('{"merge": ' + 300 * '{"a": [' + "Infinity" + 300 * "]}" + "}", "merge is, or holds, a number"),
+    "a list": ("[1]", "holds list, not an object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SUMMARIES)
+def test_a_summary_that_no_run_writes(run: RunDirectory, refused: Refused, command: Command, what: str) -> None:
+    content, message = SUMMARIES[what]
+    run.summary.write_text(content)
+    for arguments in (("runs", "show", "trial"), ("merge", "trial"), ("push", "trial", "me/trial", "--dry-run")):
+        assert f"error: runs/trial/summary.json: damaged: {message}" in refused(*arguments).err
+    for action in (("list",), ("follow", "trial")):
+        outcome = command("runs", *action)
+        assert outcome.code == 0, outcome.said
+        assert "damaged" in outcome.said
+        assert "\x1b" not in outcome.said
+
+
+def test_half_a_character_in_a_summary(run: RunDirectory, refused: Refused) -> None:
+    """A lone surrogate, which cannot be printed."""
+    run.summary.write_text('{"status": "failed", "reason": "\\ud800"}')
+    for arguments in (("runs", "show", "trial"), ("merge", "trial")):
+        assert "error: runs/trial/summary.json: not valid JSON (" in refused(*arguments).err
+
+
+def test_a_folder_in_place_of_the_summary(run: RunDirectory, refused: Refused, command: Command) -> None:
+    run.summary.unlink()
+    run.summary.mkdir()
+    assert "error: runs/trial/summary.json: damaged: is no plain file" in refused("runs", "show", "trial").err
+    assert "damaged" in command("runs", "list").out
+
+
+def test_names_of_markup_are_shown_as_they_are(run: RunDirectory, command: Command) -> None:
+    run.summary.write_text(f'{{"status": "complete", "reason": "[/y]{TERMINAL}", "[/x]{TERMINAL}": 3}}')
+    run.config.write_text('model: {name: "[/m]", quantization: "[/q]"}\n')
+    shown, listed = command("runs", "show", "trial"), command("runs", "list")
+    assert (shown.code, listed.code) == (0, 0), shown.said + listed.said
+    assert "[/y]\\x1b]0;owned\\x07" in shown.out
+    assert "[/x]\\x1b]0;owned\\x07: 3" in shown.out
+    assert "[/q]" in listed.out
+    assert "\x1b" not in shown.said + listed.said
+
+
+# --- the rows on which a merge is verified
+
+
+ROWS: dict[str, tuple[str, str]] = {  # sequences, message
+    "a word": ('"x"', "sequences is no list of rows of tokens"),
+    "null": ("null", "sequences is no list of rows of tokens"),
+    "no row": ("[]", "sequences is no list of rows of tokens"),
+    "an empty row": ("[[1], []]", "sequences is no list of rows of tokens"),
+    "no rows but tokens": ("[1, 2]", "sequences is no list of rows of tokens"),
+    "a token beyond the vocabulary": ("[[1], [1000000000]]", "row 2 of sequences holds what is no token"),
+    "a token below 0": ("[[-1, 3]]", "row 1 of sequences holds what is no token"),
+    "half a token": ("[[1.5]]", "row 1 of sequences holds what is no token"),
+    "a truth": ("[[true]]", "row 1 of sequences holds what is no token"),
+    "a word in a row": ('[["x"]]', "row 1 of sequences holds what is no token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_rows_to_verify_on_that_are_none(run: RunDirectory, refused: Refused, what: str) -> None:
+    content, message = ROWS[what]
+    run.verification.write_text(f'{{"sequences": {content}}}')
+    assert f"error: runs/trial/verification.json: damaged: {message}" in refused("merge", "trial").err
+
+
+def test_the_run_as_it_was_is_merged(run: RunDirectory, command: Command) -> None:
+    outcome = command("merge", "trial")
+    assert outcome.code == 0, outcome.said
+    assert "verified on 2 rows" in outcome.out
+
+
+# --- settings of the run that its next start meets
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with a run whose last note is missing."""
+    folder = make_workplace(tmp_path_factory.mktemp("interrupted"))
+    run, summary = finetune(folder)
+    write_config(folder)
+    run.summary.write_text(json.dumps({**summary, "status": "interrupted"}))
+    return folder
+
+
+@pytest.mark.parametrize("settings", ["evaluation: null", "evaluation: 3", "evaluation: [1]"])
+def test_a_run_of_damaged_settings_goes_on_and_is_scored_again(
+    interrupted: Path, place: Path, command: Command, settings: str
+) -> None:
+    shutil.copytree(interrupted, place, dirs_exist_ok=True)
+    run = RunDirectory(Path("runs/trial"))
+    tree = read_yaml(run.config)
+    del tree["evaluation"]
+    run.config.write_text(f"{write_yaml(tree)}{settings}\n")
+    outcome = command("finetune", "run.yaml")
+    assert outcome.code == 0, outcome.said
+    assert run.read_summary()["status"] == "complete"
+    assert read_yaml(run.config)["evaluation"]["exact_match_rows"] == 3
+    shutil.rmtree(run.checkpoints)
+    run.summary.write_text('{"status": "interrupted", "steps": 8}')
+    run.config.write_text(f"{write_yaml(tree)}{settings}\n")
+    outcome = command("finetune", "run.yaml")
+    assert outcome.code == 2, outcome.said
+    assert "error: runs/trial/config.yaml" in outcome.err
