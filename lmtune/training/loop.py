@@ -145,9 +145,7 @@ def train(job: Job) -> Outcome:
                 return_freed_memory()
             stopped_early = _out_of_patience(counters, config)
             last = stopped_early or counters.step == total_steps
-            stop = sums.interrupted or (
-                job.accelerator.num_processes == 1 and signals.asked()
-            )  # alone it need not wait
+            stop = sums.interrupted or (job.accelerator.num_processes == 1 and signals.asked())
             if last or stop or _is_due(counters, validation, config):
                 _save(job, optimizer, parameters, counters)
             if stop and not last:
