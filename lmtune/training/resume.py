@@ -16,7 +16,7 @@ from lmtune.runs import RunDirectory
 from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
 from lmtune.training.records import recorded_steps
 
-# Settings that change speed, memory or reporting, but never what is learned.
+# Settings that change speed, memory or reporting; what is learned they change only as far as dropout is drawn anew.
 _FREE = {
     "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.exact_match_rows",
     "evaluation.max_new_tokens", "data.train", "data.validation",
