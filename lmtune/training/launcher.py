@@ -15,7 +15,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from lmtune.console import err
 from lmtune.training.workers import STARTED_BY, stop_with_starter
 
+STOP_SECONDS = 7 * 24 * 3600  # for a step that is to be saved; torch's agent would kill its processes after 30
+
 if __name__ == "__main__":
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_SECONDS)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a launcher that is gone, told in forty lines every second
     if STARTED_BY in os.environ:
         stop_with_starter()

@@ -93,17 +93,15 @@ def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
         ]  # fmt: skip
         environment = {**os.environ, **_environment(processes), ASKED: str(processes), EXIT_CODES: str(codes)}
         environment[STARTED_BY] = str(os.getpid())
-        launcher = subprocess.Popen(command, env=environment)
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)  # a terminal's Ctrl-C comes here
         received = _forward_signals(launcher)
         launcher.wait()
         if launcher.returncode < 0 and not received:
             _say_launcher_ended(-launcher.returncode)
         _wait_for_workers(codes)
         noted = [int(code) for code in codes.read_text().split()]
-        if received and launcher.returncode:
-            return 128 + received[0]
-        if launcher.returncode < 0:
-            return 1
+        if launcher.returncode and (received or launcher.returncode < 0):
+            return _stopped(noted, processes, received)
         if launcher.returncode == 0 and len(noted) < processes:
             err.print(f"[bold red]error:[/] {processes - len(noted)} of {processes} processes ended before their work")
         return _failure(noted, processes) if launcher.returncode or len(noted) < processes else 0
@@ -161,6 +159,13 @@ def _say_launcher_ended(number: int) -> None:
     err.print(f"[bold red]error:[/] the launcher was ended by {name}{hint}\n  its processes end after their step")
 
 
+def _stopped(noted: Sequence[int], processes: int, received: Sequence[int]) -> int:
+    """The exit code where the command was asked to stop, or the launcher was killed: 0 if the run ended well yet."""
+    if list(noted) == [0] * processes:
+        return 0
+    return 128 + received[0] if received else 1
+
+
 def _failure(noted: Sequence[int], processes: int) -> int:
     """The exit code of the process that failed first by itself; the launcher then ends the others with SIGTERM."""
     stopped = 128 + signal.SIGTERM
@@ -183,19 +188,41 @@ def _environment(processes: int) -> dict[str, str]:
 def _forward_signals(launcher: subprocess.Popen[bytes]) -> list[int]:
     """Hand SIGTERM and Ctrl-C on to the launcher, which hands them to its workers; returns what was received.
 
-    A terminal sends Ctrl-C to the workers as well, and a second one would end them in the middle of a step; so it is
-    handed on as SIGTERM, which a worker that is stopping already takes no notice of.
+    Both are handed on as SIGTERM, once: the workers finish and save their step. A second SIGTERM changes nothing, a
+    second Ctrl-C ends them in the middle of it.
     """
     received: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
         if not received:
             launcher.send_signal(signal.SIGTERM)
+        elif number == signal.SIGINT:
+            received[0] = number
+            _kill(launcher)
         received.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     return received
+
+
+def _kill(launcher: subprocess.Popen[bytes]) -> None:
+    """End the launcher and its workers at once.
+
+    Raises:
+        KeyboardInterrupt: the launcher has ended already, and who its workers were cannot be told.
+    """
+    import psutil
+
+    try:
+        workers = psutil.Process(launcher.pid).children(recursive=True)
+    except psutil.Error:
+        raise KeyboardInterrupt from None
+    launcher.kill()
+    for worker in workers:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
+    err.print("stopped")
 
 
 def _free_port() -> int:

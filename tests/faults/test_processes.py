@@ -226,6 +226,11 @@ def stop_command(number: int) -> None:
     os.kill(int(Path("command").read_text()), number)
 
 
+def press_ctrl_c() -> None:
+    """What a terminal does: the signal goes to every process of the command's group."""
+    os.killpg(int(Path("command").read_text()), signal.SIGINT)
+
+
 def kill_launcher() -> None:
     """As the kernel does where memory is full."""
     os.kill(os.getppid(), signal.SIGKILL)
@@ -236,6 +241,48 @@ def assert_saved_by_both(place: Path, done: "subprocess.CompletedProcess[str]") 
     assert done.stderr.count("error: stopped after step 5 of 8, which is saved") == 2, done.stderr
     assert problem_of(place / "runs/trial/checkpoints/step-000005") is None
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ask", "code"),
+    [(partial(stop_command, signal.SIGTERM), 143), pytest.param(press_ctrl_c, 130, marks=pytest.mark.long)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}, 4), pytest.param({}, 35, marks=pytest.mark.long)],
+    ids=["short", "torch's own"],
+)
+def test_03_and_05_a_stop_waits_for_a_step_that_takes_longer_than_the_launcher_would(
+    place: Path, undisturbed_pair: dict[str, Any], ask: Trouble, code: int, limit: dict[str, str], seconds: float
+) -> None:
+    trouble = at_step(5, all_of(partial(marked, ask), partial(time.sleep, seconds)))
+    done, _ = launched(place, 1, trouble, **limit)
+    assert done.returncode == code, done.stderr
+    assert_saved_by_both(place, done)
+    assert_goes_on(place, undisturbed_pair)
+
+
+def test_03_a_stop_in_the_last_step_lets_all_processes_finish(place: Path, undisturbed_pair: dict[str, Any]) -> None:
+    done, _ = launched(place, 1, at_step(8, partial(marked, partial(stop_command, signal.SIGTERM))))
+    assert done.returncode == 0, done.stderr
+    assert lasting(place) == undisturbed_pair
+
+
+@pytest.mark.parametrize("second", few([signal.SIGTERM, signal.SIGINT], signal.SIGINT))
+def test_04_a_second_signal_to_the_command(
+    place: Path, undisturbed_pair: dict[str, Any], second: signal.Signals
+) -> None:
+    """A second Ctrl-C does not wait for a step that never ends; a second SIGTERM changes nothing."""
+    rest = partial(time.sleep, 1000 if second == signal.SIGINT else 2)
+    ask = partial(stop_command, second)
+    trouble = at_step(5, all_of(partial(marked, ask), partial(time.sleep, 1), ask, rest))
+    done, seconds = launched(place, 1, trouble)
+    assert done.returncode == 128 + second, done.stderr
+    assert seconds < 30
+    if second == signal.SIGTERM:
+        assert_saved_by_both(place, done)
+    assert_goes_on(place, undisturbed_pair)
 
 
 @pytest.mark.parametrize("command", few([COMMAND, ACCELERATE], COMMAND))

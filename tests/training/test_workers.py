@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmtune.errors import ConfigError
-from lmtune.training.workers import _failure, check_world, is_worker, note_exit_code
+from lmtune.training.workers import _failure, _stopped, check_world, is_worker, note_exit_code
 from lmtune.yaml_reader import write_yaml
 from tests.workplace import environment, finetune, make_workplace, tree_of
 
@@ -87,6 +87,17 @@ def test_a_process_whose_starter_had_gone_before_it_looked_stops_too() -> None:
     variables = {**os.environ, "LMTUNE_STARTED_BY": str(gone.pid)}
     done = subprocess.run([sys.executable, "-c", FOLLOWS], cwd=ROOT, env=variables, timeout=30, check=False)
     assert done.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("noted", "received", "code"),
+    [([143, 143], [15], 143), ([143, 143], [2], 130), ([143], [15, 2], 143), ([0, 0], [15], 0), ([0], [15], 143),
+     ([143, 143], [], 1), ([0, 0], [], 0), ([], [], 1)],
+)  # fmt: skip
+def test_a_run_that_ended_well_has_ended_well_though_it_was_to_stop(
+    noted: list[int], received: list[int], code: int
+) -> None:
+    assert _stopped(noted, 2, received) == code
 
 
 # --- through accelerate launch, with a recipe that needs no torch
