@@ -4,6 +4,7 @@ python -m lmtune.training.launcher --num_processes 2 recipes/finetune.py CONFIG
 """
 
 import logging
+import os
 import signal
 import sys
 
@@ -12,8 +13,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lmtune.console import err
+from lmtune.training.workers import STARTED_BY, stop_with_starter
+
+STOP_SECONDS = 7 * 24 * 3600  # for a step that is to be saved; torch's agent would kill its processes after 30
 
 if __name__ == "__main__":
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_SECONDS)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a launcher that is gone, told in forty lines every second
+    if STARTED_BY in os.environ:
+        stop_with_starter()
+    os.environ[STARTED_BY] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         main()

@@ -7,21 +7,27 @@ would quietly be another run. So the number asked for is compared with the numbe
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lmtune.console import err
 from lmtune.errors import ConfigError
 
 ASKED = "LMTUNE_PROCESSES"  # set by `lmtune finetune --processes N` for the processes that it starts
 EXIT_CODES = "LMTUNE_EXIT_CODES"  # a file where each of these processes notes the exit code it ended with
+STARTED_BY = "LMTUNE_STARTED_BY"  # the process id of the command, for its launcher; of the launcher, for the processes
+_LOOK_SECONDS = 1.0
+_held: list[IO[str]] = []  # open while this process lives
 
 
 def check_world() -> None:
@@ -59,6 +65,9 @@ def start_accelerator(process_timeout_seconds: float = 1800) -> Any:
     from lmtune.training.watch import WatchedAccelerator
 
     check_world()
+    _hold_exit_codes()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher started this process, and not a shell that may leave
+        stop_with_starter()
     accelerator = WatchedAccelerator(process_timeout_seconds)
     atexit.register(accelerator.end_training)
     running = int(os.environ.get("WORLD_SIZE", "1"))
@@ -83,12 +92,16 @@ def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
             "--main_process_port", str(_free_port()), str(recipe), *arguments,
         ]  # fmt: skip
         environment = {**os.environ, **_environment(processes), ASKED: str(processes), EXIT_CODES: str(codes)}
-        launcher = subprocess.Popen(command, env=environment)
+        environment[STARTED_BY] = str(os.getpid())
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)  # a terminal's Ctrl-C comes here
         received = _forward_signals(launcher)
         launcher.wait()
-        if received and launcher.returncode:
-            return 128 + received[0]
-        noted = [int(code) for code in codes.read_text().split()] if codes.exists() else []
+        if launcher.returncode < 0 and not received:
+            _say_launcher_ended(-launcher.returncode)
+        _wait_for_workers(codes)
+        noted = [int(code) for code in codes.read_text().split()]
+        if launcher.returncode and (received or launcher.returncode < 0):
+            return _stopped(noted, processes, received)
         if launcher.returncode == 0 and len(noted) < processes:
             err.print(f"[bold red]error:[/] {processes - len(noted)} of {processes} processes ended before their work")
         return _failure(noted, processes) if launcher.returncode or len(noted) < processes else 0
@@ -97,8 +110,60 @@ def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
 def note_exit_code(code: int) -> None:
     """Tell the command that started this process how it ended; the launcher in between only says that it failed."""
     if path := os.environ.get(EXIT_CODES):
-        with open(path, "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:  # the command may be gone
             file.write(f"{code}\n")
+
+
+def stop_with_starter() -> None:
+    """From now on stop as for SIGTERM when the process that started this one is gone; nobody else would say so."""
+    parent = os.getppid()
+    starter = int(os.environ.get(STARTED_BY, parent))  # it may have gone before this process looked
+    threading.Thread(target=_follow, args=(parent, starter), name="starter", daemon=True).start()
+
+
+def _follow(parent: int, starter: int) -> None:
+    while os.getppid() == parent and _lives(starter):
+        time.sleep(_LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _hold_exit_codes() -> None:
+    """Keep the file of exit codes locked, with the other processes, for as long as this one lives."""
+    if path := os.environ.get(EXIT_CODES):
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            _held.append(open(path, "a", encoding="utf-8"))  # noqa: SIM115
+            fcntl.flock(_held[-1], fcntl.LOCK_SH)
+
+
+def _wait_for_workers(codes: Path) -> None:
+    """Until the last process has ended, also where the launcher was killed and did not wait for them."""
+    import fcntl
+
+    with codes.open("a") as file, contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _say_launcher_ended(number: int) -> None:
+    name = signal.Signals(number).name
+    hint = "; perhaps the memory was full" if number == signal.SIGKILL else ""
+    err.print(f"[bold red]error:[/] the launcher was ended by {name}{hint}\n  its processes end after their step")
+
+
+def _stopped(noted: Sequence[int], processes: int, received: Sequence[int]) -> int:
+    """The exit code where the command was asked to stop, or the launcher was killed: 0 if the run ended well yet."""
+    if list(noted) == [0] * processes:
+        return 0
+    return 128 + received[0] if received else 1
 
 
 def _failure(noted: Sequence[int], processes: int) -> int:
@@ -123,19 +188,41 @@ def _environment(processes: int) -> dict[str, str]:
 def _forward_signals(launcher: subprocess.Popen[bytes]) -> list[int]:
     """Hand SIGTERM and Ctrl-C on to the launcher, which hands them to its workers; returns what was received.
 
-    A terminal sends Ctrl-C to the workers as well, and a second one would end them in the middle of a step; so it is
-    handed on as SIGTERM, which a worker that is stopping already takes no notice of.
+    Both are handed on as SIGTERM, once: the workers finish and save their step. A second SIGTERM changes nothing, a
+    second Ctrl-C ends them in the middle of it.
     """
     received: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
         if not received:
             launcher.send_signal(signal.SIGTERM)
+        elif number == signal.SIGINT:
+            received[0] = number
+            _kill(launcher)
         received.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     return received
+
+
+def _kill(launcher: subprocess.Popen[bytes]) -> None:
+    """End the launcher and its workers at once.
+
+    Raises:
+        KeyboardInterrupt: the launcher has ended already, and who its workers were cannot be told.
+    """
+    import psutil
+
+    try:
+        workers = psutil.Process(launcher.pid).children(recursive=True)
+    except psutil.Error:
+        raise KeyboardInterrupt from None
+    launcher.kill()
+    for worker in workers:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
+    err.print("stopped")
 
 
 def _free_port() -> int:

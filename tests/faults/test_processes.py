@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ import pytest
 
 from lmtune.training.checkpoint import checkpoint_folders, problem_of
 from tests.faults.choosing import few
-from tests.processes import KILL, Trouble, at_call, at_step, said, send, together
+from tests.processes import KILL, Trouble, all_of, at_call, at_step, free_port, said, send, together
 from tests.workplace import environment, lasting
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = "import sys; from pathlib import Path; from lmtune.training.workers import launch; "
-LAUNCH += f"sys.exit(launch(Path({str(ROOT / 'tests' / 'faults' / 'recipe.py')!r}), sys.argv[1:], 2))"
+RECIPE = str(ROOT / "tests" / "faults" / "recipe.py")
+LAUNCH = "import os, sys; from pathlib import Path; from lmtune.training.workers import launch; "
+LAUNCH += f"Path('command').write_text(str(os.getpid())); sys.exit(launch(Path({RECIPE!r}), sys.argv[1:], 2))"
 
 
 def reason(place: Path) -> str:
@@ -144,21 +146,27 @@ def test_19_the_first_process_may_not_leave_before_the_result_is_saved(place: Pa
 
 # --- through the launcher
 
+COMMAND = (sys.executable, "-c", LAUNCH)
+ACCELERATE = (
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), RECIPE,
+)  # fmt: skip
+
 
 def launched(
-    place: Path, rank: int, trouble: Trouble, *settings: str
+    place: Path, rank: int, trouble: Trouble, *settings: str, command: Sequence[str] = COMMAND, **variables: str
 ) -> "tuple[subprocess.CompletedProcess[str], float]":
     """`lmtune finetune --processes 2` with trouble for one of them, and for how long it went on after that."""
-    variables = {"TROUBLE": pickle.dumps(trouble).hex(), "RANK_IN_TROUBLE": str(rank), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", LAUNCH, "run.yaml", *settings]
+    variables |= {"TROUBLE": pickle.dumps(trouble).hex(), "RANK_IN_TROUBLE": str(rank), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command,
+        [*command, "run.yaml", *settings],
         cwd=place,
         env=environment(place, **variables),
         text=True,
         capture_output=True,
         check=False,
         timeout=200,
+        start_new_session=True,  # as a terminal gives each command a process group of its own
     )
     return done, time.time() - (place / "trouble").stat().st_mtime
 
@@ -210,4 +218,95 @@ def test_the_same_through_the_launcher(
     errors = re.findall(r"^error: (.*)$", done.stderr, re.MULTILINE)
     assert re.match(first, errors[0]), done.stderr
     assert "Traceback" not in done.stderr
+    assert_goes_on(place, undisturbed_pair)
+
+
+def stop_command(number: int) -> None:
+    """Ask the command that started all to stop, as a scheduler does."""
+    os.kill(int(Path("command").read_text()), number)
+
+
+def press_ctrl_c() -> None:
+    """What a terminal does: the signal goes to every process of the command's group."""
+    os.killpg(int(Path("command").read_text()), signal.SIGINT)
+
+
+def kill_launcher() -> None:
+    """As the kernel does where memory is full."""
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def assert_saved_by_both(place: Path, done: "subprocess.CompletedProcess[str]") -> None:
+    """Both processes finished step 5 and said so."""
+    assert done.stderr.count("error: stopped after step 5 of 8, which is saved") == 2, done.stderr
+    assert problem_of(place / "runs/trial/checkpoints/step-000005") is None
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ask", "code"),
+    [(partial(stop_command, signal.SIGTERM), 143), pytest.param(press_ctrl_c, 130, marks=pytest.mark.long)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}, 4), pytest.param({}, 35, marks=pytest.mark.long)],
+    ids=["short", "torch's own"],
+)
+def test_03_and_05_a_stop_waits_for_a_step_that_takes_longer_than_the_launcher_would(
+    place: Path, undisturbed_pair: dict[str, Any], ask: Trouble, code: int, limit: dict[str, str], seconds: float
+) -> None:
+    trouble = at_step(5, all_of(partial(marked, ask), partial(time.sleep, seconds)))
+    done, _ = launched(place, 1, trouble, **limit)
+    assert done.returncode == code, done.stderr
+    assert_saved_by_both(place, done)
+    assert_goes_on(place, undisturbed_pair)
+
+
+def test_03_a_stop_in_the_last_step_lets_all_processes_finish(place: Path, undisturbed_pair: dict[str, Any]) -> None:
+    done, _ = launched(place, 1, at_step(8, partial(marked, partial(stop_command, signal.SIGTERM))))
+    assert done.returncode == 0, done.stderr
+    assert lasting(place) == undisturbed_pair
+
+
+@pytest.mark.parametrize("second", few([signal.SIGTERM, signal.SIGINT], signal.SIGINT))
+def test_04_a_second_signal_to_the_command(
+    place: Path, undisturbed_pair: dict[str, Any], second: signal.Signals
+) -> None:
+    """A second Ctrl-C does not wait for a step that never ends; a second SIGTERM changes nothing."""
+    rest = partial(time.sleep, 1000 if second == signal.SIGINT else 2)
+    ask = partial(stop_command, second)
+    trouble = at_step(5, all_of(partial(marked, ask), partial(time.sleep, 1), ask, rest))
+    done, seconds = launched(place, 1, trouble)
+    assert done.returncode == 128 + second, done.stderr
+    assert seconds < 30
+    if second == signal.SIGTERM:
+        assert_saved_by_both(place, done)
+    assert_goes_on(place, undisturbed_pair)
+
+
+@pytest.mark.parametrize("command", few([COMMAND, ACCELERATE], COMMAND))
+def test_16_the_launcher_is_killed_and_its_processes_save_their_step(
+    place: Path, undisturbed_pair: dict[str, Any], command: Sequence[str]
+) -> None:
+    trouble = at_step(5, all_of(partial(marked, kill_launcher), partial(time.sleep, 4)))
+    done, seconds = launched(place, 1, trouble, command=command, ACCELERATE_USE_CPU="true")
+    assert done.returncode == (1 if command == COMMAND else -signal.SIGKILL), done.stderr
+    assert seconds < 30
+    if command == COMMAND:
+        assert "error: the launcher was ended by SIGKILL; perhaps the memory was full" in done.stderr
+        assert "frame #" not in done.stderr, done.stderr  # of C++
+    assert_saved_by_both(place, done)
+    assert_goes_on(place, undisturbed_pair)
+
+
+@pytest.mark.long
+def test_16_the_command_is_killed_and_its_processes_save_their_step(
+    place: Path, undisturbed_pair: dict[str, Any]
+) -> None:
+    kill = partial(stop_command, signal.SIGKILL)
+    done, seconds = launched(place, 1, at_step(5, all_of(partial(marked, kill), partial(time.sleep, 4))))
+    assert done.returncode == -signal.SIGKILL
+    assert seconds < 30
+    assert_saved_by_both(place, done)
     assert_goes_on(place, undisturbed_pair)

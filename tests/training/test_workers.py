@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmtune.errors import ConfigError
-from lmtune.training.workers import _failure, check_world, is_worker, note_exit_code
+from lmtune.training.workers import _failure, _stopped, check_world, is_worker, note_exit_code
 from lmtune.yaml_reader import write_yaml
 from tests.workplace import environment, finetune, make_workplace, tree_of
 
@@ -24,7 +24,7 @@ WORLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher's variables."""
-    for name in (*WORLD, "LMTUNE_PROCESSES", "LMTUNE_EXIT_CODES"):
+    for name in (*WORLD, "LMTUNE_PROCESSES", "LMTUNE_EXIT_CODES", "LMTUNE_STARTED_BY"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -71,6 +71,33 @@ def test_an_exit_code_is_noted_only_where_somebody_asks(tmp_path: Path, monkeypa
 )
 def test_of_several_exit_codes_that_of_the_first_failure_counts(noted: list[int], code: int) -> None:
     assert _failure(noted, 2) == code
+
+
+def test_an_exit_code_for_a_command_that_is_gone_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMTUNE_EXIT_CODES", str(tmp_path / "none" / "codes"))
+    note_exit_code(3)
+
+
+FOLLOWS = "import time; from lmtune.training.workers import stop_with_starter; stop_with_starter(); time.sleep(60)"
+
+
+def test_a_process_whose_starter_had_gone_before_it_looked_stops_too() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    variables = {**os.environ, "LMTUNE_STARTED_BY": str(gone.pid)}
+    done = subprocess.run([sys.executable, "-c", FOLLOWS], cwd=ROOT, env=variables, timeout=30, check=False)
+    assert done.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("noted", "received", "code"),
+    [([143, 143], [15], 143), ([143, 143], [2], 130), ([143], [15, 2], 143), ([0, 0], [15], 0), ([0], [15], 143),
+     ([143, 143], [], 1), ([0, 0], [], 0), ([], [], 1)],
+)  # fmt: skip
+def test_a_run_that_ended_well_has_ended_well_though_it_was_to_stop(
+    noted: list[int], received: list[int], code: int
+) -> None:
+    assert _stopped(noted, 2, received) == code
 
 
 # --- through accelerate launch, with a recipe that needs no torch
