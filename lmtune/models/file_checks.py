@@ -55,6 +55,14 @@ def shapes_of(path: Path) -> dict[str, list[int]]:
         return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
+def types_of(path: Path) -> dict[str, str]:
+    """The type of each tensor in a safetensors file as its header spells it, by name; no weight is read."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
 def text_fault(path: Path, kind: str = "JSON") -> str | None:
     """What `path` is in place of text of some kind and what to do about it, or None."""
     return _absence(path) or _in_place_of(kind, path)

@@ -18,6 +18,7 @@ from lmtune.errors import ModelError
 from lmtune.models.adapters import is_target
 from lmtune.models.free_memory import free_memory
 from lmtune.models.loading import compute_dtype, resolve_name
+from lmtune.models.weight_types import empty_model
 from lmtune.training import memory
 from lmtune.training.memory import GIB, MemoryEstimate, ModelShape
 from lmtune.training.plan import Plan, TokenCost
@@ -122,12 +123,8 @@ def _plain_flop(shape: ModelShape) -> float:
 
 def planned_shape(model: ModelConfig, adapter: AdapterConfig) -> ModelShape:
     """The shape of `model` with `adapter`, from its config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        config = AutoConfig.from_pretrained(resolve_name(model.name), revision=model.revision, trust_remote_code=False)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        empty = empty_model(resolve_name(model.name), model.revision)
     except Exception as error:
         raise ModelError(f"model.name: cannot read the config of {model.name}: {error}") from error
     parameters = sum(

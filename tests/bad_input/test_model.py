@@ -91,7 +91,20 @@ def sharded(change: Callable[[Path, list[Path]], Any]) -> Change:
     return apply
 
 
+def stored_as(kind: torch.dtype, *parts: str) -> Change:
+    """The weights whose names hold one of `parts`, or all matrices, in another type."""
+
+    def apply(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        chosen = [n for n in state if (any(part in n for part in parts) if parts else state[n].dim() == 2)]
+        state.update({name: (state[name] * 100).to(kind) for name in chosen})
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
 BITS = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+MASKS = (torch.bool, torch.uint8)
 PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROWS = "{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
@@ -231,9 +244,57 @@ BASES: dict[str, tuple[Change, str]] = {
         settings("config.json", quantization_config={**BITS, "load_in_8bit": True}),
         "model.name: ./base: config.json says that the weights are stored in 8 bit",
     ),
+    "weights in whole numbers": (
+        stored_as(torch.int8),
+        "model.name: ./base: model.safetensors: lm_head.weight and 15 more are of type I8, but config.json has no",
+    ),
+    "one weight in whole numbers": (
+        stored_as(torch.uint8, "0.self_attn.q_proj"),
+        "model.safetensors: model.layers.0.self_attn.q_proj.weight is of type U8, but config.json has no quant",
+    ),
+    "weights in 8-bit floats without scales": (
+        stored_as(torch.float8_e4m3fn), "model.safetensors: lm_head.weight and 15 more are of type F8_E4M3, but config",
+    ),
+    "other 8-bit floats, over shards": (
+        all_of(stored_as(torch.float8_e5m2, "norm"), sharded(lambda base, shards: None)),
+        ": model.layers.0.post_attention_layernorm.weight and 1 more are of type F8_E5M2, but config.json has no",
+    ),
     "an adapter in the base's folder": (
         written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}'),
         "model.name: ./base holds an adapter (adapter_config.json) beside the model, and transformers would load the ",
+    ),
+    "no layers in the config": (
+        settings("config.json", num_hidden_layers=0),
+        "model.name: ./base: config.json: num_hidden_layers is 0; should be a whole number above 0; correct it",
+    ),
+    "layers below zero": (settings("config.json", num_hidden_layers=-1), "num_hidden_layers is -1; should be a whole"),
+    "half a layer": (settings("config.json", num_hidden_layers=1.5), "num_hidden_layers is 1.5; should be a whole"),
+    "no width": (settings("config.json", hidden_size=0), "config.json: hidden_size is 0; should be a whole number"),
+    "no heads": (settings("config.json", num_attention_heads=0), "num_attention_heads is 0; should be a whole number"),
+    "heads by name": (settings("config.json", num_key_value_heads="x"), "num_key_value_heads is 'x'; should be a whol"),
+    "no vocabulary": (settings("config.json", vocab_size=-5), "config.json: vocab_size is -5; should be a whole"),
+    "no layers of the text's part": (
+        settings("config.json", text_config={"num_hidden_layers": 0}), "text_config.num_hidden_layers is 0; should be",
+    ),
+    "an epsilon that is no number": (
+        settings("config.json", rms_norm_eps=float("nan")),
+        "config.json: rms_norm_eps is nan; should be a number of 0 or above; correct it, or copy or download it again",
+    ),
+    "an epsilon below zero": (settings("config.json", layer_norm_eps=-1e-5), "layer_norm_eps is -1e-05; should be a n"),
+    "a base of positions without bound": (
+        settings("config.json", rope_theta=float("inf")), "config.json: rope_theta is inf; should be a number above 0",
+    ),
+    "a base of positions of zero": (
+        settings("config.json", rope_parameters={"rope_type": "default", "rope_theta": 0}),
+        "config.json: rope_parameters.rope_theta is 0; should be a number above 0; correct it",
+    ),
+    "a base of positions below zero": (
+        settings("config.json", rope_scaling={"rope_type": "default", "rope_theta": -1e4}),
+        "config.json: rope_scaling.rope_theta is -10000.0; should be a number above 0",
+    ),
+    "one kind of layer without positions": (
+        settings("config.json", rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 10**400}}),
+        "config.json: rope_parameters.full_attention.rope_theta is 1000",
     ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"), "model.name: cannot load the tokenizer",
@@ -250,6 +311,8 @@ BASES: dict[str, tuple[Change, str]] = {
     ),
 }  # fmt: skip
 
+SIZES = ("no layers in the config", "layers below zero", "no heads", "a base of positions of zero")
+
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_base_that_cannot_be_used(
@@ -265,6 +328,33 @@ def test_a_base_that_cannot_be_used(
     assert said in refused("finetune", "trial.yaml").err
     assert time.monotonic() - begin < 30
     assert not (place / "it-ran").exists()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_plan_and_chat_refuse_sizes_too(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+    """Also where a folder holds no weights, which `plan` does without."""
+    make_workplace(place)
+    change, said = BASES[name]
+    change(place / "base")
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    assert said in refused("chat", "./base").err
+    (place / "base" / "model.safetensors").unlink()
+    assert said in refused("plan", "trial.yaml").err
+
+
+def test_whole_numbers_that_are_no_weights(place: Path, command: Command) -> None:
+    """What old files of GPT-2 hold beside the weights: masks, and the numbers of positions."""
+    make_workplace(place)
+    shutil.rmtree(place / "base")
+    save_tiny(place / "base", "gpt2", chat_template=CHATML)
+    state = load_file(place / "base" / "model.safetensors")
+    masks = {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 256, 256, dtype=kind) for n, kind in enumerate(MASKS)}
+    others = {"h.1.attn.bias": torch.ones(1, 1, 9, 9, dtype=torch.int8), "position_ids": torch.arange(256)}
+    save_file({**state, **masks, **others}, place / "base" / "model.safetensors", metadata={"format": "pt"})
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    outcome = command("plan", "trial.yaml")
+    assert outcome.code == 0, outcome.said
+    assert load_model(ModelConfig(name="./base", quantization="none"), "cpu").lm_head is not None
 
 
 @pytest.mark.parametrize(
