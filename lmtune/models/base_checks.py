@@ -13,11 +13,12 @@ from typing import Any
 
 from lmtune.errors import ModelError, listed
 from lmtune.models.config_checks import LAYERS, config_faults, settings_of
-from lmtune.models.file_checks import read_object, shapes_of, text_fault, weights_fault
+from lmtune.models.file_checks import generation_fault, odd_files, read_object, shapes_of, text_fault, weights_fault
 from lmtune.models.weight_types import type_faults
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_JSON = ("config.json", "generation_config.json", "tokenizer_config.json")
+_GENERATION = "generation_config.json"
+_JSON = ("config.json", _GENERATION, "tokenizer_config.json")
 _TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer.json"
 _SIZES = ("vocab_size", "hidden_size", "n_embd")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -51,6 +52,8 @@ def check_base(name: str, folder: Path, tokenizer_alone: bool = False) -> None:
         adapter = (folder / ADAPTER).is_file()
         what = "it is an adapter; give the base model that it was trained over" if adapter else "it is no model folder"
         raise ModelError(f"model.name: {name} holds no config.json, so {what}")
+    if odd := odd_files(folder):
+        raise _error(name, odd)
     if _is_there(folder / ADAPTER):
         raise adapter_beside(name)
     stored = any(_is_there(folder / file) for file in (WEIGHTS, INDEX))
@@ -162,6 +165,9 @@ def _text_faults(folder: Path) -> Iterator[str]:
                 read_object(folder / name)
             except ModelError as error:
                 yield str(error)
+                continue
+            if name == _GENERATION and (fault := generation_fault(folder / name)):
+                yield fault
     for name in _VOCABULARIES:
         if _is_there(folder / name) and (fault := text_fault(folder / name, "a vocabulary")):
             yield fault

@@ -7,6 +7,7 @@ tests/data/test_template_limits.py, and what only `pull` meets in tests/test_hub
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -61,6 +62,16 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
         state = load_file(folder / "adapter_model.safetensors")
         change(state)
         save_file(state, folder / "adapter_model.safetensors")
+
+    return apply
+
+
+def pipe(name: str) -> Change:
+    """Puts a named pipe in a file's place: who opens it waits for ever."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
 
     return apply
 
@@ -296,6 +307,28 @@ BASES: dict[str, tuple[Change, str]] = {
         settings("config.json", rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 10**400}}),
         "config.json: rope_parameters.full_attention.rope_theta is 1000",
     ),
+    "a pipe for the weights": (
+        pipe("model.safetensors"),
+        "model.name: ./base: model.safetensors is a pipe or a device, not a file; put the file itself there",
+    ),
+    "a device for the weights": (
+        lambda base: ((base / "model.safetensors").unlink(), (base / "model.safetensors").symlink_to("/dev/zero")),
+        "model.name: ./base: model.safetensors is a pipe or a device, not a file; put the file itself there",
+    ),
+    "a folder for the list of shards": (
+        sharded(lambda base, shards: ((base / INDEX).unlink(), (base / INDEX).mkdir())),
+        f"model.name: ./base: {INDEX} is a folder, not a file; put the file itself there",
+    ),
+    "a pipe for a shard": (
+        sharded(lambda base, shards: pipe(shards[1].name)(base)), "model-00002-of-00003.safetensors is a pipe or a dev",
+    ),
+    "a watermark of unknown settings": (
+        settings("generation_config.json", watermarking_config={"a": 1}),
+        "model.name: ./base: generation_config.json: cannot be used (TypeError: ",
+    ),
+    "a list for generation's settings": (
+        written("generation_config.json", "[]"), "model.name: ./base: generation_config.json: holds list, not an object",
+    ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"), "model.name: cannot load the tokenizer",
     ),
@@ -311,6 +344,10 @@ BASES: dict[str, tuple[Change, str]] = {
     ),
 }  # fmt: skip
 
+TEXTS = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "vocab.json",
+)  # fmt: skip
 SIZES = ("no layers in the config", "layers below zero", "no heads", "a base of positions of zero")
 
 
@@ -328,6 +365,16 @@ def test_a_base_that_cannot_be_used(
     assert said in refused("finetune", "trial.yaml").err
     assert time.monotonic() - begin < 30
     assert not (place / "it-ran").exists()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_pipe_in_place_of_a_text_is_not_waited_for(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+    make_workplace(place)
+    pipe(name)(place / "base")
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    said = f"./base: {name} is a pipe or a device, not a file; put the file itself there"
+    for arguments in (("finetune", "trial.yaml"), ("plan", "trial.yaml"), ("chat", "./base")):
+        assert said in refused(*arguments).err
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -401,6 +448,10 @@ A, B = "lora_A.weight", "lora_B.weight"
 UP = "base_model.model.model.layers.0.mlp.up_proj."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CODE = "from pathlib import Path\nPath('it-ran').touch()\nclass T: pass\n"
+PIPES = (
+    WEIGHTS, CONFIG, "lmtune.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    "special_tokens_map.json",
+)  # fmt: skip
 ADAPTERS: dict[str, tuple[Change, str]] = {
     "pickled weights": (
         all_of(without(WEIGHTS), written("adapter_model.bin", PICKLE)),
@@ -468,7 +519,25 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
         "adapter: its tokenizer cannot encode plain text (",
     ),
     "a template that loops": (written("chat_template.jinja", LOOPS), "did not finish a small conversation in 1 s"),
+    "a folder for the template": (
+        lambda a: ((a / "chat_template.jinja").unlink(), (a / "chat_template.jinja").mkdir()),
+        "chat_template.jinja is a folder, not a file; put the file itself there",
+    ),
+    **{f"a pipe for {name}": (pipe(name), f"adapter: {name} is a pipe or a device, not a file") for name in PIPES},
+    "a watermark of unknown settings": (
+        written("generation_config.json", '{"watermarking_config": {"a": 1}}'),
+        "generation_config.json: cannot be used (TypeError: ",
+    ),
+    "a list for generation's settings": (
+        written("generation_config.json", "[]"), "generation_config.json: holds list, not an object",
+    ),
 }  # fmt: skip
+
+
+BESIDE = (
+    "a pipe for tokenizer.json", "a pipe for adapter_config.json", "a pipe for generation_config.json",
+    "a folder for the template", "a watermark of unknown settings", "a list for generation's settings",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -557,6 +626,19 @@ def test_a_damaged_base_is_not_merged_into(place: Path, refused: Callable[..., O
     write_base(place / "base")
     change, said = BASES[name]
     change(place / "base")
+    assert said in refused("merge", "trial").err
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_wrong_beside_an_adapter_is_said_by_merge_as_by_chat(
+    place: Path, adapter: Path, refused: Callable[..., Outcome], name: str
+) -> None:
+    run = write_run(place / "runs" / "trial", "./base")
+    run.verification.write_text('{"sequences": [[1, 2, 3]]}')
+    shutil.rmtree(run.adapter)
+    shutil.copytree(adapter, run.adapter)
+    change, said = ADAPTERS[name]
+    change(run.adapter)
     assert said in refused("merge", "trial").err
 
 
