@@ -327,7 +327,7 @@ BASES: dict[str, tuple[Change, str]] = {
         "model.name: ./base: generation_config.json: cannot be used (TypeError: ",
     ),
     "a list for generation's settings": (
-        written("generation_config.json", "[]"), "model.name: ./base: generation_config.json: holds list, not an object",
+        written("generation_config.json", "[]"), "./base: generation_config.json: holds list, not an object",
     ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"), "model.name: cannot load the tokenizer",
@@ -442,12 +442,36 @@ def test_no_name_at_all(place: Path, refused: Callable[..., Outcome], arguments:
     assert "no model is named; give a run, an adapter or model folder, a Hub id, or tiny" in refused(*arguments).err
 
 
+@pytest.mark.parametrize("verb", ["finetune", "plan"])
+@pytest.mark.parametrize(
+    "targets", ["x{99999999999}", "(" * 5000 + ")" * 5000, "(q"], ids=["a repetition", "nested", "no expression"]
+)
+def test_targets_that_are_no_regular_expression(
+    place: Path, refused: Callable[..., Outcome], verb: str, targets: str
+) -> None:
+    make_workplace(place)
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    said = refused(verb, "trial.yaml", f"adapter.target_modules={targets}").err
+    assert f"error: adapter.target_modules: '{targets[:40]}" in said
+    assert "is no regular expression: " in said
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize("verb", ["finetune", "plan"])
+def test_targets_that_name_nothing(place: Path, refused: Callable[..., Outcome], verb: str) -> None:
+    make_workplace(place)
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    said = refused(verb, "trial.yaml", "adapter.target_modules=[q_porj]").err
+    assert "error: adapter.target_modules: nothing in this model is named q_porj; its linear layers are " in said
+
+
 # --- adapters, as `lmtune chat` meets them
 
 A, B = "lora_A.weight", "lora_B.weight"
 UP = "base_model.model.model.layers.0.mlp.up_proj."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CODE = "from pathlib import Path\nPath('it-ran').touch()\nclass T: pass\n"
+HUGE = "x{99999999999}"
 PIPES = (
     WEIGHTS, CONFIG, "lmtune.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
     "special_tokens_map.json",
@@ -496,7 +520,15 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "a class to import": (settings(CONFIG, auto_mapping={"parent_library": "os"}), f"{CONFIG}: auto_mapping is set"),
     "layers to multiply": (settings(CONFIG, layer_replication=[[0, 99]]), f"{CONFIG}: layer_replication is set"),
     "biases of the base": (settings(CONFIG, bias="all"), f"{CONFIG}: bias is 'all'; should be none"),
-    "no regular expression": (settings(CONFIG, target_modules="(q"), "PEFT cannot put this adapter"),
+    "no regular expression": (settings(CONFIG, target_modules="(q"), f"{CONFIG}: target_modules: '(q' is no"),
+    "a repetition without bound": (settings(CONFIG, target_modules=HUGE), f"{CONFIG}: target_modules: '{HUGE}"),
+    "modules left out, without bound": (settings(CONFIG, exclude_modules=HUGE), f"{CONFIG}: exclude_modules: '{HUGE}"),
+    "ranks without bound": (settings(CONFIG, rank_pattern={HUGE: 4}), f"{CONFIG}: rank_pattern: '{HUGE}"),
+    "alphas by no expression": (settings(CONFIG, alpha_pattern={"(q": 4}), f"{CONFIG}: alpha_pattern: '(q' is no reg"),
+    "layers without bound": (
+        settings(CONFIG, layers_pattern=HUGE, layers_to_transform=[0]), f"{CONFIG}: layers_pattern: '{HUGE}",
+    ),
+    "nested without end": (settings(CONFIG, target_modules="(" * 249 + ")" * 249), "this adapter on the base"),
     "a regular expression without end": (settings(CONFIG, target_modules=r"([\w.]+)+!"), "takes too long to match"),
     "another, for ranks": (settings(CONFIG, rank_pattern={r"([\w.]+)+!": 4}), "takes too long to match"),
     "a text for a truth": (settings(CONFIG, use_rslora="no"), f"{CONFIG}: use_rslora is 'no'; should be true or false"),
