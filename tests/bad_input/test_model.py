@@ -25,7 +25,7 @@ from lmtune.models import pattern_limits
 from lmtune.models.adapters import save_adapter
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model
-from tests.bad_input.conftest import Command, Outcome
+from tests.bad_input.conftest import Command, Outcome, everything
 from tests.faults.choosing import few
 from tests.sample_run import write_base, write_run
 from tests.tiny import adapted, save_tiny
@@ -690,3 +690,19 @@ def test_a_base_whose_weights_are_no_numbers(
     said = refused("finetune", "trial.yaml").err
     assert "model.name: ./base: weights hold NaN or infinity; copy or download it again\n" in said
     assert "  model.layers.1.mlp.up_proj.weight" in said
+
+
+def test_an_adapter_too_large_to_be_added_to_its_base_leaves_nothing(
+    place: Path, adapter: Path, command: Command
+) -> None:
+    run = write_run(place / "runs" / "trial", "./base")
+    run.verification.write_text('{"sequences": [[1, 2, 3]]}')
+    shutil.rmtree(run.adapter)
+    shutil.copytree(adapter, run.adapter)
+    shutil.copy(place / "base" / "generation_config.json", run.adapter)
+    tensors(lambda state: [tensor.fill_(1e20) for tensor in state.values()])(run.adapter)
+    before = everything(place)
+    outcome = command("merge", "trial")
+    assert outcome.code == 1, outcome.said
+    assert "error: the merged weights are not finite: the adapter's values are too large; nothing was" in outcome.err
+    assert everything(place) == before
