@@ -47,10 +47,10 @@ def config_faults(config: Mapping[str, Any], where: str = "") -> Iterator[str]:
 
 def _base_faults(config: Mapping[str, Any], where: str) -> Iterator[str]:
     """Those of rotary positions: in the config itself, in a part of its own, or in one for each kind of layer."""
-    for key in _BASES:
+    inside = where.removeprefix(f"{_TEXT}.").split(".")[:-1]
+    for key in (*_BASES, "factor") if inside else _BASES:
         if (value := config.get(key)) is not None and not (_is_number(value) and value > 0):
             yield _fault(where + key, value, "a number above 0")
-    inside = where.removeprefix(f"{_TEXT}.").split(".")[:-1]
     for key, part in config.items():
         if isinstance(part, dict) and len(inside) < 2 and (inside or [key])[0] in _ROPE:
             yield from _base_faults(part, f"{where}{key}.")

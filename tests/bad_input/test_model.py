@@ -303,6 +303,9 @@ BASES: dict[str, tuple[Change, str]] = {
         settings("config.json", rope_scaling={"rope_type": "default", "rope_theta": -1e4}),
         "config.json: rope_scaling.rope_theta is -10000.0; should be a number above 0",
     ),
+    "positions stretched by nothing": (
+        settings("config.json", rope_scaling={"rope_type": "linear", "factor": 0}), "rope_scaling.factor is 0; should",
+    ),
     "one kind of layer without positions": (
         settings("config.json", rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 10**400}}),
         "config.json: rope_parameters.full_attention.rope_theta is 1000",
