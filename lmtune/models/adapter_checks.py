@@ -16,13 +16,14 @@ from typing import Any, get_args
 from lmtune.config import Quantization
 from lmtune.data.rendering import Template
 from lmtune.errors import ModelError, listed
-from lmtune.models.file_checks import read_object, weights_fault
+from lmtune.models.file_checks import generation_fault, odd_files, read_object, weights_fault
 from lmtune.models.lora_config import config_faults
 
 __all__ = ["CONFIG", "NOTES", "WEIGHTS", "check_adapter", "read_object"]
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
 
+_GENERATION = "generation_config.json"
 _FINGERPRINT = re.compile("[0-9a-f]{32}")
 _NOTES_ALLOWED = {
     "quantization": get_args(Quantization),
@@ -37,6 +38,8 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: with everything that is wrong with it, without the folder's name.
     """
+    if odd := odd_files(folder):
+        raise ModelError("; ".join(odd))
     if not (folder / WEIGHTS).is_file():
         pickled = any((folder / f"adapter_model{suffix}").is_file() for suffix in (".bin", ".pt", ".pth"))
         hint = "it holds a pickled adapter, which can run code when read" if pickled else "it is no adapter folder"
@@ -47,9 +50,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     problems = [f"{CONFIG}: {fault}" for fault in config_faults(config)]
     if (folder / NOTES).is_file():
         problems += [f"{NOTES}: {fault}" for fault in _notes_faults(read_object(folder / NOTES))]
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        if (folder / name).is_file() and "auto_map" in read_object(folder / name):
-            problems.append(f"{name}: auto_map names code of the repository, which lmtune never runs")
+    problems += _text_faults(folder)
     if unreadable := weights_fault(folder / WEIGHTS):
         problems.append(unreadable)
     else:
@@ -57,6 +58,32 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     if problems:
         raise ModelError(f"this is no adapter that lmtune can use\n{listed(problems)}")
     return config
+
+
+def check_texts(folder: Path) -> None:
+    """Look at what transformers reads beside an adapter's weights, before it does.
+
+    Raises:
+        ModelError: with everything that is wrong with it.
+    """
+    if faults := odd_files(folder) or list(_text_faults(folder)):
+        raise ModelError(f"{folder}: {'; '.join(faults)}")
+
+
+def _text_faults(folder: Path) -> Iterator[str]:
+    for name in ("tokenizer_config.json", _GENERATION):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            tree = read_object(path)
+        except ModelError as error:
+            yield str(error)
+            continue
+        if "auto_map" in tree:
+            yield f"{name}: auto_map names code of the repository, which lmtune never runs"
+        elif name == _GENERATION and (fault := generation_fault(path)):
+            yield fault
 
 
 def _notes_faults(notes: Mapping[str, Any]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, 
 from lmtune.models.backends import check_bitsandbytes
 from lmtune.models.free_memory import dense_weights_fit
 from lmtune.models.lora_config import USED
-from lmtune.models.pattern_limits import endless_patterns
+from lmtune.models.pattern_limits import endless_patterns, pattern_faults, shown
 from lmtune.writing import naming
 
 ADAPTER = "default"
@@ -50,7 +50,7 @@ def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, ba
     check_bitsandbytes("none")  # whether one that is there works: PEFT imports it
     from peft import LoraConfig, get_peft_model
 
-    _check_targets(model, adapter.target_modules)
+    check_targets(model, adapter.target_modules)
     _check_dora(model, adapter.use_dora)
     targets = adapter.target_modules
     config = LoraConfig(
@@ -191,16 +191,15 @@ def is_target(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
-    """Raise ConfigError unless every target names at least one linear layer."""
+def check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
+    """Raise ConfigError unless every target names at least one linear layer of `model`, which may be without memory."""
     names = linear_names(model)
+    if fault := next(pattern_faults({"target_modules": targets}), None):
+        raise ConfigError(f"adapter.{fault}; name layers, or write all-linear")
     if endless_patterns({"target_modules": targets}, names):
-        raise ConfigError(f"adapter.target_modules: {targets!r} takes too long to match; write it more simply")
-    try:
-        wanted = [targets] if isinstance(targets, str) else [[target] for target in targets]
-        missing = [target for target in wanted if not any(is_target(name, target) for name in names)]
-    except re.error as error:
-        raise ConfigError(f"adapter.target_modules: {targets!r} is no regular expression: {error}") from None
+        raise ConfigError(f"adapter.target_modules: {shown(targets)} takes too long to match; write it more simply")
+    wanted = [targets] if isinstance(targets, str) else [[target] for target in targets]
+    missing = [target for target in wanted if not any(is_target(name, target) for name in names)]
     if missing:
         exists = sorted({name.rpartition(".")[2] for name in names})
         unknown = ", ".join(target if isinstance(target, str) else target[0] for target in missing)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lmtune.errors import ModelError, listed
-from lmtune.models.file_checks import read_object, shapes_of, text_fault, weights_fault
+from lmtune.models.config_checks import LAYERS, config_faults, settings_of
+from lmtune.models.file_checks import generation_fault, odd_files, read_object, shapes_of, text_fault, weights_fault
+from lmtune.models.weight_types import type_faults
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_JSON = ("config.json", "generation_config.json", "tokenizer_config.json")
+_GENERATION = "generation_config.json"
+_JSON = ("config.json", _GENERATION, "tokenizer_config.json")
 _TEMPLATE, _TOKENIZER = "chat_template.jinja", "tokenizer.json"
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _SIZES = ("vocab_size", "hidden_size", "n_embd")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # What bitsandbytes stores beside quantised weights
@@ -49,14 +52,16 @@ def check_base(name: str, folder: Path, tokenizer_alone: bool = False) -> None:
         adapter = (folder / ADAPTER).is_file()
         what = "it is an adapter; give the base model that it was trained over" if adapter else "it is no model folder"
         raise ModelError(f"model.name: {name} holds no config.json, so {what}")
+    if odd := odd_files(folder):
+        raise _error(name, odd)
     if _is_there(folder / ADAPTER):
         raise adapter_beside(name)
-    if not any(_is_there(folder / file) for file in (WEIGHTS, INDEX)):
-        if tokenizer_alone:
-            return
+    stored = any(_is_there(folder / file) for file in (WEIGHTS, INDEX))
+    if not stored and not tokenizer_alone:
         raise ModelError(f"model.name: {name} holds {_instead(folder)}")
-    problems = [*_text_faults(folder), *_weights_faults(folder)] or list(_header_faults(folder))
-    if problems:
+    problems = [*_text_faults(folder), *(_weights_faults(folder) if stored else ())]
+    problems = problems or list(config_faults(read_object(folder / "config.json")))
+    if problems := problems or (_stored_faults(folder) if stored else []):
         raise _error(name, problems)
 
 
@@ -80,12 +85,13 @@ def tokenizer_fault(folder: Path) -> str | None:
 
 
 def check_weights(name: str, folder: Path) -> None:
-    """Look at the weights in a folder that is not the user's: the Hub's cache.
+    """Look at the weights in a folder that is not the user's, the Hub's cache, once they are there.
 
     Raises:
         ModelError: with everything that is wrong with them.
     """
-    if problems := list(_weights_faults(folder)):
+    problems = list(_weights_faults(folder)) or list(config_faults(read_object(folder / "config.json")))
+    if problems := problems or _stored_faults(folder):
         raise _error(name, problems)
 
 
@@ -110,14 +116,18 @@ def _weights_faults(folder: Path) -> Iterator[str]:
             yield fault
 
 
-def _header_faults(folder: Path) -> Iterator[str]:
-    """What the config says that the weights' header denies: sizes, whose model would take hours to build, and bits."""
+def _stored_faults(folder: Path) -> list[str]:
+    """What is wrong between a config and weights that can be read."""
     config = read_object(folder / "config.json")
-    nested = config.get("text_config")
-    settings = {**config, **(nested if isinstance(nested, dict) else {})}
+    settings = settings_of(config)
     files = [WEIGHTS] if _is_there(folder / WEIGHTS) else _shards(folder / INDEX)
+    return list(_header_faults(folder, files, settings)) or list(type_faults(folder, files, settings))
+
+
+def _header_faults(folder: Path, files: list[str], settings: Mapping[str, Any]) -> Iterator[str]:
+    """What the config says that the weights' header denies: sizes, whose model would take hours to build, and bits."""
     shapes = {name: shape for file in files for name, shape in shapes_of(folder / file).items()}
-    quantization = config.get("quantization_config")
+    quantization = settings.get("quantization_config")
     for key, (bits, mark) in _STORED.items():
         if isinstance(quantization, dict) and quantization.get(key) and not any(mark.search(name) for name in shapes):
             yield (
@@ -126,7 +136,7 @@ def _header_faults(folder: Path) -> Iterator[str]:
             )
     layers = 1 + max((int(number) for name in shapes for number in _NUMBER.findall(name)), default=-1)
     width = max((size for shape in shapes.values() for size in shape), default=0)
-    for keys, most, who in ((_LAYERS, layers, "the weights have"), (_SIZES, width, "the largest of the weights has")):
+    for keys, most, who in ((LAYERS, layers, "the weights have"), (_SIZES, width, "the largest of the weights has")):
         for key in keys:
             if isinstance(settings.get(key), int) and most and settings[key] > most:
                 yield f"config.json: {key} is {settings[key]:,}, but {who} {most:,}; copy or download both again"
@@ -155,6 +165,9 @@ def _text_faults(folder: Path) -> Iterator[str]:
                 read_object(folder / name)
             except ModelError as error:
                 yield str(error)
+                continue
+            if name == _GENERATION and (fault := generation_fault(folder / name)):
+                yield fault
     for name in _VOCABULARIES:
         if _is_there(folder / name) and (fault := text_fault(folder / name, "a vocabulary")):
             yield fault

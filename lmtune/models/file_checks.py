@@ -21,6 +21,7 @@ _PICKLE = ("pickled weights, which can run code when read", "lmtune reads safete
 _POINTERS_AND_PAGES = (  # how files begin that are found in place of others, in small letters
     (b"version https://git-lfs", _POINTER), (b"<!doctype", _PAGE), (b"<html", _PAGE), (b"<?xml", _PAGE),
 )  # fmt: skip
+_READ = (".json", ".safetensors", ".jinja", ".model", "merges.txt", "vocab.txt")  # names of what libraries read
 _PICKLES = ((b"pk", _PICKLE), (b"\x80", _PICKLE))
 
 
@@ -30,6 +31,33 @@ def unreachable(name: str) -> str | None:
         Path(name).exists()
     except OSError as error:
         return f"{name if len(name) <= 60 else name[:56] + '…'}: {error.strerror}"
+    return None
+
+
+def odd_files(folder: Path) -> list[str]:
+    """What in a model's or an adapter's folder has a file's name and is none, and what to do about it.
+
+    A library that opens a pipe waits for ever, and one that reads a device may never come to its end.
+    """
+    if not folder.is_dir():
+        return []
+    return [
+        f"{path.name} is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file; put the file itself there"
+        for path in sorted(folder.iterdir())
+        if path.name.endswith(_READ) and path.exists() and not path.is_file()
+    ]
+
+
+def generation_fault(path: Path) -> str | None:
+    """What is wrong with a generation_config.json and what to do about it, or None."""
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_dict(read_object(path))
+    except ModelError as error:
+        return str(error)
+    except Exception as error:  # what its parts raise for values that they do not know is of any kind
+        return f"{path.name}: cannot be used ({type(error).__name__}: {error}); correct it, or take it away"
     return None
 
 
@@ -53,6 +81,14 @@ def shapes_of(path: Path) -> dict[str, list[int]]:
 
     with safe_open(path, framework="numpy") as file:
         return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def types_of(path: Path) -> dict[str, str]:
+    """The type of each tensor in a safetensors file as its header spells it, by name; no weight is read."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
 def text_fault(path: Path, kind: str = "JSON") -> str | None:

@@ -20,6 +20,7 @@ from typing import Any, get_args
 from lmtune.config import FinetuneConfig, ModelConfig, Quantization, build_config, load_config
 from lmtune.data.rendering import Renderer, Template
 from lmtune.errors import ModelError, is_failure
+from lmtune.models.adapter_checks import check_texts
 from lmtune.models.adapters import load_adapter, read_adapter, read_notes
 from lmtune.models.file_checks import unreachable
 from lmtune.models.fingerprint import base_fingerprint
@@ -144,6 +145,10 @@ def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
         ids = GenerationConfig.from_pretrained(resolve_name(model.name), revision=model.revision).eos_token_id
     except (OSError, ValueError):  # many base models have no generation_config.json
         return ()
+    except Exception as error:  # what parts of it raise for values that they do not know
+        raise ModelError(
+            f"model.name: {model.name}: generation_config.json: cannot be used ({type(error).__name__}: {error})"
+        ) from error
     several = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < 2**31 for index in several):
         raise ModelError(
@@ -183,6 +188,7 @@ def saved_tokenizer(folder: Path) -> Any:
     """The tokenizer saved beside an adapter, with its template; such a folder has no config.json of a model."""
     from transformers import AutoTokenizer
 
+    check_texts(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except BaseException as error:

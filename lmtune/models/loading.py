@@ -143,6 +143,8 @@ def _kept_or_made(model: ModelConfig, path: str, dtype: torch.dtype, device: tor
         if kept is not None:
             return kept
         loaded, report = _from_pretrained(path, model.revision, dtype, device, _quantization(model, dtype))
+        if not Path(path).is_dir():  # those of a folder were looked at before
+            check_weights(model.name, weight_files(model)[0].parent)
         check_loaded(model, loaded, report)
         stored = getattr(getattr(loaded, "hf_quantizer", None), "pre_quantized", False)
         if (key := key or _cache_key(model, dtype)) and not stored:  # downloaded just now

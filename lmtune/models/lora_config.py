@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lmtune.models.pattern_limits import pattern_faults
+
 _MAX_RANK, _MAX_ALPHA, _MAX_NAMES, _MAX_LAYERS = 4096, 1e30, 2000, 10_000
 # How the adapter began: ways that leave the base's weights as they are. Under the others, PiSSA for one, an adapter
 # belongs to a base that was changed with it.
@@ -93,10 +95,13 @@ def config_faults(config: Mapping[str, Any]) -> Iterator[str]:
     if kind != "LORA":
         yield f"peft_type is {_short(kind)}; lmtune uses LORA adapters"
         return
+    right = dict(config)
     for key, (is_right, wanted) in USED.items():
         value = config.get(key)
         if (key in _NEEDED) if value is None else not is_right(value):
             yield f"{key} is {_short(value)}; should be {wanted}"
+            right[key] = None
+    yield from (f"{fault}; correct it" for fault in pattern_faults(right))
     beginning = config.get("init_lora_weights")
     if not isinstance(beginning, (bool, str, type(None))) or beginning not in _BEGINNINGS:
         yield (

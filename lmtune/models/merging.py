@@ -80,7 +80,8 @@ def merge(
         describe: adds what else belongs into the folder, such as its card, before it gets its name.
 
     Raises:
-        LmtuneError: the merged model differs by more than the bound; nothing is left behind.
+        LmtuneError: the merged weights are not finite, or the model differs by more than the bound; nothing is left
+            behind.
         ConfigError: another process is writing `output` now.
         OSError: the disk is full or must not be written; nothing is left behind.
     """
@@ -95,7 +96,7 @@ def merge(
         model = load_adapter(_numbers(plain), adapter, fingerprint)
         reference = logits(model, sequences)
         with naming_in(output):
-            _write(model.merge_and_unload(safe_merge=True).to(dtype), staging, tokenizer, generation_config)
+            _write(_merged(model).to(dtype), staging, tokenizer, generation_config)
             report = _compare(reference, trained, logits(_plain(staging), sequences), into, dtype, computed)
             _require_bounds(report)
             if describe is not None:
@@ -139,6 +140,19 @@ def _can_be_undone(conversion: Any) -> bool:
     except (NotImplementedError, ValueError):
         return False
     return True
+
+
+def _merged(model: Any) -> Any:
+    """The base with the adapter's product added; PEFT looks whether each sum is a number."""
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        if "NaNs detected" not in str(error):
+            raise
+        raise LmtuneError(
+            "the merged weights are not finite: the adapter's values are too large; nothing was kept; train it again, "
+            "with a smaller train.learning_rate"
+        ) from error
 
 
 def _write(model: Any, folder: Path, tokenizer: Any, generation_config: Any) -> None:

@@ -22,7 +22,7 @@ _REPEATS = re.compile(r"[*+{]")  # an expression without any of these ends soon
 
 def endless_patterns(config: Mapping[str, Any], names: Sequence[str]) -> bool:
     """Whether matching the expressions in an adapter's config against `names` takes too long."""
-    patterns = [pattern for pattern in _patterns(config) if _REPEATS.search(pattern)]
+    patterns = [pattern for _, _, pattern in _patterns(config) if _REPEATS.search(pattern)]
     if not patterns or not sys.executable:
         return False
     request = json.dumps({"patterns": patterns, "names": list(names), "cpu_seconds": CPU_SECONDS})
@@ -35,15 +35,31 @@ def endless_patterns(config: Mapping[str, Any], names: Sequence[str]) -> bool:
     return done.returncode < 0
 
 
-def _patterns(config: Mapping[str, Any]) -> Iterator[str]:
-    """The expressions, each as PEFT matches it."""
+def pattern_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    """By key, what in an adapter's config is no regular expression, or none that Python can hold."""
+    for key, given, pattern in _patterns(config):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield f"{key}: {shown(given)} is no regular expression: {error}"
+
+
+def shown(pattern: Any) -> str:
+    """An expression for a message, shortened."""
+    text = repr(pattern)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Key and text of each expression, and the expression as PEFT matches it."""
     for key in ("target_modules", "exclude_modules"):
         if isinstance(config.get(key), str):
-            yield config[key]
+            yield key, config[key], config[key]
     for key in ("rank_pattern", "alpha_pattern"):
-        yield from (rf"(.*\.)?({name})$" for name in config.get(key) or {})
-    layers = config.get("layers_pattern") or []
-    yield from (rf".*\.{name}\.(\d+)\." for name in ([layers] if isinstance(layers, str) else layers))
+        yield from ((key, name, rf"(.*\.)?({name})$") for name in config.get(key) or {})
+    key = "layers_pattern"
+    layers = config.get(key) or []
+    yield from ((key, name, rf".*\.{name}\.(\d+)\.") for name in ([layers] if isinstance(layers, str) else layers))
 
 
 # --- the other process -----------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ import torch
 
 from lmtune.config import AdapterConfig, FinetuneConfig, ModelConfig
 from lmtune.errors import ModelError
-from lmtune.models.adapters import is_target
+from lmtune.models.adapters import check_targets, is_target
 from lmtune.models.free_memory import free_memory
 from lmtune.models.loading import compute_dtype, resolve_name
+from lmtune.models.weight_types import empty_model
 from lmtune.training import memory
 from lmtune.training.memory import GIB, MemoryEstimate, ModelShape
 from lmtune.training.plan import Plan, TokenCost
@@ -68,6 +69,7 @@ def forecast(
 
     Raises:
         ModelError: the model's config cannot be read.
+        ConfigError: the adapter's targets do not fit the model.
     """
     shape = planned_shape(config.model, config.adapter)
     dtype = compute_dtype(device, config.model.dtype)
@@ -121,15 +123,17 @@ def _plain_flop(shape: ModelShape) -> float:
 
 
 def planned_shape(model: ModelConfig, adapter: AdapterConfig) -> ModelShape:
-    """The shape of `model` with `adapter`, from its config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The shape of `model` with `adapter`, from its config alone.
 
+    Raises:
+        ModelError: the model's config cannot be read.
+        ConfigError: a target module matches nothing in the model.
+    """
     try:
-        config = AutoConfig.from_pretrained(resolve_name(model.name), revision=model.revision, trust_remote_code=False)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        empty = empty_model(resolve_name(model.name), model.revision)
     except Exception as error:
         raise ModelError(f"model.name: cannot read the config of {model.name}: {error}") from error
+    check_targets(empty, adapter.target_modules)
     parameters = sum(
         adapter.rank * (inputs + outputs)
         for name, inputs, outputs in memory.linear_layers(empty)

@@ -7,6 +7,7 @@ tests/data/test_template_limits.py, and what only `pull` meets in tests/test_hub
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -24,7 +25,7 @@ from lmtune.models import pattern_limits
 from lmtune.models.adapters import save_adapter
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model
-from tests.bad_input.conftest import Command, Outcome
+from tests.bad_input.conftest import Command, Outcome, everything
 from tests.faults.choosing import few
 from tests.sample_run import write_base, write_run
 from tests.tiny import adapted, save_tiny
@@ -65,6 +66,16 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
     return apply
 
 
+def pipe(name: str) -> Change:
+    """Puts a named pipe in a file's place: who opens it waits for ever."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return apply
+
+
 def all_of(*changes: Change) -> Change:
     """One after the other."""
     return lambda folder: [change(folder) for change in changes]
@@ -91,7 +102,20 @@ def sharded(change: Callable[[Path, list[Path]], Any]) -> Change:
     return apply
 
 
+def stored_as(kind: torch.dtype, *parts: str) -> Change:
+    """The weights whose names hold one of `parts`, or all matrices, in another type."""
+
+    def apply(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        chosen = [n for n in state if (any(part in n for part in parts) if parts else state[n].dim() == 2)]
+        state.update({name: (state[name] * 100).to(kind) for name in chosen})
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
 BITS = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+MASKS = (torch.bool, torch.uint8)
 PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROWS = "{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
@@ -231,9 +255,82 @@ BASES: dict[str, tuple[Change, str]] = {
         settings("config.json", quantization_config={**BITS, "load_in_8bit": True}),
         "model.name: ./base: config.json says that the weights are stored in 8 bit",
     ),
+    "weights in whole numbers": (
+        stored_as(torch.int8),
+        "model.name: ./base: model.safetensors: lm_head.weight and 15 more are of type I8, but config.json has no",
+    ),
+    "one weight in whole numbers": (
+        stored_as(torch.uint8, "0.self_attn.q_proj"),
+        "model.safetensors: model.layers.0.self_attn.q_proj.weight is of type U8, but config.json has no quant",
+    ),
+    "weights in 8-bit floats without scales": (
+        stored_as(torch.float8_e4m3fn), "model.safetensors: lm_head.weight and 15 more are of type F8_E4M3, but config",
+    ),
+    "other 8-bit floats, over shards": (
+        all_of(stored_as(torch.float8_e5m2, "norm"), sharded(lambda base, shards: None)),
+        ": model.layers.0.post_attention_layernorm.weight and 1 more are of type F8_E5M2, but config.json has no",
+    ),
     "an adapter in the base's folder": (
         written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}'),
         "model.name: ./base holds an adapter (adapter_config.json) beside the model, and transformers would load the ",
+    ),
+    "no layers in the config": (
+        settings("config.json", num_hidden_layers=0),
+        "model.name: ./base: config.json: num_hidden_layers is 0; should be a whole number above 0; correct it",
+    ),
+    "layers below zero": (settings("config.json", num_hidden_layers=-1), "num_hidden_layers is -1; should be a whole"),
+    "half a layer": (settings("config.json", num_hidden_layers=1.5), "num_hidden_layers is 1.5; should be a whole"),
+    "no width": (settings("config.json", hidden_size=0), "config.json: hidden_size is 0; should be a whole number"),
+    "no heads": (settings("config.json", num_attention_heads=0), "num_attention_heads is 0; should be a whole number"),
+    "heads by name": (settings("config.json", num_key_value_heads="x"), "num_key_value_heads is 'x'; should be a whol"),
+    "no vocabulary": (settings("config.json", vocab_size=-5), "config.json: vocab_size is -5; should be a whole"),
+    "no layers of the text's part": (
+        settings("config.json", text_config={"num_hidden_layers": 0}), "text_config.num_hidden_layers is 0; should be",
+    ),
+    "an epsilon that is no number": (
+        settings("config.json", rms_norm_eps=float("nan")),
+        "config.json: rms_norm_eps is nan; should be a number of 0 or above; correct it, or copy or download it again",
+    ),
+    "an epsilon below zero": (settings("config.json", layer_norm_eps=-1e-5), "layer_norm_eps is -1e-05; should be a n"),
+    "a base of positions without bound": (
+        settings("config.json", rope_theta=float("inf")), "config.json: rope_theta is inf; should be a number above 0",
+    ),
+    "a base of positions of zero": (
+        settings("config.json", rope_parameters={"rope_type": "default", "rope_theta": 0}),
+        "config.json: rope_parameters.rope_theta is 0; should be a number above 0; correct it",
+    ),
+    "a base of positions below zero": (
+        settings("config.json", rope_scaling={"rope_type": "default", "rope_theta": -1e4}),
+        "config.json: rope_scaling.rope_theta is -10000.0; should be a number above 0",
+    ),
+    "positions stretched by nothing": (
+        settings("config.json", rope_scaling={"rope_type": "linear", "factor": 0}), "rope_scaling.factor is 0; should",
+    ),
+    "one kind of layer without positions": (
+        settings("config.json", rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 10**400}}),
+        "config.json: rope_parameters.full_attention.rope_theta is 1000",
+    ),
+    "a pipe for the weights": (
+        pipe("model.safetensors"),
+        "model.name: ./base: model.safetensors is a pipe or a device, not a file; put the file itself there",
+    ),
+    "a device for the weights": (
+        lambda base: ((base / "model.safetensors").unlink(), (base / "model.safetensors").symlink_to("/dev/zero")),
+        "model.name: ./base: model.safetensors is a pipe or a device, not a file; put the file itself there",
+    ),
+    "a folder for the list of shards": (
+        sharded(lambda base, shards: ((base / INDEX).unlink(), (base / INDEX).mkdir())),
+        f"model.name: ./base: {INDEX} is a folder, not a file; put the file itself there",
+    ),
+    "a pipe for a shard": (
+        sharded(lambda base, shards: pipe(shards[1].name)(base)), "model-00002-of-00003.safetensors is a pipe or a dev",
+    ),
+    "a watermark of unknown settings": (
+        settings("generation_config.json", watermarking_config={"a": 1}),
+        "model.name: ./base: generation_config.json: cannot be used (TypeError: ",
+    ),
+    "a list for generation's settings": (
+        written("generation_config.json", "[]"), "./base: generation_config.json: holds list, not an object",
     ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"), "model.name: cannot load the tokenizer",
@@ -250,6 +347,12 @@ BASES: dict[str, tuple[Change, str]] = {
     ),
 }  # fmt: skip
 
+TEXTS = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "vocab.json",
+)  # fmt: skip
+SIZES = ("no layers in the config", "layers below zero", "no heads", "a base of positions of zero")
+
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_base_that_cannot_be_used(
@@ -265,6 +368,43 @@ def test_a_base_that_cannot_be_used(
     assert said in refused("finetune", "trial.yaml").err
     assert time.monotonic() - begin < 30
     assert not (place / "it-ran").exists()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_pipe_in_place_of_a_text_is_not_waited_for(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+    make_workplace(place)
+    pipe(name)(place / "base")
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    said = f"./base: {name} is a pipe or a device, not a file; put the file itself there"
+    for arguments in (("finetune", "trial.yaml"), ("plan", "trial.yaml"), ("chat", "./base")):
+        assert said in refused(*arguments).err
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_plan_and_chat_refuse_sizes_too(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+    """Also where a folder holds no weights, which `plan` does without."""
+    make_workplace(place)
+    change, said = BASES[name]
+    change(place / "base")
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    assert said in refused("chat", "./base").err
+    (place / "base" / "model.safetensors").unlink()
+    assert said in refused("plan", "trial.yaml").err
+
+
+def test_whole_numbers_that_are_no_weights(place: Path, command: Command) -> None:
+    """What old files of GPT-2 hold beside the weights: masks, and the numbers of positions."""
+    make_workplace(place)
+    shutil.rmtree(place / "base")
+    save_tiny(place / "base", "gpt2", chat_template=CHATML)
+    state = load_file(place / "base" / "model.safetensors")
+    masks = {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 256, 256, dtype=kind) for n, kind in enumerate(MASKS)}
+    others = {"h.1.attn.bias": torch.ones(1, 1, 9, 9, dtype=torch.int8), "position_ids": torch.arange(256)}
+    save_file({**state, **masks, **others}, place / "base" / "model.safetensors", metadata={"format": "pt"})
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    outcome = command("plan", "trial.yaml")
+    assert outcome.code == 0, outcome.said
+    assert load_model(ModelConfig(name="./base", quantization="none"), "cpu").lm_head is not None
 
 
 @pytest.mark.parametrize(
@@ -305,12 +445,40 @@ def test_no_name_at_all(place: Path, refused: Callable[..., Outcome], arguments:
     assert "no model is named; give a run, an adapter or model folder, a Hub id, or tiny" in refused(*arguments).err
 
 
+@pytest.mark.parametrize("verb", ["finetune", "plan"])
+@pytest.mark.parametrize(
+    "targets", ["x{99999999999}", "(" * 5000 + ")" * 5000, "(q"], ids=["a repetition", "nested", "no expression"]
+)
+def test_targets_that_are_no_regular_expression(
+    place: Path, refused: Callable[..., Outcome], verb: str, targets: str
+) -> None:
+    make_workplace(place)
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    said = refused(verb, "trial.yaml", f"adapter.target_modules={targets}").err
+    assert f"error: adapter.target_modules: '{targets[:40]}" in said
+    assert "is no regular expression: " in said
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize("verb", ["finetune", "plan"])
+def test_targets_that_name_nothing(place: Path, refused: Callable[..., Outcome], verb: str) -> None:
+    make_workplace(place)
+    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    said = refused(verb, "trial.yaml", "adapter.target_modules=[q_porj]").err
+    assert "error: adapter.target_modules: nothing in this model is named q_porj; its linear layers are " in said
+
+
 # --- adapters, as `lmtune chat` meets them
 
 A, B = "lora_A.weight", "lora_B.weight"
 UP = "base_model.model.model.layers.0.mlp.up_proj."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CODE = "from pathlib import Path\nPath('it-ran').touch()\nclass T: pass\n"
+HUGE = "x{99999999999}"
+PIPES = (
+    WEIGHTS, CONFIG, "lmtune.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    "special_tokens_map.json",
+)  # fmt: skip
 ADAPTERS: dict[str, tuple[Change, str]] = {
     "pickled weights": (
         all_of(without(WEIGHTS), written("adapter_model.bin", PICKLE)),
@@ -355,7 +523,15 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "a class to import": (settings(CONFIG, auto_mapping={"parent_library": "os"}), f"{CONFIG}: auto_mapping is set"),
     "layers to multiply": (settings(CONFIG, layer_replication=[[0, 99]]), f"{CONFIG}: layer_replication is set"),
     "biases of the base": (settings(CONFIG, bias="all"), f"{CONFIG}: bias is 'all'; should be none"),
-    "no regular expression": (settings(CONFIG, target_modules="(q"), "PEFT cannot put this adapter"),
+    "no regular expression": (settings(CONFIG, target_modules="(q"), f"{CONFIG}: target_modules: '(q' is no"),
+    "a repetition without bound": (settings(CONFIG, target_modules=HUGE), f"{CONFIG}: target_modules: '{HUGE}"),
+    "modules left out, without bound": (settings(CONFIG, exclude_modules=HUGE), f"{CONFIG}: exclude_modules: '{HUGE}"),
+    "ranks without bound": (settings(CONFIG, rank_pattern={HUGE: 4}), f"{CONFIG}: rank_pattern: '{HUGE}"),
+    "alphas by no expression": (settings(CONFIG, alpha_pattern={"(q": 4}), f"{CONFIG}: alpha_pattern: '(q' is no reg"),
+    "layers without bound": (
+        settings(CONFIG, layers_pattern=HUGE, layers_to_transform=[0]), f"{CONFIG}: layers_pattern: '{HUGE}",
+    ),
+    "nested without end": (settings(CONFIG, target_modules="(" * 249 + ")" * 249), "this adapter on the base"),
     "a regular expression without end": (settings(CONFIG, target_modules=r"([\w.]+)+!"), "takes too long to match"),
     "another, for ranks": (settings(CONFIG, rank_pattern={r"([\w.]+)+!": 4}), "takes too long to match"),
     "a text for a truth": (settings(CONFIG, use_rslora="no"), f"{CONFIG}: use_rslora is 'no'; should be true or false"),
@@ -378,7 +554,25 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
         "adapter: its tokenizer cannot encode plain text (",
     ),
     "a template that loops": (written("chat_template.jinja", LOOPS), "did not finish a small conversation in 1 s"),
+    "a folder for the template": (
+        lambda a: ((a / "chat_template.jinja").unlink(), (a / "chat_template.jinja").mkdir()),
+        "chat_template.jinja is a folder, not a file; put the file itself there",
+    ),
+    **{f"a pipe for {name}": (pipe(name), f"adapter: {name} is a pipe or a device, not a file") for name in PIPES},
+    "a watermark of unknown settings": (
+        written("generation_config.json", '{"watermarking_config": {"a": 1}}'),
+        "generation_config.json: cannot be used (TypeError: ",
+    ),
+    "a list for generation's settings": (
+        written("generation_config.json", "[]"), "generation_config.json: holds list, not an object",
+    ),
 }  # fmt: skip
+
+
+BESIDE = (
+    "a pipe for tokenizer.json", "a pipe for adapter_config.json", "a pipe for generation_config.json",
+    "a folder for the template", "a watermark of unknown settings", "a list for generation's settings",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -470,6 +664,19 @@ def test_a_damaged_base_is_not_merged_into(place: Path, refused: Callable[..., O
     assert said in refused("merge", "trial").err
 
 
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_wrong_beside_an_adapter_is_said_by_merge_as_by_chat(
+    place: Path, adapter: Path, refused: Callable[..., Outcome], name: str
+) -> None:
+    run = write_run(place / "runs" / "trial", "./base")
+    run.verification.write_text('{"sequences": [[1, 2, 3]]}')
+    shutil.rmtree(run.adapter)
+    shutil.copytree(adapter, run.adapter)
+    change, said = ADAPTERS[name]
+    change(run.adapter)
+    assert said in refused("merge", "trial").err
+
+
 @pytest.mark.parametrize("value", few((float("nan"), float("inf")), float("nan")), ids=str)
 @pytest.mark.parametrize("quantization", few(("none", "nf4", "int8"), "none"))
 def test_a_base_whose_weights_are_no_numbers(
@@ -486,3 +693,19 @@ def test_a_base_whose_weights_are_no_numbers(
     said = refused("finetune", "trial.yaml").err
     assert "model.name: ./base: weights hold NaN or infinity; copy or download it again\n" in said
     assert "  model.layers.1.mlp.up_proj.weight" in said
+
+
+def test_an_adapter_too_large_to_be_added_to_its_base_leaves_nothing(
+    place: Path, adapter: Path, command: Command
+) -> None:
+    run = write_run(place / "runs" / "trial", "./base")
+    run.verification.write_text('{"sequences": [[1, 2, 3]]}')
+    shutil.rmtree(run.adapter)
+    shutil.copytree(adapter, run.adapter)
+    shutil.copy(place / "base" / "generation_config.json", run.adapter)
+    tensors(lambda state: [tensor.fill_(1e20) for tensor in state.values()])(run.adapter)
+    before = everything(place)
+    outcome = command("merge", "trial")
+    assert outcome.code == 1, outcome.said
+    assert "error: the merged weights are not finite: the adapter's values are too large; nothing was" in outcome.err
+    assert everything(place) == before

@@ -216,6 +216,22 @@ def test_damaged_weights_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_weights_in_whole_numbers_in_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--user--name"
+    folder = save_tiny(repository / "snapshots" / "4d7a")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("4d7a")
+    state = load_file(folder / "model.safetensors")
+    whole = {name: (weight * 100).to(torch.int8) if weight.dim() == 2 else weight for name, weight in state.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    text = error_of(config_of("user/name", quantization))
+    assert text.startswith("model.name: user/name: model.safetensors: lm_head.weight and 15 more are of type I8, but")
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_that_are_missing_are_never_made_up(tmp_path: Path, quantization: str, tied: bool) -> None:
     """transformers fills them with random numbers and a warning."""
