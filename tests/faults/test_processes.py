@@ -263,6 +263,7 @@ def test_03_and_05_a_stop_waits_for_a_step_that_takes_longer_than_the_launcher_w
     assert_goes_on(place, undisturbed_pair)
 
 
+@pytest.mark.long
 def test_03_a_stop_in_the_last_step_lets_all_processes_finish(place: Path, undisturbed_pair: dict[str, Any]) -> None:
     done, _ = launched(place, 1, at_step(8, partial(marked, partial(stop_command, signal.SIGTERM))))
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from tests.chat_models import parrot
+from tests.faults.choosing import few
 from tests.ui.conftest import RunningApp
 from tests.ui.test_display import ATTACKS
 
@@ -248,8 +249,11 @@ def test_no_attack_is_live(open_tab: Callable[..., Tab], start_app: Callable[...
 
 @pytest.mark.parametrize(
     "language",
-    ["bash", "c", "constructor", "cpp", "go", "html", "java", "json", "latex", "php", "python", "rust", "sql", "yaml"],
-)
+    few(
+        ["bash", "c", "constructor", "cpp", "go", "html", "java", "json", "latex", "php", "python", "rust", "sql"],
+        "cpp", "python", "json",
+    ),
+)  # fmt: skip
 def test_code_in_any_language_is_shown(open_tab: Callable[..., Tab], language: str) -> None:
     tab = open_tab()
     tab.send(f"So:\n\n```{language}\nvector<int> &amp; b\n```\n\nover")
