@@ -35,7 +35,7 @@ def config_faults(config: Mapping[str, Any], where: str = "") -> Iterator[str]:
         where: the keys that lead to the part, each with a dot.
     """
     for key in _SIZES:
-        if (value := config.get(key)) is not None and not (_is_number(value, whole=True) and value > 0):
+        if (value := _one(config.get(key))) is not None and not (_is_number(value, whole=True) and value > 0):
             yield _fault(where + key, value, "a whole number above 0")
     for key in _SMALL:
         if (value := config.get(key)) is not None and not (_is_number(value) and value >= 0):
@@ -49,11 +49,16 @@ def _base_faults(config: Mapping[str, Any], where: str) -> Iterator[str]:
     """Those of rotary positions: in the config itself, in a part of its own, or in one for each kind of layer."""
     inside = where.removeprefix(f"{_TEXT}.").split(".")[:-1]
     for key in (*_BASES, "factor") if inside else _BASES:
-        if (value := config.get(key)) is not None and not (_is_number(value) and value > 0):
+        if (value := _one(config.get(key))) is not None and not (_is_number(value) and value > 0):
             yield _fault(where + key, value, "a number above 0")
     for key, part in config.items():
         if isinstance(part, dict) and len(inside) < 2 and (inside or [key])[0] in _ROPE:
             yield from _base_faults(part, f"{where}{key}.")
+
+
+def _one(value: Any) -> Any:
+    """`value`, but for a list, in which some architectures give each layer its own."""
+    return None if isinstance(value, list) else value
 
 
 def _is_number(value: Any, whole: bool = False) -> bool:

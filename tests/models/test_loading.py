@@ -18,6 +18,7 @@ from lmtune.data.cache import found, turn
 from lmtune.errors import ModelError
 from lmtune.models import loading
 from lmtune.models.adapters import attach_adapter, save_adapter
+from lmtune.models.config_checks import config_faults
 from lmtune.models.loading import (
     compute_dtype,
     default_device,
@@ -536,3 +537,11 @@ def test_a_process_that_was_killed_or_hangs_while_it_quantised_is_not_waited_for
 def test_what_loads_quickly_is_not_kept(tmp_path: Path, kept_from_any_size: Path, quantization: str) -> None:
     load_model(config_of(save_tiny(tmp_path / "model"), quantization), "cpu")
     assert entries(kept_from_any_size) == []
+
+
+def test_sizes_of_each_layer_are_the_architectures_own() -> None:
+    each = {"num_key_value_heads": [1, 2], "rope_theta": [1e4, 1e6], "text_config": {"num_attention_heads": [4, 8]}}
+    assert list(config_faults(each)) == []
+    assert list(config_faults({"num_key_value_heads": 0})) == [
+        "config.json: num_key_value_heads is 0; should be a whole number above 0; correct it, or copy or download it again"
+    ]
