@@ -542,6 +542,5 @@ def test_what_loads_quickly_is_not_kept(tmp_path: Path, kept_from_any_size: Path
 def test_sizes_of_each_layer_are_the_architectures_own() -> None:
     each = {"num_key_value_heads": [1, 2], "rope_theta": [1e4, 1e6], "text_config": {"num_attention_heads": [4, 8]}}
     assert list(config_faults(each)) == []
-    assert list(config_faults({"num_key_value_heads": 0})) == [
-        "config.json: num_key_value_heads is 0; should be a whole number above 0; correct it, or copy or download it again"
-    ]
+    (fault,) = config_faults({"num_key_value_heads": 0})
+    assert fault.startswith("config.json: num_key_value_heads is 0; should be a whole number above 0")
