@@ -132,7 +132,7 @@ SETTINGS: dict[str, tuple[int, Any, str]] = {  # place in GOOD, value, what is s
     "tokens 1e300": (5, 1e300, "max_new_tokens: got 1000000"),
     "tokens and a half": (5, 2.5, "max_new_tokens: got 2.5"),
     "a seed below 0": (6, "-1", "seed: got '-1'"),
-    "a seed of 30 digits": (6, "9" * 30, "seed: got 999"),
+    "a seed of 30 digits": (6, "9" * 30, "seed: got '999"),
     "a seed in words": (6, "twelve", "seed: got 'twelve'"),
     "a seed that only looks like a number": (6, "\u00b2", "seed: got"),
     "a seed that is a list": (6, [7], "seed: got [7]; should be text"),

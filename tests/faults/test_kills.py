@@ -148,7 +148,7 @@ def test_05_ctrl_c_that_also_ends_the_reader_of_its_output(place: Path, undistur
     assert lasting(place) == undisturbed
 
 
-@pytest.mark.parametrize("descriptors", [(1,), (1, 2)])
+@pytest.mark.parametrize("descriptors", few([(1,), (1, 2)], (1, 2)))
 def test_05_a_run_is_complete_though_nobody_reads_its_result(
     place: Path, undisturbed: dict[str, Any], descriptors: tuple[int, ...]
 ) -> None:
@@ -168,7 +168,7 @@ LATER = {
 }
 
 
-@pytest.mark.parametrize("when", LATER)
+@pytest.mark.parametrize("when", few(LATER, "in the middle of the gradient"))
 def test_03_asked_at_any_moment_of_a_step_it_is_the_step_that_is_saved(place: Path, when: str) -> None:
     assert lmtune(place, "finetune", "run.yaml", trouble=LATER[when]) == 143
     assert "stopped after step 5 of 8, which is saved" in said(place)

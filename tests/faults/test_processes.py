@@ -270,7 +270,8 @@ def test_03_a_stop_in_the_last_step_lets_all_processes_finish(place: Path, undis
     assert lasting(place) == undisturbed_pair
 
 
-@pytest.mark.parametrize("second", few([signal.SIGTERM, signal.SIGINT], signal.SIGINT))
+@pytest.mark.long
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_04_a_second_signal_to_the_command(
     place: Path, undisturbed_pair: dict[str, Any], second: signal.Signals
 ) -> None:
@@ -286,7 +287,8 @@ def test_04_a_second_signal_to_the_command(
     assert_goes_on(place, undisturbed_pair)
 
 
-@pytest.mark.parametrize("command", few([COMMAND, ACCELERATE], COMMAND))
+@pytest.mark.long
+@pytest.mark.parametrize("command", [COMMAND, ACCELERATE])
 def test_16_the_launcher_is_killed_and_its_processes_save_their_step(
     place: Path, undisturbed_pair: dict[str, Any], command: Sequence[str]
 ) -> None:
