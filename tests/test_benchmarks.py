@@ -63,7 +63,7 @@ def test_rows_of_a_file_are_rendered_by_a_tokenizer_trained_on_it() -> None:
     assert flop_per_token(work, [1]) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_comparison_from_its_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.compare", "--shape", "1m", "--batch-size", "4", "--repeats", "1"]
     command += ["--arms", "lmtune", "lmtune-without-last-layer", "plain-padded", "--output", str(tmp_path / "o.json")]

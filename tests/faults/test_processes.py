@@ -177,6 +177,7 @@ def marked(trouble: Trouble) -> None:
     trouble()
 
 
+@pytest.mark.long
 def test_16_a_job_with_a_killed_process_ends_within_half_a_minute(place: Path) -> None:
     done, seconds = launched(place, 1, at_step(5, partial(marked, KILL)))
     assert done.returncode == 1
