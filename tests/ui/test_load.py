@@ -30,7 +30,9 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 NUM_TOKENS = 100
 MOST_BYTES_LEFT = 256  # by each client that has gone
 STEP_BYTES = 5_000_000  # by which the heap may grow when a moment is busier than any before
-SPARE_THREADS = 16  # that wait for blocking calls and end when they are idle for long
+SPARE_THREADS = (
+    64  # that are kept for a while for blocking calls; those of a busy moment, and fewer than come in a round
+)
 SOAK_SECONDS = float(os.environ.get("LMTUNE_SOAK_SECONDS", "600"))
 
 
