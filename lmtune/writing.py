@@ -76,11 +76,14 @@ def _final(path: Path) -> Path:
 def new_folder(target: Path) -> Iterator[Path]:
     """An empty folder to fill, which is called `target` when the block has ended well, and else vanishes.
 
+    So do the folders above it that were made for it.
+
     Raises:
         ConfigError: another process is making this folder now.
         OSError: the disk is full or must not be written; names what.
     """
     staging = target.with_name(f".staging-{target.name}")
+    above = [folder for folder in staging.parents if not folder.exists()]
     with naming_in(target):
         staging.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(staging, os.O_RDONLY)
@@ -96,6 +99,9 @@ def new_folder(target: Path) -> Iterator[Path]:
         finally:
             if _is_still(staging, descriptor):
                 shutil.rmtree(staging, ignore_errors=True)
+                with contextlib.suppress(OSError):  # somebody else has put something there
+                    for folder in above:
+                        folder.rmdir()
     finally:
         os.close(descriptor)
 

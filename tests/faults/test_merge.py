@@ -77,6 +77,15 @@ def test_26_a_second_merge_at_the_same_time_is_refused_and_the_first_is_not_dist
     assert not staging.exists()
 
 
+def test_a_refused_merge_leaves_no_folder_behind(merged: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(merged, tmp_path / "work"))
+    (place / "base/model.safetensors").write_text("<html>")
+    before = sorted(place.rglob("*"))
+    assert lmtune(place, "merge", "trial", "--output", "new/deep/model") == 2
+    (place / "output").unlink()
+    assert sorted(place.rglob("*")) == [path for path in before if path.name != "output"]
+
+
 FULL: dict[str, tuple[Trouble, str]] = {
     "the weights": (at_call("lmtune.models.merging", "_write", partial(limit_files, 20_000)), ": File too large"),
     "a config": (at_call("lmtune.models.merging", "_write", partial(limit_files, 100)), ": File too large"),
