@@ -204,30 +204,29 @@ def test_an_adapter_given_as_the_base(tmp_path: Path) -> None:
     assert "it is an adapter; give the base model that it was trained over" in error_of(config_of(tmp_path))
 
 
-def test_damaged_weights_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model user/name in the Hub's cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--user--name"
     folder = save_tiny(repository / "snapshots" / "4d7a")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("4d7a")
+    return folder
+
+
+def test_damaged_weights_in_the_hubs_cache(downloaded: Path) -> None:
     load_model(config_of("user/name"), "cpu")
-    (folder / "model.safetensors").write_bytes(b"<html>Sign in to this network</html>")
+    (downloaded / "model.safetensors").write_bytes(b"<html>Sign in to this network</html>")
     text = error_of(config_of("user/name"))
     assert text.startswith("model.name: user/name: model.safetensors is a web page, not weights; download")
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-def test_weights_in_whole_numbers_in_the_hubs_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--user--name"
-    folder = save_tiny(repository / "snapshots" / "4d7a")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("4d7a")
-    state = load_file(folder / "model.safetensors")
+def test_weights_in_whole_numbers_in_the_hubs_cache(downloaded: Path, quantization: str) -> None:
+    state = load_file(downloaded / "model.safetensors")
     whole = {name: (weight * 100).to(torch.int8) if weight.dim() == 2 else weight for name, weight in state.items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(whole, downloaded / "model.safetensors", metadata={"format": "pt"})
     text = error_of(config_of("user/name", quantization))
     assert text.startswith("model.name: user/name: model.safetensors: lm_head.weight and 15 more are of type I8, but")
 
@@ -291,20 +290,13 @@ def test_a_base_that_is_stored_quantised_stays_so_and_it_is_said(
     assert (overruled in said) is (stored != asked)
 
 
-def test_an_adapter_beside_a_model_on_the_hub_is_not_loaded_unnoticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_beside_a_model_on_the_hub_is_not_loaded_unnoticed(downloaded: Path, tmp_path: Path) -> None:
     """transformers would load the base that the adapter names, and put the adapter on it."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--user--name"
-    folder = save_tiny(repository / "snapshots" / "4d7a")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("4d7a")
     other = save_tiny(tmp_path / "other", seed=5)
     notes = {"base_model": str(other)}
-    save_adapter(adapted(load_model(config_of(other), "cpu")), folder, notes)
-    tree = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**tree, "base_model_name_or_path": str(other)}))
+    save_adapter(adapted(load_model(config_of(other), "cpu")), downloaded, notes)
+    tree = json.loads((downloaded / "adapter_config.json").read_text())
+    (downloaded / "adapter_config.json").write_text(json.dumps({**tree, "base_model_name_or_path": str(other)}))
     assert "holds an adapter (adapter_config.json)" in error_of(config_of("user/name"))
 
 
