@@ -13,7 +13,6 @@ tokens count, so that chat and evaluation answer alike.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lmtune.data.examples import Message
 from lmtune.decoding import PieceDecoder, ReadTokens, Sampler, max_positions, ordinary_attention
 from lmtune.errors import ConfigError, LmtuneError, listed
 from lmtune.models.inference import LoadedModel
+from lmtune.numeric import is_finite_number
 
 MAX_NEW_TOKENS = 8192
 
@@ -50,9 +50,9 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         wrong = []
-        if not _is_number(self.temperature) or self.temperature < 0:
+        if not is_finite_number(self.temperature) or self.temperature < 0:
             wrong.append(f"temperature: got {self.temperature!r}; should be a number, 0 or more")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+        if not is_finite_number(self.top_p) or not 0 < self.top_p <= 1:
             wrong.append(f"top_p: got {self.top_p!r}; should be above 0 and at most 1")
         if not _is_whole(self.max_new_tokens) or not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
             wrong.append(
@@ -303,10 +303,6 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], max_new_to
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
     new: list[list[int]] = output[:, width:].tolist()
     return new
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_whole(value: Any) -> bool:

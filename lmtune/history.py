@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmtune.errors import CheckpointError, LmtuneError, ModelError
-from lmtune.runs import RunDirectory, find_run, is_usable_number
+from lmtune.numeric import is_finite_number
+from lmtune.runs import RunDirectory, find_run
 from lmtune.yaml_reader import read_yaml
 
 _TOLD = ("step", "epoch", "loss", "tokens", "seconds")  # of a step, to a person
@@ -202,7 +203,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         step = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(step, dict) and all(is_usable_number(step.get(key)) for key in _TOLD)
+    whole = isinstance(step, dict) and all(is_finite_number(step.get(key)) for key in _TOLD)
     return step if whole else None
 
 

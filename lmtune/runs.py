@@ -18,10 +18,10 @@ from typing import Any
 
 from lmtune.config import RunConfig
 from lmtune.errors import CheckpointError, ConfigError, ModelError
+from lmtune.numeric import is_finite_number
 
 STATUSES = ("running", "interrupted", "failed", "complete")  # what `summary.json` may say
 _MAX_NAME_BYTES = 255  # of a file or folder, on every common file system
-_MAX_NUMBER = 1e308  # nearly the largest float; what is above it can be neither computed with nor shown
 
 
 class RunDirectory:
@@ -207,18 +207,13 @@ def require_possible(path: Path, setting: str) -> None:
         raise ConfigError(f"{setting}: {path}: a name of over {_MAX_NAME_BYTES} bytes; choose a shorter one")
 
 
-def is_usable_number(value: object) -> bool:
-    """Whether `value` is a number that can be computed with and shown: finite, and not of hundreds of digits."""
-    return type(value) in (int, float) and abs(value) <= _MAX_NUMBER  # type: ignore[arg-type] # NaN is not
-
-
 def _summary_fault(summary: dict[str, Any]) -> str | None:
     """What in a summary no run writes, or None."""
     if (status := summary.get("status", "running")) not in STATUSES:
         found = repr(status[:60]) if isinstance(status, str) else type(status).__name__
         return f"status is {found}; should be {' or '.join(STATUSES)}"
     for key, value in summary.items():
-        if not all(map(is_usable_number, _numbers_in(value))):
+        if not all(map(is_finite_number, _numbers_in(value))):
             return f"{key[:60]} is, or holds, a number that is not finite or too large"
     for key in ("base", "tuned"):
         scores = summary.get(key)

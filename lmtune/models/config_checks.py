@@ -5,9 +5,10 @@ transformers builds a model without layers, and one that divides by zero at its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from lmtune.numeric import is_finite_number
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _SIZES = (
@@ -35,10 +36,10 @@ def config_faults(config: Mapping[str, Any], where: str = "") -> Iterator[str]:
         where: the keys that lead to the part, each with a dot.
     """
     for key in _SIZES:
-        if (value := _one(config.get(key))) is not None and not (_is_number(value, whole=True) and value > 0):
+        if (value := _one(config.get(key))) is not None and not (is_finite_number(value, whole=True) and value > 0):
             yield _fault(where + key, value, "a whole number above 0")
     for key in _SMALL:
-        if (value := config.get(key)) is not None and not (_is_number(value) and value >= 0):
+        if (value := config.get(key)) is not None and not (is_finite_number(value) and value >= 0):
             yield _fault(where + key, value, "a number of 0 or above")
     yield from _base_faults(config, where)
     if not where and isinstance(text := config.get(_TEXT), dict):
@@ -49,7 +50,7 @@ def _base_faults(config: Mapping[str, Any], where: str) -> Iterator[str]:
     """Those of rotary positions: in the config itself, in a part of its own, or in one for each kind of layer."""
     inside = where.removeprefix(f"{_TEXT}.").split(".")[:-1]
     for key in (*_BASES, "factor") if inside else _BASES:
-        if (value := _one(config.get(key))) is not None and not (_is_number(value) and value > 0):
+        if (value := _one(config.get(key))) is not None and not (is_finite_number(value) and value > 0):
             yield _fault(where + key, value, "a number above 0")
     for key, part in config.items():
         if isinstance(part, dict) and len(inside) < 2 and (inside or [key])[0] in _ROPE:
@@ -59,16 +60,6 @@ def _base_faults(config: Mapping[str, Any], where: str) -> Iterator[str]:
 def _one(value: Any) -> Any:
     """`value`, but for a list, in which some architectures give each layer its own."""
     return None if isinstance(value, list) else value
-
-
-def _is_number(value: Any, whole: bool = False) -> bool:
-    """Whether `value` is a finite number; JSON has NaN, and whole numbers beyond any float."""
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def _fault(key: str, value: Any, wanted: str) -> str:
