@@ -11,12 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, data_paths, load_config, to_tree
+from lmtune.config import FinetuneConfig, data_paths, load_config
 from lmtune.console import err, escape, out
 from lmtune.data.checking import check_data
 from lmtune.runs import RunDirectory
 from lmtune.training.workers import check_world, is_worker, launch
-from lmtune.writing import write_json, write_text
 
 
 def main(
@@ -40,40 +39,20 @@ def main(
 
 
 def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, Any]:
-    """Train, score and save; returns the run's summary. Everything heavy is imported here, after the checks."""
-    from lmtune.report import adapter_card, scores_table
-    from lmtune.training.lifecycle import add_tuned_answers, base_scores, begin, running, summarise
-    from lmtune.training.loop import train
-    from lmtune.training.session import prepare, save_tuned
-    from lmtune.training.workers import start_accelerator
+    """Train and show the scores; returns the run's summary. Everything heavy is imported here, after the checks."""
+    from lmtune.report import scores_table
+    from lmtune.training.run import run_finetune
 
-    accelerator = start_accelerator(config.run.process_timeout_seconds)
-    session = prepare(config, accelerator)
-    with running(run_directory, session):
-        checkpoint, complete = begin(run_directory, session)
-        if complete:
-            shown = escape(str(run_directory.path))
+    result = run_finetune(config, run_directory)
+    if result.is_main_process:
+        shown = escape(str(run_directory.path))
+        if result.was_complete:
             err.print(f"{shown} is complete already; give run.name=… for a new run, or run.resume=never")
-            return run_directory.read_summary()
-        base = base_scores(run_directory, session)
-        outcome = train(session.job(run_directory, checkpoint))
-        accelerator.place = "scoring and saving the result"
-        tuned = session.score()
-        summary = summarise(session, outcome, base, tuned[0] if tuned else None)
-        if accelerator.is_main_process:
-            save_tuned(session, run_directory.adapter, outcome.weights)
-            card = adapter_card(to_tree(config), summary, session.data.fates)
-            write_text(run_directory.adapter / "README.md", card)
-            if tuned is not None:
-                add_tuned_answers(run_directory, tuned[1])
-            write_json(run_directory.summary, summary)  # last: it says that the run is complete
-        accelerator.wait_for_everyone()  # nobody ends well before the result is saved
-    if accelerator.is_main_process:  # out here, as nobody may read it any more
-        if tuned is not None:
-            out.print(scores_table(base, summary["tuned"]))
-        adapter, run_path = escape(str(run_directory.adapter)), escape(str(run_directory.path))
-        err.print(f"the adapter is in {adapter}; talk to it: lmtune chat {run_path}")
-    return summary
+        else:
+            if result.summary["tuned"] is not None:
+                out.print(scores_table(result.summary["base"], result.summary["tuned"]))
+            err.print(f"the adapter is in {escape(str(run_directory.adapter))}; talk to it: lmtune chat {shown}")
+    return result.summary
 
 
 if __name__ == "__main__":
