@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import NoReturn
 import typer
 
 from lmtune import __version__
-from lmtune.console import err, escape, keep_without_stderr
+from lmtune.console import err, escape, keep_without_stderr, program
 from lmtune.errors import LmtuneError, is_failure
 from lmtune.training.workers import note_exit_code
 
@@ -102,4 +103,6 @@ def _about_file(error: OSError) -> str:
 def _show(error: BaseException, message: str) -> None:
     if os.environ.get("LMTUNE_TRACEBACK") == "1":
         traceback.print_exception(error)
-    err.print(f"[bold red]error:[/] {escape(message)}")
+    called = program()
+    named = re.sub(rf"`lmtune (?={'|'.join(VERBS)})", lambda _: f"`{called} ", message)
+    err.print(f"[bold red]error:[/] {escape(named)}")

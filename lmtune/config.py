@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from lmtune.config_files import find_config, is_override, run_name, shipped_configs, shipped_example
 from lmtune.console import HUB_TOKEN
 from lmtune.errors import ConfigError, listed
 from lmtune.yaml_reader import read_yaml, read_yaml_value, write_yaml
@@ -156,20 +157,93 @@ def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()
 
     Args:
         schema: a `section` class, for example `FinetuneConfig`.
-        path: a YAML file.
+        path: a YAML file, or the name of one that ships with lmtune.
         overrides: `section.key=value`, the value written as in YAML.
 
     Raises:
         ConfigError: with every problem found, each by `section.key`.
     """
+    path = find_config(path)
+    return _checked(schema, _read(path), overrides, where=str(path), name=path.stem)
+
+
+def command_config(
+    target: str | Path | None, overrides: Sequence[str] = (), model: str | None = None,
+    data: Sequence[str | Path] = (), verb: str = "finetune",
+) -> FinetuneConfig:  # fmt: skip
+    """The settings that a command line means.
+
+    Args:
+        target: a config, by path or by name; None where `model` and `data` say enough. An override may stand here too,
+            since it is the first word of a command line without a config.
+        overrides: `section.key=value`.
+        model: stands for `model.name`.
+        data: stand for `data.train`.
+        verb: the command, for messages.
+
+    Raises:
+        ConfigError: with every problem found; or nothing says which model and which data.
+    """
+    if isinstance(target, str) and is_override(target):
+        overrides, target = [target, *overrides], None
+    sections = [field.name for field in fields(FinetuneConfig)]
+    path = None if target is None else find_config(target, sections, verb)
+    tree: dict[str, Any] = {} if path is None else _read(path)
+    given = {
+        **({"model.name": model} if model else {}),
+        **({"data.train": [str(path) for path in data]} if data else {}),
+    }
+    for key, value in given.items():
+        _set(tree, key, value[0] if isinstance(value, list) and len(value) == 1 else value)
+    for override in overrides:
+        _apply_override(tree, override)
+    if path is None:
+        _require_model_and_data(tree, verb)
+    first = next(iter(_listed(_get(tree, "data", "train"))), None)
+    name = path.stem if path is not None else run_name(str(first))
+    return _checked(FinetuneConfig, tree, (), str(path or f"lmtune {verb}"), name)
+
+
+def _require_model_and_data(tree: Mapping[str, Any], verb: str) -> None:
+    """Raise ConfigError where a command without a config does not say which model or which data."""
+    keys = {"--model MODEL": ("model", "name"), "--data FILE": ("data", "train")}
+    missing = [flag for flag, key in keys.items() if not _get(tree, *key)]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)}: missing; write `lmtune {verb} --model MODEL --data FILE`, or "
+            f"`lmtune {verb} CONFIG`; `lmtune init` writes a config that fits this machine"
+        )
+
+
+def _get(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tree in a config file; examples that a shipped one names are found where lmtune is installed."""
     tree = read_yaml(path)
+    if path in shipped_configs().values() and isinstance(data := tree.get("data"), dict):
+        for key in ("train", "validation"):
+            if isinstance(data.get(key), str):
+                data[key] = shipped_example(data[key])
+    return tree
+
+
+def _checked(schema: type[T], tree: dict[str, Any], overrides: Sequence[str], where: str, name: str) -> T:
+    """The config of `tree` with `overrides`; a run without a name gets `name`."""
     for override in overrides:
         _apply_override(tree, override)
     if schema is FinetuneConfig:
         run = tree.setdefault("run", {})
         if isinstance(run, dict) and run.get("name") is None:
-            run["name"] = Path(path).stem
-    return build_config(schema, tree, where=str(path))
+            run["name"] = name
+    return build_config(schema, tree, where=where)
 
 
 def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
@@ -226,17 +300,22 @@ def _plain(value: Any, is_path: bool = False) -> Any:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         raise ConfigError(f"{override!r}: an override is written section.key=value, for example train.epochs=1")
+    _set(tree, key.strip(), read_yaml_value(text, where=key))
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put `value` at `section.key`."""
+    *parts, last = key.split(".")
     node: Any = tree
-    for part in parts[:-1]:
+    for part in parts:
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {part} is not a section, so it has no keys to set")
-    node[parts[-1]] = read_yaml_value(text, where=key)
+    node[last] = value
 
 
 def _with_nul(value: Any, key: str = "") -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
+import shutil
 import sys
 from typing import Any
 
@@ -38,6 +40,24 @@ def _clean(text: str) -> str:
 # Without `emoji`, or Rich would make one of the line in `rows:100: no JSON`
 out = _Console(highlight=False, soft_wrap=True, emoji=False)
 err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def command(*words: object) -> str:
+    """A command of lmtune as a shell runs it here: `lmtune chat runs/a`, or `.venv/bin/lmtune chat runs/a`."""
+    return " ".join([program(), *(shlex.quote(str(word)) for word in words)])
+
+
+def program() -> str:
+    """What calls this program again: `lmtune` where the shell finds it by that name, else the path of its script."""
+    called = sys.argv[0] if os.path.basename(sys.argv[0]) == "lmtune" else ""
+    script = called if os.path.isfile(called) else os.path.join(os.path.dirname(sys.executable), "lmtune")
+    if not os.path.isfile(script):
+        return f"{shlex.quote(sys.executable)} -m lmtune"
+    found = shutil.which("lmtune")
+    if found is not None and os.path.samefile(found, script):
+        return "lmtune"
+    inside = os.path.relpath(script)
+    return shlex.quote(script if inside.startswith(os.pardir) else inside)
 
 
 def keep_without_stderr() -> None:

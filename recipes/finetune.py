@@ -1,6 +1,7 @@
 """Fine-tune a language model on a file of questions and answers.
 
-lmtune finetune recipes/configs/support.yaml train.epochs=2
+lmtune finetune support train.epochs=2
+lmtune finetune --model Qwen/Qwen3-0.6B --data my.jsonl
 accelerate launch recipes/finetune.py recipes/configs/support.yaml
 """
 
@@ -11,30 +12,40 @@ from typing import Annotated, Any
 import typer
 
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, data_paths, load_config
-from lmtune.console import err, escape, out
+from lmtune.config import FinetuneConfig, command_config, data_paths
+from lmtune.console import command, err, escape, out
 from lmtune.data.checking import check_data
 from lmtune.runs import RunDirectory
 from lmtune.training.workers import check_world, is_worker, launch
 
 
 def main(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see recipes/configs.")],
+    config_file: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A YAML file, or the name of a shipped one: qwen3_0.6b, support."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
     ] = None,
+    model: Annotated[str | None, typer.Option(help="The base model; short for model.name=…")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Rows to learn; short for data.train=…")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train in, one a GPU.")] = 1,
 ) -> None:
-    """Fine-tune a model as CONFIG says. The same command again goes on where it stopped.
+    """Fine-tune a model as CONFIG says, or with the defaults. The same command again goes on where it stopped.
 
-    Example: lmtune finetune recipes/configs/support.yaml train.epochs=2 run.name=trial
+    Without CONFIG, --model and --data are enough; the run is then named after the data file.
+
+    Example: lmtune finetune qwen3_0.6b data.train=my.jsonl
+
+    Example: lmtune finetune --model Qwen/Qwen3-0.6B --data my.jsonl train.epochs=2 run.name=trial
     """
-    config = load_config(FinetuneConfig, config_file, overrides or [])
+    config = command_config(config_file, overrides or [], model, data or [], "finetune")
     run_directory = RunDirectory.of(config.run)
     check_world()
     check_data(data_paths(config.data.train), data_paths(config.data.validation or ()))  # before any model is loaded
     if processes > 1 and not is_worker():
-        sys.exit(launch(Path(__file__), [str(config_file), *(overrides or [])], processes))
+        words = [*([config_file] if config_file else []), *(overrides or []), *(["--model", model] if model else [])]
+        sys.exit(launch(Path(__file__), words + [word for path in data or [] for word in ("--data", path)], processes))
     finetune(config, run_directory)
 
 
@@ -51,7 +62,8 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, A
         else:
             if result.summary["tuned"] is not None:
                 out.print(scores_table(result.summary["base"], result.summary["tuned"]))
-            err.print(f"the adapter is in {escape(str(run_directory.adapter))}; talk to it: lmtune chat {shown}")
+            talk = escape(command("chat", run_directory.path))
+            err.print(f"the adapter is in {escape(str(run_directory.adapter))}; talk to it: {talk}")
     return result.summary
 
 

@@ -1,32 +1,39 @@
 """Will it fit, and how long will it take: a run's memory, steps, tokens and time, before it is started.
 
-lmtune plan recipes/configs/support.yaml
+lmtune plan support
+lmtune plan --model Qwen/Qwen3-0.6B --data my.jsonl
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, data_paths, load_config
+from lmtune.config import command_config, data_paths
 from lmtune.console import err, out
 from lmtune.data.checking import check_data
 
 
 def main(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see recipes/configs.")],
+    config_file: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A YAML file, or the name of a shipped one: qwen3_0.6b, support."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
     ] = None,
+    model: Annotated[str | None, typer.Option(help="The base model; short for model.name=…")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Rows to learn; short for data.train=…")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to plan for.")] = 1,
 ) -> None:
     """Estimate memory by part, steps, tokens and time of a run, without loading the model's weights.
 
-    Example: lmtune plan recipes/configs/support.yaml train.batch_size=64
+    Example: lmtune plan support train.batch_size=64
+
+    Example: lmtune plan --model Qwen/Qwen3-0.6B --data my.jsonl
     """
-    config = load_config(FinetuneConfig, config_file, overrides or [])
+    config = command_config(config_file, overrides or [], model, data or [], "plan")
     check_data(data_paths(config.data.train))
     err.print("reading the rows and the model's shape …")
 
@@ -37,8 +44,8 @@ def main(
 
     notes = {"template": config.data.template, "system": config.data.system}
     renderer = build_renderer(load_tokenizer(config.model, alone=True), config.model, notes)
-    data = load_data(config.data, renderer, config.train.seed)
-    plan = forecast(config, data.train.num_tokens, data.train.num_trained, default_device(), processes)
+    rows = load_data(config.data, renderer, config.train.seed)
+    plan = forecast(config, rows.train.num_tokens, rows.train.num_trained, default_device(), processes)
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in plan.lines():

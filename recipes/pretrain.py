@@ -1,6 +1,6 @@
 """Train a small language model and its tokenizer from scratch, on plain text.
 
-lmtune pretrain recipes/configs/pretrain_tiny.yaml
+lmtune pretrain pretrain_tiny
 """
 
 from pathlib import Path
@@ -10,14 +10,14 @@ import typer
 
 from lmtune.cli import run
 from lmtune.config import load_config
-from lmtune.console import err, escape, out
+from lmtune.console import command, err, escape, out
 from lmtune.errors import ConfigError
 from lmtune.runs import home_expanded, require_possible
 from lmtune.training.pretrain_config import PretrainConfig
 
 
 def main(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see recipes/configs.")],
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
     ] = None,
@@ -28,7 +28,7 @@ def main(
     Each file is a document; with data.split: paragraph each paragraph is one. Some documents are held out, and the
     perplexity on them is measured at the end. Ctrl-C ends training early and saves what was learned.
 
-    Example: lmtune pretrain recipes/configs/pretrain_tiny.yaml output.dir=my-tiny
+    Example: lmtune pretrain pretrain_tiny output.dir=my-tiny
     """
     config = load_config(PretrainConfig, config_file, overrides or [])
     folder = home_expanded(config.output.dir, "output.dir")
@@ -51,7 +51,7 @@ def main(
     card = model_card(config, result, model.num_parameters(), len(tokenizer), config_file)
     save_pretrained(model, tokenizer, card, config)
     out.print(f"perplexity on held-out text: {result.perplexity:.2f}")
-    out.print(f"the model is in {escape(str(folder))}; talk to it: lmtune chat {escape(str(folder))}")
+    out.print(f"the model is in {escape(str(folder))}; talk to it: {escape(command('chat', folder))}")
     if result.exit_code:
         err.print(f"stopped after step {result.steps} of {result.total_steps}; what was learned until then is saved")
         raise typer.Exit(result.exit_code)

@@ -1,39 +1,45 @@
 """Show the exact tokens that a model will see of each row, and which of them it learns.
 
-lmtune preview train.jsonl --config recipes/configs/support.yaml --rows 5
+lmtune preview train.jsonl --config qwen3_0.6b --rows 5
 lmtune preview train.jsonl --model Qwen/Qwen3-0.6B
 """
 
 from itertools import islice
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lmtune.cli import run
-from lmtune.config import DataConfig, FinetuneConfig, ModelConfig, data_paths, load_config
+from lmtune.config import command_config, data_paths
+from lmtune.config_files import split_data
 from lmtune.console import err, escape, out
 from lmtune.errors import ConfigError
 
 
 def main(
-    data: Annotated[list[Path] | None, typer.Argument(metavar="DATA", help="Files or folders of rows.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Take model, template and data from this YAML file.")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DATA]... [KEY=VALUE]...", help="Files or folders of rows; settings that replace."),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Take model, template and data from this YAML file, or shipped one by name.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A Hub id, a local folder, or tiny; only its tokenizer loads.")
     ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="The same as DATA.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
 ) -> None:
     """Show the tokens of the first rows, the learned ones coloured, or in brackets where there is no colour.
 
-    Example: lmtune preview train.jsonl --config recipes/configs/support.yaml
+    Example: lmtune preview train.jsonl --config qwen3_0.6b
     """
-    settings = load_config(FinetuneConfig, config) if config else None
-    if settings is None and not (data and model):
+    positional, overrides = split_data(words or [], "preview")
+    given = [*positional, *(data or [])]
+    if config is None and not (given and model) and not overrides:
         raise ConfigError("say what to show: lmtune preview DATA --config CONFIG, or DATA --model NAME")
-    model_config = ModelConfig(name=model) if model else settings.model if settings else ModelConfig(name="tiny")
-    paths = [str(path) for path in data or []] or data_paths(settings.data.train if settings else "")
-    data_config = settings.data if settings else DataConfig(train=tuple(paths))
+    settings = command_config(config, overrides, model, given, "preview")
+    model_config, data_config, paths = settings.model, settings.data, data_paths(settings.data.train)
 
     from lmtune.data.fates import WHY_DROPPED
     from lmtune.data.files import find_files

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import err, escape, out
+from lmtune.console import command, err, escape, out
 
 
 def main(
@@ -25,7 +25,7 @@ def main(
 
     folder = pull(repository, revision, output)
     out.print(escape(str(folder)))
-    err.print(f"talk to it: lmtune chat {escape(str(folder))}")
+    err.print(f"talk to it: {escape(command('chat', folder))}")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,20 @@ lmtune quickstart
 """
 
 import json
+import os
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import lmtune.recipes
 from lmtune.cli import run
 from lmtune.config import FinetuneConfig, data_paths, load_config
-from lmtune.console import err, escape, out
+from lmtune.config_files import shipped_configs
+from lmtune.console import command, err, escape, out, program
 from lmtune.data.checking import check_data, describe_check
 from lmtune.demo import support_data, support_heldout
 from lmtune.errors import LmtuneError
@@ -35,8 +38,7 @@ def main(
     """
     began = time.monotonic()
     paths = [f"data.train={support_data()}", f"data.validation={support_heldout()}", f"run.dir={runs_dir}"]
-    shipped = Path(lmtune.recipes.__file__).parent / "configs" / "quickstart.yaml"
-    config = load_config(FinetuneConfig, shipped, paths)
+    config = load_config(FinetuneConfig, shipped_configs()["quickstart"], paths)
     run_directory = RunDirectory.of(config.run)
     checked = check_data(data_paths(config.data.train), data_paths(config.data.validation or ()))
     out.print(escape(describe_check(checked)))
@@ -53,17 +55,30 @@ def main(
     merge_run(run_directory, run_directory.merged, "trained")
     show_answers(run_directory)
     out.print(f"\nAll done in {time.monotonic() - began:.0f} s. Next:")
-    for command, purpose in (
-        (f"lmtune chat {run_directory.path}", "talk to it here"),
-        (f"lmtune app {run_directory.path}", "or in the browser, base and tuned"),
-        ("lmtune check my.jsonl", "then your own questions and answers"),
-        ("lmtune finetune recipes/configs/qwen3_0.6b.yaml data.train=my.jsonl", "on a real model"),
-    ):
-        out.print(f"  [bold]{command}[/]\n      {purpose}")
+    say_next_steps(run_directory)
     if chat:
         from lmtune.recipes.app import main as open_app
 
         open_app([str(run_directory.path)])
+
+
+def say_next_steps(run_directory: RunDirectory) -> None:
+    """Commands that work as they are printed, in the folder and shell that this one ran in."""
+    row = json.dumps({"prompt": "When are you open?", "completion": "From nine to five."})
+    for line, purpose in (
+        (command("chat", run_directory.path), "talk to it here"),
+        (command("app", run_directory.path), "or in the browser, base and tuned"),
+        (f"echo {shlex.quote(row)} >> my.jsonl", "then your own questions and answers, one a line"),
+        (command("check", "my.jsonl"), "what is wrong with them, line by line"),
+        (
+            command("init", "--model", "Qwen/Qwen3-0.6B", "--data", "my.jsonl"),
+            "a config for a real model that fits here",
+        ),
+    ):
+        out.print(f"  [bold]{escape(line)}[/]\n      {purpose}")
+    activate = os.path.relpath(Path(sys.executable).with_name("activate"))
+    if program() != "lmtune" and os.path.isfile(activate):
+        out.print(f"  [dim]For plain `lmtune` in this shell: . {escape(shlex.quote(activate))}[/]")
 
 
 def show_answers(run_directory: RunDirectory) -> None:
