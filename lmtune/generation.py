@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -64,6 +64,25 @@ class GenerationOptions:
             raise ConfigError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} options are wrong\n{listed(wrong)}")
 
 
+FinishReason = Literal["stop", "length", "context", "stopped"]
+
+
+@dataclass(frozen=True)
+class AnswerInfo:
+    """Who gave an answer, and how it ended.
+
+    Attributes:
+        model: the model's name.
+        use_base: given without the adapter; None for a model that has none.
+        finish_reason: `stop` by itself, `length` cut at `max_new_tokens`, `context` cut where the model can read no
+            further, `stopped` by the user; None while it is under way.
+    """
+
+    model: str
+    use_base: bool | None = None
+    finish_reason: FinishReason | None = None
+
+
 class ChatSession:
     """One conversation with one model. A new question, `retry`, `edit` or `clear` ends an answer still under way.
 
@@ -74,12 +93,26 @@ class ChatSession:
             and was trained on single questions, so each question then stands alone.
     """
 
-    def __init__(self, model: LoadedModel, system: str | None = None, messages: Sequence[Message] = ()) -> None:
-        """A conversation that begins with `messages`, without reading anything yet."""
+    def __init__(
+        self,
+        model: LoadedModel,
+        system: str | None = None,
+        messages: Sequence[Message] = (),
+        infos: Sequence[AnswerInfo | None] = (),
+    ) -> None:
+        """A conversation that begins with `messages`, without reading anything yet.
+
+        Args:
+            model: who answers.
+            system: the system prompt.
+            messages: what was said before, by this model or another.
+            infos: one for each of `messages`, None for questions; by default nothing is known.
+        """
         self.model = model
         self.system = system
         self.remembers = model.renderer.uses_chat_template
         self._history = list(messages)
+        self._infos = list(infos) or [None] * len(self._history)
         self._turn: _Turn | None = None  # the answer after `_history`: under way, or said
         self._memories: dict[bool, ReadTokens] = {}  # by use_base: the two read the same tokens differently
         self._guard = threading.Lock()
@@ -91,10 +124,28 @@ class ChatSession:
             return self._said()
 
     @property
+    def turns(self) -> list[tuple[Message, AnswerInfo | None]]:
+        """`messages`, each answer with who gave it and how it ended."""
+        with self._guard:
+            return list(zip(self._said(), self._said_infos(), strict=True))
+
+    @property
     def num_answer_tokens(self) -> int:
         """How long the last answer is, or is so far."""
         turn = self._turn
-        return 0 if turn is None else turn.num_tokens
+        return 0 if turn is None else len(turn.token_ids)
+
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """How many tokens of the last prompt are read, and how many it has; (0, 0) before there is one."""
+        turn = self._turn
+        return (0, 0) if turn is None else (turn.num_read, turn.num_prompt)
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether `continue_answer` has something to go on from."""
+        turn = self._turn
+        return turn is not None and turn.finish_reason == "length"
 
     def stream(self, user_text: str, options: GenerationOptions | None = None, use_base: bool = False) -> Iterator[str]:
         """Ask, and get the answer in pieces of text; abandoning the iterator stops it.
@@ -138,6 +189,28 @@ class ChatSession:
             raise LmtuneError(f"message {index} is no question of yours, so it cannot be edited")
         return self._answer(index, user_text, options, use_base)
 
+    def continue_answer(self, options: GenerationOptions | None = None) -> Iterator[str]:
+        """Go on with the last answer from where `max_new_tokens` cut it; gives what comes after the cut.
+
+        Raises:
+            LmtuneError: the last answer was not cut, or is not of this session.
+        """
+        turn = self._turn
+        if turn is None or not self.can_continue:
+            raise LmtuneError("the last answer was not cut at the limit, so there is nothing to continue; ask instead")
+        return self._run(-1, None, options or GenerationOptions(), turn.use_base, turn.token_ids)
+
+    def undo(self) -> str | None:
+        """Take back the last question with its answer; returns the question, None if there is none."""
+        with self._guard:
+            self.stop()
+            messages, infos = self._said(), self._said_infos()
+            asked = [index for index, message in enumerate(messages) if message.role == "user"]
+            if not asked:
+                return None
+            self._history, self._infos, self._turn = messages[: asked[-1]], infos[: asked[-1]], None
+            return messages[asked[-1]].content
+
     def stop(self) -> None:
         """End the answer under way at its next token; may be called from any thread."""
         turn = self._turn
@@ -148,7 +221,7 @@ class ChatSession:
         """Begin anew; the system prompt stays."""
         with self._guard:
             self.stop()
-            self._history, self._turn = [], None
+            self._history, self._infos, self._turn = [], [], None
             self._memories.clear()
 
     def release(self) -> None:
@@ -160,6 +233,14 @@ class ChatSession:
         if self._turn is None:
             return list(self._history)
         return [*self._history, Message("assistant", self._turn.text)]
+
+    def _said_infos(self) -> list[AnswerInfo | None]:
+        if self._turn is None:
+            return list(self._infos)
+        turn = self._turn
+        reason = turn.finish_reason or ("stopped" if turn.stopped.is_set() else None)
+        use_base = turn.use_base if self.model.has_adapter else None
+        return [*self._infos, AnswerInfo(self.model.name, use_base, reason)]
 
     def _prompt(self, history: Sequence[Message]) -> list[int]:
         """The tokens before the answer to the last question of `history`."""
@@ -180,66 +261,90 @@ class ChatSession:
             raise LmtuneError("the question is empty; type something")
         return self._run(keep, user_text, options or GenerationOptions(), use_base and self.model.has_adapter)
 
-    def _run(self, keep: int | None, user_text: str, options: GenerationOptions, use_base: bool) -> Iterator[str]:
-        turn = _Turn()
+    def _run(
+        self, keep: int | None, user_text: str | None, options: GenerationOptions, use_base: bool,
+        begun: Sequence[int] = (),
+    ) -> Iterator[str]:  # fmt: skip
+        """Stream the answer to `user_text` after the first `keep` messages, or go on with the answer `begun`."""
+        turn = _Turn(use_base)
         with self._guard:
             self.stop()
-            before = self._history, self._turn
-            self._history, self._turn = [*self._said()[:keep], Message("user", user_text)], turn
-            history = self._history
+            before = self._history, self._infos, self._turn
+            asked = [] if user_text is None else [Message("user", user_text)]
+            self._history = [*self._said()[:keep], *asked]
+            self._infos = [*self._said_infos()[:keep], *(None for _ in asked)]
+            self._turn, history = turn, self._history
             memory = self._memories.pop(use_base, None) or ReadTokens(self.model, use_base)
+        decoder = PieceDecoder(self._decode)
+        for token in begun:
+            turn.token_ids.append(token)
+            turn.text += decoder.add(token)
         try:
-            for piece in self._pieces(self._prompt(history), memory, options, turn):
+            for piece in self._pieces(self._prompt(history), memory, options, turn, decoder):
                 turn.text += piece
                 yield piece
         except Exception:
             with self._guard:
                 if self._turn is turn:
-                    self._history, self._turn = before
+                    self._history, self._infos, self._turn = before
             raise
         finally:
+            turn.finish_reason = turn.finish_reason or "stopped"
             turn.stopped.set()
             with self._guard:
                 if self._turn is turn and memory.is_whole:
                     self._memories[use_base] = memory
 
-    def _pieces(self, prompt: list[int], memory: ReadTokens, options: GenerationOptions, turn: _Turn) -> Iterator[str]:
-        """The answer to `prompt`, as text."""
-        budget = min(options.max_new_tokens, self._room_after(prompt))
+    def _pieces(
+        self, prompt: list[int], memory: ReadTokens, options: GenerationOptions, turn: _Turn, decoder: PieceDecoder
+    ) -> Iterator[str]:
+        """The answer to `prompt`, or what comes after the tokens that `turn` has already, as text."""
+        prompt = [*prompt, *turn.token_ids]
+        room = self._room_after(prompt)
         choose = Sampler(options.temperature, options.top_p, options.seed)
-        decoder = PieceDecoder(self._decode)
+        turn.num_prompt = len(prompt)
         for logits in memory.read_prompt(prompt):  # noqa: B007 - the last is used below
+            turn.num_read = len(memory.token_ids)
             if turn.stopped.is_set():
                 return
+        budget = options.max_new_tokens if room is None else min(options.max_new_tokens, room)
         for left in range(budget, 0, -1):
             token = choose(logits)
-            if turn.stopped.is_set() or token in self.model.renderer.stop_token_ids:
+            if turn.stopped.is_set():
                 break
-            turn.num_tokens += 1
+            if token in self.model.renderer.stop_token_ids:
+                turn.finish_reason = "stop"
+                break
+            turn.token_ids.append(token)
             if piece := decoder.add(token):
                 yield piece
             if left > 1:
                 logits = memory.read([token])
+        else:
+            turn.finish_reason = "context" if budget == room else "length"
         if piece := decoder.finish():
             yield piece
 
-    def _room_after(self, prompt: list[int]) -> int:
-        """How many tokens fit behind `prompt`."""
+    def _room_after(self, prompt: list[int]) -> int | None:
+        """How many tokens fit behind `prompt`; None without a limit."""
         limit = max_positions(self.model.model)
         if limit is not None and len(prompt) >= limit:
             raise LmtuneError(
                 f"the conversation is {len(prompt)} tokens long, and {self.model.name} reads at most {limit}; "
                 "clear it, or shorten the question or the system prompt"
             )
-        return MAX_NEW_TOKENS if limit is None else limit - len(prompt)
+        return None if limit is None else limit - len(prompt)
 
 
 class _Turn:
-    """One answer: what was said so far, and whether it should end."""
+    """One answer: what was said so far, by whom, and whether it should end."""
 
-    def __init__(self) -> None:
+    def __init__(self, use_base: bool) -> None:
+        self.use_base = use_base
         self.text = ""
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
+        self.num_prompt = self.num_read = 0
+        self.finish_reason: FinishReason | None = None
         self.stopped = threading.Event()
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from lmtune.data.examples import Example, Message
 from lmtune.decoding import PieceDecoder, Sampler
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.generation import ChatSession, GenerationOptions, generate_batch
+from lmtune.generation import AnswerInfo, ChatSession, GenerationOptions, generate_batch
 from lmtune.kernels.attention import packed_attention
 from lmtune.models.inference import LoadedModel
-from tests.chat_models import chat_model
+from tests.chat_models import chat_model, never_stops, parrot
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
 
 WARM = GenerationOptions(temperature=1.0, top_p=0.9, max_new_tokens=24, seed=5)
@@ -304,6 +304,81 @@ def test_release_frees_what_was_read_and_changes_nothing(model: LoadedModel) -> 
     session.release()
     assert session.messages == before
     assert session.reply("Be brief.", SHORT) == reply_after(before, "Be brief.", model)
+
+
+# --- how answers end, going on, taking back
+
+
+def test_an_answer_knows_who_gave_it_and_how_it_ended() -> None:
+    narrow = ChatSession(parrot(positions=90))
+    narrow.reply("count", GenerationOptions(max_new_tokens=300))
+    assert narrow.turns[1][1] == AnswerInfo("parrot", False, "context")
+    session = ChatSession(parrot())
+    session.reply("Hello")
+    session.reply("count", GenerationOptions(max_new_tokens=5), use_base=True)
+    stream = session.stream("Hello", SHORT)
+    next(stream)
+    assert session.turns[-1][1] == AnswerInfo("parrot", False, None)
+    stream.close()  # type: ignore[attr-defined]
+    infos = [info for message, info in session.turns if message.role == "assistant"]
+    assert infos == [
+        AnswerInfo("parrot", False, "stop"), AnswerInfo("parrot", True, "length"),
+        AnswerInfo("parrot", False, "stopped"),
+    ]  # fmt: skip
+    assert all(info is None for message, info in session.turns if message.role == "user")
+    "".join(session.edit(0, "Hello", SHORT))
+    assert [info for _, info in session.turns] == [None, AnswerInfo("parrot", False, "stop")]
+    plain = ChatSession(parrot(adapter=False), messages=session.messages, infos=[info for _, info in session.turns])
+    plain.reply("Hello", SHORT, use_base=True)
+    assert plain.turns[1][1] == AnswerInfo("parrot", False, "stop")
+    assert plain.turns[3][1] == AnswerInfo("parrot", None, "stop")
+
+
+@pytest.mark.parametrize("use_base", [False, True])
+def test_a_cut_answer_goes_on_as_if_it_had_not_been_cut(use_base: bool) -> None:
+    loaded = never_stops(chat_model())
+    whole = ChatSession(loaded).reply("Hello", GenerationOptions(max_new_tokens=23), use_base)
+    session = ChatSession(loaded)
+    session.reply("Hello", GenerationOptions(max_new_tokens=8), use_base)
+    for more in (1, 14):
+        assert session.can_continue
+        "".join(session.continue_answer(GenerationOptions(max_new_tokens=more)))
+    assert session.messages == [Message("user", "Hello"), Message("assistant", whole)]
+    assert session.num_answer_tokens == 23
+
+
+def test_what_was_not_cut_is_not_continued() -> None:
+    session = ChatSession(parrot())
+    with pytest.raises(LmtuneError, match="nothing to continue"):
+        session.continue_answer()
+    session.reply("Hello")
+    with pytest.raises(LmtuneError, match="nothing to continue"):
+        session.continue_answer()
+    assert session.messages[-1].content == "You asked: Hello"
+
+
+def test_the_last_question_can_be_taken_back() -> None:
+    session = ChatSession(parrot())
+    assert session.undo() is None
+    session.reply("one")
+    session.reply("two")
+    assert session.undo() == "two"
+    assert session.reply("three") == "You asked: three"
+    assert [message.content for message in session.messages][::2] == ["one", "three"]
+    stream = session.stream("four")
+    next(stream)
+    assert session.undo() == "four"
+    assert "".join(stream) == ""
+    assert len(session.messages) == 4
+
+
+def test_how_far_a_long_prompt_is_read() -> None:
+    session = ChatSession(chat_model(positions=4096))
+    assert session.prompt_progress == (0, 0)
+    for _ in session.stream("x" * 1500, SHORT):
+        break
+    read, whole = session.prompt_progress
+    assert read == whole > 1000
 
 
 # --- stop, edit, clear
