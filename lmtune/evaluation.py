@@ -8,19 +8,22 @@ were. *Exact match* lets the model answer by itself, greedily, and compares the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
+from lmtune.config import DataConfig, build_config
 from lmtune.console import warn
 from lmtune.data.examples import Message
 from lmtune.data.packing import fill, pack
+from lmtune.data.tokenized import tokenize
 from lmtune.decoding import base_of, max_positions
 from lmtune.errors import ConfigError, LmtuneError, listed
 from lmtune.kernels.packed_forward import PackedForward
+from lmtune.models.inference import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Scores:
         """For `summary.json`."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """Scores as `summary.json` holds them; what a later version has added is left out."""
+        return cls(**{field.name: values.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -60,6 +68,52 @@ class Answer:
     def matches(self) -> bool:
         """Whether they are the same text, but for white space at the ends."""
         return self.wanted.strip() == self.given.strip()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on some rows.
+
+    Attributes:
+        tuned: scores of the model as it is.
+        base: of the same model without its adapter; None for a model that has none.
+        answers: the model's generated answers beside the reference, in the order of the rows.
+        fates: what became of every row read.
+    """
+
+    tuned: Scores
+    base: Scores | None
+    answers: list[Answer]
+    fates: dict[str, Any]
+
+
+def evaluate_loaded(
+    loaded: LoadedModel, paths: Sequence[str], exact_match_rows: int, max_new_tokens: int, max_length: int
+) -> Evaluation:
+    """Score a loaded model on the rows of `paths`, and its base beside it.
+
+    Args:
+        loaded: the model.
+        paths: files or folders of rows.
+        exact_match_rows: generate answers for so many rows.
+        max_new_tokens: where an answer that does not stop is cut.
+        max_length: longer rows are left out, and counted.
+
+    Raises:
+        DataError: a row is faulty, or none is left.
+        ConfigError: `max_length` is beyond the model's positions.
+    """
+    settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune evaluate")
+    rows = tokenize(paths, loaded.renderer, settings)
+    check_lengths(loaded.model, [rows], "--max-length")
+    forward = PackedForward(loaded.model)
+    arguments = (forward, loaded.renderer, rows, exact_match_rows, max_new_tokens, max(4096, max_length))
+    tuned, given = evaluate(*arguments)
+    base = None
+    if loaded.has_adapter:
+        with loaded.use_base():
+            base = evaluate(*arguments)[0]
+    return Evaluation(tuned, base, given, rows.fates)
 
 
 def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True) -> None:
