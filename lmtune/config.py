@@ -20,10 +20,10 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from lmtune.config_files import find_config, is_override, run_name, shipped_configs, shipped_example
+from lmtune.config_files import find_config, is_override, plain_name, run_name, shipped_configs, shipped_example
 from lmtune.console import HUB_TOKEN
 from lmtune.errors import ConfigError, listed
 from lmtune.yaml_reader import read_yaml, read_yaml_value, write_yaml
@@ -58,7 +58,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Quantization = Literal["none", "nf4", "int8", "fp8"]
 # A run's folder is `run.dir/run.name`: one plain folder name, which cannot climb out of `run.dir`.
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+RunName = Annotated[str, AfterValidator(plain_name)]
 # One file or folder, or several.
 DataPaths = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -406,8 +406,7 @@ def _describe(schema: type[Any], error: dict[str, Any]) -> str:
     if error["type"].startswith("dataclass_type"):
         return f"{key}: must be a section of `key: value` lines, got {_short(got)}"
     wanted = re.sub(r"^(Input|String) should (be )?", "", error["msg"])
-    if error["type"] == "string_pattern_mismatch":  # only a run's name has a pattern
-        wanted = "one folder name: letters, digits, `.`, `_`, `-`, beginning with a letter or digit, at most 100"
+    wanted = wanted.removeprefix("Value error, ")
     return f"{key}: got {_short(got)}; should be {wanted}"
 
 
