@@ -164,6 +164,12 @@ class FinetuneConfig:
             found.append("adapter.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
         if self.evaluation.patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
+        if self.evaluation.patience is not None and self.data.validation is None and not self.data.validation_fraction:
+            found.append(
+                f"evaluation.patience: {self.evaluation.patience} waits for validation scores, and "
+                "data.validation_fraction: 0.0 holds no row out; raise the fraction, name data.validation, or set "
+                "evaluation.patience: null"
+            )
         if re.search(HUB_TOKEN, self.run.name or ""):
             found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
         return found

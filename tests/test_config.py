@@ -218,6 +218,10 @@ def test_a_config_cannot_be_changed() -> None:
             "adapter.use_dora: cannot be combined",
         ),
         ({"evaluation": {"patience": 2}}, "evaluation.patience: needs evaluation.every_steps"),
+        (
+            {"evaluation": {"patience": 2, "every_steps": 1}, "data": {"train": "x", "validation_fraction": 0.0}},
+            r"evaluation\.patience: 2 waits for .*data\.validation_fraction: 0\.0 holds no row out",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(tree: dict[str, dict[str, Any]], message: str) -> None:
