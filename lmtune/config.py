@@ -11,6 +11,7 @@ a config is a handful of small types follows litgpt's `args.py`.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
@@ -19,29 +20,45 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from lmtune.config_files import find_config, is_override, run_name, shipped_configs, shipped_example
+from lmtune.config_files import find_config, is_override, plain_name, run_name, shipped_configs, shipped_example
 from lmtune.console import HUB_TOKEN
 from lmtune.errors import ConfigError, listed
 from lmtune.yaml_reader import read_yaml, read_yaml_value, write_yaml
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 T = TypeVar("T")
+Overrides = Mapping[str, object] | Sequence[str]  # values by `section.key`, or `section.key=value` with YAML's values
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def section(cls: type[T]) -> type[T]:
-    """Make a class a config section: a frozen dataclass whose values are checked when it is made."""
-    return cast(type[T], dataclass(frozen=True, kw_only=True, config=_STRICT)(cls))
+    """Make a class a config section: a frozen dataclass whose values are checked when it is made.
+
+    Made by hand, `TrainConfig(epochs=-1)`, it raises ConfigError as a file does.
+    """
+    made: Any = dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
+    checked = made.__init__
+
+    @functools.wraps(checked)
+    def init(self: Any, **values: Any) -> None:
+        try:
+            checked(self, **values)
+        except ValidationError as error:
+            problems = _describe_all(made, error)
+            raise ConfigError(f"{made.__name__}: {_counted(problems)}\n{listed(problems)}") from None
+
+    made.__init__ = init
+    return cast(type[T], made)
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Quantization = Literal["none", "nf4", "int8", "fp8"]
 # A run's folder is `run.dir/run.name`: one plain folder name, which cannot climb out of `run.dir`.
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+RunName = Annotated[str, AfterValidator(plain_name)]
 # One file or folder, or several.
 DataPaths = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -147,18 +164,24 @@ class FinetuneConfig:
             found.append("adapter.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
         if self.evaluation.patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
+        if self.evaluation.patience is not None and self.data.validation is None and not self.data.validation_fraction:
+            found.append(
+                f"evaluation.patience: {self.evaluation.patience} waits for validation scores, and "
+                "data.validation_fraction: 0.0 holds no row out; raise the fraction, name data.validation, or set "
+                "evaluation.patience: null"
+            )
         if re.search(HUB_TOKEN, self.run.name or ""):
             found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
         return found
 
 
-def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load_config(schema: type[T], path: str | Path, overrides: Overrides = ()) -> T:
     """Read `path`, apply `key=value` overrides, and return the checked config.
 
     Args:
         schema: a `section` class, for example `FinetuneConfig`.
         path: a YAML file, or the name of one that ships with lmtune.
-        overrides: `section.key=value`, the value written as in YAML.
+        overrides: `section.key=value`, the value written as in YAML, or values by key.
 
     Raises:
         ConfigError: with every problem found, each by `section.key`.
@@ -195,8 +218,7 @@ def command_config(
     }
     for key, value in given.items():
         _set(tree, key, value[0] if isinstance(value, list) and len(value) == 1 else value)
-    for override in overrides:
-        _apply_override(tree, override)
+    _apply(tree, overrides)
     if path is None:
         _require_model_and_data(tree, verb)
     first = next(iter(_listed(_get(tree, "data", "train"))), None)
@@ -235,15 +257,33 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _checked(schema: type[T], tree: dict[str, Any], overrides: Sequence[str], where: str, name: str) -> T:
+def _checked(schema: type[T], tree: dict[str, Any], overrides: Overrides, where: str, name: str) -> T:
     """The config of `tree` with `overrides`; a run without a name gets `name`."""
-    for override in overrides:
-        _apply_override(tree, override)
+    _apply(tree, overrides)
     if schema is FinetuneConfig:
         run = tree.setdefault("run", {})
         if isinstance(run, dict) and run.get("name") is None:
             run["name"] = name
     return build_config(schema, tree, where=where)
+
+
+def with_overrides(config: FinetuneConfig | str | os.PathLike[str] | None, overrides: Overrides) -> dict[str, Any]:
+    """The plain tree of a config, a YAML file or nothing, with `overrides` by `section.key` put in.
+
+    Args:
+        config: settings, a YAML file, or None for an empty tree.
+        overrides: values by key, or `section.key=value` as on the command line.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override has no such form.
+    """
+    tree: dict[str, Any] = {}
+    if isinstance(config, (str, os.PathLike)):
+        tree = _read(find_config(os.fspath(config)))
+    elif config is not None:
+        tree = to_tree(config)
+    _apply(tree, overrides)
+    return tree
 
 
 def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
@@ -296,6 +336,15 @@ def _plain(value: Any, is_path: bool = False) -> Any:
     if is_path and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
         return os.path.relpath(value)
     return value
+
+
+def _apply(tree: dict[str, Any], overrides: Overrides) -> None:
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _set(tree, key, value)
+    else:
+        for override in overrides:
+            _apply_override(tree, override)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -363,8 +412,7 @@ def _describe(schema: type[Any], error: dict[str, Any]) -> str:
     if error["type"].startswith("dataclass_type"):
         return f"{key}: must be a section of `key: value` lines, got {_short(got)}"
     wanted = re.sub(r"^(Input|String) should (be )?", "", error["msg"])
-    if error["type"] == "string_pattern_mismatch":  # only a run's name has a pattern
-        wanted = "one folder name: letters, digits, `.`, `_`, `-`, beginning with a letter or digit, at most 100"
+    wanted = wanted.removeprefix("Value error, ")
     return f"{key}: got {_short(got)}; should be {wanted}"
 
 

@@ -11,6 +11,8 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -60,6 +62,34 @@ def program() -> str:
     return shlex.quote(script if inside.startswith(os.pardir) else inside)
 
 
+_plain_bars = False
+
+
+@contextlib.contextmanager
+def quiet(progress: bool = False, enabled: bool = True) -> Iterator[None]:
+    """Print nothing inside the block, as a program that imports lmtune wants it; warnings become Python's.
+
+    Args:
+        progress: leave progress bars, as plain text that a notebook shows.
+        enabled: false changes nothing.
+    """
+    global _plain_bars
+    before = out.quiet, err.quiet, _plain_bars
+    if enabled:
+        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
+        out.quiet = err.quiet = True
+        _plain_bars = progress
+    try:
+        yield
+    finally:
+        out.quiet, err.quiet, _plain_bars = before
+
+
+def plain_bars() -> bool:
+    """Whether progress is shown by bars of plain text, and nothing else is printed."""
+    return _plain_bars
+
+
 def keep_without_stderr() -> None:
     """From here on work goes on when nobody reads stderr any more, as `lmtune … 2>&1 | tee log` after Ctrl-C."""
     if sys.stderr is not None and not isinstance(sys.stderr, _Forgiving):
@@ -91,6 +121,9 @@ class _Forgiving:
 
 def warn(message: str) -> None:
     """Say that something is unusual, though the work goes on."""
+    if err.quiet:
+        warnings.warn(message, stacklevel=2)
+        return
     err.print(f"[yellow]warning:[/] {escape(message)}")
 
 

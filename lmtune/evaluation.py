@@ -8,19 +8,22 @@ were. *Exact match* lets the model answer by itself, greedily, and compares the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
+from lmtune.config import DataConfig, build_config
 from lmtune.console import warn
 from lmtune.data.examples import Message
 from lmtune.data.packing import fill, pack
+from lmtune.data.tokenized import tokenize
 from lmtune.decoding import base_of, max_positions
 from lmtune.errors import ConfigError, LmtuneError, listed
-from lmtune.kernels.packed_forward import PackedForward, count_correct_sequences
+from lmtune.kernels.packed_forward import PackedForward
+from lmtune.models.inference import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Scores:
         """For `summary.json`."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """Scores as `summary.json` holds them; what a later version has added is left out."""
+        return cls(**{field.name: values.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -60,6 +68,52 @@ class Answer:
     def matches(self) -> bool:
         """Whether they are the same text, but for white space at the ends."""
         return self.wanted.strip() == self.given.strip()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on some rows.
+
+    Attributes:
+        tuned: scores of the model as it is.
+        base: of the same model without its adapter; None for a model that has none.
+        answers: the model's generated answers beside the reference, in the order of the rows.
+        fates: what became of every row read.
+    """
+
+    tuned: Scores
+    base: Scores | None
+    answers: list[Answer]
+    fates: dict[str, Any]
+
+
+def evaluate_loaded(
+    loaded: LoadedModel, paths: Sequence[str], exact_match_rows: int, max_new_tokens: int, max_length: int
+) -> Evaluation:
+    """Score a loaded model on the rows of `paths`, and its base beside it.
+
+    Args:
+        loaded: the model.
+        paths: files or folders of rows.
+        exact_match_rows: generate answers for so many rows.
+        max_new_tokens: where an answer that does not stop is cut.
+        max_length: longer rows are left out, and counted.
+
+    Raises:
+        DataError: a row is faulty, or none is left.
+        ConfigError: `max_length` is beyond the model's positions.
+    """
+    settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune evaluate")
+    rows = tokenize(paths, loaded.renderer, settings)
+    check_lengths(loaded.model, [rows], "--max-length")
+    forward = PackedForward(loaded.model)
+    arguments = (forward, loaded.renderer, rows, exact_match_rows, max_new_tokens, max(4096, max_length))
+    tuned, given = evaluate(*arguments)
+    base = None
+    if loaded.has_adapter:
+        with loaded.use_base():
+            base = evaluate(*arguments)[0]
+    return Evaluation(tuned, base, given, rows.fates)
 
 
 def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True) -> None:
@@ -119,42 +173,42 @@ def teacher_forced(forward: PackedForward, data: Any, micro_batch_tokens: int, a
         LmtuneError: the loss of some rows is not finite; names them.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    rows, bad = list(range(rank, len(data), world)), torch.zeros(len(data), dtype=torch.bool)
+    rows = list(range(rank, len(data), world))
+    sums = [0.0, 0.0, 0.0]  # loss, tokens, right tokens: on the host, since not every device has 64 bit
+    wrong, not_finite = set[int](), set[int]()  # rows with such a token
     device = next(forward.base.parameters()).device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, tokens, right tokens, right sequences
     training = forward.model.training
     forward.model.eval()
     with torch.no_grad(), forward.ready():
         for group in fill([int(data.num_tokens[row]) for row in rows], micro_batch_tokens):
             batch = pack([data[rows[index]] for index in group], forward.shares_prefixes).to(device)
             scores = forward(batch)
-            sequences = count_correct_sequences(scores.correct, batch)
-            wrong = batch.examples[~scores.losses.isfinite()].tolist()
-            bad[[rows[group[example]] for example in wrong]] = True
-            sums += torch.stack(
-                [scores.losses.double().sum(), torch.tensor(float(len(batch.targets)), device=device).double(),
-                 scores.correct.double().sum(), sequences.double()]
-            )  # fmt: skip
+            losses, correct, row_of = scores.losses.cpu(), scores.correct.cpu(), batch.examples.cpu()
+            row_of = torch.tensor([rows[index] for index in group])[row_of]
+            wrong.update(row_of[~correct].tolist())
+            not_finite.update(row_of[~losses.isfinite()].tolist())
+            of_batch = (float(losses.double().sum()), len(losses), int(correct.sum()))
+            sums = [one + other for one, other in zip(sums, of_batch, strict=True)]
     forward.model.train(training)
     if world > 1:
-        sums = accelerator.reduce(sums, reduction="sum")
-    if not sums.isfinite().all():
-        raise _not_finite(data, bad, accelerator)
-    loss_sum, tokens, right_tokens, right_sequences = sums.tolist()
+        parts = accelerator.gather_object([(sums, wrong, not_finite)])
+        sums = [sum(column) for column in zip(*(part[0] for part in parts), strict=True)]
+        wrong, not_finite = (set[int]().union(*(part[place] for part in parts)) for place in (1, 2))
+    if not_finite:
+        raise LmtuneError(
+            f"the loss of these rows is not finite:\n{listed([str(data[row].where) for row in sorted(not_finite)])}\n"
+            "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
+        )
+    loss_sum, tokens, right_tokens = sums
     loss = loss_sum / tokens
     return Scores(
-        loss, math.exp(min(loss, 700.0)), right_tokens / tokens, right_sequences / len(data), None, len(data), 0
-    )
-
-
-def _not_finite(data: Any, bad: torch.Tensor, accelerator: Any) -> LmtuneError:
-    """An error that names the rows `bad[rows]`, on whichever process they were."""
-    found = [str(data[row].where) for row in bad.nonzero()[:, 0].tolist()]
-    if accelerator is not None and accelerator.num_processes > 1:
-        found = accelerator.gather_object(found)
-    return LmtuneError(
-        f"the loss of these rows is not finite:\n{listed(found)}\n"
-        "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
+        loss,
+        math.exp(min(loss, 700.0)),
+        right_tokens / tokens,
+        (len(data) - len(wrong)) / len(data),
+        None,
+        len(data),
+        0,
     )
 
 

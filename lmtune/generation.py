@@ -13,6 +13,7 @@ tokens count, so that chat and evaluation answer alike.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from lmtune.data.examples import Message
-from lmtune.decoding import PieceDecoder, ReadTokens, Sampler, max_positions, ordinary_attention
+from lmtune.decoding import PieceDecoder, ReadTokens, Sampler, base_of, max_positions, ordinary_attention
 from lmtune.errors import ConfigError, LmtuneError, listed
 from lmtune.models.inference import LoadedModel
 from lmtune.numeric import is_finite_number
@@ -406,15 +407,34 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], max_new_to
     width = len(prompts[0])
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    # What a model's own generation config sets besides would make its answers depend on who asks.
     settings = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad,
-        repetition_penalty=1.0, use_cache=True,
+        use_cache=True,
     )  # fmt: skip
-    with torch.no_grad(), ordinary_attention(model):
+    with torch.no_grad(), ordinary_attention(model), _no_generation_config(model):
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
     new: list[list[int]] = output[:, width:].tolist()
     return new
+
+
+@contextlib.contextmanager
+def _no_generation_config(model: Any) -> Iterator[None]:
+    """Inside the block the model brings no generation settings of its own.
+
+    transformers takes from them whatever a call leaves open (suppressed tokens, a least length, penalties), so that a
+    batch would answer otherwise than a chat.
+    """
+    from transformers import GenerationConfig
+
+    parts = [model] if base_of(model) is model else [model, base_of(model)]  # a PEFT model hands its own to its base
+    before = [part.generation_config for part in parts]
+    try:
+        for part in parts:
+            part.generation_config = GenerationConfig()
+        yield
+    finally:
+        for part, config in zip(parts, before, strict=True):
+            part.generation_config = config
 
 
 def _is_whole(value: Any) -> bool:

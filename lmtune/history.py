@@ -103,17 +103,7 @@ def run_status(run: RunDirectory, summary: Mapping[str, Any]) -> str:
 
 def is_running(run: RunDirectory) -> bool:
     """Whether a process holds the run's lock at this moment."""
-    import fcntl
-
-    lock = run.path / ".lock"
-    if not lock.is_file():  # a pipe would wait for who writes into it
-        return False
-    with contextlib.suppress(FileNotFoundError), open(lock, encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go again when the file is closed
-        except OSError:
-            return True
-    return False
+    return run.is_held()
 
 
 def describe_rows(run: RunDirectory) -> str:

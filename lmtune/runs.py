@@ -12,10 +12,12 @@ import contextlib
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lmtune import locks
 from lmtune.config import RunConfig
 from lmtune.errors import CheckpointError, ConfigError, ModelError
 from lmtune.numeric import is_finite_number
@@ -142,8 +144,6 @@ class RunDirectory:
             CheckpointError: another process is writing to this run.
             ConfigError: the folder cannot be written.
         """
-        import fcntl
-
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             opened = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -152,18 +152,29 @@ class RunDirectory:
                 f"run.dir: {self.path} cannot be written ({error.strerror}); permit it or choose another run.dir"
             ) from None
         with opened as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not locks.take(file):
                 file.seek(0)
                 raise CheckpointError(
                     f"{self.path} is in use by another lmtune process (pid {file.read().strip() or 'unknown'}); "
                     "wait for it, or give this run another run.name"
-                ) from None
+                )
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)  # where there are no locks, the number is all that says who runs
+
+    def is_held(self) -> bool:
+        """Whether a process is writing to this run now; without locks, whether the last one that did still lives."""
+        lock = self.path / ".lock"
+        if not lock.is_file():  # a pipe would wait for who writes into it
+            return False
+        with contextlib.suppress(OSError), open(lock, encoding="utf-8") as file:
+            held = locks.state(file, shared=True)  # let go again when the file is closed
+            return not held if held is not None else _lives(file.read(20).strip())
+        return False
 
     def clean(self) -> None:
         """Remove what a crash in the middle of writing has left; for who holds the lock."""
@@ -207,6 +218,17 @@ def require_possible(path: Path, setting: str) -> None:
         raise ConfigError(f"{setting}: {path}: a name of over {_MAX_NAME_BYTES} bytes; choose a shorter one")
 
 
+def _lives(process: str) -> bool:
+    """Whether the process of this number runs on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:  # another user's
+        return True
+    except (ValueError, OverflowError, OSError):
+        return False
+    return True
+
+
 def _summary_fault(summary: dict[str, Any]) -> str | None:
     """What in a summary no run writes, or None."""
     if (status := summary.get("status", "running")) not in STATUSES:
@@ -239,7 +261,8 @@ def _is_score(value: object) -> bool:
 
 def find_run(target: str | Path, runs_dir: str | Path = "runs") -> RunDirectory | None:
     """The run that `target` names, as a path or as a name in `runs_dir`; None if it is no run."""
-    for path in (Path(target), Path(runs_dir) / str(target)):
+    composed = unicodedata.normalize("NFC", str(target))  # as run names are
+    for path in (Path(target), Path(runs_dir) / str(target), Path(runs_dir) / composed):
         run = RunDirectory(path)
         if run.exists():
             return run

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from lmtune import locks
 from lmtune.errors import ConfigError, LmtuneError
 
 # A disk that is full, broken, or must not be written
@@ -88,7 +89,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         staging.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(staging, os.O_RDONLY)
     try:
-        if not _hold(descriptor) or not _is_still(staging, descriptor):
+        if not locks.take(descriptor) or not _is_still(staging, descriptor):
             raise ConfigError(f"{target}: another lmtune process is writing this folder now; wait for it")
         try:
             for path in staging.iterdir():  # a crash left it
@@ -104,19 +105,6 @@ def new_folder(target: Path) -> Iterator[Path]:
                         folder.rmdir()
     finally:
         os.close(descriptor)
-
-
-def _hold(descriptor: int) -> bool:
-    """Lock an open folder for this process, unless another one has; where folders cannot be locked it is as if held."""
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some network file systems
-        pass
-    return True
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

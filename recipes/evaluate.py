@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.config import DataConfig, build_config
 from lmtune.console import escape, out
 from lmtune.data.checking import check_data
 
@@ -30,27 +29,17 @@ def main(
     paths = tuple(str(path) for path in data)
     check_data(paths)
 
-    from lmtune.data.tokenized import describe_fates, tokenize
-    from lmtune.evaluation import check_lengths, evaluate
-    from lmtune.kernels.packed_forward import PackedForward
+    from lmtune.data.fates import describe_fates
+    from lmtune.evaluation import evaluate_loaded
     from lmtune.models.inference import load_for_inference
     from lmtune.report import scores_table
 
-    loaded = load_for_inference(target)
-    settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune evaluate")
-    rows = tokenize(paths, loaded.renderer, settings)
-    check_lengths(loaded.model, [rows], "--max-length")
-    forward = PackedForward(loaded.model)
-    arguments = (forward, loaded.renderer, rows, exact_match_rows, max_new_tokens, max(4096, max_length))
-    tuned = evaluate(*arguments)[0].as_dict()
-    base = None
-    if loaded.has_adapter:
-        with loaded.use_base():
-            base = evaluate(*arguments)[0].as_dict()
+    scored = evaluate_loaded(load_for_inference(target), paths, exact_match_rows, max_new_tokens, max_length)
+    base, tuned = scored.base.as_dict() if scored.base else None, scored.tuned.as_dict()
     if as_json:
         typer.echo(json.dumps({"base": base, "tuned": tuned}, indent=2))
         return
-    out.print(escape(describe_fates(rows.fates)))
+    out.print(escape(describe_fates(scored.fates)))
     out.print(scores_table(base, tuned))
 
 

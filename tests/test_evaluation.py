@@ -2,11 +2,13 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from lmtune.data.rendering import Renderer
 from lmtune.errors import ConfigError, LmtuneError
@@ -100,40 +102,56 @@ def test_dropout_is_off_while_scoring() -> None:
     assert teacher_forced(forward, rows, 100) == teacher_forced(forward, rows, 100)
 
 
+class Share:
+    """One of several processes, which keeps what it gives and takes `others` for what the others give."""
+
+    def __init__(self, rank: int, world: int, others: tuple[Any, ...] = ()) -> None:
+        self.process_index, self.num_processes, self.others = rank, world, others
+
+    def gather_object(self, items: list[Any]) -> list[Any]:
+        self.given = items
+        return [*items, *self.others]
+
+
 def test_processes_share_the_rows() -> None:
-    """Each adds up its part; the parts are those of all rows."""
-    model, rows, parts = adapted(tiny_model()).eval(), random_rows(7), []
-
-    class Share:
-        num_processes = 3
-
-        def __init__(self, rank: int) -> None:
-            self.process_index = rank
-
-        def reduce(self, sums: torch.Tensor, reduction: str) -> torch.Tensor:
-            assert reduction == "sum"
-            parts.append(sums.clone())
-            return sums
-
-    whole = teacher_forced(PackedForward(model), rows, 100)
-    for rank in range(3):
-        teacher_forced(PackedForward(model), rows, 100, Share(rank))
-    loss, tokens, right, sequences = torch.stack(parts).sum(0).tolist()
-    assert tokens == rows.num_trained.sum()
-    assert loss / tokens == pytest.approx(whole.loss, abs=1e-6)
-    assert (right / tokens, sequences / 7) == (whole.token_accuracy, whole.sequence_accuracy)
+    """Each adds up its part; together they give what one gives for all."""
+    model = adapted(tiny_model()).eval()
+    forward, rows = PackedForward(model), rows_partly_right(model)
+    whole, parts = teacher_forced(forward, rows, 100), []
+    for rank in (0, 1):
+        share = Share(rank, 3)
+        teacher_forced(forward, rows, 100, share)
+        parts += share.given
+    together = teacher_forced(forward, rows, 100, Share(2, 3, tuple(parts)))
+    assert together.loss == pytest.approx(whole.loss, abs=1e-6)
+    assert (together.token_accuracy, together.sequence_accuracy) == (whole.token_accuracy, whole.sequence_accuracy)
 
 
 def test_a_process_without_rows_has_nothing_to_add() -> None:
-    model, rows, parts = adapted(tiny_model()).eval(), random_rows(1), []
+    model, rows = adapted(tiny_model()).eval(), random_rows(1)
+    first = Share(0, 2)
+    whole = teacher_forced(PackedForward(model), rows, 100, first)
+    assert teacher_forced(PackedForward(model), rows, 100, Share(1, 2, tuple(first.given))) == whole
 
-    def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
-        parts.append(sums)
-        return sums + 1  # what the other process has
 
-    share = SimpleNamespace(num_processes=2, process_index=1, reduce=reduce)
-    teacher_forced(PackedForward(model), rows, 100, share)
-    assert parts[0].tolist() == [0, 0, 0, 0]
+class Host(torch.Tensor):
+    """What was copied to the host, and what comes of it."""
+
+
+def test_scoring_computes_nothing_in_64_bit_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every device has it: Apple's has not."""
+    forward, rows = PackedForward(adapted(tiny_model())), random_rows(4)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(Host))
+
+    class Find64Bit(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                assert isinstance(args[0], Host), func
+            return result
+
+    with Find64Bit():
+        assert teacher_forced(forward, rows, 100).rows == 4
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])

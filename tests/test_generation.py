@@ -522,6 +522,27 @@ def test_a_batch_ends_each_answer_at_its_first_stop_token(model: LoadedModel) ->
     ]
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize(
+    "own", [{"suppress_tokens": "said"}, {"min_new_tokens": 19}, {"no_repeat_ngram_size": 1}, {"min_length": 60}]
+)
+def test_a_model_s_own_generation_settings_change_a_batch_no_more_than_a_chat(
+    own: dict[str, Any], adapter: bool
+) -> None:
+    loaded = chat_model(seed=3, adapter=adapter)
+    prompt = loaded.renderer.prompt_ids([Message("user", "the lazy dog")])
+    stops = loaded.renderer.stop_token_ids
+    (plain,) = generate_batch(loaded.model, loaded.tokenizer, [prompt], stops, 20)
+    end = plain[3]
+    (cut,) = generate_batch(loaded.model, loaded.tokenizer, [prompt], [end], 20)
+    config = loaded.model.generation_config
+    for key, value in own.items():
+        setattr(config, key, plain[:1] if value == "said" else value)
+    assert generate_batch(loaded.model, loaded.tokenizer, [prompt], stops, 20) == [plain]
+    assert generate_batch(loaded.model, loaded.tokenizer, [prompt], [end], 20) == [cut]
+    assert loaded.model.generation_config is config, "what the model came with is put back"
+
+
 def test_a_prompt_that_fills_the_model_is_refused() -> None:
     loaded = chat_model(positions=32)
     with pytest.raises(LmtuneError, match="prompt 1 is 40 tokens long, and the model reads at most 32"):

@@ -1,9 +1,9 @@
 """The shape of the source: imports point one way, light commands stay light, files and functions stay small."""
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = (
     {"__init__", "errors", "console", "numeric"},
-    {"yaml_reader", "config", "config_files", "runs", "writing", "examples"},
+    {"yaml_reader", "config", "config_files", "runs", "writing", "examples", "locks"},
     {"data", "demo"},
     {"kernels", "models"},
     {"evaluation", "generation", "decoding", "report", "card_usage", "history"},
     {"training"},
     {"hub", "hub_checks", "ui", "doctor", "probes"},
+    {"api"},
     {"recipes", "cli", "app", "__main__"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -73,6 +74,7 @@ def test_imports_point_one_way() -> None:
     upwards = [
         f"{path.relative_to(ROOT)}:{found}"
         for path in sources()
+        if path != ROOT / "lmtune" / "__init__.py"  # the package's face names what lies above, and imports it late
         for found in upward_imports(path.read_text(encoding="utf-8"), list(path.parent.relative_to(ROOT).parts),
                                     part_of(path))
     ]  # fmt: skip
@@ -109,12 +111,13 @@ def test_config_and_checking_load_nothing_heavy() -> None:
     ("arguments", "code"), [(["--help"], 0), (["finetune", "--help"], 0), (["finetune", "none.yaml"], 2)]
 )
 def test_help_and_config_errors_answer_at_once(arguments: list[str], code: int) -> None:
-    """The aim is half a second; the bound leaves room for a busy machine."""
+    """The aim is half a second; processor time, which a busy machine does not stretch, and room for a slow one."""
     best = 9e9
     for _ in range(3):
-        began = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-m", "lmtune", *arguments], capture_output=True, check=False)
-        best = min(best, time.perf_counter() - began)
+        after = os.times()
+        best = min(best, after.children_user + after.children_system - before.children_user - before.children_system)
         assert done.returncode == code
         if best < 1.0:
             return

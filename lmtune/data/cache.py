@@ -13,11 +13,11 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from lmtune import locks
 from lmtune.data.files import content_sha256
 from lmtune.errors import LmtuneError
 from lmtune.writing import flush_to_disk, sync_folder, write_json
@@ -92,30 +92,15 @@ def turn(folder: Path, key: str) -> Iterator[bool]:
     entry = folder / key[:2] / key
     with contextlib.ExitStack() as held:
         try:
-            import fcntl
-
             entry.parent.mkdir(parents=True, exist_ok=True)
             file = held.enter_context(open(entry.with_suffix(".turn"), "a", encoding="utf-8"))
-            first = _is_first(fcntl, file)
-        except (ImportError, OSError):
+            is_held, waited = locks.wait_for(file, seconds=_TURN_SECONDS)
+            first = is_held and not waited
+        except OSError:
             first = True
         if not first:
             held.close()
         yield first
-
-
-def _is_first(fcntl: Any, file: IO[str]) -> bool:
-    """Whether nobody has the lock on `file`; it is held now. Waits for who has it, up to a limit."""
-    until = time.monotonic() + _TURN_SECONDS
-    first = True
-    while time.monotonic() < until:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return first
-        except BlockingIOError:
-            first = False
-            time.sleep(0.1)
-    return False
 
 
 def is_whole(entry: Path) -> bool:
@@ -157,11 +142,6 @@ def _keep_newest(folder: Path, count: int) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process at a time; where the system has no such locks, each builds its own and the last rename stands."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     with open(path, "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locks.wait_for(file)
         yield

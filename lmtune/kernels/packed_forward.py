@@ -28,6 +28,7 @@ from lmtune.data.packing import Layout, MicroBatch
 from lmtune.kernels import last_layer
 from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_cross_entropy
+from lmtune.models.free_memory import is_out_of_memory
 
 _TOLERANCE = 5e-2  # relative, in 16 bit; a document that leaks or a wrong position moves outputs by about 1
 _TOLERANCE_FP32 = 1e-4
@@ -197,9 +198,9 @@ class PackedForward:
         """None if `compare` finds no difference, else the consequence and its reason."""
         try:
             difference = compare()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a model's code makes of what it was not written for
+            if is_out_of_memory(error):
+                raise
             return f"{consequence}: {' '.join(str(error).split()) or type(error).__name__}"
         return f"{consequence}: outputs would differ by {difference:.2g}" if difference > self._tolerance else None
 

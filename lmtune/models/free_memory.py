@@ -10,6 +10,20 @@ from typing import Any
 import torch
 
 _DENSE_SHARE = 0.25  # of the free memory, for quantised weights kept as dense matrices
+# What PyTorch and CUDA's libraries write where they do not raise `torch.OutOfMemoryError`, in small letters.
+_SHORT_OF_MEMORY = (
+    "out of memory",  # CUDA's and HIP's runtime, Apple's MPS
+    "alloc_failed", "allocation_failed",  # cuBLAS, cuDNN, cuSPARSE, cuFFT
+    "cublas_status_not_initialized when calling `cublascreate",  # its workspace
+    "can't allocate memory", "not enough memory", "cannot allocate memory",  # the CPU's
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small: allocators say so by their type or in words, by device and library."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT_OF_MEMORY)
 
 
 def free_memory(device: torch.device) -> int:

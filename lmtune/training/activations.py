@@ -16,6 +16,7 @@ import torch
 from lmtune.data.packing import pack
 from lmtune.kernels.last_layer import decoder_layers
 from lmtune.kernels.packed_forward import PackedForward
+from lmtune.models.free_memory import is_out_of_memory
 from lmtune.training.memory import ActivationBytes
 
 _PROBE_TOKENS = (64, 128)
@@ -35,8 +36,10 @@ def measure_activations(forward: PackedForward, trained_share: float) -> Activat
     forward.model.train()
     try:
         short, long = (_kept(forward, layers, trained_share, tokens) for tokens in _PROBE_TOKENS)
-    except torch.OutOfMemoryError:  # the first step will say what to do
-        return None
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return None  # the first step will say what to do
+        raise
     finally:
         forward.model.train(training)
     # the difference, since some of what is kept is there once, however many tokens there are

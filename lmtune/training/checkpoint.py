@@ -143,13 +143,14 @@ def restore(
         raise CheckpointError(
             "the checkpoint's adapter has other tensors than this model's; see adapter and model.name"
         )
+    state = {}
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for index, (name, parameter) in enumerate(parameters.items()):
             parameter.copy_(checkpoint.adapter[name])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(checkpoint.step)),
-                **{k: checkpoint.optimizer[f"{k}.{name}"].to(parameter.device) for k in ("exp_avg", "exp_avg_sq")},
-            }
+            moments = {kind: checkpoint.optimizer[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
+            state[index] = {"step": torch.tensor(float(checkpoint.step)), **moments}
+    # PyTorch decides where each tensor lives: a fused AdamW reads `step` on the parameter's device, another on the CPU
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _step_of(path: Path) -> int:

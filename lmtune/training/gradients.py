@@ -16,7 +16,9 @@ import torch
 
 from lmtune.data.packing import MicroBatch, pack
 from lmtune.kernels.packed_forward import PackedForward, count_correct_sequences
+from lmtune.models.free_memory import is_out_of_memory
 
+_NUM_SUMS = 5  # behind the gradients in the buffer: loss, right tokens, right sequences, out of memory, interrupted
 Rows = Callable[[int], Any]  # row number -> TokenizedExample
 
 
@@ -63,31 +65,46 @@ def step_gradients(
         accelerator: the processes.
         is_interrupted: whether this process was asked to stop; looked at when its gradients are there.
     """
-    for parameter in parameters.values():
-        parameter.grad = None
-    device = next(iter(parameters.values())).device
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, tokens, sequences, out of memory, interrupted
+    flat, grads = _gradient_buffer(parameters)
+    sums, short_of_memory = [0.0, 0.0, 0.0], False
     try:
         with forward.ready():
-            for batch in batches:
-                sums[:3] += _accumulate(forward, batch.to(device))
+            rows = [_accumulate(forward, batch.to(flat.device)) for batch in batches]
+        # added up in 64 bit on the host, as not every device has it; here, where what the GPU still has to say is heard
+        for row in torch.stack(rows).tolist() if rows else []:
+            sums = [one + other for one, other in zip(sums, row, strict=True)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sums[3] = 1.0
-    sums[4] = float(is_interrupted())
-    _sum_over_processes(parameters, sums, accelerator)
-    grads = [p.grad for p in parameters.values() if p.grad is not None]
+        short_of_memory = True
+    # from here on nothing of the gradient's size is allocated: a process that failed would leave the others waiting
+    sums += [float(short_of_memory), float(is_interrupted())]
+    if accelerator.num_processes > 1:
+        flat[-_NUM_SUMS:] = torch.tensor(sums)
+        accelerator.add_over_processes(flat)
+        sums = flat[-_NUM_SUMS:].tolist()
     torch._foreach_div_(grads, num_trained)
-    sums[0] /= num_trained
-    norm = torch.nn.utils.get_total_norm(grads)
-    loss, tokens, sequences, out_of_memory, stop, grad_norm = torch.cat([sums, norm[None].double()]).tolist()
-    return StepSums(loss, round(tokens), round(sequences), grad_norm, out_of_memory > 0, stop > 0)
+    grad_norm = float(torch.nn.utils.get_total_norm(grads))
+    loss, tokens, sequences, out_of_memory, stop = sums
+    return StepSums(loss / num_trained, round(tokens), round(sequences), grad_norm, out_of_memory > 0, stop > 0)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small: a GPU's allocator says so by its type, a CPU's in words."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def _gradient_buffer(parameters: Mapping[str, torch.nn.Parameter]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Zeros for all gradients in one piece, with `_NUM_SUMS` places more; each `.grad` becomes a part of it.
+
+    Returns:
+        The buffer, flat, and the gradients.
+    """
+    own = list(parameters.values())
+    for parameter in own:
+        parameter.grad = None
+    flat = torch.zeros(sum(parameter.numel() for parameter in own) + _NUM_SUMS, device=own[0].device)
+    start, grads = 0, []
+    for parameter in own:
+        grads.append(flat[start : start + parameter.numel()].view_as(parameter))
+        parameter.grad = grads[-1]
+        start += parameter.numel()
+    return flat, grads
 
 
 def find_offenders(
@@ -110,25 +127,8 @@ def find_offenders(
 
 
 def _accumulate(forward: PackedForward, batch: MicroBatch) -> torch.Tensor:
-    """Add one micro-batch's gradients; returns its sum of losses, right tokens and right sequences."""
+    """Add one micro-batch's gradients; returns its sum of losses, right tokens and right sequences, `[3]` in fp32."""
     scores = forward(batch)
     scores.total.backward()  # type: ignore[no-untyped-call]
     sequences = count_correct_sequences(scores.correct, batch)
-    return torch.stack([scores.total.detach().double(), scores.correct.sum().double(), sequences.double()])
-
-
-def _sum_over_processes(parameters: Mapping[str, torch.nn.Parameter], sums: torch.Tensor, accelerator: Any) -> None:
-    """Sum gradients and `sums[5]` over all processes, in place, with one all-reduce."""
-    for parameter in parameters.values():
-        if parameter.grad is None:  # a process without rows, or a parameter that no row used
-            parameter.grad = torch.zeros_like(parameter)
-    if accelerator.num_processes == 1:
-        return
-    grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    flat = torch.cat([*(grad.flatten() for grad in grads), sums.float()])
-    flat = accelerator.reduce(flat, reduction="sum")
-    start = 0
-    for grad in grads:
-        grad.copy_(flat[start : start + grad.numel()].view_as(grad))
-        start += grad.numel()
-    sums.copy_(flat[start:])
+    return torch.stack([scores.total.detach().float(), scores.correct.sum().float(), sequences.float()])

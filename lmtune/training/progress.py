@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from types import TracebackType
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lmtune.console import err
+from lmtune.console import err, plain_bars
 
 _LOG_EVERY_SECONDS = 10.0
 
@@ -30,7 +31,12 @@ class StepProgress:
             TimeRemainingColumn(compact=True), console=err, transient=False,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=total_steps, completed=first_step - 1, text="")
-        self._live = enabled and err.is_terminal
+        self._live = enabled and err.is_terminal and not err.quiet
+        self._plain: Any = None
+        if enabled and plain_bars():
+            from tqdm import tqdm
+
+            self._plain = tqdm(total=total_steps, initial=first_step - 1, desc="training", unit="step")
 
     def __enter__(self) -> StepProgress:
         if self._live:
@@ -42,6 +48,8 @@ class StepProgress:
     ) -> None:
         if self._live:
             self._bar.stop()
+        if self._plain is not None:
+            self._plain.close()
 
     def advance(self, step: int, loss: float, num_tokens: int, seconds: float) -> None:
         """One step is done.
@@ -57,7 +65,10 @@ class StepProgress:
         self._recent.append((num_tokens, seconds))
         rate = sum(n for n, _ in self._recent) / max(1e-9, sum(s for _, s in self._recent))
         text = f"loss {loss:.3f} · {rate:,.0f} tok/s"
-        if self._live:
+        if self._plain is not None:
+            self._plain.set_postfix_str(text, refresh=False)
+            self._plain.update(step - self._plain.n)
+        elif self._live:
             self._bar.update(self._task, completed=step, text=text)
         elif step == self.total_steps or time.monotonic() - self._last_line >= _LOG_EVERY_SECONDS:
             self._last_line = time.monotonic()

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,6 +106,16 @@ def recorded_steps(run: RunDirectory) -> list[int]:
     return _read(run.metrics, _metrics_step)
 
 
+def step_records(run: RunDirectory) -> list[StepRecord]:
+    """Every step of `metrics.jsonl`; none before the first.
+
+    Raises:
+        CheckpointError: a line is not what a run writes.
+    """
+    names = {field.name for field in fields(StepRecord)}
+    return _read(run.metrics, lambda line: StepRecord(**{k: v for k, v in _object(line).items() if k in names}))
+
+
 def read_answers(run: RunDirectory) -> list[dict[str, Any]]:
     """The rows of `answers.jsonl`; none if it is not there.
 
@@ -125,7 +135,7 @@ def _read(path: Path, parse: Callable[[bytes], T]) -> list[T]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             found.append(parse(line))
-        except (ValueError, KeyError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(
                 f"{path}:{number}: damaged, for a run writes no such line; restore the file from a copy, or delete it "
                 "if you can do without"

@@ -113,6 +113,7 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     renderer = build_renderer(tokenizer, config.model, notes)
     with accelerator.main_process_first():  # the others find the rows in the cache
         data = load_data(config.data, renderer, config.train.seed)
+    _check_patience(config, data)
     model = load_model(config.model, accelerator.device)
     parts = [part for part in (data.train, data.validation) if part is not None]
     check_lengths(model, parts, "data.max_length", tell=accelerator.is_main_process)
@@ -127,6 +128,16 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
             warn(f"{note}; this is slower, with the same result")
     budget = _fit(config, forward, data, accelerator)
     return Session(config, accelerator, renderer, data, forward, fingerprint, budget)
+
+
+def _check_patience(config: FinetuneConfig, data: LoadedData) -> None:
+    """Raise ConfigError where patience waits for scores that no row gives."""
+    if config.evaluation.patience is not None and data.validation is None:
+        raise ConfigError(
+            f"evaluation.patience: {config.evaluation.patience} waits for validation scores, and no row could be held "
+            f"out by data.validation_fraction: {config.data.validation_fraction}, for all {len(data.train):,} rows are "
+            "equal; add other rows, name data.validation, or set evaluation.patience: null"
+        )
 
 
 def verification_rows(session: Session, count: int = 16) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lmtune.console import err, escape
 from lmtune.errors import LmtuneError
+from lmtune.models.free_memory import is_out_of_memory
 from lmtune.training.workers import note_exit_code
 
 _KEY = "lmtune/"
@@ -52,13 +53,12 @@ class WatchedAccelerator(Accelerator):  # type: ignore[misc]  # Accelerate has n
         with self._meeting():
             super().wait_for_everyone()
 
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """The sum, or whatever `reduction` says, over all processes."""
+    def add_over_processes(self, tensor: torch.Tensor) -> None:
+        """Put the sum over all processes in the place of `tensor`; allocates nothing."""
         with self._meeting():
-            total = super().reduce(tensor, reduction, scale)
+            torch.distributed.all_reduce(tensor)
             if self.device.type == "cuda":  # there the call returns before the others have come
                 torch.cuda.current_stream().synchronize()
-            return total
 
     def gather_object(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in their order."""
@@ -89,9 +89,9 @@ class WatchedAccelerator(Accelerator):  # type: ignore[misc]  # Accelerate has n
         self._watch.arrive()
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # what the backends raise when a process is gone
+            if is_out_of_memory(error):
+                raise
             self._watch.end_if_given_up()
             raise LmtuneError(
                 f"another process of this run has ended, and process {self.process_index} cannot go on alone (in "

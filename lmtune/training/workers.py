@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from lmtune import locks
 from lmtune.console import err
 from lmtune.errors import ConfigError
 
@@ -138,19 +139,15 @@ def _lives(process: int) -> bool:
 def _hold_exit_codes() -> None:
     """Keep the file of exit codes locked, with the other processes, for as long as this one lives."""
     if path := os.environ.get(EXIT_CODES):
-        import fcntl
-
         with contextlib.suppress(OSError):
             _held.append(open(path, "a", encoding="utf-8"))  # noqa: SIM115
-            fcntl.flock(_held[-1], fcntl.LOCK_SH)
+            locks.take(_held[-1], shared=True)
 
 
 def _wait_for_workers(codes: Path) -> None:
     """Until the last process has ended, also where the launcher was killed and did not wait for them."""
-    import fcntl
-
-    with codes.open("a") as file, contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with codes.open("a") as file:
+        locks.wait_for(file)
 
 
 def _say_launcher_ended(number: int) -> None:

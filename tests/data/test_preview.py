@@ -18,7 +18,8 @@ def test_learned_tokens_are_marked_with_and_without_colour() -> None:
     ids = [3, *tokenizer.encode("is is\n"), 4]
     trained = [False] * (len(ids) - 2) + [True] * 2
     plain = show_tokens(tokenizer, ids, trained, colour=False).plain
-    assert plain.startswith("<|im_start|>|")
+    assert plain.startswith("<|im_start|> i")
+    assert "|" not in plain.replace("<|im_start|>", "").replace("<|im_end|>", ""), "a bar stands beside <|im_end|>"
     assert plain.endswith("[⏎]\n[<|im_end|>]")
     coloured = show_tokens(tokenizer, ids, trained, colour=True)
     assert coloured.plain.endswith("is·is⏎\n<|im_end|>")
@@ -32,6 +33,33 @@ def test_what_has_no_glyph_is_spelt_out() -> None:
     assert "⇥" in shown
     assert "\\x1b" in shown
     assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("text", ["歷史", "naïve 😀 ok", "при​вет", "한국어"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_character_of_several_tokens_is_shown_as_itself(text: str, learned: bool) -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for colour in (False, True):
+        shown = show_tokens(tokenizer, ids, [learned] * len(ids), colour).plain
+        for character in text:
+            if character.isprintable() and character != " ":
+                assert character in shown
+        for token in ids:
+            piece = tokenizer.convert_ids_to_tokens(token)
+            if "\ufffd" in tokenizer.decode([token]):
+                assert piece not in shown, "the bytes' stand-ins say nothing to a person"
+    count = len(tokenizer.encode("歷", add_special_tokens=False))
+    bare = show_tokens(tokenizer, tokenizer.encode("歷", add_special_tokens=False), [True] * count, False).plain
+    assert bare == f"[歷]{{{count}}}"
+
+
+def test_bytes_that_make_no_character_are_spelt_out() -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode("歷", add_special_tokens=False)[:2]
+    assert show_tokens(tokenizer, [*ids, 4], [False, False, True], colour=False).plain == "\\xe6 \\xad [<|im_end|>]"
+    split = show_tokens(tokenizer, tokenizer.encode("歷", add_special_tokens=False), [False, False, True], False).plain
+    assert split == "\\xe6 \\xad [\\xb7]", "a character whose tokens are learned in part is shown in parts"
 
 
 @pytest.fixture

@@ -219,6 +219,38 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(fresh[name], parameter) for name, parameter in parameters.items())
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_restored_is_where_the_optimizer_looks_for_it(fused: bool) -> None:
+    """The fused kernel reads `step` through a pointer of the parameter's device; without it a GPU reads host memory."""
+    parameters, optimizer = trained()
+    weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    checkpoint = Checkpoint(3, weights, optimizer_tensors(optimizer, parameters), {"step": 3})
+    elsewhere = {name: torch.nn.Parameter(torch.zeros(3, 2, device="meta")) for name in parameters}
+    again = torch.optim.AdamW(elsewhere.values())
+    again.param_groups[0]["fused"] = fused  # the constructor asks for a device that has such a kernel
+    restore(checkpoint, again, elsewhere)
+    for parameter in elsewhere.values():
+        devices = {name: value.device.type for name, value in again.state[parameter].items()}
+        assert devices == {"step": "meta" if fused else "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_bit_for_bit() -> None:
+    def new(fill: float) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
+        parameters = {name: torch.nn.Parameter(torch.full((3, 2), fill, device="cuda")) for name in ("a", "b")}
+        return parameters, torch.optim.AdamW(parameters.values(), lr=0.1, fused=True)
+
+    parameters, optimizer = new(1.0)
+    one_step(parameters, optimizer)
+    weights = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+    checkpoint = Checkpoint(1, weights, optimizer_tensors(optimizer, parameters), {"step": 1})
+    fresh, again = new(0.0)
+    restore(checkpoint, again, fresh)
+    one_step(parameters, optimizer)
+    one_step(fresh, again)
+    assert all(torch.equal(fresh[name], parameter) for name, parameter in parameters.items())
+
+
 @pytest.mark.parametrize("shapes", [{"a": (3, 2)}, {"a": (3, 2), "b": (2, 3)}, {"a": (3, 2), "c": (3, 2)}])
 def test_another_adapter_is_refused(shapes: dict[str, tuple[int, int]]) -> None:
     parameters, optimizer = trained()

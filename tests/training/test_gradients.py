@@ -3,12 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lmtune.config import FinetuneConfig, build_config
 from lmtune.data.packing import fill, pack
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
+from lmtune.models.free_memory import is_out_of_memory
+from lmtune.training import loop
 from lmtune.training.gradients import find_offenders, step_gradients
 from tests.tiny import KINDS, OneProcess, Rows, adapted, random_rows, tiny_model
+
+MINIMAL = {"model": {"name": "tiny"}, "data": {"train": "rows.jsonl"}, "run": {"name": "test"}}
 
 
 def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
@@ -77,7 +84,23 @@ def test_a_row_with_an_infinite_loss_is_found() -> None:
     assert len(offenders) == sum(any(7 in d.input_ids for d in row.documents) for row in rows.rows)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, "what a CPU says"])
+# What libraries say when memory is too small for them; the words are theirs.
+SHORT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", 2),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("HIP out of memory. Tried to allocate 1.00 GiB."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5.05 GB, other allocations: 2.29 GB, max allowed: 7 GB)."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:75] data. DefaultCPUAllocator: not enough memory: you tried to"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", [*SHORT_OF_MEMORY, "what a CPU says"], ids=lambda error: str(error)[:40])
 def test_out_of_memory_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch, error: object) -> None:
     model, rows = adapted(tiny_model()), random_rows(4)
 
@@ -88,6 +111,75 @@ def test_out_of_memory_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch, e
 
     monkeypatch.setattr(PackedForward, "__call__", explode)
     assert lmtune_step(model, rows, 100).out_of_memory
+
+
+OTHER_FAULTS = [
+    torch.AcceleratorError("CUDA error: device-side assert triggered", 710),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    ValueError("out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", OTHER_FAULTS, ids=lambda error: str(error)[:40])
+def test_another_fault_is_not_taken_for_a_lack_of_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_nothing_large_is_allocated_after_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ran out of memory there could not tell the others, who wait for its gradient."""
+    model, rows = adapted(tiny_model()), random_rows(4)
+    forward, parameters = PackedForward(model), trainable(model)
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+            made = [t for t in tree_leaves(result) if torch.is_tensor(t)]
+            sizes.extend(t.numel() for t in made if t.untyped_storage().data_ptr() not in given)
+            return result
+
+    watching = Sizes()
+
+    class TwoProcesses(OneProcess):
+        num_processes = 2
+
+        def add_over_processes(self, tensor: torch.Tensor) -> None:
+            assert all(p.grad.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for p in
+                       parameters.values())  # fmt: skip
+
+    def batches():
+        yield pack(rows.rows)
+        watching.__enter__()  # from here on
+
+    try:
+        step_gradients(forward, parameters, batches(), int(rows.num_trained.sum()), TwoProcesses())
+    finally:
+        watching.__exit__(None, None, None)
+    assert max(sizes) < 100 < sum(parameter.numel() for parameter in parameters.values())
+
+
+def test_a_step_computes_nothing_in_64_bit() -> None:
+    """Not every device has it: Apple's has not."""
+    model, rows = adapted(tiny_model()), random_rows(6)
+    parameters = trainable(model)
+    found: list[str] = []
+
+    class Find64Bit(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if any(torch.is_tensor(t) and t.dtype == torch.float64 for t in tree_leaves(result)):
+                found.append(str(func))
+            return result
+
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, fused=True)
+    with Find64Bit():
+        sums = lmtune_step(model, rows, 60)
+        loop._update(optimizer, parameters, 1e-3, sums, build_config(FinetuneConfig, MINIMAL, "test"))
+    assert not found
 
 
 def test_another_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

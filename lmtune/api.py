@@ -1,0 +1,304 @@
+"""lmtune from Python: what a verb of the command line does, a function does.
+
+    import lmtune
+
+    run = lmtune.finetune(model="Qwen/Qwen3-0.6B", data=[{"prompt": "…", "completion": "…"}])
+    run.scores.tuned.exact_match
+    run.load().chat("Where is my order?")
+    lmtune.evaluate(run, "heldout.jsonl")
+
+Rows may be a path, a list of dicts, a pandas DataFrame or a Dataset. A function prints nothing but a progress bar
+(`progress=False` switches it off) and raises an `LmtuneError` for what a user can fix. The same call again resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lmtune import config as configuration
+from lmtune.config import FinetuneConfig, Overrides, Quantization, build_config, data_paths, with_overrides
+from lmtune.config_files import run_name
+from lmtune.console import quiet
+from lmtune.data.checking import check_data
+from lmtune.data.in_memory import Data, paths_or_rows, rows_file
+from lmtune.errors import ConfigError, DataError
+from lmtune.history import run_status
+from lmtune.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from lmtune.evaluation import Evaluation, Scores
+    from lmtune.generation import ChatSession
+    from lmtune.models.inference import LoadedModel
+    from lmtune.training.records import StepRecord
+
+__all__ = ["Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config"]
+
+Message = Mapping[Literal["role", "content"], str]
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """Scores of the held-out rows before and after training; None where none were held out or scored."""
+
+    base: Scores | None
+    tuned: Scores | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fine-tuning run on disk.
+
+    Attributes:
+        path: its folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> FinetuneConfig:
+        """The resolved settings."""
+        return configuration.load_config(FinetuneConfig, self._directory.config)
+
+    @property
+    def status(self) -> str:
+        """`complete`, `running`, `interrupted` or `failed`."""
+        return run_status(self._directory, self._directory.read_summary())
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter's folder, which plain PEFT loads."""
+        return self._directory.adapter
+
+    @property
+    def metrics(self) -> list[StepRecord]:
+        """One record a step: loss, learning rate, gradient norm, tokens, seconds. `pandas.DataFrame(run.metrics)`."""
+        from lmtune.training.records import step_records
+
+        return step_records(self._directory)
+
+    @property
+    def scores(self) -> RunScores:
+        """Scores of the held-out rows, base and tuned."""
+        from lmtune.evaluation import Scores
+
+        summary = self._directory.read_summary()
+        base, tuned = (Scores.from_dict(scores) if scores else None for scores in map(summary.get, ("base", "tuned")))
+        return RunScores(base, tuned)
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """Held-out questions with the reference, the base's and the tuned model's answer."""
+        from lmtune.training.records import read_answers
+
+        return read_answers(self._directory)
+
+    def load(self, quantization: Quantization | None = None) -> Model:
+        """The tuned model, ready to answer."""
+        return load(self, quantization=quantization)
+
+    @property
+    def _directory(self) -> RunDirectory:
+        return RunDirectory(self.path)
+
+
+class Model:
+    """A model in memory that answers; `load` makes one.
+
+    Attributes:
+        name: for people.
+        has_adapter: whether `base=True` makes a difference.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self.name = loaded.name
+        self.has_adapter = loaded.has_adapter
+
+    def __repr__(self) -> str:
+        return f"<lmtune.Model {self.name}>"
+
+    def chat(
+        self, question: str, *, history: Sequence[Message] = (), system: str | None = None, max_new_tokens: int = 256,
+        temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, base: bool = False,
+    ) -> str:  # fmt: skip
+        """The answer to one question.
+
+        Args:
+            question: what the user says.
+            history: earlier turns, as dicts of `role` and `content`.
+            system: the system prompt; that of training if not given.
+            max_new_tokens: where an answer that does not stop is cut.
+            temperature: 0 is greedy.
+            top_p: nucleus sampling threshold.
+            seed: equal seeds give equal answers.
+            base: answer without the adapter.
+
+        Raises:
+            ConfigError: an option is out of bounds.
+            LmtuneError: the conversation is longer than the model can read.
+        """
+        from lmtune.generation import GenerationOptions
+
+        options = GenerationOptions(temperature, top_p, max_new_tokens, seed)
+        return self.session(system, history).reply(question, options, use_base=base)
+
+    def session(self, system: str | None = None, history: Sequence[Message] = ()) -> ChatSession:
+        """A conversation: `for piece in session.stream("…"): …`; it keeps what was said and its KV cache."""
+        from lmtune.data.examples import Message as Turn
+        from lmtune.generation import ChatSession
+
+        turns = [Turn(message["role"], message["content"]) for message in history]  # type: ignore[arg-type]
+        return ChatSession(self._loaded, system, turns)
+
+
+def finetune(
+    config: FinetuneConfig | str | os.PathLike[str] | None = None, *, model: str | None = None,
+    data: Data | None = None, validation: Data | None = None, name: str | None = None, overrides: Overrides = (),
+    progress: bool = True, verbose: bool = False,
+) -> Run:  # fmt: skip
+    """Fine-tune a model; the same call again resumes a run that was stopped, and returns one that is complete.
+
+    Args:
+        config: settings, or a YAML file; without one the defaults, for which `model` and `data` are needed.
+        model: a Hub id, a local folder, or `tiny`.
+        data: rows to train on: a path, several, a list of dicts, a DataFrame or a Dataset.
+        validation: rows to score on; without them `data.validation_fraction` of `data` is held out.
+        name: of the run; from the data's file or content if neither this nor the config names it.
+        overrides: settings by key, `{"train.epochs": 1}`, or as on the command line, `["train.epochs=1"]`.
+        progress: show a progress bar.
+        verbose: print what the command prints.
+
+    Returns:
+        The run, complete.
+
+    Raises:
+        ConfigError, DataError, ModelError, CheckpointError: something is wrong with what was given; a faulty row is
+            named as `data:LINE`, counted from 1.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint holds the last step.
+    """
+    tree = with_overrides(config, overrides)
+    for key in ("model", "data", "run"):
+        if not isinstance(tree.setdefault(key, {}), dict):
+            build_config(FinetuneConfig, tree, where="lmtune.finetune")  # says what is wrong
+    if model is not None:
+        tree["model"]["name"] = model
+    section, runs = tree["data"], Path(str(tree["run"].get("dir") or "runs"))
+    files: dict[str, str] = {}
+    for key, given in (("train", data), ("validation", validation)):
+        if given is not None:
+            section[key] = _paths_of(given, runs / ".rows", "data" if key == "train" else "validation", files)
+    if name is not None:
+        tree["run"]["name"] = name
+    elif tree["run"].get("name") is None:
+        tree["run"]["name"] = _run_name(config, section.get("train"), files)
+    missing = [what for what, key in (("model", "model"), ("data", "data")) if not tree.get(key)]
+    if config is None and missing:
+        raise ConfigError(f"finetune: {' and '.join(missing)} missing; give a config, or model=… and data=…")
+    settings = build_config(FinetuneConfig, tree, where="lmtune.finetune")
+
+    from lmtune.training.run import run_finetune
+
+    directory = RunDirectory.of(settings.run)
+    with quiet(progress=progress, enabled=not verbose), _naming_rows(files):
+        check_data(data_paths(settings.data.train), data_paths(settings.data.validation or ()))
+        run_finetune(settings, directory)
+    return Run(directory.path)
+
+
+def load(target: str | os.PathLike[str] | Run, *, quantization: Quantization | None = None) -> Model:
+    """Load a model to talk to.
+
+    Args:
+        target: a run or its name, an adapter folder, a merged or plain model folder, a Hub id, or `tiny`.
+        quantization: of the base; by default what the adapter was trained over, and none for a plain model.
+
+    Raises:
+        ModelError: it is none of these, or damaged.
+    """
+    from lmtune.models.inference import load_for_inference
+
+    with quiet():
+        return Model(load_for_inference(_target(target), quantization))
+
+
+def chat(target: str | os.PathLike[str] | Run | Model, question: str, **options: Any) -> str:
+    """One answer of what `target` names; the options are those of `Model.chat`. `load` once for more than one."""
+    model = target if isinstance(target, Model) else load(target)
+    return model.chat(question, **options)
+
+
+def evaluate(
+    target: str | os.PathLike[str] | Run | Model, data: Data, *, exact_match_rows: int = 200, max_new_tokens: int = 128,
+    max_length: int = 2048,
+) -> Evaluation:  # fmt: skip
+    """Score a model on rows with known answers, with and without its adapter.
+
+    Args:
+        target: what `load` takes, or a loaded model.
+        data: a path, several, a list of dicts, a DataFrame or a Dataset.
+        exact_match_rows: generate answers for so many rows.
+        max_new_tokens: where an answer that does not stop is cut.
+        max_length: longer rows are left out.
+
+    Raises:
+        DataError: a row is faulty; named as `data:LINE`, counted from 1.
+        ModelError: the target cannot be loaded.
+    """
+    from lmtune.evaluation import evaluate_loaded
+
+    model = target if isinstance(target, Model) else load(target)
+    files: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder, quiet(), _naming_rows(files):
+        paths = _paths_of(data, Path(folder), "data", files)
+        check_data(paths)
+        return evaluate_loaded(model._loaded, paths, exact_match_rows, max_new_tokens, max_length)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Overrides = ()) -> FinetuneConfig:
+    """The settings of a YAML file, with `overrides` in place of its own.
+
+    Raises:
+        ConfigError: with every problem found, each by `section.key`.
+    """
+    return configuration.load_config(FinetuneConfig, os.fspath(path), overrides)
+
+
+def _paths_of(data: Data, folder: Path, name: str, files: dict[str, str]) -> tuple[str, ...]:
+    """The files of `data`; rows in memory become one in `folder`, noted in `files` as `name`."""
+    given = paths_or_rows(data, name)
+    if isinstance(given, tuple):
+        return given
+    path = str(rows_file(given, folder, name))
+    files[path] = name
+    return (path,)
+
+
+def _run_name(config: FinetuneConfig | str | os.PathLike[str] | None, train: object, files: Mapping[str, str]) -> str:
+    """The name of a run that was given none: its config file's, its data file's, or one by the content of its rows."""
+    if isinstance(config, (str, os.PathLike)):
+        return Path(config).stem
+    first = str(train[0]) if isinstance(train, (list, tuple)) and train else str(train)
+    return f"rows-{Path(first).stem[:8]}" if first in files else run_name(first)
+
+
+@contextlib.contextmanager
+def _naming_rows(files: Mapping[str, str]) -> Iterator[None]:
+    """Name rows in memory as the caller knows them, `data:17`, in errors that name the file written for them."""
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        for path, name in files.items():
+            text = text.replace(path, name)
+        raise DataError(text) from error
+
+
+def _target(target: str | os.PathLike[str] | Run) -> str:
+    """What `load_for_inference` takes."""
+    return str(target.path) if isinstance(target, Run) else os.fspath(target)

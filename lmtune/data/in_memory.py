@@ -1,0 +1,99 @@
+"""Rows that a program holds in memory, as a file of rows: lists, DataFrames and Datasets take the way that files take.
+
+    path = rows_file([{"prompt": "…", "completion": "…"}], Path("runs/.rows"))
+
+The file is named by its content, so that equal rows are the same file, and a run over them resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from lmtune.errors import DataError
+from lmtune.writing import write_text
+
+
+@runtime_checkable
+class Table(Protocol):
+    """What a pandas DataFrame has, and a Dataset, which yields its rows itself, has not."""
+
+    def iterrows(self) -> Any:
+        """Its rows with their labels."""
+
+    def to_dict(self, orient: Any = ...) -> Any:
+        """Its rows, for `orient="records"`."""
+
+
+Row: TypeAlias = Mapping[str, Any]
+# A path, several, or rows: a list of dicts, a pandas DataFrame, a Dataset of `datasets`.
+Data: TypeAlias = str | os.PathLike[str] | Iterable[Row] | Iterable[str | os.PathLike[str]] | Table
+
+
+def paths_or_rows(data: Data, name: str = "data") -> tuple[str, ...] | list[Row]:
+    """`data` as paths if it names files, else as rows; `name` is what the caller calls it.
+
+    Raises:
+        DataError: it is neither; says what is expected.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return (os.fspath(data),)
+    if isinstance(data, Mapping):  # a DatasetDict, or columns
+        keys = ", ".join(str(key) for key in list(data)[:5])
+        raise DataError(
+            f"{name}: a mapping with the keys {keys}; expected rows; give one part of it, as {name}['train']"
+        )
+    rows = data.to_dict(orient="records") if isinstance(data, Table) else data
+    if not isinstance(rows, Iterable):
+        raise DataError(f"{name}: {type(data).__name__}; expected a path, a list of dicts, a DataFrame or a Dataset")
+    items: list[Any] = list(rows)
+    if items and all(isinstance(item, (str, os.PathLike)) for item in items):
+        return tuple(os.fspath(item) for item in items)
+    for index, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise DataError(
+                f"{name}[{index}]: {type(item).__name__}; expected a dict such as {{'prompt': …, 'completion': …}}"
+            )
+    if not items:
+        raise DataError(f"{name}: no rows")
+    return items
+
+
+def rows_file(rows: Iterable[Row], folder: Path, name: str = "data") -> Path:
+    """Write `rows` as JSONL into `folder`, unless the same rows are there already; row `i` is line `i + 1`.
+
+    Raises:
+        DataError: a value has no form in JSON; names the row and the key.
+    """
+    text = "".join(_lines(rows, name))
+    path = folder / f"{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.jsonl"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    return path
+
+
+def _lines(rows: Iterable[Row], name: str) -> Iterator[str]:
+    for index, row in enumerate(rows):
+        # a table has a value for every column: what a row lacks stands there as None or NaN
+        kept = {str(key): value for key, value in row.items() if not _is_missing(value)}
+        try:
+            yield json.dumps(kept, ensure_ascii=False, default=_plain) + "\n"
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{name}[{index}]: {error}; expected text, numbers, lists and dicts") from None
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's arrays and scalars as lists and numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a value of type {type(value).__name__}")

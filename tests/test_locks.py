@@ -1,0 +1,87 @@
+"""Locks between processes, also where the file system has none: nobody is refused, nobody is said to run for ever."""
+
+import errno
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmtune.data.cache import cached, turn
+from lmtune.errors import CheckpointError
+from lmtune.history import is_running, overview
+from lmtune.locks import take, wait_for
+from lmtune.runs import RunDirectory
+from lmtune.training.workers import EXIT_CODES, _hold_exit_codes, _wait_for_workers
+from lmtune.writing import new_folder
+from tests.sample_run import write_records
+
+KEY = "ab" * 32
+NO_LOCKS = [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EIO]
+
+
+@pytest.fixture(params=NO_LOCKS, ids=errno.errorcode.__getitem__)
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks."""
+
+    def refuse(*args: Any) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_a_lock_is_refused_only_while_another_has_it(tmp_path: Path) -> None:
+    with open(tmp_path / "x", "a") as first, open(tmp_path / "x") as second, open(tmp_path / "x") as third:
+        assert take(first)
+        assert not take(second)
+        assert wait_for(second, seconds=0.2) == (False, True)
+        first.close()
+        assert wait_for(second, shared=True) == (True, False)
+        assert take(third, shared=True)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_a_run_can_start_and_is_not_running_for_ever(tmp_path: Path) -> None:
+    run = write_records(tmp_path / "runs" / "support")
+    run.summary.write_text(json.dumps({"status": "running"}))
+    with run.locked():
+        assert is_running(run)
+        assert overview(run).status == "running"
+    assert not is_running(run)
+    assert overview(run).status == "interrupted"
+    (run.path / ".lock").write_text("999999999")  # of a process that was killed
+    assert not is_running(run)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_the_cache_and_new_folders_work(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "rows").write_text("x")
+
+    assert (cached(tmp_path / "cache", KEY, build) / "rows").read_text() == "x"
+    with turn(tmp_path / "cache", KEY) as first, turn(tmp_path / "cache", KEY) as second:
+        assert (first, second) == (True, True)
+    with new_folder(tmp_path / "merged") as staging:
+        (staging / "x").write_text("x")
+    assert (tmp_path / "merged" / "x").is_file()
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_the_command_does_not_wait_for_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
+    _hold_exit_codes()
+    _wait_for_workers(tmp_path / "codes")
+
+
+def test_a_run_that_ended_names_no_process(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "trial")
+    with run.locked():
+        assert (run.path / ".lock").read_text() == str(os.getpid())
+        with pytest.raises(CheckpointError, match="in use"), RunDirectory(run.path).locked():
+            pass
+        assert (run.path / ".lock").read_text() == str(os.getpid())
+    assert (run.path / ".lock").read_text() == ""
