@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
+from lmtune.console import progress
 from lmtune.errors import ConfigError
 
 
@@ -37,13 +38,12 @@ def main(
 
     Example: lmtune chat quickstart --json < questions.txt > answers.jsonl
     """
-    from lmtune.generation import ChatSession, GenerationOptions
+    with progress("loading PyTorch and the libraries"):
+        from lmtune.generation import ChatSession, GenerationOptions
+        from lmtune.models.inference import load_for_inference
+        from lmtune.ui.terminal import TerminalChat
 
     options = GenerationOptions(temperature, top_p, max_new_tokens, seed)
-
-    from lmtune.models.inference import load_for_inference
-    from lmtune.ui.terminal import TerminalChat
-
     loaded = load_for_inference(model)
     if base and not loaded.has_adapter:
         raise ConfigError(f"--base: {model} has no adapter, so it is the base already; leave --base out")

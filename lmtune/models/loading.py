@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lmtune.config import ModelConfig
-from lmtune.console import warn
+from lmtune.console import progress, warn
 from lmtune.data.cache import cache_folder, cached, found, key_of, turn
 from lmtune.errors import ModelError, is_failure
 from lmtune.models.backends import INSTALL, check_bitsandbytes
@@ -88,7 +88,8 @@ def load_tokenizer(model: ModelConfig, alone: bool = False) -> Any:
     quiet_libraries()
     path = _checked_path(model.name, alone)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        with progress(f"loading the tokenizer of {model.name}"):
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     except BaseException as error:
         if not is_failure(error):
             raise
@@ -116,8 +117,10 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
     if model.quantization in ("nf4", "int8"):
         check_bitsandbytes(model.quantization)
     dtype = compute_dtype(device, model.dtype)
+    held = "" if model.quantization == "none" else f" in {model.quantization}"
     try:
-        loaded = _kept_or_made(model, path, dtype, device)
+        with progress(f"loading {model.name}{held}"):
+            loaded = _kept_or_made(model, path, dtype, device)
     except ModelError:
         raise
     except Exception as error:

@@ -129,7 +129,7 @@ def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
     known: dict[str, Any] | None = run.read_summary().get("base")
     session.accelerator.place = "scoring before training"
     session.accelerator.wait_for_everyone()
-    if known is None and (scored := session.score()) is not None:
+    if known is None and (scored := session.score("the base")) is not None:
         known = scored[0].as_dict()
         if session.accelerator.is_main_process:
             rows = [{"question": a.question, "wanted": a.wanted, "base": a.given} for a in scored[1]]

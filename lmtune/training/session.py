@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lmtune.config import FinetuneConfig
-from lmtune.console import warn
+from lmtune.console import progress, warn
 from lmtune.data.tokenized import LoadedData, load_data
 from lmtune.errors import ConfigError
 from lmtune.evaluation import Answer, Scores, check_lengths, evaluate, teacher_forced
@@ -86,14 +86,17 @@ class Session:
         scores = teacher_forced(self.forward, self.data.validation, self.micro_batch_tokens, self.accelerator)
         return Accuracies(scores.loss, scores.sequence_accuracy, scores.token_accuracy)
 
-    def score(self) -> tuple[Scores, list[Answer]] | None:
-        """All scores of the validation rows, and the answers the model generated; None without such rows."""
+    def score(self, who: str) -> tuple[Scores, list[Answer]] | None:
+        """All scores of the validation rows, and the answers the model generated; None without such rows.
+
+        `who`, the base or the tuned model, is named in the progress shown.
+        """
         if self.data.validation is None:
             return None
         settings = self.config.evaluation
         return evaluate(
             self.forward, self.renderer, self.data.validation, settings.exact_match_rows, settings.max_new_tokens,
-            self.micro_batch_tokens, self.accelerator,
+            self.micro_batch_tokens, self.accelerator, who,
         )  # fmt: skip
 
 
@@ -119,14 +122,16 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     check_lengths(model, parts, "data.max_length", tell=accelerator.is_main_process)
     fingerprint = base_fingerprint(config.model)
     name = run_notes(config, renderer, fingerprint)["base_model"]
-    model = attach_adapter(model, config.adapter, config.train.seed, name)
-    fuse(model, dense_weights_fit(model, accelerator.device), fp8=config.model.quantization == "fp8")
-    forward = PackedForward(model)
+    with progress("preparing the adapter and the kernels"):
+        model = attach_adapter(model, config.adapter, config.train.seed, name)
+        fuse(model, dense_weights_fit(model, accelerator.device), fp8=config.model.quantization == "fp8")
+        forward = PackedForward(model)
     _agree(forward, accelerator)
     if accelerator.is_main_process:
         for note in forward.notes:
             warn(f"{note}; this is slower, with the same result")
-    budget = _fit(config, forward, data, accelerator)
+    with progress("measuring how much fits in memory"):
+        budget = _fit(config, forward, data, accelerator)
     return Session(config, accelerator, renderer, data, forward, fingerprint, budget)
 
 
