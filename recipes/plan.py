@@ -38,8 +38,9 @@ def main(
 
     with progress("loading PyTorch and the libraries"):
         from lmtune.data.tokenized import load_data
+        from lmtune.models.device import default_device
         from lmtune.models.inference import build_renderer
-        from lmtune.models.loading import default_device, load_tokenizer
+        from lmtune.models.loading import load_tokenizer
         from lmtune.training.forecast import forecast
 
     notes = {"template": config.data.template, "system": config.data.system}
