@@ -63,6 +63,20 @@ RunName = Annotated[str, AfterValidator(plain_name)]
 DataPaths = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
+_PLAIN_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)*")
+
+
+def _names(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """A list of names where no character makes `value` a regular expression: `q_proj`, or `q_proj,v_proj`."""
+    if isinstance(value, str) and value != "all-linear" and _PLAIN_NAMES.fullmatch(value):
+        return tuple(re.split(r"\s*,\s*", value))
+    return value
+
+
+# `all-linear`, names, or a regular expression on full names
+TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], AfterValidator(_names)]
+
+
 @section
 class ModelConfig:
     """Which base model, and how its frozen weights are held in memory."""
@@ -81,7 +95,7 @@ class AdapterConfig:
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
     alpha: Annotated[float, Field(gt=0, le=1e30)] = 32
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    target_modules: TargetModules = "all-linear"
     use_rslora: bool = False  # scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
     use_dora: bool = False  # https://arxiv.org/abs/2402.09353
     init_lora_weights: Literal["default", "pissa"] = "default"  # PiSSA: https://arxiv.org/abs/2404.02948

@@ -182,6 +182,7 @@ def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | Non
     err.print(f"{escape(str(run.path))} {where}: {escape(model)} in {config.model.quantization}, {steps} steps")
     err.print(escape(describe_fates(data.fates)))
     err.print(escape(session.renderer.description))
+    err.print(f"parameters: {escape(session.parameters.describe())}")
     for warning in evaluation_warnings(config, data.validation is not None, steps):
         warn(warning)
 

@@ -40,7 +40,7 @@ def test_a_run_has_every_technique(tmp_path: Path) -> None:
     assert all(module.lmtune_weight.keep for module in layers)  # dequantised once
     assert shared
     assert all(shared)  # the system prompt is laid down once
-    assert job.cost == token_cost(memory.shape_of(forward.model))
+    assert job.cost == token_cost(memory.shape_of(forward.model, prepared.parameters))
     assert min(job.cost.before, job.cost.trained) > 0
 
 
