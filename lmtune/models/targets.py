@@ -79,10 +79,11 @@ def find_targets(model: Any, targets: str | Sequence[str]) -> Targets:
 
     Args:
         model: a causal language model.
-        targets: `all-linear`, a regular expression on full names, or a list of full names or last parts of names.
+        targets: `all-linear`, a regular expression on full names, or a list of full names or last parts of names. All
+            names that the layers of an expert have in files, such as `gate_proj` and `up_proj`, are the experts' too.
 
     Raises:
-        ConfigError: a target names nothing in the model, or a part of a tensor.
+        ConfigError: a target names nothing in the model, or only a part of a tensor.
     """
     layers, tensors = linear_layers(model), expert_tensors(model)
     if targets == ALL_LINEAR:
@@ -97,12 +98,12 @@ def find_targets(model: Any, targets: str | Sequence[str]) -> Targets:
     def named(name: str) -> bool:
         return any(matches(name) for matches in matchers)
 
+    reached = [*layers, *tensors]
     experts = [name for name in tensors if named(name) or (parts[name] and all(map(named, parts[name])))]
-    reached = [*layers, *tensors, *(part for name in experts for part in parts[name])]
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    missing = [w for w, matches in zip(wanted, matchers, strict=True) if not any(map(matches, reached))]
+    missing = {w: matches for w, matches in zip(wanted, matchers, strict=True) if not any(map(matches, reached))}
     if missing:
-        raise ConfigError(_nothing_named(missing, layers, tensors, parts, matchers))
+        raise ConfigError(_nothing_named(missing, layers, parts))
     return Targets(tuple(filter(named, layers)), tuple(experts))
 
 
@@ -189,23 +190,18 @@ def _check_patterns(targets: str | Sequence[str], names: Sequence[str]) -> None:
 
 
 def _nothing_named(
-    missing: Sequence[str], layers: Iterable[str], tensors: Iterable[str], parts: dict[str, tuple[str, ...]],
-    matchers: Sequence[Callable[[str], Any]],
-) -> str:  # fmt: skip
+    missing: dict[str, Callable[[str], Any]], layers: Iterable[str], parts: dict[str, tuple[str, ...]]
+) -> str:
     """A message that says what exists instead of the `missing` targets."""
 
     def last(names: Iterable[str]) -> str:
         return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
-    for name, made_of in parts.items():
-        if any(matches(part) for matches in matchers for part in made_of):
-            return (
-                f"adapter.target_modules: {', '.join(missing)} is a part of {last([name])}, one tensor of all experts; "
-                f"name {last([name])}, or all its parts: {last(made_of)}"
-            )
-    experts = f"; the tensors of its experts are {last(tensors)}" if tensors else ""
+    inside = {name for name, made_of in parts.items() for part in made_of if any(m(part) for m in missing.values())}
+    where = f" (inside the experts it is a part of {last(inside)}, which can be named as a whole)" if inside else ""
+    experts = f"; the tensors of its experts are {last(parts)}" if parts else ""
     return (
-        f"adapter.target_modules: nothing in this model is named {', '.join(missing)}; "
+        f"adapter.target_modules: nothing in this model is named {', '.join(missing)}{where}; "
         f"its linear layers are {last(layers)}{experts} (or all-linear)"
     )
 
