@@ -16,10 +16,11 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation. An answer that is not `learned` is only read, before the answers that follow it."""
 
     role: Role
     content: str
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def prompt_hash(example: Example) -> int:
 def _parts(example: Example, last: int | None = None) -> list[str]:
     if example.text is not None:
         return ["text", example.text if last is None else ""]
-    return [part for message in example.messages[:last] for part in (message.role, message.content)]
+    turns = example.messages[:last]
+    return [part for turn in turns for part in (turn.role if turn.learned else f"{turn.role}, read", turn.content)]
 
 
 def _hash64(parts: list[str]) -> int:

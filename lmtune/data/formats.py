@@ -6,40 +6,60 @@
     sharegpt            {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
     text                {"text": "…"}
 
-A row is taken as it is or refused with a reason; nothing is repaired. Keys that a format does not know are reported,
-not used. The names are those of the field: OpenAI's chat rows, Stanford Alpaca, ShareGPT dumps.
+All but text may carry a `system` prompt; prompt/completion and alpaca also a `history` of earlier turns. A row is taken
+as it is or refused with a reason; nothing is repaired. What further keys mean stands in `lmtune.data.row_keys`. The
+names are those of the field: OpenAI's chat rows, Stanford Alpaca, ShareGPT dumps.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lmtune.data.examples import ROLES, Message, Role
+from lmtune.data.examples import Message
+from lmtune.data.row_keys import (
+    HISTORY_KEY,
+    SYSTEM_KEYS,
+    earlier_turns,
+    further_problems,
+    further_warnings,
+    preference_fault,
+    with_system,
+)
+from lmtune.data.turns import parse_turns
+from lmtune.data.values import RowFault, is_filled, listed_keys, nearest, quoted, strings
+
+__all__ = ["Format", "ParsedRow", "RowFault", "detect_format", "parse_row", "quoted"]
 
 Format = Literal["prompt/completion", "messages", "alpaca", "sharegpt", "text"]
 
 # In the order of their claim: Alpaca's own files carry a "text" column too, chat dumps often a "prompt".
 _KEYS: dict[Format, tuple[tuple[str, ...], tuple[str, ...]]] = {  # required, optional
-    "messages": (("messages",), ()),
-    "sharegpt": (("conversations",), ()),
-    "prompt/completion": (("prompt", "completion"), ()),
-    "alpaca": (("instruction", "output"), ("input",)),
+    "messages": (("messages",), SYSTEM_KEYS),
+    "sharegpt": (("conversations",), SYSTEM_KEYS),
+    "prompt/completion": (("prompt", "completion"), (*SYSTEM_KEYS, HISTORY_KEY)),
+    "alpaca": (("instruction", "output"), ("input", *SYSTEM_KEYS, HISTORY_KEY)),
     "text": (("text",), ()),
 }
 KNOWN = (
     "a row has the keys prompt and completion, or messages, or instruction and output (alpaca), "
     "or conversations (sharegpt), or text"
 )
-_SHAREGPT_ROLES: dict[str, Role] = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-}  # fmt: skip
-
-
-class RowFault(Exception):
-    """A row cannot be used; the text says why and what to do, the reader adds where."""
+_TURNS_NAMES = (
+    "message",
+    "dialog",
+    "dialogs",
+    "dialogue",
+    "dialogues",
+    "conversation",
+    "chat",
+    "chats",
+    "turns",
+    "contents",
+)
+_QUESTION_NAMES = ("prompt", "question", "query", "instruction", "input", "user", "human")
+_ANSWER_NAMES = ("completion", "answer", "response", "output", "reply", "target", "assistant", "gpt", "bot")
 
 
 @dataclass
@@ -61,28 +81,52 @@ def detect_format(row: Mapping[str, Any]) -> Format:
     for name, (required, _) in _KEYS.items():
         if all(key in row for key in required):
             return name
+    if fault := preference_fault(row):
+        raise RowFault(fault)
+    if turns := [key for key in _TURNS_NAMES if isinstance(row.get(key), list)]:
+        raise RowFault(f"unknown key {quoted(turns[0])}; rename it to messages")
     for required, _ in _KEYS.values():
         found = [key for key in required if key in row]
         if found:
             missing = [key for key in required if key not in row]
-            raise RowFault(f"{' and '.join(missing)} missing beside {' and '.join(found)}{_nearest(missing[0], row)}")
+            hint = nearest(missing[0], row) or _renaming(row)
+            raise RowFault(f"{' and '.join(missing)} missing beside {' and '.join(found)}{hint}")
     if not row:
         raise RowFault(f"the row is empty; {KNOWN}")
-    shown = ", ".join(quoted(key) for key in list(row)[:6]) + (", …" if len(row) > 6 else "")
-    raise RowFault(f"unknown keys {shown}; {KNOWN}")
+    raise RowFault(f"unknown keys {listed_keys(row)}{_renaming(row)}; {KNOWN}")
+
+
+def _renaming(row: Mapping[str, Any]) -> str:
+    """Which keys would make a question and an answer if they were renamed, or nothing."""
+    questions, answers = ([key for key in names if key in row] for names in (_QUESTION_NAMES, _ANSWER_NAMES))
+    if len(questions) != 1 or len(answers) != 1:
+        return ""
+    wanted = zip((questions[0], answers[0]), ("prompt", "completion"), strict=True)
+    return "; rename " + " and ".join(f"{quoted(old)} to {new}" for old, new in wanted if old != new)
 
 
 def parse_row(row: Mapping[str, Any], format: Format) -> ParsedRow:
     """The row's messages or text.
 
     Raises:
-        RowFault: a value is missing, of the wrong type, empty where it is learned, or roles are out of order.
+        RowFault: a value is missing, of the wrong type, empty where it is learned, roles are out of order, or the row
+            says more than would be learned.
     """
-    parsed = _PARSERS[format](row)
     required, optional = _KEYS[format]
-    parsed.ignored_keys |= row.keys() - {*required, *optional}
+    known, parsed = (*required, *optional), ParsedRow()
+    problems = []
+    try:
+        parsed = _PARSERS[format](row)
+    except RowFault as fault:
+        problems.append(str(fault))
+    problems += further_problems(row, known, format == "text")
+    if problems:
+        raise RowFault("; ".join(problems))
+    warned = further_warnings(row, known)
+    parsed.warnings += warned.values()
+    parsed.ignored_keys |= {key for key in row.keys() - {*known, *warned} if is_filled(row[key])}
     for message in parsed.messages:
-        if message.role == "assistant" and not message.content.strip():
+        if message.role == "assistant" and message.learned and not message.content.strip():
             parsed.warnings.append("an answer holds only white space")
         elif message.role == "user" and not message.content.strip():
             parsed.warnings.append("a question is empty")
@@ -90,125 +134,51 @@ def parse_row(row: Mapping[str, Any], format: Format) -> ParsedRow:
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> ParsedRow:
-    prompt, completion = _strings(row, "prompt", "completion", filled="completion")
-    return ParsedRow(messages=(Message("user", prompt), Message("assistant", completion)))
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        raise RowFault("prompt and completion are lists; write both as one list of turns under messages")
+    prompt, completion = strings(row, "prompt", "completion", filled="completion")
+    return _one_more_turn(row, prompt, completion)
 
 
 def _alpaca(row: Mapping[str, Any]) -> ParsedRow:
-    instruction, output = _strings(row, "instruction", "output", filled="output")
+    instruction, output = strings(row, "instruction", "output", filled="output")
     more = row.get("input")
     if more is not None and more != "":  # exporters write a missing input as null
-        (more,) = _strings(row, "input")
+        (more,) = strings(row, "input")
         instruction = f"{instruction}\n\n{more}"
-    return ParsedRow(messages=(Message("user", instruction), Message("assistant", output)))
+    return _one_more_turn(row, instruction, output)
+
+
+def _one_more_turn(row: Mapping[str, Any], question: str, answer: str) -> ParsedRow:
+    turns = (*earlier_turns(row), Message("user", question), Message("assistant", answer))
+    return ParsedRow(messages=with_system(row, turns))
 
 
 def _text(row: Mapping[str, Any]) -> ParsedRow:
-    (text,) = _strings(row, "text", filled="text")
+    (text,) = strings(row, "text", filled="text")
+    if given := [key for key in SYSTEM_KEYS if is_filled(row.get(key))]:
+        raise RowFault(f"{given[0]} beside text, which is learned as it stands; write the row as prompt and completion")
     warnings = [] if text.strip() else ["a text holds only white space"]
     return ParsedRow(text=text, warnings=warnings)
 
 
 def _messages(row: Mapping[str, Any]) -> ParsedRow:
-    return _turns(row["messages"], "messages", "role", "content", dict(zip(ROLES, ROLES, strict=True)))
+    return _turns(row, "messages")
 
 
 def _sharegpt(row: Mapping[str, Any]) -> ParsedRow:
-    return _turns(row["conversations"], "conversations", "from", "value", dict(_SHAREGPT_ROLES))
+    return _turns(row, "conversations")
+
+
+def _turns(row: Mapping[str, Any], key: str) -> ParsedRow:
+    other = row.get("conversations")
+    if key == "messages" and is_filled(other) and other != row[key]:
+        raise RowFault("messages and conversations differ; keep one of them")
+    turns = parse_turns(row[key], key)
+    return ParsedRow(with_system(row, turns.messages, key), None, frozenset(turns.ignored_keys), turns.warnings)
 
 
 _PARSERS: dict[Format, Callable[[Mapping[str, Any]], ParsedRow]] = {
     "prompt/completion": _prompt_completion, "messages": _messages, "alpaca": _alpaca, "sharegpt": _sharegpt,
     "text": _text,
 }  # fmt: skip
-
-
-def _turns(turns: Any, key: str, role_key: str, content_key: str, roles: Mapping[str, Any]) -> ParsedRow:
-    """The messages of a list of turns, each with its role known and its content a string."""
-    if not isinstance(turns, list) or not turns:
-        raise RowFault(f"{key} is {_kind(turns)}; it must be a list of turns")
-    messages, ignored = [], set()
-    for index, turn in enumerate(turns):
-        where = f"{key}[{index}]"
-        if not isinstance(turn, dict):
-            raise RowFault(f"{where} is {_kind(turn)}; it must be an object with {role_key} and {content_key}")
-        (role,) = _strings(turn, role_key, prefix=f"{where}.")
-        if role not in roles:
-            raise RowFault(f"{where}.{role_key} is {quoted(role)}; known: {', '.join(roles)}")
-        filled = content_key if roles[role] == "assistant" else None
-        (content,) = _strings(turn, content_key, prefix=f"{where}.", filled=filled)
-        messages.append(Message(roles[role], content))
-        ignored |= {f"{key}[].{name}" for name in turn.keys() - {role_key, content_key}}
-    _check_order([message.role for message in messages], key)
-    return ParsedRow(messages=tuple(messages), ignored_keys=frozenset(ignored))
-
-
-def _check_order(roles: list[Role], key: str) -> None:
-    """A system message only first; then user and assistant by turns, from a user to an assistant.
-
-    Raises:
-        RowFault: with the index where the order breaks.
-    """
-    first = 1 if roles[0] == "system" else 0
-    for index, role in enumerate(roles[first:], start=first):
-        wanted = "user" if (index - first) % 2 == 0 else "assistant"
-        if role == "system":
-            raise RowFault(f"{key}[{index}] is a system message; it may only stand first")
-        if role != wanted:
-            raise RowFault(f"{key}[{index}] is from {role} where {wanted}'s turn is; user and assistant alternate")
-    if roles[-1] != "assistant":
-        raise RowFault(f"{key} ends with {roles[-1]}; the last turn must be the assistant's, which is what is learned")
-
-
-def _strings(row: Mapping[str, Any], *names: str, prefix: str = "", filled: str | None = None) -> list[str]:
-    """The values of `names`, all strings of valid text, that of `filled` not empty; every problem at once."""
-    problems = []
-    for name in names:
-        value = row.get(name)
-        if name not in row:
-            problems.append(f"{prefix}{name} is missing{_nearest(name, row)}")
-        elif not isinstance(value, str):
-            problems.append(f"{prefix}{name} is {_kind(value)}; it must be a string")
-        elif name == filled and not value:
-            problems.append(f"{prefix}{name} is empty; there is nothing to learn, remove the row")
-        elif "\0" in value:
-            problems.append(f"{prefix}{name} holds a NUL character (\\u0000); remove it")
-        elif not _is_valid_unicode(value):
-            problems.append(f"{prefix}{name} holds half a character (a lone surrogate such as \\ud83d); rewrite it")
-    if problems:
-        raise RowFault("; ".join(problems))
-    return [row[name] for name in names]
-
-
-def _is_valid_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return f"a number ({str(value)[:20]})"
-    if isinstance(value, str):
-        return f"a string ({quoted(value)})"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return "an object"
-
-
-def _nearest(name: str, row: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, row.keys(), n=1)
-    return f"; is {quoted(near[0])} meant?" if near else ""
-
-
-def quoted(text: str, longest: int = 40) -> str:
-    """`text` in quotation marks, cut short; what a terminal cannot show, or would obey, is spelt out."""
-    short = text if len(text) <= longest else text[: longest - 1] + "…"
-    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short) + '"'

@@ -175,7 +175,7 @@ class Renderer:
     def _render_answers(self, messages: tuple[Message, ...]) -> list[Document]:
         documents: list[Document] = []
         for index, message in enumerate(messages):
-            if message.role != "assistant":
+            if message.role != "assistant" or not message.learned:
                 continue
             prompt = self._prompt(messages[:index])
             answer = self._answer(messages[: index + 1], prompt)

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from lmtune.data.formats import RowFault, quoted
+from lmtune.data.values import RowFault, quoted
 
 MAX_DEPTH = 100  # of brackets in a row; how deep Python itself can go differs from version to version
 _GAP = re.compile(r"[ \t\r\n]*")

@@ -30,6 +30,14 @@ def turns(*roles: str) -> list[dict[str, str]]:
                                {"from": "gpt", "value": "g"}]},
             "sharegpt", [(S, "s"), (U, "h"), (A, "g")],
         ),
+        ({"prompt": "p", "completion": "c", "system": "s"}, "prompt/completion", [(S, "s"), (U, "p"), (A, "c")]),
+        ({"instruction": "i", "output": "o", "system": "s", "input": "x"}, "alpaca",
+         [(S, "s"), (U, "i\n\nx"), (A, "o")]),
+        ({"instruction": "i", "output": "o", "system": None, "history": []}, "alpaca", [(U, "i"), (A, "o")]),
+        ({"instruction": "i", "output": "o", "system": "s", "history": [["q", "a"], ["r", "b"]]}, "alpaca",
+         [(S, "s"), (U, "q"), (A, "a"), (U, "r"), (A, "b"), (U, "i"), (A, "o")]),
+        ({"prompt": "p", "completion": "c", "history": [["q", "a"]]}, "prompt/completion",
+         [(U, "q"), (A, "a"), (U, "p"), (A, "c")]),
     ],
 )  # fmt: skip
 def test_each_format_becomes_messages(row: dict[str, Any], format: str, messages: list[tuple[str, str]]) -> None:
@@ -73,7 +81,7 @@ def test_keys_that_are_not_used_are_named() -> None:
     ("row", "words"),
     [
         ({}, ["empty"]),
-        ({"question": "q", "answer": "a"}, ['"question"', "prompt and completion"]),
+        ({"question": "q", "answer": "a"}, ['rename "question" to prompt and "answer" to completion']),
         ({"prompt": "p"}, ["completion missing"]),
         ({"prompt": "p", "completions": "c"}, ["completion missing", '"completions"', "meant"]),
         ({"prompt": None, "completion": 3}, ["prompt is null", "completion is a number (3)"]),
@@ -85,15 +93,43 @@ def test_keys_that_are_not_used_are_named() -> None:
         ({"messages": ["hello"]}, ["messages[0]", "role and content"]),
         ({"messages": [{"role": U}]}, ["messages[0].content is missing"]),
         ({"messages": [{"role": U, "content": None}]}, ["messages[0].content is null"]),
-        ({"messages": [{"role": U, "content": [{"type": "text"}]}]}, ["messages[0].content is a list"]),
-        ({"messages": [{"role": "human", "content": "x"}]}, ['"human"', "system, user, assistant"]),
+        ({"messages": [{"role": U, "content": [{"type": "text"}]}]}, ["messages[0].content[0]", "a part of text"]),
+        ({"messages": [{"role": "critic", "content": "x"}]}, ['"critic"', "system, user, assistant"]),
         ({"messages": turns(U, A, S)}, ["messages[2]", "only stand first"]),
         ({"messages": turns(U, U, A)}, ["messages[1]", "assistant's turn"]),
         ({"messages": turns(A, U, A)}, ["messages[0]", "user's turn"]),
         ({"messages": turns(U, A, U)}, ["ends with user"]),
         ({"messages": turns(S)}, ["ends with system"]),
         ({"messages": [*turns(U), {"role": A, "content": ""}]}, ["messages[1].content is empty"]),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, ['conversations[0].from is "bot"']),
+        ({"prompt": "p", "completion": "c", "system": ["s"]}, ["system is a list"]),
+        ({"prompt": "p", "completion": "c", "system": "s", "system_prompt": "t"}, ["differ; keep one"]),
+        ({"text": "t", "system": "s"}, ["system beside text"]),
+        ({"instruction": "i", "output": "o", "history": [["q"]]}, ["history", "[question, answer] pairs"]),
+        ({"instruction": "i", "output": "o", "history": "q"}, ["history", "[question, answer] pairs"]),
+        ({"instruction": "i", "output": "o", "history": [["q", ""]]}, ["history[0][1] is empty"]),
+        ({"messages": turns(U, A), "history": [["q", "a"]]}, ["history", "turns of the conversation"]),
+        ({"messages": turns(U, A), "tools": [{"type": "function"}]}, ["tools", "tool calls", "remove"]),
+        ({"conversations": turns(U, A), "tools": '[{"name": "f"}]'}, ["tools", "remove"]),
+        ({"messages": turns(U, A), "functions": [{"name": "f"}]}, ["functions"]),
+        ({"messages": turns(U, A), "rejected": "bad"}, ["rejected", "preferences"]),
+        ({"conversations": turns(U), "chosen": {"value": "a"}, "rejected": {"value": "b"}}, ["ends with", "chosen"]),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ["preference", "prompt and completion"]),
+        ({"instruction": "i", "chosen": "a", "rejected": "b"}, ["preference"]),
+        ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}, ["preference"]),
+        ({"prompt": "p", "completion": "c", "label": False}, ["label is false", "bad one"]),
+        ({"text": "t", "label": "sport"}, ["label is a string"]),
+        ({"prompt": "p", "completion": "c", "weight": 0.5}, ["weight is a number (0.5)"]),
+        ({"prompt": "p", "completion": "c", "weight": 0}, ["weight is a number (0)", "remove the row"]),
+        ({"prompt": "p", "completion": "c", "train": False}, ["train is false", "remove it"]),
+        ({"prompt": "p", "completion": "c", "train_on_input": True}, ["train_on_input", "only answers"]),
+        ({"prompt": "p", "completion": "c", "reasoning": "r"}, ["reasoning would be lost", "<think>"]),
+        ({"prompt": "p", "completion": "c", "images": ["x.png"]}, ["images", "only text"]),
+        ({"prompt": None, "completion": "c", "images": ["x.png"]}, ["prompt is null", "images"]),
+        ({"prompt": turns(U), "completion": turns(A)}, ["lists", "messages"]),
+        ({"messages": turns(U, A), "conversations": turns(U, A, U, A)}, ["differ; keep one"]),
+        ({"dialog": turns(U, A)}, ['"dialog"', "rename it to messages"]),
+        ({"instruction": "i", "response": "r"}, ["output missing", 'rename "instruction" to prompt', '"response"']),
+        ({"conversations": [{"from": "referee", "value": "x"}]}, ['conversations[0].from is "referee"']),
     ],
 )  # fmt: skip
 def test_faults_say_what_and_where(row: dict[str, Any], words: list[str]) -> None:
@@ -110,3 +146,15 @@ def test_white_space_as_an_answer_is_a_warning() -> None:
 
 def test_quoted_spells_out_what_a_terminal_would_obey() -> None:
     assert quoted("a\x1b[2Jb\ud800\u202e") == '"a\\x1b[2Jb\\ud800\\u202e"'
+
+
+def test_a_key_that_may_matter_warns_by_line_and_others_are_named_once() -> None:
+    parsed = parse_row(
+        {"prompt": "p", "completion": "c", "context": "x", "label": "A", "weight": 1}, "prompt/completion"
+    )
+    assert [warning.split()[0] for warning in parsed.warnings] == ["context", "label"]
+    assert parsed.ignored_keys == {"weight"}
+    with_nothing = {"prompt": "p", "completion": "c", "context": "", "images": [], "tools": "[]", "rejected": None}
+    assert parse_row(with_nothing, "prompt/completion") == parse_row(
+        {"prompt": "p", "completion": "c"}, "prompt/completion"
+    )

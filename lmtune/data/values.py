@@ -1,0 +1,93 @@
+"""Single values of a row: whether each is what its key must hold, and how it is named in a message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class RowFault(Exception):
+    """A row cannot be used; the text says why and what to do, the reader adds where.
+
+    Attributes:
+        once: faults with this name are told once a file, where they begin.
+        ends_file: the file's other rows cannot be read either, so this is no single row that could be left out.
+    """
+
+    def __init__(self, reason: str, once: str | None = None, ends_file: bool = False) -> None:
+        super().__init__(reason)
+        self.once = once
+        self.ends_file = ends_file
+
+
+def strings(row: Mapping[str, Any], *names: str, prefix: str = "", filled: str | None = None) -> list[str]:
+    """The values of `names`, all strings of valid text, that of `filled` not empty.
+
+    Raises:
+        RowFault: with every problem at once.
+    """
+    problems = []
+    for name in names:
+        if name not in row:
+            problems.append(f"{prefix}{name} is missing{nearest(name, row)}")
+        elif problem := text_problem(row[name]):
+            problems.append(f"{prefix}{name} {problem}")
+        elif name == filled and not row[name]:
+            problems.append(f"{prefix}{name} is empty; there is nothing to learn, remove the row")
+    if problems:
+        raise RowFault("; ".join(problems))
+    return [row[name] for name in names]
+
+
+def text_problem(value: Any) -> str | None:
+    """Why `value` is no text that can be learned, as the end of a sentence; None if it is one."""
+    if not isinstance(value, str):
+        return f"is {kind_of(value)}; it must be a string"
+    if "\0" in value:
+        return "holds a NUL character (\\u0000); remove it"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "holds half a character (a lone surrogate such as \\ud83d); rewrite it"
+    return None
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a key says anything: exporters write null, "", [] or "[]" for what is not there."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    return value is not None and value is not False and value != [] and value != {}
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return f"a number ({str(value)[:20]})"
+    if isinstance(value, str):
+        return f"a string ({quoted(value)})"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "an object"
+
+
+def nearest(name: str, row: Mapping[str, Any]) -> str:
+    """A question after the key that was probably meant by `name`, or nothing."""
+    near = difflib.get_close_matches(name, row.keys(), n=1)
+    return f"; is {quoted(near[0])} meant?" if near else ""
+
+
+def quoted(text: str, longest: int = 40) -> str:
+    """`text` in quotation marks, cut short; what a terminal cannot show, or would obey, is spelt out."""
+    short = text if len(text) <= longest else text[: longest - 1] + "…"
+    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short) + '"'
+
+
+def listed_keys(keys: Iterable[str], most: int = 6) -> str:
+    """The first `most` keys, quoted."""
+    keys = list(keys)
+    return ", ".join(quoted(key) for key in keys[:most]) + (", …" if len(keys) > most else "")
