@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmtune import config as configuration
-from lmtune.config import FinetuneConfig, Overrides, Quantization, build_config, data_paths, with_overrides
+from lmtune.config import FinetuneConfig, Overrides, Quantization, build_config, with_overrides
 from lmtune.config_files import run_name
 from lmtune.console import quiet
-from lmtune.data.checking import check_data
+from lmtune.data.checking import check_config, check_data
 from lmtune.data.in_memory import Data, paths_or_rows, rows_file
 from lmtune.errors import ConfigError, DataError
 from lmtune.history import run_status
@@ -206,7 +206,7 @@ def finetune(
 
     directory = RunDirectory.of(settings.run)
     with quiet(progress=progress, enabled=not verbose), _naming_rows(files):
-        check_data(data_paths(settings.data.train), data_paths(settings.data.validation or ()))
+        check_config(settings.data)
         run_finetune(settings, directory)
     return Run(directory.path)
 

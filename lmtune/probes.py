@@ -80,9 +80,7 @@ def try_quantization(kind: str) -> Iterator[Finding]:
     """A layer in `nf4` or `int8`, forward and backward, against the same layer in full precision."""
     import torch
 
-    from lmtune.models.device import default_device
-    from lmtune.models.libraries import quiet_libraries
-    from lmtune.models.loading import compute_dtype
+    from lmtune.models.loading import compute_dtype, default_device, quiet_libraries
 
     quiet_libraries()
     device = default_device()
@@ -110,8 +108,7 @@ def try_attention() -> Iterator[Finding]:
 
     from lmtune.data.packing import Layout
     from lmtune.kernels.attention import attention_by_document
-    from lmtune.models.device import default_device
-    from lmtune.models.loading import compute_dtype
+    from lmtune.models.loading import compute_dtype, default_device
 
     device = default_device()
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
-            raise _fault(event.start_mark, "aliases (*name) are not supported; write it out")
+            raise _fault(event.start_mark, "aliases (*name) are not supported; write it out, or put a text into quotes")
         if event.tag is not None:  # PyYAML fails on a value that does not fit its tag with any exception there is
             raise _fault(event.start_mark, f"tags ({event.tag}) are not supported; write the value without it")
         return super().compose_node(parent, index)
@@ -116,8 +116,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_yaml_value(text: str, where: str) -> Any:
-    """The value of a command line override, written as in YAML; text that holds a colon or bracket stays text."""
-    return _parse(text, where)
+    """The value of a command line override, written as in YAML; what is none but holds a `*` or `?` stays text."""
+    try:
+        return _parse(text, where)
+    except ConfigError:
+        if "*" in text or "?" in text:  # a pattern of file names, which is told so where it is used
+            return text
+        raise
 
 
 def write_yaml(tree: dict[str, Any]) -> str:

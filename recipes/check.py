@@ -2,6 +2,7 @@
 
 lmtune check train.jsonl
 lmtune check --config support
+lmtune check train.jsonl --skip-faulty
 """
 
 from typing import Annotated
@@ -26,6 +27,10 @@ def main(
         str | None, typer.Option(help="Check the data that this YAML file, or shipped one by name, gives.")
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help="The same as DATA.")] = None,
+    skip_faulty: Annotated[
+        bool,
+        typer.Option("--skip-faulty", help="Leave faulty rows out, as data.faulty_rows: skip does, and count them."),
+    ] = False,
 ) -> None:
     """Check data files (or those of --config) line by line; exit code 2 if a line is wrong.
 
@@ -39,14 +44,21 @@ def main(
     paths = data_paths(settings.train) if settings else tuple(given)
     validation = data_paths(settings.validation) if settings and settings.validation else ()
     check = inspect_data(paths, validation)
+    skips = skip_faulty or (settings is not None and settings.faulty_rows == "skip")
     for fault in check.report.faults:
         out.print(escape(fault))
-    out.print(escape(describe_check(check)))
-    if check.report.num_faults:
-        raise DataError(f"{counted(check.report.num_faults, 'fault')} in the data; fix the lines named above")
+    out.print(escape(describe_check(check, skips)))
+    num_faults = check.report.num_faults
+    if skips:
+        check.raise_for_faults("skip")
+    elif num_faults:
+        what = "fix the lines named above" if num_faults > 1 else "fix the line named above"
+        rest = "" if check.report.lasting else "; what is left without faulty rows: lmtune check --skip-faulty"
+        raise DataError(f"{counted(num_faults, 'fault')} in the data; {what}{rest}")
     shown = command("preview", *paths, *(("--config", config) if config else ("--model", "tiny")))
     other = "" if config else " (or another model's name)"
-    out.print(f"[green]no fault[/]; tokens are shown by: {escape(shown)}{other}")
+    left = "no fault" if not num_faults else f"{counted(check.train.num_rows)} left"
+    out.print(f"[green]{left}[/]; tokens are shown by: {escape(shown)}{other}")
 
 
 if __name__ == "__main__":

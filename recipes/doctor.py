@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import err, escape, out, progress
+from lmtune.console import err, escape, out
 from lmtune.doctor import examine
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -25,12 +25,7 @@ def main(
     Example: lmtune doctor
     """
     count = {"ok": 0, "warn": 0, "fail": 0}
-    findings = examine(runs_dir)
-    while True:
-        with progress("trying what works on this machine"):
-            finding = next(findings, None)
-        if finding is None:
-            break
+    for finding in examine(runs_dir):
         count[finding.level] += 1
         out.print(f"[{COLOURS[finding.level]}]{finding.level:<4}[/]  {finding.name:<15} {escape(finding.text)}")
         if finding.mend:

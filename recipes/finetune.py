@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, command_config, data_paths
-from lmtune.console import command, err, escape, out, progress
-from lmtune.data.checking import check_data
+from lmtune.config import FinetuneConfig, command_config
+from lmtune.console import command, err, escape, out
+from lmtune.data.checking import check_config
 from lmtune.runs import RunDirectory
 from lmtune.training.workers import check_world, is_worker, launch
 
@@ -42,7 +42,7 @@ def main(
     config = command_config(config_file, overrides or [], model, data or [], "finetune")
     run_directory = RunDirectory.of(config.run)
     check_world()
-    check_data(data_paths(config.data.train), data_paths(config.data.validation or ()))  # before any model is loaded
+    check_config(config.data)  # before any model is loaded
     if processes > 1 and not is_worker():
         words = [*([config_file] if config_file else []), *(overrides or []), *(["--model", model] if model else [])]
         sys.exit(launch(Path(__file__), words + [word for path in data or [] for word in ("--data", path)], processes))
@@ -51,9 +51,8 @@ def main(
 
 def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, Any]:
     """Train and show the scores; returns the run's summary. Everything heavy is imported here, after the checks."""
-    with progress("loading PyTorch and the libraries"):
-        from lmtune.report import scores_table
-        from lmtune.training.run import run_finetune
+    from lmtune.report import scores_table
+    from lmtune.training.run import run_finetune
 
     result = run_finetune(config, run_directory)
     if result.is_main_process:

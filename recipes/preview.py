@@ -12,7 +12,7 @@ import typer
 from lmtune.cli import run
 from lmtune.config import command_config, data_paths
 from lmtune.config_files import split_data
-from lmtune.console import err, escape, out, progress
+from lmtune.console import err, escape, out
 from lmtune.errors import ConfigError
 
 
@@ -41,22 +41,23 @@ def main(
     settings = command_config(config, overrides, model, given, "preview")
     model_config, data_config, paths = settings.model, settings.data, data_paths(settings.data.train)
 
-    with progress("loading PyTorch and the libraries"):
-        from lmtune.data.fates import WHY_DROPPED
-        from lmtune.data.files import find_files
-        from lmtune.data.preview import show_tokens
-        from lmtune.data.reading import ReadReport, read_examples
-        from lmtune.data.tokenized import fit
-        from lmtune.models.inference import build_renderer
-        from lmtune.models.loading import load_tokenizer
+    from lmtune.data.control_text import ControlText
+    from lmtune.data.fates import WHY_DROPPED
+    from lmtune.data.files import find_files, unread_entries
+    from lmtune.data.preview import show_tokens
+    from lmtune.data.reading import ReadReport, read_examples
+    from lmtune.data.tokenized import fit
+    from lmtune.models.inference import build_renderer
+    from lmtune.models.loading import load_tokenizer
 
     files = find_files(paths)
     notes = {"template": data_config.template, "system": data_config.system}
     renderer = build_renderer(load_tokenizer(model_config, alone=True), model_config, notes)
     err.print(f"{escape(model_config.name)}: {escape(renderer.description)}")
     colour = out.is_terminal and not out.no_color
-    report = ReadReport()
+    report, control_text = ReadReport(), ControlText(renderer.tokenizer)
     for example in islice(read_examples(files, report), rows):
+        control_text.add(example)
         documents, dropped = fit(example, whole := renderer.render(example), data_config)
         for number, document in enumerate(documents or whole, start=1):
             part = f" (document {number})" if len(whole) > 1 else ""
@@ -65,7 +66,9 @@ def main(
             out.print(show_tokens(renderer.tokenizer, document.input_ids, document.trained, colour))
         if dropped:
             out.print(f"[yellow]this row will be dropped: {WHY_DROPPED[dropped]} ({data_config.max_length})[/]")
-    report.raise_for_faults()
+    for warning in (*report.warnings, *control_text.warnings(), *unread_entries(paths)):
+        err.print(f"[yellow]warning:[/] {escape(warning)}")
+    report.raise_for_faults(data_config.faulty_rows, rows)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, data_paths, load_config
+from lmtune.config import FinetuneConfig, load_config
 from lmtune.config_files import shipped_configs
 from lmtune.console import command, err, escape, out, program
-from lmtune.data.checking import check_data, describe_check
+from lmtune.data.checking import check_config, describe_check
 from lmtune.demo import support_data, support_heldout
 from lmtune.errors import LmtuneError
 from lmtune.runs import RunDirectory
@@ -40,7 +40,7 @@ def main(
     paths = [f"data.train={support_data()}", f"data.validation={support_heldout()}", f"run.dir={runs_dir}"]
     config = load_config(FinetuneConfig, shipped_configs()["quickstart"], paths)
     run_directory = RunDirectory.of(config.run)
-    checked = check_data(data_paths(config.data.train), data_paths(config.data.validation or ()))
+    checked = check_config(config.data)
     out.print(escape(describe_check(checked)))
     if run_directory.read_summary().get("status") == "complete":
         err.print(f"replacing the earlier {escape(str(run_directory.path))}")

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lmtune.config import DataConfig, data_paths
 from lmtune.data.cache import cache_folder, cached, key_of
-from lmtune.data.files import DataFile, content_sha256, find_files
+from lmtune.data.files import DataFile, content_sha256, find_files, unread_entries
 from lmtune.data.progress import row_progress
-from lmtune.data.reading import ReadReport, read_examples
-from lmtune.data.survey import Survey, Tally, counted, shown_first
+from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
+from lmtune.data.survey import Survey, Tally, counted, describe_faulty, shown_first
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class PartCheck:
     same_prompt: dict[str, Any]  # rows whose prompt an earlier row answers differently
     characters: dict[str, int]
     warnings: list[str]
+    faulty: dict[str, Any]  # rows that `data.faulty_rows: skip` leaves out: count, reasons
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,30 @@ class DataCheck:
     also_in_train: dict[str, Any]
     report: ReadReport = field(default_factory=ReadReport)
 
+    def raise_for_faults(self, faulty_rows: FaultyChoice | None) -> None:
+        """Raise a `DataError` for the faults that stop the work; see `ReadReport.raise_for_faults`."""
+        parts = [part for part in (self.train, self.validation) if part is not None]
+        self.report.raise_for_faults(faulty_rows, min(part.num_rows for part in parts))
 
-def check_data(paths: Sequence[str | Path], validation: Sequence[str | Path] = ()) -> DataCheck:
+
+def check_config(config: DataConfig) -> DataCheck:
+    """Check the files that a config names, as it says.
+
+    Raises:
+        DataError: see `check_data`.
+    """
+    return check_data(data_paths(config.train), data_paths(config.validation or ()), config.faulty_rows)
+
+
+def check_data(
+    paths: Sequence[str | Path], validation: Sequence[str | Path] = (), faulty_rows: FaultyChoice | None = None
+) -> DataCheck:
     """Check files of training rows, and of validation rows if given, against each other.
+
+    Args:
+        paths: files or folders.
+        validation: the same, of validation rows.
+        faulty_rows: the setting `data.faulty_rows`; None is `error` where there is no such setting.
 
     Raises:
         DataError: with the first 20 faults and their number, or with the paths that cannot be read.
@@ -64,13 +87,16 @@ def check_data(paths: Sequence[str | Path], validation: Sequence[str | Path] = (
 
     def build(folder: Path) -> None:
         check = _inspect(train_files, validation_files)
-        check.report.raise_for_faults()
+        check.raise_for_faults(faulty_rows)
         found.append(check)
-        tree = {name: value for name, value in asdict(check).items() if name != "report"}
+        tree = {"train": asdict(check.train), "validation": check.validation and asdict(check.validation)}
+        tree["also_in_train"] = check.also_in_train
         (folder / "check.json").write_text(json.dumps(tree), encoding="utf-8")
 
-    entry = cached(cache_folder() / "checks", key_of("check", _VERSION, described), build)
-    return found[0] if found else _from_tree(json.loads((entry / "check.json").read_text(encoding="utf-8")))
+    key = key_of("check", _VERSION, described, faulty_rows == "skip")
+    entry = cached(cache_folder() / "checks", key, build)
+    check = found[0] if found else _from_tree(json.loads((entry / "check.json").read_text(encoding="utf-8")))
+    return _with_unread(check, paths, validation)
 
 
 def inspect_data(paths: Sequence[str | Path], validation: Sequence[str | Path] = ()) -> DataCheck:
@@ -79,23 +105,30 @@ def inspect_data(paths: Sequence[str | Path], validation: Sequence[str | Path] =
     Raises:
         DataError: a path cannot be read at all.
     """
-    return _inspect(find_files(paths), find_files(validation) if validation else [])
+    check = _inspect(find_files(paths), find_files(validation) if validation else [])
+    return _with_unread(check, paths, validation)
 
 
-def describe_check(check: DataCheck) -> str:
-    """Rows, formats, lengths and oddities, in a few lines; faults are in `check.report.faults`."""
-    lines = _describe_part(check.train)
+def describe_check(check: DataCheck, skips: bool = False) -> str:
+    """Rows, formats, lengths and oddities, in a few lines; faults are in `check.report.faults`.
+
+    Args:
+        check: the outcome.
+        skips: whether faulty rows are left out (`data.faulty_rows: skip`), and so are counted here.
+    """
+    lines = _describe_part(check.train, skips)
     if check.validation is not None:
-        lines += ["validation:", *_describe_part(check.validation)]
+        lines += ["validation:", *_describe_part(check.validation, skips)]
         if check.also_in_train["count"]:
             shared = check.also_in_train
             lines.append(f"  warning: {counted(shared['count'])} also in train: {shown_first(shared)}")
     return "\n".join(lines)
 
 
-def _describe_part(part: PartCheck) -> list[str]:
+def _describe_part(part: PartCheck, skips: bool) -> list[str]:
     files = [f"{name}: {counted(part.rows_by_file[name])}, {format}" for name, format in part.formats.items()]
     lines = files[:10] + ([f"… and {len(files) - 10} more files"] if len(files) > 10 else [])
+    lines += describe_faulty(part.faulty) if skips else []
     if part.characters:
         lines.append("  characters a row: " + ", ".join(f"{name} {value:,}" for name, value in part.characters.items()))
     if part.duplicates["count"]:
@@ -121,7 +154,7 @@ def _inspect(train_files: Sequence[DataFile], validation_files: Sequence[DataFil
 
 def _inspect_part(files: Sequence[DataFile], report: ReadReport) -> tuple[PartCheck, Survey]:
     part, survey = ReadReport(), Survey()
-    with row_progress("checking") as progress:
+    with row_progress("checked") as progress:
         for example in read_examples(files, part):
             survey.add(example)
             progress(len(survey))
@@ -134,8 +167,18 @@ def _inspect_part(files: Sequence[DataFile], report: ReadReport) -> tuple[PartCh
         same_prompt=survey.same_prompt().as_dict(),
         characters=survey.characters(),
         warnings=part.warnings,
+        faulty=part.faulty.as_dict(),
     )
     return check, survey
+
+
+def _with_unread(check: DataCheck, paths: Sequence[str | Path], validation: Sequence[str | Path]) -> DataCheck:
+    """`check` with a warning for what its folders hold besides the files that were read, which no cache key knows."""
+    train = replace(check.train, warnings=[*check.train.warnings, *unread_entries(paths)])
+    held_out = check.validation
+    if held_out is not None:
+        held_out = replace(held_out, warnings=[*held_out.warnings, *unread_entries(validation)])
+    return replace(check, train=train, validation=held_out)
 
 
 def _from_tree(tree: dict[str, Any]) -> DataCheck:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmtune.data.survey import counted, shown_first
+from lmtune.data.survey import counted, describe_faulty, shown_first
 
 WHY_DROPPED = {
     "too_long": "longer than data.max_length",
@@ -39,6 +39,7 @@ def _describe_part(part: Mapping[str, Any]) -> list[str]:
         f"  {counted(part['rows'])}, {part['kept']:,} kept: {part['tokens']:,} tokens, {part['trained_tokens']:,} of "
         f"them learned; the longest row has {part['longest_row_tokens']:,}"
     )
+    lines += describe_faulty(part["faulty"]) if "faulty" in part else []
     for reason, tally in part["dropped"].items():
         lines.append(f"  {tally['count']:,} dropped, {WHY_DROPPED.get(reason, reason)}: {shown_first(tally)}")
     if part["truncated"]["count"]:

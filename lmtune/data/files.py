@@ -6,12 +6,16 @@ helps more than the JSON error that its first byte would cause.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import glob
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from lmtune.errors import DataError, listed
@@ -61,20 +65,22 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
     found: list[tuple[Path, str]] = []
     problems: list[str] = []
     for given in paths:
-        path = Path(given)
+        path = _expanded(given)
         if os.path.isdir(path):  # unlike pathlib's, also false for names that are too long
             names = _names_in(path)
-            inside = sorted(path / n for n in names or () if n.lower().endswith(_SUFFIXES) and not n.startswith("."))
+            inside = sorted(path / name for name in names or () if _is_read(name))
             if names is None:
                 problems.append(f"{shown_name(given)}: the folder may not be listed; check its permissions")
             elif not inside:
-                problems.append(f"{shown_name(given)}: the folder holds no *.jsonl or *.json file")
+                other = _some_names(_unread(path, names))
+                holds = f"; it holds {other}: unpack, move or export it" if other else ""
+                problems.append(f"{shown_name(given)}: the folder holds no *.jsonl or *.json file{holds}")
             found += [(p, str(p)) for p in inside]
         else:
             found.append((path, str(given)))
     seen: dict[str, str] = {}
     for path, name in found:
-        problem = _unusable(path)
+        problem = _unusable(path, name)
         if not problem:
             real = os.path.realpath(path)
             if real in seen:
@@ -89,6 +95,47 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
     names = [shown_name(name) for _, name in found]
     portable = _portable_names(names)
     return [DataFile(path, name, short) for (path, _), name, short in zip(found, names, portable, strict=True)]
+
+
+def unread_entries(paths: Sequence[str | Path]) -> list[str]:
+    """One warning for each folder of `paths` that holds more than the files that `find_files` takes from it."""
+    warnings = []
+    for given in paths:
+        path = _expanded(given)
+        others = _unread(path, _names_in(path) or []) if os.path.isdir(path) else []
+        if others:
+            (name,) = _portable_names([shown_name(given)])
+            entries = "1 entry is" if len(others) == 1 else f"{len(others)} entries are"
+            warnings.append(
+                f"{name}: {entries} not read: {_some_names(others)}; of a folder, only its own *.jsonl, *.ndjson and "
+                "*.json files are: unpack, rename or move what should be"
+            )
+    return warnings
+
+
+def _expanded(given: str | Path) -> Path:
+    """`given` as a path, with `~` for the home folder, which a shell leaves as it is in `data.train=~/rows.jsonl`."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:  # no such user
+        return Path(given)
+
+
+def _is_read(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+
+
+def _unread(folder: Path, names: Sequence[str]) -> list[str]:
+    """Entries that are not read though they may hold rows, folders with a slash behind them."""
+    others = [name for name in sorted(names) if not (_is_read(name) or name.startswith(".") or _ABOUT_DATA.match(name))]
+    return [f"{name}/" if os.path.isdir(folder / name) else name for name in others]
+
+
+_ABOUT_DATA = re.compile(r"(README|LICEN[CS]E|NOTICE|CITATION)\b|.*\.md$", re.IGNORECASE)
+
+
+def _some_names(names: Sequence[str]) -> str:
+    return ", ".join(shown_name(name) for name in names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
 def shown_name(name: str | Path) -> str:
@@ -120,13 +167,15 @@ def _portable_names(names: Sequence[str]) -> list[str]:
     return short
 
 
-def _unusable(path: Path) -> str | None:
-    """Why `path` is no readable plain file, or None."""
+def _unusable(path: Path, name: str) -> str | None:
+    """Why `path`, given as `name`, is no readable plain file, or None."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         near = difflib.get_close_matches(path.name, _names_in(path.parent) or (), n=1)
-        return "no such file" + (f"; did you mean {shown_name(path.with_name(near[0]))}?" if near else "")
+        if near and not _ELSEWHERE.search(name):
+            return f"no such file; did you mean {shown_name(path.with_name(near[0]))}?"
+        return f"no such file or folder{_not_local(name)}"
     except (OSError, ValueError) as error:
         return f"cannot be opened ({getattr(error, 'strerror', None) or error})"
     if not stat.S_ISREG(mode):
@@ -137,13 +186,35 @@ def _unusable(path: Path) -> str | None:
     return None
 
 
-def foreign_kind(head: bytes) -> str | None:
-    """What a file is whose first bytes cannot begin rows of JSON, and what to do; None for what can."""
+_ADDRESS, _PATTERN = r"[A-Za-z][A-Za-z0-9+.-]+:", r"[*?\[{]"
+_ELSEWHERE = re.compile(f"^{_ADDRESS}|{_PATTERN}")
+
+
+def _not_local(name: str) -> str:
+    """What to do about a name that is none of a file here, but of something elsewhere; else nothing."""
+    only = "; only local files and folders are read"
+    if re.match(_ADDRESS, name):
+        return f"{only}: download the rows first, and name the file"
+    if re.search(_PATTERN, name):
+        with contextlib.suppress(OSError, ValueError):
+            if matches := sorted(islice(glob.iglob(name), 6)):
+                return f"{only}, no patterns: name the files or their folder (it matches {_some_names(matches)})"
+        return f"{only}, no patterns: name the files or their folder"
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.lower().endswith(_SUFFIXES):
+        hub = "hf download --repo-type dataset " + name
+        return f"{only}: a data set of the Hub is downloaded first ({hub} --local-dir FOLDER) and written as JSONL"
+    return only
+
+
+def foreign_kind(head: bytes, suffix: str = "") -> str | None:
+    """What a file is that cannot hold rows of JSON, by its first bytes and its name, and what to do; None if it can."""
     for magic, kind, advice in _MAGIC:
         if head.startswith(magic):
             return f"{kind}; {advice}"
     if len(head) >= 4 and head[:4].count(0) == 2 and 0 in (head[0], head[1]) and head[0] != head[1]:
         return "UTF-16 without a byte order mark; save it as UTF-8"
+    if suffix.lower() in (".csv", ".tsv") and head.strip()[:1] not in (b"{", b"["):
+        return "a table (CSV); export it as JSONL, with the keys prompt and completion"
     return None
 
 

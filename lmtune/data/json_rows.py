@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from lmtune.data.encodings import encoding_advice
 from lmtune.data.files import foreign_kind
-from lmtune.data.formats import RowFault
 from lmtune.data.strict_json import Broken, StrictDecoder, Unfinished, decode_json, end_of_gap, excerpt
+from lmtune.data.values import RowFault
 
 MAX_ROW_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 20
@@ -37,19 +38,19 @@ def read_rows(path: Path) -> Iterator[Row]:
         with open(path, "rb") as file:
             # A file of the kernel's says that it holds nothing, and may never give what it does hold.
             if not os.fstat(file.fileno()).st_size:
-                yield 1, None, RowFault("the file is empty; it must hold one row a line")
+                yield 1, None, RowFault("the file is empty; it must hold one row a line", ends_file=True)
                 return
             head = file.peek(4096) if hasattr(file, "peek") else b""
-            if kind := foreign_kind(head):
-                yield 1, None, RowFault(f"the file is {kind}")
+            if kind := foreign_kind(head, path.suffix):
+                yield 1, None, RowFault(f"the file is {kind}", ends_file=True)
                 return
             first = _skip_blank(file)
             if first is None:
-                yield 1, None, RowFault("the file is empty; it must hold one row a line")
+                yield 1, None, RowFault("the file is empty; it must hold one row a line", ends_file=True)
                 return
             yield from _list_items(file) if first == b"[" else _lines(file)
     except OSError as error:
-        yield 1, None, RowFault(f"the file cannot be read ({error.strerror or error})")
+        yield 1, None, RowFault(f"the file cannot be read ({error.strerror or error})", ends_file=True)
 
 
 def _skip_blank(file: IO[bytes]) -> bytes | None:
@@ -64,10 +65,10 @@ def _skip_blank(file: IO[bytes]) -> bytes | None:
 def _lines(file: IO[bytes]) -> Iterator[Row]:
     """One value a line."""
     line = num_rows = 0
+    encoding: str | None = None  # advice about it, once it was asked for
     while raw := file.readline(MAX_ROW_BYTES + 1):
         line += 1
-        if line == 1:
-            raw = raw.removeprefix(_BOM)
+        raw = raw.removeprefix(_BOM)  # also in the middle, where files were put together
         if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
             _skip_line(file)
             yield line, None, _too_long()
@@ -75,7 +76,10 @@ def _lines(file: IO[bytes]) -> Iterator[Row]:
         if not raw.strip(_BLANK):
             continue
         try:
-            yield line, None, decode_json(_decode_utf8(raw).rstrip("\r\n"))
+            yield line, None, decode_json(raw.decode("utf-8").rstrip("\r\n"))
+        except UnicodeDecodeError as error:
+            encoding = _sample_of(file) if encoding is None else encoding
+            yield line, None, _not_utf8(f"byte {error.start + 1} of the line", raw[error.start], encoding)
         except Broken as fault:
             following = _next_filled(file)
             one_row_a_line = num_rows > 0 or following is None or following.lstrip().startswith(b"{")
@@ -94,7 +98,9 @@ def _described(fault: Broken, is_last: bool, one_row_a_line: bool) -> RowFault:
     if is_last:
         return RowFault(f"the file ends in the middle of this row ({fault}); restore its end or remove it")
     if not one_row_a_line:
-        return RowFault("the row goes on in the next line; write each row on one line, or all as a list […]")
+        return RowFault(
+            "the row goes on in the next line; write each row on one line, or all as a list […]", None, True
+        )
     return RowFault(f"the row ends too early ({fault}); each row is one whole line")
 
 
@@ -114,14 +120,19 @@ def _next_filled(file: IO[bytes]) -> bytes | None:
     return piece
 
 
-def _decode_utf8(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = raw[error.start]
-        raise RowFault(
-            f"byte {error.start + 1} of the line (0x{byte:02x}) is not UTF-8; save the file as UTF-8"
-        ) from None
+def _sample_of(file: IO[bytes]) -> str:
+    """What the file's beginning says of its encoding, leaving `file` where it is."""
+    position = file.tell()
+    file.seek(0)
+    advice = encoding_advice(file.read(_PIECE_BYTES))
+    file.seek(position)
+    return advice
+
+
+def _not_utf8(where: str, byte: int, advice: str) -> RowFault:
+    """`advice`: what the encoding probably is; a file in another one is told so once, not for every line."""
+    reason = f"{where} (0x{byte:02x}) is not UTF-8; save the file as UTF-8{advice}"
+    return RowFault(reason, once="encoding" if advice else None)
 
 
 def _too_long() -> RowFault:
@@ -159,7 +170,7 @@ def _list_items(file: IO[bytes]) -> Iterator[Row]:
                 f"more text after the list's end ({text.excerpt()}); for one row a line, drop the list's brackets"
             )
     except RowFault as fault:
-        yield text.line, number, fault
+        yield text.line, number, RowFault(str(fault), ends_file=True)
 
 
 class _ArrivingText:
@@ -234,5 +245,5 @@ class _ArrivingText:
         except UnicodeDecodeError as error:
             before = error.object[: error.start]
             self.line += waiting.count("\n") + before.count(b"\n")
-            raise RowFault(f"byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+            raise _not_utf8("a byte", error.object[error.start], encoding_advice(error.object)) from None
         self._position = 0

@@ -6,6 +6,7 @@ are compared by 64-bit hashes of their content.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _NUM_SHOWN = 5
+_MAX_REASONS = 20  # of faulty rows that are told apart
 _PIECE_ROWS = 8192  # looked at together
 
 
@@ -37,6 +39,37 @@ class Tally:
     def as_dict(self) -> dict[str, Any]:
         """`{"count", "first"}`."""
         return {"count": self.count, "first": list(self.first)}
+
+
+class FaultyRows:
+    """Rows that were left out, counted by reason; reasons that differ only in numbers and quotations are one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._tallies: dict[str, tuple[str, Tally]] = {}  # kind of reason -> the first of its kind, the rows
+
+    def add(self, reason: str, where: str) -> None:
+        """Count one row."""
+        self.count += 1
+        kind = re.sub(r'"[^"]*"|\d[\d,.]*', "…", reason)
+        if kind not in self._tallies and len(self._tallies) >= _MAX_REASONS:
+            kind = reason = "other reasons"
+        self._tallies.setdefault(kind, (reason, Tally()))[1].add(where)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`{"count", "reasons": [{"reason", "count", "first"}]}`."""
+        reasons = [{"reason": reason, **tally.as_dict()} for reason, tally in self._tallies.values()]
+        return {"count": self.count, "reasons": reasons}
+
+
+def describe_faulty(faulty: Mapping[str, Any]) -> list[str]:
+    """How many rows were left out as faulty, and a line for each reason; `faulty` as `FaultyRows.as_dict` gives it."""
+    if not faulty["count"]:
+        return []
+    lines = [f"  warning: {counted(faulty['count'], 'faulty row')} left out (data.faulty_rows: skip):"]
+    return lines + [
+        f"    {reason['count']:,}: {reason['reason']}: {shown_first(reason)}" for reason in faulty["reasons"]
+    ]
 
 
 def counted(count: int, name: str = "row") -> str:

@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from lmtune.config import DataConfig, data_paths
 from lmtune.data.cache import cache_folder, cached, key_of
+from lmtune.data.control_text import ControlText
 from lmtune.data.examples import Example
 from lmtune.data.fates import describe_fates
-from lmtune.data.files import DataFile, content_sha256, find_files
+from lmtune.data.files import DataFile, content_sha256, find_files, unread_entries
 from lmtune.data.progress import row_progress
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.render_pool import render_all
@@ -38,7 +39,7 @@ __all__ = [
     "split", "tokenize", "truncated",
 ]  # fmt: skip
 
-_VERSION = 2  # of the stored form; a new one leaves old entries unused
+_VERSION = 3  # of the stored form; a new one leaves old entries unused
 
 Int32 = npt.NDArray[np.int32]
 Rows = npt.NDArray[np.int64]
@@ -114,12 +115,12 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
     Raises:
         DataError: with every fault found, or no row is left.
     """
-    data = tokenize(data_paths(config.train), renderer, config)
+    data = tokenize(data_paths(config.train), renderer, config, part="data.train")
     learned = {**data.fates, "warnings": [*data.fates["warnings"], *_template_warnings(config, renderer)]}
     fates: dict[str, Any] = {"template": renderer.description, "train": learned, "validation": None}
     train, validation = data, None
     if config.validation is not None:
-        validation = tokenize(data_paths(config.validation), renderer, config)
+        validation = tokenize(data_paths(config.validation), renderer, config, part="data.validation")
         shared = np.flatnonzero(np.isin(validation.content, data.content))
         tally = Tally(len(shared), [validation.where(int(index)) for index in shared[:5]])
         fates["validation"] = {**validation.fates, "also_in_train": tally.as_dict()}
@@ -162,51 +163,62 @@ def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def tokenize(
-    paths: Sequence[str | Path], renderer: Renderer, config: DataConfig, cache_dir: Path | None = None
+    paths: Sequence[str | Path],
+    renderer: Renderer,
+    config: DataConfig,
+    cache_dir: Path | None = None,
+    part: str = "the data",
 ) -> TokenizedData:
     """The rows of `paths` as tokens, from the cache or made now.
 
     Args:
         paths: files or folders.
         renderer: makes the tokens.
-        config: `max_length` and `too_long`.
+        config: `max_length`, `too_long` and `faulty_rows`.
         cache_dir: by default `lmtune.data.cache.cache_folder()`.
+        part: what the rows are, for messages.
 
     Raises:
         DataError: with every fault of every row, or no row is left.
     """
     files = find_files(paths)
     contents = [content_sha256(file.path) for file in files]
-    key = key_of("tokens", _VERSION, contents, renderer.fingerprint, config.max_length, config.too_long)
+    key = key_of(
+        "tokens", _VERSION, contents, renderer.fingerprint, config.max_length, config.too_long, config.faulty_rows
+    )
     names = [file.portable_name for file in files]
     folder = (cache_dir or cache_folder()) / "tokens"
-    entry = cached(folder, key_of(key, names), lambda folder: _build(folder, files, contents, renderer, config))
+    entry = cached(folder, key_of(key, names), lambda folder: _build(folder, files, contents, renderer, config, part))
     fates = json.loads((entry / "fates.json").read_text(encoding="utf-8"))
+    fates["warnings"] += unread_entries(paths)  # which the key does not know
     return TokenizedData(TokenTable(entry / "rows.arrow"), key, fates)
 
 
 def _build(
-    folder: Path, files: Sequence[DataFile], contents: Sequence[str], renderer: Renderer, config: DataConfig
+    folder: Path, files: Sequence[DataFile], contents: Sequence[str], renderer: Renderer, config: DataConfig, part: str
 ) -> None:
     """Render every row into `folder`."""
-    report, survey, counts = ReadReport(), Survey(), _Counts(config)
+    report, survey, counts, control_text = ReadReport(), Survey(), _Counts(config), ControlText(renderer.tokenizer)
     num_bytes = sum(file.path.stat().st_size for file in files)
     number = {file.portable_name: index for index, file in enumerate(files)}
-    with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
+    with TableWriter(folder / "rows.arrow") as table, row_progress("tokenised") as progress:
         for example, outcome in render_all(read_examples(files, report), renderer, num_bytes):
-            content = survey.add(example)
-            try:
-                if isinstance(outcome, DataError):
-                    raise outcome
-                documents = counts.fit(example, outcome)
-            except DataError as fault:
-                where, _, reason = str(fault).partition(": ")
-                report.add_fault(where, reason)
+            if isinstance(outcome, DataError):
+                reason = _reason(outcome)
+                report.faulty.add(reason, example.where)
+                report.add_fault(example.where, reason)
                 continue
-            if documents and not report.num_faults:
+            content = survey.add(example)
+            control_text.add(example)
+            try:
+                documents = counts.fit(example, outcome)
+            except DataError as fault:  # `too_long: error` is no matter of `faulty_rows`
+                report.add_fault(example.where, _reason(fault), lasting=True)
+                continue
+            if documents and (config.faulty_rows == "skip" or not report.num_faults):
                 table.append(documents, number[example.source], example.line, content)
             progress(len(survey))
-    report.raise_for_faults()
+    report.raise_for_faults(config.faulty_rows, len(survey))
     for file, content_before in zip(files, contents, strict=True):
         if content_sha256(file.path) != content_before:
             raise DataError(f"{file.name}: changed while it was read; start again when it is complete")
@@ -214,17 +226,21 @@ def _build(
         "files": [file.portable_name for file in files],
         "sha256": list(contents),
         "formats": report.formats,
-        "rows": len(survey),
+        "rows": len(survey) + report.faulty.count,
+        "faulty": report.faulty.as_dict(),
         **counts.as_dict(),
         "duplicates": survey.duplicates().as_dict(),
         "same_prompt": survey.same_prompt().as_dict(),
-        "warnings": report.warnings,
+        "warnings": [*report.warnings, *control_text.warnings()],
     }
     if not counts.kept:
-        raise DataError(
-            f"no row is left to learn; raise data.max_length ({config.max_length})\n{describe_fates(fates)}"
-        )
+        raise DataError(f"{part}: no row is left; raise data.max_length ({config.max_length})\n{describe_fates(fates)}")
     write_json(folder / "fates.json", fates)
+
+
+def _reason(fault: DataError) -> str:
+    """What a fault says behind the row's place."""
+    return str(fault).partition(": ")[2]
 
 
 class _Counts:
