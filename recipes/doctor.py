@@ -10,6 +10,7 @@ import typer
 
 from lmtune.cli import run
 from lmtune.console import err, escape, out
+from lmtune.data.survey import counted
 from lmtune.doctor import examine
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -31,9 +32,9 @@ def main(
         if finding.mend:
             out.print(f"      → {escape(finding.mend)}")
     if count["fail"]:
-        err.print(f"{count['fail']} of {sum(count.values())} fail; mend these first")
+        err.print(f"{count['fail']} of {sum(count.values())} fail; fix these first")
         raise typer.Exit(1)
-    err.print("fine-tuning works here" + (f"; {count['warn']} warnings" if count["warn"] else ""))
+    err.print("fine-tuning works here" + (f"; {counted(count['warn'], 'warning')}" if count["warn"] else ""))
 
 
 if __name__ == "__main__":

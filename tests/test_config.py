@@ -106,6 +106,8 @@ def test_all_mistakes_stand_in_one_message(tmp_path: Path) -> None:
         ("adapter.target_modules=[q_proj, 3]", r"adapter\.target_modules"),
         ("adapter.dropout=1", r"adapter\.dropout: got 1; should be less than 1"),
         ("data.max_length=7", r"data\.max_length: got 7; should be greater than or equal to 8"),
+        ("model.revision=12e4567", r"model\.revision: got inf; should be a valid string \(put it in quotes"),
+        ("model.revision=1234567", r"model\.revision: got 1234567; should be a valid string \(put it in quotes"),
     ],
 )
 def test_a_value_of_the_wrong_kind_says_what_it_should_be(tmp_path: Path, override: str, message: str) -> None:

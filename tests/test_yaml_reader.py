@@ -91,6 +91,8 @@ def test_the_strict_rules_leave_pyyaml_itself_alone() -> None:
 def test_a_value_of_the_command_line_is_yaml() -> None:
     assert read_yaml_value("[q_proj, v_proj]", where="k") == ["q_proj", "v_proj"]
     assert read_yaml_value("1e-3", where="k") == 1e-3
+    for pattern in ("*.jsonl", "**/rows-?.jsonl", "[ab]*.jsonl"):  # no YAML, and told so where files are looked for
+        assert read_yaml_value(pattern, where="k") == pattern
     assert read_yaml_value("a/b.jsonl", where="k") == "a/b.jsonl"
     with pytest.raises(ConfigError, match="k:1: not valid YAML"):
         read_yaml_value("[1", where="k")

@@ -14,6 +14,7 @@ from typing import Any
 from lmtune.config import FinetuneConfig, dump_config, load_config, to_tree, without_absolute_paths
 from lmtune.console import err, escape, warn
 from lmtune.data.fates import describe_fates
+from lmtune.data.survey import counted
 from lmtune.errors import LmtuneError
 from lmtune.evaluation import Answer, Scores
 from lmtune.runs import RunDirectory
@@ -179,7 +180,8 @@ def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | Non
     steps = Plan.count_steps(len(data.train), config.train)
     where = "begins" if checkpoint is None else f"goes on after step {checkpoint.step}"
     model = to_tree(config.model)["name"]
-    err.print(f"{escape(str(run.path))} {where}: {escape(model)} in {config.model.quantization}, {steps} steps")
+    held = "unquantised" if config.model.quantization == "none" else f"in {config.model.quantization}"
+    err.print(f"{escape(str(run.path))} {where}: {escape(model)} {held}, {counted(steps, 'step')}")
     err.print(escape(describe_fates(data.fates)))
     err.print(escape(session.renderer.description))
 

@@ -72,6 +72,33 @@ def test_faults_are_raised_and_not_remembered(train: Path) -> None:
     assert inspect_data([train]).train.num_rows == 6
 
 
+def test_faulty_rows_are_left_out_on_request_and_remembered(train: Path) -> None:
+    with train.open("a") as file:
+        file.write('nonsense\n{"prompt": 3, "completion": "c"}\n')
+    for _ in range(2):
+        check = check_data([train], (), "skip")
+        assert (check.train.num_rows, check.train.faulty["count"]) == (6, 2)
+    described = describe_check(check, skips=True)
+    assert "2 faulty rows left out (data.faulty_rows: skip):" in described
+    assert "1: prompt is a number (3); it must be a string: train.jsonl:8" in described
+    with pytest.raises(DataError, match="2 faults"):
+        check_data([train], (), "error")
+
+
+def test_faulty_validation_rows_must_leave_one(train: Path) -> None:
+    validation = written(Path("v.jsonl"), {"prompt": "x"})
+    with pytest.raises(DataError, match=r"v.jsonl:1: completion missing"):
+        check_data([train], [validation], "skip")
+
+
+def test_what_a_folder_holds_besides_is_said_though_the_check_is_remembered(train: Path) -> None:
+    Path("data").mkdir()
+    train.rename("data/train.jsonl")
+    assert check_data(["data"]).train.warnings == []
+    Path("data/more.jsonl.gz").write_bytes(b"")
+    assert "data: 1 entry is not read: more.jsonl.gz" in check_data(["data"]).train.warnings[0]
+
+
 def test_duplicates_are_found_across_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     written(Path("a.jsonl"), row("a"))
@@ -111,6 +138,20 @@ def test_the_command_prints_every_bad_line_and_ends_with_2(train: Path) -> None:
         sum(line.startswith("train.jsonl:") and "completion missing" in line for line in done.stdout.splitlines()) == 30
     )
     assert "30 faults" in done.stderr
+
+
+def test_the_command_shows_what_is_left_without_faulty_rows(train: Path) -> None:
+    with train.open("a") as file:
+        file.write('{"prompt": "x"}\n' * 2)
+    Path("c.yaml").write_text("model: {name: tiny}\ndata: {train: train.jsonl, faulty_rows: skip}\n")
+    for arguments in (("train.jsonl", "--skip-faulty"), ("--config", "c.yaml")):
+        done = run_check(*arguments, cwd=train.parent)
+        assert done.returncode == 0, done.stderr
+        assert "2 faulty rows left out" in done.stdout
+        assert "2: completion missing beside prompt: train.jsonl:7, train.jsonl:8" in done.stdout
+        assert "6 rows left" in done.stdout
+    written(train, {"prompt": "x"})
+    assert run_check("train.jsonl", "--skip-faulty", cwd=train.parent).returncode == 2
 
 
 def test_the_command_takes_the_data_of_a_config(train: Path) -> None:

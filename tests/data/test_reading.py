@@ -10,7 +10,7 @@ import pytest
 
 from lmtune.data import json_rows
 from lmtune.data.examples import Example
-from lmtune.data.files import find_files
+from lmtune.data.files import find_files, unread_entries
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.errors import DataError
 
@@ -92,6 +92,58 @@ def test_every_fault_is_collected_and_good_rows_go_on(tmp_path: Path) -> None:
     assert report.num_faults == 30
     with pytest.raises(DataError, match=r"30 faults(.|\n)*rows.jsonl:1: (.|\n)*… and 10 more"):
         report.raise_for_faults()
+
+
+class TestFaultyRows:
+    BAD = (b'{"prompt": 1, "completion": "c"}', b'{"prompt": 22, "completion": "c"}', b'{"prompt": "p", "compl')
+
+    def test_rows_are_counted_by_reason(self, tmp_path: Path) -> None:
+        examples, report = read(written(tmp_path, b"\n".join([GOOD, *self.BAD])))
+        assert len(examples) == 1
+        report.raise_for_faults("skip", len(examples))
+        faulty = report.faulty.as_dict()
+        assert (faulty["count"], [reason["count"] for reason in faulty["reasons"]]) == (3, [2, 1])
+        assert faulty["reasons"][0]["reason"] == "prompt is a number (1); it must be a string"
+        assert faulty["reasons"][0]["first"] == ["rows.jsonl:2", "rows.jsonl:3"]
+
+    def test_a_row_of_another_format_is_told_once_and_counted_each_time(self, tmp_path: Path) -> None:
+        _, report = read(written(tmp_path, b"\n".join([GOOD, *[b'{"text": "t"}'] * 3])))
+        assert (report.num_faults, report.faulty.count) == (1, 3)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"[" + GOOD + b",\n" + GOOD + b"\n" + GOOD + b"]",  # how many rows follow is not known
+            b"PK\x03\x04rest",
+            b"",
+        ],
+    )
+    def test_what_is_no_single_row_is_an_error_all_the_same(self, tmp_path: Path, content: bytes) -> None:
+        good = written(tmp_path, GOOD, "good.jsonl")
+        examples, report = read(good, written(tmp_path, content))
+        assert examples
+        with pytest.raises(DataError, match=r"1 fault in the data; fix it(.|\n)*leaves out single rows only"):
+            report.raise_for_faults("skip", len(examples))
+
+    def test_nothing_left_is_an_error(self, tmp_path: Path) -> None:
+        examples, report = read(written(tmp_path, b"\n".join(self.BAD)))
+        with pytest.raises(DataError, match=r"3 faults(.|\n)*no row would be left"):
+            report.raise_for_faults("skip", len(examples))
+
+    def test_the_setting_is_named_where_there_is_one(self, tmp_path: Path) -> None:
+        _, report = read(written(tmp_path, b"\n".join([GOOD, self.BAD[0]])))
+        with pytest.raises(
+            DataError, match=r"1 fault in the data; fix it and start again, or leave .*faulty_rows: skip"
+        ):
+            report.raise_for_faults("error")
+        with pytest.raises(DataError) as error:
+            report.raise_for_faults(None)
+        assert "faulty_rows" not in str(error.value)
+
+
+def test_a_table_is_named_for_what_it_is(tmp_path: Path) -> None:
+    _, report = read(written(tmp_path, b"prompt,completion\np,c\n", "rows.csv"))
+    assert "rows.csv:1: the file is a table (CSV); export it as JSONL" in report.faults[0]
 
 
 def test_a_list_goes_on_after_a_bad_item(tmp_path: Path) -> None:
@@ -178,6 +230,47 @@ class TestPaths:
             "cannot be opened",
         ):  # fmt: skip
             assert words in str(error.value), str(error.value)
+
+    def test_what_a_folder_holds_besides_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        folder = Path("data")
+        (folder / "more").mkdir(parents=True)
+        for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.1", "table.csv", "more/d.jsonl", "README.md", ".hidden.csv"):
+            written(folder, GOOD, name)
+        (warning,) = unread_entries([folder, folder / "a.jsonl"])
+        assert "data: 4 entries are not read: b.jsonl.gz, c.jsonl.1, more/, table.csv;" in warning
+        (folder / "a.jsonl").unlink()
+        with pytest.raises(DataError, match=r"holds no \*\.jsonl or \*\.json file; it holds b\.jsonl\.gz, c\.jsonl\.1"):
+            find_files([folder])
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("*.jsonl", ["no patterns", "it matches train.jsonl"]),
+            ("none/**/*.json", ["no patterns"]),
+            ("part-{1,2}.jsonl", ["no patterns"]),
+            ("https://example.org/rows.jsonl", ["download the rows first"]),
+            ("hf://datasets/someone/questions", ["download the rows first"]),
+            ("s3://bucket/rows.jsonl", ["download the rows first"]),
+            ("someone/questions", ["a data set of the Hub", "hf download --repo-type dataset someone/questions"]),
+            ("questions", ["a data set of the Hub"]),
+            ("none/rows.jsonl", ["only local files and folders are read"]),
+        ],
+    )
+    def test_what_is_elsewhere_is_told_what_to_do(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: list[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        written(tmp_path, GOOD, "train.jsonl")
+        with pytest.raises(DataError) as error:
+            find_files([name])
+        for word in (f"{name}: no such file or folder; only local files and folders are read", *words):
+            assert word in str(error.value), str(error.value)
+
+    def test_the_home_folder_may_be_a_tilde(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        path = written(tmp_path, GOOD)
+        assert find_files(["~/rows.jsonl"])[0].path == path
 
     def test_a_link_to_a_file_given_already_is_given_twice(self, tmp_path: Path) -> None:
         path = written(tmp_path, GOOD)

@@ -9,7 +9,7 @@ import pytest
 
 from lmtune.data import survey as survey_module
 from lmtune.data.examples import Example, Message
-from lmtune.data.survey import Survey
+from lmtune.data.survey import FaultyRows, Survey
 
 
 def example(line: int, prompt: str, completion: str) -> Example:
@@ -65,3 +65,13 @@ def test_a_row_takes_fewer_than_sixty_bytes(kind: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 60 * count + 800_000
     finally:
         tracemalloc.stop()
+
+
+def test_reasons_beyond_twenty_are_one() -> None:
+    faulty = FaultyRows()
+    for number in range(52):
+        faulty.add(f"reason {chr(97 + number % 26)}, value {number}", f"f:{number}")
+    reasons = faulty.as_dict()["reasons"]
+    assert [reason["count"] for reason in reasons] == [2] * 20 + [12]
+    assert (reasons[0]["reason"], reasons[0]["first"]) == ("reason a, value 0", ["f:0", "f:26"])
+    assert reasons[-1]["reason"] == "other reasons"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lmtune.config import DataConfig
 from lmtune.data import cache, tokenized
-from lmtune.data.examples import Example
+from lmtune.data.control_text import ControlText
+from lmtune.data.examples import Example, Message
 from lmtune.data.rendering import Document, Renderer
 from lmtune.data.tokenized import describe_fates, load_data, split, tokenize, truncated
 from lmtune.errors import DataError
@@ -221,6 +222,81 @@ def test_faults_of_reading_and_rendering_are_told_together() -> None:
     ):
         tokenize(["a.jsonl", "b.jsonl"], renderer(NO_SYSTEM), config())
     assert not list(cache.cache_folder().rglob("rows.arrow"))
+
+
+class TestFaultyRows:
+    def faulty(self) -> str:
+        written("train.jsonl", [*rows(3), {"prompt": 1, "completion": "c"}, *rows(1, 9)])
+        with open("train.jsonl", "a") as file:
+            file.write("nonsense\n")
+        return "train.jsonl"
+
+    def test_they_are_left_out_and_counted(self) -> None:
+        data = tokenize([self.faulty()], renderer(), config(faulty_rows="skip"))
+        assert [row.where for row in data] == [f"train.jsonl:{line}" for line in (1, 2, 3, 5)]
+        assert (data.fates["rows"], data.fates["kept"], data.fates["faulty"]["count"]) == (6, 4, 2)
+        described = describe_fates(data.fates)
+        assert "6 rows, 4 kept" in described
+        assert "2 faulty rows left out (data.faulty_rows: skip):" in described
+        assert "1: prompt is a number (1); it must be a string: train.jsonl:4" in described
+        with pytest.raises(DataError, match="2 faults"):
+            tokenize(["train.jsonl"], renderer(), config())
+
+    def test_what_cannot_be_rendered_is_faulty_too(self) -> None:
+        system = {"prompt": "p", "completion": "c", "system": "s"}
+        written("train.jsonl", [*rows(2), system])
+        data = tokenize(["train.jsonl"], renderer(NO_SYSTEM), config(faulty_rows="skip"))
+        assert len(data) == 2
+        assert "System role not supported" in data.fates["faulty"]["reasons"][0]["reason"]
+        assert data.fates["faulty"]["reasons"][0]["first"] == ["train.jsonl:3"]
+
+    def test_none_left_is_an_error_and_so_is_too_long_error(self) -> None:
+        written("train.jsonl", [{"prompt": 1, "completion": "c"}] * 3)
+        with pytest.raises(DataError, match=r"3 faults(.|\n)*no row would be left"):
+            tokenize(["train.jsonl"], renderer(), config(faulty_rows="skip"))
+        written("train.jsonl", [*rows(1), {"prompt": "long " * 30, "completion": "a"}, {"prompt": "p"}])
+        with pytest.raises(DataError, match=r"1 fault(.|\n)*train.jsonl:2: \d+ tokens"):
+            tokenize(["train.jsonl"], renderer(), config(faulty_rows="skip", too_long="error", max_length=60))
+
+
+class TestControlText:
+    def test_rows_that_were_rendered_before_are_counted_with_their_tokens(self) -> None:
+        written("train.jsonl", [{"text": "<|im_start|>user\nq<|im_end|>"}, {"text": "plain <b>text</b> [1]"}] * 3)
+        (warning,) = tokenize(["train.jsonl"], renderer(), config()).fates["warnings"]
+        assert warning.startswith('3 rows hold control tokens as text ("<|im_start|>", "<|im_end|>"): train.jsonl:1')
+        assert '{"messages": [' in warning
+
+    @pytest.mark.parametrize("token", ["<|end_of_text|>", "[INST]", "<|eot_id|>", "<s>"])
+    def test_in_any_format_those_of_the_tokenizer_and_well_known_ones(self, token: str) -> None:
+        tokenizer = make_tokenizer(CHATML)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|end_of_text|>", "<s>", "§odd§"]})
+        counted = ControlText(tokenizer)
+        for text in (token, f"x{token}y", "§odd§", "<think>", "a < b [x] <i>"):
+            counted.add(Example("f", 1, (Message("user", "q"), Message("assistant", text))))
+        assert counted.warnings()[0].startswith(f'3 rows hold control tokens as text ("{token}", "§odd§")')
+
+
+def test_validation_rows_that_are_all_too_long_are_named_as_such() -> None:
+    written("train.jsonl", rows(3))
+    written("held.jsonl", [{"prompt": "long " * 60, "completion": "c"}])
+    with pytest.raises(DataError, match=r"data\.validation: no row is left; raise data\.max_length \(60\)"):
+        load_data(config(validation="held.jsonl", max_length=60), renderer(), 0)
+
+
+def test_an_answer_without_weight_is_context_only() -> None:
+    turns = [("user", "q"), ("assistant", "bad"), ("user", "r"), ("assistant", "good")]
+    plain = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    weighted = json.loads(json.dumps(plain))
+    weighted["messages"][1]["weight"] = 0
+    for template in (CHATML, QWEN3):
+        made = renderer(template)
+        data = tokenize([written("train.jsonl", [plain, weighted])], made, config())
+        assert data.content[0] != data.content[1]
+        documents = data[1].documents
+        assert len(documents) == 1
+        prompt = made.prompt_ids([Message(role, content) for role, content in turns[:3]])  # type: ignore[arg-type]
+        assert documents[0].input_ids.tolist()[: len(prompt)] == prompt
+        assert documents[0].trained.tolist() == [index >= len(prompt) for index in range(len(documents[0].input_ids))]
 
 
 class TestSplit:
