@@ -20,10 +20,10 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from lmtune.config_files import find_config, is_override, run_name, shipped_configs, shipped_example
+from lmtune.config_files import find_config, is_override, plain_name, run_name, shipped_configs, shipped_example
 from lmtune.console import HUB_TOKEN
 from lmtune.errors import ConfigError, listed
 from lmtune.yaml_reader import read_yaml, read_yaml_value, write_yaml
@@ -58,9 +58,23 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Quantization = Literal["none", "nf4", "int8", "fp8"]
 # A run's folder is `run.dir/run.name`: one plain folder name, which cannot climb out of `run.dir`.
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+RunName = Annotated[str, AfterValidator(plain_name)]
 # One file or folder, or several.
 DataPaths = str | Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+_PLAIN_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)*")
+
+
+def _names(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """A list of names where no character makes `value` a regular expression: `q_proj`, or `q_proj,v_proj`."""
+    if isinstance(value, str) and value != "all-linear" and _PLAIN_NAMES.fullmatch(value):
+        return tuple(re.split(r"\s*,\s*", value))
+    return value
+
+
+# `all-linear`, names, or a regular expression on full names
+TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], AfterValidator(_names)]
 
 
 @section
@@ -81,7 +95,7 @@ class AdapterConfig:
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
     alpha: Annotated[float, Field(gt=0, le=1e30)] = 32
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    target_modules: TargetModules = "all-linear"
     use_rslora: bool = False  # scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
     use_dora: bool = False  # https://arxiv.org/abs/2402.09353
     init_lora_weights: Literal["default", "pissa"] = "default"  # PiSSA: https://arxiv.org/abs/2404.02948
@@ -165,6 +179,12 @@ class FinetuneConfig:
             found.append("adapter.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
         if self.evaluation.patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
+        if self.evaluation.patience is not None and self.data.validation is None and not self.data.validation_fraction:
+            found.append(
+                f"evaluation.patience: {self.evaluation.patience} waits for validation scores, and "
+                "data.validation_fraction: 0.0 holds no row out; raise the fraction, name data.validation, or set "
+                "evaluation.patience: null"
+            )
         if re.search(HUB_TOKEN, self.run.name or ""):
             found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
         return found
@@ -409,8 +429,7 @@ def _describe(schema: type[Any], error: dict[str, Any]) -> str:
     wanted = re.sub(r"^(Input|String) should (be )?", "", error["msg"])
     if error["type"] == "string_type" and isinstance(got, (bool, int, float)):
         wanted += " (put it in quotes, or YAML takes it for a number or a truth)"
-    if error["type"] == "string_pattern_mismatch":  # only a run's name has a pattern
-        wanted = "one folder name: letters, digits, `.`, `_`, `-`, beginning with a letter or digit, at most 100"
+    wanted = wanted.removeprefix("Value error, ")
     return f"{key}: got {_short(got)}; should be {wanted}"
 
 

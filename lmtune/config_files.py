@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,7 @@ _YAML = (".yaml", ".yml")
 _ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".xls", ".txt")
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _SNIFFED_BYTES = 1 << 20
+_MAX_NAME = 100
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+\s*=")
 
 
@@ -62,6 +64,24 @@ def find_config(target: str | Path, sections: Collection[str] = (), verb: str = 
     if (problem := _other_thing(path, name, verb)) and sections:
         raise ConfigError(problem)
     raise ConfigError(f"{name}: no such config file{_suggestion(path, shipped)}")
+
+
+def plain_name(name: str) -> str:
+    """`name`, composed (NFC), if it can be the name of a run's folder.
+
+    Letters and digits may be of any script; a name cannot lead to another folder, hide, or command a terminal.
+
+    Raises:
+        ValueError: it cannot; says what a name looks like.
+    """
+    name = unicodedata.normalize("NFC", name)
+    begins_well = name != "" and unicodedata.category(name[0])[0] in "LN"
+    if not (begins_well and all(map(_fits_a_name, name)) and len(name) <= _MAX_NAME):
+        raise ValueError(
+            "one folder name: letters and digits of any script, `.`, `_`, `-`, beginning with a letter or digit, at "
+            f"most {_MAX_NAME}"
+        )
+    return name
 
 
 def looks_like_data(path: Path, sections: Collection[str]) -> bool:
@@ -106,7 +126,13 @@ def run_name(data: str) -> str:
     while (shorter := os.path.splitext(stem)[0]) != stem and _named_like_data(stem):
         stem = shorter
     stem = stem.removesuffix(".json")
-    return re.sub(r"[^\w.-]+", "-", stem).strip("-._")[:60] or "run"
+    marks = [mark if _fits_a_name(mark) else " " for mark in unicodedata.normalize("NFC", stem)]
+    return "-".join("".join(marks).split()).strip("-._")[:60] or "run"
+
+
+def _fits_a_name(mark: str) -> bool:
+    """Whether a run's name may hold this: a letter, a digit, a sign that is part of one, or `._-`."""
+    return mark in "._-" or unicodedata.category(mark)[0] in "LNM"
 
 
 def _named_like_data(name: str) -> bool:

@@ -11,6 +11,8 @@ import re
 import shlex
 import shutil
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -60,6 +62,134 @@ def program() -> str:
         return "lmtune"
     inside = os.path.relpath(script)
     return shlex.quote(script if inside.startswith(os.pardir) else inside)
+
+
+class Progress:
+    """Something that may take long; `progress` makes one. Nothing is shown unless it does.
+
+    On a terminal a line with a spinner appears, and a bar where the total is known; elsewhere a plain line, and another
+    every half minute while `advance` or `at` is called.
+    """
+
+    def __init__(self, what: str, total: int | None = None, unit: str = "") -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self._done, self._ended, self._task, self._said_at = 0, False, None, 0.0
+
+    def advance(self, count: int = 1) -> None:
+        """`count` more are done."""
+        self.at(self._done + count)
+
+    def at(self, done: int) -> None:
+        """So many are done in all."""
+        self._done = done
+        if self._task is not None:
+            _display.update(self._task, self._text(), done)
+        elif self._said_at and time.monotonic() - self._said_at >= _LINE_EVERY_SECONDS:
+            self._say(f"{self.what}: {self._count()}")
+
+    def show(self) -> None:
+        """Appear; called once, after `_AFTER_SECONDS`."""
+        with _display.lock:
+            if self._ended:
+                return
+            if err.is_terminal:
+                self._task = _display.add(self._text(), self.total, self._done)
+            else:
+                self._say(f"{self.what} …")
+
+    def end(self) -> None:
+        """Disappear."""
+        with _display.lock:
+            self._ended = True
+            if self._task is not None:
+                _display.remove(self._task)
+
+    def _say(self, text: str) -> None:
+        self._said_at = time.monotonic()
+        err.print(escape(text))
+
+    def _text(self) -> str:
+        return f"{self.what}: {self._count()}" if self._done or self.total is not None else self.what
+
+    def _count(self) -> str:
+        count = f"{self._done:,}" + (f" of {self.total:,}" if self.total is not None else "")
+        return f"{count} {self.unit}".rstrip()
+
+
+class _Display:
+    """The lines of everything that takes long at this moment, one below the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._bars: Any = None
+
+    def add(self, text: str, total: int | None, done: int) -> Any:
+        """A new line; the first one starts the display."""
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+        from rich.progress import Task as Line
+
+        class Bar(BarColumn):
+            """A bar where the total is known, nothing elsewhere."""
+
+            def render(self, task: Line) -> Any:
+                return super().render(task) if task.total is not None else ""
+
+        if self._bars is None:
+            self._bars = Bars(
+                SpinnerColumn(), TextColumn("{task.description}"), Bar(bar_width=20), TimeElapsedColumn(), console=err,
+                transient=True, redirect_stdout=False, redirect_stderr=False,
+            )  # fmt: skip
+            self._bars.start()
+        return self._bars.add_task(escape(text), total=total, completed=done)
+
+    def update(self, task: Any, text: str, done: int) -> None:
+        """Move a line on."""
+        with self.lock:
+            if self._bars is not None:
+                self._bars.update(task, description=escape(text), completed=done)
+
+    def remove(self, task: Any) -> None:
+        """Take a line away; the last one ends the display."""
+        if self._bars is None:
+            return
+        self._bars.remove_task(task)
+        if not self._bars.tasks:
+            self._bars.stop()
+            self._bars = None
+
+
+_AFTER_SECONDS = 2.0
+_LINE_EVERY_SECONDS = 30.0
+_display = _Display()
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None = None, unit: str = "") -> Iterator[Progress]:
+    """Show that the block is under way, if it takes over two seconds.
+
+        with progress("scoring the base", total=len(rows)) as shown:
+            for row in rows: …; shown.advance()
+
+    Of several processes the first one shows it; a program that imports lmtune sees nothing (`quiet`).
+
+    Args:
+        what: is done, as "scoring the base".
+        total: how many there are, if that is known.
+        unit: of what `advance` counts, where no total is known.
+    """
+    shown = Progress(what, total, unit)
+    if err.quiet or os.environ.get("RANK", "0") != "0":
+        yield shown
+        return
+    timer = threading.Timer(_AFTER_SECONDS, shown.show)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield shown
+    finally:
+        timer.cancel()
+        shown.end()
 
 
 _plain_bars = False

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lmtune.config import DataConfig, build_config
-from lmtune.console import warn
+from lmtune.console import progress, warn
 from lmtune.data.examples import Message
 from lmtune.data.packing import fill, pack
 from lmtune.data.tokenized import tokenize
@@ -112,7 +112,7 @@ def evaluate_loaded(
     base = None
     if loaded.has_adapter:
         with loaded.use_base():
-            base = evaluate(*arguments)[0]
+            base = evaluate(*arguments, who="the base")[0]
     return Evaluation(tuned, base, given, rows.fates)
 
 
@@ -160,7 +160,9 @@ def _has_position_table(model: Any, limit: int) -> bool:
     return any(limit <= len(table) < limit + 8 for table in tables)
 
 
-def teacher_forced(forward: PackedForward, data: Any, micro_batch_tokens: int, accelerator: Any = None) -> Scores:
+def teacher_forced(
+    forward: PackedForward, data: Any, micro_batch_tokens: int, accelerator: Any = None, who: str = "the model"
+) -> Scores:
     """Score every row of `data` without generating.
 
     Args:
@@ -168,6 +170,7 @@ def teacher_forced(forward: PackedForward, data: Any, micro_batch_tokens: int, a
         data: rows with `num_tokens`, and `[i]`.
         micro_batch_tokens: the most tokens in a forward pass.
         accelerator: the processes that share the work; None is this one alone.
+        who: is scored, for the progress that is shown.
 
     Raises:
         LmtuneError: the loss of some rows is not finite; names them.
@@ -179,7 +182,7 @@ def teacher_forced(forward: PackedForward, data: Any, micro_batch_tokens: int, a
     device = next(forward.base.parameters()).device
     training = forward.model.training
     forward.model.eval()
-    with torch.no_grad(), forward.ready():
+    with torch.no_grad(), forward.ready(), progress(f"scoring {who}", len(rows), "rows") as shown:
         for group in fill([int(data.num_tokens[row]) for row in rows], micro_batch_tokens):
             batch = pack([data[rows[index]] for index in group], forward.shares_prefixes).to(device)
             scores = forward(batch)
@@ -189,6 +192,7 @@ def teacher_forced(forward: PackedForward, data: Any, micro_batch_tokens: int, a
             not_finite.update(row_of[~losses.isfinite()].tolist())
             of_batch = (float(losses.double().sum()), len(losses), int(correct.sum()))
             sums = [one + other for one, other in zip(sums, of_batch, strict=True)]
+            shown.advance(len(group))
     forward.model.train(training)
     if world > 1:
         parts = accelerator.gather_object([(sums, wrong, not_finite)])
@@ -212,7 +216,9 @@ def teacher_forced(forward: PackedForward, data: Any, micro_batch_tokens: int, a
     )
 
 
-def answers(model: Any, renderer: Any, data: Any, rows: Sequence[int], max_new_tokens: int) -> list[Answer]:
+def answers(
+    model: Any, renderer: Any, data: Any, rows: Sequence[int], max_new_tokens: int, who: str = "the model"
+) -> list[Answer]:
     """Let the model answer the last turn of each row, greedily.
 
     Args:
@@ -221,13 +227,17 @@ def answers(model: Any, renderer: Any, data: Any, rows: Sequence[int], max_new_t
         data: tokenised rows.
         rows: which of them.
         max_new_tokens: where an answer that does not stop is cut.
+        who: answers, for the progress that is shown.
     """
     from lmtune.generation import generate_batch
 
     prompts, wanted = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
     training = model.training
     model.eval()
-    given = generate_batch(model, renderer.tokenizer, list(prompts), renderer.stop_token_ids, max_new_tokens)
+    with progress(f"letting {who} answer", len(rows), "rows") as shown:
+        given = generate_batch(
+            model, renderer.tokenizer, list(prompts), renderer.stop_token_ids, max_new_tokens, advance=shown.advance
+        )
     model.train(training)
     return [
         Answer(row, _question(renderer, prompt), renderer.decode(right), renderer.decode(said))
@@ -244,17 +254,17 @@ def with_exact_match(scores: Scores, given: Sequence[Answer]) -> Scores:
 
 def evaluate(
     forward: PackedForward, renderer: Any, data: Any, exact_match_rows: int, max_new_tokens: int,
-    micro_batch_tokens: int, accelerator: Any = None,
+    micro_batch_tokens: int, accelerator: Any = None, who: str = "the model",
 ) -> tuple[Scores, list[Answer]]:  # fmt: skip
     """Teacher-forced scores of all rows, and exact match of the first `exact_match_rows`; answers in row order.
 
-    With several processes each scores its share, and all return the same.
+    With several processes each scores its share, and all return the same. `who` is named in the progress shown.
     """
-    scores = teacher_forced(forward, data, micro_batch_tokens, accelerator)
+    scores = teacher_forced(forward, data, micro_batch_tokens, accelerator, who)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     room = max_positions(forward.model) or math.inf
     rows = [row for row in range(min(exact_match_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]
-    given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens)
+    given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens, who)
     if world > 1:
         given = sorted(accelerator.gather_object(given), key=lambda answer: answer.row)
     return with_exact_match(scores, given), given

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -212,6 +212,13 @@ class ChatSession:
             self._history, self._infos, self._turn = messages[: asked[-1]], infos[: asked[-1]], None
             return messages[asked[-1]].content
 
+    def room_for_answer(self, user_text: str) -> int:
+        """How many tokens fit behind the conversation with `user_text` asked next; 0 where that itself does not fit."""
+        limit = max_positions(self.model.model)
+        if limit is None:
+            return MAX_NEW_TOKENS
+        return max(0, limit - len(self._prompt([*self.messages, Message("user", user_text)])))
+
     def stop(self) -> None:
         """End the answer under way at its next token; may be called from any thread."""
         turn = self._turn
@@ -356,6 +363,7 @@ def generate_batch(
     stop_token_ids: Sequence[int],
     max_new_tokens: int,
     batch_tokens: int = 16_384,
+    advance: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Greedy answers to many prompts, as a `ChatSession` at temperature 0 would give them, to rounding.
 
@@ -366,6 +374,7 @@ def generate_batch(
         stop_token_ids: what ends an answer.
         max_new_tokens: where an answer that does not stop is cut.
         batch_tokens: prompts and answers of one batch hold at most so many tokens, padding included.
+        advance: is told after each batch how many answers it gave.
 
     Returns:
         The new tokens of each prompt, in the order of the prompts, without the stop token.
@@ -390,6 +399,8 @@ def generate_batch(
         for index, new in zip(batch, generated, strict=True):
             end = next((place for place, token in enumerate(new) if token in stops), len(new))
             answers[index] = new[:end]
+        if advance is not None:
+            advance(len(batch))
     return answers
 
 

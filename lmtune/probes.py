@@ -80,7 +80,9 @@ def try_quantization(kind: str) -> Iterator[Finding]:
     """A layer in `nf4` or `int8`, forward and backward, against the same layer in full precision."""
     import torch
 
-    from lmtune.models.loading import compute_dtype, default_device, quiet_libraries
+    from lmtune.models.device import default_device
+    from lmtune.models.libraries import quiet_libraries
+    from lmtune.models.loading import compute_dtype
 
     quiet_libraries()
     device = default_device()
@@ -108,7 +110,8 @@ def try_attention() -> Iterator[Finding]:
 
     from lmtune.data.packing import Layout
     from lmtune.kernels.attention import attention_by_document
-    from lmtune.models.loading import compute_dtype, default_device
+    from lmtune.models.device import default_device
+    from lmtune.models.loading import compute_dtype
 
     device = default_device()
     torch.manual_seed(0)

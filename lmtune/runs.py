@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,8 @@ def _is_score(value: object) -> bool:
 
 def find_run(target: str | Path, runs_dir: str | Path = "runs") -> RunDirectory | None:
     """The run that `target` names, as a path or as a name in `runs_dir`; None if it is no run."""
-    for path in (Path(target), Path(runs_dir) / str(target)):
+    composed = unicodedata.normalize("NFC", str(target))  # as run names are
+    for path in (Path(target), Path(runs_dir) / str(target), Path(runs_dir) / composed):
         run = RunDirectory(path)
         if run.exists():
             return run

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import err, escape
+from lmtune.console import err, escape, progress
 
 
 def main(
@@ -29,12 +29,14 @@ def main(
 
     Example: lmtune app runs/quickstart
     """
-    from lmtune.ui.server import Address, in_space, launch
+    with progress("loading the app"):
+        from lmtune.ui.server import Address, in_space, launch
 
     address = Address("0.0.0.0" if in_space() else host, port, share, auth)
 
-    from lmtune.models.inference import load_for_inference
-    from lmtune.ui.choice import example_questions, newest_run
+    with progress("loading PyTorch and the libraries"):
+        from lmtune.models.inference import load_for_inference
+        from lmtune.ui.choice import example_questions, newest_run
 
     targets = models or [newest_run() or "tiny"]
     if not models:

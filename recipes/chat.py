@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
+from lmtune.console import progress
 from lmtune.errors import ConfigError
 
 
@@ -21,26 +22,36 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer that does not stop is cut.")] = 256,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter.")] = False,
+    conversation: Annotated[
+        bool, typer.Option("--conversation", help="The lines of a pipe are one conversation, not each asked alone.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line: question, answer, tokens, finish_reason.")
+    ] = False,
 ) -> None:
-    """Talk to a model in the terminal; with a pipe as input, answer one question a line.
+    """Talk to a model in the terminal; with a pipe as input, answer one question a line, each as if asked alone.
+
+    In a pipe with --conversation each line goes on with those before; where that outgrows what the model can read, the
+    oldest turns are left out. A line that cannot be answered is named at the end, and the others are answered.
 
     Example: lmtune chat quickstart --temperature 0.7
+
+    Example: lmtune chat quickstart --json < questions.txt > answers.jsonl
     """
-    from lmtune.generation import ChatSession, GenerationOptions
+    with progress("loading PyTorch and the libraries"):
+        from lmtune.generation import ChatSession, GenerationOptions
+        from lmtune.models.inference import load_for_inference
+        from lmtune.ui.terminal import TerminalChat
 
     options = GenerationOptions(temperature, top_p, max_new_tokens, seed)
-
-    from lmtune.models.inference import load_for_inference
-    from lmtune.ui.terminal import TerminalChat
-
     loaded = load_for_inference(model)
     if base and not loaded.has_adapter:
         raise ConfigError(f"--base: {model} has no adapter, so it is the base already; leave --base out")
     chat = TerminalChat(ChatSession(loaded, system), options, base)
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and not as_json:
         chat.run_interactive()
     else:
-        chat.run_piped(sys.stdin.buffer)
+        chat.run_piped(sys.stdin.buffer, conversation, as_json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import err, escape, out
+from lmtune.console import err, escape, out, progress
 from lmtune.data.survey import counted
 from lmtune.doctor import examine
 
@@ -26,7 +26,12 @@ def main(
     Example: lmtune doctor
     """
     count = {"ok": 0, "warn": 0, "fail": 0}
-    for finding in examine(runs_dir):
+    findings = examine(runs_dir)
+    while True:
+        with progress("trying what works on this machine"):
+            finding = next(findings, None)
+        if finding is None:
+            break
         count[finding.level] += 1
         out.print(f"[{COLOURS[finding.level]}]{finding.level:<4}[/]  {finding.name:<15} {escape(finding.text)}")
         if finding.mend:

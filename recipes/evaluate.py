@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import escape, out
+from lmtune.console import escape, out, progress
 from lmtune.data.checking import check_data
 
 
@@ -29,10 +29,11 @@ def main(
     paths = tuple(str(path) for path in data)
     check_data(paths)
 
-    from lmtune.data.fates import describe_fates
-    from lmtune.evaluation import evaluate_loaded
-    from lmtune.models.inference import load_for_inference
-    from lmtune.report import scores_table
+    with progress("loading PyTorch and the libraries"):
+        from lmtune.data.fates import describe_fates
+        from lmtune.evaluation import evaluate_loaded
+        from lmtune.models.inference import load_for_inference
+        from lmtune.report import scores_table
 
     scored = evaluate_loaded(load_for_inference(target), paths, exact_match_rows, max_new_tokens, max_length)
     base, tuned = scored.base.as_dict() if scored.base else None, scored.tuned.as_dict()

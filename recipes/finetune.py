@@ -13,7 +13,7 @@ import typer
 
 from lmtune.cli import run
 from lmtune.config import FinetuneConfig, command_config
-from lmtune.console import command, err, escape, out
+from lmtune.console import command, err, escape, out, progress
 from lmtune.data.checking import check_config
 from lmtune.runs import RunDirectory
 from lmtune.training.workers import check_world, is_worker, launch
@@ -51,8 +51,9 @@ def main(
 
 def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, Any]:
     """Train and show the scores; returns the run's summary. Everything heavy is imported here, after the checks."""
-    from lmtune.report import scores_table
-    from lmtune.training.run import run_finetune
+    with progress("loading PyTorch and the libraries"):
+        from lmtune.report import scores_table
+        from lmtune.training.run import run_finetune
 
     result = run_finetune(config, run_directory)
     if result.is_main_process:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lmtune.cli import run
 from lmtune.config import command_config
-from lmtune.console import err, out
+from lmtune.console import out, progress
 from lmtune.data.checking import check_config
 
 
@@ -35,17 +35,20 @@ def main(
     """
     config = command_config(config_file, overrides or [], model, data or [], "plan")
     check_config(config.data)
-    err.print("reading the rows and the model's shape …")
 
-    from lmtune.data.tokenized import load_data
-    from lmtune.models.inference import build_renderer
-    from lmtune.models.loading import default_device, load_tokenizer
-    from lmtune.training.forecast import forecast
+    with progress("loading PyTorch and the libraries"):
+        from lmtune.data.tokenized import load_data
+        from lmtune.models.device import default_device
+        from lmtune.models.inference import build_renderer
+        from lmtune.models.loading import load_tokenizer
+        from lmtune.training.forecast import HeldOut, forecast
 
     notes = {"template": config.data.template, "system": config.data.system}
     renderer = build_renderer(load_tokenizer(config.model, alone=True), config.model, notes)
     rows = load_data(config.data, renderer, config.train.seed)
-    plan = forecast(config, rows.train.num_tokens, rows.train.num_trained, default_device(), processes)
+    held_out = None if rows.validation is None else HeldOut(rows.validation.num_tokens, rows.validation.num_trained)
+    with progress("reading the model's shape"):
+        plan = forecast(config, rows.train.num_tokens, rows.train.num_trained, default_device(), processes, held_out)
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in plan.lines():

@@ -10,7 +10,7 @@ import typer
 
 from lmtune.cli import run
 from lmtune.config import load_config
-from lmtune.console import command, err, escape, out
+from lmtune.console import command, err, escape, out, progress
 from lmtune.errors import ConfigError
 from lmtune.runs import home_expanded, require_possible
 from lmtune.training.pretrain_config import PretrainConfig
@@ -36,14 +36,18 @@ def main(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise ConfigError(f"output.dir: {folder} is there already; choose another folder, or replace it: --overwrite")
 
-    from lmtune.training.corpus import read_corpus, tokenize, train_tokenizer
-    from lmtune.training.pretrain_card import model_card
-    from lmtune.training.pretraining import build_model, pretrain, save_pretrained
+    with progress("loading PyTorch and the libraries"):
+        from lmtune.training.corpus import read_corpus, tokenize, train_tokenizer
+        from lmtune.training.pretrain_card import model_card
+        from lmtune.training.pretraining import build_model, pretrain, save_pretrained
 
-    corpus = read_corpus(config.data)
+    with progress("reading the documents"):
+        corpus = read_corpus(config.data)
     err.print(f"{len(corpus.train):,} documents to learn, {len(corpus.validation):,} held out")
-    tokenizer = train_tokenizer(corpus.train, config.tokenizer.vocabulary_size)
-    stream, validation = tokenize(corpus.train, tokenizer), tokenize(corpus.validation, tokenizer)
+    with progress("training the tokenizer"):
+        tokenizer = train_tokenizer(corpus.train, config.tokenizer.vocabulary_size)
+    with progress("tokenizing"):
+        stream, validation = tokenize(corpus.train, tokenizer), tokenize(corpus.validation, tokenizer)
     err.print(f"{len(stream):,} tokens, of a vocabulary of {len(tokenizer):,}")
     model = build_model(config.model, tokenizer, config.train.seed)
     err.print(f"{config.model.architecture}, {model.num_parameters():,} parameters")

@@ -12,7 +12,7 @@ import typer
 from lmtune.cli import run
 from lmtune.config import command_config, data_paths
 from lmtune.config_files import split_data
-from lmtune.console import err, escape, out
+from lmtune.console import err, escape, out, progress
 from lmtune.errors import ConfigError
 
 
@@ -41,14 +41,15 @@ def main(
     settings = command_config(config, overrides, model, given, "preview")
     model_config, data_config, paths = settings.model, settings.data, data_paths(settings.data.train)
 
-    from lmtune.data.control_text import ControlText
-    from lmtune.data.fates import WHY_DROPPED
-    from lmtune.data.files import find_files, unread_entries
-    from lmtune.data.preview import show_tokens
-    from lmtune.data.reading import ReadReport, read_examples
-    from lmtune.data.tokenized import fit
-    from lmtune.models.inference import build_renderer
-    from lmtune.models.loading import load_tokenizer
+    with progress("loading PyTorch and the libraries"):
+        from lmtune.data.control_text import ControlText
+        from lmtune.data.fates import WHY_DROPPED
+        from lmtune.data.files import find_files, unread_entries
+        from lmtune.data.preview import show_tokens
+        from lmtune.data.reading import ReadReport, read_examples
+        from lmtune.data.tokenized import fit
+        from lmtune.models.inference import build_renderer
+        from lmtune.models.loading import load_tokenizer
 
     files = find_files(paths)
     notes = {"template": data_config.template, "system": data_config.system}

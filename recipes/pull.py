@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import command, err, escape, out
+from lmtune.console import command, err, escape, out, progress
 
 
 def main(
@@ -21,9 +21,10 @@ def main(
 
     Example: lmtune pull anna/support
     """
-    from lmtune.hub import pull
+    with progress(f"downloading {repository}"):
+        from lmtune.hub import pull
 
-    folder = pull(repository, revision, output)
+        folder = pull(repository, revision, output)
     out.print(escape(str(folder)))
     err.print(f"talk to it: {escape(command('chat', folder))}")
 

@@ -163,15 +163,44 @@ def test_without_a_name_the_run_is_called_like_its_file(tmp_path: Path) -> None:
     assert load_config(FinetuneConfig, written(tmp_path, LEAST, "my-trial.yaml")).run.name == "my-trial"
 
 
-@pytest.mark.parametrize("name", ["a", "A.b-c_9", "2026", "x" * 100])
+@pytest.mark.parametrize(
+    "name", ["a", "A.b-c_9", "2026", "x" * 100, "客服助手", "Übung-3", "тест_1", "हिंदी", "ทดสอบ", "٣", "가나다"]
+)
 def test_run_names_are_plain_folder_names(name: str) -> None:
     assert build_config(RunConfig, {"name": name}, "test").name == name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/x", "-x", ".x", "a b", "x\n", "ä", "x" * 101])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "/x",
+        "-x",
+        ".x",
+        "a b",
+        "x\n",
+        "x" * 101,
+        "\u0301a",
+        "客服/助手",
+        "．．",
+        "a\u202eb",
+        "a\u200bb",
+        "客服\u3000",
+        "😀",
+    ],
+)
 def test_other_run_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"name: got .*; should "):
         build_config(RunConfig, {"name": name}, "test")
+
+
+def test_a_run_name_is_composed_however_it_was_typed(tmp_path: Path) -> None:
+    assert build_config(RunConfig, {"name": "U\u0308bung"}, "test").name == "Übung"
+    assert load_config(FinetuneConfig, written(tmp_path, LEAST, "客服.yaml")).run.name == "客服"
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -191,6 +220,10 @@ def test_a_config_cannot_be_changed() -> None:
             "adapter.use_dora: cannot be combined",
         ),
         ({"evaluation": {"patience": 2}}, "evaluation.patience: needs evaluation.every_steps"),
+        (
+            {"evaluation": {"patience": 2, "every_steps": 1}, "data": {"train": "x", "validation_fraction": 0.0}},
+            r"evaluation\.patience: 2 waits for .*data\.validation_fraction: 0\.0 holds no row out",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(tree: dict[str, dict[str, Any]], message: str) -> None:

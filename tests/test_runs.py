@@ -118,6 +118,16 @@ def test_a_run_is_found_by_path_or_by_name(tmp_path: Path, monkeypatch: pytest.M
     assert find_run("other") is None
 
 
+def test_a_run_is_found_in_either_form_of_its_letters(tmp_path: Path) -> None:
+    run = RunDirectory.of(run_config(dir=str(tmp_path), name="U\u0308bung-客服"))
+    run.path.mkdir()
+    run.config.touch()
+    for typed in ("Übung-客服", "U\u0308bung-客服"):
+        found = find_run(typed, tmp_path)
+        assert found is not None
+        assert found.path == run.path
+
+
 def test_a_json_file_that_is_damaged_says_so(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.read_json(run.summary) == {}

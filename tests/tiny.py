@@ -13,6 +13,16 @@ import torch
 VOCABULARY = 128
 SAVED_VOCABULARY = 448  # at least as many as `tests.tokenizers` makes, and a multiple of 64
 KINDS = ("llama", "qwen3", "mistral", "gpt2")
+# Mixtures of experts: a dense layer and one of fused experts; a shared expert; experts stored transposed, with biases.
+EXPERT_KINDS = ("qwen3_moe", "qwen2_moe", "gpt_oss")
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+    "qwen2_moe": {
+        "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128, "num_experts": 4,
+        "num_experts_per_tok": 2, "num_hidden_layers": 1,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1},
+}  # fmt: skip
 
 
 def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
@@ -20,12 +30,18 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
     from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
+        GptOssConfig,
+        GptOssForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         MistralConfig,
         MistralForCausalLM,
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )  # fmt: skip
 
     common = {
@@ -40,9 +56,10 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
     else:
         config_class, model_class = {
             "llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-            "mistral": (MistralConfig, MistralForCausalLM),
+            "mistral": (MistralConfig, MistralForCausalLM), "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+            "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM), "gpt_oss": (GptOssConfig, GptOssForCausalLM),
         }[kind]  # fmt: skip
-        model = model_class(config_class(**{**common, **changes}))
+        model = model_class(config_class(**{**common, **_EXPERTS.get(kind, {}), **changes}))
     for parameter in model.parameters():  # the stock initialisation is too small for differences to show
         parameter.data.normal_(0, 0.08) if parameter.dim() > 1 else None
     return model.requires_grad_(False).eval()

@@ -154,7 +154,7 @@ def _inspect(train_files: Sequence[DataFile], validation_files: Sequence[DataFil
 
 def _inspect_part(files: Sequence[DataFile], report: ReadReport) -> tuple[PartCheck, Survey]:
     part, survey = ReadReport(), Survey()
-    with row_progress("checked") as progress:
+    with row_progress("checking") as progress:
         for example in read_examples(files, part):
             survey.add(example)
             progress(len(survey))

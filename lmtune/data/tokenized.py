@@ -201,7 +201,7 @@ def _build(
     report, survey, counts, control_text = ReadReport(), Survey(), _Counts(config), ControlText(renderer.tokenizer)
     num_bytes = sum(file.path.stat().st_size for file in files)
     number = {file.portable_name: index for index, file in enumerate(files)}
-    with TableWriter(folder / "rows.arrow") as table, row_progress("tokenised") as progress:
+    with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
         for example, outcome in render_all(read_examples(files, report), renderer, num_bytes):
             if isinstance(outcome, DataError):
                 reason = _reason(outcome)

@@ -128,6 +128,20 @@ def fuse(model: torch.nn.Module, keep_dense: bool = False, fp8: bool = False) ->
     return left
 
 
+def drop_dense(model: Any) -> bool:
+    """Let go of all dense matrices beside quantised weights, and make them at each call from now on.
+
+    Returns:
+        Whether there were any to be held. The values stay the same.
+    """
+    weights = (getattr(module, "lmtune_weight", None) for module in model.modules())
+    held = [weight for weight in weights if isinstance(weight, BaseWeight) and weight.keep]
+    for weight in held:
+        weight.keep = False
+        weight.drop()
+    return bool(held)
+
+
 def _fused_class(kind: type[Any]) -> type[Any]:
     """A subclass of PEFT's layer class with the fused forward pass."""
 

@@ -115,5 +115,13 @@ def _weight_faults(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
             continue
         if pair is None or len(shape) < 2 or len(pair) < 2 or shape[0] != pair[1]:
             yield f"{name}: no lora_B that fits its shape {shape}"
-        elif not config.get("rank_pattern") and shape[0] != config.get("r"):
+        elif not config.get("rank_pattern") and not _is_of_rank(shape[0], config):
             yield f"{name}: rank {shape[0]}, but {CONFIG} says {config.get('r')}"
+
+
+def _is_of_rank(rows: int, config: Mapping[str, Any]) -> bool:
+    """Whether an A of `rows` is of the config's rank; one over a tensor of experts has the rows of all of them."""
+    rank = config.get("r")
+    if not isinstance(rank, int) or rank < 1:  # which is said already
+        return rows == rank
+    return rows == rank or (bool(config.get("target_parameters")) and rows % rank == 0)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, 
 from lmtune.models.backends import check_bitsandbytes
 from lmtune.models.free_memory import dense_weights_fit
 from lmtune.models.lora_config import USED
-from lmtune.models.pattern_limits import endless_patterns, pattern_faults, shown
+from lmtune.models.pattern_limits import endless_patterns
+from lmtune.models.targets import Targets, find_targets, for_peft, use_layers_own_adapter
 from lmtune.writing import naming
 
 ADAPTER = "default"
@@ -50,14 +50,15 @@ def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, ba
     check_bitsandbytes("none")  # whether one that is there works: PEFT imports it
     from peft import LoraConfig, get_peft_model
 
-    check_targets(model, adapter.target_modules)
-    _check_dora(model, adapter.use_dora)
-    targets = adapter.target_modules
+    found = find_targets(model, adapter.target_modules)
+    check_variant(model, adapter, found)
     config = LoraConfig(
         r=adapter.rank, lora_alpha=_whole(adapter.alpha), lora_dropout=adapter.dropout, use_rslora=adapter.use_rslora,
-        target_modules=targets if isinstance(targets, str) else list(targets), use_dora=adapter.use_dora,
-        init_lora_weights="pissa" if adapter.init_lora_weights == "pissa" else True, task_type="CAUSAL_LM",
+        use_dora=adapter.use_dora, init_lora_weights="pissa" if adapter.init_lora_weights == "pissa" else True,
+        fan_in_fan_out=_is_transposed(model), task_type="CAUSAL_LM",
+        **for_peft(model, adapter.target_modules, found),
     )  # fmt: skip
+    use_layers_own_adapter(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -132,7 +133,9 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
         raise ModelError(f"{folder}: a regular expression in {CONFIG} takes too long to match; it is not safe to use")
     used = {k: v for k, v in config.items() if v is not None and k in USED and k in LoraConfig.__dataclass_fields__}
     try:
-        peft_model = PeftModel(model, LoraConfig(**{**used, "init_lora_weights": True}))  # type: ignore[arg-type, unused-ignore]
+        lora = LoraConfig(**{**used, "init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)})
+        use_layers_own_adapter(lora)
+        peft_model = PeftModel(model, lora)  # type: ignore[arg-type, unused-ignore]
     except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
         raise ModelError(f"{folder}: PEFT cannot put this adapter on the base model: {error}") from error
     _check_tensors(peft_model, state, folder)
@@ -168,45 +171,36 @@ def read_notes(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: {error}") from None
 
 
-def linear_names(model: torch.nn.Module) -> list[str]:
-    """The full names of the model's linear layers: quantised ones and GPT-2's transposed kind included."""
+def check_variant(model: torch.nn.Module, adapter: AdapterConfig, found: Targets) -> None:
+    """Raise ConfigError for a variant that PEFT cannot run over this base.
+
+    Args:
+        model: the base, which may be without memory.
+        adapter: dropout, DoRA, PiSSA.
+        found: what is adapted.
+    """
+    _check_dora(model, adapter.use_dora)
+    if not for_peft(model, adapter.target_modules, found)["target_parameters"]:
+        return
+    wrong = {
+        f"dropout: {adapter.dropout:g}; expected 0": adapter.dropout > 0,
+        "use_dora: true; expected false": adapter.use_dora,
+        "init_lora_weights: pissa; expected default": adapter.init_lora_weights == "pissa",
+    }
+    for setting, is_set in wrong.items():
+        if is_set:
+            raise ConfigError(
+                f"adapter.{setting} where the experts of a mixture are adapted: PEFT has no such adapter for a tensor "
+                "of experts; or name adapter.target_modules outside the experts, such as [q_proj, k_proj, v_proj, "
+                "o_proj]"
+            )
+
+
+def _is_transposed(model: torch.nn.Module) -> bool:
+    """Whether linear layers hold `W[in, out]`, as GPT-2's do where they are not quantised."""
     from transformers.pytorch_utils import Conv1D
 
-    return [
-        name for name, module in model.named_modules()
-        if name and (hasattr(module, "in_features") or isinstance(module, Conv1D))
-    ]  # fmt: skip
-
-
-def is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """Whether the linear layer `name` is among `target_modules`, by PEFT's rules.
-
-    `all-linear` is every one; another string is a regular expression on the full name; a list holds full names or
-    last parts of names.
-    """
-    if targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def check_targets(model: torch.nn.Module, targets: str | Sequence[str]) -> None:
-    """Raise ConfigError unless every target names at least one linear layer of `model`, which may be without memory."""
-    names = linear_names(model)
-    if fault := next(pattern_faults({"target_modules": targets}), None):
-        raise ConfigError(f"adapter.{fault}; name layers, or write all-linear")
-    if endless_patterns({"target_modules": targets}, names):
-        raise ConfigError(f"adapter.target_modules: {shown(targets)} takes too long to match; write it more simply")
-    wanted = [targets] if isinstance(targets, str) else [[target] for target in targets]
-    missing = [target for target in wanted if not any(is_target(name, target) for name in names)]
-    if missing:
-        exists = sorted({name.rpartition(".")[2] for name in names})
-        unknown = ", ".join(target if isinstance(target, str) else target[0] for target in missing)
-        raise ConfigError(
-            f"adapter.target_modules: nothing in this model is named {unknown}; "
-            f"its linear layers are {', '.join(exists)} (or all-linear)"
-        )
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def _check_dora(model: torch.nn.Module, use_dora: bool) -> None:

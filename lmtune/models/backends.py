@@ -7,6 +7,7 @@ that cannot be imported, whatever the quantization.
 from __future__ import annotations
 
 from lmtune.errors import ModelError
+from lmtune.models.libraries import quiet_libraries
 
 INSTALL = "`pip install bitsandbytes`"
 _AGAIN = "install it again (`pip install --force-reinstall bitsandbytes`)"
@@ -18,6 +19,7 @@ def check_bitsandbytes(quantization: str) -> None:
     Raises:
         ModelError: with both ways out.
     """
+    quiet_libraries()
     needed = quantization in ("nf4", "int8")
     try:
         import bitsandbytes  # noqa: F401

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_DENSE_SHARE = 0.25  # of the free memory, for quantised weights kept as dense matrices
+DENSE_SHARE = 0.25  # of the free memory, for quantised weights kept as dense matrices
 # What PyTorch and CUDA's libraries write where they do not raise `torch.OutOfMemoryError`, in small letters.
 _SHORT_OF_MEMORY = (
     "out of memory",  # CUDA's and HIP's runtime, Apple's MPS
@@ -56,7 +56,7 @@ def dense_weights_fit(model: Any, device: torch.device) -> bool:
     base = model.get_base_model()
     layers = (m.get_base_layer() for m in base.modules() if hasattr(m, "get_base_layer"))
     elements = sum(layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features"))
-    return bool(elements * base.dtype.itemsize <= free_memory(device) * _DENSE_SHARE)
+    return bool(elements * base.dtype.itemsize <= free_memory(device) * DENSE_SHARE)
 
 
 def _available_ram() -> int:

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lmtune.config import ModelConfig
-from lmtune.console import warn
+from lmtune.console import progress, warn
 from lmtune.data.cache import cache_folder, cached, found, key_of, turn
 from lmtune.errors import ModelError, is_failure
 from lmtune.models.backends import INSTALL, check_bitsandbytes
@@ -33,7 +30,9 @@ from lmtune.models.base_checks import (
     check_weights,
     tokenizer_fault,
 )
+from lmtune.models.device import default_device
 from lmtune.models.file_checks import unreachable
+from lmtune.models.libraries import quiet_libraries
 from lmtune.models.loaded_checks import check_loaded
 from lmtune.models.tokenizer_checks import unusable
 
@@ -52,13 +51,6 @@ def resolve_name(name: str) -> str:
 
         return str(tiny_path())
     return name
-
-
-def default_device() -> torch.device:
-    """This process's GPU if there is one and Accelerate was not told to use the CPU, else the CPU."""
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true", "yes"):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def compute_dtype(device: torch.device, setting: str = "auto") -> torch.dtype:
@@ -88,7 +80,8 @@ def load_tokenizer(model: ModelConfig, alone: bool = False) -> Any:
     quiet_libraries()
     path = _checked_path(model.name, alone)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        with progress(f"loading the tokenizer of {model.name}"):
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     except BaseException as error:
         if not is_failure(error):
             raise
@@ -116,8 +109,10 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
     if model.quantization in ("nf4", "int8"):
         check_bitsandbytes(model.quantization)
     dtype = compute_dtype(device, model.dtype)
+    held = "" if model.quantization == "none" else f" in {model.quantization}"
     try:
-        loaded = _kept_or_made(model, path, dtype, device)
+        with progress(f"loading {model.name}{held}"):
+            loaded = _kept_or_made(model, path, dtype, device)
     except ModelError:
         raise
     except Exception as error:
@@ -251,21 +246,6 @@ def stored_dtype(model: ModelConfig) -> torch.dtype:
                 kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
                 return kind.get(tensor.get_dtype(), torch.float32)
     return torch.float32
-
-
-def quiet_libraries() -> None:
-    """Switch off the libraries' own progress bars and notes; lmtune says what matters itself."""
-    import transformers.utils.logging as transformers_logging
-
-    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # `check_loaded` says it
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # "inputs will be cast" and "failed to load the optional kernels" on every int8 or nf4 layer
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of five retries without a network
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _quantization(model: ModelConfig, dtype: torch.dtype) -> Any:

@@ -72,7 +72,7 @@ USED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, _RANK),
     "lora_alpha": (_is_alpha, _ALPHA),
     "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "0 to below 1"),
-    "target_modules": (_is_names, _NAMES),
+    "target_modules": (lambda value: value == [] or _is_names(value), _NAMES),
     "exclude_modules": (_is_names, _NAMES),
     "modules_to_save": (lambda value: value == [] or _is_names(value), _NAMES),
     "target_parameters": (lambda value: value == [] or _is_names(value), _NAMES),
@@ -101,6 +101,8 @@ def config_faults(config: Mapping[str, Any]) -> Iterator[str]:
         if (key in _NEEDED) if value is None else not is_right(value):
             yield f"{key} is {_short(value)}; should be {wanted}"
             right[key] = None
+    if config.get("target_modules") == [] and not config.get("target_parameters"):
+        yield f"target_modules is []; should be {_NAMES}, or target_parameters be some"
     yield from (f"{fault}; correct it" for fault in pattern_faults(right))
     beginning = config.get("init_lora_weights")
     if not isinstance(beginning, (bool, str, type(None))) or beginning not in _BEGINNINGS:

@@ -23,7 +23,8 @@ from lmtune.config import ModelConfig
 from lmtune.errors import LmtuneError
 from lmtune.models.adapters import load_adapter
 from lmtune.models.fingerprint import base_fingerprint
-from lmtune.models.loading import load_model, quiet_libraries, stored_dtype
+from lmtune.models.libraries import quiet_libraries
+from lmtune.models.loading import load_model, stored_dtype
 from lmtune.writing import naming_in, new_folder
 
 Into = Literal["trained", "original"]

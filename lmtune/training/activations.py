@@ -45,8 +45,9 @@ def measure_activations(forward: PackedForward, trained_share: float) -> Activat
     # the difference, since some of what is kept is there once, however many tokens there are
     more = _PROBE_TOKENS[1] - _PROBE_TOKENS[0]
     per_layer = [max(0, b - a) / more for a, b in zip(short, long, strict=True)]
+    fixed = [max(0.0, a - each * _PROBE_TOKENS[0]) for a, each in zip(short, per_layer, strict=True)]
     boundary = forward.base.config.get_text_config().hidden_size * forward.base.dtype.itemsize
-    return ActivationBytes(max(per_layer[:-1]), float(boundary), per_layer[-1], len(layers))
+    return ActivationBytes(max(per_layer[:-1]), float(boundary), per_layer[-1], len(layers), max(fixed[:-1]))
 
 
 def _kept(forward: PackedForward, layers: Any, trained_share: float, tokens: int) -> list[int]:

@@ -15,20 +15,55 @@ import torch
 
 from lmtune.config import AdapterConfig, FinetuneConfig, ModelConfig
 from lmtune.errors import ModelError
-from lmtune.models.adapters import check_targets, is_target
+from lmtune.models.adapters import check_variant
 from lmtune.models.free_memory import free_memory
 from lmtune.models.loading import compute_dtype, resolve_name
+from lmtune.models.parameters import Parameters, count_parameters, size_text
 from lmtune.models.weight_types import empty_model
 from lmtune.training import memory
 from lmtune.training.memory import GIB, MemoryEstimate, ModelShape
 from lmtune.training.plan import Plan, TokenCost
 
 _EFFICIENCY = 0.5  # of the matrix product's rate, what a whole step reaches at the least
+_LAYER_SECONDS = {"cuda": 4e-4, "mps": 6e-4, "cpu": 8e-4}  # of Python's work in one layer for one token of an answer
+_LIBRARY_SECONDS = 12.0  # torch, transformers, PEFT and bitsandbytes, imported on two cores
+_DISK_BYTES = 5e8  # a second, read and put into place
+_QUANTIZED_ON_CPU = 24e6  # elements a second in 4 bit; there is no native kernel for it
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long the parts of a run take.
+
+    Attributes:
+        loading: libraries and the base model, quantised where asked.
+        training: all optimizer steps.
+        scoring: the validation rows, before, during and after training.
+        answers: generated for validation rows, by the base and by the tuned model.
+    """
+
+    loading: float
+    training: float
+    scoring: float
+    answers: float
+
+    @property
+    def total(self) -> float:
+        """Of the whole command."""
+        return self.loading + self.training + self.scoring + self.answers
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation rows' lengths: `num_tokens[rows]`, `num_trained[rows]`."""
+
+    num_tokens: npt.NDArray[np.int32]
+    num_trained: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What `lmtune plan` prints. `seconds` is for all steps on all processes together."""
+    """What `lmtune plan` prints."""
 
     steps: int
     rows: int
@@ -38,32 +73,45 @@ class Forecast:
     checkpointed_layers: int
     memory: MemoryEstimate
     free_gib: float
-    adapter_parameters: int
-    seconds: float
+    parameters: Parameters
+    seconds: Seconds
     advice: tuple[str, ...]
+
+    @property
+    def adapter_parameters(self) -> int:
+        """How many parameters the adapter has."""
+        return self.parameters.trained
 
     def lines(self) -> list[tuple[str, str]]:
         """Name and value of each line."""
-        part = self.memory
+        part, time_of = self.memory, self.seconds
+        beside = [("dense copies of quantised weights", part.dense_copies)] * bool(part.dense_copies)
+        beside += [("experts with their adapter added", part.expert_copies)] * bool(part.expert_copies)
+        sizes = [
+            ("base weights", part.base_weights), *beside, ("adapter, optimizer", part.adapter_and_optimizer),
+            ("activations", part.activations), ("logits", part.logits),
+        ]  # fmt: skip
+        times = [
+            ("loading", time_of.loading), ("training", time_of.training), ("scoring validation rows", time_of.scoring),
+            ("generating answers", time_of.answers),
+        ]  # fmt: skip
         return [
             ("rows", f"{self.rows:,}"),
             ("optimizer steps", f"{self.steps:,}"),
             ("tokens read", f"{self.tokens:,} ({self.trained_tokens / max(1, self.tokens):.0%} trained)"),
             ("micro-batch", f"up to {self.micro_batch_tokens:,} tokens"),
             ("gradient checkpointing", f"{self.checkpointed_layers} layers" if self.checkpointed_layers else "off"),
-            ("adapter", f"{self.adapter_parameters:,} parameters"),
-            ("memory: base weights", f"{part.base_weights:.2f} GiB"),
-            ("memory: adapter, optimizer", f"{part.adapter_and_optimizer:.2f} GiB"),
-            ("memory: activations", f"{part.activations:.2f} GiB"),
-            ("memory: logits", f"{part.logits:.2f} GiB"),
-            ("memory: total, estimated", f"{part.total:.2f} GiB of {self.free_gib:.1f} free"),
-            ("time, estimated", describe_seconds(self.seconds)),
+            ("parameters", self.parameters.describe()),
+            *((f"memory: {name}", size_text(size)) for name, size in sizes),
+            ("memory: total, estimated", f"{size_text(part.total)} of {size_text(self.free_gib)} free"),
+            *((f"time: {name}", describe_seconds(seconds)) for name, seconds in times if seconds),
+            ("time: total, estimated", describe_seconds(time_of.total)),
         ]
 
 
 def forecast(
     config: FinetuneConfig, num_tokens: npt.NDArray[np.int32], num_trained: npt.NDArray[np.int32],
-    device: torch.device, processes: int,
+    device: torch.device, processes: int, held_out: HeldOut | None = None,
 ) -> Forecast:  # fmt: skip
     """Plan a run of rows with `num_tokens[rows]` tokens, `num_trained[rows]` of them trained.
 
@@ -71,40 +119,83 @@ def forecast(
         ModelError: the model's config cannot be read.
         ConfigError: the adapter's targets do not fit the model.
     """
-    shape = planned_shape(config.model, config.adapter)
-    dtype = compute_dtype(device, config.model.dtype)
+    dtype, quantization = compute_dtype(device, config.model.dtype), config.model.quantization
+    shape, parameters = planned_shape(config.model, config.adapter, dtype)
     share = float(num_trained.sum() / num_tokens.sum())
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
     longest = int(num_tokens.max())
-    weights = memory.estimate(shape, 1, config.model.quantization, dtype, share).base_weights * GIB
+    left = max(0.0, free - memory.base_weights(shape, quantization, dtype))
+    dense = memory.dense_copies(shape, quantization, dtype, left)
+    left = max(0.0, left - dense - 16 * shape.adapter_parameters)
+    setting = config.train.micro_batch_tokens
     budget, checkpointed = memory.fitting_micro_batch(
-        memory.estimated_activations(shape, dtype), longest, max(0, int(free - weights)), device.type
-    )
-    if config.train.micro_batch_tokens != "auto":
-        budget = config.train.micro_batch_tokens
+        memory.estimated_activations(shape, dtype), longest, int(left), device.type,
+        None if setting == "auto" else setting,
+    )  # fmt: skip
+    if setting != "auto":
+        budget = setting
     if config.train.gradient_checkpointing != "auto":
         checkpointed = shape.num_layers if config.train.gradient_checkpointing else 0
     steps = Plan.count_steps(len(num_tokens), config.train)
     epochs = steps * config.train.batch_size / len(num_tokens)
     tokens, per_step = int(num_tokens.sum() * epochs), int(num_tokens.mean() * config.train.batch_size)
-    part = memory.estimate(
-        shape, min(max(budget, longest), per_step), config.model.quantization, dtype, share, checkpointed
-    )
+    micro_batch = min(max(budget, longest), per_step)
+    part = memory.estimate(shape, micro_batch, quantization, dtype, share, checkpointed, dense)
     rate = matmul_rate(device, dtype) * _EFFICIENCY * (processes if device.type == "cuda" else 1)
-    work = flop_per_token(shape, share, float((num_tokens.astype(float) ** 2).sum() / num_tokens.sum()))
-    seconds = tokens * work * (1 + checkpointed / shape.num_layers / 3) / rate
+    again = 1 + checkpointed / shape.num_layers / 3
+    work = tokens * flop_per_token(shape, share, _mean_context(num_tokens))
+    work += max(steps, tokens / max(1, micro_batch)) * 6 * shape.rank * shape.adapted_experts  # of each pass
+    seconds = Seconds(
+        loading=_loading_seconds(shape, config.model, part.base_weights * GIB, device.type),
+        training=work * again / rate,
+        scoring=0.0 if held_out is None else _scoring_seconds(shape, config, held_out, steps, rate),
+        answers=0.0 if held_out is None else _answer_seconds(shape, config, held_out, rate, device.type, processes),
+    )
     advice = _advice(config, part, free / GIB, device, checkpointed)
     return Forecast(
-        steps, len(num_tokens), tokens, int(tokens * share), budget, checkpointed, part, free / GIB,
-        shape.adapter_parameters, seconds, advice,
+        steps, len(num_tokens), tokens, int(tokens * share), budget, checkpointed, part, free / GIB, parameters,
+        seconds, advice,
     )  # fmt: skip
+
+
+def _mean_context(num_tokens: npt.NDArray[np.int32]) -> float:
+    """The length of rows, as their tokens have it in the mean."""
+    return float((num_tokens.astype(float) ** 2).sum() / num_tokens.sum())
+
+
+def _loading_seconds(shape: ModelShape, model: ModelConfig, weight_bytes: float, device_type: str) -> float:
+    quantizing = shape.linear_parameters / _QUANTIZED_ON_CPU if model.quantization == "nf4" else 0.0
+    return _LIBRARY_SECONDS + weight_bytes / _DISK_BYTES + (quantizing if device_type == "cpu" else 0.0)
+
+
+def _scoring_seconds(shape: ModelShape, config: FinetuneConfig, rows: HeldOut, steps: int, rate: float) -> float:
+    """Forward passes over the validation rows: before training, every so many steps, at the last step, and after."""
+    every = config.evaluation.every_steps
+    passes = 3 + ((steps - 1) // every if every else 0)
+    tokens, share = float(rows.num_tokens.sum()), float(rows.num_trained.sum() / rows.num_tokens.sum())
+    return passes * tokens * flop_per_token(shape, share, _mean_context(rows.num_tokens)) / 2 / rate
+
+
+def _answer_seconds(
+    shape: ModelShape, config: FinetuneConfig, rows: HeldOut, rate: float, device_type: str, processes: int
+) -> float:
+    """Answers of the base, which seldom ends before the limit, and of the tuned model, of the rows' own lengths."""
+    asked, limit = min(config.evaluation.exact_match_rows, len(rows.num_tokens)), config.evaluation.max_new_tokens
+    if not asked:
+        return 0.0
+    answered = int(min(limit, rows.num_trained[:asked].max()))
+    a_token = 2 * (shape.active_parameters + shape.vocabulary_size * shape.hidden_size)
+    prompts = 2 * float(rows.num_tokens[:asked].sum()) * a_token / rate  # both models read them
+    rounds = limit + answered
+    return prompts + rounds * (asked / processes * a_token / rate + shape.num_layers * _LAYER_SECONDS[device_type])
 
 
 def flop_per_token(shape: ModelShape, trained_share: float, document_tokens: float) -> float:
     """Floating point operations of one LoRA step per token: 4 N + 4 f H + 6 P + 7 s a L.
 
-    N frozen linear parameters, f the trained share, H the head's, P the adapter's, s the length-weighted document
-    length in tokens, a the attention's width, L layers. Recomputation is not counted.
+    N frozen linear parameters that a token meets, f the trained share, H the head's, P the adapter's outside of
+    experts, s the length-weighted document length in tokens, a the attention's width, L layers. Recomputation is not
+    counted, nor the product of an adapter over experts, which is made once in a pass.
     """
     cost = token_cost(shape)
     return _plain_flop(shape) * (1 + trained_share * cost.trained + document_tokens / 2 * cost.before)
@@ -119,27 +210,23 @@ def token_cost(shape: ModelShape) -> TokenCost:
 
 def _plain_flop(shape: ModelShape) -> float:
     """What every token needs in linear layers and adapters."""
-    return float(4 * shape.linear_parameters + 6 * shape.adapter_parameters)
+    return float(4 * shape.active_parameters + 6 * (shape.adapter_parameters - shape.adapter_on_experts))
 
 
-def planned_shape(model: ModelConfig, adapter: AdapterConfig) -> ModelShape:
-    """The shape of `model` with `adapter`, from its config alone.
+def planned_shape(model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype) -> tuple[ModelShape, Parameters]:
+    """The shape of `model` with `adapter`, and what is adapted and quantised, from its config alone.
 
     Raises:
         ModelError: the model's config cannot be read.
-        ConfigError: a target module matches nothing in the model.
+        ConfigError: a target names nothing in the model, or the variant does not run over this base.
     """
     try:
         empty = empty_model(resolve_name(model.name), model.revision)
     except Exception as error:
         raise ModelError(f"model.name: cannot read the config of {model.name}: {error}") from error
-    check_targets(empty, adapter.target_modules)
-    parameters = sum(
-        adapter.rank * (inputs + outputs)
-        for name, inputs, outputs in memory.linear_layers(empty)
-        if is_target(name, adapter.target_modules)
-    )
-    return memory.shape_of(empty, adapter_parameters=parameters)
+    parameters = count_parameters(empty, adapter, model.quantization, dtype)
+    check_variant(empty, adapter, parameters.targets)
+    return memory.shape_of(empty, parameters), parameters
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

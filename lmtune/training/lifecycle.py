@@ -130,7 +130,7 @@ def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
     known: dict[str, Any] | None = run.read_summary().get("base")
     session.accelerator.place = "scoring before training"
     session.accelerator.wait_for_everyone()
-    if known is None and (scored := session.score()) is not None:
+    if known is None and (scored := session.score("the base")) is not None:
         known = scored[0].as_dict()
         if session.accelerator.is_main_process:
             rows = [{"question": a.question, "wanted": a.wanted, "base": a.given} for a in scored[1]]
@@ -184,6 +184,22 @@ def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | Non
     err.print(f"{escape(str(run.path))} {where}: {escape(model)} {held}, {counted(steps, 'step')}")
     err.print(escape(describe_fates(data.fates)))
     err.print(escape(session.renderer.description))
+    err.print(f"parameters: {escape(session.parameters.describe())}")
+    for warning in evaluation_warnings(config, data.validation is not None, steps):
+        warn(warning)
+
+
+def evaluation_warnings(config: FinetuneConfig, has_validation: bool, steps: int) -> list[str]:
+    """Which settings of `evaluation` have no effect in a run of so many steps."""
+    every, patience = config.evaluation.every_steps, config.evaluation.patience
+    if every is None:
+        return []
+    if not has_validation:
+        return [f"evaluation.every_steps: {every} has no effect, for no row is held out (data.validation_fraction)"]
+    if every > steps:
+        also = "" if patience is None else f", and evaluation.patience: {patience} cannot end it earlier"
+        return [f"evaluation.every_steps: {every} is beyond the last step, {steps}: scored at the end only{also}"]
+    return []
 
 
 def _note_end(run: RunDirectory, session: Session, status: str, reason: str) -> None:

@@ -22,6 +22,7 @@ from lmtune.config import FinetuneConfig
 from lmtune.console import warn
 from lmtune.data.prefixes import Ints, beginning
 from lmtune.errors import LmtuneError, listed
+from lmtune.kernels.lora_linear import drop_dense
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
 from lmtune.models.free_memory import return_freed_memory
@@ -213,13 +214,19 @@ def _gradients(
 
 
 def _smaller(job: Job, plan: Plan, todo: StepPlan) -> Plan:
-    """A plan that needs less memory: half the micro-batch, and when rows stand alone already, layers computed twice.
+    """A plan that needs less memory: without dense copies of quantised weights, then with half the micro-batch, and
+    when rows stand alone already, with layers computed twice.
 
     The step's examples, and so its update, stay the same.
     """
     longest, main = int(plan.num_tokens[todo.rows].max()), job.accelerator.is_main_process
+    dropped = drop_dense(job.forward.model)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if dropped:
+        if main:
+            warn(f"out of memory at step {todo.step}: no dense copies of quantised weights from here on (same result)")
+        return plan
     if plan.micro_batch_tokens > longest:
         budget = max(longest, plan.micro_batch_tokens // 2)
         if main:

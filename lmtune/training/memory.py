@@ -9,18 +9,22 @@ which changes nothing but speed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 
 from lmtune.kernels.cross_entropy import chunk_rows
+from lmtune.models.free_memory import DENSE_SHARE
+from lmtune.models.parameters import Parameters
 
 GIB = 2**30
 _SHARE = 0.6  # of the free memory, for activations; the rest is for what is not seen beforehand
 # Tokens of a micro-batch beyond which nothing is gained, and below which computing layers twice is the lesser evil.
-MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
-_ENOUGH_TOKENS = {"cuda": 2048, "cpu": 256}
+MOST_TOKENS = {"cuda": 16384, "mps": 4096, "cpu": 2048}
+_ENOUGH_TOKENS = {"cuda": 2048, "mps": 512, "cpu": 256}
+# Bytes of an element of a linear layer; fp8 weights stand beside the stored ones, by rows and by columns.
+_QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.002}
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,22 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     attention_width: int  # heads x head_dim
-    intermediate_size: int
+    intermediate_size: int  # of all experts that a token passes through together
     vocabulary_size: int
     linear_parameters: int
     other_parameters: int
     adapter_parameters: int
+    expert_parameters: int = 0
+    active_share: float = 1.0  # of the experts, that a token passes through
+    adapted_linear: int = 0  # elements under the adapter
+    adapted_experts: int = 0
+    adapter_on_experts: int = 0  # of the adapter's parameters
+    rank: int = 0
+
+    @property
+    def active_parameters(self) -> float:
+        """Of linear layers and experts, what a token is multiplied with."""
+        return self.linear_parameters + self.active_share * self.expert_parameters
 
 
 @dataclass(frozen=True)
@@ -46,17 +61,23 @@ class ActivationBytes:
         boundary: the input of a layer, all that is kept of one that is computed twice.
         outside: after the last layer.
         num_layers: of the model.
+        fixed: bytes of one layer however many tokens there are: experts with their adapter added, for one.
     """
 
     layer: float
     boundary: float
     outside: float
     num_layers: int
+    fixed: float = 0.0
 
     def per_token(self, checkpointed: int) -> float:
         """At the most, with the first `checkpointed` layers computed twice: what is kept, and one layer at work."""
         kept = self.num_layers - checkpointed
         return kept * self.layer + checkpointed * self.boundary + self.layer + self.outside
+
+    def constant(self, checkpointed: int) -> float:
+        """Bytes that do not grow with the tokens, with the first `checkpointed` layers computed twice."""
+        return (min(self.num_layers, self.num_layers - checkpointed + 1)) * self.fixed
 
 
 @dataclass(frozen=True)
@@ -67,70 +88,99 @@ class MemoryEstimate:
     adapter_and_optimizer: float
     activations: float
     logits: float
+    dense_copies: float = 0.0
+    expert_copies: float = 0.0
 
     @property
     def total(self) -> float:
         """GiB in all."""
-        return self.base_weights + self.adapter_and_optimizer + self.activations + self.logits
+        return float(sum(astuple(self)))
 
 
-def shape_of(model: Any, adapter_parameters: int | None = None) -> ModelShape:
-    """The shape of a loaded model; quantised layers count their real elements.
+def shape_of(model: Any, parameters: Parameters) -> ModelShape:
+    """The shape of a model.
 
     Args:
         model: with or without an adapter, on any device, meta too.
-        adapter_parameters: by default the model's trainable ones.
+        parameters: counted before the adapter was attached.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
-    head = base.get_output_embeddings()
-    linear = sum(inputs * outputs for _, inputs, outputs in linear_layers(base))
-    adapter = adapter_parameters or sum(p.numel() for p in base.parameters() if p.requires_grad)
-    other = sum(p.numel() for m in base.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters(False))
-    if head is not None and not config.tie_word_embeddings:
-        other += head.weight.numel()
-    hidden = int(config.hidden_size)
-    heads = int(config.num_attention_heads)
+    layers, hidden, heads = int(config.num_hidden_layers), int(config.hidden_size), int(config.num_attention_heads)
     width = heads * int(getattr(config, "head_dim", None) or hidden // heads)
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    active = 1.0
+    if parameters.experts:
+        active = min(1.0, _experts_per_token(config) / parameters.num_experts)
+        # gate, up and down projection of what a token passes through, as if it were one
+        intermediate = max(1, round(active * parameters.experts / layers / hidden / 3))
     return ModelShape(
-        int(config.num_hidden_layers), hidden, width, intermediate, int(config.vocab_size), linear, other, adapter
-    )
+        layers, hidden, width, intermediate, int(config.vocab_size), parameters.linear, parameters.other,
+        parameters.trained, parameters.experts, active, parameters.adapted_linear, parameters.adapted_experts,
+        parameters.trained_on_experts, parameters.rank,
+    )  # fmt: skip
+
+
+def _experts_per_token(config: Any) -> int:
+    """How many experts a token passes through, by the names that configs have for it; 1 where none is known."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), 1)
+
+
+def base_weights(shape: ModelShape, quantization: str, dtype: torch.dtype) -> float:
+    """Bytes of the frozen weights; experts, embeddings, head, router and norms are not quantised."""
+    wide = dtype.itemsize
+    per_element = {"none": float(wide), "fp8": wide + 2.0, **_QUANTIZED_BYTES}[quantization]
+    return shape.linear_parameters * per_element + (shape.expert_parameters + shape.other_parameters) * wide
+
+
+def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_bytes: float) -> float:
+    """Bytes of the dense matrices that are held beside quantised weights where `free_bytes` has room for them."""
+    size = shape.adapted_linear * dtype.itemsize
+    return size if quantization in _QUANTIZED_BYTES and size <= free_bytes * DENSE_SHARE else 0
 
 
 def estimate(
-    shape: ModelShape, tokens: int, quantization: str, dtype: torch.dtype, trained_share: float, checkpointed: int = 0
-) -> MemoryEstimate:
+    shape: ModelShape, tokens: int, quantization: str, dtype: torch.dtype, trained_share: float, checkpointed: int = 0,
+    dense_bytes: float = 0,
+) -> MemoryEstimate:  # fmt: skip
     """The memory of one training step.
 
     Args:
         shape: of the model.
         tokens: in a micro-batch.
-        quantization: of the base; fp8 weights stand beside the stored ones, by rows and by columns.
+        quantization: of the base.
         dtype: of computation and of unquantised weights.
         trained_share: trained tokens / tokens.
         checkpointed: layers that are computed again in the backward pass.
+        dense_bytes: of matrices held beside quantised weights.
     """
     wide = dtype.itemsize
-    per_element = {"none": float(wide), "nf4": 0.516, "int8": 1.002, "fp8": wide + 2.0}[quantization]
-    weights = shape.linear_parameters * per_element + shape.other_parameters * wide
-    activations = tokens * estimated_activations(shape, dtype).per_token(checkpointed)
+    activations = estimated_activations(shape, dtype)
     rows = min(math.ceil(tokens * trained_share), chunk_rows("cpu" if wide == 4 else "cuda", shape.vocabulary_size))
     logits = rows * shape.vocabulary_size * 4 * 3  # of a chunk: fp32 logits, their softmax and gradient
     return MemoryEstimate(
-        weights / GIB, shape.adapter_parameters * 16 / GIB, activations / GIB, logits / GIB
-    )  # weight, gradient and two moments in fp32
+        base_weights=base_weights(shape, quantization, dtype) / GIB,
+        adapter_and_optimizer=shape.adapter_parameters * 16 / GIB,  # weight, gradient and two moments in fp32
+        activations=tokens * activations.per_token(checkpointed) / GIB,
+        logits=logits / GIB,
+        dense_copies=dense_bytes / GIB,
+        expert_copies=activations.constant(checkpointed) / GIB,
+    )
 
 
 def estimated_activations(shape: ModelShape, dtype: torch.dtype) -> ActivationBytes:
     """From the shape: the inputs of linear layers, of norms and of the activation function are kept."""
     boundary = shape.hidden_size * dtype.itemsize
     layer = (14 * shape.hidden_size + 5 * shape.intermediate_size) * max(dtype.itemsize, 3)
-    return ActivationBytes(layer, boundary, 2 * boundary, shape.num_layers)
+    # the sum of an expert's weight and its adapter's product is kept for the backward pass
+    fixed = shape.adapted_experts * dtype.itemsize / shape.num_layers
+    return ActivationBytes(layer, boundary, 2 * boundary, shape.num_layers, fixed)
 
 
 def fitting_micro_batch(
-    activations: ActivationBytes, longest: int, free_bytes: int, device_type: str
+    activations: ActivationBytes, longest: int, free_bytes: int, device_type: str, asked: int | None = None
 ) -> tuple[int, int]:
     """The micro-batch budget in tokens, and how many layers must be computed twice for it.
 
@@ -138,12 +188,14 @@ def fitting_micro_batch(
         activations: of a token.
         longest: tokens of the longest row, which is never cut.
         free_bytes: memory left after the weights.
-        device_type: `cuda` or `cpu`.
+        device_type: `cuda`, `mps` or `cpu`.
+        asked: the budget that the settings ask for; None leaves it to what the memory holds.
     """
-    most = max(longest, MOST_TOKENS[device_type])
-    wanted = max(longest, _ENOUGH_TOKENS[device_type])
+    most = max(longest, asked or MOST_TOKENS[device_type])
+    wanted = max(longest, asked or _ENOUGH_TOKENS[device_type])
     for checkpointed in range(activations.num_layers + 1):
-        tokens = int(free_bytes * _SHARE / activations.per_token(checkpointed))
+        room = free_bytes * _SHARE - activations.constant(checkpointed)
+        tokens = max(0, int(room / activations.per_token(checkpointed)))
         if tokens >= wanted:
             return min(most, tokens), checkpointed
     return max(longest, tokens), activations.num_layers
@@ -158,19 +210,3 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
-def linear_layers(base: Any) -> list[tuple[str, int, int]]:
-    """Name, inputs and outputs of the model's own linear layers, without the adapter's and the head."""
-    from transformers.pytorch_utils import Conv1D  # GPT-2's, with the weight transposed
-
-    adapter, head = ("lora_A", "lora_B", "lora_embedding"), base.get_output_embeddings()
-    found = []
-    for name, module in base.named_modules():
-        if module is head or any(part in name for part in adapter):
-            continue
-        if isinstance(module, torch.nn.Linear):
-            found.append((name, int(module.in_features), int(module.out_features)))
-        elif isinstance(module, Conv1D):
-            found.append((name, int(module.nx), int(module.nf)))
-    return found

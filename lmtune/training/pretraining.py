@@ -18,7 +18,9 @@ import torch.nn.functional as F
 
 from lmtune.config import TrainConfig
 from lmtune.errors import LmtuneError
-from lmtune.models.loading import DTYPES, compute_dtype, default_device, quiet_libraries
+from lmtune.models.device import default_device
+from lmtune.models.libraries import quiet_libraries
+from lmtune.models.loading import DTYPES, compute_dtype
 from lmtune.runs import home_expanded
 from lmtune.training.corpus import TURN_END, Blocks, TokenStream, num_blocks, take_blocks
 from lmtune.training.pretrain_config import PretrainConfig, ShapeConfig

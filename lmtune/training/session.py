@@ -12,12 +12,12 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lmtune.config import FinetuneConfig
-from lmtune.console import warn
+from lmtune.console import progress, warn
 from lmtune.data.tokenized import LoadedData, load_data
 from lmtune.errors import ConfigError
 from lmtune.evaluation import Answer, Scores, check_lengths, evaluate, teacher_forced
@@ -30,6 +30,7 @@ from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.free_memory import dense_weights_fit, free_memory
 from lmtune.models.inference import build_renderer, run_notes
 from lmtune.models.loading import compute_dtype, load_model, load_tokenizer
+from lmtune.models.parameters import Parameters, count_parameters
 from lmtune.runs import RunDirectory
 from lmtune.training import memory
 from lmtune.training.activations import checkpoint_layers, measure_activations
@@ -41,6 +42,7 @@ from lmtune.training.records import Accuracies
 from lmtune.training.resume import identity
 from lmtune.writing import new_folder
 
+T = TypeVar("T")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lmtune")
 
 
@@ -55,6 +57,7 @@ class Session:
         data: training rows, validation rows or None, and every row's fate.
         forward: the model with a new adapter.
         fingerprint: of the base.
+        parameters: how many are trained, frozen and quantised.
         micro_batch_tokens: the budget that fits the memory.
         begun: whether the run's files are those of this session; before that, they are not its to change.
     """
@@ -65,6 +68,7 @@ class Session:
     data: LoadedData
     forward: PackedForward
     fingerprint: str
+    parameters: Parameters
     micro_batch_tokens: int
     begun: bool = False
 
@@ -78,7 +82,7 @@ class Session:
         return Job(
             run, self.config, self.forward, self.data.train, self.accelerator, self.micro_batch_tokens, self.identity,
             self.validate if self.data.validation is not None else None, resumed,
-            token_cost(memory.shape_of(self.forward.model)),
+            token_cost(memory.shape_of(self.forward.model, self.parameters)),
         )  # fmt: skip
 
     def validate(self) -> Accuracies:
@@ -86,14 +90,17 @@ class Session:
         scores = teacher_forced(self.forward, self.data.validation, self.micro_batch_tokens, self.accelerator)
         return Accuracies(scores.loss, scores.sequence_accuracy, scores.token_accuracy)
 
-    def score(self) -> tuple[Scores, list[Answer]] | None:
-        """All scores of the validation rows, and the answers the model generated; None without such rows."""
+    def score(self, who: str) -> tuple[Scores, list[Answer]] | None:
+        """All scores of the validation rows, and the answers the model generated; None without such rows.
+
+        `who`, the base or the tuned model, is named in the progress shown.
+        """
         if self.data.validation is None:
             return None
         settings = self.config.evaluation
         return evaluate(
             self.forward, self.renderer, self.data.validation, settings.exact_match_rows, settings.max_new_tokens,
-            self.micro_batch_tokens, self.accelerator,
+            self.micro_batch_tokens, self.accelerator, who,
         )  # fmt: skip
 
 
@@ -113,20 +120,35 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     renderer = build_renderer(tokenizer, config.model, notes)
     with accelerator.main_process_first():  # the others find the rows in the cache
         data = load_data(config.data, renderer, config.train.seed)
+    _check_patience(config, data)
     model = load_model(config.model, accelerator.device)
     parts = [part for part in (data.train, data.validation) if part is not None]
     check_lengths(model, parts, "data.max_length", tell=accelerator.is_main_process)
     fingerprint = base_fingerprint(config.model)
     name = run_notes(config, renderer, fingerprint)["base_model"]
-    model = attach_adapter(model, config.adapter, config.train.seed, name)
-    fuse(model, dense_weights_fit(model, accelerator.device), fp8=config.model.quantization == "fp8")
-    forward = PackedForward(model)
+    parameters = count_parameters(model, config.adapter, config.model.quantization, model.dtype)
+    with progress("preparing the adapter and the kernels"):
+        model = attach_adapter(model, config.adapter, config.train.seed, name)
+        keep_dense = all(_from_all(dense_weights_fit(model, accelerator.device), accelerator))
+        fuse(model, keep_dense, fp8=config.model.quantization == "fp8")
+        forward = PackedForward(model)
     _agree(forward, accelerator)
     if accelerator.is_main_process:
         for note in forward.notes:
             warn(f"{note}; this is slower, with the same result")
-    budget = _fit(config, forward, data, accelerator)
-    return Session(config, accelerator, renderer, data, forward, fingerprint, budget)
+    with progress("measuring how much fits in memory"):
+        budget = _fit(config, forward, data, accelerator, parameters)
+    return Session(config, accelerator, renderer, data, forward, fingerprint, parameters, budget)
+
+
+def _check_patience(config: FinetuneConfig, data: LoadedData) -> None:
+    """Raise ConfigError where patience waits for scores that no row gives."""
+    if config.evaluation.patience is not None and data.validation is None:
+        raise ConfigError(
+            f"evaluation.patience: {config.evaluation.patience} waits for validation scores, and no row could be held "
+            f"out by data.validation_fraction: {config.data.validation_fraction}, for all {len(data.train):,} rows are "
+            "equal; add other rows, name data.validation, or set evaluation.patience: null"
+        )
 
 
 def verification_rows(session: Session, count: int = 16) -> dict[str, Any]:
@@ -193,12 +215,18 @@ def _version(library: str) -> str | None:
 
 def _agree(forward: PackedForward, accelerator: Any) -> None:
     """Take only the fast ways that every process takes: the plan, which all make alike, depends on them."""
-    if accelerator.num_processes > 1:
-        for reasons in accelerator.gather_object([forward.reasons]):
-            forward.give_up(reasons)
+    for reasons in _from_all(forward.reasons, accelerator):
+        forward.give_up(reasons)
 
 
-def _fit(config: FinetuneConfig, forward: PackedForward, data: LoadedData, accelerator: Any) -> int:
+def _from_all(value: T, accelerator: Any) -> list[T]:
+    """What each process has for `value`."""
+    return list(accelerator.gather_object([value])) if accelerator.num_processes > 1 else [value]
+
+
+def _fit(
+    config: FinetuneConfig, forward: PackedForward, data: LoadedData, accelerator: Any, parameters: Parameters
+) -> int:
     """The micro-batch budget in tokens; switches gradient checkpointing on where the settings or the memory ask it.
 
     All processes take what suits the one with the least memory, so that they plan, and run out of memory, alike.
@@ -207,17 +235,16 @@ def _fit(config: FinetuneConfig, forward: PackedForward, data: LoadedData, accel
     share = float(data.train.num_trained.sum() / tokens.sum())
     activations = measure_activations(forward, share)
     if activations is None:
-        shape = memory.shape_of(forward.model)
+        shape = memory.shape_of(forward.model, parameters)
         activations = memory.estimated_activations(shape, compute_dtype(device, config.model.dtype))
-    free = free_memory(device)
-    budget, needed = memory.fitting_micro_batch(activations, int(tokens.max()), free, device.type)
-    if accelerator.num_processes > 1:
-        all_of_them = accelerator.gather_object([(budget, needed)])
-        budget, needed = min(b for b, _ in all_of_them), max(n for _, n in all_of_them)
+    asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
+    fitting = memory.fitting_micro_batch(activations, int(tokens.max()), free_memory(device), device.type, asked)
+    all_of_them = _from_all(fitting, accelerator)
+    budget, needed = min(b for b, _ in all_of_them), max(n for _, n in all_of_them)
     wanted = config.train.gradient_checkpointing
     count = activations.num_layers if wanted is True else needed if wanted == "auto" else 0
     checkpoint_layers(forward.base, count)
-    return budget if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
+    return budget if asked is None else asked
 
 
 def _git_revision() -> str | None:

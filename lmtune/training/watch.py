@@ -24,6 +24,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lmtune.console import err, escape
 from lmtune.errors import LmtuneError
+from lmtune.models.device import default_device
 from lmtune.models.free_memory import is_out_of_memory
 from lmtune.training.workers import note_exit_code
 
@@ -44,7 +45,10 @@ class WatchedAccelerator(Accelerator):  # type: ignore[misc]  # Accelerate has n
         self.on_failure: Callable[[str], None] | None = None
         self._watch: Watch | None = None
         backend_limit = timedelta(seconds=2 * limit_seconds + 60)  # ours, which names the process, comes first
-        super().__init__(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=backend_limit)])
+        on_cpu = default_device().type == "cpu"  # Accelerate's own choice may be another: mps, xpu, npu
+        super().__init__(
+            mixed_precision="no", cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=backend_limit)]
+        )
         if self.num_processes > 1:
             self._watch = Watch(self, limit_seconds)
 

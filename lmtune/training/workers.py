@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -23,20 +24,35 @@ from typing import IO, Any
 from lmtune import locks
 from lmtune.console import err
 from lmtune.errors import ConfigError
+from lmtune.models.device import asks_for_cpu
+from lmtune.models.libraries import ignore_accelerate_settings, quiet_libraries
 
 ASKED = "LMTUNE_PROCESSES"  # set by `lmtune finetune --processes N` for the processes that it starts
 EXIT_CODES = "LMTUNE_EXIT_CODES"  # a file where each of these processes notes the exit code it ended with
 STARTED_BY = "LMTUNE_STARTED_BY"  # the process id of the command, for its launcher; of the launcher, for the processes
 _LOOK_SECONDS = 1.0
+# Set by `torchrun`, MPI and SLURM. Without WORLD_SIZE no launcher is at work, but Accelerate would wait for processes.
+_LAUNCHER = ("LOCAL_RANK", "RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_PLAIN_JOB = {
+    "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "machine_rank": 0, "num_machines": 1,
+    "mixed_precision": "no", "use_cpu": False, "debug": False,
+}  # fmt: skip
 _held: list[IO[str]] = []  # open while this process lives
 
 
 def check_world() -> None:
-    """Compare the processes asked for with those that run; imports nothing heavy.
+    """Compare the processes asked for with those that run, and leave Accelerate no settings but ours.
+
+    Imports nothing heavy.
 
     Raises:
-        ConfigError: fewer or more run than were asked for.
+        ConfigError: fewer or more run than were asked for, or `ACCELERATE_USE_CPU` is neither true nor false.
     """
+    asks_for_cpu()
+    ignore_accelerate_settings()
+    if not is_worker():
+        for name in _LAUNCHER:
+            os.environ.pop(name, None)
     running = int(os.environ.get("WORLD_SIZE", "1"))
     asked = int(os.environ.get(ASKED, running))
     if "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
@@ -63,9 +79,10 @@ def start_accelerator(process_timeout_seconds: float = 1800) -> Any:
     Args:
         process_timeout_seconds: how long processes wait for one that does not come, before all end.
     """
+    check_world()
+    quiet_libraries()
     from lmtune.training.watch import WatchedAccelerator
 
-    check_world()
     _hold_exit_codes()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher started this process, and not a shell that may leave
         stop_with_starter()
@@ -86,11 +103,12 @@ def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
         processes: how many; on a machine without that many GPUs they run on the CPU.
     """
     with tempfile.TemporaryDirectory() as folder:
-        codes = Path(folder) / "codes"
+        codes, settings = Path(folder) / "codes", Path(folder) / "accelerate.json"
+        settings.write_text(json.dumps(_PLAIN_JOB), encoding="utf-8")  # in place of what `accelerate config` wrote
         command = [
-            sys.executable, "-m", "lmtune.training.launcher", "--multi_gpu", "--num_processes", str(processes),
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", str(_free_port()), str(recipe), *arguments,
+            sys.executable, "-m", "lmtune.training.launcher", "--config_file", str(settings), "--multi_gpu",
+            "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--main_process_port", str(_free_port()), str(recipe), *arguments,
         ]  # fmt: skip
         environment = {**os.environ, **_environment(processes), ASKED: str(processes), EXIT_CODES: str(codes)}
         environment[STARTED_BY] = str(os.getpid())

@@ -1,7 +1,11 @@
 """Chat in a terminal, or through a pipe: a question a line, answers streamed.
 
     lmtune chat runs/support
-    printf 'Where is my parcel?\n' | lmtune chat runs/support > answer.txt
+    lmtune chat runs/support < questions.txt > answers.txt
+    lmtune chat runs/support --json < questions.txt > answers.jsonl
+
+In a pipe each line is asked alone, as if it were the first; with `conversation` the lines are one conversation, whose
+oldest turns are left out where it outgrows the model. A line that cannot be answered does not keep the others from it.
 
 In a terminal Ctrl-C ends the answer under way; with none under way it leaves, as Ctrl-D and /exit do. Answers go to
 stdout and everything else to stderr, so a pipe gets answers only. What a model says may hold any character; control
@@ -11,6 +15,7 @@ characters, with which a text can take over a terminal, are not passed on to one
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import sys
@@ -19,17 +24,22 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from lmtune.console import err, escape
-from lmtune.errors import DataError, LmtuneError
+from lmtune.errors import DataError, LmtuneError, listed
 from lmtune.generation import ChatSession, GenerationOptions
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _HELP = """\
 /retry   another answer to the last question
 /clear   begin a new conversation
+/system TEXT   begin a new conversation with this system prompt; without TEXT: show it
 /base    answers without the adapter
 /tuned   answers with the adapter
+/help    this list
 /exit    leave; so does Ctrl-D
 Ctrl-C   stop the answer; again: leave"""
+
+
+_LEAVE = ("/exit", "/quit")
 
 
 class TerminalChat:
@@ -37,7 +47,7 @@ class TerminalChat:
 
     def __init__(self, session: ChatSession, options: GenerationOptions, use_base: bool = False) -> None:
         self.session, self.options, self.use_base = session, options, use_base
-        self._tries = 0
+        self._tries, self._told_full = 0, False
         self._commands: dict[str, Callable[[], None]] = {
             "/retry": self._retry, "/clear": self._clear, "/base": lambda: self._choose(True),
             "/tuned": lambda: self._choose(False), "/help": lambda: err.print(escape(_HELP)),
@@ -63,34 +73,104 @@ class TerminalChat:
                 err.print()
                 return
 
-    def run_piped(self, lines: BinaryIO) -> None:
-        """Answer each line of `lines`.
+    def run_piped(self, lines: BinaryIO, conversation: bool = False, as_json: bool = False) -> None:
+        """Answer each line of `lines`; a line without an answer leaves an empty one, and the others are answered.
+
+        Args:
+            lines: questions in UTF-8; commands work here too.
+            conversation: the lines are one conversation, and not each a question of its own.
+            as_json: write one JSON object a line: line, question, answer, tokens, finish_reason
+                (stop; length: cut at the limit; context: the model reads no further); or line, question, error.
 
         Raises:
-            DataError: a line is not UTF-8.
-            LmtuneError: a question cannot be answered.
+            DataError: lines were not UTF-8.
+            LmtuneError: questions could not be answered.
         """
+        problems: list[LmtuneError] = []
         for number, raw in enumerate(lines, 1):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                raise DataError(f"stdin:{number}: not UTF-8 ({error.reason}); convert the questions to UTF-8") from None
-            if not self.handle(line):
-                return
+                line = raw.decode("utf-8", "replace").strip()
+                problems.append(DataError(f"not UTF-8 ({error.reason}); convert the questions to UTF-8"))
+            else:
+                try:
+                    if self._command(line, alone=not conversation):
+                        continue
+                    if line in _LEAVE:
+                        break
+                    self._answer_line(number, line, conversation, as_json)
+                    continue
+                except LmtuneError as error:
+                    problems.append(error)
+            problems[-1].args = (f"stdin:{number}: {problems[-1]}",)
+            sys.stdout.write(_json_line(line=number, question=line, error=str(problems[-1])) if as_json else "\n")
+            sys.stdout.flush()
+        if problems:
+            kind = DataError if all(isinstance(problem, DataError) for problem in problems) else LmtuneError
+            texts = [str(problem) for problem in problems]
+            raise kind(texts[0] if len(texts) == 1 else f"{len(texts)} lines have no answer\n{listed(texts)}")
 
     def handle(self, line: str) -> bool:
         """Do what one line asks for; false if it asks to leave."""
         line = line.strip()
-        if line in ("/exit", "/quit"):
+        if line in _LEAVE:
             return False
-        if line in self._commands:
-            self._commands[line]()
-        elif re.fullmatch(r"/\w+", line):
-            err.print(f"no command {escape(line)}; /help lists them all")
-        elif line:
+        if not self._command(line):
             self._tries = 0
             self._say(self.session.stream(line, self.options, self.use_base))
         return True
+
+    def _command(self, line: str, alone: bool = False) -> bool:
+        """Do what the command `line` asks for; whether it is one, or empty. Where lines are asked `alone`, most words
+        after a slash belong to a question, and only a lone one is taken for a misspelt command."""
+        name, _, rest = line.partition(" ")
+        if line in self._commands:
+            self._commands[line]()
+        elif name == "/system":
+            self._set_system(rest.strip())
+        elif re.fullmatch(r"/\w+" if alone else r"/\w+( .*)?", line) and line not in _LEAVE:
+            err.print(f"no command {escape(name)}; /help lists them all")
+        elif line:
+            return False
+        return True
+
+    def _answer_line(self, number: int, line: str, conversation: bool, as_json: bool) -> None:
+        """Ask one line of a pipe, and write its answer."""
+        self._tries = 0
+        if conversation:
+            self._make_room(line)
+        else:
+            self.session.clear()
+        pieces = self.session.stream(line, self.options, self.use_base)
+        if not as_json:
+            self._say(pieces)
+            return
+        answer, info = "".join(pieces), self.session.turns[-1][1]
+        ended = None if info is None else info.finish_reason
+        tokens = self.session.num_answer_tokens
+        sys.stdout.write(_json_line(line=number, question=line, answer=answer, tokens=tokens, finish_reason=ended))
+        sys.stdout.flush()
+
+    def _make_room(self, question: str) -> None:
+        """Leave out the oldest turns of the conversation until an answer of full length fits behind `question`."""
+        session, messages = self.session, self.session.messages
+        while messages and session.remembers and session.room_for_answer(question) < self.options.max_new_tokens:
+            messages = messages[2:]
+            session = ChatSession(session.model, session.system, messages)
+        if session is not self.session and not self._told_full:
+            self._told_full = True
+            err.print("[dim]the conversation is full; its oldest turns are left out from here on[/]")
+        self.session = session
+
+    def _set_system(self, text: str) -> None:
+        session = self.session
+        if not text:
+            err.print(escape(session.system or session.model.system or "no system prompt; /system TEXT sets one"))
+            return
+        session.system = text
+        session.clear()
+        err.print("[dim]a new conversation with this system prompt[/]")
 
     def _greet(self) -> None:
         model = self.session.model
@@ -155,6 +235,10 @@ def _ask() -> str:
     sys.stderr.write("> ")
     sys.stderr.flush()
     return input()
+
+
+def _json_line(**values: Any) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def _printable(text: str) -> str:

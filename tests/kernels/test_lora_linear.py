@@ -83,6 +83,24 @@ def test_a_base_that_is_kept_dense_is_dequantised_once(
     assert len(calls) <= 14 if keep else len(calls) > 3 * 14
 
 
+def test_the_tensors_of_experts_keep_pefts_wrapper_and_a_shared_expert_is_fused(tmp_path: Path) -> None:
+    from lmtune.config import ModelConfig
+    from lmtune.models.loading import load_model
+
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    for quantization in ("none", "nf4"):
+        model = adapted(load_model(ModelConfig(name=str(tmp_path), quantization=quantization), "cpu"))
+        loss, gradients = loss_and_gradients(model)
+        left = fuse(model)
+        assert {type(model.get_submodule(name)).__name__ for name in left} == {"ParamWrapper"}
+        assert all(name.removesuffix(".base_layer").endswith("mlp.experts") for name in left)
+        assert type(model.get_base_model().model.layers[0].mlp.shared_expert.up_proj).__name__.startswith("Fused")
+        fused_loss, fused_gradients = loss_and_gradients(model)
+        torch.testing.assert_close(fused_loss, loss, atol=1e-5, rtol=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(fused_gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}])
 def test_layers_that_are_not_plain_are_left_alone(settings: dict) -> None:
     model = adapted(tiny_model(), **settings)

@@ -15,8 +15,6 @@ from lmtune.config import AdapterConfig, ModelConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.models.adapters import (
     attach_adapter,
-    is_target,
-    linear_names,
     load_adapter,
     read_adapter,
     read_notes,
@@ -24,6 +22,7 @@ from lmtune.models.adapters import (
     trainable,
 )
 from lmtune.models.loading import load_model
+from lmtune.models.targets import find_targets
 from tests.tiny import VOCABULARY, save_tiny, tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -189,7 +188,9 @@ def test_pissas_saved_adapter_has_twice_the_rank(tmp_path: Path) -> None:
         (("proj",), "proj"),
         (("embed_tokens",), "embed_tokens"),
         (r".*\.qq_proj", r".*\.qq_proj"),
-        ("q_proj", "q_proj"),  # a regular expression has to match the whole name
+        ("qq_proj", "qq_proj"),
+        ("q_proj, qq_proj", "qq_proj"),
+        (r"q_pro.", "q_pro."),  # a regular expression has to match the whole name
         ("all_linear", "all_linear"),
     ],
 )
@@ -207,12 +208,17 @@ def test_a_target_that_is_no_regular_expression() -> None:
 
 
 def test_targets_name_layers_by_last_part_or_in_full() -> None:
-    names = linear_names(tiny_model())
-    assert "model.layers.0.self_attn.q_proj" in names
-    assert is_target("model.layers.0.self_attn.q_proj", ("self_attn.q_proj",))
-    assert not is_target("model.layers.0.self_attn.qq_proj", ("q_proj",))
+    found = find_targets(tiny_model(), ("self_attn.q_proj",))
+    assert found.modules == ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
     model = attached(target_modules=("model.layers.1.mlp.up_proj",))
     assert {name.split(".lora")[0] for name in trainable(model)} == {"base_model.model.model.layers.1.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "model.layers.0.self_attn.q_proj", "q_proj,up_proj", "q_proj , up_proj"])
+def test_a_text_without_a_character_of_regular_expressions_is_a_list_of_names(targets: str) -> None:
+    wanted = tuple(name.strip() for name in targets.split(","))
+    assert settings(target_modules=targets).target_modules == wanted
+    assert trainable(attached(target_modules=targets)).keys() == trainable(attached(target_modules=wanted)).keys()
 
 
 def test_gpt2s_own_kind_of_linear_layer_can_be_named() -> None:

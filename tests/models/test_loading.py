@@ -21,7 +21,6 @@ from lmtune.models.adapters import attach_adapter, save_adapter
 from lmtune.models.config_checks import config_faults
 from lmtune.models.loading import (
     compute_dtype,
-    default_device,
     load_model,
     load_tokenizer,
     resolve_name,
@@ -98,11 +97,6 @@ def test_the_stored_dtype_is_that_of_the_file(tmp_path: Path, dtype: torch.dtype
 def test_auto_is_fp32_on_a_cpu() -> None:
     assert compute_dtype(torch.device("cpu")) == torch.float32
     assert compute_dtype(torch.device("cpu"), "bfloat16") == torch.bfloat16
-
-
-def test_accelerates_wish_for_the_cpu_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert default_device() == torch.device("cpu")
 
 
 def test_tiny_is_the_packaged_folder() -> None:

@@ -42,6 +42,14 @@ def test_a_token_weighs_what_autograd_keeps_of_it(kind: str) -> None:
     assert not forward.model.training
 
 
+@pytest.mark.parametrize(("targets", "kept"), [("all-linear", True), ("q_proj,v_proj", False)])
+def test_experts_with_their_adapter_added_are_kept_once_however_many_tokens(targets: str, kept: bool) -> None:
+    model = adapted(tiny_model("qwen3_moe", mlp_only_layers=[]), target_modules=targets)
+    measured = measure_activations(PackedForward(model), 0.3)
+    experts = 4 * 3 * 64 * 64 * 4  # bytes of a layer's
+    assert (0.9 * experts < measured.fixed < 1.5 * experts) if kept else measured.fixed < 0.1 * experts
+
+
 def test_the_fused_layer_keeps_less_than_pefts() -> None:
     plain, fused = adapted(tiny_model(), dropout=0.1), adapted(tiny_model(), dropout=0.1)
     fuse(fused)

@@ -5,15 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmtune.config import ModelConfig
 from lmtune.errors import LmtuneError
+from lmtune.kernels.lora_linear import fuse
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
+from lmtune.models.loading import load_model
 from lmtune.training import loop
 from lmtune.training.activations import is_checkpointed_throughout
 from lmtune.training.checkpoint import checkpoint_folders
-from lmtune.training.loop import train
+from lmtune.training.loop import Job, train
 from lmtune.training.records import Accuracies
 from tests.jobs import final_weights, job_for
+from tests.tiny import adapted, tiny_model
 
 
 def test_micro_batches_of_any_size_give_the_same_adapter(tmp_path: Path) -> None:
@@ -47,6 +51,37 @@ def test_out_of_memory_with_a_single_row_computes_layers_twice(tmp_path: Path, m
     monkeypatch.setattr(PackedForward, "__call__", limited)
     saving = final_weights(job_for(tmp_path / "saving", train__micro_batch_tokens=1))
     assert all(torch.equal(saving[name], weight) for name, weight in whole.items())
+
+
+def test_out_of_memory_first_gives_up_dense_copies_of_quantised_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def quantised_job(folder: Path, keep: bool) -> Job:
+        base = ModelConfig(name=str(tmp_path / "base"), quantization="nf4")
+        job = job_for(folder, train__max_steps=2)
+        job.forward = PackedForward(adapted(load_model(base, "cpu")))
+        fuse(job.forward.model, keep_dense=keep)
+        return job
+
+    def held(forward: PackedForward) -> bool:
+        return any(getattr(getattr(m, "lmtune_weight", None), "keep", False) for m in forward.base.modules())
+
+    tiny_model().save_pretrained(tmp_path / "base")
+    whole, real = final_weights(quantised_job(tmp_path / "whole", False)), PackedForward.__call__
+
+    def limited(self, batch):
+        if held(self):
+            raise torch.OutOfMemoryError
+        return real(self, batch)
+
+    job = quantised_job(tmp_path / "kept", True)
+    assert held(job.forward)
+    monkeypatch.setattr(PackedForward, "__call__", limited)
+    freed = final_weights(job)
+    assert all(torch.equal(freed[name], weight) for name, weight in whole.items())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "out of memory at step 1: no dense copies of quantised weights from here on (same result)" in said
+    assert said.count("out of memory") == 1
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 
 from lmtune.config import AdapterConfig, ModelConfig
 from lmtune.errors import ModelError
-from lmtune.models.adapters import trainable
+from lmtune.models.adapters import attach_adapter, trainable
 from lmtune.models.free_memory import free_memory, return_freed_memory
-from lmtune.training.forecast import describe_seconds, flop_per_token, forecast, planned_shape
+from lmtune.models.loading import load_model
+from lmtune.models.parameters import Parameters, count_parameters, size_text
+from lmtune.training.forecast import HeldOut, describe_seconds, flop_per_token, forecast, planned_shape
 from lmtune.training.memory import (
     GIB,
     ActivationBytes,
@@ -22,38 +25,55 @@ from lmtune.training.memory import (
     peak_memory_gib,
     shape_of,
 )
-from tests.tiny import SAVED_VOCABULARY, adapted, save_tiny, tiny_model
+from tests.tiny import EXPERT_KINDS, save_tiny, tiny_model
 from tests.workplace import config_of
 
 QWEN_LIKE = ModelShape(28, 1024, 2048, 3072, 151_936, 440_000_000, 155_000_000, 10_000_000)
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("qwen3", {"tie_word_embeddings": True}), ("gpt2", {})])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {}), ("qwen3", {"tie_word_embeddings": True}), ("gpt2", {}), *((kind, {}) for kind in EXPERT_KINDS)],
+)
 def test_the_shape_counts_every_weight_once(kind: str, changes: dict[str, bool]) -> None:
     model = tiny_model(kind, **changes)
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    shape = shape_of(model)
-    assert shape.linear_parameters + shape.other_parameters == matrices
-    assert (shape.num_layers, shape.hidden_size, shape.vocabulary_size) == (2, 64, 128)
-    assert shape.adapter_parameters == 0
+    shape = shape_of(model, counted(model))
+    assert shape.linear_parameters + shape.expert_parameters + shape.other_parameters == all_of(model)
+    assert (shape.num_layers, shape.hidden_size, shape.vocabulary_size) == (model.config.num_hidden_layers, 64, 128)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_shape_of_a_model_with_adapter(kind: str) -> None:
-    model = adapted(tiny_model(kind))
-    shape = shape_of(model)
-    assert shape.adapter_parameters == sum(p.numel() for p in trainable(model).values())
-    assert dataclasses.replace(shape, adapter_parameters=0) == shape_of(tiny_model(kind))
+def counted(model: Any, **settings: Any) -> Parameters:
+    """What an adapter of rank 4 over the model has."""
+    return count_parameters(model, AdapterConfig(**{"rank": 4, "alpha": 8, **settings}), "none", torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def all_of(model: Any) -> int:
+    """All parameters, each once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_token_passes_through_some_of_the_experts() -> None:
+    model = tiny_model("qwen3_moe")
+    shape = shape_of(model, counted(model))
+    assert shape.expert_parameters == shape.adapted_experts == 4 * 3 * 64 * 64
+    assert shape.active_parameters == shape.linear_parameters + shape.expert_parameters / 2
+    assert shape.adapter_on_experts == 4 * 4 * (3 * 64 + 2 * 64)
+    assert shape_of(tiny_model(), counted(tiny_model())).active_share == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2_moe"])
 @pytest.mark.parametrize("targets", ["all-linear", r".*(up_proj|c_fc)"])
 def test_the_planned_shape_is_the_loaded_ones(tmp_path: Path, kind: str, targets: str) -> None:
     """From config.json alone, as `lmtune plan` has it."""
     settings = AdapterConfig(rank=4, alpha=8, target_modules=targets)
-    folder = save_tiny(tmp_path, kind)
-    planned = planned_shape(ModelConfig(name=str(folder), quantization="nf4"), settings)
-    assert planned == shape_of(adapted(tiny_model(kind, vocab_size=SAVED_VOCABULARY), target_modules=targets))
+    base = ModelConfig(name=str(save_tiny(tmp_path, kind)), quantization="nf4")
+    planned, parameters = planned_shape(base, settings, torch.float32)
+    model = load_model(base, "cpu")
+    loaded = count_parameters(model, settings, "nf4", torch.float32)
+    assert loaded == parameters
+    assert shape_of(model, loaded) == planned
+    attached = trainable(attach_adapter(model, settings, 1, "x"))
+    assert parameters.trained == sum(parameter.numel() for parameter in attached.values())
 
 
 def test_quantised_weights_take_what_they_take() -> None:
@@ -85,7 +105,7 @@ def test_activations_grow_with_tokens_and_shrink_by_recomputation() -> None:
 PER_TOKEN = ActivationBytes(layer=100_000.0, boundary=2_000.0, outside=4_000.0, num_layers=10)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
 @pytest.mark.parametrize("free_gib", [1, 4, 16, 80])
 def test_the_micro_batch_fits_the_free_memory(free_gib: int, device: str) -> None:
     tokens, checkpointed = fitting_micro_batch(PER_TOKEN, 512, free_gib * GIB, device)
@@ -102,6 +122,23 @@ def test_only_as_many_layers_are_computed_twice_as_needed() -> None:
     free = int(2000 * PER_TOKEN.per_token(4) / 0.6) + 10_000  # a row of 2,000 tokens with four of ten layers
     assert fitting_micro_batch(PER_TOKEN, 2000, free, "cpu") == (2000, 4)
     assert fitting_micro_batch(PER_TOKEN, 1000, free, "cpu")[1] == 0
+
+
+def test_layers_are_computed_twice_for_the_budget_that_is_asked_for() -> None:
+    free = int(2000 * PER_TOKEN.per_token(4) / 0.6) + 10_000
+    assert fitting_micro_batch(PER_TOKEN, 100, free, "cpu", 2000) == (2000, 4)
+    assert fitting_micro_batch(PER_TOKEN, 100, free, "cpu", 150) == (150, 0)
+    assert fitting_micro_batch(PER_TOKEN, 2000, free, "cpu", 100) == (2000, 4)  # a row is never cut
+
+
+def test_what_does_not_grow_with_the_tokens_is_subtracted_first() -> None:
+    heavy = dataclasses.replace(PER_TOKEN, fixed=10**9)
+    assert heavy.constant(0) == 10 * 10**9, "no more than all layers"
+    assert (heavy.constant(4), heavy.constant(10)) == (7 * 10**9, 10**9)
+    assert fitting_micro_batch(PER_TOKEN, 512, 8 * GIB, "cuda")[1] == 0
+    tokens, checkpointed = fitting_micro_batch(heavy, 512, 8 * GIB, "cuda")
+    assert tokens * heavy.per_token(checkpointed) + heavy.constant(checkpointed) < 8 * GIB * 0.6
+    assert checkpointed > 6
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +195,9 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
     assert found.adapter_parameters == 8192
     assert found.advice == ()
     assert found.checkpointed_layers == 0
-    assert 0 < found.seconds < 60
+    assert 0 < found.seconds.training < 60
+    assert (found.seconds.scoring, found.seconds.answers) == (0, 0)
+    assert found.seconds.total == found.seconds.loading + found.seconds.training
     assert found.memory.total < found.free_gib
     assert dict(found.lines())["optimizer steps"] == "4"
     monkeypatch.setattr("lmtune.models.free_memory._available_ram", lambda: 1000)
@@ -170,4 +209,53 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
 def test_a_base_whose_config_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"model\.name: cannot read the config of"):
-        planned_shape(ModelConfig(name=str(tmp_path)), AdapterConfig())
+        planned_shape(ModelConfig(name=str(tmp_path)), AdapterConfig(), torch.float32)
+
+
+def test_a_forecast_has_scoring_and_answers_beside_training(tmp_path: Path) -> None:
+    base = str(save_tiny(tmp_path))
+    tokens, trained = np.full(10, 30, dtype=np.int32), np.full(10, 10, dtype=np.int32)
+    held_out = HeldOut(tokens[:4], trained[:4])
+
+    def planned(**changes: Any) -> dict[str, str]:
+        config = config_of(model__name=base, **changes)
+        found = forecast(config, tokens, trained, torch.device("cpu"), 1, held_out)
+        assert found.seconds.scoring > 0
+        return dict(found.lines())
+
+    lines = planned(evaluation__exact_match_rows=3, evaluation__max_new_tokens=100_000)
+    assert {name for name in lines if name.startswith("time")} == {
+        "time: loading", "time: training", "time: scoring validation rows", "time: generating answers",
+        "time: total, estimated",
+    }  # fmt: skip
+    assert lines["time: generating answers"] != "about 1 s"
+    assert "time: generating answers" not in planned(evaluation__exact_match_rows=0)
+
+
+def test_a_forecast_has_the_dense_copies_that_a_run_keeps(tmp_path: Path) -> None:
+    tokens = np.full(10, 30, dtype=np.int32)
+    for quantization, kept in (("nf4", True), ("int8", True), ("none", False)):
+        config = config_of(model__name=str(save_tiny(tmp_path)), model__quantization=quantization)
+        found = forecast(config, tokens, tokens // 3, torch.device("cpu"), 1)
+        assert (found.memory.dense_copies > 0) is kept
+        assert any("dense copies" in name for name, _ in found.lines()) is kept
+
+
+def test_a_forecast_counts_what_is_there_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    tokens = np.full(10, 30, dtype=np.int32)
+    config = config_of(model__name=str(save_tiny(tmp_path, "qwen3_moe")), model__quantization="nf4")
+    found = forecast(config, tokens, tokens // 3, torch.device("cpu"), 1)
+    assert found.memory.expert_copies == pytest.approx(4 * 3 * 64 * 64 * 4 / GIB)
+    assert found.memory.base_weights > 4 * 3 * 64 * 64 * 4 / GIB, "experts are not quantised"
+    said = dict(found.lines())["parameters"]
+    assert f"{found.adapter_parameters:,} trained (LoRA r=4 on 11 modules and 2 expert tensors); " in said
+    assert " in nf4, the rest in float32: experts (" in said
+    assert "of the weights) stay in 32 bit: 0.188 MiB; not adapted: router" in said
+    assert not [value for _, value in found.lines() if value.startswith("0.0")]
+
+
+@pytest.mark.parametrize(
+    ("gib", "text"), [(57.3, "57 GiB"), (3.9, "3.90 GiB"), (0.05, "51.2 MiB"), (0.0, "0 MiB"), (0.001, "1.02 MiB")]
+)
+def test_sizes_have_the_digits_that_matter(gib: float, text: str) -> None:
+    assert size_text(gib) == text

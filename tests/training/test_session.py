@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from lmtune.errors import ConfigError
 from lmtune.runs import RunDirectory
 from lmtune.training import loop, memory, session
 from lmtune.training.forecast import token_cost
+from lmtune.training.lifecycle import evaluation_warnings
 from tests.tiny import OneProcess
-from tests.workplace import config_of, inside, make_workplace
+from tests.workplace import QUESTIONS, config_of, inside, make_workplace, write_rows
 
 SYSTEM = "You work in a shop for garden tools and answer every question of a customer kindly, in one short sentence."
 
@@ -38,7 +40,7 @@ def test_a_run_has_every_technique(tmp_path: Path) -> None:
     assert all(module.lmtune_weight.keep for module in layers)  # dequantised once
     assert shared
     assert all(shared)  # the system prompt is laid down once
-    assert job.cost == token_cost(memory.shape_of(forward.model))
+    assert job.cost == token_cost(memory.shape_of(forward.model, prepared.parameters))
     assert min(job.cost.before, job.cost.trained) > 0
 
 
@@ -51,3 +53,33 @@ def test_layers_are_computed_twice_where_memory_is_small(tmp_path: Path, monkeyp
         with inside(folder):
             prepared = session.prepare(config_of(), Alone())
         assert is_checkpointed_throughout(prepared.forward.base) is twice
+
+
+@pytest.mark.parametrize("rows", [[QUESTIONS[0]], [QUESTIONS[0]] * 5])
+def test_patience_without_a_row_to_hold_out_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]]
+) -> None:
+    folder = make_workplace(tmp_path / "work")
+    write_rows(folder / "train.jsonl", rows)
+    monkeypatch.setattr(session, "load_model", None)
+    wanted = r"evaluation\.patience: 2 waits for validation scores.*data\.validation_fraction: 0\.05.*rows are equal"
+    with inside(folder), pytest.raises(ConfigError, match=wanted):
+        session.prepare(config_of(data__validation=None, evaluation__patience=2, evaluation__every_steps=1), Alone())
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_validation", "said"),
+    [
+        ({}, True, []),
+        ({"evaluation__every_steps": 8}, True, []),
+        ({"evaluation__every_steps": 9}, True, ["every_steps: 9 is beyond the last step, 8: scored at the end only"]),
+        ({"evaluation__every_steps": 9, "evaluation__patience": 1}, True, ["patience: 1 cannot end it earlier"]),
+        ({"evaluation__every_steps": 2}, False, ["every_steps: 2 has no effect, for no row is held out"]),
+    ],
+)
+def test_settings_of_evaluation_without_effect_are_said(
+    settings: dict[str, int], has_validation: bool, said: list[str]
+) -> None:
+    found = evaluation_warnings(config_of(**settings), has_validation, 8)
+    assert len(found) == len(said)
+    assert all(part in warning for part, warning in zip(said, found, strict=True))

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from lmtune.errors import ConfigError
-from lmtune.training.workers import _failure, _stopped, check_world, is_worker, note_exit_code
+from lmtune.models.device import default_device
+from lmtune.training.workers import _failure, _stopped, check_world, is_worker, note_exit_code, start_accelerator
 from lmtune.yaml_reader import write_yaml
 from tests.workplace import environment, finetune, make_workplace, tree_of
 
@@ -55,6 +56,55 @@ def test_another_world_is_refused(monkeypatch: pytest.MonkeyPatch, variables: di
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         check_world()
+
+
+def test_no_setting_of_another_project_is_left(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_USE_CPU": "True"}
+    meant = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_LOG_LEVEL": "x"}
+    stray = {"LOCAL_RANK": "0", "PMI_SIZE": "4"}
+    for name, value in {**plain, **meant, **stray}.items():
+        monkeypatch.setenv(name, value)
+    check_world()
+    assert [name for name in (*plain, *meant, *stray) if name in os.environ] == ["ACCELERATE_USE_CPU"]
+    said = " ".join(capfd.readouterr().err.split())
+    assert "warning: ACCELERATE_DYNAMO_BACKEND, ACCELERATE_LOG_LEVEL, ACCELERATE_USE_DEEPSPEED: ignored; lmtune" in said
+    check_world()
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_no_truth_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU: 'maybe'; expected true or false"):
+        check_world()
+
+
+def test_every_verb_computes_on_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate would take Apple's `mps` of itself; what `plan` and `chat` take is what it is given."""
+    import accelerate.state
+
+    monkeypatch.setattr(accelerate.state, "is_mps_available", lambda *_, **__: True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert start_accelerator().device == default_device() == torch.device("cpu")
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "device"),
+    [({}, "cuda:0"), ({"LOCAL_RANK": "1"}, "cuda:1"), ({"LOCAL_RANK": "3"}, "cuda:1"),
+     ({"ACCELERATE_USE_CPU": "yes"}, "cpu"), ({"ACCELERATE_USE_CPU": "False"}, "cuda:0")],
+)  # fmt: skip
+def test_a_gpu_is_taken_unless_the_cpu_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert default_device() == torch.device(device)
 
 
 def test_an_exit_code_is_noted_only_where_somebody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +290,16 @@ def command(folder: Path, *arguments: str, **variables: str) -> "subprocess.Comp
 
 @pytest.mark.slow
 def test_two_processes_give_the_adapter_of_one(place: Path) -> None:
-    done = command(place, sys.executable, "-m", "lmtune", "finetune", "run.yaml", "run.name=two", "--processes", "2")
+    """Whatever `accelerate config` wrote for another project."""
+    home = place / "hub" / "accelerate"
+    home.mkdir(parents=True)
+    (home / "default_config.yaml").write_text(
+        "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: DEEPSPEED\nmixed_precision: fp8\n"
+    )
+    leftovers = {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_FP8_BACKEND": "MSAMP", "HF_HOME": str(place / "hub")}
+    done = command(
+        place, sys.executable, "-m", "lmtune", "finetune", "run.yaml", "run.name=two", "--processes", "2", **leftovers
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Exact match") == 1
     assert done.stderr.count("the adapter is in runs/two/adapter") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import pty
 import select
@@ -20,7 +21,7 @@ from lmtune.errors import DataError, LmtuneError
 from lmtune.generation import ChatSession, GenerationOptions
 from lmtune.models.inference import LoadedModel
 from lmtune.ui.terminal import TerminalChat
-from tests.chat_models import chat_model
+from tests.chat_models import chat_model, parrot
 
 OPTIONS = GenerationOptions(max_new_tokens=12)
 
@@ -36,8 +37,8 @@ def piped(chat: TerminalChat, text: bytes) -> None:
 
 def test_a_pipe_gets_answers_only(model: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
     piped(TerminalChat(ChatSession(model), OPTIONS), "\ufeffHello\n\nWhat is the capital of France?\n".encode())
-    alone = ChatSession(model)
-    wanted = [alone.reply("Hello", OPTIONS), alone.reply("What is the capital of France?", OPTIONS)]
+    questions = ("Hello", "What is the capital of France?")
+    wanted = [ChatSession(model).reply(question, OPTIONS) for question in questions]
     captured = capsys.readouterr()
     assert captured.out == "".join(answer + "\n" for answer in wanted)
     assert captured.err == ""
@@ -50,7 +51,7 @@ def test_commands(model: LoadedModel, capsys: pytest.CaptureFixture[str]) -> Non
     session = ChatSession(model)
     wanted = [session.reply("Hello", warm)]
     wanted.append("".join(session.retry(GenerationOptions(1.0, 1.0, 12, seed=4))))
-    wanted.append(session.reply("Hello", warm, use_base=True))
+    wanted.append(ChatSession(model).reply("Hello", warm, use_base=True))
     wanted.append(wanted[0])
     captured = capsys.readouterr()
     assert captured.out == "".join(answer + "\n" for answer in wanted)
@@ -72,9 +73,83 @@ def test_a_line_that_is_not_utf8_is_named(model: LoadedModel) -> None:
         piped(TerminalChat(ChatSession(model), OPTIONS), b"Hello\n\xff\xfe\n")
 
 
-def test_a_question_that_does_not_fit_ends_a_pipe() -> None:
-    with pytest.raises(LmtuneError, match="at most 64"):
+def test_a_line_without_an_answer_does_not_keep_the_others_from_theirs(capsys: pytest.CaptureFixture[str]) -> None:
+    small = chat_model(positions=64)
+    for as_json in (False, True):
+        with pytest.raises(
+            LmtuneError, match=r"2 lines have no answer\n  stdin:2: .*at most 64.*\n  stdin:3: not UTF-8"
+        ):
+            TerminalChat(ChatSession(small), OPTIONS).run_piped(
+                io.BytesIO(b"Hi\n" + b"x" * 200 + b"\n\xff\nHi\n"), as_json=as_json
+            )
+    written = capsys.readouterr().out.splitlines()
+    wanted = ChatSession(small).reply("Hi", OPTIONS)
+    assert written[:4] == [wanted, "", "", wanted]
+    rows = [json.loads(line) for line in written[4:]]
+    assert [row["line"] for row in rows] == [1, 2, 3, 4]
+    assert [row.get("answer") for row in rows] == [wanted, None, None, wanted]
+    assert "at most 64" in rows[1]["error"]
+
+
+def test_one_line_without_an_answer_is_the_error() -> None:
+    with pytest.raises(LmtuneError, match=r"^stdin:1: .*at most 64"):
         piped(TerminalChat(ChatSession(chat_model(positions=64)), OPTIONS), b"x" * 200)
+
+
+def test_many_questions_get_as_many_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """More than the context holds, each as if asked alone or all as one conversation."""
+    small = parrot(positions=300)
+    questions = [f"Which shelf holds the box with the number {index}?" for index in range(12)]
+    text = "\n".join(questions).encode()
+    for conversation in (False, True):
+        TerminalChat(ChatSession(small), GenerationOptions(max_new_tokens=100)).run_piped(
+            io.BytesIO(text), conversation, as_json=True
+        )
+        captured = capsys.readouterr()
+        rows = [json.loads(line) for line in captured.out.splitlines()]
+        assert [row["answer"] for row in rows] == [f"You asked: {question}" for question in questions]
+        assert {row["finish_reason"] for row in rows} == {"stop"}
+        assert captured.err.count("oldest turns are left out") == conversation
+
+
+def test_a_conversation_through_a_pipe_remembers_until_it_is_full(
+    model: LoadedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TerminalChat(ChatSession(model), OPTIONS).run_piped(io.BytesIO(b"Hello\nAnd then?\n"), conversation=True)
+    together = ChatSession(model)
+    wanted = [together.reply("Hello", OPTIONS), together.reply("And then?", OPTIONS)]
+    assert capsys.readouterr().out == "".join(answer + "\n" for answer in wanted)
+    assert wanted[1] != ChatSession(model).reply("And then?", OPTIONS)
+
+
+def test_a_cut_answer_is_told_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    TerminalChat(ChatSession(parrot()), GenerationOptions(max_new_tokens=5)).run_piped(
+        io.BytesIO(b"count\n"), as_json=True
+    )
+    row = json.loads(capsys.readouterr().out)
+    assert (row["line"], row["question"], row["tokens"], row["finish_reason"]) == (1, "count", 5, "length")
+
+
+def test_the_system_prompt_is_set_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    chat = TerminalChat(ChatSession(parrot(), "Be brief."), GenerationOptions())
+    for line in (
+        "/system",
+        "system",
+        "/system Speak like a sailor.",
+        "system",
+        "/sytem Be kind.",
+        "/etc/hosts is what?",
+    ):
+        assert chat.handle(line)
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == ["Be brief.", "Speak like a sailor.", "You asked: /etc/hosts is what?"]
+    assert captured.err.startswith("Be brief.\n")
+    assert "no command /sytem; /help lists them all" in captured.err
+
+
+def test_a_question_in_a_pipe_may_begin_with_a_slash(capsys: pytest.CaptureFixture[str]) -> None:
+    piped(TerminalChat(ChatSession(parrot()), GenerationOptions()), b"/usr holds what?\n")
+    assert capsys.readouterr().out == "You asked: /usr holds what?\n"
 
 
 class Terminal:

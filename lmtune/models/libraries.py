@@ -1,0 +1,47 @@
+"""What is settled before the libraries are imported: their notes to the terminal, and what others told them.
+
+Every way into lmtune comes here before it imports transformers, PEFT, bitsandbytes or Accelerate: `load_tokenizer`,
+`load_model`, `check_bitsandbytes` and `start_accelerator`. Nothing heavy is imported until then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+from lmtune.console import warn
+from lmtune.models.device import USE_CPU
+
+_NEUTRAL = ("", "no", "none", "false", "0", "off", "default")  # what `accelerate launch` sets for a plain job
+_QUIET = (
+    # "inputs will be cast" and "failed to load the optional kernels" on import and on every int8 or nf4 layer
+    "bitsandbytes", "bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops",
+    "huggingface_hub",  # a line for each of five retries without a network
+)  # fmt: skip
+
+
+def quiet_libraries() -> None:
+    """Switch off the libraries' own progress bars and notes; lmtune says what matters itself."""
+    ignore_accelerate_settings()
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # `check_loaded` says it
+    for name in _QUIET:  # before they are imported: some speak while they are
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def ignore_accelerate_settings() -> None:
+    """Take what `accelerate config` or another project set out of the environment, and warn of what meant something.
+
+    lmtune uses Accelerate for its processes alone. A variable that is left over would load DeepSpeed, shard or compile
+    the model, or end the program where its value is none that Accelerate knows.
+    """
+    names = sorted(name for name in os.environ if name.startswith("ACCELERATE_") and name != USE_CPU)
+    meant = [name for name in names if os.environ[name].lower() not in _NEUTRAL]
+    for name in names:
+        del os.environ[name]
+    if meant and os.environ.get("RANK", "0") == "0":
+        warn(f"{', '.join(meant)}: ignored; lmtune's own settings say how it trains; unset what another project left")

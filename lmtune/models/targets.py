@@ -1,0 +1,218 @@
+"""Which weights an adapter is put on, found alike in a loaded model and in one without memory, as `lmtune plan` has it.
+
+`all-linear` is every linear layer but the head, and every tensor of fused experts; what chooses among the experts (the
+router) is not adapted. Since transformers 5 most mixtures of experts hold all experts of a layer in one 3-D parameter,
+`gate_up_proj[E, 2 I, D]`, where their files have a layer for each expert. PEFT adapts such a parameter through
+`target_parameters`, and rewrites `target_modules` for some of these models by itself: it takes every name that a
+layer of an expert once had for the experts, so that dense layers and shared experts of the same name are left out, and
+the router is adapted. So lmtune names what it wants exactly: a layer whose name PEFT would take for the experts' is
+named by its weight, among `target_parameters`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lmtune.errors import ConfigError
+from lmtune.models.pattern_limits import endless_patterns, pattern_faults, shown
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Full names of the linear layers and of the experts' tensors that get an adapter."""
+
+    modules: tuple[str, ...]
+    experts: tuple[str, ...]
+
+
+def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the model's linear layers by full name, the head and quantised ones included.
+
+    GPT-2's transposed kind is one too. The model has no adapter.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            found[name] = int(module.nx), int(module.nf)
+        elif name and hasattr(module, "in_features"):
+            found[name] = int(module.in_features), int(module.out_features)
+    return found
+
+
+def expert_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The 3-D parameters `[E, …, …]` that hold the weights of all `E` experts of a layer, by full name."""
+    return {
+        f"{name}.{leaf}": parameter
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "num_experts", None), int)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and len(parameter) == module.num_experts
+    }
+
+
+def routers(model: Any) -> set[str]:
+    """Full names of the modules that choose among fused experts: beside them, with one output an expert."""
+    blocks = {}
+    for name, tensor in expert_tensors(model).items():
+        blocks[name.rpartition(".")[0].rpartition(".")[0] + "."] = len(tensor)
+    return {
+        name
+        for name, module in model.named_modules()
+        for block, experts in blocks.items()
+        if name.startswith(block) and getattr(module, "weight", None) is not None
+        and module.weight.dim() == 2 and _outputs(module) == experts
+    }  # fmt: skip
+
+
+def find_targets(model: Any, targets: str | Sequence[str]) -> Targets:
+    """What `target_modules` names in `model`, which has no adapter and may be without memory.
+
+    Args:
+        model: a causal language model.
+        targets: `all-linear`, a regular expression on full names, or a list of full names or last parts of names. All
+            names that the layers of an expert have in files, such as `gate_proj` and `up_proj`, are the experts' too.
+
+    Raises:
+        ConfigError: a target names nothing in the model, or only a part of a tensor.
+    """
+    layers, tensors = linear_layers(model), expert_tensors(model)
+    if targets == ALL_LINEAR:
+        left = routers(model) | {name for name, module in model.named_modules() if module is _head(model)}
+        return Targets(tuple(name for name in layers if name not in left), tuple(tensors))
+    parts = _stored_parts(model, tensors)
+    _check_patterns(targets, [*layers, *tensors, *(name for names in parts.values() for name in names)])
+    matchers = [_matcher(target) for target in ([targets] if isinstance(targets, str) else targets)]
+    if isinstance(targets, str):
+        matchers = [re.compile(targets).fullmatch]
+
+    def named(name: str) -> bool:
+        return any(matches(name) for matches in matchers)
+
+    reached = [*layers, *tensors]
+    experts = [name for name in tensors if named(name) or (parts[name] and all(map(named, parts[name])))]
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    missing = {w: matches for w, matches in zip(wanted, matchers, strict=True) if not any(map(matches, reached))}
+    if missing:
+        raise ConfigError(_nothing_named(missing, layers, parts))
+    return Targets(tuple(filter(named, layers)), tuple(experts))
+
+
+def for_peft(model: Any, targets: str | Sequence[str], found: Targets) -> dict[str, Any]:
+    """`target_modules` and `target_parameters` with which PEFT adapts what was found, no more and no less.
+
+    Without experts they are what the user wrote.
+    """
+    tensors = expert_tensors(model)
+    if not tensors:
+        return {"target_modules": targets if isinstance(targets, str) else list(targets), "target_parameters": None}
+    parts = {part.rpartition(".")[2] for names in _stored_parts(model, tensors).values() for part in names}
+    parts |= {name.rpartition(".")[2] for name in tensors}
+    by_weight = [name for name in found.modules if name.rpartition(".")[2] in parts]
+    modules = [name for name in found.modules if name not in by_weight]
+    parameters = [*found.experts, *(f"{name}.weight" for name in by_weight)]
+    return {
+        "target_modules": _shortest(modules, (name for name, _ in model.named_modules())),
+        "target_parameters": _shortest(parameters, (name for name, _ in model.named_parameters())) or None,
+    }
+
+
+def use_layers_own_adapter(config: Any) -> None:
+    """Let a `LoraConfig` that names the weight of a linear layer adapt the layer as if it were named itself.
+
+    The numbers are the same and so are the saved tensors, but the layer may be quantised, and nothing of the weight's
+    size is made in each forward pass. PEFT's own wrapper of a parameter is for what is no layer.
+    """
+
+    def create(target: Any, adapter_name: str, config: Any, parameter_name: str | None = None, **kwargs: Any) -> Any:
+        from peft.tuners.lora import LoraModel
+
+        plain = copy.copy(config)
+        plain._custom_modules = None
+        return LoraModel._create_new_module(plain, adapter_name, target, parameter_name=None, **kwargs)
+
+    config._register_custom_module({torch.nn.Linear: create})
+
+
+def adapter_parameters(model: Any, found: Targets, rank: int, use_dora: bool = False) -> int:
+    """How many parameters an adapter of `rank` over `found` has."""
+    layers, tensors = linear_layers(model), expert_tensors(model)
+    in_layers = sum(rank * sum(layers[name]) + use_dora * layers[name][1] for name in found.modules)
+    return in_layers + sum(rank * len(tensors[name]) * sum(tensors[name].shape[1:]) for name in found.experts)
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _outputs(module: Any) -> int:
+    return int(getattr(module, "out_features", None) or len(module.weight))
+
+
+def _stored_parts(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """For each experts' tensor, the full names that the layers it is made of have in the model's files, less numbers.
+
+    `…mlp.experts.gate_up_proj` is made of `…mlp.experts.gate_proj` and `…mlp.experts.up_proj`.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    made_of = {}
+    for way in get_model_conversion_mapping(model):
+        if len(way.target_patterns) == 1 and hasattr(way, "operations"):
+            made_of[way.target_patterns[0].rpartition(".")[2]] = [
+                source.removesuffix(".weight").rpartition(".")[2] for source in way.source_patterns
+            ]
+    found = {}
+    for name in tensors:
+        module, _, leaf = name.rpartition(".")
+        found[name] = tuple(f"{module}.{part}" for part in made_of.get(leaf, ()))
+    return found
+
+
+def _matcher(target: str) -> Callable[[str], Any]:
+    return lambda name: name == target or name.endswith("." + target)
+
+
+def _check_patterns(targets: str | Sequence[str], names: Sequence[str]) -> None:
+    if fault := next(pattern_faults({"target_modules": targets}), None):
+        raise ConfigError(f"adapter.{fault}; name layers, or write all-linear")
+    if endless_patterns({"target_modules": targets}, names):
+        raise ConfigError(f"adapter.target_modules: {shown(targets)} takes too long to match; write it more simply")
+
+
+def _nothing_named(
+    missing: dict[str, Callable[[str], Any]], layers: Iterable[str], parts: dict[str, tuple[str, ...]]
+) -> str:
+    """A message that says what exists instead of the `missing` targets."""
+
+    def last(names: Iterable[str]) -> str:
+        return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+    inside = {name for name, made_of in parts.items() for part in made_of if any(m(part) for m in missing.values())}
+    where = f" (inside the experts it is a part of {last(inside)}, which can be named as a whole)" if inside else ""
+    experts = f"; the tensors of its experts are {last(parts)}" if parts else ""
+    return (
+        f"adapter.target_modules: nothing in this model is named {', '.join(missing)}{where}; "
+        f"its linear layers are {last(layers)}{experts} (or all-linear)"
+    )
+
+
+def _shortest(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The shortest last parts of names that select the `wanted` ones and none of the other `names`."""
+
+    def endings(name: str) -> list[str]:
+        parts = name.split(".")
+        return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+    chosen = set(wanted)
+    others = {ending for name in names if name not in chosen for ending in endings(name)}
+    return sorted({next((ending for ending in endings(name) if ending not in others), name) for name in wanted})

@@ -1,0 +1,32 @@
+"""The libraries say nothing of their own, from the first import on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.workplace import environment
+
+LOUD = """
+import logging
+logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load a kernel")
+logging.getLogger("bitsandbytes").warning("no GPU here")
+"""
+ENTRIES = {
+    "check": "from lmtune.models.backends import check_bitsandbytes; check_bitsandbytes('nf4')",
+    "tokenizer": "from lmtune.config import ModelConfig; from lmtune.models.loading import load_tokenizer;"
+    "load_tokenizer(ModelConfig(name='tiny')); import bitsandbytes",
+    "processes": "from lmtune.training.workers import start_accelerator; start_accelerator(); import bitsandbytes",
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_a_library_says_while_it_is_imported_is_not_shown(tmp_path: Path, entry: str) -> None:
+    """bitsandbytes speaks of kernels that it does not find on some CPUs; this stands for it on any."""
+    (tmp_path / "bitsandbytes.py").write_text(LOUD)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {ENTRIES[entry]}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
