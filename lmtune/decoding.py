@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lmtune.data.replies import ReplyParser
 from lmtune.errors import LmtuneError
 from lmtune.kernels.attention import NAME as BY_DOCUMENT
 from lmtune.models.inference import LoadedModel
@@ -129,7 +130,7 @@ class PieceDecoder:
     """Turns tokens into pieces of text as they come, never cut inside a character.
 
     Args:
-        decode: text of token ids, for example `Renderer.decode`.
+        decode: text of token ids, for example `Renderer.marked_text`.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -155,6 +156,21 @@ class PieceDecoder:
 
     def _new_text(self) -> str:
         return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+
+class ReplyDecoder:
+    """Turns tokens into pieces of a reply in the form of `lmtune.data.replies`."""
+
+    def __init__(self, pieces: PieceDecoder, parser: ReplyParser) -> None:
+        self._pieces, self._parser = pieces, parser
+
+    def add(self, token: int) -> str:
+        """What can be shown now, maybe nothing."""
+        return self._parser.feed(self._pieces.add(token))
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._parser.feed(self._pieces.finish()) + self._parser.finish()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 *Teacher-forced* scores run each row once with its right answer: loss (mean over trained tokens, so long answers count
 for their length), perplexity, the share of trained tokens that were the model's first choice, and of rows all of whose
-were. *Exact match* lets the model answer by itself, greedily, and compares the text.
+were. *Exact match* lets the model answer by itself, greedily, and compares the answers' text, less any reasoning.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lmtune.config import DataConfig, build_config
 from lmtune.console import progress, warn
 from lmtune.data.examples import Message
 from lmtune.data.packing import fill, pack
+from lmtune.data.replies import split_reply
 from lmtune.data.tokenized import tokenize
 from lmtune.decoding import base_of, max_positions
 from lmtune.errors import ConfigError, LmtuneError, listed
@@ -57,7 +58,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer beside the right one, for row `row` of the data."""
+    """One generated answer beside the right one, for row `row` of the data; reasoning before them is left out."""
 
     row: int
     question: str
@@ -240,7 +241,7 @@ def answers(
         )
     model.train(training)
     return [
-        Answer(row, _question(renderer, prompt), renderer.decode(right), renderer.decode(said))
+        Answer(row, _question(renderer, prompt), *(split_reply(renderer.decode(ids))[1] for ids in (right, said)))
         for row, prompt, right, said in zip(rows, prompts, wanted, given, strict=True)
     ]
 

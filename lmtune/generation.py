@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from lmtune.data.examples import Message
-from lmtune.decoding import PieceDecoder, ReadTokens, Sampler, base_of, max_positions, ordinary_attention
+from lmtune.decoding import PieceDecoder, ReadTokens, ReplyDecoder, Sampler, base_of, max_positions, ordinary_attention
 from lmtune.errors import ConfigError, LmtuneError, listed
 from lmtune.models.inference import LoadedModel
 from lmtune.numeric import is_finite_number
@@ -149,7 +149,10 @@ class ChatSession:
         return turn is not None and turn.finish_reason == "length"
 
     def stream(self, user_text: str, options: GenerationOptions | None = None, use_base: bool = False) -> Iterator[str]:
-        """Ask, and get the answer in pieces of text; abandoning the iterator stops it.
+        """Ask, and get the reply in pieces of text; abandoning the iterator stops it.
+
+        Reasoning, however the template lays it out, stands before the answer in <think> tags; `split_reply` of
+        `lmtune.data.replies` takes a reply apart.
 
         Args:
             user_text: the question.
@@ -259,7 +262,7 @@ class ChatSession:
 
     def _decode(self, token_ids: list[int]) -> str:
         with self.model.lock:
-            return self.model.renderer.decode(token_ids)
+            return self.model.renderer.marked_text(token_ids)
 
     def _answer(
         self, keep: int | None, user_text: str, options: GenerationOptions | None, use_base: bool
@@ -283,7 +286,7 @@ class ChatSession:
             self._infos = [*self._said_infos()[:keep], *(None for _ in asked)]
             self._turn, history = turn, self._history
             memory = self._memories.pop(use_base, None) or ReadTokens(self.model, use_base)
-        decoder = PieceDecoder(self._decode)
+        decoder = ReplyDecoder(PieceDecoder(self._decode), self.model.renderer.reply_parser())
         for token in begun:
             turn.token_ids.append(token)
             turn.text += decoder.add(token)
@@ -304,7 +307,7 @@ class ChatSession:
                     self._memories[use_base] = memory
 
     def _pieces(
-        self, prompt: list[int], memory: ReadTokens, options: GenerationOptions, turn: _Turn, decoder: PieceDecoder
+        self, prompt: list[int], memory: ReadTokens, options: GenerationOptions, turn: _Turn, decoder: ReplyDecoder
     ) -> Iterator[str]:
         """The answer to `prompt`, or what comes after the tokens that `turn` has already, as text."""
         prompt = [*prompt, *turn.token_ids]

@@ -9,6 +9,9 @@ inside the template ({% generation %}) are not needed, and most templates have n
 is one document as long as each p continues the document so far; a template that renders earlier answers differently
 once they are history (Qwen3 drops their reasoning) begins a new document for each answer instead.
 
+Inference reads the tokens back the same way: `decode` gives a reply without what the template writes before an answer,
+and with its reasoning set apart (`lmtune.data.replies`).
+
 Without a template: prompt, completion and the end token, encoded apart, because generation starts after the prompt's
 own tokens. Every document ends in a learned token that generation stops at. Masking is by position, never by id, so a
 tokenizer that pads with its end token learns to stop all the same.
@@ -25,10 +28,17 @@ from typing import Any, Literal
 
 from lmtune.data.chat_template import ChatTemplate, TemplateFault
 from lmtune.data.examples import Example, Message
+from lmtune.data.replies import ReplyFormat, ReplyParser
 from lmtune.errors import DataError, ModelError
 from lmtune.writing import naming_in
 
 Template = Literal["auto", "chat", "plain", "thinking"]
+RENDERING_VERSION = 1  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
+_TRIMMED = {
+    "assistant": "the chat template trims answers; these are learned with the white space at their ends, as written",
+    "user": "the chat template trims questions, in training and in chat alike; these lose white space at their ends",
+    "system": "the chat template trims system prompts, in training and in chat alike; these lose white space",
+}
 
 
 @dataclass(frozen=True)
@@ -50,14 +60,16 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: Any, template: Template = "auto", system: str | None = None, eos_token_ids: Sequence[int] = ()
-    ) -> None:
+        self, tokenizer: Any, template: Template = "auto", system: str | None = None,
+        eos_token_ids: Sequence[int] = (), now: str | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             tokenizer: a transformers tokenizer.
             template: `chat`, `plain`, `thinking` (chat, answers hold reasoning), or `auto`: chat if there is one.
             system: the system prompt of conversations that have none.
             eos_token_ids: further ends, from the model's generation config.
+            now: the time for a template that writes it, as `rendered_at` tells it; None is the time of rendering.
 
         Raises:
             ModelError: no template where one is demanded, or no token that could end an answer.
@@ -72,7 +84,7 @@ class Renderer:
             raise ModelError(f"data.template: {template}, but the tokenizer has no chat template; use plain")
         self._chat: ChatTemplate | None = None
         if has_template and template != "plain":
-            self._chat = ChatTemplate(tokenizer, template == "thinking", eos_ids)
+            self._chat = ChatTemplate(tokenizer, template == "thinking", eos_ids, now)
             if self._system is not None and self._chat.system_fault:
                 raise ModelError(f"data.system: {self._chat.system_fault}")
         elif not eos_ids:
@@ -80,6 +92,7 @@ class Renderer:
                 "the tokenizer has no EOS token, so the model could never learn to stop; set the tokenizer's eos_token"
             )
         self._end_token_id = self._chat.end_token_id if self._chat else eos_ids[0]
+        self._reply_format = self._chat.reply_format if self._chat else ReplyFormat()
         self._lead_ids = self._find_lead()
         self.stop_token_ids = tuple(dict.fromkeys([self._end_token_id, *eos_ids]))
         self.uses_chat_template = self._chat is not None
@@ -119,9 +132,44 @@ class Renderer:
             raise ModelError(str(fault)) from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """A reply's text, without stop tokens and other control tokens."""
-        kept = [int(index) for index in ids if index not in self.stop_token_ids]
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        """A reply: the answer, after its reasoning in <think> tags if there is any; without control tokens."""
+        parser = self.reply_parser()
+        return parser.feed(self.marked_text(ids)) + parser.finish()
+
+    def reply_parser(self) -> ReplyParser:
+        """What makes a reply of `marked_text`, piece by piece."""
+        return ReplyParser(self._reply_format)
+
+    def marked_text(self, ids: Sequence[int]) -> str:
+        """A reply's text as the model says it, with the marks of `ReplyFormat`; other control tokens are left out."""
+        marks, text, run = self._reply_format.marks, "", list[int]()
+        for index in ids:
+            if index in marks:
+                text, run = text + self._text_of(run) + marks[index], []
+            elif index not in self.stop_token_ids:
+                run.append(int(index))
+        return text + self._text_of(run)
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+    @property
+    def rendered_at(self) -> str | None:
+        """The time that the template writes into prompts; None if it writes none."""
+        return self._chat.time_now() if self._chat is not None and self._chat.writes_date else None
+
+    @property
+    def own_words(self) -> str:
+        """What the template writes by itself before a question, such as a system prompt; mostly nothing."""
+        return self._chat.own_words if self._chat is not None and self._system is None else ""
+
+    def changes(self, example: Example) -> list[str]:
+        """What the template changes of this row's texts, or would change; each a sentence about many rows."""
+        trims = self._chat.trims if self._chat is not None else frozenset()
+        found = {
+            m.role for m in self._with_system(example.messages) if m.role in trims and m.content != m.content.strip()
+        }
+        return [_TRIMMED[role] for role in sorted(found)]
 
     def save_tokenizer(self, folder: Path) -> None:
         """Save the tokenizer with the template in use, so that other programs render as training did."""
@@ -144,8 +192,10 @@ class Renderer:
             how = "the tokenizer's chat template" + (", thinking" if self._template == "thinking" else "")
             if self._chat.is_amended:
                 how += f", amended: {self.tokenizer.convert_ids_to_tokens(self._end_token_id)} after every answer"
-            if "strftime_now" in self._chat.source:
-                how += ", which writes today's date"
+            if (time := self.rendered_at) is not None:
+                how += f", which writes the date ({time[:10]})"
+            if words := self.own_words:
+                how += f", which writes by itself {words[:80] + '…' if len(words) > 80 else words!r}"
         more = f"; generation also stops at {', '.join(names[1:])}" if names[1:] else ""
         return f"{how}; answers end in {names[0]}{more}"
 
@@ -157,6 +207,7 @@ class Renderer:
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         parts = [
+            json.dumps([RENDERING_VERSION, self._chat.sample_prompts() if self._chat else []]),
             type(tokenizer).__name__,
             backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
             json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True),
@@ -168,7 +219,7 @@ class Renderer:
     # --- conversations
 
     def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        if self._system is None or messages[0].role == "system":
+        if self._system is None or not messages or messages[0].role == "system":
             return tuple(messages)
         return (self._system, *messages)
 

@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from lmtune.console import err, escape
+from lmtune.data.replies import is_still_reasoning, split_reply
 from lmtune.errors import DataError, LmtuneError, listed
 from lmtune.generation import ChatSession, GenerationOptions
 
@@ -79,7 +80,7 @@ class TerminalChat:
         Args:
             lines: questions in UTF-8; commands work here too.
             conversation: the lines are one conversation, and not each a question of its own.
-            as_json: write one JSON object a line: line, question, answer, tokens, finish_reason
+            as_json: write one JSON object a line: line, question, reasoning if any, answer, tokens, finish_reason
                 (stop; length: cut at the limit; context: the model reads no further); or line, question, error.
 
         Raises:
@@ -146,10 +147,14 @@ class TerminalChat:
         if not as_json:
             self._say(pieces)
             return
-        answer, info = "".join(pieces), self.session.turns[-1][1]
+        reply, info = "".join(pieces), self.session.turns[-1][1]
+        reasoning, answer = split_reply(reply)
+        extra = {} if reasoning is None else {"reasoning": reasoning}
         ended = None if info is None else info.finish_reason
         tokens = self.session.num_answer_tokens
-        sys.stdout.write(_json_line(line=number, question=line, answer=answer, tokens=tokens, finish_reason=ended))
+        sys.stdout.write(
+            _json_line(line=number, question=line, **extra, answer=answer, tokens=tokens, finish_reason=ended)
+        )
         sys.stdout.flush()
 
     def _make_room(self, question: str) -> None:
@@ -198,10 +203,20 @@ class TerminalChat:
 
     def _say(self, pieces: Iterator[str]) -> None:
         show = _printable if sys.stdout.isatty() else str
+        reply, thought, answer = "", "", ""
         with self._interruptible() as interrupted:
             for piece in pieces:
-                sys.stdout.write(show(piece))
+                reply, before = reply + piece, answer
+                reasoning, answer = split_reply(reply)
+                if sys.stdout.isatty() and (more := (reasoning or "")[len(thought) :]):
+                    thought += more
+                    err.print(f"[dim]{escape(_printable(more))}[/]", end="")
+                if thought and not before and answer:
+                    err.print("\n")
+                sys.stdout.write(show(answer[len(before) :]))
                 sys.stdout.flush()
+        if is_still_reasoning(reply):
+            err.print("[dim](ended while it was reasoning, before an answer)[/]")
         sys.stdout.write("\n")
         sys.stdout.flush()
         if interrupted:
