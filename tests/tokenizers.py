@@ -73,6 +73,53 @@ NEXT_TURN_ENDS = (
     "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
 )
 
+_TURNS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + CONTENT + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}PROMPT{% endif %}"
+)
+
+
+def turns(content: str = "message['content']", prompt: str = "") -> str:
+    """ChatML with the expression `content` for each content, and `prompt` at the end of a prompt for an answer."""
+    return _TURNS.replace("CONTENT", content).replace("PROMPT", prompt)
+
+
+# As gpt-oss: <pad> begins a channel's name and <s> ends it; analysis goes before the last answer, which ends in </s>.
+CHANNELS = """
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{%- if message.thinking and loop.last %}{{- '<|im_start|>assistant<pad>analysis<s>' + message.thinking + '<|im_end|>' }}
+{%- endif %}
+{{- '<|im_start|>assistant<pad>final<s>' + message.content + ('</s>' if loop.last else '<|im_end|>') }}
+{%- else %}{{- '<|im_start|>' + message.role + '<s>' + message.content + '<|im_end|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"""
+# A word between control tokens before every answer.
+WORD = """
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + ('<pad>final<s>' if message.role == 'assistant' else '<s>') + message.content }}
+{{- '<|im_end|>' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"""
+# As Gemma 4: without thinking the prompt, and it alone, ends in an empty thought.
+EMPTY_THOUGHT = turns(prompt="{% if not enable_thinking | default(false) %}{{ '<pad>thought\n<s>' }}{% endif %}")
+# The same where thinking is on unless it is switched off, and reasoning has a field.
+EMPTY_THOUGHT_FIELD = turns(
+    "(('<pad>thought\n' + message['reasoning_content'] + '\n<s>') if message['reasoning_content'] else '')"
+    " + message['content']",
+    "{% if not enable_thinking | default(true) %}{{ '<pad>thought\n<s>' }}{% endif %}",
+)
+# As Qwen3.5: the prompt opens the reasoning, or holds an empty one.
+QWEN35 = turns(
+    "(('<think>\n' + (message['reasoning_content'] or '') + '\n</think>\n\n')"
+    " if message['role'] == 'assistant' and loop.last else '') + message['content']",
+    "{{ '<think>\n' if enable_thinking | default(true) else '<think>\n\n</think>\n\n' }}",
+)
+# As Qwen3.8: reasoning only from its field, and in history too; what is in the content is taken for the answer.
+KEEPS_REASONING = QWEN35.replace(" and loop.last", "")
+TRIMS = turns("(message['content'] | trim)")
+PREFILLED = turns(prompt="Sure:{{ ' ' }}")
+DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '.<|im_end|>\n' }}" + CHATML
+
 CHAT_TEMPLATES = {
     "chatml": CHATML, "generation-marks": GENERATION_MARKS, "qwen3": QWEN3, "llama2": LLAMA2, "no-end": NO_END,
     "no-system": NO_SYSTEM,

@@ -353,14 +353,16 @@ class ChatTemplate:
         return list(texts), marks
 
     def _keeps(self, role: Role, content: str) -> bool:
-        """Whether `content` is in the text of a conversation as it is."""
-        asked, said = Message("user", _QUESTION), Message("assistant", _ANSWER)
-        messages = {
-            "system": [Message("system", content), asked], "user": [Message("user", content), said],
-            "assistant": [asked, Message("assistant", content)],
-        }[role]  # fmt: skip
+        """Whether `content` comes into the text of a conversation as it is."""
+        asked, said = Message("user", _QUESTION), Message("assistant", "probe reply")
+
+        def text_with(words: str) -> str:
+            if role == "assistant":
+                return self._text([asked, Message(role, words)])
+            return self._text([Message(role, words), *([asked] if role == "system" else []), said])
+
         try:
-            return content in self._text(messages)
+            return text_with(content) == text_with(_ANSWER).replace(_ANSWER, content)
         except TemplateFault:
             return False
 
