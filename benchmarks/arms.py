@@ -82,7 +82,7 @@ class Lmtune(Arm):
         """Packed micro-batches, with prefixes shared; by default of the size that training has."""
         from types import SimpleNamespace
 
-        from lmtune.data.packing import fill, pack
+        from lmtune.data.packing import fill, pack_sequences
         from lmtune.data.prefixes import beginning, find_prefixes
         from lmtune.training.gradients import step_gradients
 
@@ -92,11 +92,11 @@ class Lmtune(Arm):
         beginnings = [beginning(d.input_ids, d.trained) for d in documents]
         prefixes = find_prefixes(beginnings, lengths) if shares else []
         groups = fill(lengths, self.budget, prefixes)
-        batches = [pack([rows[index] for index in group], shares) for group in groups]
+        batches = [pack_sequences([documents[i] for i in group], group, len(rows), shares) for group in groups]
         self.computed += sum(batch.input_ids.numel() for batch in batches)
         trained = sum(int(d.trained.sum()) for d in documents)
         one = SimpleNamespace(num_processes=1)
-        return step_gradients(self.forward, self.parameters, batches, trained, one).loss
+        return step_gradients(self.forward, self.parameters, batches, trained, len(rows), one).loss
 
 
 class PlainPadded(Arm):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from lmtune.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
-from lmtune.data.packing import pack
+from lmtune.data.packing import pack_sequences
 from lmtune.data.tokenized import TokenizedData, tokenize
 from lmtune.kernels.lora_linear import fuse
 from lmtune.kernels.packed_forward import PackedForward
@@ -52,12 +52,16 @@ def curve(config: ModelConfig, rows: TokenizedData, steps: int, fp8: bool) -> li
     fuse(model, fp8=fp8)
     forward, parameters = PackedForward(model), trainable(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=2e-3, weight_decay=0.0)
-    plan = Plan(rows.num_tokens, rows.num_trained, TrainConfig(max_steps=steps, batch_size=32), 1, 4096)
+    plan = Plan(rows.sequences, TrainConfig(max_steps=steps, batch_size=32), 1, 4096)
     one, losses = SimpleNamespace(num_processes=1), []
     for step in range(1, steps + 1):
         todo = plan.step(step)
-        batches = [pack([rows[row] for row in group]) for group in todo.shares[0]]
-        losses.append(step_gradients(forward, parameters, batches, todo.num_trained, one).loss)
+        num_rows = len(todo.rows)
+        batches = [
+            pack_sequences([rows[u.row].documents[u.document] for u in group], [u.example for u in group], num_rows)
+            for group in todo.shares[0]
+        ]
+        losses.append(step_gradients(forward, parameters, batches, todo.num_trained, num_rows, one).loss)
         optimizer.step()
     return losses
 

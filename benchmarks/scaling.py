@@ -117,11 +117,10 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
     began = time.perf_counter()
     data = TokenizedData(TokenTable(path), "key", {"files": ["rows.jsonl"]})
 
-    def beginning_of(row: int) -> Any:
-        document = data[row].documents[0]
-        return beginning(document.input_ids, document.trained)
+    def beginnings_of(row: int) -> list[Any]:
+        return [beginning(document.input_ids, document.trained) for document in data[row].documents]
 
-    plan = Plan(data.num_tokens, data.num_trained, TrainConfig(epochs=1), 1, 4096, beginning_of)
+    plan = Plan(data.sequences, TrainConfig(epochs=1), 1, 4096, beginnings_of)
     micro_batches = sum(len(plan.step(step).shares[0]) for step in range(1, plan.total_steps + 1))
     seconds, after = time.perf_counter() - began, _resident()
     pipe.send({

@@ -18,7 +18,7 @@ import torch
 from lmtune.config import DataConfig, build_config
 from lmtune.console import progress, warn
 from lmtune.data.examples import Message
-from lmtune.data.packing import fill, pack
+from lmtune.data.packing import fill, pack_sequences
 from lmtune.data.replies import split_reply
 from lmtune.data.tokenized import tokenize
 from lmtune.decoding import base_of, max_positions
@@ -122,7 +122,7 @@ def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True)
 
     Args:
         model: with or without adapter.
-        parts: tokenised rows, with `num_tokens`, `where` and `[i]`.
+        parts: tokenised rows, with `sequences` and `where`.
         key: the setting that lets in rows so long.
         tell: whether to warn where the model can compute such rows, but was not made for them.
 
@@ -132,12 +132,9 @@ def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True)
     limit = max_positions(model)
     longest, where = 0, ""
     for data in parts:
-        for row in np.argsort(-data.num_tokens, kind="stable").tolist():
-            if data.num_tokens[row] <= max(longest, limit or 0):  # in all its documents together
-                break
-            example = data[row]
-            if (length := max(len(document.input_ids) for document in example.documents)) > longest:
-                longest, where = length, example.where
+        place = int(data.sequences.num_tokens.argmax())
+        if (length := int(data.sequences.num_tokens[place])) > longest:
+            longest, where = length, data[int(data.sequences.row[place])].where
     if limit is None or longest <= limit:
         return
     if _has_position_table(model, limit):
@@ -168,8 +165,8 @@ def teacher_forced(
 
     Args:
         forward: the model.
-        data: rows with `num_tokens`, and `[i]`.
-        micro_batch_tokens: the most tokens in a forward pass.
+        data: rows with `sequences`, and `[i]`.
+        micro_batch_tokens: the most tokens in a forward pass; a longer sequence stands alone.
         accelerator: the processes that share the work; None is this one alone.
         who: is scored, for the progress that is shown.
 
@@ -177,18 +174,21 @@ def teacher_forced(
         LmtuneError: the loss of some rows is not finite; names them.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    rows = list(range(rank, len(data), world))
+    sequences = data.sequences
+    mine = np.arange(rank, len(sequences.num_tokens), world)
     sums = [0.0, 0.0, 0.0]  # loss, tokens, right tokens: on the host, since not every device has 64 bit
     wrong, not_finite = set[int](), set[int]()  # rows with such a token
     device = next(forward.base.parameters()).device
     training = forward.model.training
     forward.model.eval()
-    with torch.no_grad(), forward.ready(), progress(f"scoring {who}", len(rows), "rows") as shown:
-        for group in fill([int(data.num_tokens[row]) for row in rows], micro_batch_tokens):
-            batch = pack([data[rows[index]] for index in group], forward.shares_prefixes).to(device)
+    with torch.no_grad(), forward.ready(), progress(f"scoring {who}", len(mine), "sequences") as shown:
+        for group in fill(sequences.num_tokens[mine].tolist(), micro_batch_tokens):
+            rows, places = sequences.row[mine[group]].tolist(), sequences.document[mine[group]].tolist()
+            read = {row: data[row].documents for row in dict.fromkeys(rows)}
+            documents = [read[row][place] for row, place in zip(rows, places, strict=True)]
+            batch = pack_sequences(documents, rows, len(data), forward.shares_prefixes).to(device)
             scores = forward(batch)
             losses, correct, row_of = scores.losses.cpu(), scores.correct.cpu(), batch.examples.cpu()
-            row_of = torch.tensor([rows[index] for index in group])[row_of]
             wrong.update(row_of[~correct].tolist())
             not_finite.update(row_of[~losses.isfinite()].tolist())
             of_batch = (float(losses.double().sum()), len(losses), int(correct.sum()))
@@ -206,15 +206,8 @@ def teacher_forced(
         )
     loss_sum, tokens, right_tokens = sums
     loss = loss_sum / tokens
-    return Scores(
-        loss,
-        math.exp(min(loss, 700.0)),
-        right_tokens / tokens,
-        (len(data) - len(wrong)) / len(data),
-        None,
-        len(data),
-        0,
-    )
+    right_rows = (len(data) - len(wrong)) / len(data)
+    return Scores(loss, math.exp(min(loss, 700.0)), right_tokens / tokens, right_rows, None, len(data), 0)
 
 
 def answers(

@@ -41,14 +41,14 @@ def main(
         from lmtune.models.device import default_device
         from lmtune.models.inference import build_renderer
         from lmtune.models.loading import load_tokenizer
-        from lmtune.training.forecast import HeldOut, forecast
+        from lmtune.training.forecast import forecast
 
     notes = {"template": config.data.template, "system": config.data.system}
     renderer = build_renderer(load_tokenizer(config.model, alone=True), config.model, notes)
     rows = load_data(config.data, renderer, config.train.seed)
-    held_out = None if rows.validation is None else HeldOut(rows.validation.num_tokens, rows.validation.num_trained)
+    held_out = None if rows.validation is None else rows.validation.sequences
     with progress("reading the model's shape"):
-        plan = forecast(config, rows.train.num_tokens, rows.train.num_trained, default_device(), processes, held_out)
+        plan = forecast(config, rows.train.sequences, default_device(), processes, held_out)
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in plan.lines():

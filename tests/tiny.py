@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lmtune.data.sequences import Sequences
+
 VOCABULARY = 128
 SAVED_VOCABULARY = 448  # at least as many as `tests.tokenizers` makes, and a multiple of 64
 KINDS = ("llama", "qwen3", "mistral", "gpt2")
@@ -80,10 +82,18 @@ class Rows:
     rows: list[Row]
     num_tokens: np.ndarray = field(init=False)
     num_trained: np.ndarray = field(init=False)
+    sequences: Sequences = field(init=False)
 
     def __post_init__(self) -> None:
         lengths = [sum(len(d.input_ids) for d in row.documents) for row in self.rows]
         trained = [sum(int(d.trained.sum()) for d in row.documents) for row in self.rows]
+        documents = [document for row in self.rows for document in row.documents]
+        sequences = Sequences(
+            np.array([len(document.input_ids) for document in documents], dtype=np.int32),
+            np.array([document.trained.sum() for document in documents], dtype=np.int32),
+            np.cumsum([0, *(len(row.documents) for row in self.rows)]),
+        )
+        object.__setattr__(self, "sequences", sequences)
         object.__setattr__(self, "num_tokens", np.array(lengths, dtype=np.int32))
         object.__setattr__(self, "num_trained", np.array(trained, dtype=np.int32))
 

@@ -103,7 +103,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The tensors of some rows. T tokens in all, N of them trained, E examples.
+    """The tensors of some sequences. T tokens in all, N of them trained, of a step of E examples.
 
     Attributes:
         input_ids: `[1, T]`.
@@ -113,9 +113,9 @@ class MicroBatch:
         label_positions: `[P]`, the different ones among them, ascending, and the few between neighbours.
         label_places: `[N]`, where in `label_positions` each predictor is.
         targets: `[N]`, the trained tokens.
-        examples: `[N]`, which of the E examples each target belongs to.
+        examples: `[N]`, which of the E examples each target belongs to; others of its targets may be elsewhere.
         num_examples: E.
-        num_tokens: tokens of the rows; T is less by what shared prefixes save.
+        num_tokens: tokens of the sequences; T is less by what shared prefixes save.
     """
 
     input_ids: torch.Tensor
@@ -152,10 +152,25 @@ def pack(rows: Sequence[Any], share_prefixes: bool = False) -> MicroBatch:
         rows: E examples, each with `documents` that have `input_ids[t]` and `trained[t]`.
         share_prefixes: whether a beginning that several documents have in common is laid down once.
     """
+    documents = [document for row in rows for document in row.documents]
+    examples = [index for index, row in enumerate(rows) for _ in row.documents]
+    return pack_sequences(documents, examples, len(rows), share_prefixes)
+
+
+def pack_sequences(
+    sequences: Sequence[Any], examples: Sequence[int], num_examples: int, share_prefixes: bool = False
+) -> MicroBatch:
+    """Lay sequences end to end, of which some may belong to the same example and others of it lie elsewhere.
+
+    Args:
+        sequences: each with `input_ids[t]` and `trained[t]`.
+        examples: for each the number of its example.
+        num_examples: of the step, or whatever they are numbered in.
+        share_prefixes: whether a beginning that several have in common is laid down once.
+    """
     documents = [
-        (index, np.asarray(document.input_ids, dtype=np.int64), np.asarray(document.trained, dtype=bool))
-        for index, row in enumerate(rows)
-        for document in row.documents
+        (example, np.asarray(sequence.input_ids, dtype=np.int64), np.asarray(sequence.trained, dtype=bool))
+        for example, sequence in zip(examples, sequences, strict=True)
     ]
     shared = []
     if share_prefixes:
@@ -169,7 +184,7 @@ def pack(rows: Sequence[Any], share_prefixes: bool = False) -> MicroBatch:
         prefix = build.prefix(documents[group.members[0]][1][: group.length]) if group.length else None
         for index in group.members:
             build.document(*documents[index], prefix)
-    return build.finish(len(rows), sum(len(ids) for _, ids, _ in documents))
+    return build.finish(num_examples, sum(len(ids) for _, ids, _ in documents))
 
 
 class _Builder:

@@ -1,10 +1,11 @@
 """Rows of tokens in an Arrow file: written row by row, read back through a memory map, a row at a time.
 
-    input_ids: list<int32>   trained: list<bool>   document_lengths: list<int32>     the documents of a row, end to end
+    input_ids: list<int32>   trained: list<bool>                         the documents of a row, end to end
+    document_lengths: list<int32>   document_trained: list<int32>        tokens of each, and how many are trained
     num_trained: int32   file: int32   line: int32   content: uint64                 where from, and a hash of what
 
 It is an Arrow IPC stream, the format of Hugging Face `datasets`, so `Dataset.from_file` opens it too. Only the columns
-of counts are brought into memory, 24 bytes a row; the tokens stay on the disk until a row is asked for.
+of counts are brought into memory, 32 bytes a row and 8 a document; tokens stay on the disk until asked for.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lmtune.data.rendering import Document
+from lmtune.data.sequences import Sequences
 
 _SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())),
-        ("document_lengths", pa.list_(pa.int32())),
+        ("document_lengths", pa.list_(pa.int32())), ("document_trained", pa.list_(pa.int32())),
         ("num_trained", pa.int32()), ("file", pa.int32()), ("line", pa.int32()), ("content", pa.uint64()),
     ]
 )  # fmt: skip
@@ -53,7 +55,8 @@ class TableWriter:
         input_ids = [index for document in documents for index in document.input_ids]
         trained = [flag for document in documents for flag in document.trained]
         lengths = [len(document.input_ids) for document in documents]
-        self._rows.append((input_ids, trained, lengths, sum(trained), file, line, content))
+        labels = [sum(document.trained) for document in documents]
+        self._rows.append((input_ids, trained, lengths, labels, sum(labels), file, line, content))
         self._num_tokens += len(input_ids)
         if len(self._rows) >= _BATCH_ROWS or self._num_tokens >= _BATCH_TOKENS:
             self._flush()
@@ -71,6 +74,7 @@ class TokenTable:
 
     Attributes:
         num_tokens, num_trained: int32 `[N]`.
+        sequences: the documents of all rows, in numbers.
         file, line: int32 `[N]`; content: uint64 `[N]`.
     """
 
@@ -85,6 +89,11 @@ class TokenTable:
         offsets = [batch.column("input_ids").offsets.to_numpy() for batch in self._batches]
         self.num_tokens = self._joined([np.diff(of_batch) for of_batch in offsets], np.int32)
         self.num_trained = self._column("num_trained", np.int32)
+        counts = [np.diff(batch.column("document_lengths").offsets.to_numpy()) for batch in self._batches]
+        self.sequences = Sequences(
+            self._values("document_lengths"), self._values("document_trained"),
+            np.concatenate([[0], np.cumsum(self._joined(counts, np.int64))]),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -100,6 +109,10 @@ class TokenTable:
 
     def _column(self, name: str, dtype: Any) -> Any:
         return self._joined([batch.column(name).to_numpy() for batch in self._batches], dtype)
+
+    def _values(self, name: str) -> Any:
+        """Of a column of lists, all of them end to end."""
+        return self._joined([batch.column(name).flatten().to_numpy() for batch in self._batches], np.int32)
 
     @staticmethod
     def _joined(pieces: list[Any], dtype: Any) -> Any:

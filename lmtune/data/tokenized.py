@@ -39,7 +39,7 @@ __all__ = [
     "split", "tokenize", "truncated",
 ]  # fmt: skip
 
-_VERSION = 3  # of the stored form; a new one leaves old entries unused
+_VERSION = 4  # of the stored form; a new one leaves old entries unused
 
 Int32 = npt.NDArray[np.int32]
 Rows = npt.NDArray[np.int64]
@@ -68,6 +68,7 @@ class TokenizedData:
         key: SHA-256, in hex, of what the rows depend on; not of the files' names.
         fates: what became of every row read, as it goes into `data.json`.
         num_tokens, num_trained: int32 `[N]`, of each row.
+        sequences: tokens of each row's sequences, which are its documents.
         content: uint64 `[N]`, equal for rows of equal content.
     """
 
@@ -78,6 +79,7 @@ class TokenizedData:
         self.fates = fates
         self.num_tokens: Int32 = table.num_tokens[self._rows]
         self.num_trained: Int32 = table.num_trained[self._rows]
+        self.sequences = table.sequences if selected is None else table.sequences.select(self._rows)
         self.content: npt.NDArray[np.uint64] = table.content[self._rows]
 
     def __len__(self) -> int:

@@ -320,8 +320,7 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-6))
 
 
-def count_correct_sequences(correct: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """How many of the batch's examples have every trained token right, from `correct[N]`."""
+def count_wrong_tokens(correct: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Of each of the E examples, how many trained tokens of this batch are not right, `[E]` fp32, from `correct[N]`."""
     wrong = torch.zeros(batch.num_examples, device=correct.device)
-    wrong.index_add_(0, batch.examples, (~correct).float())
-    return (wrong == 0).sum()
+    return wrong.index_add_(0, batch.examples, (~correct).float())

@@ -17,8 +17,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lmtune.data.packing import MicroBatch, pack
-from lmtune.training.plan import Plan, StepPlan
+from lmtune.data.packing import MicroBatch, pack_sequences
+from lmtune.training.plan import Plan, StepPlan, Unit
 
 _JOIN_SECONDS = 10.0
 _AHEAD = 3  # micro-batches; each is some kilobytes
@@ -95,6 +95,13 @@ class Feeder:
             self._error = item
         raise self._error  # again too, whoever asks: the thread has ended
 
+    def _batch(self, group: list[Unit], num_examples: int) -> MicroBatch:
+        documents = {row: self._rows(row).documents for row in dict.fromkeys(unit.row for unit in group)}
+        return pack_sequences(
+            [documents[unit.row][unit.document] for unit in group], [unit.example for unit in group], num_examples,
+            self._share_prefixes,
+        )  # fmt: skip
+
     def _run(self, plan: Plan, step: int, ready: queue.Queue[_Item], closed: threading.Event) -> None:
         def offer(item: _Item) -> None:
             while not closed.is_set():
@@ -109,7 +116,7 @@ class Feeder:
                 todo = plan.step(step)
                 offer(todo)
                 for group in todo.shares[self._rank]:
-                    batch = pack([self._rows(row) for row in group], self._share_prefixes)
+                    batch = self._batch(group, len(todo.rows))
                     offer(batch.pinned() if self._pin else batch)
                 offer(None)
                 step += 1

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from lmtune.config import AdapterConfig, FinetuneConfig, ModelConfig
+from lmtune.data.sequences import Sequences
 from lmtune.errors import ModelError
 from lmtune.models.adapters import check_variant
 from lmtune.models.free_memory import free_memory
@@ -51,14 +52,6 @@ class Seconds:
     def total(self) -> float:
         """Of the whole command."""
         return self.loading + self.training + self.scoring + self.answers
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The validation rows' lengths: `num_tokens[rows]`, `num_trained[rows]`."""
-
-    num_tokens: npt.NDArray[np.int32]
-    num_trained: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -110,10 +103,9 @@ class Forecast:
 
 
 def forecast(
-    config: FinetuneConfig, num_tokens: npt.NDArray[np.int32], num_trained: npt.NDArray[np.int32],
-    device: torch.device, processes: int, held_out: HeldOut | None = None,
-) -> Forecast:  # fmt: skip
-    """Plan a run of rows with `num_tokens[rows]` tokens, `num_trained[rows]` of them trained.
+    config: FinetuneConfig, rows: Sequences, device: torch.device, processes: int, held_out: Sequences | None = None
+) -> Forecast:
+    """Plan a run over the sequences of `rows`, scored on those of `held_out`.
 
     Raises:
         ModelError: the model's config cannot be read.
@@ -121,29 +113,28 @@ def forecast(
     """
     dtype, quantization = compute_dtype(device, config.model.dtype), config.model.quantization
     shape, parameters = planned_shape(config.model, config.adapter, dtype)
-    share = float(num_trained.sum() / num_tokens.sum())
+    share = float(rows.num_trained.sum() / rows.num_tokens.sum())
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
-    longest = int(num_tokens.max())
     left = max(0.0, free - memory.base_weights(shape, quantization, dtype))
     dense = memory.dense_copies(shape, quantization, dtype, left)
     left = max(0.0, left - dense - 16 * shape.adapter_parameters)
     setting = config.train.micro_batch_tokens
     budget, checkpointed = memory.fitting_micro_batch(
-        memory.estimated_activations(shape, dtype), longest, int(left), device.type,
+        memory.estimated_activations(shape, dtype), rows.longest, int(left), device.type,
         None if setting == "auto" else setting,
     )  # fmt: skip
     if setting != "auto":
         budget = setting
     if config.train.gradient_checkpointing != "auto":
         checkpointed = shape.num_layers if config.train.gradient_checkpointing else 0
-    steps = Plan.count_steps(len(num_tokens), config.train)
-    epochs = steps * config.train.batch_size / len(num_tokens)
-    tokens, per_step = int(num_tokens.sum() * epochs), int(num_tokens.mean() * config.train.batch_size)
-    micro_batch = min(max(budget, longest), per_step)
+    steps = Plan.count_steps(rows.num_rows, config.train)
+    epochs, all_tokens = steps * config.train.batch_size / rows.num_rows, rows.num_tokens.sum()
+    tokens, per_step = int(all_tokens * epochs), int(all_tokens / rows.num_rows * config.train.batch_size)
+    micro_batch = min(max(budget, rows.longest), per_step)
     part = memory.estimate(shape, micro_batch, quantization, dtype, share, checkpointed, dense)
     rate = matmul_rate(device, dtype) * _EFFICIENCY * (processes if device.type == "cuda" else 1)
     again = 1 + checkpointed / shape.num_layers / 3
-    work = tokens * flop_per_token(shape, share, _mean_context(num_tokens))
+    work = tokens * flop_per_token(shape, share, _mean_context(rows.num_tokens))
     work += max(steps, tokens / max(1, micro_batch)) * 6 * shape.rank * shape.adapted_experts  # of each pass
     seconds = Seconds(
         loading=_loading_seconds(shape, config.model, part.base_weights * GIB, device.type),
@@ -153,13 +144,13 @@ def forecast(
     )
     advice = _advice(config, part, free / GIB, device, checkpointed)
     return Forecast(
-        steps, len(num_tokens), tokens, int(tokens * share), budget, checkpointed, part, free / GIB, parameters,
+        steps, rows.num_rows, tokens, int(tokens * share), budget, checkpointed, part, free / GIB, parameters,
         seconds, advice,
     )  # fmt: skip
 
 
 def _mean_context(num_tokens: npt.NDArray[np.int32]) -> float:
-    """The length of rows, as their tokens have it in the mean."""
+    """The length of sequences, as their tokens have it in the mean."""
     return float((num_tokens.astype(float) ** 2).sum() / num_tokens.sum())
 
 
@@ -168,7 +159,7 @@ def _loading_seconds(shape: ModelShape, model: ModelConfig, weight_bytes: float,
     return _LIBRARY_SECONDS + weight_bytes / _DISK_BYTES + (quantizing if device_type == "cpu" else 0.0)
 
 
-def _scoring_seconds(shape: ModelShape, config: FinetuneConfig, rows: HeldOut, steps: int, rate: float) -> float:
+def _scoring_seconds(shape: ModelShape, config: FinetuneConfig, rows: Sequences, steps: int, rate: float) -> float:
     """Forward passes over the validation rows: before training, every so many steps, at the last step, and after."""
     every = config.evaluation.every_steps
     passes = 3 + ((steps - 1) // every if every else 0)
@@ -177,15 +168,16 @@ def _scoring_seconds(shape: ModelShape, config: FinetuneConfig, rows: HeldOut, s
 
 
 def _answer_seconds(
-    shape: ModelShape, config: FinetuneConfig, rows: HeldOut, rate: float, device_type: str, processes: int
+    shape: ModelShape, config: FinetuneConfig, rows: Sequences, rate: float, device_type: str, processes: int
 ) -> float:
     """Answers of the base, which seldom ends before the limit, and of the tuned model, of the rows' own lengths."""
-    asked, limit = min(config.evaluation.exact_match_rows, len(rows.num_tokens)), config.evaluation.max_new_tokens
+    asked, limit = min(config.evaluation.exact_match_rows, rows.num_rows), config.evaluation.max_new_tokens
     if not asked:
         return 0.0
-    answered = int(min(limit, rows.num_trained[:asked].max()))
+    last = rows.first[1 : asked + 1] - 1  # the sequence of each row whose answer is asked for
+    answered = int(min(limit, rows.num_trained[last].max()))
     a_token = 2 * (shape.active_parameters + shape.vocabulary_size * shape.hidden_size)
-    prompts = 2 * float(rows.num_tokens[:asked].sum()) * a_token / rate  # both models read them
+    prompts = 2 * float(rows.num_tokens[last].sum()) * a_token / rate  # both models read them
     rounds = limit + answered
     return prompts + rounds * (asked / processes * a_token / rate + shape.num_layers * _LAYER_SECONDS[device_type])
 

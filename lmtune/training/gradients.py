@@ -8,17 +8,19 @@ flat buffer, finishes the step: gradients, loss, counts, and the flags that make
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lmtune.data.packing import MicroBatch, pack
-from lmtune.kernels.packed_forward import PackedForward, count_correct_sequences
+from lmtune.data.packing import MicroBatch, pack_sequences
+from lmtune.kernels.packed_forward import PackedForward, count_wrong_tokens
 from lmtune.models.free_memory import is_out_of_memory
+from lmtune.training.plan import Unit
 
-_NUM_SUMS = 5  # behind the gradients in the buffer: loss, right tokens, right sequences, out of memory, interrupted
+_NUM_SUMS = 4  # loss, right tokens, out of memory, interrupted
 Rows = Callable[[int], Any]  # row number -> TokenizedExample
 
 
@@ -52,6 +54,7 @@ def step_gradients(
     parameters: Mapping[str, torch.nn.Parameter],
     batches: Iterable[MicroBatch],
     num_trained: int,
+    num_examples: int,
     accelerator: Any,
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> StepSums:
@@ -62,14 +65,15 @@ def step_gradients(
         parameters: the trainable parameters, fp32.
         batches: this process's micro-batches, on any device.
         num_trained: trained tokens of the whole step, over all processes.
+        num_examples: examples of the whole step; the sequences of one may be anywhere in it.
         accelerator: the processes.
         is_interrupted: whether this process was asked to stop; looked at when its gradients are there.
     """
-    flat, grads = _gradient_buffer(parameters)
-    sums, short_of_memory = [0.0, 0.0, 0.0], False
+    flat, grads, wrong = _step_buffer(parameters, num_examples)
+    sums, short_of_memory = [0.0, 0.0], False
     try:
         with forward.ready():
-            rows = [_accumulate(forward, batch.to(flat.device)) for batch in batches]
+            rows = [_accumulate(forward, batch.to(flat.device), wrong) for batch in batches]
         # added up in 64 bit on the host, as not every device has it; here, where what the GPU still has to say is heard
         for row in torch.stack(rows).tolist() if rows else []:
             sums = [one + other for one, other in zip(sums, row, strict=True)]
@@ -83,52 +87,56 @@ def step_gradients(
         flat[-_NUM_SUMS:] = torch.tensor(sums)
         accelerator.add_over_processes(flat)
         sums = flat[-_NUM_SUMS:].tolist()
+    sequences = int((wrong == 0).sum())
     torch._foreach_div_(grads, num_trained)
     grad_norm = float(torch.nn.utils.get_total_norm(grads))
-    loss, tokens, sequences, out_of_memory, stop = sums
-    return StepSums(loss / num_trained, round(tokens), round(sequences), grad_norm, out_of_memory > 0, stop > 0)
+    loss, tokens, out_of_memory, stop = sums
+    return StepSums(loss / num_trained, round(tokens), sequences, grad_norm, out_of_memory > 0, stop > 0)
 
 
-def _gradient_buffer(parameters: Mapping[str, torch.nn.Parameter]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Zeros for all gradients in one piece, with `_NUM_SUMS` places more; each `.grad` becomes a part of it.
+def _step_buffer(
+    parameters: Mapping[str, torch.nn.Parameter], num_examples: int
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """One flat tensor of zeros for all that is summed over the processes; each `.grad` becomes a part of it.
 
     Returns:
-        The buffer, flat, and the gradients.
+        The tensor, whose last `_NUM_SUMS` places are free; the gradients in it; and the wrong tokens of each example.
     """
     own = list(parameters.values())
     for parameter in own:
         parameter.grad = None
-    flat = torch.zeros(sum(parameter.numel() for parameter in own) + _NUM_SUMS, device=own[0].device)
+    size = sum(parameter.numel() for parameter in own)
+    flat = torch.zeros(size + num_examples + _NUM_SUMS, device=own[0].device)
     start, grads = 0, []
     for parameter in own:
         grads.append(flat[start : start + parameter.numel()].view_as(parameter))
         parameter.grad = grads[-1]
         start += parameter.numel()
-    return flat, grads
+    return flat, grads, flat[size : size + num_examples]
 
 
 def find_offenders(
-    forward: PackedForward, parameters: Mapping[str, torch.nn.Parameter], share: Sequence[Sequence[int]], rows: Rows
+    forward: PackedForward, parameters: Mapping[str, torch.nn.Parameter], share: Sequence[Sequence[Unit]], rows: Rows
 ) -> list[str]:
     """The rows of this process, as `file:line`, whose own loss or gradient is not finite; leaves no gradient behind."""
-    device = next(iter(parameters.values())).device
     found = []
     with forward.ready():
-        for row in (row for group in share for row in group):
-            for parameter in parameters.values():
-                parameter.grad = None
-            loss, _, _ = _accumulate(forward, pack([rows(row)]).to(device)).tolist()
-            grads = [p.grad for p in parameters.values() if p.grad is not None]
-            if not (torch.tensor(loss).isfinite() and all(bool(grad.isfinite().all()) for grad in grads)):
-                found.append(str(rows(row).where))
+        for unit in sorted(unit for group in share for unit in group):
+            flat, grads, wrong = _step_buffer(parameters, 1)
+            row = rows(unit.row)
+            batch = pack_sequences([row.documents[unit.document]], [0], 1)
+            loss, _ = _accumulate(forward, batch.to(flat.device), wrong).tolist()
+            if not (math.isfinite(loss) and all(bool(grad.isfinite().all()) for grad in grads)):
+                found.append(str(row.where))
     for parameter in parameters.values():
         parameter.grad = None
-    return found
+    return list(dict.fromkeys(found))
 
 
-def _accumulate(forward: PackedForward, batch: MicroBatch) -> torch.Tensor:
-    """Add one micro-batch's gradients; returns its sum of losses, right tokens and right sequences, `[3]` in fp32."""
+def _accumulate(forward: PackedForward, batch: MicroBatch, wrong: torch.Tensor) -> torch.Tensor:
+    """Add one micro-batch's gradients, and to `wrong[E]` its wrong tokens; returns its sum of losses and how many are
+    right, `[2]` in fp32."""
     scores = forward(batch)
     scores.total.backward()  # type: ignore[no-untyped-call]
-    sequences = count_correct_sequences(scores.correct, batch)
-    return torch.stack([scores.total.detach().float(), scores.correct.sum().float(), sequences.float()])
+    wrong += count_wrong_tokens(scores.correct, batch)
+    return torch.stack([scores.total.detach().float(), scores.correct.sum().float()])

@@ -57,13 +57,13 @@ class Job:
         run: where files go.
         config: the run's settings.
         forward: the model with its adapter.
-        data: the training rows: `num_tokens[rows]`, `num_trained[rows]`, `[i]`.
+        data: the training rows: `sequences` and `[i]`.
         accelerator: the processes.
         micro_batch_tokens: the budget to begin with.
         identity: what must be equal for a checkpoint to be continued.
         validate: scores the validation rows, or None if there are none.
         resumed: the checkpoint to go on from.
-        cost: of tokens beside each other, by which rows are dealt to processes.
+        cost: of tokens beside each other, by which sequences are dealt to processes.
     """
 
     run: RunDirectory
@@ -112,7 +112,7 @@ def train(job: Job) -> Outcome:
     """Run all steps that are left; the model then holds the adapter to keep.
 
     Raises:
-        LmtuneError: loss or gradient was not finite, or memory does not suffice for a single row.
+        LmtuneError: loss or gradient was not finite, or memory does not suffice for a single sequence.
         Interrupted: the run was asked to stop; a checkpoint holds the last step.
     """
     config, main = job.config, job.accelerator.is_main_process
@@ -187,13 +187,12 @@ def _feeder(job: Job, micro_batch_tokens: int) -> Feeder:
 def _plan(job: Job, micro_batch_tokens: int) -> Plan:
     data, world = job.data, job.accelerator.num_processes
 
-    def beginning_of(row: int) -> Ints:
-        first = data[row].documents[0]
-        return beginning(first.input_ids, first.trained)
+    def beginnings_of(row: int) -> list[Ints]:
+        return [beginning(document.input_ids, document.trained) for document in data[row].documents]
 
     return Plan(
-        data.num_tokens, data.num_trained, job.config.train, world, micro_batch_tokens,
-        beginning_of if job.forward.shares_prefixes else None, job.cost,
+        data.sequences, job.config.train, world, micro_batch_tokens,
+        beginnings_of if job.forward.shares_prefixes else None, job.cost,
     )  # fmt: skip
 
 
@@ -205,7 +204,8 @@ def _gradients(
     while True:
         seed_step(seed, todo.step, rank)
         sums = step_gradients(
-            job.forward, parameters, feeder.batches(), todo.num_trained, job.accelerator, signals.asked
+            job.forward, parameters, feeder.batches(), todo.num_trained, len(todo.rows), job.accelerator,
+            signals.asked,
         )  # fmt: skip
         if not sums.out_of_memory:
             return todo, sums
@@ -215,11 +215,11 @@ def _gradients(
 
 def _smaller(job: Job, plan: Plan, todo: StepPlan) -> Plan:
     """A plan that needs less memory: without dense copies of quantised weights, then with half the micro-batch, and
-    when rows stand alone already, with layers computed twice.
+    when sequences stand alone already, with layers computed twice.
 
     The step's examples, and so its update, stay the same.
     """
-    longest, main = int(plan.num_tokens[todo.rows].max()), job.accelerator.is_main_process
+    longest, main = todo.longest, job.accelerator.is_main_process
     dropped = drop_dense(job.forward.model)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -239,7 +239,7 @@ def _smaller(job: Job, plan: Plan, todo: StepPlan) -> Plan:
         checkpoint_layers(job.forward.base, job.forward.base.config.get_text_config().num_hidden_layers)
         return plan
     raise LmtuneError(
-        f"out of memory at step {todo.step} with a single row of {longest} tokens; lower data.max_length, use "
+        f"out of memory at step {todo.step} with a single sequence of {longest} tokens; lower data.max_length, use "
         "model.quantization=nf4, a smaller model, or train.gradient_checkpointing=true"
     )
 
@@ -251,7 +251,7 @@ def _not_finite(job: Job, todo: StepPlan, sums: StepSums, parameters: dict[str, 
     offenders = find_offenders(job.forward, parameters, todo.shares[rank], job.data.__getitem__)
     if job.accelerator.num_processes > 1:
         offenders = job.accelerator.gather_object(offenders)
-    rows = listed(sorted(offenders)) if offenders else "  no single row alone; the step as a whole"
+    rows = listed(sorted(set(offenders))) if offenders else "  no single row alone; the step as a whole"
     return LmtuneError(
         f"step {todo.step}: the loss ({sums.loss}) or the gradient (norm {sums.grad_norm}) is not finite. The adapter "
         f"was not changed by this step. Rows at fault:\n{rows}\n"

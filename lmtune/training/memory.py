@@ -2,8 +2,8 @@
 
 What a token's activations weigh is estimated from the model's shape for `lmtune plan`, and measured on a few tokens
 before training (`training.activations`). Layers are computed twice only as far as that is needed to hold the longest
-row or a micro-batch that keeps the device busy. When all this was too bold, the step is redone with half the tokens,
-which changes nothing but speed.
+sequence or a micro-batch that keeps the device busy. When all this was too bold, the step is redone with half the
+tokens, which changes nothing but speed.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def fitting_micro_batch(
 
     Args:
         activations: of a token.
-        longest: tokens of the longest row, which is never cut.
+        longest: tokens of the longest sequence, which is never cut.
         free_bytes: memory left after the weights.
         device_type: `cuda`, `mps` or `cpu`.
         asked: the budget that the settings ask for; None leaves it to what the memory holds.

@@ -1,10 +1,11 @@
 """The plan: which examples make each optimizer step, and how they are dealt to processes and micro-batches.
 
-A step is defined by its examples. The plan is a pure function of the row lengths, the settings and the step, so every
-process knows all of it without a word to the others, and a resumed run goes on exactly where it was.
+A step is defined by its examples. The plan is a pure function of the lengths, the settings and the step, so every
+process knows all of it without a word to the others, and a resumed run goes on exactly where it was. What is dealt out
+is the sequence: those of one row may be computed in different micro-batches and processes.
 
-    plan = Plan(num_tokens, num_trained, train_config, world_size=2, micro_batch_tokens=4096)
-    plan.step(17).shares[rank]      # this process's micro-batches, as lists of rows
+    plan = Plan(data.sequences, train_config, world_size=2, micro_batch_tokens=4096)
+    plan.step(17).shares[rank]      # this process's micro-batches, as lists of sequences
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +21,7 @@ import numpy.typing as npt
 from lmtune.config import TrainConfig
 from lmtune.data.packing import fill
 from lmtune.data.prefixes import Ints, SharedPrefix, find_prefixes
-
-Int32 = npt.NDArray[np.int32]
+from lmtune.data.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class TokenCost:
     trained: float = 0.0
 
 
+class Unit(NamedTuple):
+    """A sequence of a step: number `document` of row `row`, which is number `example` of the step's examples."""
+
+    example: int
+    row: int
+    document: int
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One optimizer step.
@@ -46,7 +55,8 @@ class StepPlan:
         rows: the examples of the step, over all processes.
         num_tokens: tokens of these rows.
         num_trained: trained tokens of these rows, the loss's denominator.
-        shares: for each process, its micro-batches, each a list of rows; a share may be empty.
+        longest: tokens of the longest sequence.
+        shares: for each process, its micro-batches, each a list of sequences; a share may be empty.
     """
 
     step: int
@@ -54,32 +64,33 @@ class StepPlan:
     rows: list[int]
     num_tokens: int
     num_trained: int
-    shares: list[list[list[int]]]
+    longest: int
+    shares: list[list[list[Unit]]]
 
 
 class Plan:
     """All steps of a run."""
 
     def __init__(
-        self, num_tokens: Int32, num_trained: Int32, train: TrainConfig, world_size: int, micro_batch_tokens: int,
-        beginning_of: Callable[[int], Ints] | None = None, cost: TokenCost = TokenCost(),
+        self, sequences: Sequences, train: TrainConfig, world_size: int, micro_batch_tokens: int,
+        beginnings_of: Callable[[int], Sequence[Ints]] | None = None, cost: TokenCost = TokenCost(),
     ) -> None:  # fmt: skip
         """
         Args:
-            num_tokens: `[rows]`, tokens of each row.
-            num_trained: `[rows]`, trained tokens of each row.
+            sequences: of all rows.
             train: batch size, epochs or steps, seed.
             world_size: processes.
-            micro_batch_tokens: the most tokens in a micro-batch (a longer row stands alone).
-            beginning_of: the tokens with which a row may share a prefix with others; None where none are shared.
-            cost: of tokens beside each other, by which rows are dealt to processes.
+            micro_batch_tokens: the most tokens in a micro-batch (a longer sequence stands alone).
+            beginnings_of: the tokens with which each sequence of a row may share a prefix with others; None where none
+                are shared.
+            cost: of tokens beside each other, by which sequences are dealt to processes.
         """
-        self.beginning_of, self.cost = beginning_of, cost
-        self.num_tokens, self.num_trained = num_tokens, num_trained
+        self.beginnings_of, self.cost = beginnings_of, cost
+        self.sequences = sequences
         self.batch_size, self.seed = train.batch_size, train.seed
         self.world_size, self.micro_batch_tokens = world_size, micro_batch_tokens
-        self.steps_per_epoch = math.ceil(len(num_tokens) / train.batch_size)
-        self.total_steps = self.count_steps(len(num_tokens), train)
+        self.steps_per_epoch = math.ceil(sequences.num_rows / train.batch_size)
+        self.total_steps = self.count_steps(sequences.num_rows, train)
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     @staticmethod
@@ -91,30 +102,40 @@ class Plan:
         """The plan of `step`, counted from 1."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         rows = self._permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-        beginning_of = self.beginning_of
-        lengths = self.num_tokens[rows].tolist()
-        prefixes = find_prefixes([beginning_of(int(row)) for row in rows], lengths) if beginning_of is not None else []
-        shares = deal(lengths, self.num_trained[rows].tolist(), self.world_size, prefixes, self.cost)
+        members = self.sequences.of_rows(rows)
+        first = self.sequences.first
+        units = [
+            Unit(example, row, document)
+            for example, row in enumerate(rows.tolist())
+            for document in range(first[row + 1] - first[row])
+        ]
+        lengths, trained = self.sequences.num_tokens[members].tolist(), self.sequences.num_trained[members].tolist()
+        prefixes = (
+            []
+            if self.beginnings_of is None
+            else find_prefixes([beginning for row in rows.tolist() for beginning in self.beginnings_of(row)], lengths)
+        )
+        shares = deal(lengths, trained, self.world_size, prefixes, self.cost)
         return StepPlan(
             step=step,
-            epoch=epoch + min(1.0, (place + 1) * self.batch_size / len(self.num_tokens)),
+            epoch=epoch + min(1.0, (place + 1) * self.batch_size / self.sequences.num_rows),
             rows=rows.tolist(),
             num_tokens=sum(lengths),
-            num_trained=int(self.num_trained[rows].sum()),
-            shares=[self._micro_batches(rows, lengths, share, prefixes) for share in shares],
+            num_trained=sum(trained),
+            longest=max(lengths),
+            shares=[self._micro_batches(units, lengths, share, prefixes) for share in shares],
         )
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         """The order of all rows in `epoch`, from (seed, epoch) alone."""
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.num_tokens))
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.sequences.num_rows)
         return self._order[1]
 
     def _micro_batches(
-        self, rows: npt.NDArray[np.int64], lengths: Sequence[int], share: Sequence[int],
-        prefixes: Sequence[SharedPrefix],
-    ) -> list[list[int]]:  # fmt: skip
-        """The rows of one process's `share` (places in the step), grouped."""
+        self, units: Sequence[Unit], lengths: Sequence[int], share: Sequence[int], prefixes: Sequence[SharedPrefix]
+    ) -> list[list[Unit]]:
+        """Those of one process's `share` (places among `units`), grouped."""
         place_in_share = {place: index for index, place in enumerate(share)}
         inside = (
             (prefix.length, tuple(place_in_share[place] for place in prefix.members if place in place_in_share))
@@ -122,27 +143,27 @@ class Plan:
         )
         shared = [SharedPrefix(length, members) for length, members in inside if len(members) > 1]
         groups = fill([lengths[place] for place in share], self.micro_batch_tokens, shared)
-        return [[int(rows[share[index]]) for index in group] for group in groups]
+        return [[units[share[index]] for index in group] for group in groups]
 
 
 def deal(
     lengths: Sequence[int], trained: Sequence[int], world_size: int, prefixes: Sequence[SharedPrefix] = (),
     cost: TokenCost = TokenCost(),
 ) -> list[list[int]]:  # fmt: skip
-    """Split a step's rows over the processes so that each has about the same to compute.
+    """Split a step's sequences over the processes so that each has about the same to compute.
 
-    The dearest row first, each to the process that is then the least loaded: Graham's LPT rule, at most a third above
-    the best possible. A shared prefix costs a process once, with the first of its rows.
+    The dearest first, each to the process that is then the least loaded: Graham's LPT rule, at most a third above
+    the best possible. A shared prefix costs a process once, with the first of its sequences.
 
     Args:
-        lengths: tokens of each row.
-        trained: trained tokens of each row.
+        lengths: tokens of each sequence.
+        trained: trained tokens of each.
         world_size: processes.
-        prefixes: which rows begin with the same tokens.
+        prefixes: which begin with the same tokens.
         cost: of tokens beside each other.
 
     Returns:
-        For each process the places of its rows in `lengths`.
+        For each process the places of its sequences in `lengths`.
     """
     if world_size == 1:
         return [list(range(len(lengths)))]

@@ -238,7 +238,9 @@ def _fit(
         shape = memory.shape_of(forward.model, parameters)
         activations = memory.estimated_activations(shape, compute_dtype(device, config.model.dtype))
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
-    fitting = memory.fitting_micro_batch(activations, int(tokens.max()), free_memory(device), device.type, asked)
+    fitting = memory.fitting_micro_batch(
+        activations, data.train.sequences.longest, free_memory(device), device.type, asked
+    )
     all_of_them = _from_all(fitting, accelerator)
     budget, needed = min(b for b, _ in all_of_them), max(n for _, n in all_of_them)
     wanted = config.train.gradient_checkpointing

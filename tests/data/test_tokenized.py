@@ -83,6 +83,10 @@ def test_rows_come_back_as_they_were_rendered() -> None:
             assert data.num_tokens[index] == sum(len(document.input_ids) for document in expected)
             assert data.num_trained[index] == sum(sum(document.trained) for document in expected)
         assert data.num_tokens.dtype == data.num_trained.dtype == np.int32
+        documents = [document for row in data for document in row.documents]
+        assert data.sequences.num_tokens.tolist() == [len(document.input_ids) for document in documents]
+        assert data.sequences.num_trained.tolist() == [document.trained.sum() for document in documents]
+        assert np.diff(data.sequences.first).tolist() == [len(row.documents) for row in data]
 
 
 def _examples(paths: list[str]) -> list[Example]:

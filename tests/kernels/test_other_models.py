@@ -103,7 +103,7 @@ def test_gradients_in_fp16_do_not_vanish_in_a_large_step() -> None:
         model = adapted(model_of("LlamaForCausalLM", SHAPE).to(dtype)).eval()
         for parameter in trainable(model).values():
             parameter.data = parameter.data.float()
-        step_gradients(PackedForward(model), trainable(model), [pack(rows.rows)], 40_000, OneProcess())
+        step_gradients(PackedForward(model), trainable(model), [pack(rows.rows)], 40_000, 6, OneProcess())
         results.append({name: parameter.grad.clone() for name, parameter in trainable(model).items()})
     for name, wanted in results[0].items():
         assert (results[1][name] - wanted).norm() < 0.02 * wanted.norm(), name

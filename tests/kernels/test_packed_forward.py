@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lmtune.data.packing import pack
-from lmtune.kernels.packed_forward import PackedForward, count_correct_sequences
+from lmtune.kernels.packed_forward import PackedForward, count_wrong_tokens
 from tests.tiny import KINDS, Rows, adapted, random_rows, tiny_model
 
 
@@ -78,12 +78,12 @@ def test_generation_finds_the_models_own_attention_again() -> None:
     assert model.get_base_model().config._attn_implementation == before
 
 
-def test_counting_sequences_that_are_right_throughout() -> None:
+def test_wrong_tokens_are_counted_for_each_example() -> None:
     batch = pack(random_rows(6).rows)
     correct = torch.ones(len(batch.targets), dtype=torch.bool)
-    assert int(count_correct_sequences(correct, batch)) == 6
-    correct[batch.examples == 2] = False
-    assert int(count_correct_sequences(correct, batch)) == 5
+    assert count_wrong_tokens(correct, batch).tolist() == [0] * 6
+    correct[(batch.examples == 2).nonzero()[0]] = False
+    assert count_wrong_tokens(correct, batch).tolist() == [0, 0, 1, 0, 0, 0]
 
 
 def test_what_one_process_does_without_all_do_without() -> None:

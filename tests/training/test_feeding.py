@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from lmtune.data.packing import pack
+from lmtune.data.packing import pack_sequences
 from lmtune.training.feeding import Feeder
 from lmtune.training.plan import Plan
 from tests.tiny import Rows, random_rows
@@ -14,7 +14,7 @@ from tests.training.test_plan import settings
 
 def plan_for(rows: Rows, budget: int = 60, world_size: int = 1) -> Plan:
     """Two epochs of `rows` in batches of four."""
-    return Plan(rows.num_tokens, rows.num_trained, settings(epochs=2), world_size, budget)
+    return Plan(rows.sequences, settings(epochs=2), world_size, budget)
 
 
 def feeders() -> int:
@@ -30,11 +30,16 @@ def test_steps_and_batches_are_those_of_the_plan(world_size: int) -> None:
         for step in range(2, plan.total_steps + 1):
             todo = feeder.next_step()
             assert todo == plan.step(step)
-            wanted = [pack([rows[row] for row in group]) for group in todo.shares[world_size - 1]]
+            wanted = [
+                pack_sequences([rows[unit.row].documents[unit.document] for unit in group],
+                               [unit.example for unit in group], len(todo.rows))
+                for group in todo.shares[world_size - 1]
+            ]  # fmt: skip
             given = list(feeder.batches())
             assert len(given) == len(wanted)
             for one, other in zip(given, wanted, strict=True):
                 assert torch.equal(one.input_ids, other.input_ids)
+                assert torch.equal(one.examples, other.examples)
                 assert one.layout == other.layout
     assert feeders() == 0
 

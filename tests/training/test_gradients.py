@@ -7,12 +7,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmtune.config import FinetuneConfig, build_config
-from lmtune.data.packing import fill, pack
+from lmtune.data.packing import fill, pack, pack_sequences
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import trainable
 from lmtune.models.free_memory import is_out_of_memory
 from lmtune.training import loop
 from lmtune.training.gradients import find_offenders, step_gradients
+from lmtune.training.plan import Unit
 from tests.tiny import KINDS, OneProcess, Rows, adapted, random_rows, tiny_model
 
 MINIMAL = {"model": {"name": "tiny"}, "data": {"train": "rows.jsonl"}, "run": {"name": "test"}}
@@ -38,9 +39,13 @@ def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
 def lmtune_step(model, rows: Rows, budget: int):
     """The same through lmtune, in micro-batches of at most `budget` tokens."""
     forward = PackedForward(model)
-    groups = fill(rows.num_tokens.tolist(), budget)
-    batches = (pack([rows[row] for row in group], forward.shares_prefixes) for group in groups)
-    return step_gradients(forward, trainable(model), batches, int(rows.num_trained.sum()), OneProcess())
+    documents, row_of = [document for row in rows.rows for document in row.documents], rows.sequences.row.tolist()
+    batches = (
+        pack_sequences([documents[place] for place in group], [row_of[place] for place in group], len(rows),
+                       forward.shares_prefixes)
+        for group in fill(rows.sequences.num_tokens.tolist(), budget)
+    )  # fmt: skip
+    return step_gradients(forward, trainable(model), batches, int(rows.num_trained.sum()), len(rows), OneProcess())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,7 +79,7 @@ def test_a_row_with_an_infinite_loss_is_found() -> None:
     poisoned[:] = 7
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.weight[7] = float("nan")
-    share = fill(rows.num_tokens.tolist(), 10**6)
+    share = [[Unit(row, row, document) for row in range(6) for document in range(len(rows[row].documents))]]
     sums = lmtune_step(model, rows, 10**6)
     assert not sums.is_finite
     offenders = find_offenders(PackedForward(adapted(tiny_model())), trainable(model), share, rows.__getitem__)
@@ -156,7 +161,7 @@ def test_nothing_large_is_allocated_after_the_micro_batches(monkeypatch: pytest.
         watching.__enter__()  # from here on
 
     try:
-        step_gradients(forward, parameters, batches(), int(rows.num_trained.sum()), TwoProcesses())
+        step_gradients(forward, parameters, batches(), int(rows.num_trained.sum()), 4, TwoProcesses())
     finally:
         watching.__exit__(None, None, None)
     assert max(sizes) < 100 < sum(parameter.numel() for parameter in parameters.values())

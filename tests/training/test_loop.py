@@ -1,5 +1,6 @@
 """The loop: layout changes nothing, resuming repeats the run bit for bit; see tests/faults for what goes wrong."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from lmtune.config import ModelConfig
 from lmtune.errors import LmtuneError
 from lmtune.kernels.lora_linear import fuse
-from lmtune.kernels.packed_forward import PackedForward
+from lmtune.kernels.packed_forward import PackedForward, TokenScores
 from lmtune.models.adapters import trainable
 from lmtune.models.loading import load_model
 from lmtune.training import loop
@@ -16,8 +17,8 @@ from lmtune.training.activations import is_checkpointed_throughout
 from lmtune.training.checkpoint import checkpoint_folders
 from lmtune.training.loop import Job, train
 from lmtune.training.records import Accuracies
-from tests.jobs import final_weights, job_for
-from tests.tiny import adapted, tiny_model
+from tests.jobs import final_weights, job_for, records
+from tests.tiny import Row, Rows, adapted, random_rows, tiny_model
 
 
 def test_micro_batches_of_any_size_give_the_same_adapter(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_out_of_memory_with_a_single_row_says_what_to_do(tmp_path: Path, monkeyp
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(PackedForward, "__call__", never)
-    with pytest.raises(LmtuneError, match=r"single row of .* tokens; lower data.max_length"):
+    with pytest.raises(LmtuneError, match=r"single sequence of .* tokens; lower data.max_length"):
         train(job_for(tmp_path / "run"))
 
 
@@ -120,3 +121,57 @@ def test_every_step_is_recorded_once_even_after_a_resume(tmp_path: Path) -> None
     results = job.run.results.read_text().splitlines()
     assert [line.split('"step": ')[1].split(",")[0] for line in metrics] == ["1", "2", "3", "4", "5", "6"]
     assert [line.split(",")[0] for line in results] == ["step", "1", "2", "3", "4", "5", "6"]
+
+
+def rows_of_many_sequences() -> Rows:
+    """Three rows of 8 sequences each, as a template that drops earlier thoughts makes them, and five of one."""
+    many = random_rows(24, longest=40)
+    documents = [row.documents[0] for row in many.rows]
+    rows = [Row(f"rows.jsonl:{n + 1}", documents[8 * n : 8 * n + 8]) for n in range(3)]
+    return Rows([*rows, *random_rows(5, seed=1, longest=20).rows])
+
+
+def test_a_row_of_many_sequences_needs_the_memory_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the memory is, the update is the same, and a row counts as right when all its sequences are."""
+    settings = {"train__batch_size": 4, "train__max_steps": 3}
+    whole = job_for(tmp_path / "whole", **settings)
+    whole.data = rows_of_many_sequences()
+    weights = final_weights(whole)
+    longest, real, held = whole.data.sequences.longest, PackedForward.__call__, list[int]()
+
+    def limited(self, batch):
+        held.append(batch.num_tokens)
+        if batch.num_tokens > longest:
+            raise torch.OutOfMemoryError
+        return real(self, batch)
+
+    monkeypatch.setattr(PackedForward, "__call__", limited)
+    for budget in (1, 10**6):
+        cut = job_for(tmp_path / f"cut{budget}", **settings, train__micro_batch_tokens=budget)
+        cut.data = rows_of_many_sequences()
+        found = final_weights(cut)
+        for name, weight in weights.items():
+            torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
+        for one, other in zip(records(whole), records(cut), strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+    assert max(held[-3:]) <= longest
+
+
+def test_a_row_is_right_when_all_its_sequences_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be in different micro-batches: here each is in one of its own."""
+    job = job_for(tmp_path / "run", train__micro_batch_tokens=1, train__batch_size=4, train__max_steps=1)
+    job.data = Rows(rows_of_many_sequences().rows[:4])
+    spoilt = job.data[1].documents[3].input_ids[:3].tolist()
+    real = PackedForward.__call__
+
+    def all_but_one_right(self, batch):
+        scores = real(self, batch)
+        is_spoilt = batch.input_ids[0, :3].tolist() == spoilt
+        correct = torch.full_like(scores.correct, not is_spoilt)
+        return TokenScores(scores.total, scores.losses, correct)
+
+    monkeypatch.setattr(PackedForward, "__call__", all_but_one_right)
+    train(job)
+    with job.run.results.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["training_sequence_accuracy"]) == 3 / 4

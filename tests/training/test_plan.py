@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lmtune.config import TrainConfig, build_config
 from lmtune.data.prefixes import SharedPrefix
-from lmtune.training.plan import Plan, TokenCost, deal
+from lmtune.data.sequences import Sequences
+from lmtune.training.plan import Plan, TokenCost, Unit, deal
 
 
 def settings(**changes: object) -> TrainConfig:
@@ -18,7 +19,8 @@ def settings(**changes: object) -> TrainConfig:
 def plan_of(lengths: list[int], world_size: int = 1, budget: int = 100, **changes: object) -> Plan:
     """A plan of rows of these lengths, a third of each trained."""
     tokens = np.array(lengths, dtype=np.int32)
-    return Plan(tokens, np.maximum(1, tokens // 3).astype(np.int32), settings(**changes), world_size, budget)
+    trained = np.maximum(1, tokens // 3).astype(np.int32)
+    return Plan(Sequences.one_each(tokens, trained), settings(**changes), world_size, budget)
 
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(1, 90, 23)]
@@ -62,9 +64,11 @@ def test_shares_partition_the_steps_rows_within_the_budget(lengths: list[int], w
     for step in range(1, plan.steps_per_epoch + 1):
         todo = plan.step(step)
         assert len(todo.shares) == world
-        assert sorted(row for share in todo.shares for group in share for row in group) == sorted(todo.rows)
+        units = [unit for share in todo.shares for group in share for unit in group]
+        assert sorted(units) == [Unit(example, row, 0) for example, row in enumerate(todo.rows)]
         for group in (group for share in todo.shares for group in share):
-            assert len(group) == 1 or sum(lengths[row] for row in group) <= budget
+            assert len(group) == 1 or sum(lengths[unit.row] for unit in group) <= budget
+        assert todo.longest == max(lengths[row] for row in todo.rows)
         assert todo.num_tokens == sum(lengths[row] for row in todo.rows)
         assert todo.num_trained == sum(max(1, lengths[row] // 3) for row in todo.rows)
 
@@ -98,11 +102,34 @@ def test_rows_that_share_a_prefix_are_planned_together() -> None:
     generator = np.random.default_rng(0)
     prefixes = generator.integers(3, 99, (2, 40))
     lengths = np.full(20, 50, dtype=np.int32)
-    plan = Plan(lengths, lengths // 5, settings(batch_size=20), 1, 200, lambda row: prefixes[row % 2])
+    sequences = Sequences.one_each(lengths, lengths // 5)
+    plan = Plan(sequences, settings(batch_size=20), 1, 200, lambda row: [prefixes[row % 2]])
     (share,) = plan.step(1).shares
     assert sorted(len(group) for group in share) == [10, 10]
-    assert all(len({row % 2 for row in group}) == 1 for group in share)
+    assert all(len({unit.row % 2 for unit in group}) == 1 for group in share)
     assert len(plan_of([50] * 20, budget=200, batch_size=20).step(1).shares[0]) == 5
+
+
+@given(st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=5), min_size=1, max_size=20), st.integers(1, 3))
+def test_a_rows_sequences_are_dealt_one_by_one(rows: list[list[int]], world: int) -> None:
+    """A batch counts rows; no micro-batch need hold more than one sequence, and each is in one."""
+    tokens = np.array([length for row in rows for length in row], dtype=np.int32)
+    trained = np.maximum(1, tokens // 3).astype(np.int32)
+    sequences = Sequences(tokens, trained, np.cumsum([0, *(len(row) for row in rows)]))
+    plan = Plan(sequences, settings(batch_size=3), world, 1)
+    for step in range(1, plan.steps_per_epoch + 1):
+        todo = plan.step(step)
+        groups = [group for share in todo.shares for group in share]
+        assert all(len(group) == 1 for group in groups)
+        assert sorted(unit for group in groups for unit in group) == [
+            Unit(example, row, document) for example, row in enumerate(todo.rows) for document in range(len(rows[row]))
+        ]
+        assert todo.num_tokens == sum(sum(rows[row]) for row in todo.rows)
+        assert todo.num_trained == sum(max(1, length // 3) for row in todo.rows for length in rows[row])
+        assert todo.longest == max(max(rows[row]) for row in todo.rows)
+    assert sorted(row for step in range(1, plan.steps_per_epoch + 1) for row in plan.step(step).rows) == list(
+        range(len(rows))
+    )
 
 
 def test_more_processes_than_rows_leaves_some_without() -> None:

@@ -1,0 +1,71 @@
+"""Rows as sequences: what a row renders to, each of which is computed by itself.
+
+A row is one example, however many sequences it has: a template that drops earlier thoughts gives one for each answer.
+They attend to nothing of each other, so a forward pass need not hold more than one of them.
+
+    sequences.num_tokens[sequences.of_rows([7, 3])]      # of row 7's sequences, then of row 3's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The S sequences of N rows, row after row.
+
+    Attributes:
+        num_tokens, num_trained: int32 `[S]`.
+        first: int64 `[N + 1]`, where each row's sequences begin, and where the last one's end.
+    """
+
+    num_tokens: Int32
+    num_trained: Int32
+    first: Int64
+
+    @classmethod
+    def one_each(cls, num_tokens: Int32, num_trained: Int32) -> Sequences:
+        """Rows of one sequence."""
+        return cls(num_tokens, num_trained, np.arange(len(num_tokens) + 1))
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.first) - 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest one: what a forward pass must hold at the least."""
+        return int(self.num_tokens.max())
+
+    @cached_property
+    def row(self) -> Int64:
+        """int64 `[S]`, the row of each."""
+        return np.repeat(np.arange(self.num_rows), np.diff(self.first))
+
+    @cached_property
+    def document(self) -> Int64:
+        """int64 `[S]`, which of its row's each is."""
+        return np.arange(len(self.row)) - self.first[self.row]
+
+    def of_rows(self, rows: Sequence[int] | Int64) -> Int64:
+        """int64, the sequences of `rows`, in the order of these."""
+        rows = np.asarray(rows, dtype=np.int64)
+        counts = self.first[rows + 1] - self.first[rows]
+        before = np.cumsum(counts) - counts
+        return np.repeat(self.first[rows] - before, counts) + np.arange(int(counts.sum()))
+
+    def select(self, rows: Int64) -> Sequences:
+        """Those of `rows` alone."""
+        chosen = self.of_rows(rows)
+        first = np.concatenate([[0], np.cumsum(self.first[rows + 1] - self.first[rows])])
+        return Sequences(self.num_tokens[chosen], self.num_trained[chosen], first)
