@@ -29,8 +29,8 @@ from lmtune.training.workers import note_exit_code
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 VERBS = (
-    "quickstart", "check", "preview", "plan", "finetune", "evaluate", "merge", "chat", "app", "push", "pull",
-    "pretrain", "runs", "doctor",
+    "quickstart", "init", "check", "preview", "plan", "finetune", "evaluate", "merge", "chat", "app", "push", "pull",
+    "pretrain", "runs", "doctor", "schema",
 )  # fmt: skip
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}

@@ -20,7 +20,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from lmtune.config_files import find_config, is_override, plain_name, run_name, shipped_configs, shipped_example
@@ -57,6 +57,15 @@ def section(cls: type[T]) -> type[T]:
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Quantization = Literal["none", "nf4", "int8", "fp8"]
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    BeforeValidator(
+        lambda value: (
+            _DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch.")) if isinstance(value, str) else value
+        )
+    ),
+]
 # A run's folder is `run.dir/run.name`: one plain folder name, which cannot climb out of `run.dir`.
 RunName = Annotated[str, AfterValidator(plain_name)]
 # One file or folder, or several.
@@ -83,19 +92,19 @@ class ModelConfig:
 
     name: Annotated[str, Field(min_length=1)]  # a Hub id, a local folder, or `tiny`
     revision: str | None = None  # a branch, tag or commit on the Hub
-    quantization: Quantization = "nf4"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bf16 on GPUs that have it, else fp32
+    quantization: Quantization = "nf4"  # of the frozen weights: nf4 is 4 bit, int8 is 8 bit; fp8 is inexact, on GPUs
+    dtype: Dtype = "auto"  # auto: bf16 on GPUs that have it, else fp32
 
 
 @section
 class AdapterConfig:
     """The LoRA adapter; names and meanings are PEFT's."""
 
-    method: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    alpha: Annotated[float, Field(gt=0, le=1e30)] = 32
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: TargetModules = "all-linear"
+    method: Literal["lora"] = "lora"  # https://arxiv.org/abs/2106.09685
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16  # more learns more, with more memory
+    alpha: Annotated[float, Field(gt=0, le=1e30)] = 32  # the adapter's output is scaled by alpha / rank
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # share of the adapter's inputs set to 0 in training
+    target_modules: TargetModules = "all-linear"  # or names (q_proj,v_proj), or a regular expression
     use_rslora: bool = False  # scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
     use_dora: bool = False  # https://arxiv.org/abs/2402.09353
     init_lora_weights: Literal["default", "pissa"] = "default"  # PiSSA: https://arxiv.org/abs/2404.02948
@@ -105,12 +114,12 @@ class AdapterConfig:
 class DataConfig:
     """Which rows are learned, and how each becomes tokens."""
 
-    train: DataPaths
+    train: DataPaths  # rows to learn: a file, several, or a folder
     validation: DataPaths | None = None  # rows of their own; without them `validation_fraction` of `train` is held out
-    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    max_length: Annotated[int, Field(ge=8)] = 2048  # tokens
-    too_long: Literal["drop", "truncate", "error"] = "drop"
-    template: Literal["auto", "chat", "plain", "thinking"] = "auto"
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # share of `train` held out to score on
+    max_length: Annotated[int, Field(ge=8)] = 2048  # tokens of a row
+    too_long: Literal["drop", "truncate", "error"] = "drop"  # what becomes of longer rows; truncate cuts the beginning
+    template: Literal["auto", "chat", "plain", "thinking"] = "auto"  # auto: the tokenizer's own chat template, if any
     system: str | None = None  # system prompt for rows that have none
     faulty_rows: Literal["error", "skip"] = "error"  # skip: rows that cannot be used are left out, counted and named
 
@@ -119,17 +128,17 @@ class DataConfig:
 class TrainConfig:
     """The optimisation. One optimizer step learns `batch_size` examples, summed over all processes."""
 
-    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3  # times that each row is learned
     max_steps: Count | None = None  # overrules `epochs`
-    batch_size: Count = 32
+    batch_size: Count = 32  # examples an optimizer step, over all processes
     micro_batch_tokens: Count | Literal["auto"] = "auto"  # memory and speed only; never what is learned
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2.0e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Fraction = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2.0e-4  # at its highest; small models take more
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how the learning rate falls
+    warmup_ratio: Fraction = 0.03  # share of the steps in which the learning rate rises
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # AdamW's
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0  # null: no clipping
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the order of rows, dropout and the adapter's start
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # less memory, slower; auto: where the memory needs it
 
 
 @section
@@ -140,17 +149,17 @@ class EvaluationConfig:
     patience: Count | None = None  # stop after so many evaluations without a better validation loss
     keep_best: bool = True  # with `every_steps`: the saved adapter is that of the best step, not of the last
     exact_match_rows: Annotated[int, Field(ge=0)] = 64  # generate answers for so many rows; 0: none
-    max_new_tokens: Count = 128
+    max_new_tokens: Count = 128  # where a generated answer that does not stop is cut
 
 
 @section
 class RunConfig:
     """Where the run lives on disk, and how often it is saved."""
 
-    dir: Annotated[str, Field(min_length=1)] = "runs"
+    dir: Annotated[str, Field(min_length=1)] = "runs"  # the folder that runs are kept in
     name: RunName | None = None  # null: the config file's name without `.yaml`
-    checkpoint_every_steps: Count = 100
-    keep_checkpoints: Count = 2
+    checkpoint_every_steps: Count = 100  # what a crash may cost at most
+    keep_checkpoints: Count = 2  # the newest; older ones are removed
     resume: Literal["auto", "never"] = "auto"  # never: an earlier run of this name is renamed, and a new one begins
     # With several processes: they wait so long for one that does not come; a week at most.
     process_timeout_seconds: Annotated[int, Field(ge=1, le=604_800)] = 1800

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = (
     {"__init__", "errors", "console", "numeric"},
-    {"yaml_reader", "config", "config_files", "runs", "writing", "examples", "locks"},
+    {"yaml_reader", "config", "config_files", "config_schema", "runs", "writing", "examples", "locks"},
     {"data", "demo"},
     {"kernels", "models"},
     {"evaluation", "generation", "decoding", "report", "card_usage", "history"},
     {"training"},
-    {"hub", "hub_checks", "ui", "doctor", "probes"},
+    {"hub", "hub_checks", "ui", "doctor", "probes", "proposal"},
     {"api"},
     {"recipes", "cli", "app", "__main__"},
 )

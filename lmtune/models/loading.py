@@ -235,6 +235,22 @@ def _stored_file(model: ModelConfig, name: str) -> Path | None:
     return Path(file) if file else None
 
 
+def stored_parameters(model: ModelConfig) -> int | None:
+    """How many parameters the weights have, by the headers of their files; None if they are not on this machine."""
+    from math import prod
+
+    from safetensors import safe_open
+
+    total = 0
+    try:
+        for path in weight_files(model):
+            with safe_open(path, framework="pt") as file:
+                total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not a dict
+    except (ModelError, OSError):
+        return None
+    return total
+
+
 def stored_dtype(model: ModelConfig) -> torch.dtype:
     """The dtype in which the base's weights are stored on disk: that of its first matrix."""
     from safetensors import safe_open

@@ -1,0 +1,242 @@
+"""A config that suits this machine, this model and these rows, with the reason for each choice: `lmtune init`.
+
+    values, reasons = propose("Qwen/Qwen3-0.6B", ["my.jsonl"])
+
+Only what is on this machine is looked at. The tokenizer measures the rows if it is here; the weights' size decides the
+quantization if they are; of a model that is not here yet only the name is known, and the defaults stand.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lmtune.config import ModelConfig, Quantization
+from lmtune.console import progress
+from lmtune.errors import ConfigError, LmtuneError, ModelError
+
+_ROWS_READ = 5000  # of the data, to measure lengths
+_GIB = 2**30
+_LEAST_HELD_OUT = 30  # rows; the scores of fewer say little
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the model will be trained: `kind` is cpu, cuda or another of torch's, `free_bytes` its memory."""
+
+    kind: str
+    free_bytes: int
+
+    def __str__(self) -> str:
+        where = "GPU" if self.kind == "cuda" else "CPU" if self.kind == "cpu" else self.kind
+        return f"{where}, {self.free_bytes / _GIB:.1f} GiB free"
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """What this machine knows of a base: its parameters, its positions and its tokenizer; None is unknown."""
+
+    parameters: int | None = None
+    positions: int | None = None
+    renderer: Any = None
+
+
+def this_machine() -> Machine:
+    """The device that lmtune would train on."""
+    from lmtune.models.free_memory import free_memory
+    from lmtune.models.loading import default_device
+
+    device = default_device()
+    return Machine(device.type, free_memory(device))
+
+
+def known_model(name: str) -> KnownModel:
+    """What can be known of the base `name` without a network.
+
+    Raises:
+        ModelError: it is a folder or a name that no model can have.
+    """
+    from lmtune.models.inference import build_renderer
+    from lmtune.models.loading import load_tokenizer, resolve_name, stored_parameters
+
+    config = ModelConfig(name=name, quantization="none")
+    is_folder = os.path.isdir(resolve_name(name))
+    if not is_folder and (problem := _no_hub_id(name)):
+        raise ModelError(f"--model: {problem}; give a Hub id like Qwen/Qwen3-0.6B, a model folder, or tiny")
+    with _offline():
+        try:
+            tokenizer = load_tokenizer(config, alone=True)
+            renderer = build_renderer(tokenizer, config, {})
+        except LmtuneError:
+            if is_folder or name.startswith((".", "/", "~")):
+                raise
+            return KnownModel()
+        return KnownModel(stored_parameters(config), _positions(config), renderer)
+
+
+def propose_quantization(parameters: int | None, machine: Machine) -> tuple[Quantization, str]:
+    """How to hold the frozen weights, and why: as they are where they fit, since 4 bit saves memory and not time."""
+    from lmtune.models.backends import check_bitsandbytes
+
+    if parameters is None:
+        wanted, why = "nf4", "the model is not on this machine yet, so its size is not known"
+    else:
+        needed = parameters * (4 if machine.kind == "cpu" else 2)
+        size = (
+            f"{_words(parameters)} parameters take {needed / _GIB:.1f} GiB of the {machine.free_bytes / _GIB:.1f} free"
+        )
+        wanted = "none" if needed <= 0.5 * machine.free_bytes else "nf4"
+        why = f"{size} as they are" + ("" if wanted == "none" else f", {parameters * 0.55 / _GIB:.1f} in nf4")
+    if wanted == "nf4":
+        try:
+            check_bitsandbytes("nf4")
+        except LmtuneError:
+            return "none", f"{why}; bitsandbytes, which nf4 needs, does not work here"
+    return ("none" if wanted == "none" else "nf4"), why
+
+
+def propose(
+    model: str, data: Sequence[str], quantization: Quantization | None, num_rows: int, machine: Machine,
+    known: KnownModel,
+) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    """Settings by `section.key`, and the reasons for those that are not the user's words.
+
+    Args:
+        model: the base.
+        data: checked files or folders of rows.
+        quantization: the user's choice, if there is one.
+        num_rows: how many rows they hold.
+        machine: where it will be trained.
+        known: what is known of the base.
+    """
+    values: dict[str, Any] = {"model.name": model, "data.train": list(data) if len(data) > 1 else data[0]}
+    reasons: dict[str, str] = {}
+    proposed, why = propose_quantization(known.parameters, machine)
+    values["model.quantization"] = quantization or proposed
+    if quantization is None:
+        reasons["model.quantization"] = why
+    values["data.validation_fraction"], reasons["data.validation_fraction"] = _held_out(num_rows)
+    batch = max(4, min(32, 2 ** int(math.log2(max(1, num_rows / 10)))))
+    values["train.batch_size"] = batch
+    reasons["train.batch_size"] = f"about ten steps or more an epoch with {num_rows:,} rows"
+    values["train.epochs"] = max(3, min(10, math.ceil(60 * batch / num_rows)))
+    reasons["train.epochs"] = f"{math.ceil(values['train.epochs'] * num_rows / batch):,} steps in all"
+    if known.parameters is not None and known.parameters < 300_000_000:
+        values["train.learning_rate"] = 4.0e-3 if known.parameters < 30_000_000 else 1.0e-3
+        reasons["train.learning_rate"] = f"a small model, of {_words(known.parameters)} parameters"
+    if known.renderer is None:
+        reasons["data.max_length"] = "the tokenizer is not on this machine yet, so the rows were not measured"
+    else:
+        _add_lengths(values, reasons, data, known)
+    return values, reasons
+
+
+def require_new(path: Path) -> None:
+    """Raise ConfigError if `path` cannot be a new file."""
+    if path.exists():
+        raise ConfigError(f"--output: {path} is there already, and is not replaced; give another --output")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output: {path.parent} is no folder; make it, or give another --output")
+
+
+def described(path: Path, machine: str, settings: str) -> str:
+    """The file, headed by how it is used; editors find a schema that lies beside it."""
+    schema = "# yaml-language-server: $schema=lmtune.schema.json\n"
+    head = schema if path.with_name("lmtune.schema.json").is_file() else ""
+    use = f"# Written by `lmtune init` on a machine with: {machine}. Start with: lmtune finetune {path.name}\n"
+    return f"{head}{use}# A setting is replaced on the command line as train.epochs=1.\n\n{settings}"
+
+
+def _add_lengths(values: dict[str, Any], reasons: dict[str, str], data: Sequence[str], known: KnownModel) -> None:
+    """Set what follows from the rows' lengths in tokens."""
+    rows, answers = _lengths(data, known.renderer)
+    if not rows:
+        return
+    longest, limit = max(rows), min(known.positions or 8192, 8192)
+    values["data.max_length"] = min(max(64, _rounded(longest, 64)), limit)
+    beyond = sum(length > values["data.max_length"] for length in rows)
+    reasons["data.max_length"] = f"the longest row has {longest:,}" + (
+        f"; {beyond:,} rows are longer" if beyond else ""
+    )
+    if len(rows) == _ROWS_READ:
+        reasons["data.max_length"] += f" (of the first {_ROWS_READ:,} rows)"
+    values["evaluation.max_new_tokens"] = min(1024, max(32, _rounded(max(answers) + 8, 16)))
+    reasons["evaluation.max_new_tokens"] = f"the longest answer has {max(answers):,} tokens"
+
+
+def _lengths(data: Sequence[str], renderer: Any) -> tuple[list[int], list[int]]:
+    """Tokens of the first rows, and of their answers."""
+    from lmtune.data.files import find_files
+    from lmtune.data.reading import ReadReport, read_examples
+
+    rows, answers = [], []
+    with progress("measuring the rows", unit="rows") as shown:
+        for example in islice(read_examples(find_files(data), ReadReport()), _ROWS_READ):
+            documents = renderer.render(example)
+            rows.append(max(len(document.input_ids) for document in documents))
+            answers.append(max(sum(map(bool, document.trained)) for document in documents))
+            shown.advance()
+    return rows, answers
+
+
+def _held_out(num_rows: int) -> tuple[float, str]:
+    """The share of rows to hold out: 5 %, more of a small file, so that scores say something; none of a tiny one."""
+    if num_rows < 10:
+        return 0.0, f"{num_rows} rows are too few to hold some out; nothing is scored"
+    share = min(0.2, max(0.05, round(_LEAST_HELD_OUT / num_rows, 2)))
+    held = round(share * num_rows)
+    few = "; scores of so few are rough" if held < _LEAST_HELD_OUT else ""
+    return share, f"{held:,} of {num_rows:,} rows{few}"
+
+
+def _no_hub_id(name: str) -> str | None:
+    """Why `name` can be no repository of the Hub, or None."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return f"{name} is neither a folder here nor a Hub id"
+    return None
+
+
+def _positions(config: ModelConfig) -> int | None:
+    """How many positions the base was made for, by its config."""
+    from transformers import AutoConfig
+
+    from lmtune.models.loading import resolve_name
+
+    try:
+        text = AutoConfig.from_pretrained(resolve_name(config.name), trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError):
+        return None
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
+class _offline:
+    """No request leaves this machine inside the block."""
+
+    def __enter__(self) -> None:
+        from huggingface_hub import constants
+
+        self._before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+
+    def __exit__(self, *_: object) -> None:
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = self._before
+
+
+def _rounded(number: int, step: int) -> int:
+    return math.ceil(number / step) * step
+
+
+def _words(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"

@@ -1,0 +1,94 @@
+"""Write a config that fits this machine, every setting explained: three questions, or flags.
+
+lmtune init
+lmtune init --model Qwen/Qwen3-0.6B --data my.jsonl
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmtune.cli import run
+from lmtune.config import FinetuneConfig, Quantization, load_config
+from lmtune.config_files import run_name
+from lmtune.config_schema import commented_yaml
+from lmtune.console import command, err, escape, out, progress
+from lmtune.data.checking import DataCheck, describe_check, inspect_data
+from lmtune.errors import ConfigError, DataError, listed
+from lmtune.proposal import described, known_model, propose, propose_quantization, require_new, this_machine
+from lmtune.ui.questions import ask, choose
+from lmtune.writing import write_text
+
+QUANTIZATIONS: tuple[Quantization, ...] = ("none", "nf4", "int8")
+MODEL = "Qwen/Qwen3-0.6B"  # what is suggested: small, and good for its size
+
+
+def main(
+    model: Annotated[str | None, typer.Option(help="A Hub id, a model folder, or tiny.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Files or folders of rows.")] = None,
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="How the base's weights are held; what fits, if not given.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; named after the data if not given.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; take what is proposed.")] = False,
+) -> None:
+    """Write a YAML config for your model and data that fits this machine; ask for what the flags do not say.
+
+    It holds every setting with its meaning and default. A file that is there already is never replaced.
+
+    Example: lmtune init --model Qwen/Qwen3-0.6B --data my.jsonl
+    """
+    asks = sys.stdin.isatty() and not yes
+    missing = [flag for flag, value in (("--model", model), ("--data", data)) if not value]
+    if missing and not asks:
+        raise ConfigError(
+            f"{' and '.join(missing)}: missing; questions need a terminal, so write "
+            "`lmtune init --model MODEL --data FILE`; also --quantization, --output FILE"
+        )
+    if output is not None:
+        require_new(output)
+    check = checked(data) if data else None
+    with progress("looking at this machine"):
+        machine = this_machine()
+    question = "Model: a Hub id, a folder, or tiny, the demonstration"
+    model, known = (model, known_model(model)) if model else ask(question, MODEL, known_model)
+    paths, check = (data, check) if data and check else asked_data()
+    if quantization is None and asks:
+        proposed, why = propose_quantization(known.parameters, machine)
+        err.print(f"[dim]{escape(str(machine))}; {escape(why)}[/]")
+        quantization = choose("Quantization", QUANTIZATIONS, proposed)
+    path = output or Path(f"{run_name(paths[0])}.yaml")
+    require_new(path)
+    values, reasons = propose(model, paths, quantization, check.train.num_rows, machine, known)
+    write_text(path, described(path, str(machine), commented_yaml(values, reasons)))
+    load_config(FinetuneConfig, path)
+    out.print(escape(describe_check(check)))
+    out.print(f"\nwrote [bold]{escape(str(path))}[/] for this machine ({escape(str(machine))}). Next:")
+    for words, purpose in (
+        (("check", "--config", path), "every row, line by line"),
+        (("preview", "--config", path), "the tokens that the model sees, the learned ones marked"),
+        (("plan", path), "memory and time"),
+        (("finetune", path), "train; the same command again goes on where it stopped"),
+    ):
+        out.print(f"  [bold]{escape(command(*words))}[/]\n      {purpose}")
+
+
+def asked_data() -> tuple[list[str], DataCheck]:
+    """The answer to the question for data; what lies here is proposed."""
+    found = next((str(path) for path in sorted(Path().glob("*.jsonl"))), None)
+    path, check = ask("Data: a file or folder of rows", found, lambda path: checked([path]))
+    return [path], check
+
+
+def checked(data: list[str]) -> DataCheck:
+    """The rows of `data`, all of them without fault."""
+    check = inspect_data(data)
+    if faults := check.report.faults:
+        raise DataError(f"the data has faults; fix these lines first:\n{listed(faults)}")
+    return check
+
+
+if __name__ == "__main__":
+    run(main)
