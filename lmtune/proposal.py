@@ -48,8 +48,8 @@ class KnownModel:
 
 def this_machine() -> Machine:
     """The device that lmtune would train on."""
+    from lmtune.models.device import default_device
     from lmtune.models.free_memory import free_memory
-    from lmtune.models.loading import default_device
 
     device = default_device()
     return Machine(device.type, free_memory(device))
