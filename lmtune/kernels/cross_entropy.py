@@ -67,7 +67,7 @@ def label_cross_entropy(
     """
     rows = rows_at_once or chunk_rows(hidden.device.type, len(head))
     total, losses, correct = _LabelCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.to(head.dtype), head, targets, transform or LogitTransform(), rows, head.requires_grad
+        hidden.to(head.dtype), head, targets, transform or LogitTransform(), rows, torch.is_grad_enabled()
     )
     return total, losses, correct
 
@@ -85,16 +85,19 @@ class _LabelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,
-        transform: LogitTransform, rows: int, head_grad: bool,
+        transform: LogitTransform, rows: int, grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        d_hidden = torch.empty_like(hidden)
+        head_grad = grad and ctx.needs_input_grad[1]
+        wanted = grad and any(ctx.needs_input_grad[:2])  # not where a model is only scored
+        d_hidden = torch.empty_like(hidden) if wanted else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if head_grad else None
         for part in _chunks(len(hidden), rows):
             raw = hidden[part] @ head.t()  # [rows, V]
-            loss, right, d_raw = _chunk(raw, targets[part], transform)
-            losses[part], correct[part] = loss, right
+            losses[part], correct[part], d_raw = _chunk(raw, targets[part], transform, wanted)
+            if d_raw is None or d_hidden is None:
+                continue
             d_raw = d_raw.to(hidden.dtype)
             torch.mm(d_raw, head, out=d_hidden[part])
             if d_head is not None:
@@ -118,17 +121,19 @@ def _chunks(count: int, most: int) -> list[slice]:
 
 
 def _chunk(
-    raw: torch.Tensor, targets: torch.Tensor, transform: LogitTransform
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses `[n]`, first choice right `[n]`, and the gradient `[n, V]` of their sum by the raw logits."""
+    raw: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Losses `[n]`, first choice right `[n]`, and with `grad` the gradient `[n, V]` of their sum by the raw logits."""
     logits = transform.apply(raw).float()
     target = targets[:, None]
     most, choice = logits.max(1, keepdim=True)
     wanted = logits.gather(1, target)
-    keep = None if transform.softcap is None else logits / transform.softcap  # tanh(z / softcap)
+    keep = None if transform.softcap is None or not grad else logits / transform.softcap  # tanh(z / softcap)
     probabilities = logits.sub_(most).exp_()  # in place: the logits themselves are not needed any more
     total = probabilities.sum(1, keepdim=True)
     losses = (total.log() + most - wanted)[:, 0]
+    if not grad:
+        return losses, (choice == target)[:, 0], None
     gradient = probabilities.div_(total)
     gradient.scatter_add_(1, target, torch.full_like(wanted, -1.0))
     if keep is not None:

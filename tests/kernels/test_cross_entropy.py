@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from lmtune.kernels import cross_entropy
 from lmtune.kernels.cross_entropy import LogitTransform, _chunks, chunk_rows, label_cross_entropy
@@ -31,6 +32,18 @@ def test_equals_plain_cross_entropy(transform: LogitTransform, chunk_rows: int) 
     torch.testing.assert_close(hidden.grad, wanted[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head.grad, wanted[1], atol=1e-5, rtol=1e-5)
     assert torch.equal(correct, logits.argmax(-1) == targets)
+
+
+@pytest.mark.parametrize("transform", [PLAIN, CAPPED, SCALED])
+def test_scoring_computes_no_gradient(transform: LogitTransform) -> None:
+    """The product with the head is a good part of a small model's forward pass; its gradient is as much again."""
+    hidden, head = torch.randn(33, 24, requires_grad=True), torch.randn(101, 24, requires_grad=True)
+    targets = torch.randint(0, 101, (33,))
+    wanted = label_cross_entropy(hidden, head, targets, transform, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        scored = label_cross_entropy(hidden, head, targets, transform, 16)
+    assert all(torch.equal(one, other) for one, other in zip(scored, wanted, strict=True))
+    assert counter.get_total_flops() == 2 * 33 * 24 * 101
 
 
 @given(st.integers(0, 5000), st.integers(1, 700))
