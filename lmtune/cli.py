@@ -3,7 +3,7 @@
     lmtune finetune CONFIG        is        accelerate launch recipes/finetune.py CONFIG
 
 Exit codes: 0 done; 1 failed while running; 2 the usage, config, data or model is wrong (one message, nothing
-written); 130 after Ctrl-C and 143 after SIGTERM. `LMTUNE_TRACEBACK=1` shows the traceback of any error.
+written); 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. `LMTUNE_TRACEBACK=1` shows the traceback of any error.
 """
 
 from __future__ import annotations

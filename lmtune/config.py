@@ -159,6 +159,7 @@ class RunConfig:
     dir: Annotated[str, Field(min_length=1)] = "runs"  # the folder that runs are kept in
     name: RunName | None = None  # null: the config file's name without `.yaml`
     checkpoint_every_steps: Count = 100  # what a crash may cost at most
+    checkpoint_every_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = 10  # as well; null: by steps alone
     keep_checkpoints: Count = 2  # the newest; older ones are removed
     resume: Literal["auto", "never"] = "auto"  # never: an earlier run of this name is renamed, and a new one begins
     # With several processes: they wait so long for one that does not come; a week at most.

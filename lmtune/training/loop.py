@@ -126,6 +126,7 @@ def train(job: Job) -> Outcome:
     progress = StepProgress(total_steps, counters.step + 1, enabled=main)
     stopped_early = _out_of_patience(counters, config)  # a crash after the last step leaves nothing to do
     job.forward.model.train()
+    saved_at = time.monotonic()
     with StopSignals() as signals, progress, feeder:
         feeder.start(counters.step + 1)
         while counters.step < total_steps and not stopped_early:
@@ -147,8 +148,9 @@ def train(job: Job) -> Outcome:
             stopped_early = _out_of_patience(counters, config)
             last = stopped_early or counters.step == total_steps
             stop = sums.interrupted or (job.accelerator.num_processes == 1 and signals.asked())
-            if last or stop or _is_due(counters, validation, config):
+            if last or stop or _is_due(counters, validation, config, time.monotonic() - saved_at):
                 _save(job, optimizer, parameters, counters)
+                saved_at = time.monotonic()
             if stop and not last:
                 raise Interrupted(
                     f"stopped after step {counters.step} of {total_steps}, which is saved; the same command goes "
@@ -309,7 +311,12 @@ def _validate(job: Job, counters: Counters, total_steps: int, progress: StepProg
     return scores
 
 
-def _is_due(counters: Counters, validation: Accuracies | None, config: FinetuneConfig) -> bool:
+def _is_due(counters: Counters, validation: Accuracies | None, config: FinetuneConfig, seconds: float) -> bool:
+    """Whether a checkpoint is to be written, `seconds` after the last one. Only the first process writes, so that the
+    others need not have the same clock."""
+    minutes = config.run.checkpoint_every_minutes
+    if minutes is not None and seconds >= 60 * minutes:
+        return True
     is_best = validation is not None and counters.best_step == counters.step and config.evaluation.keep_best
     return is_best or counters.step % config.run.checkpoint_every_steps == 0
 
@@ -325,6 +332,7 @@ def _save(
     """Write a checkpoint from the first process, then drop the oldest; before the first step there is none."""
     if not job.accelerator.is_main_process or counters.step == 0:
         return
+    job.accelerator.place = f"saving step {counters.step}"  # while the others wait in the next one
     adapter = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
     state = {
         "step": counters.step, "counters": asdict(counters), "identity": job.identity,

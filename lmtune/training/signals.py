@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM during training: finish the step, save, then end with 130 or 143.
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) during training: finish the step, save, end with 130, 143 or 129.
 
-A second Ctrl-C does not wait for the step. Before and after training, while rows are scored or files written, both end
-the run at once.
+A second Ctrl-C does not wait for the step. Before and after training, while rows are scored or files written, each ends
+the run at once. A SIGHUP that is ignored from the start, as under `nohup`, stays ignored.
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
 from lmtune.errors import LmtuneError
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals by which this process may be asked to stop."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return signal.SIGINT, signal.SIGTERM
+    return signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
 class Interrupted(LmtuneError):
-    """The run was asked to stop; its last step is saved. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """The run was asked to stop; its last step is saved. `exit_code`: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -26,8 +33,8 @@ class Interrupted(LmtuneError):
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises `Interrupted` inside the block, as Ctrl-C raises `KeyboardInterrupt`; inside `StopSignals` it
-    waits for the step."""
+    """SIGTERM and SIGHUP raise `Interrupted` inside the block, as Ctrl-C raises `KeyboardInterrupt`; inside
+    `StopSignals` they wait for the step."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -35,29 +42,28 @@ def sigterm_interrupts() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted("stopped before the run was complete; the same command goes on with it", 128 + number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in stop_signals() if number != signal.SIGINT}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _restore(before)
 
 
 @contextlib.contextmanager
 def no_more_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM change nothing inside the block, where a run that is ending writes down why."""
+    """Ctrl-C, SIGTERM and SIGHUP change nothing inside the block, where a run that is ending writes down why."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in stop_signals()}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _restore(before)
 
 
 class StopSignals:
-    """A context manager that notes SIGINT and SIGTERM instead of dying from them."""
+    """A context manager that notes SIGINT, SIGTERM and SIGHUP instead of dying from them."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -74,16 +80,20 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._note) for number in stop_signals()}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        _restore(self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or number
+
+
+def _restore(handlers: Mapping[Any, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

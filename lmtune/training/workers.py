@@ -26,6 +26,7 @@ from lmtune.console import err
 from lmtune.errors import ConfigError
 from lmtune.models.device import asks_for_cpu
 from lmtune.models.libraries import ignore_accelerate_settings, quiet_libraries
+from lmtune.training.signals import stop_signals
 
 ASKED = "LMTUNE_PROCESSES"  # set by `lmtune finetune --processes N` for the processes that it starts
 EXIT_CODES = "LMTUNE_EXIT_CODES"  # a file where each of these processes notes the exit code it ended with
@@ -201,9 +202,9 @@ def _environment(processes: int) -> dict[str, str]:
 
 
 def _forward_signals(launcher: subprocess.Popen[bytes]) -> list[int]:
-    """Hand SIGTERM and Ctrl-C on to the launcher, which hands them to its workers; returns what was received.
+    """Hand SIGTERM, SIGHUP and Ctrl-C on to the launcher, which hands them to its workers; returns what was received.
 
-    Both are handed on as SIGTERM, once: the workers finish and save their step. A second SIGTERM changes nothing, a
+    All are handed on as SIGTERM, once: the workers finish and save their step. A second SIGTERM changes nothing, a
     second Ctrl-C ends them in the middle of it.
     """
     received: list[int] = []
@@ -216,7 +217,7 @@ def _forward_signals(launcher: subprocess.Popen[bytes]) -> list[int]:
             _kill(launcher)
         received.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, forward)
     return received
 

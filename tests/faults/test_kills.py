@@ -116,7 +116,7 @@ def test_02_killed_at_every_stage_of_a_checkpoints_writing(tmp_path: Path) -> No
         assert records(again) == records(whole), name
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_03_and_05_asked_to_stop_it_saves_the_step_and_goes_on_later(
     place: Path, undisturbed: dict[str, Any], number: int, code: int
 ) -> None:

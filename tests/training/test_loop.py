@@ -2,6 +2,9 @@
 
 import csv
 from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -175,3 +178,21 @@ def test_a_row_is_right_when_all_its_sequences_are(tmp_path: Path, monkeypatch: 
     with job.run.results.open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["training_sequence_accuracy"]) == 3 / 4
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(1.0, [2, 4, 6]), (0.5, [1, 2, 3, 4, 5, 6]), (None, [6])])
+def test_a_checkpoint_is_due_after_minutes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float | None, saved: list[int]
+) -> None:
+    """Steps of half a minute."""
+    job = job_for(tmp_path / "run", run__checkpoint_every_minutes=minutes, run__keep_checkpoints=99)
+    now = [0.0]
+
+    def half_a_minute(*args: Any) -> None:
+        now[0] += 30.0
+
+    monkeypatch.setattr("lmtune.training.loop.seed_step", half_a_minute)
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=perf_counter)
+    monkeypatch.setattr("lmtune.training.loop.time", clock)
+    train(job)
+    assert [int(path.name[5:]) for path in checkpoint_folders(job.run.checkpoints)] == saved

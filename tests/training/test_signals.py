@@ -6,10 +6,12 @@ import threading
 
 import pytest
 
-from lmtune.training.signals import Interrupted, StopSignals, sigterm_interrupts
+from lmtune.training.signals import Interrupted, StopSignals, no_more_signals, sigterm_interrupts
+
+CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), CODES)
 def test_a_signal_is_noted_and_gives_its_exit_code(number: signal.Signals, code: int) -> None:
     with StopSignals() as signals:
         assert signals.received is None
@@ -74,12 +76,25 @@ def test_in_a_thread_nothing_is_touched() -> None:
     assert found == [None, before]
 
 
-def test_outside_of_training_sigterm_is_an_exception() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(("number", "code"), CODES[1:])
+def test_outside_of_training_sigterm_and_a_closed_terminal_are_exceptions(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
     with pytest.raises(Interrupted, match="the same command goes on with it") as caught, sigterm_interrupts():
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert caught.value.exit_code == 143
-    assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), number)
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) == before
+
+
+def test_a_closed_terminal_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with sigterm_interrupts(), StopSignals() as signals, no_more_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_inside_of_training_it_waits_all_the_same() -> None:
