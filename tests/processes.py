@@ -44,16 +44,20 @@ def together(folder: Path, *arguments: str, troubles: Mapping[int, Trouble] | No
 
     They meet as under `accelerate launch`, but nobody ends the one when the other has failed.
     """
+    return [ended(process) for process in started_together(folder, *arguments, troubles=troubles)]
+
+
+def started_together(folder: Path, *arguments: str, troubles: Mapping[int, Trouble] | None = None) -> list[Any]:
+    """The two processes of `together`, which are under way."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared["ACCELERATE_USE_CPU"] = "true"
-    processes = [
+    return [
         start(
             folder, *arguments, trouble=(troubles or {}).get(rank), output=f"output{rank}",
             variables={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    return [ended(process) for process in processes]
 
 
 def start(

@@ -2,13 +2,17 @@
 
 A process that hangs leaves the others in a collective that never returns, and what the backend says after its own limit
 names nobody. So each process counts the meetings it has come to and notes where it is; a thread of each posts this in
-the store through which the processes found each other. Who has waited longer than the limit reads there who has not
-come, says so, and all end; so does the one that hangs, whose thread is alive.
+the store through which the processes found each other, with for how long the process has done nothing. Who has waited
+longer than the limit reads there who has not come. One that works counts as alive, however long it takes: the first
+process may have rows to tokenise, weights to quantise or files to save while the others wait. One that does nothing, or
+posts no more, is named, and all end; so does the one that hangs, whose thread is alive. Inside a training step, which
+takes all about as long, the limit holds for work too: a GPU that hangs keeps its process busy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import threading
@@ -26,30 +30,36 @@ from lmtune.console import err, escape
 from lmtune.errors import LmtuneError
 from lmtune.models.device import default_device
 from lmtune.models.free_memory import is_out_of_memory
+from lmtune.training.activity import Activity
 from lmtune.training.workers import note_exit_code
 
 _KEY = "lmtune/"
 _STORE_SECONDS = 10.0  # for an answer of the store
+_FOR_EVER = timedelta(days=365)
+_ALONE = 10  # limits without a sign of work, for a process that the others know to work alone
 
 
 class WatchedAccelerator(Accelerator):  # type: ignore[misc]  # Accelerate has no types
     """Accelerate's Accelerator, whose meetings of all processes are watched when there are several.
 
     Attributes:
-        place: what this process is doing, for the message about one that hangs.
+        place: what this process is doing, for the message about one that hangs; `step N` is held to the limit.
+        is_alone: whether the others know that they wait for this process.
         on_failure: told the reason when the watch ends this process.
     """
 
     def __init__(self, limit_seconds: float) -> None:
-        self.place = "the start"
+        self.place, self.is_alone = "the start", False
         self.on_failure: Callable[[str], None] | None = None
         self._watch: Watch | None = None
-        backend_limit = timedelta(seconds=2 * limit_seconds + 60)  # ours, which names the process, comes first
+        backend_limit = timedelta(seconds=2 * limit_seconds + 60)  # for the processes to find each other
         on_cpu = default_device().type == "cpu"  # Accelerate's own choice may be another: mps, xpu, npu
         super().__init__(
             mixed_precision="no", cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=backend_limit)]
         )
         if self.num_processes > 1:
+            # From here on the watch says when to give up, which knows whether a process works.
+            torch.distributed.distributed_c10d._set_pg_timeout(_FOR_EVER)
             self._watch = Watch(self, limit_seconds)
 
     def wait_for_everyone(self) -> None:
@@ -75,7 +85,11 @@ class WatchedAccelerator(Accelerator):  # type: ignore[misc]  # Accelerate has n
         """The first process runs the block before the others do."""
         if not self.is_main_process:
             self.wait_for_everyone()
-        yield
+        self.is_alone = self.is_main_process
+        try:
+            yield
+        finally:
+            self.is_alone = False
         if self.is_main_process:
             self.wait_for_everyone()
 
@@ -115,6 +129,9 @@ class Watch:
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
             timeout=timedelta(seconds=_STORE_SECONDS),
         )  # fmt: skip
+        self._activity, self._asked, self._idle = Activity(), 0.0, 0.0
+        self._beats = 0
+        self._heard: dict[int, tuple[str, float]] = {}  # what each process posted last, and since when
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -158,27 +175,52 @@ class Watch:
     def _look(self) -> None:
         """Post where this process is; end it if it, or another one, has waited too long."""
         meetings, since = self._meetings, self._since
+        if time.monotonic() - self._asked >= self._limit / 20:
+            self._idle, self._asked = self._activity.idle_seconds(), time.monotonic()
         self._post(f"in {self._accelerator.place}")
         if self._store.check([f"{_KEY}given up"]):
             self._end(self._store.get(f"{_KEY}reason").decode())
-        if since is not None and time.monotonic() - since > self._limit:
-            reason = _reason(self._absent(meetings), self._limit)
+        waited = 0.0 if since is None else time.monotonic() - since
+        absent = self._absent(meetings) if waited > self._limit / 2 else None
+        if waited > self._limit and absent is not None:
+            reason = _reason(absent, self._limit)
             self._store.set(f"{_KEY}reason", reason)
             self._end(reason, first=self._store.add(f"{_KEY}given up", 1) == 1)
 
     def _post(self, state: str) -> None:
-        self._store.set(f"{_KEY}{self._accelerator.process_index}", f"{self._meetings} {state}")
+        self._beats += 1
+        post = {
+            "beat": self._beats, "meetings": self._meetings, "state": state, "idle": self._idle,
+            "alone": self._accelerator.is_alone, "strict": state.startswith("in step "),
+        }  # fmt: skip
+        self._store.set(f"{_KEY}{self._accelerator.process_index}", json.dumps(post))
 
-    def _absent(self, meetings: int) -> list[str]:
-        """The processes that have come to fewer meetings than this one, and where they are."""
-        found = []
+    def _absent(self, meetings: int) -> list[str] | None:
+        """The processes that hang and are missed here, and where they are; None while those that are missed work.
+
+        Args:
+            meetings: to how many this process has come; one that has come to fewer is missed.
+        """
+        missed, found = 0, []
         for rank in range(self._accelerator.num_processes):
             known = self._store.check([f"{_KEY}{rank}"])
-            text = self._store.get(f"{_KEY}{rank}").decode() if known else "0 not started"
-            count, _, state = text.partition(" ")
-            if int(count) < meetings:
-                found.append(f"process {rank} ({state})")
-        return found
+            text = self._store.get(f"{_KEY}{rank}").decode() if known else '{"meetings": 0, "state": "not started"}'
+            post = json.loads(text)
+            if post["meetings"] >= meetings:
+                continue
+            missed += 1
+            if self._hangs(rank, text, post):
+                found.append(f"process {rank} ({post['state']})")
+        return found if found or not missed else None
+
+    def _hangs(self, rank: int, text: str, post: dict[str, Any]) -> bool:
+        """Whether the process that posted this has shown no sign of life or work for as long as the limit allows."""
+        now = time.monotonic()
+        if self._heard.get(rank, ("", 0.0))[0] != text:
+            self._heard[rank] = text, now
+        if now - self._heard[rank][1] > self._limit or post.get("strict", False):
+            return True
+        return bool(post.get("idle", 0.0) > self._limit * (_ALONE if post.get("alone") else 1))
 
     def _end(self, reason: str, first: bool = False) -> None:
         """End this process, whose main thread cannot be reached; the first one to give up says why."""

@@ -21,7 +21,19 @@ import pytest
 
 from lmtune.training.checkpoint import checkpoint_folders, problem_of
 from tests.faults.choosing import few
-from tests.processes import KILL, Trouble, all_of, at_call, at_step, free_port, said, send, together
+from tests.processes import (
+    KILL,
+    Trouble,
+    all_of,
+    at_call,
+    at_step,
+    ended,
+    free_port,
+    said,
+    send,
+    started_together,
+    together,
+)
 from tests.workplace import environment, lasting
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +126,45 @@ def test_18_a_process_that_hangs_before_the_first_step_is_named_too(place: Path)
     limit = "run.process_timeout_seconds=5"
     assert together(place, "finetune", "run.yaml", limit, troubles={1: trouble}) == [1, 1]
     assert messages(place, 0)[0].startswith("process 1 (in the start) did not come to where the others wait")
+
+
+def compute(seconds: float) -> None:
+    """Work as hard as quantising does."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        sum(range(10_000))
+
+
+def test_18_a_process_that_works_longer_than_the_limit_is_waited_for(
+    place: Path, undisturbed_pair: dict[str, Any]
+) -> None:
+    """Tokenising (as on a disk that answers late), quantising, saving a checkpoint and the result."""
+    slow = all_of(
+        at_call("lmtune.training.session", "load_data", partial(time.sleep, 7)),
+        at_call("lmtune.training.session", "load_model", partial(compute, 7)),
+        at_call("lmtune.training.loop", "save_checkpoint", partial(compute, 7)),
+        at_call("lmtune.training.run", "save_tuned", partial(compute, 7)),
+    )
+    limit = "run.process_timeout_seconds=3"
+    assert together(place, "finetune", "run.yaml", limit, troubles={0: slow}) == [0, 0], said(place, "output1")
+    assert lasting(place) == undisturbed_pair
+
+
+def stop() -> None:
+    """Be there, and do nothing any more, not even say so."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("trouble", [hang, stop])
+def test_18_a_process_that_is_dead_while_the_others_wait_for_it_alone_is_named(place: Path, trouble: Trouble) -> None:
+    slow = at_call("lmtune.training.session", "load_data", trouble)
+    first, second = started_together(place, "finetune", "run.yaml", "run.process_timeout_seconds=2", troubles={0: slow})
+    try:
+        assert ended(second) == 1
+        assert messages(place, 1)[0].startswith("process 0 (in the start) did not come to where the others wait")
+    finally:
+        first.kill()
 
 
 def leave() -> None:

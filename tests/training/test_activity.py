@@ -1,0 +1,48 @@
+"""What works is told from what hangs: computing, in this process or one that it started, and reading or writing."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lmtune.training.activity import Activity
+
+
+def test_computing_counts_and_sleeping_does_not() -> None:
+    activity = Activity()
+    time.sleep(0.3)
+    assert activity.idle_seconds() > 0.25
+    thread = threading.Thread(target=compute)  # the thread that asks does not count itself
+    thread.start()
+    thread.join()
+    assert activity.idle_seconds() == 0.0
+
+
+def compute() -> None:
+    """A while of work."""
+    until = time.process_time() + 0.2
+    while time.process_time() < until:
+        sum(range(1000))
+
+
+def test_what_a_started_process_computes_counts() -> None:
+    activity = Activity()
+    work = "import time\nuntil = time.process_time() + 60\nwhile time.process_time() < until: pass"
+    process = subprocess.Popen([sys.executable, "-c", work])
+    try:
+        time.sleep(1.0)
+        assert activity.idle_seconds() == 0.0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_writing_counts(tmp_path: Path) -> None:
+    activity = Activity()
+    activity._cpu = 1e9  # whatever it computes meanwhile
+    descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    os.write(descriptor, bytes(8 << 20))
+    os.close(descriptor)
+    assert activity.idle_seconds() == 0.0
