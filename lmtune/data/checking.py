@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.config import DataConfig, data_paths
-from lmtune.data.cache import cache_folder, cached, key_of
-from lmtune.data.files import DataFile, content_sha256, find_files, unread_entries
+from lmtune.data.cache import cache_folder, cached, file_sha256, key_of
+from lmtune.data.files import DataFile, find_files, unread_entries
 from lmtune.data.progress import row_progress
 from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
 from lmtune.data.survey import Survey, Tally, counted, describe_faulty, shown_first
 
 _VERSION = 2
+_KEPT = 100  # results, of a few KB
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def check_data(
     """
     train_files, validation_files = find_files(paths), find_files(validation) if validation else []
     described = [
-        [[file.portable_name, content_sha256(file.path)] for file in files] for files in (train_files, validation_files)
+        [[file.portable_name, file_sha256(file.path)] for file in files] for files in (train_files, validation_files)
     ]
     found: list[DataCheck] = []
 
@@ -94,7 +95,7 @@ def check_data(
         (folder / "check.json").write_text(json.dumps(tree), encoding="utf-8")
 
     key = key_of("check", _VERSION, described, faulty_rows == "skip")
-    entry = cached(cache_folder() / "checks", key, build)
+    entry = cached(cache_folder() / "checks", key, build, keep=_KEPT)
     check = found[0] if found else _from_tree(json.loads((entry / "check.json").read_text(encoding="utf-8")))
     return _with_unread(check, paths, validation)
 

@@ -129,7 +129,7 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
 
 def _kept_or_made(model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The base from the cache, or made now; of processes that start at once, one makes it for all."""
-    key = _cache_key(model, dtype)
+    key = _cache_key(model, dtype, device)
     kept = _from_cache(key, dtype, device) if key else None
     if kept is not None:
         return kept
@@ -142,7 +142,7 @@ def _kept_or_made(model: ModelConfig, path: str, dtype: torch.dtype, device: tor
             check_weights(model.name, weight_files(model)[0].parent)
         check_loaded(model, loaded, report)
         stored = getattr(getattr(loaded, "hf_quantizer", None), "pre_quantized", False)
-        if (key := key or _cache_key(model, dtype)) and not stored:  # downloaded just now
+        if (key := key or _cache_key(model, dtype, device)) and not stored:  # downloaded just now
             _remember(loaded, key)
         return loaded
 
@@ -161,11 +161,14 @@ def _from_pretrained(
     return loaded
 
 
-def _cache_key(model: ModelConfig, dtype: torch.dtype) -> str | None:
+def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """What stands for this base in 4 bit in lmtune's cache, or None where that is not worth it or not known yet.
 
-    Quantising to 4 bit takes a CPU a second for 24 million weights; in 8 bit it takes almost nothing.
+    Quantising to 4 bit takes a CPU a second for 24 million weights; in 8 bit it takes almost nothing, and a GPU
+    quantises faster than a disk reads.
     """
+    if device.type != "cpu":
+        return None
     from importlib.metadata import version
 
     from lmtune.models.fingerprint import base_fingerprint

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from lmtune.data.cache import cache_folder, cached, is_whole
+from lmtune.data import cache
+from lmtune.data.cache import cache_folder, cached, file_sha256, hold, is_whole
+from lmtune.data.files import content_sha256
 from lmtune.errors import LmtuneError
 
 KEY = "ab" * 32
@@ -105,3 +109,81 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_folder() == tmp_path / "lmtune"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "lmtune"
+
+
+def settle(*paths: Path) -> None:
+    """As if the files had been written an hour ago."""
+    for path in paths:
+        os.utime(path, (time.time() - 3600,) * 2)
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which files are read from their first byte to their last."""
+    found: list[str] = []
+    monkeypatch.setattr(cache, "content_sha256", lambda path: found.append(path.name) or content_sha256(path))
+    return found
+
+
+def test_an_entry_that_has_not_changed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(folder: Path) -> None:
+        (folder / "rows").write_text("result")
+        settle(folder / "rows")
+
+    entry = cached(tmp_path, KEY, build)
+    read = reads(monkeypatch)
+    assert is_whole(entry)
+    assert read == []
+    (entry / "rows").write_text("resulx")
+    assert not is_whole(entry)
+    assert read == ["rows"]
+
+
+def test_an_entry_that_was_copied_is_read_and_kept(tmp_path: Path) -> None:
+    build, built = builder()
+    entry = cached(tmp_path, KEY, build)
+    settle(entry / "rows")
+    assert cached(tmp_path, KEY, build) == entry
+    assert len(built) == 1
+
+
+def test_an_entry_of_an_earlier_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = cached(tmp_path, KEY, builder()[0])
+    manifest = json.loads((entry / "manifest.json").read_text())
+    (entry / "manifest.json").write_text(json.dumps({"sha256": manifest["sha256"]}))
+    read = reads(monkeypatch)
+    assert is_whole(entry)
+    assert read == ["rows"]
+
+
+def test_a_data_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_SETTLED_NS", 0)
+    read, path = reads(monkeypatch), tmp_path / "rows.jsonl"
+    path.write_text("one")
+    first = file_sha256(path)
+    assert first == file_sha256(path) == content_sha256(path)
+    assert read == ["rows.jsonl"]
+    path.write_text("two")
+    settle(path)  # its time of change says nothing
+    assert file_sha256(path) == content_sha256(path) != first
+    assert not any(str(tmp_path) in file.read_text() for file in cache_folder().rglob("*.json"))
+
+
+def test_a_data_file_that_was_just_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could be written again within the same tick of the clock of the file system."""
+    read, path = reads(monkeypatch), tmp_path / "rows.jsonl"
+    path.write_text("one")
+    assert file_sha256(path) == file_sha256(path)
+    assert read == ["rows.jsonl"] * 2
+
+
+def test_entries_used_last_and_those_in_use_are_kept(tmp_path: Path) -> None:
+    keys = [f"{number:02d}" * 32 for number in range(6)]
+    for number, key in enumerate(keys):
+        entry = cached(tmp_path, key, builder()[0], keep=3)
+        os.utime(entry / "manifest.json", (number, number))
+        if number == 0:
+            hold(entry, held := type("Owner", (), {})())
+    assert [key for key in keys if (tmp_path / key[:2] / key).is_dir()] == [keys[0], *keys[3:]]
+    del held
+    cached(tmp_path, keys[5], builder()[0], keep=3)
+    assert [key for key in keys if (tmp_path / key[:2] / key).is_dir()] == keys[3:]

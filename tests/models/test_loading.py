@@ -519,6 +519,12 @@ def test_a_process_that_was_killed_or_hangs_while_it_quantised_is_not_waited_for
         assert first
 
 
+def test_a_gpu_quantises_faster_than_a_disk_reads(tmp_path: Path, kept_from_any_size: Path) -> None:
+    config = config_of(save_tiny(tmp_path / "model"), "nf4")
+    assert loading._cache_key(config, torch.float32, torch.device("cpu"))
+    assert loading._cache_key(config, torch.float32, torch.device("cuda", 0)) is None
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_what_loads_quickly_is_not_kept(tmp_path: Path, kept_from_any_size: Path, quantization: str) -> None:
     load_model(config_of(save_tiny(tmp_path / "model"), quantization), "cpu")
