@@ -10,6 +10,8 @@ of counts are brought into memory, 32 bytes a row and 8 a document; tokens stay 
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,12 @@ class TableWriter:
         self._writer = pa.ipc.new_stream(self._sink, _SCHEMA)
         self._rows: list[tuple[Any, ...]] = []
         self._num_tokens = 0
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all rows so far, in hex: their tokens, which of them are labels, and where documents end."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> TableWriter:
         return self
@@ -56,6 +64,8 @@ class TableWriter:
         trained = [flag for document in documents for flag in document.trained]
         lengths = [len(document.input_ids) for document in documents]
         labels = [sum(document.trained) for document in documents]
+        for numbers in (lengths, input_ids, trained):
+            self._digest.update(array("i", [len(numbers), *numbers]).tobytes())
         self._rows.append((input_ids, trained, lengths, labels, sum(labels), file, line, content))
         self._num_tokens += len(input_ids)
         if len(self._rows) >= _BATCH_ROWS or self._num_tokens >= _BATCH_TOKENS:

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lmtune.config import DataConfig, data_paths
-from lmtune.data.cache import cache_folder, cached, key_of
+from lmtune.data.cache import cache_folder, cached, file_sha256, hold, key_of
 from lmtune.data.control_text import ControlText
 from lmtune.data.examples import Example
 from lmtune.data.fates import describe_fates
-from lmtune.data.files import DataFile, content_sha256, find_files, unread_entries
+from lmtune.data.files import DataFile, find_files, unread_entries
 from lmtune.data.progress import row_progress
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.render_pool import render_all
@@ -39,7 +39,9 @@ __all__ = [
     "split", "tokenize", "truncated",
 ]  # fmt: skip
 
-_VERSION = 4  # of the stored form; a new one leaves old entries unused
+_VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
+_STORED = 5  # of the stored form; a new one leaves old entries unused
+_KEPT = 10  # entries: training and validation rows are two
 
 Int32 = npt.NDArray[np.int32]
 Rows = npt.NDArray[np.int64]
@@ -66,16 +68,19 @@ class TokenizedData:
 
     Attributes:
         key: SHA-256, in hex, of what the rows depend on; not of the files' names.
+        signature: SHA-256, in hex, of the rows' tokens, whatever made them.
         fates: what became of every row read, as it goes into `data.json`.
         num_tokens, num_trained: int32 `[N]`, of each row.
         sequences: tokens of each row's sequences, which are its documents.
         content: uint64 `[N]`, equal for rows of equal content.
     """
 
-    def __init__(self, table: TokenTable, key: str, fates: dict[str, Any], selected: Rows | None = None) -> None:
+    def __init__(
+        self, table: TokenTable, key: str, signature: str, fates: dict[str, Any], selected: Rows | None = None
+    ) -> None:
         self._table = table
         self._rows = np.arange(len(table)) if selected is None else selected
-        self.key = key
+        self.key, self.signature = key, signature
         self.fates = fates
         self.num_tokens: Int32 = table.num_tokens[self._rows]
         self.num_trained: Int32 = table.num_trained[self._rows]
@@ -97,18 +102,23 @@ class TokenizedData:
 
     def select(self, indices: Rows) -> TokenizedData:
         """The rows at `indices`, in their order; shares the file."""
-        key = key_of(self.key, hashlib.sha256(np.asarray(indices, dtype=np.int64).tobytes()).hexdigest())
-        return TokenizedData(self._table, key, self.fates, self._rows[indices])
+        chosen = hashlib.sha256(np.asarray(indices, dtype=np.int64).tobytes()).hexdigest()
+        key, signature = key_of(self.key, chosen), key_of(self.signature, chosen)
+        return TokenizedData(self._table, key, signature, self.fates, self._rows[indices])
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """The rows to learn, and those to be scored on; `fates` go into `data.json`."""
+    """The rows to learn, and those to be scored on; `fates` go into `data.json`.
+
+    `key` stands for all that the rows depend on, `signature` for their tokens alone.
+    """
 
     train: TokenizedData
     validation: TokenizedData | None
     fates: dict[str, Any]
     key: str
+    signature: str
 
 
 def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
@@ -132,7 +142,8 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
             train, validation = data.select(kept), data.select(held_out)
         fates["validation"] = {"held_out": len(held_out)}
     key = key_of(train.key, validation.key if validation is not None else None)
-    return LoadedData(train, validation, fates, key)
+    signature = key_of(train.signature, validation.signature if validation is not None else None)
+    return LoadedData(train, validation, fates, key, signature)
 
 
 def _template_warnings(config: DataConfig, renderer: Renderer) -> list[str]:
@@ -184,16 +195,21 @@ def tokenize(
         DataError: with every fault of every row, or no row is left.
     """
     files = find_files(paths)
-    contents = [content_sha256(file.path) for file in files]
-    key = key_of(
-        "tokens", _VERSION, contents, renderer.fingerprint, config.max_length, config.too_long, config.faulty_rows
-    )
+    contents = [file_sha256(file.path) for file in files]
+    skips = ["skip"] * (config.faulty_rows == "skip")
+    key = key_of("tokens", _VERSION, contents, renderer.fingerprint, config.max_length, config.too_long, *skips)
     names = [file.portable_name for file in files]
     folder = (cache_dir or cache_folder()) / "tokens"
-    entry = cached(folder, key_of(key, names), lambda folder: _build(folder, files, contents, renderer, config, part))
+    entry = cached(
+        folder, key_of(key, names, _STORED), lambda folder: _build(folder, files, contents, renderer, config, part),
+        keep=_KEPT,
+    )  # fmt: skip
+    table = TokenTable(entry / "rows.arrow")
+    hold(entry, table)
     fates = json.loads((entry / "fates.json").read_text(encoding="utf-8"))
     fates["warnings"] += unread_entries(paths)  # which the key does not know
-    return TokenizedData(TokenTable(entry / "rows.arrow"), key, fates)
+    signature = json.loads((entry / "tokens.json").read_text(encoding="utf-8"))["sha256"]
+    return TokenizedData(table, key, signature, fates)
 
 
 def _build(
@@ -222,7 +238,7 @@ def _build(
             progress(len(survey))
     report.raise_for_faults(config.faulty_rows, len(survey))
     for file, content_before in zip(files, contents, strict=True):
-        if content_sha256(file.path) != content_before:
+        if file_sha256(file.path) != content_before:
             raise DataError(f"{file.name}: changed while it was read; start again when it is complete")
     fates = {
         "files": [file.portable_name for file in files],
@@ -238,6 +254,7 @@ def _build(
     if not counts.kept:
         raise DataError(f"{part}: no row is left; raise data.max_length ({config.max_length})\n{describe_fates(fates)}")
     write_json(folder / "fates.json", fates)
+    write_json(folder / "tokens.json", {"sha256": table.sha256})
 
 
 def _reason(fault: DataError) -> str:

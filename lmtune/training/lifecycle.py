@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lmtune.config import FinetuneConfig, dump_config, load_config, to_tree, without_absolute_paths
 from lmtune.console import err, escape, warn
 from lmtune.data.fates import describe_fates
 from lmtune.data.survey import counted
-from lmtune.errors import LmtuneError
+from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.evaluation import Answer, Scores
 from lmtune.runs import RunDirectory
 from lmtune.training.checkpoint import Checkpoint
@@ -23,7 +24,14 @@ from lmtune.training.loop import Outcome
 from lmtune.training.memory import peak_memory_gib
 from lmtune.training.plan import Plan
 from lmtune.training.records import Records, read_answers
-from lmtune.training.resume import find_checkpoint, identity, records_lost, require_same
+from lmtune.training.resume import (
+    find_checkpoint,
+    identity,
+    records_lost,
+    require_same,
+    require_steps,
+    steps_before,
+)
 from lmtune.training.session import Session, environment, verification_rows
 from lmtune.training.signals import Interrupted, no_more_signals, sigterm_interrupts
 from lmtune.writing import naming_in, write_json, write_text
@@ -70,9 +78,7 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
     """
     session.accelerator.wait_for_everyone()  # an earlier run was set aside
     checkpoint, skipped = find_checkpoint(run, session.identity, session.data.fates)
-    complete = _is_complete(run)
-    if complete and checkpoint is None:  # they were deleted to save room
-        require_same(run, _identity_of(run), session.identity, session.data.fates)
+    checkpoint, complete, longer = _with_its_length(run, session, checkpoint)
     lost = [] if complete else records_lost(run, checkpoint)
     base = None if complete else _known_scores(run, session)
     session.accelerator.wait_for_everyone()  # all have looked before the first one writes
@@ -81,6 +87,8 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
             warn(problem)
         if not complete:
             _say_start(run, session, checkpoint)
+            if longer:
+                err.print(longer)
             write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base})
             session.begun = True
             # before the new settings: records are judged by those that they were made with
@@ -90,6 +98,42 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
             write_json(run.data, session.data.fates)
             write_json(run.verification, verification_rows(session))
     return checkpoint, complete
+
+
+def _with_its_length(
+    run: RunDirectory, session: Session, checkpoint: Checkpoint | None
+) -> tuple[Checkpoint | None, bool, str]:
+    """Whether the run is complete with the number of steps that is asked for now; a higher one trains it on.
+
+    Returns:
+        The checkpoint to go on from, whether nothing is left to do, and what to say of another number of steps.
+
+    Raises:
+        CheckpointError: more steps are done than are asked for, or the steps done are not there to go on from.
+    """
+    complete, train = _is_complete(run), session.config.train
+    before = checkpoint.state["identity"] if checkpoint else _identity_of(run) if complete else {}
+    if complete and checkpoint is None:  # they were deleted to save room
+        require_same(run, before, session.identity, session.data.fates)
+    done = checkpoint.step if checkpoint else int(run.read_summary().get("steps") or 0) if complete else 0
+    steps = Plan.count_steps(len(session.data.train), train)
+    planned = steps_before(before, len(session.data.train), train)
+    require_steps(run, done, steps, train)
+    if planned is None or steps == planned or (complete and steps < planned):
+        return checkpoint, complete, ""
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{run.checkpoints}: no checkpoint is there, and {steps} steps instead of {planned} go on from the last "
+            f"one; restore it from a copy, ask for {planned} steps, or begin again with run.resume=never (the old run "
+            "is renamed)"
+        )
+    counters = {**checkpoint.state["counters"], "evaluations_without_gain": 0}  # patience begins anew
+    checkpoint = replace(checkpoint, state={**checkpoint.state, "counters": counters})
+    said = (
+        f"{planned} steps become {steps}: from step {done + 1} on the learning rate is that of "
+        f"train.schedule={train.schedule} over {steps} steps"
+    )
+    return checkpoint, False, said
 
 
 def _is_complete(run: RunDirectory) -> bool:
@@ -102,7 +146,7 @@ def _identity_of(run: RunDirectory) -> dict[str, Any]:
     """What a run without checkpoints was begun with."""
     made = run.read_json(run.environment)
     config = load_config(FinetuneConfig, run.config)
-    return identity(config, str(made.get("data_sha256")), str(made.get("base_fingerprint")))
+    return identity(config, str(made.get("data_sha256")), str(made.get("base_fingerprint")), made.get("tokens_sha256"))
 
 
 def _known_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:

@@ -7,13 +7,15 @@ changed, continuing would give a model that no single command describes, so it i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import MISSING, fields, replace
+from typing import Any, get_type_hints
 
-from lmtune.config import FinetuneConfig, RunConfig, load_config, to_tree
+from lmtune.config import FinetuneConfig, RunConfig, TrainConfig, load_config, to_tree
 from lmtune.data.fates import changed_files
 from lmtune.errors import CheckpointError, listed
 from lmtune.runs import RunDirectory
 from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
+from lmtune.training.plan import Plan
 from lmtune.training.records import recorded_steps
 
 # Settings that change speed, memory or reporting; what is learned they change only as far as dropout is drawn anew.
@@ -21,13 +23,16 @@ _FREE = {
     "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.exact_match_rows",
     "evaluation.max_new_tokens", "data.train", "data.validation",
 }  # fmt: skip
+_LENGTH = ("train.epochs", "train.max_steps")  # a run may be trained on: `steps_before` and `require_steps` judge them
 _DATA = "the data files' content"
+_TOKENS = "the rows' tokens"
 
 
-def identity(config: FinetuneConfig, data_key: str, base_fingerprint: str) -> dict[str, Any]:
+def identity(config: FinetuneConfig, data_key: str, base_fingerprint: str, tokens: str | None = None) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued, as `section.key: value`.
 
-    Data counts by its content (`data_key`), not by its path; the base by its weights.
+    Data counts by its `tokens`, not by its path or by what made them; by all that they depend on (`data_key`) where one
+    of the two runs has no such hash, as runs of earlier versions. The base counts by its weights.
     """
     flat = {
         f"{section}.{key}": value
@@ -36,7 +41,19 @@ def identity(config: FinetuneConfig, data_key: str, base_fingerprint: str) -> di
         for key, value in values.items()
     }
     kept = {key: value for key, value in flat.items() if key not in _FREE}
-    return {**kept, _DATA: data_key, "the base model's weights": base_fingerprint}
+    data = {_DATA: data_key} if tokens is None else {_DATA: data_key, _TOKENS: tokens}
+    return {**kept, **data, "the base model's weights": base_fingerprint}
+
+
+def _defaults() -> dict[str, Any]:
+    """The default of every setting that has one, as `section.key: value`."""
+    sections = get_type_hints(FinetuneConfig)
+    return {
+        f"{name}.{field.name}": list(field.default) if isinstance(field.default, tuple) else field.default
+        for name, section in sections.items()
+        for field in fields(section)
+        if field.default is not MISSING
+    }
 
 
 def find_checkpoint(
@@ -83,11 +100,18 @@ def records_lost(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
 def require_same(
     run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any], fates: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise CheckpointError with every difference between a run's identity and the one asked for."""
+    """Raise CheckpointError with every difference between a run's identity and the one asked for.
+
+    A setting that the run's version did not know yet counts as its default, which keeps what was done before.
+    """
+    before, now = ({k: v for k, v in one.items() if k not in _FREE and k not in _LENGTH} for one in (before, now))
+    unused = _DATA if _TOKENS in before and _TOKENS in now else _TOKENS
+    before, now = ({k: v for k, v in one.items() if k != unused} for one in (before, now))
+    before = {**{key: value for key, value in _defaults().items() if key in now}, **before}
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     differences = []
     for key in keys:
-        if key == _DATA:
+        if key in (_DATA, _TOKENS):
             differences += _changed_data(run, fates, alone=len(keys) == 1)
         else:
             differences.append(
@@ -97,6 +121,23 @@ def require_same(
         raise CheckpointError(
             f"{run.path}: this run was begun differently, so it cannot go on\n{listed(differences)}\n"
             "  put these back, or choose a new run.name, or begin again with run.resume=never (the old run is renamed)"
+        )
+
+
+def steps_before(before: Mapping[str, Any], num_rows: int, train: TrainConfig) -> int | None:
+    """How many steps a run of that identity was to have; None if it does not say so."""
+    length: dict[str, Any] = {key.partition(".")[2]: before.get(key) for key in _LENGTH}
+    return None if length["epochs"] is None else Plan.count_steps(num_rows, replace(train, **length))
+
+
+def require_steps(run: RunDirectory, done: int, steps: int, train: TrainConfig) -> None:
+    """Raise CheckpointError if a run that has `done` so many is to have only `steps`."""
+    if done > steps:
+        key = "train.epochs" if train.max_steps is None else "train.max_steps"
+        value = train.epochs if train.max_steps is None else train.max_steps
+        raise CheckpointError(
+            f"{run.path}: {key}: {value} makes {steps} steps, and {done} are done; expected at least {done}; raise it, "
+            "or begin again with run.resume=never (the old run is renamed)"
         )
 
 

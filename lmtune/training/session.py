@@ -75,7 +75,7 @@ class Session:
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint of this run to be continued."""
-        return identity(self.config, self.data.key, self.fingerprint)
+        return identity(self.config, self.data.key, self.fingerprint, self.data.signature)
 
     def job(self, run: RunDirectory, resumed: Checkpoint | None) -> Job:
         """The training job."""
@@ -200,6 +200,7 @@ def environment(session: Session) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "git_revision": _git_revision(),
         "data_sha256": session.data.key,
+        "tokens_sha256": session.data.signature,
         "base_fingerprint": session.fingerprint,
         "slower_than_could_be": session.forward.notes,
     }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lmtune.config import DataConfig, FinetuneConfig, ModelConfig
 from lmtune.errors import CheckpointError
 from lmtune.runs import RunDirectory
 from lmtune.training.checkpoint import checkpoint_folders
@@ -26,7 +27,7 @@ BINDING = {
     "model__name": "other", "model__quantization": "nf4", "model__dtype": "float32", "adapter__rank": 8,
     "adapter__alpha": 9, "adapter__dropout": 0.1, "adapter__target_modules": ("q_proj",), "adapter__use_rslora": True,
     "adapter__use_dora": True, "data__max_length": 64, "data__too_long": "error", "data__system": "Be brief.",
-    "data__template": "chat", "train__max_steps": 9, "train__epochs": 1, "train__batch_size": 8, "train__seed": 1,
+    "data__template": "chat", "train__batch_size": 8, "train__seed": 1,
     "train__learning_rate": 2e-2, "train__schedule": "linear", "train__warmup_ratio": 0.5,
     "train__weight_decay": 0.1, "train__max_grad_norm": None, "evaluation__every_steps": 2,
 }  # fmt: skip
@@ -70,9 +71,34 @@ def test_an_identity_survives_being_written(tmp_path: Path) -> None:
     require_same(RunDirectory(tmp_path), json.loads(json.dumps(now)), now)
 
 
-def test_a_setting_that_is_new_in_this_version_counts_as_changed() -> None:
-    with pytest.raises(CheckpointError, match=r"train\.seed: was None, now 0"):
-        require_same(RunDirectory("x"), {k: v for k, v in identity_of().items() if k != "train.seed"}, identity_of())
+@pytest.mark.parametrize("key", [key for key in BINDING if key != "model__name"])
+def test_a_setting_that_is_new_in_this_version_counts_as_its_default(key: str) -> None:
+    """A run of a version that did not know the setting did what the default keeps."""
+    name = key.replace("__", ".")
+    section, _, field = name.partition(".")
+    default = getattr(getattr(FinetuneConfig(model=ModelConfig(name="x"), data=DataConfig(train="x")), section), field)
+    before = {k: v for k, v in identity_of().items() if k != name}
+    require_same(RunDirectory("x"), before, identity_of(**{key: default}))
+    with pytest.raises(CheckpointError, match=rf"{name}: was .*, now "):
+        require_same(RunDirectory("x"), before, identity_of(**{key: BINDING[key]}))
+
+
+def test_a_setting_that_this_version_does_not_know_counts_as_changed() -> None:
+    with pytest.raises(CheckpointError, match=r"train\.optimizer: was 'lion', now None"):
+        require_same(RunDirectory("x"), {**identity_of(), "train.optimizer": "lion"}, identity_of())
+
+
+def test_rows_count_by_their_tokens_where_both_runs_know_them() -> None:
+    def of(key: str, tokens: str | None) -> dict[str, Any]:
+        return identity(config_of(), key, "base", tokens)
+
+    require_same(RunDirectory("x"), of("by transformers 5.23.0", "same"), of("by transformers 5.23.1", "same"))
+    require_same(RunDirectory("x"), of("same", None), of("same", "known now"))  # a run of an earlier version
+    for before, now in (
+        (of("same", "tokens"), of("same", "others")), (of("one", None), of("another", "tokens")),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match="the data files' content: changed"):
+            require_same(RunDirectory("x"), before, now)
 
 
 def test_no_checkpoint_is_a_beginning(tmp_path: Path) -> None:
@@ -118,6 +144,70 @@ def test_a_run_that_is_complete_is_left_alone(place: Path, capfd: pytest.Capture
     assert again == summary
     assert "is complete already; give run.name=" in capfd.readouterr().err
     assert times(run) == before
+
+
+CONSTANT: dict[str, Any] = {"train__schedule": "constant", "train__warmup_ratio": 0.0}
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_a_run_is_trained_on_with_more_steps(place: Path, capfd: pytest.CaptureFixture[str], unfinished: bool) -> None:
+    """With a rate that does not depend on their number, it ends as a run that had them from the start."""
+    straight, _ = finetune(place, run__name="straight", train__max_steps=12, **CONSTANT)
+    run = cut_off(place, 5, **CONSTANT) if unfinished else finetune(place, **CONSTANT)[0]
+    merged = adapter_of(run) if not unfinished else b""
+    capfd.readouterr()
+    _, summary = finetune(place, train__max_steps=12, **CONSTANT)
+    said = capfd.readouterr().err
+    assert f"goes on after step {5 if unfinished else 8}" in said
+    start = 6 if unfinished else 9
+    assert f"8 steps become 12: from step {start} on the learning rate is that of train.schedule=constant" in said
+    assert (summary["status"], summary["steps"]) == ("complete", 12)
+    assert adapter_of(run) == adapter_of(straight) != merged
+    assert run.results.read_text() == straight.results.read_text()
+
+
+def test_epochs_that_make_as_many_steps_change_nothing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, summary = finetune(place)
+    before = times(run)
+    assert finetune(place, train__epochs=9)[1] == summary  # max_steps overrules them
+    assert "is complete already" in capfd.readouterr().err
+    assert times(run) == before
+
+
+def test_fewer_steps_than_are_done_are_refused_by_name(place: Path) -> None:
+    run, _ = finetune(place)
+    before = times(run)
+    with pytest.raises(
+        CheckpointError, match=r"train\.max_steps: 5 makes 5 steps, and 8 are done; expected at least 8"
+    ):
+        finetune(place, train__max_steps=5)
+    with pytest.raises(CheckpointError, match=r"train\.epochs: 1 makes 6 steps, and 8 are done"):
+        finetune(place, train__max_steps=None, train__epochs=1)
+    assert times(run) == before
+
+
+def test_fewer_steps_than_were_planned_end_an_unfinished_run_earlier(place: Path) -> None:
+    cut_off(place, 4)
+    _, summary = finetune(place, train__max_steps=6)
+    assert (summary["status"], summary["steps"]) == ("complete", 6)
+
+
+def test_a_run_whose_checkpoints_are_gone_cannot_be_trained_on(place: Path) -> None:
+    run, _ = finetune(place)
+    shutil.rmtree(run.checkpoints)
+    before = times(run)
+    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint is there, and 12 steps instead of 8 go on"):
+        finetune(place, train__max_steps=12)
+    assert times(run) == before
+
+
+def test_a_run_that_patience_ended_is_trained_on_when_more_steps_are_asked_for(place: Path) -> None:
+    changes = {"evaluation__every_steps": 1, "evaluation__patience": 1, "train__learning_rate": 10.0}
+    _, before = finetune(place, **changes)
+    assert before["stopped_early"]
+    _, summary = finetune(place, **changes, train__max_steps=20)
+    assert summary["steps"] > before["steps"]
+    assert finetune(place, **changes, train__max_steps=20)[1] == summary
 
 
 def test_a_changed_setting_is_refused_by_its_key_and_nothing_is_touched(place: Path) -> None:
