@@ -136,8 +136,8 @@ def require_steps(run: RunDirectory, done: int, steps: int, train: TrainConfig) 
         key = "train.epochs" if train.max_steps is None else "train.max_steps"
         value = train.epochs if train.max_steps is None else train.max_steps
         raise CheckpointError(
-            f"{run.path}: {key}: {value} makes {steps} steps, and {done} are done; expected at least {done}; raise it, "
-            "or begin again with run.resume=never (the old run is renamed)"
+            f"{run.path}: {key}: {value:g} makes {steps} steps, and {done} are done; raise it to {done} or "
+            "more, or begin again with run.resume=never (the old run is renamed)"
         )
 
 
