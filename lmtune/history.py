@@ -10,7 +10,6 @@ this moment, is shown as far as it got.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import time
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO
 
 from lmtune.errors import CheckpointError, LmtuneError, ModelError
 from lmtune.numeric import is_finite_number
-from lmtune.runs import RunDirectory, find_run
+from lmtune.runs import RunDirectory, find_run, run_folders, run_hint
 from lmtune.yaml_reader import read_yaml
 
 _TOLD = ("step", "epoch", "loss", "tokens", "seconds")  # of a step, to a person
@@ -62,20 +61,12 @@ def choose_run(target: str, runs_dir: str | Path = "runs") -> RunDirectory:
     run = find_run(target, runs_dir)
     if run is not None:
         return run
-    names = [path.name for path in _run_folders(runs_dir)]
-    near = difflib.get_close_matches(Path(target).name, names, n=3, cutoff=0.5)
-    if near:
-        hint = f"did you mean {' or '.join(near)}?"
-    elif names:
-        hint = f"there {'is' if len(names) == 1 else 'are'} {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
-    else:
-        hint = f"{runs_dir}/ holds no run yet; `lmtune quickstart` makes one, or give another folder with --dir"
-    raise ModelError(f"{target}: no such run; {hint}")
+    raise ModelError(f"{target}: no such run; {run_hint(target, runs_dir)}")
 
 
 def list_runs(runs_dir: str | Path = "runs") -> list[Overview]:
     """Every run in a folder, the one written to last first."""
-    runs = [overview(RunDirectory(path)) for path in _run_folders(runs_dir)]
+    runs = [overview(RunDirectory(path)) for path in run_folders(runs_dir)]
     return sorted(runs, key=lambda run: run.changed, reverse=True)
 
 
@@ -180,11 +171,6 @@ class _GrowingFile:
         else:
             self._told += len(lines)
         return lines
-
-
-def _run_folders(runs_dir: str | Path) -> list[Path]:
-    folder = Path(runs_dir)
-    return [path for path in sorted(folder.iterdir()) if RunDirectory(path).exists()] if os.path.isdir(folder) else []
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

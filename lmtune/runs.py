@@ -9,6 +9,7 @@ Nothing here imports torch, so that listing runs answers at once.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import shutil
@@ -267,3 +268,31 @@ def find_run(target: str | Path, runs_dir: str | Path = "runs") -> RunDirectory 
         if run.exists():
             return run
     return None
+
+
+def run_folders(runs_dir: str | Path = "runs") -> list[Path]:
+    """The folders in `runs_dir` in which a run was begun, by name."""
+    folder = Path(runs_dir)
+    return [path for path in sorted(folder.iterdir()) if RunDirectory(path).exists()] if os.path.isdir(folder) else []
+
+
+def similar_runs(target: str, runs_dir: str | Path = "runs") -> list[str]:
+    """The names of runs that `target` may be a misspelling of, the nearest first.
+
+    `user/name` is none, where there is no folder `user`: that is how models of the Hub are called.
+    """
+    parent, name = os.path.split(target)
+    if parent and not os.path.isdir(parent):
+        return []
+    found = difflib.get_close_matches(name, [path.name for path in run_folders(parent or runs_dir)], n=3, cutoff=0.5)
+    return [os.path.join(parent, near) for near in found]
+
+
+def run_hint(target: str, runs_dir: str | Path = "runs") -> str:
+    """What to say of a run that is not there: which ones are."""
+    names = [path.name for path in run_folders(runs_dir)]
+    if near := similar_runs(target, runs_dir) or difflib.get_close_matches(Path(target).name, names, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(near)}?"
+    if names:
+        return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
+    return f"{runs_dir}/ holds no run yet; `lmtune quickstart` makes one, or give another folder with --dir"

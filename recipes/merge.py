@@ -12,7 +12,8 @@ from lmtune.cli import run
 from lmtune.config import FinetuneConfig, load_config, to_tree
 from lmtune.console import escape, out
 from lmtune.errors import ConfigError, ModelError
-from lmtune.runs import RunDirectory, find_run, require_possible
+from lmtune.history import choose_run
+from lmtune.runs import RunDirectory, require_possible
 from lmtune.writing import write_json, write_text
 
 
@@ -28,9 +29,7 @@ def main(
 
     Example: lmtune merge runs/support --output support-model
     """
-    run_directory = find_run(target)
-    if run_directory is None:
-        raise ModelError(f"{target}: no such run; `lmtune runs list` shows them")
+    run_directory = choose_run(target)
     merge_run(run_directory, output or run_directory.merged, into)
 
 

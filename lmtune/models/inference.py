@@ -26,7 +26,7 @@ from lmtune.models.file_checks import unreachable
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
 from lmtune.models.tokenizer_checks import unusable
-from lmtune.runs import find_run
+from lmtune.runs import find_run, similar_runs
 
 _TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
 
@@ -89,7 +89,20 @@ def load_for_inference(target: str, quantization: Quantization | None = None) ->
     folder = Path(target)
     if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
         return load_with_adapter(folder, adapter_base(folder, quantization), folder.resolve().name)
+    _check_spelling(target)
     return _load_plain(ModelConfig(name=target, quantization=quantization or "none"))
+
+
+def _check_spelling(target: str) -> None:
+    """Raise ModelError where `target` is no folder and no known model, but nearly the name of a run."""
+    if target == "tiny" or Path(target).is_dir() or not (near := similar_runs(target)):
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    if "/" in target or not isinstance(try_to_load_from_cache(target, "config.json"), str):
+        raise ModelError(
+            f"{target}: no such run or folder; did you mean {' or '.join(near)}? (a model of the Hub is user/name)"
+        )
 
 
 def load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:

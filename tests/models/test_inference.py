@@ -178,6 +178,22 @@ def test_what_is_nothing_at_all(there: Path) -> None:
         load_for_inference("nobody/nothing")
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("trail", "trial"), ("Trial", "trial"), ("runs/trail", "runs/trial")])
+def test_a_misspelt_run_is_not_looked_for_on_the_hub(
+    there: Path, monkeypatch: pytest.MonkeyPatch, typed: str, meant: str
+) -> None:
+    monkeypatch.setattr("lmtune.models.inference.load_tokenizer", None)
+    with pytest.raises(ModelError, match=rf"{typed}: no such run or folder; did you mean {meant}\?"):
+        load_for_inference(typed)
+
+
+def test_a_model_of_the_hub_is_no_misspelt_run(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "there")
+    for name in ("lab/trail", "trail"):  # one in the local cache
+        with pytest.raises(ModelError, match="check the spelling"):
+            load_for_inference(name)
+
+
 # --- small parts
 
 
