@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from lmtune.runs import RunDirectory, find_run, run_folders, run_hint
 from lmtune.yaml_reader import read_yaml
 
 _TOLD = ("step", "epoch", "loss", "tokens", "seconds")  # of a step, to a person
+_RECENT_STEPS = 20
 _TAIL_BYTES = 65_536  # holds the last line of metrics.jsonl many times over
 
 
@@ -36,7 +37,9 @@ class Overview:
         name: its folder's name.
         status: complete, running, interrupted, failed, or damaged.
         model, quantization: the base.
-        steps, loss: the last step done and its loss; None before the first.
+        steps, loss: the last step done and its loss; None before the first. One step's loss is that of its rows.
+        recent_loss: the mean over the trained tokens of the last 20 steps.
+        validation_loss: of the held-out rows, with the saved adapter; None before the end.
         base_exact_match, tuned_exact_match: shares of held-out rows answered rightly; None if not measured.
         changed: when a file of the run was last written, local time.
     """
@@ -50,6 +53,8 @@ class Overview:
     base_exact_match: float | None
     tuned_exact_match: float | None
     changed: datetime
+    recent_loss: float | None = None
+    validation_loss: float | None = None
 
 
 def choose_run(target: str, runs_dir: str | Path = "runs") -> RunDirectory:
@@ -78,11 +83,12 @@ def overview(run: RunDirectory) -> Overview:
         model = named if isinstance(named, dict) else {}
         summary = run.read_summary()
         status = run_status(run, summary)
-    last = last_step(run)
+    steps = last_steps(run, _RECENT_STEPS)
+    last = steps[-1] if steps else {}
     return Overview(
         run.name, status, str(model.get("name", "?")), str(model.get("quantization", "?")),
         last.get("step", summary.get("steps")), last.get("loss"), _score(summary, "base"), _score(summary, "tuned"),
-        datetime.fromtimestamp(_last_written(run)),
+        datetime.fromtimestamp(_last_written(run)), _mean_loss(steps), _score(summary, "tuned", "loss"),
     )  # fmt: skip
 
 
@@ -114,18 +120,34 @@ def describe_rows(run: RunDirectory) -> str:
 
 def last_step(run: RunDirectory) -> dict[str, Any]:
     """The last whole line of `metrics.jsonl`, or `{}`; reads the file's end only."""
+    return next(iter(last_steps(run, 1)), {})
+
+
+def last_steps(run: RunDirectory, count: int) -> list[dict[str, Any]]:
+    """The last `count` whole lines of `metrics.jsonl`, oldest first; reads the file's end only."""
     if not run.metrics.is_file():
-        return {}
+        return []
     try:
         with run.metrics.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
             lines = file.read().split(b"\n")
     except FileNotFoundError:
-        return {}
+        return []
+    found: list[dict[str, Any]] = []
     for line in reversed(lines[:-1]):  # after the last newline comes nothing, or half a line
-        if (step := _parsed(line)) is not None:
-            return step
-    return {}
+        if len(found) < count and (step := _parsed(line)) is not None:
+            found.append(step)
+    return found[::-1]
+
+
+def _mean_loss(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    """The loss of a trained token over several steps."""
+    counts: list[float] = []
+    for step in steps:
+        tokens: Any = step.get("trained_tokens")
+        counts.append(tokens if is_finite_number(tokens) and tokens > 0 else 1)
+    total = sum(step["loss"] * count for step, count in zip(steps, counts, strict=True))
+    return float(total / sum(counts)) if counts else None
 
 
 def follow_steps(
@@ -183,8 +205,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return step if whole else None
 
 
-def _score(summary: Mapping[str, Any], which: str) -> float | None:
-    value = (summary.get(which) or {}).get("exact_match")
+def _score(summary: Mapping[str, Any], which: str, name: str = "exact_match") -> float | None:
+    value = (summary.get(which) or {}).get(name)
     return float(value) if isinstance(value, (int, float)) else None
 
 

@@ -68,28 +68,39 @@ def scores_table(base: Mapping[str, Any] | None, tuned: Mapping[str, Any]) -> Ta
 
 
 def runs_table(runs: Sequence[Overview], width: int) -> Table:
-    """A line for each run.
+    """A line for each run; the training loss is the mean of the last 20 steps, for one step's rows may be odd.
 
     Args:
         runs: as `list_runs` gives them.
         width: columns of the terminal; a narrow one gets the most important things only.
     """
-    wide = width >= 90
+    wide, widest = width >= 90, width >= 120
     table = Table(box=None, pad_edge=False)
     for title in ("run", "status", *(("model", "bits") if wide else ())):
         table.add_column(title, overflow="fold")
-    for title in ("steps", "loss", "exact match", *(("last change",) if wide else ())):
+    for title in (
+        "steps",
+        "train loss",
+        *(("held-out loss",) if widest else ()),
+        "exact match",
+        *(("last change",) if wide else ()),
+    ):
         table.add_column(title, justify="right", no_wrap=True)
     for run in runs:
         scores = (run.base_exact_match, run.tuned_exact_match)
         base, tuned = ("?" if share is None else f"{100 * share:.1f}" for share in scores)
         table.add_row(
             escape(run.name), escape(run.status), *((escape(run.model), escape(run.quantization)) if wide else ()),
-            "" if run.steps is None else str(run.steps), "" if run.loss is None else f"{run.loss:.4f}",
+            "" if run.steps is None else str(run.steps), _loss(run.recent_loss),
+            *((_loss(run.validation_loss),) if widest else ()),
             "" if scores == (None, None) else f"{base} → {tuned} %",
             *((f"{run.changed:%Y-%m-%d %H:%M}",) if wide else ()),
         )  # fmt: skip
     return table
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def adapter_card(

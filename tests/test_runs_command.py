@@ -16,9 +16,10 @@ import pytest
 from lmtune.errors import LmtuneError, ModelError
 from lmtune.history import choose_run, follow_steps, is_running, last_step, list_runs, overview
 from lmtune.recipes import runs as runs_recipe
+from lmtune.report import runs_table
 from lmtune.runs import RunDirectory
 from lmtune.writing import keep_lines
-from tests.sample_run import METRICS, write_records
+from tests.sample_run import METRICS, SUMMARY, write_records
 
 
 def lmtune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +72,19 @@ def test_status_is_the_truth(running: RunDirectory, tmp_path: Path) -> None:
     for file, text in ((killed.summary, "{"), (killed.config, "model: [")):
         file.write_text(text)
         assert overview(killed).status == "damaged"
+
+
+def test_the_list_shows_the_mean_loss_of_the_last_steps_and_that_of_held_out_rows(run: RunDirectory) -> None:
+    lines = [{**METRICS[0], "step": n, "loss": 1.0, "trained_tokens": 10} for n in range(1, 100)]
+    lines += [{**METRICS[0], "step": 100, "loss": 5.0, "trained_tokens": 30}]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    item = overview(run)
+    assert item.recent_loss == pytest.approx((19 * 10 + 5.0 * 30) / 220)
+    assert item.validation_loss == SUMMARY["tuned"]["loss"]
+    for width, titles in ((80, ["train loss"]), (130, ["train loss", "held-out loss"])):
+        table = runs_table([item], width)
+        assert [str(column.header) for column in table.columns if "loss" in str(column.header)] == titles
+    assert f"{item.recent_loss:.4f}" in list(table.columns[5].cells)
 
 
 def test_last_step_ignores_half_a_line(run: RunDirectory) -> None:
