@@ -11,7 +11,7 @@ import typer
 from lmtune.cli import run
 from lmtune.config import FinetuneConfig, load_config, to_tree
 from lmtune.console import escape, out
-from lmtune.errors import ConfigError, ModelError
+from lmtune.errors import ConfigError
 from lmtune.history import choose_run
 from lmtune.runs import RunDirectory, require_possible
 from lmtune.writing import write_json, write_text
@@ -35,14 +35,21 @@ def main(
 
 def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained", "original"]) -> dict[str, Any]:
     """Merge and verify; returns the report that is also written to `merge.json`."""
-    if not (run_directory.adapter / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{run_directory.path}: no adapter to merge; finish the run with `lmtune finetune` first")
     require_possible(output, "--output")
     if output.is_symlink():
         raise ConfigError(f"--output: {output} is a link; give the folder itself")
     if output.exists() and not (output / "merge.json").is_file():
         raise ConfigError(f"--output: {output} exists and was not made by lmtune merge; choose another folder")
 
+    from lmtune.models.unfinished import usable_adapter
+
+    with usable_adapter(run_directory) as adapter:
+        return _merge(run_directory, adapter, output, into)
+
+
+def _merge(
+    run_directory: RunDirectory, adapter: Path, output: Path, into: Literal["trained", "original"]
+) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     from lmtune.models.adapters import read_notes
@@ -51,8 +58,8 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
     from lmtune.report import merged_card
 
     config = load_config(FinetuneConfig, run_directory.config)
-    notes = read_notes(run_directory.adapter)
-    tokenizer = saved_tokenizer(run_directory.adapter)
+    notes = read_notes(adapter)
+    tokenizer = saved_tokenizer(adapter)
     sequences = run_directory.read_verification(max(tokenizer.get_vocab().values()) + 1)
     summary = run_directory.read_summary()
 
@@ -62,10 +69,9 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
         write_text(folder / "README.md", merged_card(to_tree(config), summary, report.as_dict()))
 
     report = merge(
-        config.model, run_directory.adapter, output, into, sequences, tokenizer,
-        GenerationConfig.from_pretrained(run_directory.adapter), describe,
+        config.model, adapter, output, into, sequences, tokenizer, GenerationConfig.from_pretrained(adapter), describe,
     ).as_dict()  # fmt: skip
-    if output == run_directory.merged:
+    if output == run_directory.merged and summary.get("status") == "complete":  # else it is the run's own to write
         write_json(run_directory.summary, {**summary, "merge": report})
     out.print(f"merged into {escape(str(output))} ({report['dtype']}, {into} weights)")
     bound = "said only" if report["bound_to_trained"] is None else f"bound {report['bound_to_trained']:.0e}"

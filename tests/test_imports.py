@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = (
     {"__init__", "errors", "console", "numeric"},
-    {"yaml_reader", "config", "config_files", "config_schema", "runs", "writing", "examples", "locks"},
+    {"yaml_reader", "config", "config_files", "config_schema", "runs", "writing", "examples", "locks", "checkpoints"},
     {"data", "demo"},
     {"kernels", "models"},
     {"evaluation", "generation", "decoding", "report", "card_usage", "history"},

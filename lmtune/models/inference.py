@@ -26,6 +26,7 @@ from lmtune.models.file_checks import unreachable
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
 from lmtune.models.tokenizer_checks import unusable
+from lmtune.models.unfinished import usable_adapter
 from lmtune.runs import find_run, similar_runs
 
 _TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
@@ -79,13 +80,10 @@ def load_for_inference(target: str, quantization: Quantization | None = None) ->
         raise ModelError(f"{fault}; give {_TARGETS}")
     run = find_run(target)
     if run is not None:
-        if not (run.adapter / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{run.path}: this run has no adapter yet; finish it with the same `lmtune finetune` command"
-            )
         config = load_config(FinetuneConfig, run.config)
         model = config.model if quantization is None else replace(config.model, quantization=quantization)
-        return load_with_adapter(run.adapter, model, f"{run.name} ({config.model.name})")
+        with usable_adapter(run) as adapter:
+            return load_with_adapter(adapter, model, f"{run.name} ({config.model.name})")
     folder = Path(target)
     if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
         return load_with_adapter(folder, adapter_base(folder, quantization), folder.resolve().name)

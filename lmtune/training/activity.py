@@ -7,11 +7,12 @@ pool that tokenises does.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import psutil
 
 _CPU_SHARE = 0.02  # of one processor; a process that waits for a lock, a pipe or a network takes less
-_BYTES = 4 << 20  # read and written between two looks; what finding the processes themselves takes is less
+_BYTES = 4 << 20  # read and written between two looks; what finding the processes takes is less
 
 
 class Activity:
@@ -19,36 +20,63 @@ class Activity:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._looked = self._active = time.monotonic()
-        self._cpu, self._bytes = self._measured()
+        self._active = time.monotonic()
+        # The cheapest first: each file that is opened waits for the interpreter's lock, which a process that computes
+        # in Python gives up after 5 ms only.
+        self._signs = [_Sign(self._own_seconds), _Sign(self._moved_bytes, _BYTES), _Sign(self._childrens_seconds)]
 
     def idle_seconds(self) -> float:
         """Seconds since this process, or one that it started, was last seen to work."""
-        now = time.monotonic()
-        cpu, moved = self._measured()
-        if cpu - self._cpu >= _CPU_SHARE * max(now - self._looked, 0.1) or moved - self._bytes >= _BYTES:
-            self._active = now
-        self._looked, self._cpu, self._bytes = now, cpu, moved
-        return now - self._active
+        if any(sign.is_seen() for sign in self._signs):
+            self._active = time.monotonic()
+        return time.monotonic() - self._active
 
-    def _measured(self) -> tuple[float, int]:
-        """Seconds of processor time, and bytes read and written."""
-        cpu, moved = time.process_time() - time.thread_time(), 0
-        for process in (self._process, *self._children()):
-            try:
-                if process is not self._process:
-                    times = process.cpu_times()
-                    cpu += times.user + times.system
-                if hasattr(process, "io_counters"):  # not on macOS
-                    io = process.io_counters()
-                    moved += io.read_bytes + io.write_bytes
-                    moved += getattr(io, "read_chars", 0) + getattr(io, "write_chars", 0)
-            except psutil.Error:  # it has ended
-                continue
-        return cpu, moved
+    def _own_seconds(self) -> float:
+        return time.process_time() - time.thread_time()
+
+    def _moved_bytes(self) -> float:
+        return _moved(self._process) + sum(map(_moved, self._children()))
+
+    def _childrens_seconds(self) -> float:
+        return sum(map(_seconds, self._children()))
 
     def _children(self) -> list[psutil.Process]:
         try:
             return list(self._process.children(recursive=True))
         except psutil.Error:
             return []
+
+
+class _Sign:
+    """Something that grows while a process works."""
+
+    def __init__(self, measure: Callable[[], float], enough: float | None = None) -> None:
+        self._measure, self._enough = measure, enough
+        self._looked, self._value = time.monotonic(), measure()
+
+    def is_seen(self) -> bool:
+        """Whether it has grown enough since the last look: by `enough`, or by a share of the time."""
+        now, value = time.monotonic(), self._measure()
+        enough = _CPU_SHARE * max(now - self._looked, 0.1) if self._enough is None else self._enough
+        grown = value - self._value >= enough
+        self._looked, self._value = now, value
+        return grown
+
+
+def _moved(process: psutil.Process) -> float:
+    """Bytes that a process has read and written; 0 where the system does not say, as macOS, or it has ended."""
+    try:
+        io = process.io_counters() if hasattr(process, "io_counters") else None
+    except psutil.Error:
+        return 0.0
+    names = ("read_bytes", "write_bytes", "read_chars", "write_chars")
+    return float(sum(getattr(io, name, 0) for name in names)) if io else 0.0
+
+
+def _seconds(process: psutil.Process) -> float:
+    """Processor time of a process; 0 where it has ended."""
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)

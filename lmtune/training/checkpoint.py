@@ -9,7 +9,6 @@ written last: a folder without one that matches is not a checkpoint. No pickle a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,12 +19,24 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from lmtune.checkpoints import (
+    ADAPTER,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    checkpoint_folders,
+    fingerprint,
+    problem_of,
+    step_of,
+)
 from lmtune.errors import CheckpointError, LmtuneError, listed
 from lmtune.writing import flush_to_disk, sync_folder
 
-ADAPTER, OPTIMIZER, STATE, MANIFEST = (
-    "adapter_model.safetensors", "optimizer.safetensors", "state.json", "manifest.json",
-)  # fmt: skip
+__all__ = [
+    "Checkpoint", "checkpoint_folders", "load_checkpoint", "newest_checkpoint", "optimizer_tensors", "problem_of",
+    "prune_checkpoints", "restore", "save_checkpoint",
+]  # fmt: skip
+
 _STAGING = ".staging-"  # `RunDirectory.clean` removes what a crash leaves of it
 Tensors = dict[str, torch.Tensor]
 
@@ -64,7 +75,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         save_file(checkpoint.adapter, staging / ADAPTER, metadata={"format": "pt"})
         save_file(checkpoint.optimizer, staging / OPTIMIZER, metadata={"format": "pt"})
         (staging / STATE).write_text(json.dumps(checkpoint.state, indent=2, allow_nan=False), encoding="utf-8")
-        manifest = {name: _fingerprint(staging / name) for name in (ADAPTER, OPTIMIZER, STATE)}
+        manifest = {name: fingerprint(staging / name) for name in (ADAPTER, OPTIMIZER, STATE)}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         _make_durable(staging)
         if target.exists():
@@ -111,14 +122,9 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None, written: i
 
     A later one was damaged and passed over on resuming, so it must not count as one of those to keep.
     """
-    for path in [path for path in checkpoint_folders(folder) if _step_of(path) <= written][:-keep]:
-        if _step_of(path) != best_step:
+    for path in [path for path in checkpoint_folders(folder) if step_of(path) <= written][:-keep]:
+        if step_of(path) != best_step:
             shutil.rmtree(path)
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """The folders named like checkpoints, oldest step first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()), key=_step_of)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
@@ -151,33 +157,6 @@ def restore(
             state[index] = {"step": torch.tensor(float(checkpoint.step)), **moments}
     # PyTorch decides where each tensor lives: a fused AdamW reads `step` on the parameter's device, another on the CPU
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name[5:])
-
-
-def problem_of(path: Path) -> str | None:
-    """Why a checkpoint folder cannot be used, or None."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"no {MANIFEST}"
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} is damaged ({error})"
-    if not isinstance(manifest, dict):
-        return f"{MANIFEST} is damaged (no mapping)"
-    for name in (ADAPTER, OPTIMIZER, STATE):
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if manifest.get(name) != _fingerprint(path / name):
-            return f"{name} is not what was written (size or checksum differs)"
-    return None
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _make_durable(folder: Path) -> None:

@@ -336,6 +336,7 @@ def _save(
     adapter = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
     state = {
         "step": counters.step, "counters": asdict(counters), "identity": job.identity,
+        "total_steps": Plan.count_steps(len(job.data), job.config.train),
         "micro_batch_setting": job.config.train.micro_batch_tokens,
     }  # fmt: skip
     save_checkpoint(

@@ -156,15 +156,19 @@ def stop() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("trouble", [hang, stop])
-def test_18_a_process_that_is_dead_while_the_others_wait_for_it_alone_is_named(place: Path, trouble: Trouble) -> None:
-    slow = at_call("lmtune.training.session", "load_data", trouble)
-    first, second = started_together(place, "finetune", "run.yaml", "run.process_timeout_seconds=2", troubles={0: slow})
+@pytest.mark.parametrize(("rank", "function", "trouble"), [(0, "load_data", hang), (1, "load_model", stop)])
+def test_18_a_process_that_is_dead_while_the_others_wait_for_it_is_named(
+    place: Path, rank: int, function: str, trouble: Trouble
+) -> None:
+    slow = at_call("lmtune.training.session", function, trouble)
+    limit = "run.process_timeout_seconds=2"
+    processes = started_together(place, "finetune", "run.yaml", limit, troubles={rank: slow})
     try:
-        assert ended(second) == 1
-        assert messages(place, 1)[0].startswith("process 0 (in the start) did not come to where the others wait")
+        assert ended(processes[1 - rank]) == 1
+        wanted = f"process {rank} (in the start) did not come to where the others wait"
+        assert messages(place, 1 - rank)[0].startswith(wanted)
     finally:
-        first.kill()
+        processes[rank].kill()
 
 
 def leave() -> None:
