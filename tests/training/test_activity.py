@@ -17,7 +17,7 @@ def test_computing_counts_and_sleeping_does_not() -> None:
     thread = threading.Thread(target=compute)  # the thread that asks does not count itself
     thread.start()
     thread.join()
-    assert activity.idle_seconds() == 0.0
+    assert activity.idle_seconds() < 0.1
 
 
 def compute() -> None:
@@ -33,7 +33,7 @@ def test_what_a_started_process_computes_counts() -> None:
     process = subprocess.Popen([sys.executable, "-c", work])
     try:
         time.sleep(1.0)
-        assert activity.idle_seconds() == 0.0
+        assert activity.idle_seconds() < 0.1
     finally:
         process.kill()
         process.wait()
@@ -45,4 +45,4 @@ def test_writing_counts(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
     os.write(descriptor, bytes(8 << 20))
     os.close(descriptor)
-    assert activity.idle_seconds() == 0.0
+    assert activity.idle_seconds() < 0.1
