@@ -101,6 +101,8 @@ class AdapterConfig:
     """The LoRA adapter; names and meanings are PEFT's."""
 
     method: Literal["lora"] = "lora"  # https://arxiv.org/abs/2106.09685
+    # a run or an adapter folder to begin from; its rank, alpha, layers and variant hold where these are left at default
+    adapter: Annotated[str, Field(min_length=1)] | None = None
     rank: Annotated[int, Field(ge=1, le=4096)] = 16  # more learns more, with more memory
     alpha: Annotated[float, Field(gt=0, le=1e30)] = 32  # the adapter's output is scaled by alpha / rank
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # share of the adapter's inputs set to 0 in training
@@ -187,6 +189,11 @@ class FinetuneConfig:
             )
         if self.adapter.init_lora_weights == "pissa" and self.adapter.use_dora:
             found.append("adapter.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
+        if self.adapter.adapter is not None and self.adapter.init_lora_weights != "default":
+            found.append(
+                f"adapter.adapter: {self.adapter.adapter} gives the initial weights, and so does "
+                f"adapter.init_lora_weights: {self.adapter.init_lora_weights}; choose one"
+            )
         if self.evaluation.patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
         if self.evaluation.patience is not None and self.data.validation is None and not self.data.validation_fraction:
@@ -234,7 +241,7 @@ def command_config(
     """
     if isinstance(target, str) and is_override(target):
         overrides, target = [target, *overrides], None
-    sections = [field.name for field in fields(FinetuneConfig)]
+    sections = [*(field.name for field in fields(FinetuneConfig)), "tuning"]
     path = None if target is None else find_config(target, sections, verb)
     tree: dict[str, Any] = {} if path is None else _read(path)
     given = {
@@ -274,7 +281,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The tree in a config file; examples that a shipped one names are found where lmtune is installed."""
-    tree = read_yaml(path)
+    tree = one_adapter_section(read_yaml(path), str(path))
     if path in shipped_configs().values() and isinstance(data := tree.get("data"), dict):
         for key in ("train", "validation"):
             if isinstance(data.get(key), str):
@@ -311,8 +318,27 @@ def with_overrides(config: FinetuneConfig | str | os.PathLike[str] | None, overr
     return tree
 
 
+def one_adapter_section(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`tree` with `tuning: {kind: …}`, the other name of `adapter: {method: …}`, under this one.
+
+    Raises:
+        ConfigError: both names are there.
+    """
+    if "tuning" in tree and "adapter" in tree:
+        raise ConfigError(f"{where}: tuning and adapter: two names of one section; put its settings under one of them")
+    tree = {"adapter" if key == "tuning" else key: value for key, value in tree.items()}
+    section = tree.get("adapter")
+    if isinstance(section, Mapping) and "kind" in section:
+        if "method" in section:
+            raise ConfigError(f"{where}: adapter.kind and adapter.method: two names of one setting; keep one")
+        tree["adapter"] = {"method" if key == "kind" else key: value for key, value in section.items()}
+    return tree
+
+
 def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
     """The checked config of a plain nested mapping; `where` begins the error message."""
+    if schema is FinetuneConfig:
+        tree = one_adapter_section(tree, where)
     if problems := [f"{key}: holds a NUL character; remove it" for key in _with_nul(tree)]:
         raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}")
     try:
@@ -350,7 +376,7 @@ def without_absolute_paths(text: str) -> str:
 
 
 _ABSOLUTE = r"(?<![\w.:~/-])/[^\s/'\"`,;:()]+/[^\s'\"`,;:()]+"
-_PATHS = ("name", "train", "validation", "dir", "path")  # keys whose values may be paths
+_PATHS = ("name", "train", "validation", "dir", "path", "adapter")  # keys whose values may be paths
 
 
 def _plain(value: Any, is_path: bool = False) -> Any:
@@ -376,7 +402,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise ConfigError(f"{override!r}: an override is written section.key=value, for example train.epochs=1")
-    _set(tree, key.strip(), read_yaml_value(text, where=key))
+    section, *rest = key.strip().split(".")
+    if section == "tuning":
+        section, rest = "adapter", ["method" if part == "kind" else part for part in rest]
+    _set(tree, ".".join([section, *rest]), read_yaml_value(text, where=key))
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -37,7 +37,7 @@ _QUANTIZATIONS = {
     "int8": "8-bit (bitsandbytes)",
     "fp8": "products in 8-bit floating point",
 }
-_QUIET_KEYS = ("data.train", "data.validation", "data.system")  # names and words of the user's own
+_QUIET_KEYS = ("data.train", "data.validation", "data.system", "adapter.adapter")  # names and words of the user's own
 
 
 def format_score(key: str, value: object) -> str:
@@ -123,6 +123,7 @@ def adapter_card(
         f"# {title.rpartition('/')[2]}",
         f"A LoRA adapter for {_linked(base)}, fine-tuned with lmtune {__version__}. "
         "It holds the change to the base model only, so it is loaded together with that model.",
+        _start_part(summary),
         _base_table(model),
         _scores_part(summary),
         _data_part(fates),
@@ -160,6 +161,11 @@ def merged_card(
         merged_usage(config, place),
         _limits(base),
     )
+
+
+def _start_part(summary: Mapping[str, Any]) -> str:
+    start = summary.get("started_from")
+    return f"Training began from the adapter `{start}`, not from a new one." if isinstance(start, str) else ""
 
 
 def _front_matter(base: str, head: Mapping[str, Any], summary: Mapping[str, Any], title: str) -> str:

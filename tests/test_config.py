@@ -203,6 +203,37 @@ def test_a_run_name_is_composed_however_it_was_typed(tmp_path: Path) -> None:
     assert load_config(FinetuneConfig, written(tmp_path, LEAST, "客服.yaml")).run.name == "客服"
 
 
+@pytest.mark.parametrize("overrides", [(), ("tuning.kind=lora", "tuning.alpha=8"), ("adapter.method=lora",)])
+def test_tuning_is_another_name_of_adapter(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    text = LEAST + "tuning: {kind: lora, rank: 4, adapter: runs/first}\n"
+    config = load_config(FinetuneConfig, written(tmp_path, text), overrides)
+    assert (config.adapter.method, config.adapter.rank, config.adapter.adapter) == ("lora", 4, "runs/first")
+    assert config.adapter.alpha == (8 if "tuning.alpha=8" in overrides else 32)
+    assert "tuning" not in dump_config(config)
+    assert load_config(FinetuneConfig, written(tmp_path, LEAST), ["tuning.rank=4"]).adapter.rank == 4
+    assert (
+        load_config(FinetuneConfig, written(tmp_path, LEAST + "adapter: {rank: 2}\n"), ["tuning.rank=4"]).adapter.rank
+        == 4
+    )
+    assert build_config(FinetuneConfig, {**read_yaml_value(LEAST, "x"), "tuning": {"rank": 3}}, "x").adapter.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tuning: {rank: 4}\nadapter: {alpha: 8}\n", "tuning and adapter: two names of one section"),
+        ("tuning: {kind: lora, method: lora}\n", "adapter.kind and adapter.method: two names of one setting"),
+        ("tuning: {kind: full}\n", "adapter.method: got 'full'"),
+        (
+            "tuning: {adapter: x, init_lora_weights: pissa}\n",
+            "adapter.adapter: x gives the initial weights, and so does",
+        ),
+    ],
+)
+def test_two_names_of_one_thing_and_what_is_none(tmp_path: Path, text: str, message: str) -> None:
+    assert message in message_of(tmp_path, LEAST.replace("}", ", quantization: none}", 1) + text)
+
+
 def test_a_config_cannot_be_changed() -> None:
     config = build_config(FinetuneConfig, {"model": {"name": "tiny"}, "data": {"train": "x"}}, "test")
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -119,6 +119,45 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     Raises:
         ModelError: a file is missing or damaged, or the tensors do not fit this base exactly.
     """
+    peft_model = _with_saved(model, folder, fingerprint)
+    peft_model.requires_grad_(False)
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        # bitsandbytes rounds activations too; training does not, and what was trained is what answers
+        fuse(peft_model, keep_dense=dense_weights_fit(peft_model, next(model.parameters()).device))
+    return peft_model.eval()
+
+
+def attach_saved(model: torch.nn.Module, folder: Path, fingerprint: str, adapter: AdapterConfig, base_name: str) -> Any:
+    """As `attach_adapter`, but with the weights of a saved adapter, to be trained further.
+
+    Args:
+        model: the frozen base.
+        folder: an adapter folder, ours or plain PEFT's.
+        fingerprint: the base's, compared with that of the adapter's.
+        adapter: the settings; those that an adapter cannot change are its own.
+        base_name: what `adapter_config.json` names as the base; never an absolute path.
+
+    Raises:
+        ConfigError: `adapter.target_modules` are others than the adapter's.
+        ModelError: a file is missing or damaged, or the tensors do not fit this base exactly.
+    """
+    check_variant(model, adapter, find_targets(model, adapter.target_modules))
+    peft_model = _with_saved(model, folder, fingerprint, _trained(adapter))
+    peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
+    for parameter in trainable(peft_model).values():
+        parameter.data = parameter.data.float()
+    return peft_model
+
+
+def _trained(adapter: AdapterConfig) -> dict[str, Any]:
+    """What a saved adapter's config does not decide when it is trained further."""
+    return {"lora_dropout": adapter.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
+
+
+def _with_saved(
+    model: torch.nn.Module, folder: Path, fingerprint: str | None, changes: Mapping[str, Any] | None = None
+) -> Any:
+    """`model` with a saved adapter, some of whose settings are changed."""
     check_bitsandbytes("none")
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
@@ -133,18 +172,15 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
         raise ModelError(f"{folder}: a regular expression in {CONFIG} takes too long to match; it is not safe to use")
     used = {k: v for k, v in config.items() if v is not None and k in USED and k in LoraConfig.__dataclass_fields__}
     try:
-        lora = LoraConfig(**{**used, "init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)})
+        own = {"init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)}
+        lora = LoraConfig(**{**used, **own, **(changes or {})})
         use_layers_own_adapter(lora)
         peft_model = PeftModel(model, lora)  # type: ignore[arg-type, unused-ignore]
     except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
         raise ModelError(f"{folder}: PEFT cannot put this adapter on the base model: {error}") from error
     _check_tensors(peft_model, state, folder)
     set_peft_model_state_dict(peft_model, state)
-    peft_model.requires_grad_(False)
-    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        # bitsandbytes rounds activations too; training does not, and what was trained is what answers
-        fuse(peft_model, keep_dense=dense_weights_fit(peft_model, next(model.parameters()).device))
-    return peft_model.eval()
+    return peft_model
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], Tensors]:

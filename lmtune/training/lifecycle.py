@@ -146,7 +146,10 @@ def _identity_of(run: RunDirectory) -> dict[str, Any]:
     """What a run without checkpoints was begun with."""
     made = run.read_json(run.environment)
     config = load_config(FinetuneConfig, run.config)
-    return identity(config, str(made.get("data_sha256")), str(made.get("base_fingerprint")), made.get("tokens_sha256"))
+    return identity(
+        config, str(made.get("data_sha256")), str(made.get("base_fingerprint")), made.get("tokens_sha256"),
+        made.get("starting_adapter_sha256"),
+    )  # fmt: skip
 
 
 def _known_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
@@ -169,12 +172,14 @@ def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:
 def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
     """What the model scores before training; from the summary when a resumed run has measured it already.
 
-    The adapter must be as `prepare` made it, when it changes nothing yet.
+    The adapter must be as `prepare` made it; one to begin from is left aside.
     """
     known: dict[str, Any] | None = run.read_summary().get("base")
     session.accelerator.place = "scoring before training"
     session.accelerator.wait_for_everyone()
-    if known is None and (scored := session.score("the base")) is not None:
+    with session.base_alone():
+        scored = session.score("the base") if known is None else None
+    if scored is not None:
         known = scored[0].as_dict()
         if session.accelerator.is_main_process:
             rows = [{"question": a.question, "wanted": a.wanted, "base": a.given} for a in scored[1]]
@@ -216,6 +221,7 @@ def summarise(
         "micro_batch_tokens": counters.micro_batch_tokens,
         "trainable_parameters": sum(p.numel() for p in session.forward.model.parameters() if p.requires_grad),
         "processes": session.accelerator.num_processes,
+        **({"started_from": session.start.name} if session.start is not None else {}),
     }
 
 

@@ -21,18 +21,21 @@ from lmtune.training.records import recorded_steps
 # Settings that change speed, memory or reporting; what is learned they change only as far as dropout is drawn anew.
 _FREE = {
     "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.exact_match_rows",
-    "evaluation.max_new_tokens", "data.train", "data.validation",
+    "evaluation.max_new_tokens", "data.train", "data.validation", "adapter.adapter",
 }  # fmt: skip
 _LENGTH = ("train.epochs", "train.max_steps")  # a run may be trained on: `steps_before` and `require_steps` judge them
 _DATA = "the data files' content"
 _TOKENS = "the rows' tokens"
 
 
-def identity(config: FinetuneConfig, data_key: str, base_fingerprint: str, tokens: str | None = None) -> dict[str, Any]:
+def identity(
+    config: FinetuneConfig, data_key: str, base_fingerprint: str, tokens: str | None = None, start: str | None = None
+) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued, as `section.key: value`.
 
     Data counts by its `tokens`, not by its path or by what made them; by all that they depend on (`data_key`) where one
-    of the two runs has no such hash, as runs of earlier versions. The base counts by its weights.
+    of the two runs has no such hash, as runs of earlier versions. The base and the adapter to begin from (`start`)
+    count by their weights.
     """
     flat = {
         f"{section}.{key}": value
@@ -42,6 +45,8 @@ def identity(config: FinetuneConfig, data_key: str, base_fingerprint: str, token
     }
     kept = {key: value for key, value in flat.items() if key not in _FREE}
     data = {_DATA: data_key} if tokens is None else {_DATA: data_key, _TOKENS: tokens}
+    if start is not None:
+        kept["the starting adapter's weights"] = start
     return {**kept, **data, "the base model's weights": base_fingerprint}
 
 

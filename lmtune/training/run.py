@@ -58,7 +58,7 @@ def run_finetune(config: FinetuneConfig, run_directory: RunDirectory) -> Finetun
         summary = summarise(session, outcome, base, tuned[0] if tuned else None)
         if main:
             save_tuned(session, run_directory.adapter, outcome.weights)
-            card = adapter_card(to_tree(config), summary, session.data.fates)
+            card = adapter_card(to_tree(session.config), summary, session.data.fates)
             write_text(run_directory.adapter / "README.md", card)
             if tuned is not None:
                 add_tuned_answers(run_directory, tuned[1])

@@ -7,9 +7,10 @@ save_tuned(session, run.adapter, outcome.weights)
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,13 +25,14 @@ from lmtune.evaluation import Answer, Scores, check_lengths, evaluate, teacher_f
 from lmtune.kernels.fp8_linear import why_not_fp8
 from lmtune.kernels.lora_linear import fuse
 from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import Tensors, attach_adapter, save_adapter
+from lmtune.models.adapters import Tensors, attach_adapter, attach_saved, save_adapter
 from lmtune.models.backends import check_bitsandbytes
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.free_memory import dense_weights_fit, free_memory
 from lmtune.models.inference import build_renderer, run_notes
 from lmtune.models.loading import compute_dtype, load_model, load_tokenizer
 from lmtune.models.parameters import Parameters, count_parameters
+from lmtune.models.start_adapter import StartingAdapter, starting_adapter
 from lmtune.runs import RunDirectory
 from lmtune.training import memory
 from lmtune.training.activations import checkpoint_layers, measure_activations
@@ -59,6 +61,7 @@ class Session:
         fingerprint: of the base.
         parameters: how many are trained, frozen and quantised.
         micro_batch_tokens: the budget that fits the memory.
+        start: the adapter that training begins from, or None for a new one.
         begun: whether the run's files are those of this session; before that, they are not its to change.
     """
 
@@ -70,12 +73,18 @@ class Session:
     fingerprint: str
     parameters: Parameters
     micro_batch_tokens: int
+    start: StartingAdapter | None = None
     begun: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint of this run to be continued."""
-        return identity(self.config, self.data.key, self.fingerprint, self.data.signature)
+        start = self.start.sha256 if self.start is not None else None
+        return identity(self.config, self.data.key, self.fingerprint, self.data.signature, start)
+
+    def base_alone(self) -> contextlib.AbstractContextManager[Any]:
+        """The base without an adapter inside the block; a new adapter changes nothing yet."""
+        return contextlib.nullcontext() if self.start is None else self.forward.model.disable_adapter()
 
     def job(self, run: RunDirectory, resumed: Checkpoint | None) -> Job:
         """The training job."""
@@ -110,6 +119,15 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     Raises:
         ConfigError, DataError, ModelError: something is wrong with them; nothing was written but the row cache.
     """
+    with starting_adapter(config) as start:
+        if start is None:
+            return _prepare(config, accelerator, None)
+        if len(set(_from_all(start.sha256, accelerator))) > 1:
+            raise ConfigError(f"adapter.adapter: {start.name} changes while it is read; wait until that run has ended")
+        return _prepare(replace(config, adapter=start.settings), accelerator, start)
+
+
+def _prepare(config: FinetuneConfig, accelerator: Any, start: StartingAdapter | None) -> Session:
     if config.model.quantization == "fp8" and (problem := why_not_fp8(accelerator.device)):
         raise ConfigError(f"model.quantization: fp8 cannot be trained over here: {problem}; use nf4, int8 or none")
     check_bitsandbytes(config.model.quantization)
@@ -128,7 +146,10 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
     name = run_notes(config, renderer, fingerprint)["base_model"]
     parameters = count_parameters(model, config.adapter, config.model.quantization, model.dtype)
     with progress("preparing the adapter and the kernels"):
-        model = attach_adapter(model, config.adapter, config.train.seed, name)
+        if start is None:
+            model = attach_adapter(model, config.adapter, config.train.seed, name)
+        else:
+            model = attach_saved(model, start.folder, fingerprint, config.adapter, name)
         keep_dense = all(_from_all(dense_weights_fit(model, accelerator.device), accelerator))
         fuse(model, keep_dense, fp8=config.model.quantization == "fp8")
         forward = PackedForward(model)
@@ -138,7 +159,7 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
             warn(f"{note}; this is slower, with the same result")
     with progress("measuring how much fits in memory"):
         budget = _fit(config, forward, data, accelerator, parameters)
-    return Session(config, accelerator, renderer, data, forward, fingerprint, parameters, budget)
+    return Session(config, accelerator, renderer, data, forward, fingerprint, parameters, budget, start)
 
 
 def _check_patience(config: FinetuneConfig, data: LoadedData) -> None:
@@ -202,6 +223,7 @@ def environment(session: Session) -> dict[str, Any]:
         "data_sha256": session.data.key,
         "tokens_sha256": session.data.signature,
         "base_fingerprint": session.fingerprint,
+        **({"starting_adapter_sha256": session.start.sha256} if session.start is not None else {}),
         "slower_than_could_be": session.forward.notes,
     }
 
