@@ -47,7 +47,8 @@ def main(
     skips = skip_faulty or (settings is not None and settings.faulty_rows == "skip")
     for fault in check.report.faults:
         out.print(escape(fault))
-    out.print(escape(describe_check(check, skips)))
+    if described := describe_check(check, skips):
+        out.print(escape(described))
     num_faults = check.report.num_faults
     if skips:
         check.raise_for_faults("skip")

@@ -66,6 +66,7 @@ def _lines(file: IO[bytes]) -> Iterator[Row]:
     """One value a line."""
     line = num_rows = 0
     encoding: str | None = None  # advice about it, once it was asked for
+    once = None  # set where the file begins with lines that are no rows: a fault for each would help nobody
     while raw := file.readline(MAX_ROW_BYTES + 1):
         line += 1
         raw = raw.removeprefix(_BOM)  # also in the middle, where files were put together
@@ -76,18 +77,21 @@ def _lines(file: IO[bytes]) -> Iterator[Row]:
         if not raw.strip(_BLANK):
             continue
         try:
-            yield line, None, decode_json(raw.decode("utf-8").rstrip("\r\n"))
+            value = decode_json(raw.decode("utf-8").rstrip("\r\n"))
+            yield line, None, value if once is None or isinstance(value, dict) else RowFault("not an object", once)
         except UnicodeDecodeError as error:
             encoding = _sample_of(file) if encoding is None else encoding
             yield line, None, _not_utf8(f"byte {error.start + 1} of the line", raw[error.start], encoding)
         except Broken as fault:
             following = _next_filled(file)
-            one_row_a_line = num_rows > 0 or following is None or following.lstrip().startswith(b"{")
-            yield line, None, _described(fault, following is None, one_row_a_line)
-            if not one_row_a_line:  # not what we read: a fault for each of its lines would help nobody
+            one_row_a_line = num_rows > 0 or following is None or following.removeprefix(_BOM).lstrip().startswith(b"{")
+            described = _described(fault, following is None, one_row_a_line)
+            once = once if one_row_a_line else "no rows"
+            yield line, None, described if described.ends_file else RowFault(str(described), once)
+            if described.ends_file:
                 return
         except RowFault as fault:
-            yield line, None, fault
+            yield line, None, fault if once is None else RowFault(str(fault), once)
         num_rows += 1
 
 
@@ -99,7 +103,7 @@ def _described(fault: Broken, is_last: bool, one_row_a_line: bool) -> RowFault:
         return RowFault(f"the file ends in the middle of this row ({fault}); restore its end or remove it")
     if not one_row_a_line:
         return RowFault(
-            "the row goes on in the next line; write each row on one line, or all as a list […]", None, True
+            "the row goes on in the next line; write each row on one line, or all as a list […]", ends_file=True
         )
     return RowFault(f"the row ends too early ({fault}); each row is one whole line")
 

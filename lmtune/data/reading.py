@@ -153,7 +153,7 @@ def _report(
     fault: RowFault, file: DataFile, line: int, item: int | None, found: FileReport, report: ReadReport
 ) -> None:
     if not fault.ends_file:
-        report.faulty.add(str(fault), f"{file.portable_name}:{line}")
+        report.faulty.add(str(fault), f"{file.portable_name}:{line}" + (f" (item {item})" if item is not None else ""))
     if fault.once in found.told:
         return
     if fault.once is not None:

@@ -106,6 +106,16 @@ class TestFaultyRows:
         assert faulty["reasons"][0]["reason"] == "prompt is a number (1); it must be a string"
         assert faulty["reasons"][0]["first"] == ["rows.jsonl:2", "rows.jsonl:3"]
 
+    def test_lines_that_are_no_rows_are_told_once_and_counted_each(self, tmp_path: Path) -> None:
+        lines = [b"# a heading", b"prompt,completion", b"3", b'"text"', b"more,text", GOOD, b"p,c", GOOD]
+        examples, report = read(written(tmp_path, b"\n".join(lines)))
+        assert [example.line for example in examples] == [6, 8]
+        assert (report.num_faults, report.faulty.count) == (1, 6)
+
+    def test_an_item_of_a_list_is_named_by_its_number(self, tmp_path: Path) -> None:
+        _, report = read(written(tmp_path, b"[" + GOOD + b", " + self.BAD[0] + b", " + GOOD + b"]"))
+        assert report.faulty.as_dict()["reasons"][0]["first"] == ["rows.jsonl:1 (item 2)"]
+
     def test_a_row_of_another_format_is_told_once_and_counted_each_time(self, tmp_path: Path) -> None:
         _, report = read(written(tmp_path, b"\n".join([GOOD, *[b'{"text": "t"}'] * 3])))
         assert (report.num_faults, report.faulty.count) == (1, 3)
