@@ -142,7 +142,7 @@ def forecast(
         scoring=0.0 if held_out is None else _scoring_seconds(shape, config, held_out, steps, rate),
         answers=0.0 if held_out is None else _answer_seconds(shape, config, held_out, rate, device.type, processes),
     )
-    advice = _advice(config, part, free / GIB, device, checkpointed)
+    advice = _advice(config, shape, part, free / GIB, device, checkpointed)
     return Forecast(
         steps, rows.num_rows, tokens, int(tokens * share), budget, checkpointed, part, free / GIB, parameters,
         seconds, advice,
@@ -244,12 +244,18 @@ def describe_seconds(seconds: float) -> str:
 
 
 def _advice(
-    config: FinetuneConfig, part: MemoryEstimate, free_gib: float, device: torch.device, checkpointed: int
-) -> tuple[str, ...]:
+    config: FinetuneConfig, shape: ModelShape, part: MemoryEstimate, free_gib: float, device: torch.device,
+    checkpointed: int,
+) -> tuple[str, ...]:  # fmt: skip
     found = []
     if part.total > free_gib:
-        smaller = "model.quantization=nf4" if config.model.quantization != "nf4" else "a smaller model"
+        mostly_linear = shape.linear_parameters > shape.expert_parameters  # which can be quantised
+        smaller = (
+            "model.quantization=nf4" if config.model.quantization != "nf4" and mostly_linear else "a smaller model"
+        )
         found.append(f"it does not fit the {free_gib:.1f} GiB that are free: try {smaller}, or a lower data.max_length")
+        if shape.adapted_experts and part.total - part.expert_copies - part.adapter_and_optimizer < free_gib:
+            found.append("most of it is the adapter of the experts: adapter.target_modules without them needs less")
     elif checkpointed:
         found.append("some layers are computed twice to save memory; a lower data.max_length may avoid it")
     if device.type == "cpu" and part.base_weights > 2:
