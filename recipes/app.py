@@ -42,7 +42,7 @@ def main(
     if not models:
         err.print(f"[dim]no model named, so it is {escape(targets[0])}[/]")
     loaded = [load_for_inference(target) for target in targets]
-    launch(loaded, address, example_questions(targets[0]))
+    launch(loaded, address, [example_questions(target) for target in targets])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 A model answers in a thread of its own for each answer, and takes turns with other answers token by token. A tab's
 handler looks a few times a second at what was said, so the page is redrawn at that rate, not at the model's, and with
 many tabs at work more rarely. What a tab has said is kept on the server under the tab's own key: two tabs never see
-each other's text, and what a browser sends as history is not believed.
+each other's text. A page that is loaded again brings back what its own browser kept of it (`lmtune.ui.saved`).
+
+Every speaker, which is a model with or without its adapter, has a session of its own. Another speaker takes up the
+questions as they stand: with its own answers to them where it gave some, else with those that stand there.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from lmtune.data.examples import Message
 from lmtune.errors import LmtuneError
-from lmtune.generation import ChatSession, GenerationOptions
+from lmtune.generation import AnswerInfo, ChatSession, GenerationOptions
 from lmtune.models.inference import LoadedModel
 
 Mode = Literal["tuned", "base", "both"]
+Turn = tuple[Message, AnswerInfo | None]
+Speaker = tuple[int, bool]  # index of the model, and whether it answers without its adapter
 MODES: tuple[Mode, ...] = ("tuned", "base", "both")
 MAX_TABS = 1000  # conversations kept; the one unused for longest goes first
 _MAX_CACHES = 16  # of them, how many keep their KV caches; the others read their conversation again when it goes on
@@ -51,7 +57,13 @@ class Conversation:
 
     def __init__(self, models: Sequence[LoadedModel], activity: Activity) -> None:
         self._models, self._activity = models, activity
-        self.columns = [ChatSession(models[0])]
+        self._shown: list[Speaker] = [(0, False)]
+        self._sessions: dict[Speaker, ChatSession] = {(0, False): ChatSession(models[0])}
+
+    @property
+    def columns(self) -> list[ChatSession]:
+        """The sessions of those who answer now."""
+        return [self._sessions[speaker] for speaker in self._shown]
 
     def send(self, text: str, settings: Settings) -> AsyncIterator[None]:
         """Ask `text`; the iterator gives control at each change, and stops the answer when it is abandoned.
@@ -69,6 +81,20 @@ class Conversation:
         """Put `text` in place of the question at `index` of the messages, and answer it."""
         return self._follow(settings, lambda session, base: session.edit(index, text, settings.options, base))
 
+    def continue_answers(self, settings: Settings) -> AsyncIterator[None]:
+        """Go on with the answers that were cut at the limit of tokens."""
+
+        def ask(session: ChatSession, base: bool) -> Iterator[str]:
+            cut = session.can_continue or not any(column.can_continue for column in self.columns)
+            return session.continue_answer(settings.options) if cut else iter(())
+
+        return self._follow(settings, ask)
+
+    def undo(self) -> str:
+        """Take back the last question with its answers; returns the question, or nothing."""
+        questions = [session.undo() for session in self.columns]
+        return questions[0] or ""
+
     def stop(self) -> None:
         """End the answers under way."""
         for session in self.columns:
@@ -78,45 +104,94 @@ class Conversation:
         """Forget everything said."""
         for session in self.columns:
             session.clear()
+        self._sessions = {speaker: self._sessions[speaker] for speaker in self._shown}
 
     def release(self) -> None:
         """Free the KV caches."""
-        for session in self.columns:
+        for session in list(self._sessions.values()):
             session.release()
 
     def num_tokens(self) -> int:
         """Tokens of the answers under way, or just given."""
         return sum(session.num_answer_tokens for session in self.columns)
 
+    def prompt_progress(self) -> tuple[int, int]:
+        """How many tokens of the prompts are read, and how many they have."""
+        read, whole = zip(*(session.prompt_progress for session in self.columns), strict=True)
+        return sum(read), sum(whole)
+
     def arrange(self, settings: Settings) -> None:
-        """Take up a change of model, system prompt or mode; what was said stays, and a second column begins with it."""
-        model = self._models[settings.model]
-        first = self.columns[0]
-        if first.model is not model:
-            first.stop()
-            first = ChatSession(model, messages=first.messages)
-            self.columns = [first]
-        if settings.mode == "both" and len(self.columns) == 1:
-            self.columns.append(ChatSession(model, messages=first.messages))
-        elif settings.mode != "both" and len(self.columns) == 2:
-            self.columns.pop().stop()
+        """Take up a change of model, mode or system prompt."""
+        self.choose(settings.model, settings.mode)
         for session in self.columns:
             session.system = settings.system.strip() or None
+
+    def choose(self, model: int, mode: Mode) -> None:
+        """Let others answer from here on; an answer under way is stopped, what was said stays."""
+        wanted = [(model, base) for base in {"tuned": [False], "base": [True], "both": [False, True]}[mode]]
+        if wanted == self._shown:
+            return
+        self.stop()
+        before = dict(zip(self._shown, self.columns, strict=True))
+        for speaker in wanted:
+            if speaker not in before:
+                same_side = [session for (_, base), session in before.items() if base == speaker[1]]
+                self._sessions[speaker] = self._going_on(speaker, (same_side or [*before.values()])[0].turns)
+        for speaker, session in before.items():
+            if speaker not in wanted:
+                session.release()
+        self._shown = wanted
+
+    def strangers(self) -> list[tuple[AnswerInfo, list[AnswerInfo]]]:
+        """Of each column, who answers, and the others whose answers it reads as if they were its own."""
+        found = []
+        for (index, base), session in zip(self._shown, self.columns, strict=True):
+            model = self._models[index]
+            own = AnswerInfo(model.name, base if model.has_adapter else None)
+            others = [replace(info, finish_reason=None) for _, info in session.turns if info is not None]
+            found.append((own, [info for info in dict.fromkeys(others) if info != own and session.remembers]))
+        return found
+
+    def snapshot(self) -> list[tuple[Speaker, list[Turn]]]:
+        """All that was said: those who answer now first, in the order of their columns."""
+        rest = [speaker for speaker in self._sessions if speaker not in self._shown]
+        return [(speaker, self._sessions[speaker].turns) for speaker in (*self._shown, *rest)]
+
+    def restore(self, snapshot: Sequence[tuple[Speaker, Sequence[Turn]]], num_columns: int) -> None:
+        """Begin with what `snapshot` gave; the first `num_columns` of it are those who answer now."""
+        for speaker, turns in snapshot:
+            self._sessions[speaker] = self._session(speaker, turns)
+        self._shown = [speaker for speaker, _ in snapshot[:num_columns]]
+
+    def _session(self, speaker: Speaker, turns: Sequence[Turn]) -> ChatSession:
+        messages, infos = [message for message, _ in turns], [info for _, info in turns]
+        return ChatSession(self._models[speaker[0]], messages=messages, infos=infos)
+
+    def _going_on(self, speaker: Speaker, turns: list[Turn]) -> ChatSession:
+        """The session in which `speaker` goes on after `turns`, with its own answers to the first of the questions."""
+        own = self._sessions.get(speaker)
+        mine = own.turns if own is not None else []
+        same = 0
+        while same < min(len(mine), len(turns)) and mine[same][0] == turns[same][0]:
+            same += 2  # a question and its answer
+        if own is not None and len(mine) == len(turns) <= same:
+            return own
+        return self._session(speaker, [*mine[:same], *turns[same:]])
 
     async def _follow(
         self, settings: Settings, ask: Callable[[ChatSession, bool], Iterator[str]]
     ) -> AsyncIterator[None]:
         self.arrange(settings)
-        columns = list(self.columns)
-        bases = [False, True] if settings.mode == "both" else [settings.mode == "base"]
-        streams = [ask(session, base) for session, base in zip(columns, bases, strict=True)]
+        columns, speakers = list(self.columns), list(self._shown)
+        before = [session.turns for session in columns]
+        streams = [ask(session, base) for session, (_, base) in zip(columns, speakers, strict=True)]
         with self._activity.answering(self):
             answers = [asyncio.wrap_future(_exhaust(stream)) for stream in streams]
-            seen = -1
+            seen: tuple[int, ...] = ()
             try:
                 while True:
                     _, running = await asyncio.wait(answers, timeout=self._activity.redraw_seconds)
-                    if (now := sum(session.num_answer_tokens for session in columns)) != seen:
+                    if (now := tuple(_progress(session) for session in columns)) != seen:
                         seen = now
                         yield
                     if not running or any(answer.done() and answer.exception() for answer in answers):
@@ -125,12 +200,25 @@ class Conversation:
                     if answer.done():
                         answer.result()
             except Exception:
-                self.columns = self.columns[:1]  # what the other heard may differ; it begins anew
+                if len(columns) > 1:
+                    self._take_back(columns, before)
                 raise
             finally:
                 for session, answer in zip(columns, answers, strict=True):
                     if not answer.done():
                         session.stop()
+
+    def _take_back(self, columns: list[ChatSession], before: list[list[Turn]]) -> None:
+        """After a question that not all could answer: nobody has heard it."""
+        for speaker, session in list(self._sessions.items()):
+            if session in columns:
+                session.stop()
+                self._sessions[speaker] = self._session(speaker, before[columns.index(session)])
+
+
+def _progress(session: ChatSession) -> int:
+    """A number that changes whenever there is more to show."""
+    return session.num_answer_tokens + sum(session.prompt_progress)
 
 
 class Activity:

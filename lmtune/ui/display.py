@@ -12,7 +12,8 @@ for maths between other marks than those that are typed: the same, with an invis
 only maths that ends before the next block of code is given.
 
 An edited question comes back with the joiners and separators, and loses them again; line ends and the form of its
-blocks of code stay as they were shown.
+blocks of code stay as they were shown. On the page `lmtune.ui.script` takes the joiners out of what is shown and
+copied, where a text can no longer become a tag; a message's copy button gives what was said, letter by letter.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lmtune.data.examples import Message
+from lmtune.generation import AnswerInfo, FinishReason
+from lmtune.ui.conversation import Turn
 
 _JOINER = "\u2060"
 _SEPARATOR = "\u2063"
@@ -34,24 +38,57 @@ MATHS = [
 _OPENING = re.compile(r"(?P<indent> {0,3})(?P<marks>`{3,}|~{3,})[ \t]*(?P<language>[A-Za-z0-9+#.-]{0,20})")
 _LANGUAGES = {"mermaid": "", "constructor": "", "cpp": "c"}  # one is drawn, with the others the page shows no answer
 _LIVE = re.compile(r"<(?=[A-Za-z/!?])|&(?=[A-Za-z#])|!(?=\\*\[)|\](?=:)|`{3,}|~{3,}")
+_ENDINGS: dict[FinishReason | None, str] = {
+    "length": " · cut at the limit", "context": " · cut: the model can read no further", "stopped": " · stopped",
+}  # fmt: skip
 _BEGINS_MATHS = re.compile(r"\$\$|\\[\[(]")
 _THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)(?:</think>\s*(?P<rest>.*)|\Z)", re.DOTALL)
 
 
-def shown(messages: Sequence[Message], answering: bool = False) -> list[dict[str, Any]]:
+def shown(messages: Sequence[Message], answering: bool = False, can_continue: bool = False) -> list[dict[str, Any]]:
     """`messages` for `gr.Chatbot`; reasoning becomes an entry of its own, folded away.
 
     Args:
         messages: turns of user and assistant.
         answering: the last one is still being said.
+        can_continue: offer to go on with the last one.
     """
-    return [entry for _, entry in _entries(messages, answering)]
+    entries = [entry.value for entry in _entries(messages, answering)]
+    if entries and can_continue and not answering:
+        entries[-1]["options"] = [{"label": "Continue", "value": "continue"}]
+    return entries
+
+
+def notes(turns: Sequence[Turn], answering: bool = False) -> list[list[str]]:
+    """For each entry of `shown`, what stands above it and what its copy button should give where it would give another
+    text; both may be empty.
+
+    Args:
+        turns: the messages, each answer with who gave it and how it ended.
+        answering: the last one is still being said.
+    """
+    found: list[list[str]] = []
+    labelled: set[int] = set()
+    for entry in _entries([message for message, _ in turns], answering):
+        info = turns[entry.number][1]
+        above = "" if info is None or entry.number in labelled else label(info) + _ENDINGS.get(info.finish_reason, "")
+        labelled.add(entry.number)
+        text = _INVISIBLE.sub("", entry.value["content"][0]["text"])
+        is_copied_well = answering or (text == entry.source and "metadata" not in entry.value)
+        found.append([above, "" if is_copied_well else entry.source])
+    return found
 
 
 def origin(messages: Sequence[Message], index: int) -> int:
     """Which of `messages` the entry `index` of `shown(messages)` shows; -1 for none."""
-    origins = [number for number, _ in _entries(messages, False)]
+    origins = [entry.number for entry in _entries(messages, False)]
     return origins[index] if 0 <= index < len(origins) else -1
+
+
+def label(info: AnswerInfo) -> str:
+    """Who gave an answer: the run's or model's name, and whether with its adapter."""
+    side = {True: " · base", False: " · tuned", None: ""}[info.use_base]
+    return f"{info.model}{side}"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,10 +114,11 @@ def plain(text: str) -> str:
     return re.sub(r"[!-/:-@\[-`{-~]", lambda found: f"&#{ord(found[0])};", text)
 
 
-def status(text: str, is_error: bool = False) -> str:
-    """A line under the chat, as Markdown."""
+def status(text: str, is_error: bool = False, is_busy: bool = False) -> str:
+    """A line under the chat, as Markdown; one that moves while something is `is_busy`."""
     role = "alert" if is_error else "status"
-    return f'<div class="{"error" if is_error else "note"}" role="{role}">{plain(text)}</div>' if text else ""
+    kind = "error" if is_error else "note busy" if is_busy else "note"
+    return f'<div class="{kind}" role="{role}">{plain(text)}</div>' if text else ""
 
 
 def _parts(text: str) -> Iterator[list[str]]:
@@ -149,27 +187,44 @@ def _with_maths(text: str) -> str:
     return "".join([*parts, text[end:]])
 
 
-def _entries(messages: Sequence[Message], answering: bool) -> list[tuple[int, dict[str, Any]]]:
-    entries: list[tuple[int, dict[str, Any]]] = []
+@dataclass(frozen=True)
+class _Entry:
+    """What the chatbot shows as one.
+
+    Attributes:
+        number: of the message that it is, or is of.
+        source: the text that was said.
+        value: as the chatbot takes it.
+    """
+
+    number: int
+    source: str
+    value: dict[str, Any]
+
+
+def _entries(messages: Sequence[Message], answering: bool) -> list[_Entry]:
+    entries: list[_Entry] = []
     for number, message in enumerate(messages):
         under_way = answering and number == len(messages) - 1 and message.role == "assistant"
         text = message.content
         if message.role == "assistant" and (found := _THOUGHT.fullmatch(text)):
             state = "done" if found["rest"] is not None or not under_way else "pending"
-            entries.append((number, _entry("assistant", found["thought"].strip(), "Thinking", state)))
+            thought = found["thought"].strip()
+            entries.append(_Entry(number, thought, _value("assistant", thought, "Thinking", state)))
             text = found["rest"] or ""
             if not text and state == "pending":
                 continue
+        source = text
         if not text.strip() and message.role == "assistant":
-            if under_way:  # the page shows dots until the first word
+            if under_way:  # the line under the chat says what goes on
                 continue
             text = "*(no answer)*"
-        entries.append((number, _entry(message.role, text)))
+        entries.append(_Entry(number, source, _value(message.role, text)))
     return entries
 
 
-def _entry(role: str, text: str, title: str | None = None, state: str = "done") -> dict[str, Any]:
-    entry: dict[str, Any] = {"role": role, "content": [{"type": "text", "text": harmless(text)}]}
+def _value(role: str, text: str, title: str | None = None, state: str = "done") -> dict[str, Any]:
+    value: dict[str, Any] = {"role": role, "content": [{"type": "text", "text": harmless(text)}]}
     if title is not None:
-        entry["metadata"] = {"title": title, "status": state}
-    return entry
+        value["metadata"] = {"title": title, "status": state}
+    return value

@@ -84,7 +84,11 @@ def in_space() -> bool:
     return bool(os.environ.get("SPACE_ID")) and bool(os.environ.get("SPACE_HOST"))
 
 
-def launch(models: LoadedModel | Sequence[LoadedModel], address: Address, examples: Sequence[str] = ()) -> None:
+def launch(
+    models: LoadedModel | Sequence[LoadedModel],
+    address: Address,
+    examples: Sequence[str] | Sequence[Sequence[str]] = (),
+) -> None:
     """Serve the app until Ctrl-C or SIGTERM.
 
     Raises:
@@ -105,7 +109,10 @@ def launch(models: LoadedModel | Sequence[LoadedModel], address: Address, exampl
 
 
 def build_application(
-    models: LoadedModel | Sequence[LoadedModel], address: Address, activity: Activity, examples: Sequence[str] = ()
+    models: LoadedModel | Sequence[LoadedModel],
+    address: Address,
+    activity: Activity,
+    examples: Sequence[str] | Sequence[Sequence[str]] = (),
 ) -> Guard:
     """The page as an ASGI application behind its guard."""
     from fastapi import FastAPI
@@ -113,6 +120,7 @@ def build_application(
 
     from lmtune.ui.calls import Calls
     from lmtune.ui.page import build_app
+    from lmtune.ui.script import HEAD
     from lmtune.ui.style import CSS, theme
     from lmtune.ui.waiting import Waiting
 
@@ -124,7 +132,7 @@ def build_application(
         outer, page, path="/", server_name=address.host,
         server_port=address.port, auth=(user, password) if address.auth else None, footer_links=[], run_history=False,
         max_file_size="1kb", enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, show_error=True,
-        theme=theme(), css=CSS,
+        theme=theme(), css=CSS, head=HEAD,
     )  # fmt: skip
     hosts = None if in_space() else address.hosts
     return Guard(outer, hosts, framed=in_space(), calls=Calls(page), waiting=Waiting(page))

@@ -82,6 +82,10 @@ class Tab:
     def questions(self, column: int = 0) -> Locator:
         return self.page.locator(".answers").nth(column).locator(".user.message")
 
+    def speakers(self, column: int = 0) -> list[str]:
+        """What stands above the answers."""
+        return self.page.locator(".answers").nth(column).locator(".speaker").all_inner_texts()
+
     def send(self, text: str) -> None:
         self.question.fill(text)
         self.question.press("Enter")
@@ -91,6 +95,9 @@ class Tab:
         self.send(text)
         expect(self.answers().last).to_have_text(answer)
         self.wait_for_end()
+
+    def clipboard(self) -> str:
+        return str(self.page.evaluate("navigator.clipboard.readText()"))
 
     def wait_for_end(self) -> None:
         expect(self.status).to_contain_text(re.compile("token"))
@@ -147,15 +154,54 @@ def test_an_answer_streams_and_can_be_stopped(open_tab: Callable[..., Tab], app:
     first = len(tab.answers().inner_text())
     expect(tab.answers()).to_contain_text("20 21 22")
     assert len(tab.answers().inner_text()) > first
-    tab.page.locator("#question .stop-button").click()
-    expect(tab.page.locator("#question .submit-button")).to_be_visible()
+    expect(tab.page.get_by_role("button", name="Stop")).to_be_visible()
+    tab.page.keyboard.press("Escape")
+    expect(tab.page.get_by_role("button", name="Send")).to_be_visible()
     tab.wait_for_end()
+    assert tab.speakers() == ["parrot · tuned · stopped"]
     said = tab.answers().inner_text()
     tab.page.wait_for_timeout(500)
     assert tab.answers().inner_text() == said
     assert len(said) < 4000
     assert app.activity.num_answering == 0
     tab.ask("Go on", "You asked: Go on")
+    tab.page.locator("#max-new-tokens input[type=number]").fill("3000")
+    tab.send("count")
+    expect(tab.answers().last).to_contain_text("1 2 3")
+    tab.page.locator("#question .stop-button").click()
+    expect(tab.page.locator("#question .submit-button")).to_be_visible()
+    tab.wait_for_end()
+    assert app.activity.num_answering == 0
+
+
+def test_something_moves_before_the_first_word(
+    open_tab: Callable[..., Tab], start_app: Callable[..., Iterator[RunningApp]]
+) -> None:
+    running = start_app(parrot(1.5))
+    tab = open_tab(next(running).url)
+    tab.send("Hello")
+    expect(tab.page.locator("#status .busy")).to_have_text(re.compile("Reading the prompt|Writing"))
+    expect(tab.questions()).to_have_text("Hello")
+    expect(tab.answers()).to_contain_text("Y")
+    expect(tab.page.locator("#status .busy")).to_have_count(0)
+    tab.page.keyboard.press("Escape")
+    tab.wait_for_end()
+    next(running, None)
+
+
+def test_a_cut_answer_says_so_and_goes_on_where_it_was_cut(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.page.locator("#max-new-tokens input[type=number]").fill("9")
+    tab.ask("count", "1 2 3 4 5")
+    expect(tab.status).to_contain_text("cut at the limit")
+    assert tab.speakers() == ["parrot · tuned · cut at the limit"]
+    tab.page.get_by_role("button", name="Continue").click()
+    expect(tab.answers()).to_have_text("1 2 3 4 5 6 7 8 9")
+    assert tab.questions().count() == 1
+    tab.page.locator("#max-new-tokens input[type=number]").fill("200")
+    tab.ask("Hello", "You asked: Hello")
+    expect(tab.page.get_by_role("button", name="Continue")).to_have_count(0)
+    assert tab.speakers()[1] == "parrot · tuned"
 
 
 def test_retry_answers_again_with_the_settings_of_now(open_tab: Callable[..., Tab]) -> None:
@@ -172,15 +218,25 @@ def test_base_tuned_and_both(open_tab: Callable[..., Tab], tmp_path: Path) -> No
     tab.ask("one", "You asked: one")
     tab.page.locator("#mode input[value=base]").check()
     expect(tab.page.locator(".answers").first).to_contain_text("Base model")
+    expect(tab.status).to_contain_text("parrot · base goes on with the answers of parrot · tuned")
     tab.ask("two", "Base heard: two")
     tab.page.locator("#mode input[value=both]").check()
     expect(tab.answers(1)).to_have_count(2)
     tab.ask("three", "You asked: three")
     expect(tab.answers(1).last).to_have_text("Base heard: three")
+    assert tab.speakers(1) == ["parrot · tuned", "parrot · base", "parrot · base"]
     tab.page.screenshot(path=tmp_path / "both.png")
+    tab.page.reload()
+    expect(tab.answers(1).last).to_have_text("Base heard: three")
+    expect(tab.page.locator("#mode input[value=both]")).to_be_checked()
+    assert tab.speakers() == ["parrot · tuned", "parrot · base", "parrot · tuned"]
+    tab.page.locator("#mode input[value=base]").check()
+    expect(tab.answers().last).to_have_text("Base heard: three")
     tab.page.locator("#mode input[value=tuned]").check()
     expect(tab.page.locator(".answers").nth(1)).to_be_hidden()
+    expect(tab.answers().last).to_have_text("You asked: three")
     tab.ask("four", "You asked: four")
+    assert tab.speakers() == ["parrot · tuned", "parrot · base", "parrot · tuned", "parrot · tuned"]
     assert tab.answers().all_inner_texts()[1:] == ["Base heard: two", "You asked: three", "You asked: four"]
 
 
@@ -227,8 +283,8 @@ def test_what_is_said_is_never_live(open_tab: Callable[..., Tab]) -> None:
     assert tab.page.locator(".answers .message img, .answers .message script").count() == 0
     assert tab.page.locator(".answers .message a[href^='javascript']").count() == 0
     assert tab.page.title() == "parrot · lmtune"
-    tab.ask("`<b>` is **bold**", "You asked: <\u2060b> is bold")
-    assert tab.answers().last.locator("code").inner_text() == "<\u2060b>"
+    tab.ask("`<b>` is **bold**", "You asked: <b> is bold")
+    assert tab.answers().last.locator("code").inner_text() == "<b>"
 
 
 def test_no_attack_is_live(open_tab: Callable[..., Tab], start_app: Callable[..., Iterator[RunningApp]]) -> None:
@@ -274,7 +330,35 @@ def test_code_and_maths_are_shown_as_they_were_said(open_tab: Callable[..., Tab]
     assert "\u2063" not in tab.answers().inner_text()
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.answers().locator(".copy_code_button").click()
-    assert tab.page.evaluate("navigator.clipboard.readText()").rstrip("\n") == code
+    assert tab.clipboard().rstrip("\n") == code
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use `List<String>` and `a && b`, or List<String> && !![c] &amp; [d]: e",
+        "So:\n~~~ C++\nvector<int> &a = b && c;\n~~~\n```mermaid\na-->b\n```\n$$x<y$$ over",
+    ],
+    ids=["inline", "fenced"],
+)
+def test_what_is_copied_is_what_was_said(open_tab: Callable[..., Tab], text: str) -> None:
+    tab = open_tab()
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.send(text)
+    tab.wait_for_end()
+    for part, said in ((".user-row", text), (".bot-row", f"You asked: {text}")):
+        tab.page.locator(f".answers {part} + .message-buttons button[aria-label='Copy message']").click()
+        assert tab.clipboard() == said
+    for code in tab.answers().locator("code").all():
+        code.click(click_count=3)
+        tab.page.keyboard.press("Control+c")
+        assert "\u2060" not in tab.clipboard()
+        assert code.inner_text().strip() in text
+    tab.page.locator(".answers button[aria-label='Edit']").click()
+    tab.page.locator(".answers textarea").press("Control+a")
+    tab.page.keyboard.press("Control+c")
+    assert not {"\u2060", "\u2063"} & set(tab.clipboard())
+    assert "\u2060" not in tab.page.locator(".answers").first.inner_text()
 
 
 def test_tabs_never_see_each_other(open_tab: Callable[..., Tab]) -> None:
@@ -282,9 +366,50 @@ def test_tabs_never_see_each_other(open_tab: Callable[..., Tab]) -> None:
     first.ask("my secret", "You asked: my secret")
     second.ask("Hello", "You asked: Hello")
     assert "secret" not in second.page.content()
-    first.page.reload()
-    expect(first.question).to_be_visible()
-    expect(first.questions()).to_have_count(0)
+    second.page.reload()
+    expect(second.answers()).to_have_text("You asked: Hello")
+    assert "secret" not in second.page.content()
+
+
+def test_the_browser_keeps_a_chat_until_it_is_cleared(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.ask("one", "You asked: one")
+    tab.page.reload()
+    expect(tab.answers()).to_have_text("You asked: one")
+    assert tab.speakers() == ["parrot · tuned"]
+    tab.ask("two", "You asked: two")
+    tab.page.locator(".answers button[aria-label='Undo']").click()
+    expect(tab.question).to_have_value("two")
+    assert tab.questions().all_inner_texts() == ["one"]
+    tab.page.locator("#clear").click()
+    expect(tab.answers()).to_have_count(0)
+    tab.page.reload()
+    expect(tab.page.locator(".answers .example").first).to_be_visible()
+    expect(tab.questions()).to_have_count(0)
+
+
+def test_a_long_question_leaves_everything_in_sight(open_tab: Callable[..., Tab]) -> None:
+    for width, height in ((1280, 800), (390, 844)):
+        tab = open_tab(width=width, height=height)
+        tab.send("word " * 15_000)
+        expect(tab.page.locator("#status [role=alert]")).to_contain_text("reads at most 4096")
+        expect(tab.question).to_have_value("word " * 15_000)
+        for part in ("#question .submit-button", "#status [role=alert]", "#clear"):
+            expect(tab.page.locator(part)).to_be_in_viewport(ratio=1)
+        box = tab.page.locator(".answers").first.bounding_box()
+        assert box is not None
+        assert box["height"] > 100
+
+
+def test_on_a_phone_the_settings_open_over_the_chat(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab(width=390, height=844)
+    expect(tab.page.locator("#temperature")).to_be_hidden()
+    tab.page.get_by_role("button", name="Settings").click()
+    expect(tab.page.locator("#mode")).to_be_in_viewport(ratio=1)
+    tab.page.locator("#mode input[value=base]").check()
+    tab.page.keyboard.press("Escape")
+    expect(tab.page.locator("#temperature")).to_be_hidden()
+    tab.ask("Hello", "Base heard: Hello")
 
 
 def test_an_example_is_asked_with_a_click(open_tab: Callable[..., Tab]) -> None:
@@ -309,13 +434,29 @@ def test_nothing_sticks_out(open_tab: Callable[..., Tab], tmp_path: Path, width:
 def test_several_models_and_one_without_adapter(
     open_tab: Callable[..., Tab], start_app: Callable[..., Iterator[RunningApp]]
 ) -> None:
-    running = start_app([parrot(name="first"), parrot(name="second", adapter=False)])
+    models = [parrot(name="first"), parrot(name="second", adapter=False, system="Be kind")]
+    running = start_app(models, examples=[["Only of the first"], []])
     tab = open_tab(next(running).url)
+    assert tab.page.title() == "first · lmtune"
+    expect(tab.page.locator(".answers .example")).to_have_text("Only of the first")
+
+    def choose(name: str) -> None:
+        tab.page.locator("#model input").click()
+        tab.page.get_by_role("option", name=name).click()
+        expect(tab.page.locator("#header h1")).to_contain_text(name)
+
+    choose("second")
+    expect(tab.page.locator(".answers").first).to_contain_text("second is ready")
+    expect(tab.page.locator(".answers .example")).to_have_count(0)
+    expect(tab.page.locator("#system textarea")).to_have_attribute("placeholder", "Be kind")
+    assert tab.page.title() == "second · lmtune"
+    choose("first")
+    expect(tab.page.locator(".answers .example")).to_have_text("Only of the first")
     tab.page.locator("#mode input[value=base]").check()
     tab.ask("one", "Base heard: one")
-    tab.page.locator("#model input").click()
-    tab.page.get_by_role("option", name="second").click()
-    expect(tab.page.locator("#header h1")).to_contain_text("second")
+    choose("second")
     expect(tab.page.locator("#mode")).to_be_hidden()
+    expect(tab.status).to_have_text(re.compile("second goes on with the answers of first · base"))
     tab.ask("two", "You asked: two")
+    assert tab.speakers() == ["first · base", "second"]
     next(running, None)

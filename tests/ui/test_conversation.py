@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from lmtune.errors import LmtuneError
 from lmtune.generation import GenerationOptions
 from lmtune.ui import conversation as module
 from lmtune.ui.conversation import Activity, Conversation, Mode, Settings, Tabs
+from lmtune.ui.display import label
 from tests.chat_models import parrot
 
 
@@ -63,6 +65,98 @@ def test_side_by_side_the_base_hears_the_whole_conversation() -> None:
     finish(talk.retry(settings("base")))
     assert len(talk.columns) == 1
     assert said(talk)[2:] == ["three", "Base heard: three"]
+
+
+def given_by(talk: Conversation, column: int = 0) -> list[str]:
+    """Who gave each answer of a column, as the page says it."""
+    return [label(info) for _, info in talk.columns[column].turns if info is not None]
+
+
+def test_each_answer_keeps_its_speaker_through_every_switch() -> None:
+    models = [parrot(name="shop"), parrot(name="plain", adapter=False)]
+    talk = Conversation(models, Activity())
+    finish(talk.send("one", settings("tuned")))
+    finish(talk.send("two", settings("both")))
+    assert given_by(talk) == ["shop · tuned", "shop · tuned"]
+    assert given_by(talk, 1) == ["shop · tuned", "shop · base"]
+    talk.choose(0, "base")
+    assert said(talk) == ["one", "You asked: one", "two", "Base heard: two"]
+    finish(talk.edit(0, "three", settings("base")))
+    talk.choose(0, "both")
+    assert given_by(talk) == given_by(talk, 1) == ["shop · base"]
+    finish(talk.retry(settings("both")))
+    assert (given_by(talk), given_by(talk, 1)) == (["shop · tuned"], ["shop · base"])
+    talk.choose(1, "tuned")
+    assert given_by(talk) == ["shop · tuned"]
+    finish(talk.send("four", settings(model=1)))
+    assert given_by(talk) == ["shop · tuned", "plain"]
+    assert talk.undo() == "four"
+    assert given_by(talk) == ["shop · tuned"]
+
+
+def test_a_speaker_comes_back_to_its_own_answers_as_far_as_it_gave_some() -> None:
+    talk = Conversation([parrot()], Activity())
+    finish(talk.send("one", settings("both")))
+    talk.choose(0, "base")
+    assert said(talk) == ["one", "Base heard: one"]
+    finish(talk.send("two", settings("base")))
+    talk.choose(0, "both")
+    assert said(talk) == ["one", "You asked: one", "two", "Base heard: two"]
+    assert said(talk, 1) == ["one", "Base heard: one", "two", "Base heard: two"]
+    (tuned, read_by_tuned), (base, read_by_base) = talk.strangers()
+    assert (label(tuned), [label(info) for info in read_by_tuned]) == ("parrot · tuned", ["parrot · base"])
+    assert (label(base), read_by_base) == ("parrot · base", [])
+    talk.choose(0, "tuned")
+    finish(talk.edit(0, "new", settings("tuned")))
+    talk.choose(0, "base")
+    assert said(talk) == ["new", "You asked: new"]
+    talk.clear()
+    talk.choose(0, "both")
+    assert (said(talk), said(talk, 1)) == ([], [])
+
+
+def test_a_switch_stops_the_answer_under_way() -> None:
+    talk = Conversation([parrot(0.002)], Activity())
+
+    async def run() -> None:
+        async for _ in talk.send("count", settings()):
+            if talk.num_tokens() > 5:
+                talk.choose(0, "base")
+
+    asyncio.run(run())
+    wait_for_no_answers()
+    assert given_by(talk) == ["parrot · tuned"]
+    talk.choose(0, "tuned")
+    info = talk.columns[0].turns[-1][1]
+    assert info is not None
+    assert info.finish_reason == "stopped"
+
+
+def test_only_the_answers_that_were_cut_go_on() -> None:
+    talk = Conversation([parrot()], Activity())
+    with pytest.raises(LmtuneError, match="nothing to continue"):
+        finish(talk.continue_answers(settings()))
+    finish(talk.send("Hello", settings("both", max_new_tokens=5)))
+    cut = said(talk), said(talk, 1)
+    finish(talk.continue_answers(settings("both")))
+    assert (said(talk), said(talk, 1)) == (["Hello", "You asked: Hello"], ["Hello", "Base heard: Hello"])
+    assert cut != (said(talk), said(talk, 1))
+
+
+def test_a_question_that_one_of_two_cannot_answer_was_heard_by_nobody() -> None:
+    talk = Conversation([parrot()], Activity())
+    finish(talk.send("one", settings("both")))
+
+    def fail(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs.get("adapter_names"):
+            raise MemoryError("no room")
+
+    hook = talk.columns[0].model.model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(MemoryError):
+        finish(talk.send("two", settings("both")))
+    hook.remove()
+    wait_for_no_answers()
+    assert (said(talk), said(talk, 1)) == (["one", "You asked: one"], ["one", "Base heard: one"])
 
 
 def test_another_model_goes_on_with_the_conversation() -> None:
@@ -131,8 +225,7 @@ def test_an_error_reaches_the_page_and_the_question_is_taken_back() -> None:
     for mode in ("tuned", "both"):
         with pytest.raises(LmtuneError, match="at most 30"):
             finish(talk.send("much too long a question for so small a head", settings(mode)))
-        assert said(talk) == []
-        assert len(talk.columns) == 1
+        assert [said(talk, column) for column in range(len(talk.columns))] == [[]] * len(talk.columns)
     with pytest.raises(LmtuneError, match="no question yet"):
         finish(talk.retry(settings()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from lmtune.data.examples import Message
-from lmtune.ui.display import MATHS, harmless, origin, plain, shown, status, typed
+from lmtune.generation import AnswerInfo
+from lmtune.ui.display import MATHS, harmless, notes, origin, plain, shown, status, typed
 
 JOINER, SEPARATOR = "\u2060", "\u2063"
 
@@ -179,6 +181,34 @@ def test_an_answer_without_a_word_is_shown_as_such_once_it_is_over() -> None:
 
 def test_leading_blanks_of_code_stay() -> None:
     assert texts(shown([Message("user", "    x = 1\n  y")])) == [("user", "    x = 1\n  y")]
+
+
+def test_each_answer_says_who_gave_it_and_how_it_ended() -> None:
+    asked = (Message("user", "a"), None)
+    turns = [
+        asked, (Message("assistant", "<think>b</think>c"), AnswerInfo("shop", False, "stop")),
+        asked, (Message("assistant", "d"), AnswerInfo("shop", True, "length")),
+        asked, (Message("assistant", "e"), AnswerInfo("plain", None, "stopped")),
+    ]  # fmt: skip
+    above = [line for line, _ in notes(turns)]
+    assert above == [
+        "", "shop · tuned", "", "", "shop · base · cut at the limit", "", "plain · stopped",
+    ]  # fmt: skip
+    assert len(above) == len(shown([message for message, _ in turns]))
+
+
+@pytest.mark.parametrize("text", ["`List<String>` && b", "~~~ C++\na<b>\n~~~\nc\r\nd", "$$a<b$$", "<b>&lt;\n\n![x](y)"])
+def test_what_a_copy_button_gives_is_what_was_said(text: str) -> None:
+    turns = [(Message("user", text), None), (Message("assistant", text), AnswerInfo("shop", False, "stop"))]
+    for entry, (_, original) in zip(shown([message for message, _ in turns]), notes(turns), strict=True):
+        assert (original or re.sub(f"[{JOINER}{SEPARATOR}]", "", entry["content"][0]["text"])) == text
+
+
+def test_a_cut_answer_offers_to_go_on_once_it_is_over() -> None:
+    messages = [Message("user", "a"), Message("assistant", "b")]
+    assert "options" not in shown(messages)[-1]
+    assert "options" not in shown(messages, answering=True, can_continue=True)[-1]
+    assert shown(messages, can_continue=True)[-1]["options"] == [{"label": "Continue", "value": "continue"}]
 
 
 def test_a_status_line_is_plain_text() -> None:
