@@ -17,10 +17,10 @@ def main(
         str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, adapter or model folder, a Hub id, or `tiny`.")
     ],
     system: Annotated[str | None, typer.Option(help="System prompt; by default that of training.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token; 1 varies as learned.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Where an answer that does not stop is cut.")] = 256,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 = greedy: the most probable token; higher: more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling threshold; lower: no improbable tokens.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of sampling: equal seeds give equal answers.")] = 0,
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter.")] = False,
     conversation: Annotated[
         bool, typer.Option("--conversation", help="The lines of a pipe are one conversation, not each asked alone.")

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmtune.data.examples import Message
+from lmtune.data.replies import is_still_reasoning, split_reply
 from lmtune.generation import AnswerInfo, FinishReason
 from lmtune.ui.conversation import Turn
 
@@ -42,7 +43,6 @@ _ENDINGS: dict[FinishReason | None, str] = {
     "length": " · cut at the limit", "context": " · cut: the model can read no further", "stopped": " · stopped",
 }  # fmt: skip
 _BEGINS_MATHS = re.compile(r"\$\$|\\[\[(]")
-_THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)(?:</think>\s*(?P<rest>.*)|\Z)", re.DOTALL)
 
 
 def shown(messages: Sequence[Message], answering: bool = False, can_continue: bool = False) -> list[dict[str, Any]]:
@@ -207,13 +207,11 @@ def _entries(messages: Sequence[Message], answering: bool) -> list[_Entry]:
     for number, message in enumerate(messages):
         under_way = answering and number == len(messages) - 1 and message.role == "assistant"
         text = message.content
-        if message.role == "assistant" and (found := _THOUGHT.fullmatch(text)):
-            state = "done" if found["rest"] is not None or not under_way else "pending"
-            thought = found["thought"].strip()
-            entries.append(_Entry(number, thought, _value("assistant", thought, "Thinking", state)))
-            text = found["rest"] or ""
-            if not text and state == "pending":
-                continue
+        reasoning, answer = split_reply(text) if message.role == "assistant" else (None, text)
+        if reasoning is not None:
+            state = "pending" if under_way and is_still_reasoning(text) else "done"
+            entries.append(_Entry(number, reasoning, _value("assistant", reasoning, "Thinking", state)))
+            text = answer
         source = text
         if not text.strip() and message.role == "assistant":
             if under_way:  # the line under the chat says what goes on

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lmtune.console import err, escape, out
+from lmtune.console import err, escape, out, progress
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.models.inference import LoadedModel
 from lmtune.ui.conversation import Activity
@@ -95,7 +95,8 @@ def launch(
         LmtuneError: no port is free, or the server cannot start.
     """
     activity = Activity()
-    application = build_application(models, address, activity, examples)
+    with progress("building the page"):
+        application = build_application(models, address, activity, examples)
     with _listen(address) as listening, _signals() as received:
         port = listening.getsockname()[1]
         if port != address.port:
