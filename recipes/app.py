@@ -42,6 +42,9 @@ def main(
     if not models:
         err.print(f"[dim]no model named, so it is {escape(targets[0])}[/]")
     loaded = [load_for_inference(target) for target in targets]
+    for model in loaded:
+        if model.date_note:
+            err.print(f"[dim]{escape(model.name)}: {escape(model.date_note)}[/]")
     launch(loaded, address, [example_questions(target) for target in targets])
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import progress
+from lmtune.console import err, escape, progress
 from lmtune.errors import ConfigError
 
 
@@ -47,6 +47,8 @@ def main(
     loaded = load_for_inference(model)
     if base and not loaded.has_adapter:
         raise ConfigError(f"--base: {model} has no adapter, so it is the base already; leave --base out")
+    if loaded.date_note:
+        err.print(f"[dim]{escape(loaded.date_note)}[/]")
     chat = TerminalChat(ChatSession(loaded, system), options, base)
     if sys.stdin.isatty() and not as_json:
         chat.run_interactive()

@@ -127,9 +127,9 @@ class ChatTemplate:
         asked = [[question]] if self.system_fault else [[question], [Message("system", _SYSTEM), question]]
         return [self._text(messages, prompt=True) for messages in asked]
 
-    def time_now(self) -> str:
-        """The time that the template writes: year, month, day, and the time of day."""
-        if self._now is not None:
+    def time_now(self, given: bool = True) -> str:
+        """The time that the template writes, day and time of day; not the `given` one, the clock's if that is asked."""
+        if given and self._now is not None:
             return self._now
         found: str = self._apply([], prompt=True, text=True, source=f"{{{{ strftime_now({_literal(_NOW)}) }}}}")
         return found
@@ -372,9 +372,9 @@ class ChatTemplate:
         return not all(self._keeps(role, f"{blank}{_ANSWER}{blank}") for blank in (" ", "\n", "\t"))
 
     def _find_date(self) -> bool:
-        if "strftime_now" not in self.source:
+        if "strftime_now(" not in self.source.replace(" ", ""):
             return False
-        sources = [_at(self.source, time) for time in ("2001-02-03 04:05:06", "2012-11-10 09:08:07")]
+        sources = [_at(self.source, time) for time in ("2001-02-03 04:05:06", "2012-11-11 09:08:07")]
         question = [Message("user", _QUESTION)]
         first, second = [self._apply(question, prompt=True, text=True, source=source) for source in sources]
         return bool(first != second) or not _FORMATS.search(self.source)

@@ -166,9 +166,8 @@ class Renderer:
     def changes(self, example: Example) -> list[str]:
         """What the template changes of this row's texts, or would change; each a sentence about many rows."""
         trims = self._chat.trims if self._chat is not None else frozenset()
-        found = {
-            m.role for m in self._with_system(example.messages) if m.role in trims and m.content != m.content.strip()
-        }
+        told = [m for m in self._with_system(example.messages) if m.learned or m.role != "assistant"]
+        found = {m.role for m in told if m.role in trims and m.content != m.content.strip()}
         return [_TRIMMED[role] for role in sorted(found)]
 
     def save_tokenizer(self, folder: Path) -> None:
@@ -193,7 +192,8 @@ class Renderer:
             if self._chat.is_amended:
                 how += f", amended: {self.tokenizer.convert_ids_to_tokens(self._end_token_id)} after every answer"
             if (time := self.rendered_at) is not None:
-                how += f", which writes the date ({time[:10]})"
+                begun = "" if time[:10] == self._chat.time_now(given=False)[:10] else ", when this run began"
+                how += f", which writes today's date ({time[:10]}{begun})"
             if words := self.own_words:
                 how += f", which writes by itself {words[:80] + '…' if len(words) > 80 else words!r}"
         more = f"; generation also stops at {', '.join(names[1:])}" if names[1:] else ""

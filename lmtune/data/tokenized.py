@@ -29,7 +29,7 @@ from lmtune.data.progress import row_progress
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.render_pool import render_all
 from lmtune.data.rendering import Document, Renderer
-from lmtune.data.survey import Survey, Tally
+from lmtune.data.survey import Survey, Tally, counted, shown_first
 from lmtune.data.token_table import TableWriter, TokenTable
 from lmtune.errors import DataError
 from lmtune.writing import write_json
@@ -130,6 +130,8 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
     data = tokenize(data_paths(config.train), renderer, config, part="data.train")
     learned = {**data.fates, "warnings": [*data.fates["warnings"], *_template_warnings(config, renderer)]}
     fates: dict[str, Any] = {"template": renderer.description, "train": learned, "validation": None}
+    if renderer.rendered_at is not None:
+        fates["rendered_at"] = renderer.rendered_at
     train, validation = data, None
     if config.validation is not None:
         validation = tokenize(data_paths(config.validation), renderer, config, part="data.validation")
@@ -219,6 +221,7 @@ def _build(
     report, survey, counts, control_text = ReadReport(), Survey(), _Counts(config), ControlText(renderer.tokenizer)
     num_bytes = sum(file.path.stat().st_size for file in files)
     number = {file.portable_name: index for index, file in enumerate(files)}
+    changed: dict[str, Tally] = {}  # by the template, in words
     with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
         for example, outcome in render_all(read_examples(files, report), renderer, num_bytes):
             if isinstance(outcome, DataError):
@@ -228,6 +231,8 @@ def _build(
                 continue
             content = survey.add(example)
             control_text.add(example)
+            for change in renderer.changes(example):
+                changed.setdefault(change, Tally()).add(example.where)
             try:
                 documents = counts.fit(example, outcome)
             except DataError as fault:  # `too_long: error` is no matter of `faulty_rows`
@@ -249,7 +254,11 @@ def _build(
         **counts.as_dict(),
         "duplicates": survey.duplicates().as_dict(),
         "same_prompt": survey.same_prompt().as_dict(),
-        "warnings": [*report.warnings, *control_text.warnings()],
+        "warnings": [
+            *report.warnings,
+            *control_text.warnings(),
+            *(f"{counted(tally.count)}: {change}: {shown_first(tally.as_dict())}" for change, tally in changed.items()),
+        ],
     }
     if not counts.kept:
         raise DataError(f"{part}: no row is left; raise data.max_length ({config.max_length})\n{describe_fates(fates)}")

@@ -43,6 +43,7 @@ class LoadedModel:
         name: for people.
         has_adapter: whether `use_base` makes a difference.
         system: the system prompt of training, used where the user gives none.
+        trained_at: the time that the template wrote into the prompts of training, if it writes one.
         lock: held by whoever runs the model, since switching the adapter off concerns all threads.
     """
 
@@ -52,7 +53,16 @@ class LoadedModel:
     name: str
     has_adapter: bool
     system: str | None = None
+    trained_at: str | None = None
     lock: Any = field(default_factory=threading.RLock, repr=False)
+
+    @property
+    def date_note(self) -> str | None:
+        """What to say where the template writes another date now than it wrote in training."""
+        now = self.renderer.rendered_at
+        if now is None or self.trained_at is None or now[:10] == self.trained_at[:10]:
+            return None
+        return f"the chat template writes today's date, {now[:10]}; in training it wrote {self.trained_at[:10]}"
 
     @contextlib.contextmanager
     def use_base(self) -> Iterator[None]:
@@ -109,7 +119,8 @@ def load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel
     model = load_adapter(load_model(base), folder, base_fingerprint(base))
     own = (folder / "tokenizer_config.json").is_file()
     tokenizer = saved_tokenizer(folder) if own else load_tokenizer(base)
-    return LoadedModel(model, tokenizer, build_renderer(tokenizer, base, notes), name, True, notes.get("system"))
+    renderer = build_renderer(tokenizer, base, notes)
+    return LoadedModel(model, tokenizer, renderer, name, True, notes.get("system"), notes.get("rendered_at"))
 
 
 def adapter_base(folder: Path, quantization: Quantization | None = None) -> ModelConfig:
@@ -132,8 +143,16 @@ def adapter_base(folder: Path, quantization: Quantization | None = None) -> Mode
     return base if quantization is None else replace(base, quantization=quantization)
 
 
-def build_renderer(tokenizer: Any, model: ModelConfig, notes: Mapping[str, Any]) -> Renderer:
+def build_renderer(
+    tokenizer: Any, model: ModelConfig, notes: Mapping[str, Any], now: str | None = None
+) -> Renderer:  # fmt: skip
     """The renderer of a run: its template and system prompt, and all stop tokens that the model's own config names.
+
+    Args:
+        tokenizer: the model's.
+        model: names it.
+        notes: `template` and `system`, as `lmtune.json` holds them.
+        now: the time for a template that writes it; by default that of rendering.
 
     Raises:
         ModelError: `notes`, which may be another's `lmtune.json`, hold no template or system prompt that we know.
@@ -141,7 +160,7 @@ def build_renderer(tokenizer: Any, model: ModelConfig, notes: Mapping[str, Any])
     template, system = notes.get("template", "auto"), notes.get("system")
     if template not in get_args(Template) or not isinstance(system, (str, NoneType)):
         raise ModelError(f"lmtune.json: template {template!r} with system {system!r} is not known to this lmtune")
-    return Renderer(tokenizer, template, system, generation_stop_tokens(model))
+    return Renderer(tokenizer, template, system, generation_stop_tokens(model), now)
 
 
 def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
@@ -176,6 +195,7 @@ def run_notes(config: FinetuneConfig, renderer: Renderer, fingerprint: str) -> d
         "revision": config.model.revision, "quantization": config.model.quantization, "dtype": config.model.dtype,
         "base_fingerprint": fingerprint, "template": config.data.template, "system": config.data.system,
         "stop_token_ids": list(renderer.stop_token_ids),
+        **({} if renderer.rendered_at is None else {"rendered_at": renderer.rendered_at}),
     }  # fmt: skip
 
 
@@ -192,7 +212,8 @@ def _load_plain(model: ModelConfig) -> LoadedModel:
     notes = read_notes(Path(resolve_name(model.name)))
     tokenizer = load_tokenizer(model)
     renderer = build_renderer(tokenizer, model, notes)
-    return LoadedModel(load_model(model), tokenizer, renderer, Path(model.name).name, False, notes.get("system"))
+    name, system, trained_at = Path(model.name).name, notes.get("system"), notes.get("rendered_at")
+    return LoadedModel(load_model(model), tokenizer, renderer, name, False, system, trained_at)
 
 
 def saved_tokenizer(folder: Path) -> Any:

@@ -11,6 +11,7 @@ import contextlib
 import platform
 import subprocess
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import torch
 from lmtune.config import FinetuneConfig
 from lmtune.console import progress, warn
 from lmtune.data.tokenized import LoadedData, load_data
-from lmtune.errors import ConfigError
+from lmtune.errors import CheckpointError, ConfigError
 from lmtune.evaluation import Answer, Scores, check_lengths, evaluate, teacher_forced
 from lmtune.kernels.fp8_linear import why_not_fp8
 from lmtune.kernels.lora_linear import fuse
@@ -135,7 +136,9 @@ def _prepare(config: FinetuneConfig, accelerator: Any, start: StartingAdapter | 
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
     tokenizer = load_tokenizer(config.model)
     notes = {"template": config.data.template, "system": config.data.system}
-    renderer = build_renderer(tokenizer, config.model, notes)
+    renderer = build_renderer(tokenizer, config.model, notes, begun_at(config))
+    if (now := renderer.rendered_at) is not None:  # one date for the whole run, whenever it is gone on with
+        renderer = build_renderer(tokenizer, config.model, notes, now)
     with accelerator.main_process_first():  # the others find the rows in the cache
         data = load_data(config.data, renderer, config.train.seed)
     _check_patience(config, data)
@@ -170,6 +173,18 @@ def _check_patience(config: FinetuneConfig, data: LoadedData) -> None:
             f"out by data.validation_fraction: {config.data.validation_fraction}, for all {len(data.train):,} rows are "
             "equal; add other rows, name data.validation, or set evaluation.patience: null"
         )
+
+
+def begun_at(config: FinetuneConfig) -> str | None:
+    """The time that the template wrote when the run began; None for a new run, or a template that writes none."""
+    run = RunDirectory.of(config.run)
+    if config.run.resume == "never" or not run.data.is_file():
+        return None
+    try:
+        told = run.read_json(run.data).get("rendered_at")
+        return None if told is None else datetime.fromisoformat(told).isoformat(" ")
+    except (CheckpointError, ValueError, TypeError):  # a damaged file is told where the run is resumed
+        return None
 
 
 def verification_rows(session: Session, count: int = 16) -> dict[str, Any]:
