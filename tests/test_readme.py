@@ -103,6 +103,21 @@ def test_every_command_of_the_readme_runs(folder: Path, environment: dict[str, s
     assert ran >= 14
 
 
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(folder: Path, environment: dict[str, str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import lmtune" in block]
+    assert blocks
+    (folder / "heldout.jsonl").write_text(ROWS, encoding="utf-8")
+    for block in blocks:
+        code = block.replace("Qwen/Qwen3-0.6B", "tiny")
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False,
+            timeout=250,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
 def test_the_table_names_every_verb() -> None:
     from lmtune.cli import VERBS
 
