@@ -27,7 +27,7 @@ from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
 from lmtune.models.tokenizer_checks import unusable
 from lmtune.models.unfinished import usable_adapter
-from lmtune.runs import find_run, similar_runs
+from lmtune.runs import find_run, run_hint, similar_runs
 
 _TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
 
@@ -98,7 +98,14 @@ def load_for_inference(target: str, quantization: Quantization | None = None) ->
     if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
         return load_with_adapter(folder, adapter_base(folder, quantization), folder.resolve().name)
     _check_spelling(target)
-    return _load_plain(ModelConfig(name=target, quantization=quantization or "none"))
+    try:
+        return _load_plain(ModelConfig(name=target, quantization=quantization or "none"))
+    except ModelError as error:
+        if target == "tiny" or "/" in target or folder.is_dir() or "check the spelling" not in str(error):
+            raise
+        raise ModelError(
+            f"{target}: no such run, folder or model; {run_hint(target)} (a model of the Hub is user/name)"
+        ) from error
 
 
 def _check_spelling(target: str) -> None:

@@ -232,6 +232,8 @@ def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | Non
     model = to_tree(config.model)["name"]
     held = "unquantised" if config.model.quantization == "none" else f"in {config.model.quantization}"
     err.print(f"{escape(str(run.path))} {where}: {escape(model)} {held}, {counted(steps, 'step')}")
+    if session.start is not None:
+        err.print(escape(f"from the adapter {session.start.name}, with its rank, alpha and layers"))
     err.print(escape(describe_fates(data.fates)))
     err.print(escape(session.renderer.description))
     err.print(f"parameters: {escape(session.parameters.describe())}")

@@ -188,10 +188,13 @@ def test_a_misspelt_run_is_not_looked_for_on_the_hub(
 
 
 def test_a_model_of_the_hub_is_no_misspelt_run(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "there")
-    for name in ("lab/trail", "trail"):  # one in the local cache
-        with pytest.raises(ModelError, match="check the spelling"):
-            load_for_inference(name)
+    with pytest.raises(ModelError, match="check the spelling"):
+        load_for_inference("lab/trail")
+    with pytest.raises(ModelError, match="quantity: no such run, folder or model; there "):
+        load_for_inference("quantity")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "there")  # in the local cache
+    with pytest.raises(ModelError, match="trail: no such run, folder or model; did you mean trial"):
+        load_for_inference("trail")
 
 
 # --- small parts
