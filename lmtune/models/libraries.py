@@ -25,6 +25,8 @@ def quiet_libraries() -> None:
     """Switch off the libraries' own progress bars and notes; lmtune says what matters itself."""
     ignore_accelerate_settings()
     warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # `check_loaded` says it
+    # PEFT looks at it whenever an adapter is put on a model
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     for name in _QUIET:  # before they are imported: some speak while they are
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers.utils.logging as transformers_logging
