@@ -119,12 +119,15 @@ def parse_row(row: Mapping[str, Any], format: Format) -> ParsedRow:
         parsed = _PARSERS[format](row)
     except RowFault as fault:
         problems.append(str(fault))
-    problems += further_problems(row, known, format == "text")
+    further = row.keys() - known
+    if further:
+        problems += further_problems(row, known, format == "text")
     if problems:
         raise RowFault("; ".join(problems))
-    warned = further_warnings(row, known)
-    parsed.warnings += warned.values()
-    parsed.ignored_keys |= {key for key in row.keys() - {*known, *warned} if is_filled(row[key])}
+    if further:
+        warned = further_warnings(row, known)
+        parsed.warnings += warned.values()
+        parsed.ignored_keys |= {key for key in further - warned.keys() if is_filled(row[key])}
     for message in parsed.messages:
         if message.role == "assistant" and message.learned and not message.content.strip():
             parsed.warnings.append("an answer holds only white space")

@@ -43,6 +43,7 @@ _REFUSED: tuple[tuple[tuple[str, ...], str], ...] = (  # keys, and what would be
         "only answers are learned, never questions; remove the key",
     ),
 )
+_ADVICE = {key: advice for keys, advice in _REFUSED for key in keys}
 _WEIGHTS = ("weight", "loss_weight", "sample_weight")
 _SWITCHES = {"train": False, "training": False, "trainable": False, "learn": False, "loss": False, "masked": True}
 _WARNED = ("context", "passage", "document", "input", "query", "rationale", "explanation", "label")
@@ -50,9 +51,7 @@ _WARNED = ("context", "passage", "document", "input", "query", "rationale", "exp
 
 def further_problems(row: Mapping[str, Any], known: tuple[str, ...], is_text: bool) -> list[str]:
     """What in the row's further keys would be lost, each with what to do; `known` are its format's own keys."""
-    found = [
-        f"{key}: {advice}" for keys, advice in _REFUSED for key in keys if key not in known and is_filled(row.get(key))
-    ]
+    found = [f"{key}: {_ADVICE[key]}" for key in row if key in _ADVICE and key not in known and is_filled(row[key])]
     for key in _WEIGHTS:
         value = row.get(key)
         if value is not None and key not in known and (isinstance(value, str) or value != 1):

@@ -35,6 +35,7 @@ _TOOL_ROLES = (
 _LEARN_KEYS = ("weight", "train", "training", "trainable", "learn", "loss", "loss_weight", "loss_scale")
 _MASK_KEYS = ("mask", "masked")  # these say what is not learned
 _OTHER_THOUGHT_KEYS = ("reasoning_details", "thinking_blocks", "thinking_content", "thought", "thoughts")
+_PLAIN = {"role", "from", "content", "value"}
 _TEXT_PARTS = ("text", "input_text", "output_text")  # chat completions, and the two of OpenAI's Responses
 
 
@@ -61,7 +62,8 @@ def parse_turns(turns: Any, key: str) -> Turns:
         if not isinstance(turn, dict):
             raise RowFault(f"{where} is {kind_of(turn)}; it must be an object with {' and '.join(SPELLINGS[key])}")
         messages.append(_message(turn, where, SPELLINGS[key], found))
-        found.ignored_keys |= {f"{key}[].{name}" for name in turn.keys() - _USED if is_filled(turn[name])}
+        if unused := turn.keys() - _USED:
+            found.ignored_keys |= {f"{key}[].{name}" for name in unused if is_filled(turn[name])}
     check_order([message.role for message in messages], key)
     answers = [index for index, message in enumerate(messages) if message.role == "assistant" and message.learned]
     if not answers:
@@ -70,26 +72,34 @@ def parse_turns(turns: Any, key: str) -> Turns:
     return found
 
 
-_USED = {"role", "from", "content", "value", *REASONING_KEYS, *_LEARN_KEYS, *_MASK_KEYS}
+_USED = {*_PLAIN, *REASONING_KEYS, *_LEARN_KEYS, *_MASK_KEYS}
 
 
 def _message(turn: Mapping[str, Any], where: str, spelling: tuple[str, str], found: Turns) -> Message:
-    for key in CALL_KEYS:
+    further = turn.keys() - _PLAIN  # most turns have none
+    for key in CALL_KEYS if further else ():
         if is_filled(turn.get(key)):
             raise RowFault(f"{where}.{key}: {CALL_FAULT}")
     role = _role(turn, where, spelling)
-    learned = _is_learned(turn, where, role, found)
+    learned = not further or _is_learned(turn, where, role, found)
     content_key = _spelt(turn, where, ("content", "value"), spelling[1])
     content = _text_of(turn[content_key], f"{where}.{content_key}")
+    if further:
+        _check_lost(turn, where, content_key)
+    filled = content_key if role == "assistant" and learned else None
+    (content,) = strings({content_key: content}, content_key, prefix=f"{where}.", filled=filled)
+    if further:
+        content = _with_reasoning(turn, where, role, content, found)
+    return Message(role, content, learned or role != "assistant")
+
+
+def _check_lost(turn: Mapping[str, Any], where: str, content_key: str) -> None:
+    """Raise a `RowFault` for what the turn says besides its text, and would not be learned."""
     for key in MEDIA_KEYS:
         if is_filled(turn.get(key)):
             raise RowFault(f"{where}.{key}: only text is learned; remove the row, or {key} if the text stands alone")
     if is_filled(turn.get("refusal")):
         raise RowFault(f"{where}.refusal would not be learned; write what the assistant says as its {content_key}")
-    content_of = {content_key: content}
-    filled = content_key if role == "assistant" and learned else None
-    (content,) = strings(content_of, content_key, prefix=f"{where}.", filled=filled)
-    return Message(role, _with_reasoning(turn, where, role, content, found), learned or role != "assistant")
 
 
 def _spelt(turn: Mapping[str, Any], where: str, names: tuple[str, str], usual: str) -> str:
@@ -110,7 +120,8 @@ def _spelt(turn: Mapping[str, Any], where: str, names: tuple[str, str], usual: s
 
 
 def _role(turn: Mapping[str, Any], where: str, spelling: tuple[str, str]) -> Role:
-    same = "role" in turn and len({_ROLES.get(str(turn.get(key)).strip().lower()) for key in ("role", "from")}) == 1
+    both = "role" in turn and "from" in turn
+    same = both and len({_ROLES.get(str(turn[key]).strip().lower()) for key in ("role", "from")}) == 1
     key = "role" if same else _spelt(turn, where, ("role", "from"), spelling[0])
     (name,) = strings(turn, key, prefix=f"{where}.")
     plain = name.strip().lower()
