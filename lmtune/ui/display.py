@@ -73,9 +73,7 @@ def notes(turns: Sequence[Turn], answering: bool = False) -> list[list[str]]:
         info = turns[entry.number][1]
         above = "" if info is None or entry.number in labelled else label(info) + _ENDINGS.get(info.finish_reason, "")
         labelled.add(entry.number)
-        text = _INVISIBLE.sub("", entry.value["content"][0]["text"])
-        is_copied_well = answering or (text == entry.source and "metadata" not in entry.value)
-        found.append([above, "" if is_copied_well else entry.source])
+        found.append([above, "" if answering or _is_copied_well(entry) else entry.source])
     return found
 
 
@@ -219,6 +217,12 @@ def _entries(messages: Sequence[Message], answering: bool) -> list[_Entry]:
             text = "*(no answer)*"
         entries.append(_Entry(number, source, _value(message.role, text)))
     return entries
+
+
+def _is_copied_well(entry: _Entry) -> bool:
+    """Whether the page's own copy button gives what was said, once the invisible characters are gone."""
+    text: str = entry.value["content"][0]["text"]
+    return "metadata" not in entry.value and _INVISIBLE.sub("", text) == entry.source
 
 
 def _value(role: str, text: str, title: str | None = None, state: str = "done") -> dict[str, Any]:

@@ -129,14 +129,14 @@ class _Page:
         )  # fmt: skip
         self.top_p = gr.Slider(
             0.05, 1, value=1, step=0.05, label="Top p", elem_id="top-p",
-            info="Nucleus sampling threshold. Lower: no improbable tokens. 1 = off.",
+            info="Nucleus sampling threshold: lower leaves out improbable tokens.",
         )  # fmt: skip
         self.max_new_tokens = gr.Slider(
             1, longest, value=min(256, longest), step=1, label="Max new tokens", elem_id="max-new-tokens",
             info="Where an answer is cut.",
         )  # fmt: skip
         self.seed = gr.Textbox(
-            label="Seed", placeholder="random", info="Of sampling: equal seeds give equal answers.", elem_id="seed",
+            label="Seed", placeholder="random", info="Equal seeds give equal answers.", elem_id="seed",
             max_lines=1, max_length=10,
         )  # fmt: skip
 

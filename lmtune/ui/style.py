@@ -54,9 +54,9 @@ CSS = """
 #status .note { color: var(--body-text-color-subdued); font-size: 0.85rem; }
 #status .error { color: var(--error-text-color); font-size: 0.95rem; overflow-wrap: anywhere; }
 
-#settings { padding: 0 8px 16px 10px; gap: 18px; flex-wrap: nowrap; overflow-y: auto; scrollbar-width: thin; }
+#settings { padding: 0 8px 10px 10px; gap: 14px; flex-wrap: nowrap; overflow-y: auto; scrollbar-width: thin; }
 #settings > * { flex: none; }
-#settings .form, #settings .block { background: transparent; padding-left: 0; padding-right: 0; gap: 18px; }
+#settings .form, #settings .block { background: transparent; padding-left: 0; padding-right: 0; gap: 14px; }
 #settings .block { padding-top: 0; padding-bottom: 0; }
 #settings input[type=number], #settings textarea, #settings input:not([type]), #settings input[type=text] {
   background: var(--block-background-fill); border: 1px solid var(--border-color-primary); border-radius: 8px; }
@@ -65,6 +65,7 @@ CSS = """
 #model .wrap:focus-within { border-color: var(--primary-400); }
 #model .wrap-inner { padding: 2px 6px; }
 #model .wrap input { background: transparent; border: none; }
+#settings input[type=number] { width: 58px; }
 #mode .wrap { display: grid; grid-template-columns: 1fr 1fr 1fr; gap: 0; background: var(--neutral-200);
   border-radius: 10px; padding: 3px; }
 .dark #mode .wrap { background: var(--neutral-800); }
