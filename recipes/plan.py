@@ -41,8 +41,10 @@ def main(
         from lmtune.models.device import default_device
         from lmtune.models.inference import build_renderer
         from lmtune.models.loading import load_tokenizer
+        from lmtune.models.start_adapter import with_starting_adapter
         from lmtune.training.forecast import forecast
 
+    config = with_starting_adapter(config)
     notes = {"template": config.data.template, "system": config.data.system}
     renderer = build_renderer(load_tokenizer(config.model, alone=True), config.model, notes)
     rows = load_data(config.data, renderer, config.train.seed)

@@ -77,6 +77,12 @@ def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]
         yield StartingAdapter(folder, name, _settings(config.adapter, saved, target), sha256)
 
 
+def with_starting_adapter(config: FinetuneConfig) -> FinetuneConfig:
+    """`config` with the settings of the adapter that it begins from."""
+    with starting_adapter(config) as start:
+        return config if start is None else replace(config, adapter=start.settings)
+
+
 def _settings(asked: AdapterConfig, saved: dict[str, Any], target: str) -> AdapterConfig:
     """The settings of a saved adapter, with `dropout` and the like as asked.
 

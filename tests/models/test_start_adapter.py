@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.errors import CheckpointError, ConfigError, ModelError
-from lmtune.models.start_adapter import starting_adapter
+from lmtune.models.start_adapter import starting_adapter, with_starting_adapter
 from lmtune.runs import RunDirectory
 from tests.workplace import config_of, finetune, inside, make_workplace, tree_of
 
@@ -80,6 +80,13 @@ def test_it_learns_from_there(place: Path, changes: dict[str, Any]) -> None:
 def test_what_contradicts_it_is_refused_by_name(place: Path, changes: dict[str, Any], message: str) -> None:
     with inside(place), pytest.raises(ConfigError, match=message), starting_adapter(config_of(**{**SECOND, **changes})):
         pass
+
+
+def test_a_plan_counts_the_adapter_that_it_begins_from(place: Path) -> None:
+    with inside(place):
+        found = with_starting_adapter(config_of(**SECOND)).adapter
+    assert (found.rank, found.alpha) == (4, 8)
+    assert with_starting_adapter(config_of()) == config_of()
 
 
 def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
