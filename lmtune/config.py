@@ -150,6 +150,7 @@ class EvaluationConfig:
     every_steps: Count | None = None  # null: only before the first and after the last step
     patience: Count | None = None  # stop after so many evaluations without a better validation loss
     keep_best: bool = True  # with `every_steps`: the saved adapter is that of the best step, not of the last
+    score_base: bool = True  # score the base too, before the first step, to compare with
     exact_match_rows: Annotated[int, Field(ge=0)] = 64  # generate answers for so many rows; 0: none
     max_new_tokens: Count = 128  # where a generated answer that does not stop is cut
 

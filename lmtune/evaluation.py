@@ -248,13 +248,14 @@ def with_exact_match(scores: Scores, given: Sequence[Answer]) -> Scores:
 
 def evaluate(
     forward: PackedForward, renderer: Any, data: Any, exact_match_rows: int, max_new_tokens: int,
-    micro_batch_tokens: int, accelerator: Any = None, who: str = "the model",
+    micro_batch_tokens: int, accelerator: Any = None, who: str = "the model", known: Scores | None = None,
 ) -> tuple[Scores, list[Answer]]:  # fmt: skip
     """Teacher-forced scores of all rows, and exact match of the first `exact_match_rows`; answers in row order.
 
-    With several processes each scores its share, and all return the same. `who` is named in the progress shown.
+    With several processes each scores its share, and all return the same. `who` is named in the progress shown; `known`
+    are the teacher-forced scores, where these weights were scored before.
     """
-    scores = teacher_forced(forward, data, micro_batch_tokens, accelerator, who)
+    scores = known or teacher_forced(forward, data, micro_batch_tokens, accelerator, who)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     room = max_positions(forward.model) or math.inf
     rows = [row for row in range(min(exact_match_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]

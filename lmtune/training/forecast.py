@@ -160,9 +160,9 @@ def _loading_seconds(shape: ModelShape, model: ModelConfig, weight_bytes: float,
 
 
 def _scoring_seconds(shape: ModelShape, config: FinetuneConfig, rows: Sequences, steps: int, rate: float) -> float:
-    """Forward passes over the validation rows: before training, every so many steps, at the last step, and after."""
+    """Forward passes over the validation rows: before training, every so many steps, and at the last step."""
     every = config.evaluation.every_steps
-    passes = 3 + ((steps - 1) // every if every else 0)
+    passes = 1 + config.evaluation.score_base + ((steps - 1) // every if every else 0)
     tokens, share = float(rows.num_tokens.sum()), float(rows.num_trained.sum() / rows.num_tokens.sum())
     return passes * tokens * flop_per_token(shape, share, _mean_context(rows.num_tokens)) / 2 / rate
 
@@ -177,8 +177,9 @@ def _answer_seconds(
     last = rows.first[1 : asked + 1] - 1  # the sequence of each row whose answer is asked for
     answered = int(min(limit, rows.num_trained[last].max()))
     a_token = 2 * (shape.active_parameters + shape.vocabulary_size * shape.hidden_size)
-    prompts = 2 * float(rows.num_tokens[last].sum()) * a_token / rate  # both models read them
-    rounds = limit + answered
+    models = 1 + config.evaluation.score_base
+    prompts = models * float(rows.num_tokens[last].sum()) * a_token / rate  # each model reads them
+    rounds = answered + limit * config.evaluation.score_base
     return prompts + rounds * (asked / processes * a_token / rate + shape.num_layers * _LAYER_SECONDS[device_type])
 
 

@@ -170,15 +170,17 @@ def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:
 
 
 def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
-    """What the model scores before training; from the summary when a resumed run has measured it already.
+    """What the model scores before training, unless the settings leave that out; from the summary when a resumed run
+    has measured it already.
 
     The adapter must be as `prepare` made it; one to begin from is left aside.
     """
     known: dict[str, Any] | None = run.read_summary().get("base")
     session.accelerator.place = "scoring before training"
     session.accelerator.wait_for_everyone()
+    wanted = known is None and session.config.evaluation.score_base
     with session.base_alone():
-        scored = session.score("the base") if known is None else None
+        scored = session.score("the base") if wanted else None
     if scored is not None:
         known = scored[0].as_dict()
         if session.accelerator.is_main_process:
@@ -190,8 +192,8 @@ def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
 
 
 def add_tuned_answers(run: RunDirectory, given: Sequence[Answer]) -> None:
-    """Put the tuned model's answers beside the base's in `answers.jsonl`."""
-    rows = read_answers(run)
+    """Put the tuned model's answers beside the base's in `answers.jsonl`, or alone where the base was not asked."""
+    rows = read_answers(run) or [{"question": answer.question, "wanted": answer.wanted} for answer in given]
     _write_answers(run, [{**row, "tuned": answer.given} for row, answer in zip(rows, given, strict=True)])
 
 

@@ -20,8 +20,8 @@ from lmtune.training.records import recorded_steps
 
 # Settings that change speed, memory or reporting; what is learned they change only as far as dropout is drawn anew.
 _FREE = {
-    "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.exact_match_rows",
-    "evaluation.max_new_tokens", "data.train", "data.validation", "adapter.adapter",
+    "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.score_base",
+    "evaluation.exact_match_rows", "evaluation.max_new_tokens", "data.train", "data.validation", "adapter.adapter",
 }  # fmt: skip
 _LENGTH = ("train.epochs", "train.max_steps")  # a run may be trained on: `steps_before` and `require_steps` judge them
 _DATA = "the data files' content"

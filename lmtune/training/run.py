@@ -54,7 +54,7 @@ def run_finetune(config: FinetuneConfig, run_directory: RunDirectory) -> Finetun
         base = base_scores(run_directory, session)
         outcome = train(session.job(run_directory, checkpoint))
         accelerator.place = "scoring and saving the result"
-        tuned = session.score("the tuned model")
+        tuned = session.score_tuned(outcome)
         summary = summarise(session, outcome, base, tuned[0] if tuned else None)
         if main:
             save_tuned(session, run_directory.adapter, outcome.weights)

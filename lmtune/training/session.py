@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,7 +40,7 @@ from lmtune.training.activations import checkpoint_layers, measure_activations
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.checkpoint import Tensors as CheckpointTensors
 from lmtune.training.forecast import token_cost
-from lmtune.training.loop import Job
+from lmtune.training.loop import Job, Outcome
 from lmtune.training.records import Accuracies
 from lmtune.training.resume import identity
 from lmtune.writing import new_folder
@@ -63,6 +63,7 @@ class Session:
         parameters: how many are trained, frozen and quantised.
         micro_batch_tokens: the budget that fits the memory.
         start: the adapter that training begins from, or None for a new one.
+        validated: the scores of each validation so far.
         begun: whether the run's files are those of this session; before that, they are not its to change.
     """
 
@@ -75,6 +76,7 @@ class Session:
     parameters: Parameters
     micro_batch_tokens: int
     start: StartingAdapter | None = None
+    validated: list[Scores] = field(default_factory=list)
     begun: bool = False
 
     @property
@@ -98,19 +100,27 @@ class Session:
     def validate(self) -> Accuracies:
         """Teacher-forced scores of the validation rows."""
         scores = teacher_forced(self.forward, self.data.validation, self.micro_batch_tokens, self.accelerator)
+        self.validated.append(scores)
         return Accuracies(scores.loss, scores.sequence_accuracy, scores.token_accuracy)
 
-    def score(self, who: str) -> tuple[Scores, list[Answer]] | None:
+    def score_tuned(self, outcome: Outcome) -> tuple[Scores, list[Answer]] | None:
+        """As `score`, after training: the rows were scored with these weights already, at the last or the best step."""
+        loss = outcome.counters.best_loss
+        best = [scores for scores in self.validated if scores.loss == loss]
+        known = self.validated[-1:] if outcome.weights is None else best[:1]  # none if an earlier process scored them
+        return self.score("the tuned model", *known)
+
+    def score(self, who: str, known: Scores | None = None) -> tuple[Scores, list[Answer]] | None:
         """All scores of the validation rows, and the answers the model generated; None without such rows.
 
-        `who`, the base or the tuned model, is named in the progress shown.
+        `who`, the base or the tuned model, is named in the progress shown; `known` is what `validate` found.
         """
         if self.data.validation is None:
             return None
         settings = self.config.evaluation
         return evaluate(
             self.forward, self.renderer, self.data.validation, settings.exact_match_rows, settings.max_new_tokens,
-            self.micro_batch_tokens, self.accelerator, who,
+            self.micro_batch_tokens, self.accelerator, who, known,
         )  # fmt: skip
 
 

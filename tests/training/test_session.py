@@ -1,17 +1,23 @@
 """What a run is made of: every technique is switched on where it can be."""
 
 import contextlib
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lmtune import evaluation
 from lmtune.errors import ConfigError
+from lmtune.evaluation import evaluate_loaded
+from lmtune.models.inference import load_for_inference
 from lmtune.runs import RunDirectory
 from lmtune.training import loop, memory, session
 from lmtune.training.forecast import token_cost
 from lmtune.training.lifecycle import evaluation_warnings
 from tests.tiny import OneProcess
-from tests.workplace import QUESTIONS, config_of, inside, make_workplace, write_rows
+from tests.workplace import QUESTIONS, config_of, finetune, inside, make_workplace, write_rows
 
 SYSTEM = "You work in a shop for garden tools and answer every question of a customer kindly, in one short sentence."
 
@@ -83,3 +89,26 @@ def test_settings_of_evaluation_without_effect_are_said(
     found = evaluation_warnings(config_of(**settings), has_validation, 8)
     assert len(found) == len(said)
     assert all(part in warning for part, warning in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_no_weights_are_scored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None) -> None:
+    """Neither those of the last step nor, where they are kept, those of the best; and the base only where asked."""
+    folder, passes, real = make_workplace(tmp_path / "work"), list[str](), session.teacher_forced
+
+    def counted(*arguments: Any) -> Any:
+        passes.append("validation")
+        scores = real(*arguments)
+        return scores if len(passes) == 1 else replace(scores, loss=9.0)  # the first is the best
+
+    monkeypatch.setattr(session, "teacher_forced", counted)
+    monkeypatch.setattr(evaluation, "teacher_forced", lambda *arguments: passes.append("score") or real(*arguments))
+    run, summary = finetune(folder, evaluation__every_steps=every, train__max_steps=4, evaluation__score_base=False)
+    assert passes == ["validation"] * (1 if every is None else 2)
+    assert summary["best_step"] == (4 if every is None else 2)
+    assert summary["base"] is None
+    assert list(json.loads(run.answers.read_text().splitlines()[0])) == ["question", "wanted", "tuned"]
+    with inside(folder):
+        scored = evaluate_loaded(load_for_inference(str(run.path)), ["validation.jsonl"], 0, 1, 128).tuned
+    for key in ("loss", "token_accuracy", "sequence_accuracy"):
+        assert summary["tuned"][key] == pytest.approx(getattr(scored, key), abs=1e-5)
