@@ -10,8 +10,13 @@ What `__all__` names is the public interface. It is imported when it is first us
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# OpenMP's threads wait for each other by spinning, and torch reads this when it is imported. Beside any other busy
+# program a spinning thread keeps the one it waits for from running: small models then train up to eight times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from lmtune.api import Model, Run, RunScores, chat, evaluate, finetune, load, load_config

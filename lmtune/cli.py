@@ -24,10 +24,6 @@ from lmtune.console import err, escape, keep_without_stderr, program
 from lmtune.errors import LmtuneError, is_failure
 from lmtune.training.workers import note_exit_code
 
-# OpenMP's threads wait for each other by spinning, and torch reads this when it is imported. Beside any other busy
-# program a spinning thread keeps the one it waits for from running: small models then train up to eight times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 VERBS = (
     "quickstart", "init", "check", "preview", "plan", "finetune", "evaluate", "merge", "chat", "app", "push", "pull",
     "pretrain", "runs", "doctor", "schema",

@@ -142,6 +142,9 @@ class OneProcess:
     def wait_for_everyone(self) -> None:
         """Nothing to wait for."""
 
+    def take_from_main(self, tensor: torch.Tensor) -> None:
+        """This is the main process."""
+
 
 def save_tiny(
     folder: Path, kind: str = "llama", chat_template: str | None = None, dtype: torch.dtype = torch.float32,

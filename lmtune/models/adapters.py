@@ -74,6 +74,19 @@ def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, ba
     return peft_model
 
 
+def made_weights(model: Any) -> list[torch.Tensor]:
+    """What `attach_adapter` computed: the adapter's weights, and with PiSSA those under it and its start.
+
+    Processes that computed them on different hardware may differ in the last bits, or in the sign of a singular vector.
+    """
+    made = [parameter.detach() for parameter in trainable(model).values()]
+    if (initial := getattr(model, "lmtune_initial_adapter", None)) is not None:
+        made += initial.values()
+        layers = [module for module in model.get_base_model().modules() if hasattr(module, "get_base_layer")]
+        made += [layer.get_base_layer().weight.detach() for layer in layers]
+    return made
+
+
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -26,7 +26,7 @@ from lmtune.evaluation import Answer, Scores, check_lengths, evaluate, teacher_f
 from lmtune.kernels.fp8_linear import why_not_fp8
 from lmtune.kernels.lora_linear import fuse
 from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import Tensors, attach_adapter, attach_saved, save_adapter
+from lmtune.models.adapters import Tensors, attach_adapter, attach_saved, made_weights, save_adapter
 from lmtune.models.backends import check_bitsandbytes
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.free_memory import dense_weights_fit, free_memory
@@ -163,6 +163,8 @@ def _prepare(config: FinetuneConfig, accelerator: Any, start: StartingAdapter | 
             model = attach_adapter(model, config.adapter, config.train.seed, name)
         else:
             model = attach_saved(model, start.folder, fingerprint, config.adapter, name)
+        for tensor in made_weights(model):
+            accelerator.take_from_main(tensor)
         keep_dense = all(_from_all(dense_weights_fit(model, accelerator.device), accelerator))
         fuse(model, keep_dense, fp8=config.model.quantization == "fp8")
         forward = PackedForward(model)

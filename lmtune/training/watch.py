@@ -74,6 +74,16 @@ class WatchedAccelerator(Accelerator):  # type: ignore[misc]  # Accelerate has n
             if self.device.type == "cuda":  # there the call returns before the others have come
                 torch.cuda.current_stream().synchronize()
 
+    def take_from_main(self, tensor: torch.Tensor) -> None:
+        """Put the first process's `tensor` in the place of this process's, bit for bit, whatever its type."""
+        if self.num_processes > 1:
+            with self._meeting():
+                given = tensor.contiguous()
+                torch.distributed.broadcast(given.view(torch.uint8), src=0)
+                tensor.copy_(given)
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()
+
     def gather_object(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in their order."""
         with self._meeting():

@@ -16,6 +16,7 @@ from lmtune.errors import ConfigError, ModelError
 from lmtune.models.adapters import (
     attach_adapter,
     load_adapter,
+    made_weights,
     read_adapter,
     read_notes,
     save_adapter,
@@ -292,3 +293,25 @@ def test_plain_pefts_own_adapter_loads(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     again = load_adapter(tiny_model(), tmp_path / "adapter")
     torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("init", "use_dora"), [("default", False), ("default", True), ("pissa", False)])
+def test_a_process_with_the_first_ones_weights_computes_what_that_one_does(init: str, use_dora: bool) -> None:
+    """Whatever its own hardware made of the adapter, and of the base where PiSSA took the adapter from it."""
+    first, other = (
+        attach_adapter(tiny_model(), AdapterConfig(rank=4, alpha=8, init_lora_weights=init, use_dora=use_dora), 0, "x")
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        for module in other.modules():
+            if hasattr(module, "lora_A"):  # another sign of each singular vector, and rounding
+                module.lora_A["default"].weight.mul_(-1).add_(1e-3)
+                module.lora_B["default"].weight.mul_(-1).add_(1e-3)
+                module.get_base_layer().weight.add_(1e-3 * (init == "pissa"))
+        assert not torch.equal(first(IDS).logits, other(IDS).logits)
+        for given, own in zip(made_weights(first), made_weights(other), strict=True):
+            own.copy_(given)
+        assert torch.equal(first(IDS).logits, other(IDS).logits)
+    if init == "pissa":
+        starts = zip(first.lmtune_initial_adapter.values(), other.lmtune_initial_adapter.values(), strict=True)
+        assert all(torch.equal(one, two) for one, two in starts)
