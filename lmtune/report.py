@@ -226,12 +226,18 @@ def _merge_part(merge: Mapping[str, Any]) -> str:
         "logits_difference": "Largest difference of a logit, as a share of the largest logit",
         "bound": "Allowed difference", "same_first_choice": "Tokens with the same first choice",
         "difference_to_trained": "Difference to the quantised model that was trained",
+        "tokens_routed_otherwise": "Tokens that rounding sent to other experts, or that follow one",
+        "difference_routed_otherwise": "Largest difference among those",
     }  # fmt: skip
     known = {"trained": "the weights that were trained over, dequantised", "original": "the base as published"}
     merge = {**merge, "into": known.get(str(merge.get("into")), merge.get("into"))}
+    if not merge.get("tokens_routed_otherwise"):
+        merge.pop("tokens_routed_otherwise", None)
     rows = [(name, _measure(key, merge[key])) for key, name in names.items() if merge.get(key) is not None]
     lead = "The logits of the merged model were compared with those of base and adapter:"
-    return joined("## Check of the merge", lead if rows else f"The merge was {NOT_MEASURED}.", _table(("", ""), rows))
+    kept = "They differ by more than allowed, and the model was kept on request." if merge.get("accepted") else ""
+    lead = lead if rows else f"The merge was {NOT_MEASURED}."
+    return joined("## Check of the merge", lead, _table(("", ""), rows), kept)
 
 
 def _measure(key: str, value: object) -> str:

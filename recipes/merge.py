@@ -24,16 +24,25 @@ def main(
         Literal["trained", "original"],
         typer.Option(help="trained: the weights that were trained over, dequantised. original: as published."),
     ] = "trained",
+    accept_difference: Annotated[
+        bool,
+        typer.Option(
+            "--accept-difference",
+            help="Keep the merged model even where its logits differ by more than rounding explains; the card says it.",
+        ),
+    ] = False,
 ) -> None:
     """Merge the adapter of RUN into its base, and verify the result against the adapter model.
 
     Example: lmtune merge runs/support --output support-model
     """
     run_directory = choose_run(target)
-    merge_run(run_directory, output or run_directory.merged, into)
+    merge_run(run_directory, output or run_directory.merged, into, accept_difference)
 
 
-def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained", "original"]) -> dict[str, Any]:
+def merge_run(
+    run_directory: RunDirectory, output: Path, into: Literal["trained", "original"], accept_difference: bool = False
+) -> dict[str, Any]:
     """Merge and verify; returns the report that is also written to `merge.json`."""
     require_possible(output, "--output")
     if output.is_symlink():
@@ -44,22 +53,25 @@ def merge_run(run_directory: RunDirectory, output: Path, into: Literal["trained"
     from lmtune.models.unfinished import usable_adapter
 
     with usable_adapter(run_directory) as adapter:
-        return _merge(run_directory, adapter, output, into)
+        return _merge(run_directory, adapter, output, into, accept_difference)
 
 
 def _merge(
-    run_directory: RunDirectory, adapter: Path, output: Path, into: Literal["trained", "original"]
+    run_directory: RunDirectory,
+    adapter: Path,
+    output: Path,
+    into: Literal["trained", "original"],
+    accept_difference: bool,
 ) -> dict[str, Any]:
-    from transformers import GenerationConfig
-
     from lmtune.models.adapters import read_notes
-    from lmtune.models.inference import saved_tokenizer
+    from lmtune.models.inference import saved_tokenizer, stop_tokens
     from lmtune.models.merging import MergeReport, merge
     from lmtune.report import merged_card
 
     config = load_config(FinetuneConfig, run_directory.config)
     notes = read_notes(adapter)
     tokenizer = saved_tokenizer(adapter)
+    stops = stop_tokens(adapter)
     sequences = run_directory.read_verification(max(tokenizer.get_vocab().values()) + 1)
     summary = run_directory.read_summary()
 
@@ -69,8 +81,8 @@ def _merge(
         write_text(folder / "README.md", merged_card(to_tree(config), summary, report.as_dict()))
 
     report = merge(
-        config.model, adapter, output, into, sequences, tokenizer, GenerationConfig.from_pretrained(adapter), describe,
-    ).as_dict()  # fmt: skip
+        config.model, adapter, output, into, sequences, tokenizer, stops, describe, accept_difference
+    ).as_dict()
     if output == run_directory.merged and summary.get("status") == "complete":  # else it is the run's own to write
         write_json(run_directory.summary, {**summary, "merge": report})
     out.print(f"merged into {escape(str(output))} ({report['dtype']}, {into} weights)")

@@ -195,6 +195,21 @@ def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
     return tuple(several)
 
 
+def stop_tokens(folder: Path) -> tuple[int, ...]:
+    """What the model of an adapter folder stops at, the end of an answer first.
+
+    Raises:
+        ModelError: neither `lmtune.json` nor `generation_config.json` names one.
+    """
+    from lmtune.models.published import GENERATION, read_tree
+
+    for ids in (read_notes(folder).get("stop_token_ids"), read_tree(folder / GENERATION).get("eos_token_id")):
+        several = ids if isinstance(ids, list) else [ids]
+        if several and all(type(index) is int and index >= 0 for index in several):
+            return tuple(several)
+    raise ModelError(f"{folder}: generation_config.json names no end token (eos_token_id); train the adapter again")
+
+
 def run_notes(config: FinetuneConfig, renderer: Renderer, fingerprint: str) -> dict[str, Any]:
     """What `lmtune.json` of an adapter or merged folder holds: how to talk to the model as in training."""
     return {

@@ -17,6 +17,7 @@ _NEUTRAL = ("", "no", "none", "false", "0", "off", "default")  # what `accelerat
 _QUIET = (
     # "inputs will be cast" and "failed to load the optional kernels" on import and on every int8 or nf4 layer
     "bitsandbytes", "bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops",
+    "accelerate.big_modeling",  # "some parameters are on the meta device", where a merge reads them from the disk
     "huggingface_hub",  # a line for each of five retries without a network
 )  # fmt: skip
 

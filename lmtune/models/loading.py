@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def compute_dtype(device: torch.device, setting: str = "auto") -> torch.dtype:
         return DTYPES[setting]
     real_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if real_bf16 else torch.float32
+
+
+def check_files(model: ModelConfig) -> None:
+    """Look at a base's folder before anything reads it; a Hub id is not looked at.
+
+    Raises:
+        ModelError: with everything that is wrong with it.
+    """
+    _checked_path(model.name)
 
 
 def load_tokenizer(model: ModelConfig, alone: bool = False) -> Any:
@@ -221,6 +231,11 @@ def weight_files(model: ModelConfig) -> list[Path]:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         return [index.with_name(shard) for shard in shards]
     raise ModelError(f"model.name: {model.name} has no model.safetensors; lmtune reads safetensors only")
+
+
+def stored_files(model: ModelConfig, names: Iterable[str]) -> dict[str, Path]:
+    """Those of a base's files that are there: in its folder, or in the Hub's local cache."""
+    return {name: file for name in names if (file := _stored_file(model, name))}
 
 
 def _stored_file(model: ModelConfig, name: str) -> Path | None:

@@ -64,10 +64,11 @@ def test_26_a_second_merge_at_the_same_time_is_refused_and_the_first_is_not_dist
     model = place / "runs/trial/merged"
     whole = written_files(model)
     staging = model.with_name(".staging-merged")
-    first = start(place, "merge", "trial", trouble=at_call("lmtune.models.merging", "_plain", partial(time.sleep, 8)))
-    while not (staging / "model.safetensors").exists():
+    first = start(place, "merge", "trial", trouble=at_call("lmtune.models.merging", "_plain", partial(time.sleep, 12)))
+    while not (staging / "tokenizer_config.json").exists():  # among the last to be written
         assert first.is_alive()
         time.sleep(0.05)
+    time.sleep(1)
     half = written_files(staging)
     assert ended(start(place, "merge", "trial", output="second")) == 2
     assert "error: runs/trial/merged: another lmtune process is writing this folder now" in said(place, "second")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lmtune.config import ModelConfig
@@ -196,14 +196,16 @@ def test_an_earlier_merge_is_replaced(places: dict[str, Path]) -> None:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """Make the merge go wrong."""
+    """Make the merge go wrong: one of the written weights is another one."""
     real = merging._write
 
-    def corrupted(model: Any, *rest: Any) -> None:
-        with torch.no_grad():
-            weight = model.get_input_embeddings().weight if how == "embedding" else model.model.norm.weight
-            weight.mul_(1.1) if how == "norm" else weight[:, 0].fill_(float("nan") if how == "nan" else 3.0)
-        real(model, *rest)
+    def corrupted(source: Any, folder: Path) -> bool:
+        untied = real(source, folder)
+        state = load_file(folder / "model.safetensors")
+        name = "model.embed_tokens.weight" if how == "embedding" else "model.norm.weight"
+        state[name] = state[name] * 1.1 if how == "norm" else state[name].index_fill(1, torch.tensor([0]), 3.0)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        return untied
 
     monkeypatch.setattr(merging, "_write", corrupted)
 
@@ -272,5 +274,5 @@ def test_over_another_base_nothing_is_merged(places: dict[str, Path], tmp_path: 
     place = places["float32"]
     base = ModelConfig(name=str(places["float16"] / "base"), quantization="none")
     with pytest.raises(ModelError, match="trained over another base model"):
-        merging.merge(base, place / "runs/none/adapter", tmp_path / "out", "trained", [[5, 6, 7]], None, None)
+        merging.merge(base, place / "runs/none/adapter", tmp_path / "out", "trained", [[5, 6, 7]], None, (1,))
     assert list(tmp_path.iterdir()) == []

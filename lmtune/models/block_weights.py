@@ -1,0 +1,282 @@
+"""A base with an adapter, held as it is stored, and computed with or merged one block at a time.
+
+    held = BlockWeights(peft_model)
+    with held.in_dtype(torch.float32, dense=True): ...   # each decoder layer is fp32 while it runs, and only then
+    for name, weight in held.merged(): ...               # what the adapter changes, in fp32, block by block
+
+A block is a decoder layer, or a module outside of them that has weights of its own (embedding, last norm, head). So a
+model in 16 or 4 bit takes the memory of 16 or 4 bit and of one block in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lmtune.errors import LmtuneError
+from lmtune.kernels.lora_linear import BaseWeight
+
+_QUANTISED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers, and PEFT's around them
+_ADAPTERS = re.compile(r"(^|\.)lora_")  # names of the adapter's own weights, which are always fp32
+
+
+class BlockWeights:
+    """The blocks of one model.
+
+    Attributes:
+        base: the transformers model inside.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """
+        Args:
+            model: a PeftModel in evaluation mode, or a transformers model.
+        """
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        for module in self.base.modules():
+            if hasattr(module, "lmtune_weight"):
+                module.lmtune_weight.keep = False  # no dense copies beside the quantised weights
+        _put_alone(self.base)
+        self._names = {module: name.replace(".base_layer", "") for name, module in self.base.named_modules()}
+        self._quantised = {f"{name}.weight" for module, name in self._names.items() if _is_quantised(module)}
+        self._dtype: torch.dtype | None = None
+        self._dense = False
+        self._restore: list[contextlib.ExitStack] = []
+        self.blocks = list(_blocks(self.base))
+        for block, whole in self.blocks:
+            block.register_forward_pre_hook(lambda module, args, whole=whole: self._enter(module, whole))
+            block.register_forward_hook(lambda *_: self._leave(), always_call=True)
+
+    @contextlib.contextmanager
+    def in_dtype(self, dtype: torch.dtype | None, dense: bool = False) -> Iterator[None]:
+        """Compute with every weight in `dtype`; None is as it is held.
+
+        Args:
+            dtype: of the weights of a block while it runs.
+            dense: quantised weights too, turned back into numbers.
+        """
+        before = self._dtype, self._dense
+        self._dtype, self._dense = dtype, dense
+        try:
+            yield
+        finally:
+            self._dtype, self._dense = before
+
+    def free_layers(self) -> None:
+        """Let go of the layers, where only the head is needed any more."""
+        for module in self.base.modules():
+            if isinstance(module, torch.nn.ModuleList):
+                for index in range(len(module)):
+                    module[index] = torch.nn.Identity()
+        self.blocks.clear()
+        self._names.clear()
+
+    def weight_names(self) -> list[str]:
+        """The weights that merging changes, in the order of the model, by the names that they have without adapter."""
+        return [name for block, whole in self.blocks for name, _ in self._changed(block, whole)]
+
+    def empty(self, name: str) -> torch.Tensor:
+        """A tensor without memory in the shape of one weight of the base, as it is without quantisation."""
+        module = self._module(name.rpartition(".")[0])
+        if self.is_quantised(name):
+            return torch.empty(module.out_features, module.in_features, device="meta")
+        return torch.empty(getattr(module, name.rpartition(".")[2]).shape, device="meta")
+
+    @torch.no_grad()
+    def merged(self) -> Iterator[dict[str, torch.Tensor]]:
+        """What the adapter changes and what was quantised, in fp32, a dict for each block; PEFT checks that it is
+        finite. Only one block's weights are held at a time.
+
+        Raises:
+            LmtuneError: a merged weight is not finite.
+        """
+        for block, whole in self.blocks:
+            names = [name for name, _ in self._changed(block, whole)]
+            if not names:
+                continue
+            with self._materialised(block, whole, torch.float32, dense=True):
+                self._merge(block)
+                yield {name: self.weight(name) for name in names}
+
+    def parameter(self, name: str) -> Any:
+        """A weight of the base by its name without adapter, as it is held at this moment."""
+        owner, _, last = name.rpartition(".")
+        return getattr(self._module(owner), last)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Its numbers."""
+        tensor: torch.Tensor = self.parameter(name).data
+        return tensor
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether a weight of this name is held in 4 or 8 bit, outside of the blocks that are at work."""
+        return name in self._quantised
+
+    def _module(self, name: str) -> Any:
+        """The module of the base that has this name without adapter: inside what PEFT has put around it."""
+        module: Any = self.base
+        for part in name.split(".") if name else ():
+            module = _innermost(getattr(module, part))
+        return module
+
+    def _changed(self, block: Any, whole: bool) -> Iterator[tuple[str, Any]]:
+        """(name, module) of every weight in a block that merging writes anew."""
+        from peft.tuners.lora import LoraLayer
+
+        found = set()
+        for module in block.modules() if whole else (block,):
+            if isinstance(module, LoraLayer):
+                base = _innermost(module)
+                parts = [getattr(module, "parameter_name", "weight")]
+                parts += ["bias"] * any(getattr(module, "lora_bias", {}).values())
+            elif _is_quantised(module):
+                base, parts = module, ["weight"]
+            else:
+                continue
+            for part in parts:
+                if (name := f"{self._names[base]}.{part}") not in found:
+                    found.add(name)
+                    yield name, base
+
+    def _merge(self, block: Any) -> None:
+        """Let PEFT add each adapter's product to the weights of a block that is held in fp32."""
+        from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora.layer import Linear
+
+        for module in block.modules():
+            if not isinstance(module, LoraLayer) or module.merged:
+                continue
+            try:
+                if any(kind.__name__ in _QUANTISED for kind in type(module).__mro__):
+                    Linear.merge(module, safe_merge=True)  # the layer's own method would quantise the sum again
+                else:
+                    module.merge(safe_merge=True)
+            except ValueError as error:
+                if "NaNs detected" not in str(error):
+                    raise
+                raise LmtuneError(
+                    "the merged weights are not finite: the adapter's values are too large; nothing was kept; train it "
+                    "again, with a smaller train.learning_rate"
+                ) from error
+            finally:
+                module.merged_adapters.clear()  # the weights are put back
+
+    # --- a block in another dtype
+
+    def _enter(self, block: Any, whole: bool) -> None:
+        stack = contextlib.ExitStack()
+        self._restore.append(stack)
+        if self._dtype is not None:
+            stack.enter_context(self._materialised(block, whole, self._dtype, self._dense))
+
+    def _leave(self) -> None:
+        self._restore.pop().close()
+
+    @contextlib.contextmanager
+    def _materialised(self, block: Any, whole: bool, dtype: torch.dtype, dense: bool) -> Iterator[None]:
+        """The block's base weights in `dtype` inside, and as they were afterwards."""
+        kept, layers = [], []
+        if dense:
+            for parent in block.modules() if whole else ():
+                for name, child in parent.named_children():
+                    if _is_quantised(child):
+                        layers.append((parent, name, child))
+            for parent, name, child in layers:
+                setattr(parent, name, dense_layer(child, self.base.dtype, dtype))
+        for name, tensor in (*block.named_parameters(recurse=whole), *block.named_buffers(recurse=whole)):
+            if tensor.is_floating_point() and not _ADAPTERS.search(name):
+                kept.append((tensor, tensor.data))
+                if tensor.dtype.itemsize < 4 or isinstance(tensor, torch.nn.Parameter):
+                    tensor.data = tensor.data.to(dtype)
+        try:
+            yield
+        finally:
+            for tensor, data in kept:
+                tensor.data = data
+            for parent, name, child in layers:
+                setattr(parent, name, child)
+
+
+def dense_layer(layer: Any, trained: torch.dtype, dtype: torch.dtype) -> torch.nn.Linear:
+    """A plain layer in `dtype` with the numbers of a quantised one, which was trained over in `trained`."""
+    with torch.device("meta"):
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    weight = BaseWeight(layer).dense(trained).to(dtype)
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = torch.nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+    return plain
+
+
+def keep_fp32_buffers(model: Any) -> None:
+    """Make what a model computes of its config anew in fp32: read in 16 bit it is rounded, in a plain fp32 load not."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        whole = type(model)(model.config)
+    computed = dict(whole.named_non_persistent_buffers())
+    for name, module in model.named_modules():
+        for last in module._non_persistent_buffers_set:
+            exact = computed.get(f"{name}.{last}".lstrip(".").replace(".base_layer", ""))
+            held = module._buffers.get(last)
+            if exact is not None and held is not None and held.is_floating_point() and exact.device.type != "meta":
+                module._buffers[last] = exact.to(held.device)
+
+
+def _is_quantised(module: Any) -> bool:
+    """Whether a linear layer is bitsandbytes', its weight codes and no numbers."""
+    return type(module).__name__ in _QUANTISED and not _is_tuner(module)
+
+
+def _innermost(module: Any) -> Any:
+    """The base's module inside PEFT's layers around it."""
+    while _is_tuner(module) or isinstance(module, _Alone):
+        module = module.base_layer
+    return module
+
+
+def _is_tuner(module: Any) -> bool:
+    """Whether it is a layer of PEFT's around one of the base's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+class _Alone(torch.nn.Module):
+    """A quantised layer outside of the decoder's, so that a dense one can take its place while it runs."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives."""
+        return self.base_layer(*args, **kwargs)
+
+
+def _put_alone(module: Any) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(module, torch.nn.ModuleList) or _is_tuner(child):
+            continue
+        if _is_quantised(child):
+            setattr(module, name, _Alone(child))
+        else:
+            _put_alone(child)
+
+
+def _blocks(module: Any) -> Iterator[tuple[Any, bool]]:
+    """(block, whether all below it belongs to it), each weight of the model in one."""
+    if _is_tuner(module) or isinstance(module, _Alone):
+        yield module, True
+        return
+    if any(True for own in (module.parameters, module.buffers) for _ in own(recurse=False)):
+        yield module, False
+    for child in module.children():
+        if isinstance(module, torch.nn.ModuleList):
+            yield child, True
+        else:
+            yield from _blocks(child)
