@@ -62,7 +62,7 @@ def _merge(
     output: Path,
     into: Literal["trained", "original"],
     accept_difference: bool,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     from lmtune.models.adapters import read_notes
     from lmtune.models.inference import saved_tokenizer, stop_tokens
     from lmtune.models.merging import MergeReport, merge

@@ -265,8 +265,8 @@ def test_what_cannot_be_merged(places: dict[str, Path]) -> None:
         with pytest.raises(ModelError, match="nothing: no such run"):
             main("nothing")
         RunDirectory("runs/empty").path.mkdir(exist_ok=True)
-        RunDirectory("runs/empty").config.touch()
-        with pytest.raises(ModelError, match="no adapter to merge; finish the run"):
+        RunDirectory("runs/empty").config.write_text(RunDirectory("runs/none").config.read_text())
+        with pytest.raises(ModelError, match="no adapter yet; finish it"):
             main("empty")
 
 
