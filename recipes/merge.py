@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lmtune.checkpoints import checkpoint_folders
 from lmtune.cli import run
 from lmtune.config import FinetuneConfig, load_config, to_tree
 from lmtune.console import escape, out
-from lmtune.errors import ConfigError
+from lmtune.errors import ConfigError, ModelError
 from lmtune.history import choose_run
 from lmtune.runs import RunDirectory, require_possible
 from lmtune.writing import write_json, write_text
@@ -49,6 +50,10 @@ def merge_run(
         raise ConfigError(f"--output: {output} is a link; give the folder itself")
     if output.exists() and not (output / "merge.json").is_file():
         raise ConfigError(f"--output: {output} exists and was not made by lmtune merge; choose another folder")
+
+    has_adapter = (run_directory.adapter / "adapter_model.safetensors").is_file()
+    if not has_adapter and not checkpoint_folders(run_directory.checkpoints):
+        raise ModelError(f"{run_directory.path}: no adapter to merge; finish the run with `lmtune finetune` first")
 
     from lmtune.models.unfinished import usable_adapter
 

@@ -81,13 +81,13 @@ def usable_adapter(run: RunDirectory) -> Iterator[Path]:
 
 def newest_saved(run: RunDirectory) -> Saved | None:
     """The adapter of the run's newest checkpoint that is whole, or of its best one where the run keeps that."""
-    keep_best = load_config(FinetuneConfig, run.config).evaluation.keep_best
     for _ in range(_TRIES):
         with contextlib.suppress(OSError):
             folders = [path for path in reversed(checkpoint_folders(run.checkpoints)) if problem_of(path) is None]
             if not folders:
                 return None
             state = json.loads((folders[0] / STATE).read_text(encoding="utf-8"))
+            keep_best = load_config(FinetuneConfig, run.config).evaluation.keep_best
             best = state.get("counters", {}).get("best_step") if keep_best else None
             chosen = next((path for path in folders if step_of(path) == best), folders[0])
             return Saved(step_of(chosen), chosen != folders[0], state, load_file(chosen / ADAPTER))
