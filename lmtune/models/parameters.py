@@ -69,8 +69,8 @@ class Parameters:
 
     def describe(self) -> str:
         """The line."""
-        on = [f"{len(self.targets.modules)} modules"] * bool(self.targets.modules)
-        on += [f"{len(self.targets.experts)} expert tensors"] * bool(self.targets.experts)
+        on = [_several(len(self.targets.modules), "module")] * bool(self.targets.modules)
+        on += [_several(len(self.targets.experts), "expert tensor")] * bool(self.targets.experts)
         kind = str(self.dtype).removeprefix("torch.")
         held = f"{short_count(self.frozen)} frozen"
         if not self.quantized:
@@ -136,6 +136,10 @@ def _left(model: Any, adapter: AdapterConfig, found: Targets, body: set[str], to
     said = sorted(left) if len(left) <= 8 else [*sorted(left)[:7], f"{len(left) - 7} more"]
     said += ["router"] * bool(choosing)
     return said + ([f"experts ({missing / total:.0%} of the weights)"] if missing else [])
+
+
+def _several(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def short_count(number: int) -> str:
