@@ -65,7 +65,7 @@ def checkpoint_layers(base: Any, count: int) -> None:
     """
     if not count:
         return
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     layers = decoder_layers(base)
     for layer in [] if layers is None else layers[count:]:
         layer.gradient_checkpointing = False

@@ -54,7 +54,7 @@ def test_gradient_checkpointing_of_the_last_layer() -> None:
     model = adapted(tiny_model())
     forward = PackedForward(model)
     loss, plain = gradients(forward)
-    forward.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    forward.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     again, recomputed = gradients(forward)
     assert again == loss

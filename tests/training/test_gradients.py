@@ -65,7 +65,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     model, rows = adapted(tiny_model()), random_rows(6)
     plain = lmtune_step(model, rows, 10**6)
     before = {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
-    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     again = lmtune_step(model, rows, 10**6)
     assert again.loss == plain.loss
