@@ -162,7 +162,7 @@ def test_the_run_can_be_planned(done: Path) -> None:
     text = said(done)
     assert "optimizer steps" in text
     assert "4,096 parameters" not in text
-    assert "8,192 parameters" in text  # as the summary says
+    assert "8,192 trained" in text  # as the summary says
     assert json.loads((done / "runs/trial/summary.json").read_text())["trainable_parameters"] == 8192
 
 
@@ -199,7 +199,7 @@ def test_a_failure_is_told_in_the_summary(tmp_path: Path) -> None:
 WRONG = {
     "model.name=./none": "model.name: ./none is no folder",
     "adapter.target_modules=[qq]": "adapter.target_modules: nothing in this model is named qq",
-    "data.max_length=8": "no row is left to learn; raise data.max_length (8)",
+    "data.max_length=8": "data.train: no row is left; raise data.max_length (8)",
     "data.template=thinking": "data.template",
     "run.name=../x": "run.name: got '../x'",
 }
