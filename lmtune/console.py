@@ -6,6 +6,7 @@ Rich picks the width and drops colours when the output is no terminal, so piping
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -247,6 +248,11 @@ class _Forgiving:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout, as `--json` gives it; nothing else is printed there then."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def warn(message: str) -> None:

@@ -13,18 +13,20 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from lmtune.config import DataConfig, build_config
+from lmtune.config import DataConfig, FinetuneConfig, build_config, load_config
 from lmtune.console import progress, warn
 from lmtune.data.examples import Message
 from lmtune.data.packing import fill, pack_sequences
 from lmtune.data.replies import split_reply
-from lmtune.data.tokenized import tokenize
+from lmtune.data.tokenized import load_data, tokenize
 from lmtune.decoding import base_of, max_positions
 from lmtune.errors import ConfigError, LmtuneError, listed
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.inference import LoadedModel
+from lmtune.runs import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Scores:
         perplexity: e to the loss.
         token_accuracy, sequence_accuracy, exact_match: shares from 0 to 1; exact_match is None if not measured.
         rows: how many rows were scored, `exact_match_rows` of them by generation.
+        loss_standard_error, token_accuracy_standard_error: how far other rows of the same kind may move the score;
+            None if that is not known, as for one row.
     """
 
     loss: float
@@ -45,10 +49,17 @@ class Scores:
     exact_match: float | None
     rows: int
     exact_match_rows: int
+    loss_standard_error: float | None = None
+    token_accuracy_standard_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For `summary.json`."""
-        return asdict(self)
+        """For `summary.json`; the standard errors stand beside the scores there."""
+        return {key: value for key, value in asdict(self).items() if not key.endswith("_standard_error")}
+
+    @property
+    def standard_errors(self) -> dict[str, float | None]:
+        """Of loss and token accuracy, by their names."""
+        return {"loss": self.loss_standard_error, "token_accuracy": self.token_accuracy_standard_error}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scores:
@@ -80,12 +91,14 @@ class Evaluation:
         base: of the same model without its adapter; None for a model that has none.
         answers: the model's generated answers beside the reference, in the order of the rows.
         fates: what became of every row read.
+        trained_rows: how many of the scored rows the model was trained on; None if that is not known.
     """
 
     tuned: Scores
     base: Scores | None
     answers: list[Answer]
     fates: dict[str, Any]
+    trained_rows: int | None = None
 
 
 def evaluate_loaded(
@@ -114,7 +127,20 @@ def evaluate_loaded(
     if loaded.has_adapter:
         with loaded.use_base():
             base = evaluate(*arguments, who="the base")[0]
-    return Evaluation(tuned, base, given, rows.fates)
+    known = None if loaded.run is None else _trained_rows(loaded.run, loaded)
+    trained = None if known is None else int(np.isin(rows.content, known).sum())
+    return Evaluation(tuned, base, given, rows.fates, trained)
+
+
+def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint64] | None:
+    """The hashes of the rows that `run` trained on; None if its data is not here any more, or is not the same."""
+    try:
+        config = load_config(FinetuneConfig, run.config)
+        data = load_data(config.data, loaded.renderer, config.train.seed)
+        same = data.key == run.read_json(run.environment).get("data_sha256")
+    except (LmtuneError, OSError):
+        return None
+    return data.train.content if same else None
 
 
 def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True) -> None:
@@ -176,8 +202,8 @@ def teacher_forced(
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     sequences = data.sequences
     mine = np.arange(rank, len(sequences.num_tokens), world)
-    sums = [0.0, 0.0, 0.0]  # loss, tokens, right tokens: on the host, since not every device has 64 bit
-    wrong, not_finite = set[int](), set[int]()  # rows with such a token
+    # loss, tokens and right tokens of each row: on the host, since not every device has 64 bit
+    sums = np.zeros((3, len(data)))
     device = next(forward.base.parameters()).device
     training = forward.model.training
     forward.model.eval()
@@ -188,26 +214,38 @@ def teacher_forced(
             documents = [read[row][place] for row, place in zip(rows, places, strict=True)]
             batch = pack_sequences(documents, rows, len(data), forward.shares_prefixes).to(device)
             scores = forward(batch)
-            losses, correct, row_of = scores.losses.cpu(), scores.correct.cpu(), batch.examples.cpu()
-            wrong.update(row_of[~correct].tolist())
-            not_finite.update(row_of[~losses.isfinite()].tolist())
-            of_batch = (float(losses.double().sum()), len(losses), int(correct.sum()))
-            sums = [one + other for one, other in zip(sums, of_batch, strict=True)]
+            row_of = batch.examples.cpu().numpy()
+            losses, correct = scores.losses.cpu().double().numpy(), scores.correct.cpu().double().numpy()
+            for total, values in zip(sums, (losses, np.ones_like(losses), correct), strict=True):
+                np.add.at(total, row_of, values)
             shown.advance(len(group))
     forward.model.train(training)
     if world > 1:
-        parts = accelerator.gather_object([(sums, wrong, not_finite)])
-        sums = [sum(column) for column in zip(*(part[0] for part in parts), strict=True)]
-        wrong, not_finite = (set[int]().union(*(part[place] for part in parts)) for place in (1, 2))
+        sums = np.sum(accelerator.gather_object([sums]), axis=0)
+    not_finite = np.flatnonzero(~np.isfinite(sums[0])).tolist()
     if not_finite:
         raise LmtuneError(
-            f"the loss of these rows is not finite:\n{listed([str(data[row].where) for row in sorted(not_finite)])}\n"
+            f"the loss of these rows is not finite:\n{listed([str(data[row].where) for row in not_finite])}\n"
             "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
         )
-    loss_sum, tokens, right_tokens = sums
-    loss = loss_sum / tokens
-    right_rows = (len(data) - len(wrong)) / len(data)
-    return Scores(loss, math.exp(min(loss, 700.0)), right_tokens / tokens, right_rows, None, len(data), 0)
+    losses, tokens, right = sums  # [rows] each
+    loss, accuracy = float(losses.sum() / tokens.sum()), float(right.sum() / tokens.sum())
+    return Scores(
+        loss, math.exp(min(loss, 700.0)), accuracy, float((right == tokens).mean()), None, len(data), 0,
+        standard_error(losses, tokens), standard_error(right, tokens),
+    )  # fmt: skip
+
+
+def standard_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> float | None:
+    """Of the ratio `sum(values[N]) / sum(counts[N])`, whose rows are independent and whose tokens are not.
+
+    None for fewer than two rows. Cochran, Sampling Techniques, 2.11.
+    """
+    num_rows = len(values)
+    if num_rows < 2:
+        return None
+    apart = values - values.sum() / counts.sum() * counts
+    return float(np.sqrt(num_rows / (num_rows - 1) * np.square(apart).sum()) / counts.sum())
 
 
 def answers(

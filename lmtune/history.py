@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -118,6 +119,32 @@ def describe_rows(run: RunDirectory) -> str:
         raise CheckpointError(f"{run.data}: damaged: no counts of rows; delete it or restore it") from None
 
 
+def run_tree(run: RunDirectory) -> dict[str, Any]:
+    """One run as `lmtune runs show --json` gives it: name, status, changed, summary, settings, data.
+
+    Raises:
+        LmtuneError: a file of the run is damaged.
+    """
+    item = overview(run)
+    return {
+        **overview_tree(item), "summary": run.read_summary(), "settings": read_yaml(run.config),
+        "data": run.read_json(run.data),
+    }  # fmt: skip
+
+
+def overview_tree(item: Overview) -> dict[str, Any]:
+    """One run of `lmtune runs list --json`: the attributes of `Overview`, the time in ISO 8601."""
+    return {**asdict(item), "changed": item.changed.astimezone().isoformat(timespec="seconds")}
+
+
+def results_tree(run: RunDirectory) -> list[dict[str, Any]]:
+    """`results.csv` as a list of rows: numbers, and null where a row has none."""
+    import csv
+
+    with run.results.open(encoding="utf-8", newline="") as file:
+        return [{key: _number(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
 def last_step(run: RunDirectory) -> dict[str, Any]:
     """The last whole line of `metrics.jsonl`, or `{}`; reads the file's end only."""
     return next(iter(last_steps(run, 1)), {})
@@ -203,6 +230,14 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     whole = isinstance(step, dict) and all(is_finite_number(step.get(key)) for key in _TOLD)
     return step if whole else None
+
+
+def _number(text: str | None) -> int | float | str | None:
+    for kind in (int, float):
+        with contextlib.suppress(TypeError, ValueError):
+            number: int | float = kind(text)  # type: ignore[arg-type]
+            return number if math.isfinite(number) else None
+    return text or None
 
 
 def _score(summary: Mapping[str, Any], which: str, name: str = "exact_match") -> float | None:

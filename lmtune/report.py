@@ -30,6 +30,8 @@ SCORES = {
     "sequence_accuracy": ("Sequence accuracy", "accuracy"),
     "exact_match": ("Exact match", "exact_match"),
 }
+FEW_ROWS = 30  # of fewer held-out rows scores say little
+_95 = 1.959964  # standard errors on each side of a 95 % interval
 NOT_MEASURED = "not measured"
 _QUANTIZATIONS = {
     "none": "not quantised",
@@ -67,6 +69,74 @@ def scores_table(base: Mapping[str, Any] | None, tuned: Mapping[str, Any]) -> Ta
     return table
 
 
+def describe_scores(
+    base: Mapping[str, Any] | None, tuned: Mapping[str, Any], errors: Mapping[str, Any] | None = None
+) -> list[str]:
+    """On how many rows scores were measured, and between which values they lie: 95 % intervals, base and tuned.
+
+    `errors` are the standard errors of `base` and `tuned`, by the names of the scores, as a summary holds them.
+
+    Shares of rows have Wilson's interval; loss and token accuracy are taken over rows, since the tokens of a row are
+    not independent.
+    """
+    num_rows = tuned.get("rows")
+    if not isinstance(num_rows, int) or num_rows < 1:
+        return []
+    rows = f"{num_rows:,} row{'' if num_rows == 1 else 's'}"
+    lines = [f"over {rows}; 95 % intervals{', base and tuned' if base else ''}:"]
+    for key, (name, _) in SCORES.items():
+        both = [("base", base), ("tuned", tuned)] if base else [("tuned", tuned)]
+        found = [interval(key, scores, section(errors or {}, part)) for part, scores in both]
+        if all(found):
+            shown = [f"{format_score(key, low)} to {format_score(key, high)}" for low, high in filter(None, found)]
+            lines.append(f"  {name.lower()}: {', '.join(shown)}")
+    if num_rows < FEW_ROWS:
+        lines.append(f"  {num_rows} are few: a difference may be chance; hold out {FEW_ROWS} or more (data.validation)")
+    return lines
+
+
+def interval(key: str, scores: Mapping[str, Any], errors: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of one of the `SCORES`, of which some need their standard error; None if it is not known."""
+    value, num_rows = scores.get(key), scores.get("exact_match_rows" if key == "exact_match" else "rows")
+    if not isinstance(value, (int, float)) or not isinstance(num_rows, int) or num_rows < 1:
+        return None
+    if key in ("exact_match", "sequence_accuracy"):
+        return wilson(float(value), num_rows)
+    error = errors.get("loss" if key == "perplexity" else key)
+    if not isinstance(error, (int, float)):
+        return None
+    if key == "token_accuracy":  # as of so many independent tokens as would have this standard error
+        counted = value * (1 - value) / error**2 if error else num_rows
+        return wilson(float(value), counted)
+    loss = scores.get("loss")
+    if not isinstance(loss, (int, float)):
+        return None
+    low, high = max(0.0, loss - _95 * error), loss + _95 * error
+    return (low, high) if key == "loss" else (math.exp(min(low, 700.0)), math.exp(min(high, 700.0)))
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that was found in `count` independent trials."""
+    square = _95**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = _95 * math.sqrt(share * (1 - share) / count + square / count / 4) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def answers_shown(rows: Sequence[Mapping[str, Any]], count: int) -> list[str]:
+    """Some held-out questions, evenly spread, with reference, base's and tuned model's answer; lines with markup."""
+    lines = list[str]()
+    for row in rows[:: max(1, len(rows) // count)][:count] if count else ():
+        lines.append(f"\n[bold]{escape(str(row.get('question', '')).strip())}[/]")
+        for name, key in (("reference", "wanted"), ("base", "base"), ("tuned", "tuned")):
+            if key in row:
+                said = escape(str(row[key]).strip() or "(nothing)")
+                right = key == "wanted" or str(row[key]).strip() == str(row.get("wanted", "")).strip()
+                mark = "  [green]✓[/]" if right and key != "wanted" else ""
+                lines.append(f"  {name + ':':<10} {said if key != 'base' else f'[dim]{said}[/]'}{mark}")
+    return lines
+
+
 def runs_table(runs: Sequence[Overview], width: int) -> Table:
     """A line for each run; the training loss is the mean of the last 20 steps, for one step's rows may be odd.
 
@@ -76,7 +146,7 @@ def runs_table(runs: Sequence[Overview], width: int) -> Table:
     """
     wide, widest = width >= 90, width >= 120
     table = Table(box=None, pad_edge=False)
-    for title in ("run", "status", *(("model", "bits") if wide else ())):
+    for title in ("run", "status", *(("model", "quantization") if wide else ())):
         table.add_column(title, overflow="fold")
     for title in (
         "steps",

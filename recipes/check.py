@@ -12,8 +12,8 @@ import typer
 from lmtune.cli import run
 from lmtune.config import command_config, data_paths
 from lmtune.config_files import split_data
-from lmtune.console import command, escape, out
-from lmtune.data.checking import describe_check, inspect_data
+from lmtune.console import command, escape, out, print_json
+from lmtune.data.checking import check_tree, describe_check, inspect_data
 from lmtune.data.survey import counted
 from lmtune.errors import ConfigError, DataError
 
@@ -31,8 +31,11 @@ def main(
         bool,
         typer.Option("--skip-faulty", help="Leave faulty rows out, as data.faulty_rows: skip does, and count them."),
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Check data files (or those of --config) line by line; exit code 2 if a line is wrong.
+
+    --json gives faults, num_faults, train and validation (num_rows, formats, duplicates, warnings, …), also_in_train.
 
     Example: lmtune check train.jsonl
     """
@@ -45,10 +48,13 @@ def main(
     validation = data_paths(settings.validation) if settings and settings.validation else ()
     check = inspect_data(paths, validation)
     skips = skip_faulty or (settings is not None and settings.faulty_rows == "skip")
-    for fault in check.report.faults:
-        out.print(escape(fault))
-    if described := describe_check(check, skips):
-        out.print(escape(described))
+    if as_json:
+        print_json(check_tree(check))
+    else:
+        for fault in check.report.faults:
+            out.print(escape(fault))
+        if described := describe_check(check, skips):
+            out.print(escape(described))
     num_faults = check.report.num_faults
     if skips:
         check.raise_for_faults("skip")
@@ -56,6 +62,8 @@ def main(
         what = "fix the lines named above" if num_faults > 1 else "fix the line named above"
         rest = "" if check.report.lasting else "; what is left without faulty rows: lmtune check --skip-faulty"
         raise DataError(f"{counted(num_faults, 'fault')} in the data; {what}{rest}")
+    if as_json:
+        return
     shown = command("preview", *paths, *(("--config", config) if config else ("--model", "tiny")))
     other = "" if config else " (or another model's name)"
     left = "no fault" if not num_faults else f"{counted(check.train.num_rows)} left"

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import err, escape, out, progress
+from lmtune.console import err, escape, out, print_json, progress
 from lmtune.data.survey import counted
 from lmtune.doctor import examine
 
@@ -18,6 +18,9 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 def main(
     runs_dir: Annotated[Path, typer.Option("--dir", help="Where runs would be kept.")] = Path("runs"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document: works, findings (name, level, text, fix).")
+    ] = False,
 ) -> None:
     """Look at versions, devices, quantization, attention, processes, disk and Hub; each is tried, not only looked up.
 
@@ -26,16 +29,22 @@ def main(
     Example: lmtune doctor
     """
     count = {"ok": 0, "warn": 0, "fail": 0}
-    findings = examine(runs_dir)
+    findings, found = examine(runs_dir), list[dict[str, str | None]]()
     while True:
         with progress("trying what works on this machine"):
             finding = next(findings, None)
         if finding is None:
             break
         count[finding.level] += 1
+        if as_json:
+            shown = {"name": finding.name, "level": finding.level, "text": finding.text, "fix": finding.mend or None}
+            found.append(shown)
+            continue
         out.print(f"[{COLOURS[finding.level]}]{finding.level:<4}[/]  {finding.name:<15} {escape(finding.text)}")
         if finding.mend:
             out.print(f"      → {escape(finding.mend)}")
+    if as_json:
+        print_json({"works": not count["fail"], "findings": found})
     if count["fail"]:
         err.print(f"{count['fail']} of {sum(count.values())} fail; fix these first")
         raise typer.Exit(1)

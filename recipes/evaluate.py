@@ -3,14 +3,13 @@
 lmtune evaluate runs/support heldout.jsonl
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lmtune.cli import run
-from lmtune.console import escape, out, progress
+from lmtune.console import escape, out, print_json, progress, warn
 from lmtune.data.checking import check_data
 
 
@@ -20,11 +19,16 @@ def main(
     exact_match_rows: Annotated[int, typer.Option(min=0, help="Rows to generate answers for.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer that does not stop is cut.")] = 128,
     max_length: Annotated[int, typer.Option(min=8, help="Longer rows are left out, and counted.")] = 2048,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON document: base, tuned, standard_errors, trained_rows, data."),
+    ] = False,
 ) -> None:
     """Loss, perplexity, token and sequence accuracy, and exact match of generated answers.
 
-    Example: lmtune evaluate runs/quickstart examples/support_heldout.jsonl
+    With a run, rows that it was trained on are counted and warned about.
+
+    Example: lmtune evaluate runs/support heldout.jsonl
     """
     paths = tuple(str(path) for path in data)
     check_data(paths)
@@ -33,15 +37,22 @@ def main(
         from lmtune.data.fates import describe_fates
         from lmtune.evaluation import evaluate_loaded
         from lmtune.models.inference import load_for_inference
-        from lmtune.report import scores_table
+        from lmtune.report import describe_scores, scores_table
 
     scored = evaluate_loaded(load_for_inference(target), paths, exact_match_rows, max_new_tokens, max_length)
+    errors = {"base": scored.base and scored.base.standard_errors, "tuned": scored.tuned.standard_errors}
     base, tuned = scored.base.as_dict() if scored.base else None, scored.tuned.as_dict()
+    if scored.trained_rows:
+        warn(f"{scored.trained_rows} of {tuned['rows']} rows were trained on; their scores say nothing of new ones")
     if as_json:
-        typer.echo(json.dumps({"base": base, "tuned": tuned}, indent=2))
+        known = {"standard_errors": errors, "trained_rows": scored.trained_rows, "data": scored.fates}
+        answers = [{"question": a.question, "reference": a.wanted, "answer": a.given} for a in scored.answers]
+        print_json({"base": base, "tuned": tuned, **known, "answers": answers})
         return
     out.print(escape(describe_fates(scored.fates)))
     out.print(scores_table(base, tuned))
+    for line in describe_scores(base, tuned, errors):
+        out.print(escape(line))
 
 
 if __name__ == "__main__":

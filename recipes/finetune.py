@@ -49,10 +49,11 @@ def main(
     finetune(config, run_directory)
 
 
-def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, Any]:
-    """Train and show the scores; returns the run's summary. Everything heavy is imported here, after the checks."""
+def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers: int = 3) -> dict[str, Any]:
+    """Train, show scores and some answers; returns the summary. What is heavy is imported here, after the checks."""
     with progress("loading PyTorch and the libraries"):
-        from lmtune.report import scores_table
+        from lmtune.report import answers_shown, describe_scores, scores_table
+        from lmtune.training.records import read_answers
         from lmtune.training.run import run_finetune
 
     result = run_finetune(config, run_directory)
@@ -61,8 +62,11 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory) -> dict[str, A
         if result.was_complete:
             err.print(f"{shown} is complete already; give run.name=… for a new run, or run.resume=never")
         else:
-            if result.summary["tuned"] is not None:
-                out.print(scores_table(result.summary["base"], result.summary["tuned"]))
+            base, tuned = result.summary["base"], result.summary["tuned"]
+            if tuned is not None:
+                out.print(scores_table(base, tuned))
+                lines = [escape(line) for line in describe_scores(base, tuned, result.summary.get("standard_errors"))]
+                out.print("\n".join([*lines, *answers_shown(read_answers(run_directory), shown_answers)]))
             talk = escape(command("chat", run_directory.path))
             err.print(f"the adapter is in {escape(str(run_directory.adapter))}; talk to it: {talk}")
     return result.summary

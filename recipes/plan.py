@@ -4,6 +4,7 @@ lmtune plan support
 lmtune plan --model Qwen/Qwen3-0.6B --data my.jsonl
 """
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from lmtune.cli import run
 from lmtune.config import command_config
-from lmtune.console import out, progress
+from lmtune.console import out, print_json, progress
 from lmtune.data.checking import check_config
 
 
@@ -26,6 +27,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="The base model; short for model.name=…")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Rows to learn; short for data.train=…")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to plan for.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Estimate memory by part, steps, tokens and time of a run, without loading the model's weights.
 
@@ -52,6 +54,9 @@ def main(
     with progress("reading the model's shape"):
         plan = forecast(config, rows.train.sequences, default_device(), processes, held_out)
 
+    if as_json:
+        print_json(asdict(plan))
+        return
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in plan.lines():
         table.add_row(name, value)

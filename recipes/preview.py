@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.config import command_config, data_paths
+from lmtune.config import FinetuneConfig, command_config, data_paths
 from lmtune.config_files import split_data
-from lmtune.console import err, escape, out, progress
+from lmtune.console import err, escape, out, print_json, progress
 from lmtune.errors import ConfigError
 
 
@@ -29,47 +29,65 @@ def main(
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help="The same as DATA.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document: model, template, rows.")] = False,
 ) -> None:
     """Show the tokens of the first rows, the learned ones coloured, or in brackets where there is no colour.
 
     Example: lmtune preview train.jsonl --config qwen3_0.6b
     """
-    positional, overrides = split_data(words or [], "preview")
-    given = [*positional, *(data or [])]
-    if config is None and not (given and model) and not overrides:
-        raise ConfigError("say what to show: lmtune preview DATA --config CONFIG, or DATA --model NAME")
-    settings = command_config(config, overrides, model, given, "preview")
+    settings = chosen(words or [], config, model, data or [])
     model_config, data_config, paths = settings.model, settings.data, data_paths(settings.data.train)
 
     with progress("loading PyTorch and the libraries"):
         from lmtune.data.control_text import ControlText
         from lmtune.data.fates import WHY_DROPPED
         from lmtune.data.files import find_files, unread_entries
-        from lmtune.data.preview import show_tokens
+        from lmtune.data.preview import document_tree, show_tokens
         from lmtune.data.reading import ReadReport, read_examples
         from lmtune.data.tokenized import fit
         from lmtune.models.inference import build_renderer
         from lmtune.models.loading import load_tokenizer
 
     files = find_files(paths)
-    notes = {"template": data_config.template, "system": data_config.system}
-    renderer = build_renderer(load_tokenizer(model_config, alone=True), model_config, notes)
+    tokenizer = load_tokenizer(model_config, alone=True)
+    renderer = build_renderer(tokenizer, model_config, {"template": data_config.template, "system": data_config.system})
     err.print(f"{escape(model_config.name)}: {escape(renderer.description)}")
-    colour = out.is_terminal and not out.no_color
-    report, control_text = ReadReport(), ControlText(renderer.tokenizer)
+    shown: list[dict[str, object]] = []
+    report, control_text = ReadReport(), ControlText(tokenizer)
     for example in islice(read_examples(files, report), rows):
         control_text.add(example)
         documents, dropped = fit(example, whole := renderer.render(example), data_config)
+        if as_json:
+            found = [document_tree(tokenizer, document) for document in documents or whole]
+            shown.append({"where": example.where, "dropped": dropped and WHY_DROPPED[dropped], "documents": found})
+            continue
         for number, document in enumerate(documents or whole, start=1):
             part = f" (document {number})" if len(whole) > 1 else ""
             counts = f"{len(document.input_ids):,} tokens, {sum(document.trained):,} learned"
             out.print(f"\n[bold]{escape(example.where)}[/]{part}: {counts}")
-            out.print(show_tokens(renderer.tokenizer, document.input_ids, document.trained, colour))
+            out.print(
+                show_tokens(tokenizer, document.input_ids, document.trained, out.is_terminal and not out.no_color)
+            )
         if dropped:
             out.print(f"[yellow]this row will be dropped: {WHY_DROPPED[dropped]} ({data_config.max_length})[/]")
     for warning in (*report.warnings, *control_text.warnings(), *unread_entries(paths)):
         err.print(f"[yellow]warning:[/] {escape(warning)}")
+    if as_json:
+        print_json({"model": model_config.name, "template": renderer.description, "rows": shown})
     report.raise_for_faults(data_config.faulty_rows, rows)
+
+
+def chosen(words: list[str], config: str | None, model: str | None, data: list[str]) -> FinetuneConfig:
+    """The settings that the command line means.
+
+    Raises:
+        ConfigError: it does not say which model and which data, or something in it is wrong.
+    """
+    positional, overrides = split_data(words, "preview")
+    given = [*positional, *data]
+    if config is None and not (given and model) and not overrides:
+        raise ConfigError("say what to show: lmtune preview DATA --config CONFIG, or DATA --model NAME")
+    return command_config(config, overrides, model, given, "preview")
 
 
 if __name__ == "__main__":

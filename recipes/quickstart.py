@@ -37,7 +37,8 @@ def main(
     Example: lmtune quickstart --chat
     """
     began = time.monotonic()
-    paths = [f"data.train={support_data()}", f"data.validation={support_heldout()}", f"run.dir={runs_dir}"]
+    train, heldout = str(support_data()), str(support_heldout())
+    paths = {"data.train": train, "data.validation": heldout, "run.dir": str(runs_dir)}
     config = load_config(FinetuneConfig, shipped_configs()["quickstart"], paths)
     run_directory = RunDirectory.of(config.run)
     checked = check_config(config.data)
@@ -49,11 +50,10 @@ def main(
     from lmtune.recipes.finetune import finetune
     from lmtune.recipes.merge import merge_run
 
-    summary = finetune(config, run_directory)
+    summary = finetune(config, run_directory, SHOWN_ANSWERS)
     if summary["status"] != "complete":
         raise LmtuneError(f"{run_directory.path}: not complete; the same command goes on with it")
     merge_run(run_directory, run_directory.merged, "trained")
-    show_answers(run_directory)
     out.print(f"\nAll done in {time.monotonic() - began:.0f} s. Next:")
     say_next_steps(run_directory)
     if chat:
@@ -79,19 +79,6 @@ def say_next_steps(run_directory: RunDirectory) -> None:
     activate = os.path.relpath(Path(sys.executable).with_name("activate"))
     if program() != "lmtune" and os.path.isfile(activate):
         out.print(f"  [dim]For plain `lmtune` in this shell: . {escape(shlex.quote(activate))}[/]")
-
-
-def show_answers(run_directory: RunDirectory) -> None:
-    """A few held-out questions with the base's and the tuned model's answer."""
-    rows = [json.loads(line) for line in run_directory.answers.read_text(encoding="utf-8").splitlines()]
-    step = max(1, len(rows) // SHOWN_ANSWERS)
-    for row in rows[::step][:SHOWN_ANSWERS]:
-        right = row["tuned"].strip() == row["wanted"].strip()
-        out.print(f"\n[bold]{escape(row['question'])}[/]")
-        out.print(f"  before: [dim]{escape(row['base'].strip() or '(nothing)')}[/]")
-        out.print(
-            f"  after:  {escape(row['tuned'].strip())}" + ("" if right else f"  (wanted: {escape(row['wanted'])})")
-        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ from torch.overrides import TorchFunctionMode
 
 from lmtune.data.rendering import Renderer
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.evaluation import Answer, answers, check_lengths, evaluate, split_prompt, teacher_forced, with_exact_match
+from lmtune.evaluation import (
+    Answer,
+    answers,
+    check_lengths,
+    evaluate,
+    split_prompt,
+    standard_error,
+    teacher_forced,
+    with_exact_match,
+)
 from lmtune.kernels.packed_forward import PackedForward
 from tests.tiny import SAVED_VOCABULARY, Row, Rows, adapted, random_rows, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer
@@ -287,3 +296,15 @@ class TestLengths:
         scores, given = evaluate(PackedForward(model), renderer, rows, 12, 2, 4096)
         assert [answer.row for answer in given] == roomy
         assert 0 < scores.exact_match_rows == len(roomy) < 12
+
+
+def test_the_standard_error_takes_a_row_as_one_observation() -> None:
+    """Against the spread of the score over many drawn sets of rows; a row's tokens are alike."""
+    generator = np.random.default_rng(0)
+    level = generator.normal(2.0, 0.5, (2000, 60))
+    counts = generator.integers(1, 30, (2000, 60)).astype(float)
+    drawn = (level * counts).sum(1) / counts.sum(1)
+    estimated = [standard_error(one * count, count) for one, count in zip(level[:200], counts[:200], strict=True)]
+    assert np.mean(estimated) == pytest.approx(drawn.std(), rel=0.05)
+    assert standard_error(np.array([1.0]), np.array([2.0])) is None
+    assert standard_error(np.array([2.0, 4.0]), np.array([1.0, 2.0])) == 0.0

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.config import FinetuneConfig, load_config
 from lmtune.errors import ConfigError
+from lmtune.evaluation import evaluate_loaded
 from lmtune.models.inference import load_for_inference
 from lmtune.recipes.merge import merge_run
 from lmtune.runs import RunDirectory
@@ -21,6 +22,8 @@ from tests.processes import at_call, lmtune, said, send
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import (
+    HELDOUT,
+    QUESTIONS,
     SETTINGS,
     config_of,
     environment,
@@ -101,7 +104,11 @@ def test_the_summary_has_the_scores_before_and_after(done: Path) -> None:
 
 def test_what_the_user_saw(done: Path) -> None:
     """Results on stdout, progress and what comes next on stderr."""
-    assert "Exact match" in (done / "stdout").read_text()
+    printed = (done / "stdout").read_text()
+    assert "Exact match" in printed
+    assert "over 6 rows; 95 % intervals, base and tuned:" in printed
+    assert "6 are few" in printed
+    assert printed.count("reference:") == 3
     text = (done / "stderr").read_text()
     assert "runs/trial begins: base in nf4, 8 steps" in text
     assert "24 rows, 24 kept" in text
@@ -155,6 +162,19 @@ def test_the_run_can_be_evaluated_and_gives_the_same_scores(done: Path) -> None:
     for part in ("base", "tuned"):
         assert scores[part]["loss"] == pytest.approx(summary[part]["loss"], abs=1e-5)
         assert scores[part]["token_accuracy"] == pytest.approx(summary[part]["token_accuracy"])
+
+
+def test_rows_that_a_run_was_trained_on_are_counted(done: Path) -> None:
+    """By their content, wherever they stand; the run's own held-out rows are none of them."""
+    write_rows(done / "mixed.jsonl", [QUESTIONS[3], HELDOUT[0], {"prompt": "a new one", "completion": "It is 1."}])
+    with inside(done):
+        loaded = load_for_inference("trial")
+        for data, trained in (("mixed.jsonl", 1), ("train.jsonl", 24), ("validation.jsonl", 0)):
+            assert evaluate_loaded(loaded, [data], 0, 8, 128).trained_rows == trained
+        write_rows(done / "train.jsonl", QUESTIONS[:4])  # no longer what was trained on, so nothing is known
+        assert evaluate_loaded(loaded, ["mixed.jsonl"], 0, 8, 128).trained_rows is None
+        write_rows(done / "train.jsonl", QUESTIONS)
+        assert evaluate_loaded(load_for_inference("base"), ["mixed.jsonl"], 0, 8, 128).trained_rows is None
 
 
 def test_the_run_can_be_planned(done: Path) -> None:

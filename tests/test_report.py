@@ -14,7 +14,18 @@ from rich.console import Console
 
 from lmtune.config import FinetuneConfig, build_config, to_tree
 from lmtune.history import list_runs
-from lmtune.report import adapter_card, format_score, is_hub_id, merged_card, runs_table, scores_table
+from lmtune.report import (
+    adapter_card,
+    answers_shown,
+    describe_scores,
+    format_score,
+    interval,
+    is_hub_id,
+    merged_card,
+    runs_table,
+    scores_table,
+    wilson,
+)
 from tests.sample_run import DATA, SUMMARY, write_records
 
 MERGE = {
@@ -175,3 +186,51 @@ def test_runs_table_fits(tmp_path: Path, width: int) -> None:
     assert "complete" in line
     assert re.search(r"120 +0\.0272 ( +0\.0200 )? 2\.5 → 92\.5 %", line)
     assert ("Qwen/Qwen3-0.6B" in line) == (width == 120)
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"),
+    [(0.0, 10, 0.0, 0.2775), (1.0, 3, 0.4385, 1.0), (0.5, 100, 0.4038, 0.5962), (0.81, 263, 0.7583, 0.8529)],
+)
+def test_wilsons_interval(share: float, count: int, low: float, high: float) -> None:
+    """Values of Wilson's formula as tables of statistics give them."""
+    assert wilson(share, count) == pytest.approx((low, high), abs=5e-4)
+
+
+def test_intervals_of_scores_that_were_not_measured_are_none() -> None:
+    scores = {"loss": 1.0, "perplexity": 2.7, "token_accuracy": 0.9, "sequence_accuracy": 0.5, "exact_match": None,
+              "rows": 40, "exact_match_rows": 0}  # fmt: skip
+    assert interval("exact_match", scores, {}) is None
+    assert interval("loss", scores, {}) is None
+    assert interval("loss", scores, {"loss": 0.1}) == pytest.approx((0.804, 1.196), abs=1e-3)
+    low, high = interval("perplexity", scores, {"loss": 0.1}) or (0, 0)
+    assert low < 2.7 < high
+    low, high = interval("token_accuracy", scores, {"token_accuracy": 0.02}) or (0, 0)
+    assert 0.85 < low < 0.9 < high < 0.94
+    low, high = interval("token_accuracy", {**scores, "token_accuracy": 1.0}, {"token_accuracy": 0.0}) or (0, 0)
+    assert low < 0.95  # of 40 rows without an error not everything is known
+    assert high == 1.0
+
+
+def test_few_rows_are_said_to_be_few() -> None:
+    few = {**SUMMARY["tuned"], "rows": 3, "exact_match_rows": 3}
+    text = "\n".join(describe_scores({**SUMMARY["base"], "rows": 3, "exact_match_rows": 3}, few))
+    assert text.startswith("over 3 rows; 95 % intervals, base and tuned:")
+    assert "exact match: " in text
+    assert "3 are few" in text
+    many = describe_scores(None, SUMMARY["tuned"])
+    assert many[0] == "over 40 rows; 95 % intervals:"
+    assert not any("few" in line for line in many)
+    assert describe_scores(None, {}) == []
+
+
+def test_some_answers_are_shown_with_their_reference() -> None:
+    rows = [{"question": f"Q{n} [x]", "wanted": "W", "base": "", "tuned": "W" if n else "T"} for n in range(10)]
+    lines = answers_shown(rows, 3)
+    assert len(lines) == 12
+    assert lines[0] == "\n[bold]Q0 \\[x][/]"
+    assert lines[1].split() == ["reference:", "W"]
+    assert "(nothing)" in lines[2]
+    assert lines[3].split() == ["tuned:", "T"]
+    assert lines[7].endswith("W  [green]✓[/]")
+    assert answers_shown(rows, 0) == answers_shown([], 3) == []

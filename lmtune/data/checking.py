@@ -110,6 +110,12 @@ def inspect_data(paths: Sequence[str | Path], validation: Sequence[str | Path] =
     return _with_unread(check, paths, validation)
 
 
+def check_tree(check: DataCheck) -> dict[str, Any]:
+    """The outcome as `lmtune check --json` gives it: num_faults, faults, train, validation, also_in_train."""
+    tree = {name: value for name, value in asdict(check).items() if name in ("train", "validation", "also_in_train")}
+    return {"num_faults": check.report.num_faults, "faults": list(check.report.faults), **tree}
+
+
 def describe_check(check: DataCheck, skips: bool = False) -> str:
     """Rows, formats, lengths and oddities, in a few lines; faults are in `check.report.faults`.
 

@@ -32,6 +32,15 @@ def show_tokens(tokenizer: Any, input_ids: Sequence[int], trained: Sequence[bool
     return shown
 
 
+def document_tree(tokenizer: Any, document: Any) -> dict[str, Any]:
+    """A document as `lmtune preview --json` gives it: text, input_ids `[T]`, tokens `[T]`, trained `[T]`."""
+    ids = [int(token) for token in document.input_ids]
+    return {
+        "text": tokenizer.decode(ids), "input_ids": ids, "tokens": [token_text(tokenizer, token) for token in ids],
+        "trained": [bool(flag) for flag in document.trained],
+    }  # fmt: skip
+
+
 def token_text(tokenizer: Any, token: int) -> str:
     """One token, with white space and what has no glyph made visible."""
     piece, text = str(tokenizer.convert_ids_to_tokens(token)), _decoded(tokenizer, [token])

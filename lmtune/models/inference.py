@@ -27,7 +27,7 @@ from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
 from lmtune.models.tokenizer_checks import unusable
 from lmtune.models.unfinished import usable_adapter
-from lmtune.runs import find_run, run_hint, similar_runs
+from lmtune.runs import RunDirectory, find_run, run_hint, similar_runs
 
 _TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
 
@@ -44,6 +44,7 @@ class LoadedModel:
         has_adapter: whether `use_base` makes a difference.
         system: the system prompt of training, used where the user gives none.
         trained_at: the time that the template wrote into the prompts of training, if it writes one.
+        run: the run that the model comes from, if that is known.
         lock: held by whoever runs the model, since switching the adapter off concerns all threads.
     """
 
@@ -54,6 +55,7 @@ class LoadedModel:
     has_adapter: bool
     system: str | None = None
     trained_at: str | None = None
+    run: RunDirectory | None = None
     lock: Any = field(default_factory=threading.RLock, repr=False)
 
     @property
@@ -93,13 +95,15 @@ def load_for_inference(target: str, quantization: Quantization | None = None) ->
         config = load_config(FinetuneConfig, run.config)
         model = config.model if quantization is None else replace(config.model, quantization=quantization)
         with usable_adapter(run) as adapter:
-            return load_with_adapter(adapter, model, f"{run.name} ({config.model.name})")
+            return replace(load_with_adapter(adapter, model, f"{run.name} ({config.model.name})"), run=run)
     folder = Path(target)
+    run = find_run(folder.resolve().parent) if folder.is_dir() else None  # its adapter or merged folder
     if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
-        return load_with_adapter(folder, adapter_base(folder, quantization), folder.resolve().name)
+        loaded = load_with_adapter(folder, adapter_base(folder, quantization), folder.resolve().name)
+        return replace(loaded, run=run)
     _check_spelling(target)
     try:
-        return _load_plain(ModelConfig(name=target, quantization=quantization or "none"))
+        return replace(_load_plain(ModelConfig(name=target, quantization=quantization or "none")), run=run)
     except ModelError as error:
         if target == "tiny" or "/" in target or folder.is_dir() or "check the spelling" not in str(error):
             raise

@@ -89,7 +89,8 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
             _say_start(run, session, checkpoint)
             if longer:
                 err.print(longer)
-            write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base})
+            errors = {} if base is None else {"standard_errors": run.read_summary().get("standard_errors")}
+            write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base, **errors})
             session.begun = True
             # before the new settings: records are judged by those that they were made with
             Records(run, enabled=True).begin(0 if checkpoint is None else checkpoint.step)
@@ -179,15 +180,16 @@ def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
     session.accelerator.place = "scoring before training"
     session.accelerator.wait_for_everyone()
     wanted = known is None and session.config.evaluation.score_base
+    errors = run.read_summary().get("standard_errors")
     with session.base_alone():
         scored = session.score("the base") if wanted else None
     if scored is not None:
-        known = scored[0].as_dict()
+        known, errors = scored[0].as_dict(), {"base": scored[0].standard_errors}
         if session.accelerator.is_main_process:
             rows = [{"question": a.question, "wanted": a.wanted, "base": a.given} for a in scored[1]]
             _write_answers(run, rows)
     if session.accelerator.is_main_process:
-        _update(run, base=known)
+        _update(run, base=known, **({"standard_errors": errors} if errors else {}))
     return known
 
 

@@ -56,6 +56,9 @@ def run_finetune(config: FinetuneConfig, run_directory: RunDirectory) -> Finetun
         accelerator.place = "scoring and saving the result"
         tuned = session.score_tuned(outcome)
         summary = summarise(session, outcome, base, tuned[0] if tuned else None)
+        if tuned:
+            known = run_directory.read_summary().get("standard_errors") or {}
+            summary["standard_errors"] = {**known, "tuned": tuned[0].standard_errors}
         if main:
             save_tuned(session, run_directory.adapter, outcome.weights)
             card = adapter_card(to_tree(session.config), summary, session.data.fates)
