@@ -15,9 +15,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from lmtune import __version__
 from lmtune.console import err, escape, keep_without_stderr, program
@@ -29,13 +30,33 @@ VERBS = (
     "pretrain", "runs", "doctor", "schema",
 )  # fmt: skip
 
+# What other tools call these verbs
+_MEANT = {
+    "train": "finetune", "tune": "finetune", "fine-tune": "finetune", "fit": "finetune", "sft": "finetune",
+    "eval": "evaluate", "score": "evaluate", "test": "evaluate", "validate": "check", "tokens": "preview",
+    "new": "init", "config": "init", "fuse": "merge", "export": "merge", "upload": "push", "download": "pull",
+    "talk": "chat", "generate": "chat", "predict": "chat", "ui": "app", "web": "app", "serve": "app", "run": "runs",
+    "list": "runs", "status": "runs", "estimate": "plan", "memory": "plan", "demo": "quickstart", "help": "--help",
+    "version": "--version",
+}  # fmt: skip
+
+
+class _Verbs(TyperGroup):
+    """The verbs; a name that other tools have for one is answered by ours."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and (meant := _MEANT.get(args[0].lower())) and args[0] not in self.commands:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
+        return super().resolve_command(ctx, args)
+
+
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def main() -> NoReturn:
     """The console script."""
     app = typer.Typer(
-        name="lmtune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+        name="lmtune", cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
         help="Fine-tune a language model on your own questions and answers. Begin with: lmtune quickstart",
         epilog="Each verb explains itself: lmtune finetune --help",
     )  # fmt: skip

@@ -176,6 +176,20 @@ def test_the_version_and_no_arguments() -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("train", "finetune"), ("eval", "evaluate"), ("finetunes", "finetune"), ("prevew", "preview"), ("serve", "app")],
+)
+def test_a_verb_of_another_tool_is_answered_by_ours(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], typed: str, meant: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lmtune", typed, "my.jsonl"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"Did you mean '{meant}'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["finetune", "none.yaml"], "none.yaml: no such config file"),
