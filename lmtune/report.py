@@ -146,7 +146,7 @@ def runs_table(runs: Sequence[Overview], width: int) -> Table:
     """
     wide, widest = width >= 90, width >= 120
     table = Table(box=None, pad_edge=False)
-    for title in ("run", "status", *(("model", "quantization") if wide else ())):
+    for title in ("run", "status", *(("model", "bits") if wide else ())):
         table.add_column(title, overflow="fold")
     for title in (
         "steps",
