@@ -141,6 +141,7 @@ class Watch:
         )  # fmt: skip
         self._activity, self._asked, self._idle = Activity(), 0.0, 0.0
         self._beats = 0
+        self._state, self._entered = "", time.monotonic()  # where this process is, and since when
         self._heard: dict[int, tuple[str, float]] = {}  # what each process posted last, and since when
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -199,9 +200,12 @@ class Watch:
 
     def _post(self, state: str) -> None:
         self._beats += 1
+        if state != self._state:
+            self._state, self._entered = state, time.monotonic()
+        in_step = time.monotonic() - max(self._entered, self._moved) if state.startswith("in step ") else 0.0
         post = {
             "beat": self._beats, "meetings": self._meetings, "state": state, "idle": self._idle,
-            "alone": self._accelerator.is_alone, "strict": state.startswith("in step "),
+            "alone": self._accelerator.is_alone, "in_step": in_step,
         }  # fmt: skip
         self._store.set(f"{_KEY}{self._accelerator.process_index}", json.dumps(post))
 
@@ -228,7 +232,7 @@ class Watch:
         now = time.monotonic()
         if self._heard.get(rank, ("", 0.0))[0] != text:
             self._heard[rank] = text, now
-        if now - self._heard[rank][1] > self._limit or post.get("strict", False):
+        if now - self._heard[rank][1] > self._limit or post.get("in_step", 0.0) > self._limit:
             return True
         return bool(post.get("idle", 0.0) > self._limit * (_ALONE if post.get("alone") else 1))
 

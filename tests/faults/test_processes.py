@@ -143,6 +143,7 @@ def test_18_a_process_that_works_longer_than_the_limit_is_waited_for(
         at_call("lmtune.training.session", "load_data", partial(time.sleep, 7)),
         at_call("lmtune.training.session", "load_model", partial(compute, 7)),
         at_call("lmtune.training.loop", "save_checkpoint", partial(compute, 7)),
+        at_step(3, partial(time.sleep, 2)),  # for which the other one has waited since that checkpoint
         at_call("lmtune.training.run", "save_tuned", partial(compute, 7)),
     )
     limit = "run.process_timeout_seconds=3"
