@@ -23,14 +23,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from lmtune.data.chat_template import ChatTemplate, TemplateFault
 from lmtune.data.examples import Example, Message
 from lmtune.data.replies import ReplyFormat, ReplyParser
 from lmtune.errors import DataError, ModelError
-from lmtune.writing import naming_in
 
 Template = Literal["auto", "chat", "plain", "thinking"]
 RENDERING_VERSION = 1  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
@@ -169,17 +167,6 @@ class Renderer:
         told = [m for m in self._with_system(example.messages) if m.learned or m.role != "assistant"]
         found = {m.role for m in told if m.role in trims and m.content != m.content.strip()}
         return [_TRIMMED[role] for role in sorted(found)]
-
-    def save_tokenizer(self, folder: Path) -> None:
-        """Save the tokenizer with the template in use, so that other programs render as training did."""
-        own = self.tokenizer.chat_template
-        try:
-            if self._chat is not None and self._chat.is_amended:
-                self.tokenizer.chat_template = self._chat.source
-            with naming_in(folder):
-                self.tokenizer.save_pretrained(folder)
-        finally:
-            self.tokenizer.chat_template = own
 
     @property
     def description(self) -> str:

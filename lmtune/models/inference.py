@@ -171,7 +171,9 @@ def build_renderer(
     template, system = notes.get("template", "auto"), notes.get("system")
     if template not in get_args(Template) or not isinstance(system, (str, NoneType)):
         raise ModelError(f"lmtune.json: template {template!r} with system {system!r} is not known to this lmtune")
-    return Renderer(tokenizer, template, system, generation_stop_tokens(model), now)
+    learned = notes.get("stop_token_ids")  # the tokenizer beside an adapter names the first of them alone
+    stops = tuple(learned) if isinstance(learned, list) and all(type(index) is int for index in learned) else ()
+    return Renderer(tokenizer, template, system, (*generation_stop_tokens(model), *stops), now)
 
 
 def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmtune.config import ModelConfig
+from lmtune.data.rendering import Renderer
+from lmtune.models.loading import stored_files
 from lmtune.writing import naming_in
 
 CONFIG, GENERATION, TOKENIZER_CONFIG, SPECIAL = (
@@ -64,6 +67,26 @@ def generation_config(base: Mapping[str, Any], stop_token_ids: Sequence[int], pa
     }
 
 
+def write_adapter_texts(model: ModelConfig, renderer: Renderer, folder: Path) -> None:
+    """Write the tokenizer and the generation config beside an adapter.
+
+    Args:
+        model: the base.
+        renderer: how training turned messages into tokens.
+        folder: where to.
+
+    Raises:
+        OSError: the disk is full or must not be written; names what.
+    """
+    stops, template = renderer.stop_token_ids, renderer.chat_template
+    write_tokenizer(renderer.tokenizer, stored_files(model, TOKENIZER_FILES), folder, template, stops[0])
+    base = {name: read_tree(file) for name, file in stored_files(model, (GENERATION, CONFIG)).items()}
+    begin = base.get(CONFIG, {}).get("bos_token_id")
+    stated = base.get(GENERATION, {"bos_token_id": begin} if isinstance(begin, int) else {})
+    with naming_in(folder):
+        write_tree(folder / GENERATION, generation_config(stated, stops, renderer.tokenizer.pad_token_id))
+
+
 def write_tokenizer(
     tokenizer: Any, sources: Mapping[str, Path], folder: Path, template: str | None, stop_token_id: int
 ) -> None:
@@ -86,7 +109,7 @@ def write_tokenizer(
         if not _reads_as(tokenizer, folder):
             _remove(folder)
             _save_anew(tokenizer, template, folder)
-        _make_readable(folder)
+        make_readable(folder)
         _state_end(tokenizer, folder, stop_token_id)
 
 
@@ -164,7 +187,7 @@ def _remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _make_readable(folder: Path) -> None:
+def make_readable(folder: Path) -> None:
     """Say what transformers 5 has written in words that transformers 4 knows too; leave what was never its own."""
     path = folder / TOKENIZER_CONFIG
     tree = read_tree(path)
@@ -187,5 +210,7 @@ def _state_end(tokenizer: Any, folder: Path, stop_token_id: int) -> None:
         tree = read_tree(folder / name)
         if name == TOKENIZER_CONFIG or "eos_token" in tree:
             stated = tree.get("eos_token")
-            new = {**stated, "content": end} if isinstance(stated, dict) else end
-            write_tree(folder / name, {**tree, "eos_token": new})
+            tree["eos_token"] = {**stated, "content": end} if isinstance(stated, dict) else end
+            if stated is not None:  # it stays a control token
+                tree["additional_special_tokens"] = [*tree.get("additional_special_tokens", ()), stated]
+            write_tree(folder / name, tree)

@@ -26,6 +26,7 @@ from lmtune.models.adapter_checks import CONFIG, WEIGHTS
 from lmtune.models.adapters import Tensors, attach_adapter, save_adapter
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
+from lmtune.models.published import write_adapter_texts
 from lmtune.models.weight_types import empty_model
 from lmtune.runs import RunDirectory
 
@@ -96,8 +97,6 @@ def newest_saved(run: RunDirectory) -> Saved | None:
 
 def write_adapter(run: RunDirectory, saved: Saved, folder: Path) -> None:
     """Fill an empty folder as the run would fill `adapter/` with these weights."""
-    from transformers import GenerationConfig
-
     from lmtune.models.inference import build_renderer, run_notes
 
     config = load_config(FinetuneConfig, run.config)
@@ -110,6 +109,4 @@ def write_adapter(run: RunDirectory, saved: Saved, folder: Path) -> None:
         model = empty_model(resolve_name(config.model.name), config.model.revision)
     adapted = attach_adapter(model, config.adapter, config.train.seed, notes["base_model"])
     save_adapter(adapted, folder, notes, saved.adapter)
-    renderer.save_tokenizer(folder)
-    stops, pad = list(renderer.stop_token_ids), tokenizer.pad_token_id
-    GenerationConfig(eos_token_id=stops, pad_token_id=stops[0] if pad is None else pad).save_pretrained(folder)
+    write_adapter_texts(config.model, renderer, folder)

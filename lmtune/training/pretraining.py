@@ -21,6 +21,7 @@ from lmtune.errors import LmtuneError
 from lmtune.models.device import default_device
 from lmtune.models.libraries import quiet_libraries
 from lmtune.models.loading import DTYPES, compute_dtype
+from lmtune.models.published import make_readable
 from lmtune.runs import home_expanded
 from lmtune.training.corpus import TURN_END, Blocks, TokenStream, num_blocks, take_blocks
 from lmtune.training.pretrain_config import PretrainConfig, ShapeConfig
@@ -150,6 +151,7 @@ def save_pretrained(model: Any, tokenizer: Any, card: str, config: PretrainConfi
         model.to("cpu", DTYPES[config.output.dtype]).save_pretrained(staging)
         tokenizer.model_max_length = config.model.max_position_embeddings
         tokenizer.save_pretrained(staging)
+        make_readable(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return folder
 

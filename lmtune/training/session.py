@@ -33,6 +33,7 @@ from lmtune.models.free_memory import dense_weights_fit, free_memory
 from lmtune.models.inference import build_renderer, run_notes
 from lmtune.models.loading import compute_dtype, load_model, load_tokenizer
 from lmtune.models.parameters import Parameters, count_parameters
+from lmtune.models.published import write_adapter_texts
 from lmtune.models.start_adapter import StartingAdapter, starting_adapter
 from lmtune.runs import RunDirectory
 from lmtune.training import memory
@@ -219,21 +220,7 @@ def save_tuned(session: Session, folder: Path, weights: Tensors | CheckpointTens
     with new_folder(folder) as staging:
         notes = run_notes(session.config, session.renderer, session.fingerprint)
         save_adapter(session.forward.model, staging, notes, weights)
-        session.renderer.save_tokenizer(staging)
-        generation_config(session.forward.base, session.renderer).save_pretrained(staging)
-
-
-def generation_config(model: Any, renderer: Any) -> Any:
-    """The base's generation config, stopping at every token that training taught as an end."""
-    from copy import deepcopy
-
-    config = deepcopy(model.generation_config)
-    config.eos_token_id = list(renderer.stop_token_ids)
-    pad = renderer.tokenizer.pad_token_id
-    config.pad_token_id = renderer.stop_token_ids[0] if pad is None else pad
-    if not config.do_sample:  # settings that only sampling reads make `save_pretrained` refuse a greedy config
-        config.temperature = config.top_p = config.top_k = None
-    return config
+        write_adapter_texts(session.config.model, session.renderer, staging)
 
 
 def environment(session: Session) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from lmtune.data.examples import Example, Message
 from lmtune.data.rendering import Document, Renderer
@@ -212,18 +209,6 @@ class TestEnds:
         again = Renderer(make_tokenizer(renderer.chat_template))
         assert "amended" not in again.description
         assert again.render(THREE_TURNS) == renderer.render(THREE_TURNS)
-
-    @pytest.mark.parametrize("template", [NO_END, CHATML, None])
-    def test_the_saved_tokenizer_renders_as_training_did(self, template: str | None, tmp_path: Path) -> None:
-        renderer = Renderer(make_tokenizer(template))
-        renderer.save_tokenizer(tmp_path)
-        assert renderer.tokenizer.chat_template == template
-        saved = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-        if template:
-            chat = [{"role": message.role, "content": message.content} for message in example("a", "b", "c").messages]
-            ids = saved.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-            assert ids == renderer.prompt_ids(example("a", "b", "c").messages)
-        assert Renderer(saved).render(example("a", "b")) == renderer.render(example("a", "b"))
 
     @pytest.mark.parametrize("template", [NO_END, None])
     def test_no_end_token_at_all_is_an_error(self, template: str | None) -> None:

@@ -97,11 +97,12 @@ SAVING: dict[str, tuple[Trouble, str]] = {
         "runs/trial/adapter/adapter_config.json: No space left on device",
     ),
     "the tokenizer": (
-        at_call("transformers", "PreTrainedTokenizerBase.save_pretrained", full),
+        at_call("lmtune.models.published", "make_readable", full),
         "runs/trial/adapter: No space left on device",
     ),
     "the generation config": (
-        at_call("transformers", "GenerationConfig.save_pretrained", full), "runs/trial: No space left on device",
+        at_call("lmtune.models.published", "generation_config", full),
+        "runs/trial/adapter: No space left on device",
     ),
     "the flush": (
         at_call("lmtune.writing", "replace_folder", full_when_flushed),
