@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lmtune import config as configuration
 from lmtune.config import FinetuneConfig, Overrides, Quantization, build_config, with_overrides
-from lmtune.config_files import run_name
+from lmtune.config_files import find_config, run_name
 from lmtune.console import quiet
 from lmtune.data.checking import check_config, check_data
 from lmtune.data.in_memory import Data, paths_or_rows, rows_file
@@ -282,7 +282,7 @@ def _paths_of(data: Data, folder: Path, name: str, files: dict[str, str]) -> tup
 def _run_name(config: FinetuneConfig | str | os.PathLike[str] | None, train: object, files: Mapping[str, str]) -> str:
     """The name of a run that was given none: its config file's, its data file's, or one by the content of its rows."""
     if isinstance(config, (str, os.PathLike)):
-        return Path(config).stem
+        return find_config(config).stem  # the shipped qwen3_0.6b may be named without its suffix
     first = str(train[0]) if isinstance(train, (list, tuple)) and train else str(train)
     return f"rows-{Path(first).stem[:8]}" if first in files else run_name(first)
 

@@ -41,7 +41,7 @@ def shipped_example(data: str) -> str:
     return str(packaged) if not here and packaged.is_file() else data
 
 
-def find_config(target: str | Path, sections: Collection[str] = (), verb: str = "finetune") -> Path:
+def find_config(target: str | os.PathLike[str], sections: Collection[str] = (), verb: str = "finetune") -> Path:
     """The YAML file that `target` names; a local file comes before one that ships with lmtune.
 
     Args:
@@ -52,7 +52,7 @@ def find_config(target: str | Path, sections: Collection[str] = (), verb: str = 
     Raises:
         ConfigError: there is no such file, or it is data or a model; says what to write instead.
     """
-    path, name = Path(target), str(target)
+    path, name = Path(target), os.fspath(target)
     shipped = shipped_configs()
     for local in (path, Path(f"{name}.yaml")):
         if os.path.isfile(local):  # unlike pathlib's, also false for names that are too long

@@ -211,3 +211,28 @@ def test_preview_and_plan_start_without_a_config(empty_folder: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout
+
+
+def test_the_api_names_a_run_like_the_command_does() -> None:
+    from lmtune.api import _run_name
+
+    assert _run_name("qwen3_0.6b", "my.jsonl", {}) == command_config("qwen3_0.6b").run.name
+    assert _run_name(None, "my.jsonl", {}) == command_config(None, [], "tiny", ["my.jsonl"]).run.name
+
+
+def test_the_steps_after_the_quickstart_can_be_typed_as_printed(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lmtune.recipes.quickstart import say_next_steps
+    from lmtune.runs import RunDirectory
+
+    say_next_steps(RunDirectory("my runs/quickstart"))
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    steps = [line for line in printed if line.startswith((f"{program()} ", "echo "))]
+    assert f"{program()} chat 'my runs/quickstart'" in steps
+    for step in steps:
+        if " chat " in step or " app " in step:  # these need the run itself
+            continue
+        done = subprocess.run(["sh", "-c", step], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, (step, done.stderr)
+    assert (empty_folder / "my.yaml").is_file()
