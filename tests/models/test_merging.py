@@ -266,7 +266,7 @@ def test_what_cannot_be_merged(places: dict[str, Path]) -> None:
             main("nothing")
         RunDirectory("runs/empty").path.mkdir(exist_ok=True)
         RunDirectory("runs/empty").config.write_text(RunDirectory("runs/none").config.read_text())
-        with pytest.raises(ModelError, match="no adapter yet; finish it"):
+        with pytest.raises(ModelError, match="no adapter to merge; finish the run"):
             main("empty")
 
 
