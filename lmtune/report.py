@@ -91,7 +91,7 @@ def describe_scores(
             shown = [f"{format_score(key, low)} to {format_score(key, high)}" for low, high in filter(None, found)]
             lines.append(f"  {name.lower()}: {', '.join(shown)}")
     if num_rows < FEW_ROWS:
-        lines.append(f"  {num_rows} are few: a difference may be chance; hold out {FEW_ROWS} or more (data.validation)")
+        lines.append(f"  fewer than {FEW_ROWS} rows: a difference may be chance; hold out more (data.validation)")
     return lines
 
 
