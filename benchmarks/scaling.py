@@ -83,6 +83,7 @@ def planned(count: int) -> dict[str, Any]:
         ours, theirs = context.Pipe()
         process = context.Process(target=_plan_epoch, args=(theirs, path))
         process.start()
+        theirs.close()  # so that a child that fails ends the wait
         found: dict[str, Any] = {"rows": count, "file_mib": round(path.stat().st_size / 2**20, 1), **ours.recv()}
         process.join()
     print(
@@ -115,7 +116,7 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
 
     before = _resident()
     began = time.perf_counter()
-    data = TokenizedData(TokenTable(path), "key", {"files": ["rows.jsonl"]})
+    data = TokenizedData(TokenTable(path), "key", "signature", {"files": ["rows.jsonl"]})
 
     def beginnings_of(row: int) -> list[Any]:
         return [beginning(document.input_ids, document.trained) for document in data[row].documents]
