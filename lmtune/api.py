@@ -211,12 +211,16 @@ def finetune(
     return Run(directory.path)
 
 
-def load(target: str | os.PathLike[str] | Run, *, quantization: Quantization | None = None) -> Model:
+def load(
+    target: str | os.PathLike[str] | Run, *, quantization: Quantization | None = None,
+    base: str | os.PathLike[str] | None = None,
+) -> Model:  # fmt: skip
     """Load a model to talk to.
 
     Args:
         target: a run or its name, an adapter folder, a merged or plain model folder, a Hub id, or `tiny`.
         quantization: of the base; by default what the adapter was trained over, and none for a plain model.
+        base: where the base of a run or adapter is now, a folder or Hub id, if it was moved.
 
     Raises:
         ModelError: it is none of these, or damaged.
@@ -224,7 +228,7 @@ def load(target: str | os.PathLike[str] | Run, *, quantization: Quantization | N
     from lmtune.models.inference import load_for_inference
 
     with quiet():
-        return Model(load_for_inference(_target(target), quantization))
+        return Model(load_for_inference(_target(target), quantization, None if base is None else os.fspath(base)))
 
 
 def chat(target: str | os.PathLike[str] | Run | Model, question: str, **options: Any) -> str:

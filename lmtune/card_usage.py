@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -64,7 +64,9 @@ def is_hub_id(name: str) -> bool:
     return name != "tiny" and _HUB_ID.fullmatch(name) is not None and not os.path.isdir(name)
 
 
-def adapter_usage(config: Mapping[str, Any], place: str, repository: str | None) -> str:
+def adapter_usage(
+    config: Mapping[str, Any], place: str, repository: str | None, stops: Sequence[str] = ()
+) -> str:  # fmt: skip
     """The part that shows how the adapter is loaded, as code that runs."""
     base, revision = str(section(config, "model").get("name", "unknown")), section(config, "model").get("revision")
     if base == "tiny":
@@ -84,6 +86,7 @@ def adapter_usage(config: Mapping[str, Any], place: str, repository: str | None)
         "With PEFT:",
         _python(_PEFT_CODE, **words),
         _system_note(config),
+        stops_note(stops),
         "With transformers alone (PEFT must be installed), the rest as above:",
         _python(_TRANSFORMERS_CODE, **words),
         "With lmtune, which also takes over the system prompt and the stop tokens of training:",
@@ -91,12 +94,13 @@ def adapter_usage(config: Mapping[str, Any], place: str, repository: str | None)
     )
 
 
-def merged_usage(config: Mapping[str, Any], place: str) -> str:
+def merged_usage(config: Mapping[str, Any], place: str, stops: Sequence[str] = ()) -> str:
     """The same for a merged model in `place`, a repository or folder."""
     return joined(
         "## How to use it",
         _python(_MERGED_CODE, place=place, prompt=_prompt(config)),
         _system_note(config),
+        stops_note(stops),
         f"With lmtune: `lmtune chat {place}`.",
     )
 
@@ -111,6 +115,17 @@ def _system_note(config: Mapping[str, Any]) -> str:
     if not section(config, "data").get("system"):
         return ""
     return "It was trained with a system prompt, which is `system` in `lmtune.json`: put it before the question."
+
+
+def stops_note(stops: Sequence[str]) -> str:
+    """At which tokens an answer ends, for programs that do not read generation_config.json."""
+    if not stops:
+        return ""
+    more = f", and generation also stops at {' and '.join(f'`{token}`' for token in stops[1:])}" if stops[1:] else ""
+    return (
+        f"An answer ends in `{stops[0]}`{more} (`eos_token_id` in `generation_config.json`). A program that asks for a "
+        "stop token needs the first one."
+    )
 
 
 def section(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -32,6 +32,8 @@ from lmtune.hub_checks import (
     check_usable,
     checked_repository,
     outgoing_files,
+    shared_texts,
+    stated_stops,
 )
 from lmtune.models.adapter_checks import WEIGHTS
 from lmtune.report import adapter_card
@@ -50,12 +52,14 @@ class Upload:
         sizes: bytes of each file by its name.
         kept_here: names in the folder that are not sent.
         card: the text of README.md, written for this repository.
+        texts: what else is sent in other words than the file's.
     """
 
     folder: Path
     sizes: dict[str, int]
     kept_here: list[str]
     card: str
+    texts: dict[str, bytes]
 
 
 def prepare_push(run: RunDirectory, repository: str) -> Upload:
@@ -69,7 +73,10 @@ def prepare_push(run: RunDirectory, repository: str) -> Upload:
     checked_repository(repository)
     names, kept_here = outgoing_files(run.adapter)
     config, summary = read_yaml(run.config), run.read_summary()
-    card = adapter_card(config, summary, run.read_json(run.data), repository)
+    model = dict(section(config, "model"))
+    if "base" in run.read_json(run.local):  # a folder, wherever the command is called
+        config = {**config, "model": {**model, "name": f"./{Path(str(model.get('name'))).name}"}}
+    card = adapter_card(config, summary, run.read_json(run.data), repository, stated_stops(run.adapter))
     check_outgoing(run.adapter, [*names, *([] if CARD in names else [CARD])], card, _token())
     check_usable(run.adapter)
     base = str(section(config, "model").get("name"))
@@ -77,8 +84,10 @@ def prepare_push(run: RunDirectory, repository: str) -> Upload:
         warn(f"the base model {Path(base).name} is a folder of yours: others need that very model to use the adapter")
     if summary.get("status") != "complete":
         warn(f"{run.path} is {summary.get('status', 'not complete')}: the card tells only what was measured so far")
+    texts = shared_texts(run.adapter)
     sizes = {name: (run.adapter / name).stat().st_size for name in names} | {CARD: len(card.encode())}
-    return Upload(run.adapter, sizes, kept_here, card)
+    sizes |= {name: len(text) for name, text in texts.items()}
+    return Upload(run.adapter, sizes, kept_here, card, texts)
 
 
 def push(
@@ -114,7 +123,7 @@ def push(
             warn(f"{repository} exists and stays private; its settings on the Hub can change that")
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        sources = {name: upload.folder / name for name in upload.sizes} | {CARD: upload.card.encode()}
+        sources = {name: upload.folder / name for name in upload.sizes} | upload.texts | {CARD: upload.card.encode()}
         commit = api.create_commit(
             repository, [CommitOperationAdd(name, source) for name, source in sources.items()], revision=revision,
             commit_message=message or f"Upload adapter {run.name} with lmtune {__version__}",

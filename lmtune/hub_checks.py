@@ -6,6 +6,7 @@ ways, what `lmtune.models.adapter_checks` demands of every adapter. Every proble
 
 from __future__ import annotations
 
+import json
 import mmap
 import re
 import tempfile
@@ -58,6 +59,23 @@ def outgoing_files(folder: Path) -> tuple[list[str], list[str]]:
     if links := [name for name in chosen if (folder / name).is_symlink() or not (folder / name).is_file()]:
         raise ModelError(f"{folder}: {', '.join(links)} is no plain file; put the file itself there")
     return chosen, [name for name in names if name not in chosen]
+
+
+def stated_stops(folder: Path) -> list[str]:
+    """The tokens that an adapter's model stops at, as its `lmtune.json` names them; empty where it does not."""
+    stops = read_object(folder / NOTES).get("stop_tokens") if (folder / NOTES).is_file() else None
+    return [stop for stop in stops if isinstance(stop, str)] if isinstance(stops, list) else []
+
+
+def shared_texts(folder: Path) -> dict[str, bytes]:
+    """What is sent in place of an adapter's files that name a base by the way to its folder: its last part alone."""
+    texts = {}
+    for name, key in ((CONFIG, "base_model_name_or_path"), (NOTES, "base_model")):
+        tree = read_object(folder / name) if (folder / name).is_file() else {}
+        base = tree.get(key)
+        if isinstance(base, str) and base.startswith(".") and (short := f"./{Path(base).name}") != base:
+            texts[name] = (json.dumps({**tree, key: short}, indent=2) + "\n").encode()
+    return texts
 
 
 def check_outgoing(folder: Path, names: list[str], card: str, token: str | None) -> None:

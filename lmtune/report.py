@@ -174,8 +174,9 @@ def _loss(value: float | None) -> str:
 
 
 def adapter_card(
-    config: Mapping[str, Any], summary: Mapping[str, Any], fates: Mapping[str, Any], repository: str | None = None
-) -> str:
+    config: Mapping[str, Any], summary: Mapping[str, Any], fates: Mapping[str, Any], repository: str | None = None,
+    stops: Sequence[str] = (),
+) -> str:  # fmt: skip
     """The README.md of an adapter folder.
 
     Args:
@@ -183,6 +184,7 @@ def adapter_card(
         summary: the run's `summary.json`.
         fates: the run's `data.json`; counts are taken from it and nothing else.
         repository: `user/name` on the Hub, if it is known already.
+        stops: the tokens that generation stops at, the end of an answer first.
     """
     model = section(config, "model")
     base, place = str(model.get("name", "unknown")), repository or "path/to/adapter"
@@ -198,14 +200,15 @@ def adapter_card(
         _scores_part(summary),
         _data_part(fates),
         _settings_part(config),
-        adapter_usage(config, place, repository),
+        adapter_usage(config, place, repository, stops),
         _limits(base),
     )
 
 
 def merged_card(
-    config: Mapping[str, Any], summary: Mapping[str, Any], merge: Mapping[str, Any], repository: str | None = None
-) -> str:
+    config: Mapping[str, Any], summary: Mapping[str, Any], merge: Mapping[str, Any], repository: str | None = None,
+    stops: Sequence[str] = (),
+) -> str:  # fmt: skip
     """The README.md of a merged model: the base with the adapter's change added to its weights.
 
     Args:
@@ -213,6 +216,7 @@ def merged_card(
         summary: the run's `summary.json`.
         merge: what `merge.json` holds: how the merged model was compared with base and adapter.
         repository: `user/name` on the Hub, if it is known already.
+        stops: the tokens that generation stops at, the end of an answer first.
     """
     model = section(config, "model")
     base, place = str(model.get("name", "unknown")), repository or "path/to/merged"
@@ -228,7 +232,7 @@ def merged_card(
         _scores_part(summary),
         "These are the scores of base and adapter, measured before the merge." if section(summary, "tuned") else "",
         _settings_part(config),
-        merged_usage(config, place),
+        merged_usage(config, place, stops),
         _limits(base),
     )
 

@@ -40,6 +40,7 @@ class RunDirectory:
         self.summary = self.path / "summary.json"
         self.answers = self.path / "answers.jsonl"
         self.verification = self.path / "verification.json"
+        self.local = self.path / "local.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
@@ -65,7 +66,7 @@ class RunDirectory:
             raise ConfigError(f"run.name: {links[0]} is a link, which a run writes to no other place; remove it")
         made = cls(path)
         files = (made.config, made.environment, made.data, made.metrics, made.results, made.summary, made.answers)
-        for file in (*files, made.verification, path / ".lock"):
+        for file in (*files, made.verification, made.local, path / ".lock"):
             if file.exists() and not file.is_file():
                 what = "a folder" if file.is_dir() else "no plain file"
                 raise ConfigError(f"run.name: {file} is {what}, where a run writes a file; remove it")

@@ -21,6 +21,9 @@ def main(
     host: Annotated[str, typer.Option(help="Address to serve at; any but 127.0.0.1 needs --auth.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port, or the next that is free.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Also by a public link; needs --auth.")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base of the adapters is now.")
+    ] = None,
     auth: Annotated[
         str | None, typer.Option(metavar="USER:PASSWORD", envvar="LMTUNE_AUTH", help="Who may use the app.")
     ] = None,
@@ -41,7 +44,7 @@ def main(
     targets = models or [newest_run() or "tiny"]
     if not models:
         err.print(f"[dim]no model named, so it is {escape(targets[0])}[/]")
-    loaded = [load_for_inference(target) for target in targets]
+    loaded = [load_for_inference(target, base=base) for target in targets]
     for model in loaded:
         if model.date_note:
             err.print(f"[dim]{escape(model.name)}: {escape(model.date_note)}[/]")

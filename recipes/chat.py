@@ -21,7 +21,10 @@ def main(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling threshold; lower: no improbable tokens.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 256,
     seed: Annotated[int, typer.Option(help="Of sampling: equal seeds give equal answers.")] = 0,
-    base: Annotated[bool, typer.Option("--base", help="Answer without the adapter.")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
+    ] = None,
+    without_adapter: Annotated[bool, typer.Option("--without-adapter", help="Let the base model answer.")] = False,
     conversation: Annotated[
         bool, typer.Option("--conversation", help="The lines of a pipe are one conversation, not each asked alone.")
     ] = False,
@@ -44,12 +47,12 @@ def main(
         from lmtune.ui.terminal import TerminalChat
 
     options = GenerationOptions(temperature, top_p, max_new_tokens, seed)
-    loaded = load_for_inference(model)
-    if base and not loaded.has_adapter:
-        raise ConfigError(f"--base: {model} has no adapter, so it is the base already; leave --base out")
+    loaded = load_for_inference(model, base=base)
+    if without_adapter and not loaded.has_adapter:
+        raise ConfigError(f"--without-adapter: {model} has no adapter, so it is the base already; leave it out")
     if loaded.date_note:
         err.print(f"[dim]{escape(loaded.date_note)}[/]")
-    chat = TerminalChat(ChatSession(loaded, system), options, base)
+    chat = TerminalChat(ChatSession(loaded, system), options, without_adapter)
     if sys.stdin.isatty() and not as_json:
         chat.run_interactive()
     else:

@@ -23,6 +23,9 @@ def main(
         bool,
         typer.Option("--json", help="One JSON document: base, tuned, standard_errors, trained_rows, data."),
     ] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
+    ] = None,
 ) -> None:
     """Loss, perplexity, token and sequence accuracy, and exact match of generated answers.
 
@@ -39,19 +42,19 @@ def main(
         from lmtune.models.inference import load_for_inference
         from lmtune.report import describe_scores, scores_table
 
-    scored = evaluate_loaded(load_for_inference(target), paths, exact_match_rows, max_new_tokens, max_length)
+    scored = evaluate_loaded(load_for_inference(target, base=base), paths, exact_match_rows, max_new_tokens, max_length)
     errors = {"base": scored.base and scored.base.standard_errors, "tuned": scored.tuned.standard_errors}
-    base, tuned = scored.base.as_dict() if scored.base else None, scored.tuned.as_dict()
+    before, tuned = scored.base.as_dict() if scored.base else None, scored.tuned.as_dict()
     if scored.trained_rows:
         warn(f"{scored.trained_rows} of {tuned['rows']} rows were trained on; their scores say nothing of new ones")
     if as_json:
         known = {"standard_errors": errors, "trained_rows": scored.trained_rows, "data": scored.fates}
         answers = [{"question": a.question, "reference": a.wanted, "answer": a.given} for a in scored.answers]
-        print_json({"base": base, "tuned": tuned, **known, "answers": answers})
+        print_json({"base": before, "tuned": tuned, **known, "answers": answers})
         return
     out.print(escape(describe_fates(scored.fates)))
-    out.print(scores_table(base, tuned))
-    for line in describe_scores(base, tuned, errors):
+    out.print(scores_table(before, tuned))
+    for line in describe_scores(before, tuned, errors):
         out.print(escape(line))
 
 

@@ -10,7 +10,7 @@ import typer
 
 from lmtune.checkpoints import checkpoint_folders
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, load_config, to_tree
+from lmtune.config import to_tree
 from lmtune.console import escape, out
 from lmtune.errors import ConfigError, ModelError
 from lmtune.history import choose_run
@@ -25,6 +25,9 @@ def main(
         Literal["trained", "original"],
         typer.Option(help="trained: the weights that were trained over, dequantised. original: as published."),
     ] = "trained",
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
+    ] = None,
     accept_difference: Annotated[
         bool,
         typer.Option(
@@ -38,11 +41,15 @@ def main(
     Example: lmtune merge runs/support --output support-model
     """
     run_directory = choose_run(target)
-    merge_run(run_directory, output or run_directory.merged, into, accept_difference)
+    merge_run(run_directory, output or run_directory.merged, into, accept_difference, base)
 
 
 def merge_run(
-    run_directory: RunDirectory, output: Path, into: Literal["trained", "original"], accept_difference: bool = False
+    run_directory: RunDirectory,
+    output: Path,
+    into: Literal["trained", "original"],
+    accept_difference: bool = False,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Merge and verify; returns the report that is also written to `merge.json`."""
     require_possible(output, "--output")
@@ -57,8 +64,8 @@ def merge_run(
 
     from lmtune.models.unfinished import usable_adapter
 
-    with usable_adapter(run_directory) as adapter:
-        return _merge(run_directory, adapter, output, into, accept_difference)
+    with usable_adapter(run_directory, base) as adapter:
+        return _merge(run_directory, adapter, output, into, accept_difference, base)
 
 
 def _merge(
@@ -66,24 +73,27 @@ def _merge(
     adapter: Path,
     output: Path,
     into: Literal["trained", "original"],
-    accept_difference: bool,
+    accept_difference: bool, base: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     from lmtune.models.adapters import read_notes
+    from lmtune.models.base_place import run_config, shareable_name
     from lmtune.models.inference import saved_tokenizer, stop_tokens
     from lmtune.models.merging import MergeReport, merge
     from lmtune.report import merged_card
 
-    config = load_config(FinetuneConfig, run_directory.config)
+    config = run_config(run_directory, base)
     notes = read_notes(adapter)
     tokenizer = saved_tokenizer(adapter)
     stops = stop_tokens(adapter)
+    names = [str(tokenizer.convert_ids_to_tokens(index)) for index in stops]
     sequences = run_directory.read_verification(max(tokenizer.get_vocab().values()) + 1)
     summary = run_directory.read_summary()
 
     def describe(folder: Path, report: MergeReport) -> None:
-        write_json(folder / "lmtune.json", {**notes, "quantization": "none", "merged": into})
+        merged = {"base_model": shareable_name(config.model.name, output), "quantization": "none", "merged": into}
+        write_json(folder / "lmtune.json", {**notes, **merged})
         write_json(folder / "merge.json", report.as_dict())
-        write_text(folder / "README.md", merged_card(to_tree(config), summary, report.as_dict()))
+        write_text(folder / "README.md", merged_card(to_tree(config), summary, report.as_dict(), stops=names))
 
     report = merge(
         config.model, adapter, output, into, sequences, tokenizer, stops, describe, accept_difference

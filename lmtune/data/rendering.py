@@ -169,6 +169,11 @@ class Renderer:
         return [_TRIMMED[role] for role in sorted(found)]
 
     @property
+    def stop_tokens(self) -> list[str]:
+        """What generation must stop at, as text."""
+        return [str(self.tokenizer.convert_ids_to_tokens(index)) for index in self.stop_token_ids]
+
+    @property
     def description(self) -> str:
         """One line: which template, how answers end, what generation stops at."""
         names = [f"{self.tokenizer.convert_ids_to_tokens(index)} ({index})" for index in self.stop_token_ids]

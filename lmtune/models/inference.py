@@ -9,7 +9,6 @@ The template, system prompt and stop tokens are those of training: an adapter fo
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,11 +16,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-from lmtune.config import FinetuneConfig, ModelConfig, Quantization, build_config, load_config
+from lmtune.config import FinetuneConfig, ModelConfig, Quantization
 from lmtune.data.rendering import Renderer, Template
-from lmtune.errors import ModelError, is_failure
+from lmtune.errors import ConfigError, ModelError, is_failure
 from lmtune.models.adapter_checks import check_texts
-from lmtune.models.adapters import load_adapter, read_adapter, read_notes
+from lmtune.models.adapters import load_adapter, read_notes
+from lmtune.models.base_place import adapter_base, run_config, shareable_name
 from lmtune.models.file_checks import unreachable
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
@@ -76,14 +76,18 @@ class LoadedModel:
             yield
 
 
-def load_for_inference(target: str, quantization: Quantization | None = None) -> LoadedModel:
+def load_for_inference(
+    target: str, quantization: Quantization | None = None, base: str | None = None
+) -> LoadedModel:  # fmt: skip
     """Load what `target` names.
 
     Args:
         target: run directory or name, adapter folder, merged or plain model folder, Hub id, or `tiny`.
         quantization: of the base; by default what the adapter was trained over, and none for a plain model.
+        base: where the base of a run or adapter is, a folder or Hub id, if not where it names it.
 
     Raises:
+        ConfigError: `base` is given for a model without adapter.
         ModelError: it is none of these, or damaged.
     """
     if not target.strip():
@@ -92,15 +96,17 @@ def load_for_inference(target: str, quantization: Quantization | None = None) ->
         raise ModelError(f"{fault}; give {_TARGETS}")
     run = find_run(target)
     if run is not None:
-        config = load_config(FinetuneConfig, run.config)
+        config = run_config(run, base)
         model = config.model if quantization is None else replace(config.model, quantization=quantization)
-        with usable_adapter(run) as adapter:
+        with usable_adapter(run, base) as adapter:
             return replace(load_with_adapter(adapter, model, f"{run.name} ({config.model.name})"), run=run)
     folder = Path(target)
     run = find_run(folder.resolve().parent) if folder.is_dir() else None  # its adapter or merged folder
     if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
-        loaded = load_with_adapter(folder, adapter_base(folder, quantization), folder.resolve().name)
+        loaded = load_with_adapter(folder, adapter_base(folder, quantization, base), folder.resolve().name)
         return replace(loaded, run=run)
+    if base is not None:
+        raise ConfigError(f"--base: {target} has no adapter, so no base belongs to it; leave --base out")
     _check_spelling(target)
     try:
         return replace(_load_plain(ModelConfig(name=target, quantization=quantization or "none")), run=run)
@@ -132,26 +138,6 @@ def load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel
     tokenizer = saved_tokenizer(folder) if own else load_tokenizer(base)
     renderer = build_renderer(tokenizer, base, notes)
     return LoadedModel(model, tokenizer, renderer, name, True, notes.get("system"), notes.get("rendered_at"))
-
-
-def adapter_base(folder: Path, quantization: Quantization | None = None) -> ModelConfig:
-    """The base that an adapter folder names.
-
-    Raises:
-        ModelError: it names none.
-    """
-    config, _ = read_adapter(folder)
-    notes = read_notes(folder)
-    name = notes.get("base_model") or config.get("base_model_name_or_path")
-    if not name or not name.strip():
-        raise ModelError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path)")
-    tree: dict[str, Any] = {
-        "name": name,
-        **{key: notes[key] for key in ("revision", "quantization", "dtype") if key in notes},
-    }
-    tree.setdefault("quantization", "none")
-    base = build_config(ModelConfig, tree, where=f"{folder / 'lmtune.json'}")
-    return base if quantization is None else replace(base, quantization=quantization)
 
 
 def build_renderer(
@@ -216,24 +202,24 @@ def stop_tokens(folder: Path) -> tuple[int, ...]:
     raise ModelError(f"{folder}: generation_config.json names no end token (eos_token_id); train the adapter again")
 
 
-def run_notes(config: FinetuneConfig, renderer: Renderer, fingerprint: str) -> dict[str, Any]:
-    """What `lmtune.json` of an adapter or merged folder holds: how to talk to the model as in training."""
+def run_notes(
+    config: FinetuneConfig, renderer: Renderer, fingerprint: str, folder: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """What `lmtune.json` of an adapter or merged folder holds: how to talk to the model as in training.
+
+    Args:
+        config: of the run.
+        renderer: of the run.
+        fingerprint: of the base.
+        folder: where the file will be, from which a base in a folder is named.
+    """
     return {
-        "base_model": shareable_name(config.model.name),
+        "base_model": shareable_name(config.model.name, folder),
         "revision": config.model.revision, "quantization": config.model.quantization, "dtype": config.model.dtype,
         "base_fingerprint": fingerprint, "template": config.data.template, "system": config.data.system,
-        "stop_token_ids": list(renderer.stop_token_ids),
+        "stop_token_ids": list(renderer.stop_token_ids), "stop_tokens": renderer.stop_tokens,
         **({} if renderer.rendered_at is None else {"rendered_at": renderer.rendered_at}),
     }  # fmt: skip
-
-
-def shareable_name(name: str) -> str:
-    """A base's name for files that others get: a Hub id as it is; a folder as `./` and its path below this one, or its
-    last part alone, so that it is never taken for a Hub id."""
-    if name == "tiny" or not Path(name).is_dir():  # `tiny` is the packaged one, even where a folder has that name
-        return name
-    relative = os.path.relpath(name)
-    return "./" + (Path(relative).name if relative.startswith("..") else relative)
 
 
 def _load_plain(model: ModelConfig) -> LoadedModel:

@@ -28,6 +28,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # `check_loaded` says it
     # PEFT looks at it whenever an adapter is put on a model
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # a merge unties them
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but")  # GPT-2's head beside its layers
     for name in _QUIET:  # before they are imported: some speak while they are
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers.utils.logging as transformers_logging

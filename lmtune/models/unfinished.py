@@ -24,6 +24,7 @@ from lmtune.console import err, escape
 from lmtune.errors import LmtuneError, ModelError
 from lmtune.models.adapter_checks import CONFIG, WEIGHTS
 from lmtune.models.adapters import Tensors, attach_adapter, save_adapter
+from lmtune.models.base_place import run_config, shareable_name
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
 from lmtune.models.published import write_adapter_texts
@@ -56,7 +57,7 @@ class Saved:
 
 
 @contextlib.contextmanager
-def usable_adapter(run: RunDirectory) -> Iterator[Path]:
+def usable_adapter(run: RunDirectory, base: str | None = None) -> Iterator[Path]:
     """An adapter folder with what the run has learned so far, for as long as the block lasts.
 
     Raises:
@@ -76,7 +77,7 @@ def usable_adapter(run: RunDirectory) -> Iterator[Path]:
         return
     err.print(f"{escape(str(run.path))} is not finished: uses {saved}")
     with tempfile.TemporaryDirectory(prefix="lmtune-") as folder:
-        write_adapter(run, saved, Path(folder))
+        write_adapter(run, saved, Path(folder), base)
         yield Path(folder)
 
 
@@ -95,18 +96,18 @@ def newest_saved(run: RunDirectory) -> Saved | None:
     return None
 
 
-def write_adapter(run: RunDirectory, saved: Saved, folder: Path) -> None:
-    """Fill an empty folder as the run would fill `adapter/` with these weights."""
+def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | None = None) -> None:
+    """Fill an empty folder as the run would fill `adapter/` with these weights; `base` is where its base is now."""
     from lmtune.models.inference import build_renderer, run_notes
 
-    config = load_config(FinetuneConfig, run.config)
+    config = run_config(run, base)
     tokenizer = load_tokenizer(config.model)
     renderer = build_renderer(tokenizer, config.model, {"template": config.data.template, "system": config.data.system})
-    notes = run_notes(config, renderer, base_fingerprint(config.model))
+    notes = run_notes(config, renderer, base_fingerprint(config.model), run.adapter)
     if config.adapter.init_lora_weights == "pissa":  # which begins with a part of the base's weights
         model = load_model(config.model)
     else:
         model = empty_model(resolve_name(config.model.name), config.model.revision)
-    adapted = attach_adapter(model, config.adapter, config.train.seed, notes["base_model"])
+    adapted = attach_adapter(model, config.adapter, config.train.seed, shareable_name(config.model.name))
     save_adapter(adapted, folder, notes, saved.adapter)
     write_adapter_texts(config.model, renderer, folder)

@@ -18,6 +18,7 @@ from lmtune.data.fates import describe_fates
 from lmtune.data.survey import counted
 from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.evaluation import Answer, Scores
+from lmtune.models.base_place import local_notes
 from lmtune.runs import RunDirectory
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.loop import Outcome
@@ -96,6 +97,7 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
             Records(run, enabled=True).begin(0 if checkpoint is None else checkpoint.step)
             write_text(run.config, dump_config(session.config))
             write_json(run.environment, environment(session))
+            write_json(run.local, local_notes(run, session.config.model.name))
             write_json(run.data, session.data.fates)
             write_json(run.verification, verification_rows(session))
     return checkpoint, complete

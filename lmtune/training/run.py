@@ -61,7 +61,9 @@ def run_finetune(config: FinetuneConfig, run_directory: RunDirectory) -> Finetun
             summary["standard_errors"] = {**known, "tuned": tuned[0].standard_errors}
         if main:
             save_tuned(session, run_directory.adapter, outcome.weights)
-            card = adapter_card(to_tree(session.config), summary, session.data.fates)
+            card = adapter_card(
+                to_tree(session.config), summary, session.data.fates, stops=session.renderer.stop_tokens
+            )
             write_text(run_directory.adapter / "README.md", card)
             if tuned is not None:
                 add_tuned_answers(run_directory, tuned[1])

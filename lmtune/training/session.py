@@ -28,6 +28,7 @@ from lmtune.kernels.lora_linear import fuse
 from lmtune.kernels.packed_forward import PackedForward
 from lmtune.models.adapters import Tensors, attach_adapter, attach_saved, made_weights, save_adapter
 from lmtune.models.backends import check_bitsandbytes
+from lmtune.models.base_place import shareable_name
 from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.free_memory import dense_weights_fit, free_memory
 from lmtune.models.inference import build_renderer, run_notes
@@ -157,7 +158,7 @@ def _prepare(config: FinetuneConfig, accelerator: Any, start: StartingAdapter | 
     parts = [part for part in (data.train, data.validation) if part is not None]
     check_lengths(model, parts, "data.max_length", tell=accelerator.is_main_process)
     fingerprint = base_fingerprint(config.model)
-    name = run_notes(config, renderer, fingerprint)["base_model"]
+    name = shareable_name(config.model.name)
     parameters = count_parameters(model, config.adapter, config.model.quantization, model.dtype)
     with progress("preparing the adapter and the kernels"):
         if start is None:
@@ -218,7 +219,7 @@ def save_tuned(session: Session, folder: Path, weights: Tensors | CheckpointTens
         weights: the adapter's tensors, or None for the model's own.
     """
     with new_folder(folder) as staging:
-        notes = run_notes(session.config, session.renderer, session.fingerprint)
+        notes = run_notes(session.config, session.renderer, session.fingerprint, folder)
         save_adapter(session.forward.model, staging, notes, weights)
         write_adapter_texts(session.config.model, session.renderer, staging)
 

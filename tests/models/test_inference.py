@@ -225,4 +225,4 @@ def test_the_name_in_shared_files_leads_nowhere_on_this_machine(
     assert shareable_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert shareable_name("tiny") == "tiny"
     assert shareable_name(str(tmp_path / "here" / "models")) == "./models"
-    assert shareable_name(str(tmp_path / "other")) == shareable_name("../other") == "./other"
+    assert shareable_name(str(tmp_path / "other")) == shareable_name("../other") == "../other"

@@ -16,6 +16,7 @@ from lmtune.errors import LmtuneError
 from lmtune.models import merging
 from lmtune.models.block_weights import BlockWeights
 from lmtune.models.comparing import Comparison, Reader, Routing, compare
+from lmtune.models.inference import load_for_inference
 from lmtune.models.loading import load_model, weight_files
 from lmtune.models.stored import Layout, StoredWeights
 from lmtune.models.weight_types import empty_model
@@ -128,6 +129,29 @@ def test_the_most_memory_is_the_base_one_block_and_a_rows_logits(tmp_path: Path)
     result = measured(tmp_path, options)
     allowed = result["base_gib"] + 4 * 40_000 * 64 / 2**30 + result["logits_of_one_row_gib"]
     assert result["peak_gib"] < allowed + 0.25, "beside what Python and the libraries take as they work"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("qwen3", {"model__quantization": "nf4"}), ("gpt2", {})])
+def test_a_head_that_was_tied_becomes_a_weight_of_its_own(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    place = make_workplace(tmp_path)
+    save_tiny(place / "base", kind, chat_template=CHATML, tie_word_embeddings=True)
+    before = raw(place / "base")
+    assert "lm_head.weight" not in before
+    finetune(place, train__max_steps=4, adapter__target_modules=["lm_head", "c_attn" if kind == "gpt2" else "q_proj"],
+             **changes)  # fmt: skip
+    report = merged(place)
+    assert report["difference_to_trained"] <= 1e-5
+    after = raw(place / "merged")
+    embedding = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
+    assert after[embedding] == before[embedding] != after["lm_head.weight"]
+    assert json.loads((place / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    with inside(place):
+        plain, trained = load_for_inference("merged"), load_for_inference("trial")
+    with torch.no_grad():
+        ids = torch.tensor([IDS])
+        torch.testing.assert_close(plain.model(input_ids=ids).logits, trained.model(input_ids=ids).logits,
+                                   atol=1e-4, rtol=1e-4)  # fmt: skip
 
 
 # --- blocks
