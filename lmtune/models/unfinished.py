@@ -69,7 +69,7 @@ def usable_adapter(run: RunDirectory, base: str | None = None) -> Iterator[Path]
     has_adapter = (run.adapter / CONFIG).is_file() and (run.adapter / WEIGHTS).is_file()
     saved = None if has_adapter and status in ("complete", None) else newest_saved(run)
     if saved is None:
-        if not (run.adapter / CONFIG).is_file():
+        if not (run.adapter / CONFIG).exists():  # what is there and no file is named by who reads it
             raise ModelError(
                 f"{run.path}: this run has no adapter yet; finish it with the same `lmtune finetune` command"
             )
