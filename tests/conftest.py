@@ -21,12 +21,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests marked `gpu` out, and count them as deselected, where there is none."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
+    """Leave out tests marked `gpu` where there is none, and `real` outside of `make test-real`; count as deselected."""
+    left_out = [item for item in items if item.get_closest_marker("real") and "LMTUNE_REAL" not in os.environ]
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
 
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=marked)
-        items[:] = [item for item in items if item not in marked]
+        left_out += [item for item in items if item.get_closest_marker("gpu") and not torch.cuda.is_available()]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtune.data.examples import Example, Message
+from lmtune.data.rendering import Renderer, Template
+from lmtune.data.replies import is_still_reasoning, split_reply
 from lmtune.decoding import PieceDecoder, Sampler
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.generation import AnswerInfo, ChatSession, GenerationOptions, generate_batch
 from lmtune.kernels.attention import packed_attention
 from lmtune.models.inference import LoadedModel
-from tests.chat_models import chat_model, never_stops, parrot
-from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
+from tests.chat_models import chat_model, never_stops, parrot, random_model
+from tests.tokenizers import CHANNELS, CHAT_TEMPLATES, EMPTY_THOUGHT_FIELD, QWEN3, QWEN35, R1, WORD, make_tokenizer
 
 WARM = GenerationOptions(temperature=1.0, top_p=0.9, max_new_tokens=24, seed=5)
 SHORT = GenerationOptions(max_new_tokens=24)
@@ -547,3 +549,65 @@ def test_a_prompt_that_fills_the_model_is_refused() -> None:
     loaded = chat_model(positions=32)
     with pytest.raises(LmtuneError, match="prompt 1 is 40 tokens long, and the model reads at most 32"):
         generate_batch(loaded.model, loaded.tokenizer, [[5], [5] * 40], [2], 4)
+
+
+# --- replies with reasoning and channels
+
+
+def scripted(template: str, option: Template, said: str, max_new_tokens: int = 64) -> LoadedModel:
+    """A model that always says `said`, control tokens included."""
+    tokenizer = make_tokenizer(template)
+    loaded = LoadedModel(random_model(adapter=False), tokenizer, Renderer(tokenizer, option), "scripted", False)
+    script = tokenizer.encode(said, add_special_tokens=False)
+    place = [0]
+
+    def follow(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        fed = kwargs["input_ids"]
+        place[0] = 0 if fed.shape[1] > 1 else place[0] + 1
+        output.logits[..., script[min(place[0], len(script) - 1)]] = 1e4
+        return output
+
+    loaded.model.register_forward_hook(follow, with_kwargs=True)
+    return loaded
+
+
+ANALYSIS = "<pad>analysis<s>why<|im_end|><|im_start|>assistant<pad>final<s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "option", "said", "reasoning", "answer"),
+    [
+        (CHANNELS, "auto", "<pad>final<s>Item 5.</s>", None, "Item 5."),
+        (CHANNELS, "auto", ANALYSIS + "Item 5.</s>", "why", "Item 5."),
+        (WORD, "auto", "<pad>final<s>Item 5.<|im_end|>", None, "Item 5."),
+        (R1, "thinking", "why</think>Item 5.<|im_end|>", "why", "Item 5."),
+        (R1, "auto", "why</think>Item 5.<|im_end|>", "why", "Item 5."),
+        (QWEN35, "thinking", "why\n</think>\n\n  Item 5.<|im_end|>", "why", "  Item 5."),
+        (QWEN35, "auto", "Item 5.<|im_end|>", None, "Item 5."),
+        (QWEN3, "thinking", "<think>\nwhy\n</think>\n\nItem 5.<|im_end|>", "why", "Item 5."),
+        (EMPTY_THOUGHT_FIELD, "thinking", "<pad>thought\nwhy\n<s>Item 5.<|im_end|>", "why", "Item 5."),
+    ],
+)  # fmt: skip
+def test_a_reply_is_its_answer_after_its_reasoning(
+    template: str, option: Template, said: str, reasoning: str | None, answer: str
+) -> None:
+    loaded = scripted(template, option, said)
+    session = ChatSession(loaded)
+    pieces = list(session.stream("Where is item 5?", GenerationOptions(max_new_tokens=64)))
+    assert split_reply("".join(pieces)) == (reasoning, answer)
+    assert session.messages[-1].content == "".join(pieces)
+    assert len(pieces) > 3, "it is streamed"
+    history = loaded.tokenizer.decode(loaded.renderer.prompt_ids([*session.messages, Message("user", "And 6?")]))
+    assert history.count("Item 5.") == 1
+    assert history.count("final") == (1 if template in (CHANNELS, WORD) else 0)
+    assert "why" not in history or template == EMPTY_THOUGHT_FIELD, "which keeps reasoning in history"
+
+
+@pytest.mark.parametrize(("said", "shown"), [("why not", "why not"), (ANALYSIS + "Item", "why")])
+def test_a_reply_that_is_cut_while_it_reasons_has_no_answer(said: str, shown: str) -> None:
+    opened = "<pad>" not in said
+    loaded = scripted(R1 if opened else CHANNELS, "thinking", said)
+    cut = GenerationOptions(max_new_tokens=len(loaded.tokenizer.encode(shown)) + (0 if opened else 6))
+    reply = ChatSession(loaded).reply("Hello", cut)
+    assert split_reply(reply)[1] == ""
+    assert is_still_reasoning(reply)

@@ -206,7 +206,7 @@ class ChatTemplate:
         elif before.startswith(start) and not _opens(before[len(start) :]):
             lead = ""
         else:
-            raise TemplateFault(_mismatch(before, whole, content, self._thinking))
+            raise TemplateFault(_mismatch(before, whole, form.is_opened))
         if not self._end_opens_next_turn:
             tail, end, _ = tail.partition(self._end)
             if not end:
@@ -435,16 +435,14 @@ def _opens(text: str, opening: str = OPENING, closing: str = CLOSING) -> bool:
     return bool(found) and not tail.strip() and closing not in tail
 
 
-def _mismatch(before: str, whole: str, answer: str, thinking: bool) -> str:
+def _mismatch(before: str, whole: str, is_opened: bool) -> str:
     """Why the answer does not continue the prompt, shown where the two part."""
-    at = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
-    if "</think>" in answer and not thinking:
-        return "the answer holds a <think> part; set data.template: thinking"
-    if "<think>" in before[at:]:
+    if is_opened:
         return (
             "the template opens a <think> part before every answer, and this one has none; write answers as "
             "<think>…</think>… with data.template: thinking, or use plain"
         )
+    at = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
     return (
         f"the template asks for an answer with {before[at : at + 40]!r}, but begins this one with "
         f"{whole[at : at + 40]!r}; training would not match generation, use data.template: plain"

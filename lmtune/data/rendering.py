@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lmtune.data.chat_template import ChatTemplate, TemplateFault
@@ -90,10 +90,12 @@ class Renderer:
                 "the tokenizer has no EOS token, so the model could never learn to stop; set the tokenizer's eos_token"
             )
         self._end_token_id = self._chat.end_token_id if self._chat else eos_ids[0]
-        self._reply_format = self._chat.reply_format if self._chat else ReplyFormat()
         self._lead_ids = self._find_lead()
         self.stop_token_ids = tuple(dict.fromkeys([self._end_token_id, *eos_ids]))
         self.uses_chat_template = self._chat is not None
+        self._reply_format = self._chat.reply_format if self._chat else ReplyFormat()
+        if self._chat is not None and self._reply_format.lead:
+            self._reply_format = replace(self._reply_format, lead=self._lead_as_decoded(self._chat))
         self.chat_template = self._chat.source if self._chat else None
 
     def render(self, example: Example) -> list[Document]:
@@ -175,7 +177,7 @@ class Renderer:
 
     @property
     def description(self) -> str:
-        """One line: which template, how answers end, what generation stops at."""
+        """One line: which template, how answers end, what generation stops at, and what the template says by itself."""
         names = [f"{self.tokenizer.convert_ids_to_tokens(index)} ({index})" for index in self.stop_token_ids]
         if self._chat is None:
             how = "plain text, no chat template"
@@ -186,10 +188,10 @@ class Renderer:
             if (time := self.rendered_at) is not None:
                 begun = "" if time[:10] == self._chat.time_now(given=False)[:10] else ", when this run began"
                 how += f", which writes today's date ({time[:10]}{begun})"
-            if words := self.own_words:
-                how += f", which writes by itself {words[:80] + '…' if len(words) > 80 else words!r}"
         more = f"; generation also stops at {', '.join(names[1:])}" if names[1:] else ""
-        return f"{how}; answers end in {names[0]}{more}"
+        words = self.own_words
+        own = f"; it writes by itself: {words[:100] + '…' if len(words) > 100 else words}" if words else ""
+        return f"{how}; answers end in {names[0]}{more}{own}"
 
     @property
     def fingerprint(self) -> str:
@@ -261,6 +263,15 @@ class Renderer:
         """Tokens of plain text; control tokens written in it stay text."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
+
+    def _lead_as_decoded(self, chat: ChatTemplate) -> str:
+        """What is before an answer in a reply's text; SentencePiece drops a blank at its beginning."""
+        asked, answer = Message("user", "a question"), "an answer"
+        try:
+            ids = chat.answer_ids([asked, Message("assistant", answer)], chat.prompt_ids([asked]))
+        except TemplateFault:
+            return self._reply_format.lead
+        return self.marked_text(ids).partition(answer)[0]
 
     def _find_lead(self) -> list[int]:
         """The tokens, usually one BOS or none, that the tokenizer puts before any text."""

@@ -22,6 +22,8 @@ from lmtune.generation import ChatSession, GenerationOptions
 from lmtune.models.inference import LoadedModel
 from lmtune.ui.terminal import TerminalChat
 from tests.chat_models import chat_model, parrot
+from tests.test_generation import scripted
+from tests.tokenizers import R1
 
 OPTIONS = GenerationOptions(max_new_tokens=12)
 
@@ -230,3 +232,21 @@ def test_ctrl_d_leaves(terminal: Terminal) -> None:
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_pipe_gets_the_answer_without_its_reasoning(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = scripted(R1, "thinking", "why</think>\n\n  Item 5.<|im_end|>")
+    whole = GenerationOptions(max_new_tokens=64)
+    TerminalChat(ChatSession(loaded), whole).run_piped(io.BytesIO(b"Hello\n"), as_json=as_json)
+    captured = capsys.readouterr()
+    if as_json:
+        told = json.loads(captured.out)
+        assert (told["reasoning"], told["answer"], told["finish_reason"]) == ("why", "  Item 5.", "stop")
+    else:
+        assert captured.out == "  Item 5.\n"
+    cut = GenerationOptions(max_new_tokens=1)
+    TerminalChat(ChatSession(loaded), cut).run_piped(io.BytesIO(b"Hello\n"))
+    captured = capsys.readouterr()
+    assert captured.out == "\n"
+    assert "ended while it was reasoning" in captured.err

@@ -1,0 +1,58 @@
+"""A real chat model of 135 million weights: a few steps of training, chat, merge, by the commands themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.real.folders import REAL
+
+pytestmark = pytest.mark.real
+
+ROWS = [
+    {"prompt": f"Which shelf holds the {thing}?", "completion": f"The {thing} is on shelf {n}."}
+    for n, thing in enumerate(("red lamp", "garden hose", "paint", "ladder", "old clock", "tea pot"), start=1)
+]
+
+
+def lmtune(folder: Path, *arguments: str, text: str | None = None) -> str:
+    """The command's stdout; its stderr is checked to name no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lmtune", *arguments], cwd=folder, input=text, capture_output=True, text=True,
+        check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    (folder / "stderr").write_text(done.stderr)
+    return done.stdout
+
+
+def test_finetune_chat_and_merge(tmp_path: Path) -> None:
+    shutil.copytree(REAL / "smollm2", tmp_path / "smollm2")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "run.yaml").write_text(
+        "model: {name: ./smollm2, quantization: none}\n"
+        "data: {train: rows.jsonl, validation: rows.jsonl, max_length: 256}\n"
+        "adapter: {rank: 8, alpha: 16}\n"
+        "train: {max_steps: 12, batch_size: 6, learning_rate: 2.0e-3}\n"
+        "evaluation: {exact_match_rows: 6, max_new_tokens: 24}\nrun: {name: run}\n"
+    )
+    shown = lmtune(tmp_path, "preview", "--config", "run.yaml", "--rows", "1")
+    assert "[<|im_end|>]" in shown
+    lmtune(tmp_path, "finetune", "run.yaml")
+    assert "You are a helpful AI assistant named SmolLM" in " ".join((tmp_path / "stderr").read_text().split())
+    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
+    assert summary["tuned"]["loss"] < summary["base"]["loss"] / 3
+    questions = "".join(row["prompt"] + "\n" for row in ROWS)
+    answers = lmtune(tmp_path, "chat", "runs/run", "--max-new-tokens", "24", text=questions).splitlines()
+    assert len(answers) == len(ROWS)
+    assert sum(answer == row["completion"] for answer, row in zip(answers, ROWS, strict=True)) >= 4, answers
+    lmtune(tmp_path, "merge", "runs/run")
+    merged = lmtune(tmp_path, "chat", "runs/run/merged", "--max-new-tokens", "24", text=questions).splitlines()
+    assert sum(a == b for a, b in zip(answers, merged, strict=True)) >= 5, (answers, merged)
