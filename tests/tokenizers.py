@@ -100,6 +100,8 @@ WORD = """
 {{- '<|im_start|>' + message.role + ('<pad>final<s>' if message.role == 'assistant' else '<s>') + message.content }}
 {{- '<|im_end|>' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"""
+# A mark on both sides of every answer.
+WRAPPED = WORD.replace("message.content }}", "message.content + ('<s>' if message.role == 'assistant' else '') }}")
 # As Gemma 4: without thinking the prompt, and it alone, ends in an empty thought.
 EMPTY_THOUGHT = turns(prompt="{% if not enable_thinking | default(false) %}{{ '<pad>thought\n<s>' }}{% endif %}")
 # The same where thinking is on unless it is switched off, and reasoning has a field.

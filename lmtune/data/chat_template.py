@@ -75,6 +75,11 @@ class ChatTemplate:
         self.end_token_id = self._find_end(eos_token_ids)
         self._end = str(tokenizer.convert_ids_to_tokens(self.end_token_id))
         self._passes_reasoning, self.reply_format = self._find_reply_format()
+        if thinking and self.end_token_id in self.reply_format.marks:
+            raise ModelError(
+                f"data.template: thinking: the chat template ends reasoning with {self._end}, as it ends answers, so "
+                "generation would stop before the answer; use rows without reasoning, or data.template: plain"
+            )
         self._knows_reasoning = (
             self._passes_reasoning or self.reply_format.is_opened or self._prompt(True) != self._prompt(False)
         )
@@ -272,9 +277,13 @@ class ChatTemplate:
         return end
 
     def _token_after_answer(self, messages: Sequence[Message]) -> int | None:
-        """The control token that the template writes after the answer, with at most white space between."""
+        """The control token that the template writes after the answer, with at most white space between.
+
+        Not one that stands before the answer too, as a mark on both of its sides: generation would stop there.
+        """
         try:
             text = self._text(messages)
+            before, lead, _ = self._around(messages[:2])
         except TemplateFault as fault:
             raise ModelError(
                 f"the chat template fails on a question and its answer: {fault}; use data.template: plain"
@@ -283,10 +292,15 @@ class ChatTemplate:
         if not found or _QUESTION not in text:
             lost = "questions" if found else "answers"
             raise ModelError(f"the chat template drops or rewrites {lost}; use data.template: plain")
+        lead = lead[len(before) :] if lead.startswith(before) else ""
         tail = tail.lstrip()
         added = {token.content: index for index, token in self._tokenizer.added_tokens_decoder.items()}
-        starting = [content for content in added if content.strip() and tail.startswith(content)]
-        return added[max(starting, key=len)] if starting else None
+        while starting := [content for content in added if content.strip() and tail.startswith(content)]:
+            token = max(starting, key=len)
+            if token not in lead:
+                return int(added[token])
+            tail = tail[len(token) :].lstrip()
+        return None
 
     def _end_text(self, eos_token_ids: Sequence[int]) -> str:
         if not eos_token_ids:

@@ -91,7 +91,9 @@ class Renderer:
             )
         self._end_token_id = self._chat.end_token_id if self._chat else eos_ids[0]
         self._lead_ids = self._find_lead()
-        self.stop_token_ids = tuple(dict.fromkeys([self._end_token_id, *eos_ids]))
+        inside = self._chat.reply_format.marks if self._chat else {}  # such a token stands before the answer, too
+        ends = [self._end_token_id, *(index for index in eos_ids if index not in inside)]
+        self.stop_token_ids = tuple(dict.fromkeys(ends))
         self.uses_chat_template = self._chat is not None
         self._reply_format = self._chat.reply_format if self._chat else ReplyFormat()
         if self._chat is not None and self._reply_format.lead:

@@ -7,7 +7,7 @@ import pytest
 from lmtune.data.examples import Example, Message
 from lmtune.data.rendering import Renderer, Template
 from lmtune.data.replies import split_reply
-from lmtune.errors import DataError
+from lmtune.errors import DataError, ModelError
 from tests.data.test_rendering import example, learned, whole
 from tests.tokenizers import (
     CHANNELS,
@@ -24,6 +24,7 @@ from tests.tokenizers import (
     R1,
     TRIMS,
     WORD,
+    WRAPPED,
     make_tokenizer,
     turns,
 )
@@ -60,6 +61,8 @@ def reply_of(renderer: Renderer, row: Example) -> tuple[str | None, str]:
         (CHANNELS, "auto", " <pad>final<s>Hi </s>", "<pad>final<s> <pad>final<s>Hi </s></s>", None,
          " <pad>final<s>Hi </s>"),
         (WORD, "auto", "final", "<pad>final<s>final<|im_end|>", None, "final"),
+        (WRAPPED, "auto", "Hi", "<pad>final<s>Hi<s><|im_end|>", None, "Hi"),
+        (WRAPPED, "auto", "Hi<s>", "<pad>final<s>Hi<s><s><|im_end|>", None, "Hi<s>"),
         (EMPTY_THOUGHT, "auto", "Hi", "Hi<|im_end|>", None, "Hi"),
         (EMPTY_THOUGHT, "auto", "<pad>thought\n<s>Hi", "<pad>thought\n<s>Hi<|im_end|>", None, "<pad>thought\n<s>Hi"),
         (EMPTY_THOUGHT, "thinking", "Hi", "Hi<|im_end|>", None, "Hi"),
@@ -162,3 +165,16 @@ def test_history_of_channels_holds_answers_alone() -> None:
     assert "<pad>final<s>Hi<|im_end|>" in text
     assert "why" not in text
     assert "think" not in text
+
+
+def test_reasoning_that_ends_as_answers_do_is_refused_once() -> None:
+    template = CHANNELS.replace("('</s>' if loop.last else '<|im_end|>')", "'<|im_end|>'")
+    with pytest.raises(ModelError, match=r"data.template: thinking: .* ends reasoning with <\|im_end\|>"):
+        renderer_of(template, "thinking")
+    assert reply_of(renderer_of(template), example("Hello", "Hi")) == (None, "Hi")
+
+
+def test_a_token_that_stands_before_every_answer_stops_no_generation() -> None:
+    tokenizer = make_tokenizer(WORD)
+    mark = tokenizer.convert_tokens_to_ids("<s>")
+    assert Renderer(tokenizer, eos_token_ids=[mark, 9]).stop_token_ids == (4, 1, 9)
