@@ -137,8 +137,10 @@ def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint
     try:
         config = load_config(FinetuneConfig, run.config)
         data = load_data(config.data, loaded.renderer, config.train.seed)
-        same = data.key == run.read_json(run.environment).get("data_sha256")
-    except (LmtuneError, OSError):
+        # by the files' content: the tokenizer beside an adapter may name another end token than the base's
+        begun = run.read_json(run.data)["train"]["sha256"]
+        same = data.fates["train"]["sha256"] == begun
+    except (LmtuneError, OSError, KeyError, TypeError):
         return None
     return data.train.content if same else None
 

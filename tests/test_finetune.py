@@ -40,7 +40,7 @@ FILES = {
     "verification.json",
     "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/lmtune.json", "adapter/README.md",
     "adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja",
-    "adapter/generation_config.json", ".lock",
+    "adapter/generation_config.json", ".lock", "local.json",
 }  # fmt: skip
 METRICS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "examples", "seconds"]
 RESULTS = [
