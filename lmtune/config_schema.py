@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter
 
 from lmtune.config import FinetuneConfig
-from lmtune.yaml_reader import write_yaml
+from lmtune.errors import ConfigError
+from lmtune.yaml_reader import read_yaml_value, write_yaml
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _ORDER = ("model", "adapter", "data", "train", "evaluation", "run")  # of the sections in a file
@@ -107,7 +107,10 @@ def _inline(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_inline, value)) + "]"
     text = write_yaml({"x": value}).rstrip("\n").removeprefix("x: ")
-    plain = "\n" not in text and yaml.safe_load(f"[{text}]") == [value]
+    try:
+        plain = "\n" not in text and read_yaml_value(f"[{text}]", where="x") == [value]
+    except ConfigError:
+        plain = False
     return text if plain else json.dumps(value, ensure_ascii=False)
 
 
