@@ -240,7 +240,7 @@ def test_a_merge_that_is_cut_off_leaves_nothing_half_made(
 ) -> None:
     """The card and the report are part of the folder, so it may not have its name before they are in it."""
 
-    def full(*args: object) -> None:
+    def full(*args: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
