@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lmtune.evaluation import Evaluation, Scores
     from lmtune.generation import ChatSession
     from lmtune.models.inference import LoadedModel
+    from lmtune.models.merging import Into
     from lmtune.training.records import StepRecord
 
 __all__ = ["Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config"]
@@ -101,6 +102,32 @@ class Run:
     def load(self, quantization: Quantization | None = None) -> Model:
         """The tuned model, ready to answer."""
         return load(self, quantization=quantization)
+
+    def merge(
+        self, output: str | os.PathLike[str] | None = None, *, into: Into = "trained", accept_difference: bool = False,
+        base: str | os.PathLike[str] | None = None,
+    ) -> Path:  # fmt: skip
+        """Merge the adapter into its base: a plain model folder, verified against the model as trained.
+
+        Args:
+            output: the folder to write; `merged` in the run's if not given.
+            into: `trained`: the weights that were trained over, dequantised. `original`: as published.
+            accept_difference: keep the merged model even where its logits differ by more than rounding explains.
+            base: where the base model is now, a folder or Hub id, if it was moved.
+
+        Returns:
+            The folder; `merge.json` in it says how far the two models are apart.
+
+        Raises:
+            ConfigError: `output` cannot be written, or holds something else.
+            ModelError: there is no adapter, the base is another one, or the merged model differs.
+        """
+        from lmtune.training.merge import merge_run
+
+        folder = self._directory.merged if output is None else Path(output)
+        with quiet():
+            merge_run(self._directory, folder, into, accept_difference, None if base is None else os.fspath(base))
+        return folder
 
     @property
     def _directory(self) -> RunDirectory:

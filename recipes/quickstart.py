@@ -48,7 +48,7 @@ def main(
         shutil.rmtree(run_directory.path)
 
     from lmtune.recipes.finetune import finetune
-    from lmtune.recipes.merge import merge_run
+    from lmtune.training.merge import merge_run
 
     summary = finetune(config, run_directory, SHOWN_ANSWERS)
     if summary["status"] != "complete":

@@ -64,6 +64,14 @@ def test_a_run_from_rows_in_memory(folder: Path, capfd: pytest.CaptureFixture[st
     assert evaluation.tuned.rows == 3
     assert evaluation.base is not None
     assert len(evaluation.answers) == 2
+    capfd.readouterr()
+    merged = run.merge()
+    assert merged == run.path / "merged"
+    assert run.merge(folder / "plain", into="original") == folder / "plain"
+    assert lmtune.chat(merged, ROWS[0]["prompt"], max_new_tokens=4) == answer
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(lmtune.ConfigError, match="was not made by lmtune merge"):
+        run.merge(run.adapter)
 
 
 def test_progress_is_one_plain_bar(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,8 @@ from lmtune.config import FinetuneConfig, load_config
 from lmtune.errors import ConfigError
 from lmtune.evaluation import evaluate_loaded
 from lmtune.models.inference import load_for_inference
-from lmtune.recipes.merge import merge_run
 from lmtune.runs import RunDirectory
+from lmtune.training.merge import merge_run
 from tests.processes import at_call, lmtune, said, send
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML

@@ -15,8 +15,9 @@ from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.models import loading, merging
 from lmtune.models.inference import load_for_inference
 from lmtune.models.merging import MergeReport
-from lmtune.recipes.merge import main, merge_run
+from lmtune.recipes.merge import main
 from lmtune.runs import RunDirectory
+from lmtune.training.merge import merge_run
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import finetune, inside, make_workplace, written_files

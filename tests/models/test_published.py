@@ -22,8 +22,8 @@ from lmtune.models.published import (
     write_adapter_texts,
     write_tokenizer,
 )
-from lmtune.recipes.merge import merge_run
 from lmtune.runs import RunDirectory
+from lmtune.training.merge import merge_run
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML, LLAMA2, NO_END, make_tokenizer
 from tests.workplace import finetune, inside, make_workplace

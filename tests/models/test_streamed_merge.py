@@ -20,8 +20,8 @@ from lmtune.models.inference import load_for_inference
 from lmtune.models.loading import load_model, weight_files
 from lmtune.models.stored import Layout, StoredWeights
 from lmtune.models.weight_types import empty_model
-from lmtune.recipes.merge import merge_run
 from lmtune.runs import RunDirectory
+from lmtune.training.merge import merge_run
 from tests.tiny import SAVED_VOCABULARY, adapted, save_tiny, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer
 from tests.workplace import finetune, inside, make_workplace

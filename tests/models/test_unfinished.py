@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from lmtune.errors import ModelError
 from lmtune.models.inference import load_for_inference
 from lmtune.models.unfinished import newest_saved, usable_adapter
-from lmtune.recipes.merge import merge_run
 from lmtune.runs import RunDirectory
 from lmtune.training.checkpoint import checkpoint_folders
+from lmtune.training.merge import merge_run
 from tests.workplace import finetune, inside, make_workplace, written_files
 
 pytestmark = pytest.mark.slow  # a run each
