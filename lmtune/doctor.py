@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -74,21 +76,28 @@ def examine(runs_dir: Path = Path()) -> Iterator[Finding]:
 def check_packages() -> Iterator[Finding]:
     """Python and the libraries, against what lmtune asks for; small ones are named only if they are wrong."""
     yield Finding("python", "ok", platform.python_version())
-    for name, least in _requirements().items():
-        finding = check_package(name, least)
-        if name in SHOWN_PACKAGES or finding.level != "ok":
+    for line in importlib.metadata.requires("lmtune") or ():
+        needed = Requirement(line)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        finding = check_package(needed)
+        if needed.name in SHOWN_PACKAGES or finding.level != "ok":
             yield finding
 
 
-def check_package(name: str, least: str) -> Finding:
-    """Whether the package `name` is there, in version `least` or newer."""
+def check_package(needed: Requirement) -> Finding:
+    """Whether a package is there, in a version that lmtune was written for."""
+    install = f'pip install "{needed}"'
     try:
-        found = importlib.metadata.version(name)
+        found = importlib.metadata.version(needed.name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "fail", "not installed", f'pip install "{name}>={least}"')
-    if _numbers(found) < _numbers(least):
-        return Finding(name, "fail", f"{found} is too old", f'pip install "{name}>={least}"')
-    return Finding(name, "ok", found)
+        return Finding(needed.name, "fail", "not installed", install)
+    if needed.specifier.contains(found, prereleases=True):
+        return Finding(needed.name, "ok", found)
+    least = SpecifierSet(",".join(str(bound) for bound in needed.specifier if bound.operator == ">="))
+    if least.contains(found, prereleases=True):
+        return Finding(needed.name, "warn", f"{found} is newer than lmtune was tried with", install)
+    return Finding(needed.name, "fail", f"{found} is too old", install)
 
 
 def check_demo() -> Finding:
@@ -189,21 +198,6 @@ def check_hub_token() -> Finding:
             "Hub token", "ok", "none; only `lmtune push` and private or gated models need one (hf auth login)"
         )
     return Finding("Hub token", "ok", "there is one")
-
-
-def _requirements() -> dict[str, str]:
-    """What lmtune itself needs, as `{package: least version}`."""
-    needed = {}
-    for line in importlib.metadata.requires("lmtune") or ():
-        if (match := re.fullmatch(r"([\w.-]+)>=([\d.]+)", line.strip())) is not None:
-            needed[match[1]] = match[2]
-    return needed
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """`2.13.0+cpu` as `(2, 13, 0)`."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def _how_it_ended(code: int, last: str) -> str:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from lmtune import doctor, probes
 from lmtune.doctor import Finding, check_disk, check_folder, check_hub_token, check_package, run_probes
@@ -27,12 +28,13 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     found = levels(doctor.check_packages())
     assert {"python", *doctor.SHOWN_PACKAGES} <= set(found)
     assert set(found.values()) == {"ok"}
-    assert check_package("no-such-package", "1.2") == Finding(
+    assert check_package(Requirement("no-such-package>=1.2")) == Finding(
         "no-such-package", "fail", "not installed", 'pip install "no-such-package>=1.2"'
     )
-    for version, level in (("2.9.1", "fail"), ("2.10", "ok"), ("2.10.0+cu130", "ok"), ("3.0rc1", "ok")):
+    versions = {"2.9.1": "fail", "2.10": "ok", "2.10.0+cu130": "ok", "2.11rc1": "ok", "3.0": "warn", "3.1+cpu": "warn"}
+    for version, level in versions.items():
         monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
-        assert check_package("torch", "2.10").level == level, version
+        assert check_package(Requirement("torch>=2.10,<3")).level == level, version
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
