@@ -41,7 +41,7 @@ class Parameters:
         other: of all else: embeddings, head, router, norms, biases.
         quantized: of those in linear layers, how many are held in `quantization`.
         quantization: `none`, `nf4`, `int8` or `fp8`.
-        dtype: of the others.
+        dtype: of the others, as `bfloat16`.
         adapted_linear, adapted_experts: of those under the adapter.
         num_experts: in a tensor of experts, 0 without such.
         left: what could be adapted and is not, in words.
@@ -56,7 +56,7 @@ class Parameters:
     other: int
     quantized: int
     quantization: str
-    dtype: torch.dtype
+    dtype: str
     adapted_linear: int
     adapted_experts: int
     num_experts: int
@@ -71,15 +71,15 @@ class Parameters:
         """The line."""
         on = [_several(len(self.targets.modules), "module")] * bool(self.targets.modules)
         on += [_several(len(self.targets.experts), "expert tensor")] * bool(self.targets.experts)
-        kind = str(self.dtype).removeprefix("torch.")
         held = f"{short_count(self.frozen)} frozen"
         if not self.quantized:
-            held += f" in {kind}"
+            held += f" in {self.dtype}"
         else:
-            held += f", of these {short_count(self.quantized)} in {self.quantization}, the rest in {kind}"
+            held += f", of these {short_count(self.quantized)} in {self.quantization}, the rest in {self.dtype}"
         if self.experts and self.quantization != "none":
-            share, size = self.experts / self.frozen, self.experts * self.dtype.itemsize / _GIB
-            held += f": experts ({share:.0%} of the weights) stay in {self.dtype.itemsize * 8} bit: {size_text(size)}"
+            each: int = getattr(torch, self.dtype).itemsize
+            share, size = self.experts / self.frozen, self.experts * each / _GIB
+            held += f": experts ({share:.0%} of the weights) stay in {each * 8} bit: {size_text(size)}"
         left = f"; not adapted: {', '.join(self.left)}" if self.left else ""
         return f"{self.trained:,} trained (LoRA r={self.rank} on {' and '.join(on)}); {held}{left}"
 
@@ -111,7 +111,7 @@ def count_parameters(model: Any, adapter: AdapterConfig, quantization: str, dtyp
         trained_on_experts=adapter_parameters(model, Targets((), found.experts), adapter.rank),
         rank=adapter.rank, targets=found,
         linear=sum(body.values()), experts=experts, other=other, quantized=sum(body[name] for name in in_few_bits),
-        quantization=quantization, dtype=dtype,
+        quantization=quantization, dtype=str(dtype).removeprefix("torch."),
         adapted_linear=sum(a * b for name, (a, b) in layers.items() if name in found.modules),
         adapted_experts=sum(tensors[name].numel() for name in found.experts),
         num_experts=max((len(tensor) for tensor in tensors.values()), default=0),
