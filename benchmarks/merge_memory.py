@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -98,12 +97,13 @@ def merge_here(folder: Path) -> dict[str, int]:
     import transformers  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    from lmtune.recipes.merge import merge_run
+    from benchmarks.measure import peak_resident_gib
     from lmtune.runs import RunDirectory
+    from lmtune.training.merge import merge_run
 
     before = psutil.Process().memory_info().rss
     merge_run(RunDirectory(folder / "run"), folder / "merged", "trained")
-    return {"before": before, "most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"before": before, "most": int(peak_resident_gib() * 2**30)}
 
 
 def measured(folder: Path, options: Any) -> dict[str, Any]:

@@ -8,8 +8,10 @@ tokens, which changes nothing but speed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,8 +207,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: of the GPU's allocator, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
+    with contextlib.suppress(OSError, StopIteration):  # Linux; `ru_maxrss` would begin with what the parent held
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024 / GIB
     import resource
-    import sys
 
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # in bytes, on macOS
