@@ -45,6 +45,7 @@ def main(
         from lmtune.data.files import find_files, unread_entries
         from lmtune.data.preview import document_tree, show_tokens
         from lmtune.data.reading import ReadReport, read_examples
+        from lmtune.data.survey import counted
         from lmtune.data.tokenized import fit
         from lmtune.models.inference import build_renderer
         from lmtune.models.loading import load_tokenizer
@@ -72,17 +73,12 @@ def main(
             )
         if dropped:
             out.print(f"[yellow]this row will be dropped: {WHY_DROPPED[dropped]} ({data_config.max_length})[/]")
-    for warning in (*_told(changed), *report.warnings, *control_text.warnings(), *unread_entries(paths)):
+    told = [f"{counted(number)} of these: {change}" for change, number in changed.items()]
+    for warning in (*told, *report.warnings, *control_text.warnings(), *unread_entries(paths)):
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     if as_json:
         print_json({"model": model_config.name, "template": renderer.description, "rows": shown})
     report.raise_for_faults(data_config.faulty_rows, rows)
-
-
-def _told(changed: Counter[str]) -> list[str]:
-    from lmtune.data.survey import counted
-
-    return [f"{counted(number)} of these: {change}" for change, number in changed.items()]
 
 
 def chosen(words: list[str], config: str | None, model: str | None, data: list[str]) -> FinetuneConfig:

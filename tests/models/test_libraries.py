@@ -45,7 +45,8 @@ attach_adapter(load_model(ModelConfig(name="tiny", quantization="nf4"), "cpu"), 
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "loading tiny in nf4 …\n")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert set(done.stderr.splitlines()) <= {"loading tiny in nf4 …"}  # our own progress, if it takes so long
 
 
 @pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
