@@ -7,6 +7,7 @@ import pytest
 
 # The models are tiny: a second thread gains nothing, and waits for its turn where other processes want the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)  # of the terminal that the tests were started in
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

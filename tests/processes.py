@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,29 @@ def lmtune(folder: Path, *arguments: str, trouble: Trouble | None = None) -> int
         trouble: called in the process before the command, to arrange for its end.
     """
     return ended(start(folder, *arguments, trouble=trouble))
+
+
+def completed(
+    folder: Path, *arguments: str, given: str = "", variables: Mapping[str, str | None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in `folder`, as `subprocess.run` does.
+
+    Args:
+        folder: where.
+        arguments: of `lmtune`.
+        given: on its stdin.
+        variables: of the environment, beside the caller's own; None takes one away. What libraries read when they are
+            imported is too late.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        streams = [Path(name) / stream for stream in ("stdin", "stdout", "stderr")]
+        streams[0].write_text(given, encoding="utf-8")
+        changed = {**os.environ, **(variables or {})}
+        process = CONTEXT.Process(target=_as_if_run, args=(folder, arguments, streams, changed))
+        process.start()
+        code = ended(process, within_seconds=250)
+        said = [path.read_text(encoding="utf-8") if path.exists() else "" for path in streams[1:]]
+    return subprocess.CompletedProcess(["lmtune", *arguments], code, *said)
 
 
 def together(folder: Path, *arguments: str, troubles: Mapping[int, Trouble] | None = None) -> list[int]:
@@ -92,6 +117,19 @@ def said(folder: Path, output: str = "output") -> str:
     return (folder / output).read_text()
 
 
+def _as_if_run(
+    folder: Path, arguments: tuple[str, ...], streams: Sequence[Path], variables: Mapping[str, str | None]
+) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update({name: value for name, value in variables.items() if value is not None})
+    for descriptor, path in enumerate(streams):
+        with open(path, "wb" if descriptor else "rb") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - multiprocessing has closed it
+    _main(arguments)
+
+
 def _command(
     folder: Path, arguments: tuple[str, ...], trouble: Trouble | None, output: str, variables: dict[str, str]
 ) -> None:
@@ -100,9 +138,13 @@ def _command(
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.argv = ["lmtune", *arguments]
     if trouble is not None:
         trouble()
+    _main(arguments)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    sys.argv = ["lmtune", *arguments]
     from lmtune.cli import main
 
     atexit._clear()  # a child of the fork server has its parent's, and does not run them by itself

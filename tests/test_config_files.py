@@ -15,6 +15,7 @@ from lmtune.config import FinetuneConfig, command_config, load_config
 from lmtune.config_files import find_config, is_override, run_name, shipped_configs
 from lmtune.console import command, program
 from lmtune.errors import ConfigError
+from tests import processes
 
 ROOT = Path(__file__).parents[1]
 ROW = json.dumps({"prompt": "When are you open?", "completion": "From nine to five."}) + "\n"
@@ -182,10 +183,7 @@ def test_a_command_is_printed_as_it_can_be_called(monkeypatch: pytest.MonkeyPatc
 
 def test_commands_take_configs_by_name_and_errors_name_the_command_as_called(empty_folder: Path) -> None:
     def ran(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "lmtune", *arguments], capture_output=True, text=True, check=False,
-            env={**os.environ, "PATH": "/usr/bin:/bin"},
-        )  # fmt: skip
+        return processes.completed(empty_folder, *arguments, variables={"PATH": "/usr/bin:/bin"})
 
     (empty_folder / "my.jsonl").write_text(ROW)
     shutil.copy(ROOT / "recipes" / "configs" / "support.yaml", "mine.yaml")
@@ -205,10 +203,8 @@ def test_commands_take_configs_by_name_and_errors_name_the_command_as_called(emp
 def test_preview_and_plan_start_without_a_config(empty_folder: Path) -> None:
     (empty_folder / "my.jsonl").write_text(ROW * 3)
     for verb in ("preview", "plan"):
-        done = subprocess.run(
-            [sys.executable, "-m", "lmtune", verb, "--model", "tiny", "--data", "my.jsonl", "data.max_length=64"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        arguments = [verb, "--model", "tiny", "--data", "my.jsonl", "data.max_length=64"]
+        done = processes.completed(empty_folder, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -11,20 +10,28 @@ from lmtune.training.activity import Activity
 
 
 def test_computing_counts_and_sleeping_does_not() -> None:
-    activity = Activity()
-    time.sleep(0.3)
-    assert activity.idle_seconds() > 0.25
-    thread = threading.Thread(target=compute)  # the thread that asks does not count itself
-    thread.start()
-    thread.join()
-    assert activity.idle_seconds() < 0.1
+    """In a process of its own, in which no thread of another test is left."""
+    code = """
+import threading, time
+from lmtune.training.activity import Activity
 
-
-def compute() -> None:
-    """A while of work."""
+def compute():
     until = time.process_time() + 0.2
     while time.process_time() < until:
         sum(range(1000))
+
+activity = Activity()
+time.sleep(0.5)
+print(activity.idle_seconds())
+thread = threading.Thread(target=compute)  # the thread that asks does not count itself
+thread.start()
+thread.join()
+print(activity.idle_seconds())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    slept, computed = map(float, done.stdout.split())
+    assert slept > 0.4
+    assert computed < 0.2
 
 
 def test_what_a_started_process_computes_counts() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from lmtune.errors import ConfigError, DataError
 from lmtune.training.corpus import TURN_END, TokenStream, read_corpus, take_blocks, tokenize, train_tokenizer
 from lmtune.training.pretrain_config import CorpusConfig, PretrainConfig
 from lmtune.training.pretraining import block_numbers, build_model, perplexity, pretrain
+from tests import processes
 
 SENTENCES = [f"The {thing} number {n} is {colour}." for n in range(40)
              for thing, colour in (("cat", "black"), ("dog", "brown"), ("fish", "golden"))]  # fmt: skip
@@ -44,10 +44,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lmtune", "pretrain", *arguments], capture_output=True, text=True, check=False,
-        env={**os.environ, "LMTUNE_TRACEBACK": "0"},
-    )  # fmt: skip
+    return processes.completed(Path.cwd(), "pretrain", *arguments, variables={"LMTUNE_TRACEBACK": "0"})
 
 
 @pytest.mark.slow
