@@ -1,6 +1,8 @@
 # `make quickstart` runs the main job; `make test` and `make check` are what CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two tests at once, each on one thread; `make test WORKERS=` runs them one after the other.
+WORKERS ?= -n 2 --dist worksteal
 
 .PHONY: quickstart test test-fast test-long test-real check bench clean
 
@@ -8,10 +10,10 @@ quickstart: .venv/installed
 	$(BIN)/lmtune quickstart
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest tests -m "not long and not real"
+	$(BIN)/python -m pytest tests -m "not long and not real" $(WORKERS)
 
 test-fast: .venv/installed-test
-	$(BIN)/python -m pytest tests -m "not slow and not long and not real"
+	$(BIN)/python -m pytest tests -m "not slow and not long and not real" $(WORKERS)
 
 # Minutes each: fuzzing at length, a gigabyte of data, the app under load.
 test-long: .venv/installed-test

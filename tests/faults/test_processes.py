@@ -140,11 +140,11 @@ def test_18_a_process_that_works_longer_than_the_limit_is_waited_for(
 ) -> None:
     """Tokenising (as on a disk that answers late), quantising, saving a checkpoint and the result."""
     slow = all_of(
-        at_call("lmtune.training.session", "load_data", partial(time.sleep, 7)),
-        at_call("lmtune.training.session", "load_model", partial(compute, 7)),
-        at_call("lmtune.training.loop", "save_checkpoint", partial(compute, 7)),
+        at_call("lmtune.training.session", "load_data", partial(time.sleep, 5)),
+        at_call("lmtune.training.session", "load_model", partial(compute, 5)),
+        at_call("lmtune.training.loop", "save_checkpoint", partial(compute, 5)),
         at_step(3, partial(time.sleep, 2)),  # for which the other one has waited since that checkpoint
-        at_call("lmtune.training.run", "save_tuned", partial(compute, 7)),
+        at_call("lmtune.training.run", "save_tuned", partial(compute, 5)),
     )
     limit = "run.process_timeout_seconds=3"
     assert together(place, "finetune", "run.yaml", limit, troubles={0: slow}) == [0, 0], said(place, "output1")

@@ -287,10 +287,13 @@ def test_what_is_said_is_never_live(open_tab: Callable[..., Tab]) -> None:
     assert tab.answers().last.locator("code").inner_text() == "<b>"
 
 
-def test_no_attack_is_live(open_tab: Callable[..., Tab], start_app: Callable[..., Iterator[RunningApp]]) -> None:
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 4])
+def test_no_attack_is_live(
+    open_tab: Callable[..., Tab], start_app: Callable[..., Iterator[RunningApp]], every: int
+) -> None:
     running = start_app(parrot())
     tab = open_tab(next(running).url)
-    for attack in ATTACKS:
+    for attack in ATTACKS[::every]:
         tab.send(f"So:\n\n{attack}\n\nover")
         expect(tab.answers()).to_contain_text("over")
         tab.wait_for_end()
@@ -418,7 +421,7 @@ def test_an_example_is_asked_with_a_click(open_tab: Callable[..., Tab]) -> None:
     expect(tab.answers()).to_have_text("You asked: Where do customers park their cars?")
 
 
-@pytest.mark.parametrize(("width", "height"), [(400, 800), (768, 900), (1440, 900)])
+@pytest.mark.parametrize(("width", "height"), [(400, 800), pytest.param(768, 900, marks=pytest.mark.long), (1440, 900)])
 def test_nothing_sticks_out(open_tab: Callable[..., Tab], tmp_path: Path, width: int, height: int) -> None:
     tab = open_tab(width=width, height=height)
     tab.ask("An unbroken " + "w" * 200, "You asked: An unbroken " + "w" * 200)
