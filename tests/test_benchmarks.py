@@ -91,7 +91,7 @@ def test_work_is_dealt_more_evenly_than_in_order() -> None:
     assert 1 <= found["dealt"] < found["in_order"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_is_profiled_by_parts() -> None:
     report = profile(Workload("1m", batch_size=2), "cpu")
     assert sum(report["shares"].values()) == pytest.approx(1, abs=1e-3)

@@ -31,7 +31,10 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not finish"),
         ("{{ 10 ** (10 ** 10) }}", "did not finish"),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{% for i in range(99999) %}{{ f() }}{% endfor %}", ""),
-        ("{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}", "characters"),
+        (
+            "{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}",
+            "(characters|did not finish)",
+        ),
         (
             "{% set x = namespace(t='ab') %}{% for m in messages %}{% set x.t = x.t + x.t %}{% endfor %}{{ x.t }}",
             "(MiB|did not finish)",

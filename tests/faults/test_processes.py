@@ -300,14 +300,15 @@ def assert_saved_by_both(place: Path, done: "subprocess.CompletedProcess[str]") 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ask", "code"),
-    [(partial(stop_command, signal.SIGTERM), 143), pytest.param(press_ctrl_c, 130, marks=pytest.mark.long)],
+    [(partial(stop_command, signal.SIGTERM), 143), (press_ctrl_c, 130)],
     ids=["SIGTERM", "Ctrl-C"],
 )
 @pytest.mark.parametrize(
     ("limit", "seconds"),
-    [({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}, 4), pytest.param({}, 35, marks=pytest.mark.long)],
+    [({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}, 4), ({}, 35)],
     ids=["short", "torch's own"],
 )
 def test_03_and_05_a_stop_waits_for_a_step_that_takes_longer_than_the_launcher_would(

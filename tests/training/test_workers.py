@@ -228,8 +228,8 @@ sys.exit(0 if sys.argv[1] == "well" else accelerator.process_index)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("how", "said"), [pytest.param("well", 0, marks=pytest.mark.long), ("badly", 1)])
+@pytest.mark.long
+@pytest.mark.parametrize(("how", "said"), [("well", 0), ("badly", 1)])
 def test_processes_leave_without_an_abort(tmp_path: Path, how: str, said: int) -> None:
     """gloo's threads, still running at exit, used to abort about one process in five."""
     (tmp_path / "recipe.py").write_text(LEAVES)

@@ -310,7 +310,7 @@ def test_no_attack_is_live(
     "language",
     few(
         ["bash", "c", "constructor", "cpp", "go", "html", "java", "json", "latex", "php", "python", "rust", "sql"],
-        "cpp", "python", "json",
+        "python",
     ),
 )  # fmt: skip
 def test_code_in_any_language_is_shown(open_tab: Callable[..., Tab], language: str) -> None:
@@ -421,7 +421,7 @@ def test_an_example_is_asked_with_a_click(open_tab: Callable[..., Tab]) -> None:
     expect(tab.answers()).to_have_text("You asked: Where do customers park their cars?")
 
 
-@pytest.mark.parametrize(("width", "height"), [(400, 800), pytest.param(768, 900, marks=pytest.mark.long), (1440, 900)])
+@pytest.mark.parametrize(("width", "height"), few([(400, 800), (768, 900), (1440, 900)], (400, 800)))
 def test_nothing_sticks_out(open_tab: Callable[..., Tab], tmp_path: Path, width: int, height: int) -> None:
     tab = open_tab(width=width, height=height)
     tab.ask("An unbroken " + "w" * 200, "You asked: An unbroken " + "w" * 200)

@@ -132,7 +132,7 @@ def test_sigterm_lets_an_answer_finish(served: Callable[[int], Served]) -> None:
     assert "200 tokens" in str(answer.outputs()[-1][3])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_next_port_is_taken_and_said_and_a_second_ctrl_c_stops_at_once(served: Callable[[int], Served]) -> None:
     from gradio_client import Client
 

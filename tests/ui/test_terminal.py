@@ -227,7 +227,7 @@ def test_ctrl_c_stops_the_answer_then_leaves(terminal: Terminal) -> None:
     assert terminal.interrupt_until_it_leaves() == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_d_leaves(terminal: Terminal) -> None:
     terminal.wait_for("> ")
     terminal.type("\x04")
