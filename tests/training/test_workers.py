@@ -306,7 +306,7 @@ def test_two_processes_give_the_adapter_of_one(place: Path) -> None:
     assert_same_run(place, "two")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accelerate_launch_gives_it_too_and_goes_on_with_a_run_of_one_process(place: Path) -> None:
     """Half of the run in one process, the rest in two."""
     import shutil

@@ -421,7 +421,10 @@ def test_an_example_is_asked_with_a_click(open_tab: Callable[..., Tab]) -> None:
     expect(tab.answers()).to_have_text("You asked: Where do customers park their cars?")
 
 
-@pytest.mark.parametrize(("width", "height"), few([(400, 800), (768, 900), (1440, 900)], (400, 800)))
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(400, 800), *(pytest.param(*size, marks=pytest.mark.long) for size in [(768, 900), (1440, 900)])],
+)
 def test_nothing_sticks_out(open_tab: Callable[..., Tab], tmp_path: Path, width: int, height: int) -> None:
     tab = open_tab(width=width, height=height)
     tab.ask("An unbroken " + "w" * 200, "You asked: An unbroken " + "w" * 200)
