@@ -110,7 +110,7 @@ def test_what_is_wrong_with_rows_is_said_by_row(folder: Path, data: Any, message
     assert not [path for path in (folder / "runs").glob("*") if path.name != ".rows"]
 
 
-def test_settings_made_by_hand_fail_as_those_of_a_file() -> None:
+def test_settings_made_by_hand_fail_as_those_of_a_file(folder: Path) -> None:
     with pytest.raises(lmtune.ConfigError, match="model: got 'tiny'; should be"):
         lmtune.FinetuneConfig(model="tiny")  # type: ignore[call-arg, arg-type]
     with pytest.raises(lmtune.ConfigError, match=r"train\.epochs: got -1"):
