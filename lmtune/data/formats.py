@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from lmtune.data.examples import Message
 from lmtune.data.row_keys import (
+    ANSWER_KEYS,
     HISTORY_KEY,
     SYSTEM_KEYS,
     earlier_turns,
@@ -28,7 +29,7 @@ from lmtune.data.row_keys import (
     with_system,
 )
 from lmtune.data.turns import parse_turns
-from lmtune.data.values import RowFault, is_filled, listed_keys, nearest, quoted, strings
+from lmtune.data.values import RowFault, is_filled, listed_keys, nearest, plain, quoted, strings
 
 __all__ = ["Format", "ParsedRow", "RowFault", "detect_format", "parse_row", "quoted"]
 
@@ -47,6 +48,8 @@ KNOWN = (
     "or conversations (sharegpt), or text"
 )
 _TURNS_NAMES = (
+    "messages",
+    "conversations",
     "message",
     "dialog",
     "dialogs",
@@ -59,7 +62,6 @@ _TURNS_NAMES = (
     "contents",
 )
 _QUESTION_NAMES = ("prompt", "question", "query", "instruction", "input", "user", "human")
-_ANSWER_NAMES = ("completion", "answer", "response", "output", "reply", "target", "assistant", "gpt", "bot")
 
 
 @dataclass
@@ -83,7 +85,7 @@ def detect_format(row: Mapping[str, Any]) -> Format:
             return name
     if fault := preference_fault(row):
         raise RowFault(fault)
-    if turns := [key for key in _TURNS_NAMES if isinstance(row.get(key), list)]:
+    if turns := [key for key, value in row.items() if plain(key) in _TURNS_NAMES and isinstance(value, list)]:
         raise RowFault(f"unknown key {quoted(turns[0])}; rename it to messages")
     for required, _ in _KEYS.values():
         found = [key for key in required if key in row]
@@ -98,7 +100,7 @@ def detect_format(row: Mapping[str, Any]) -> Format:
 
 def _renaming(row: Mapping[str, Any]) -> str:
     """Which keys would make a question and an answer if they were renamed, or nothing."""
-    questions, answers = ([key for key in names if key in row] for names in (_QUESTION_NAMES, _ANSWER_NAMES))
+    questions, answers = ([key for key in row if plain(key) in names] for names in (_QUESTION_NAMES, ANSWER_KEYS))
     if len(questions) != 1 or len(answers) != 1:
         return ""
     wanted = zip((questions[0], answers[0]), ("prompt", "completion"), strict=True)
@@ -125,9 +127,10 @@ def parse_row(row: Mapping[str, Any], format: Format) -> ParsedRow:
     if problems:
         raise RowFault("; ".join(problems))
     if further:
-        warned = further_warnings(row, known)
+        learned = parsed.text or "\n".join(m.content for m in parsed.messages if m.role == "assistant")
+        warned = further_warnings(row, known, learned)
         parsed.warnings += warned.values()
-        parsed.ignored_keys |= {key for key in further - warned.keys() if is_filled(row[key])}
+        parsed.ignored_keys |= {key for key in further - warned.keys() if row[key] is False or is_filled(row[key])}
     for message in parsed.messages:
         if message.role == "assistant" and message.learned and not message.content.strip():
             parsed.warnings.append("an answer holds only white space")

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmtune.data.examples import Message, Role
-from lmtune.data.values import RowFault, is_filled, kind_of, listed_keys, quoted, strings, text_problem
+from lmtune.data.values import RowFault, is_filled, kind_of, listed_keys, plain, quoted, strings, text_problem
 
 SPELLINGS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-CALL_KEYS = ("tool_calls", "function_call")
+CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls")
 CALL_FAULT = "tool calls are not learned yet, and without them the answer is not whole; remove the row"
 MEDIA_KEYS = (
     "image", "images", "image_url", "image_urls", "video", "videos", "audio", "audios", "file", "files", "attachments",
-    "media",
+    "media", "img", "imgs",
 )  # fmt: skip
 _ROLES: dict[str, Role] = {
     "system": "system", "developer": "system",
@@ -32,9 +32,20 @@ _TOOL_ROLES = (
     "tool", "function", "ipython", "observation", "function_call", "function_response", "tool_call", "tool_response",
     "tool_result",
 )  # fmt: skip
-_LEARN_KEYS = ("weight", "train", "training", "trainable", "learn", "loss", "loss_weight", "loss_scale")
-_MASK_KEYS = ("mask", "masked")  # these say what is not learned
-_OTHER_THOUGHT_KEYS = ("reasoning_details", "thinking_blocks", "thinking_content", "thought", "thoughts")
+_LEARN_KEYS = (
+    "weight", "train", "training", "trainable", "learn", "loss", "loss_weight", "loss_scale", "should_train",
+    "do_train", "is_train", "train_on_turn", "compute_loss", "supervised",
+)  # fmt: skip
+_MASK_KEYS = ("mask", "masked", "is_masked", "no_train")  # these say what is not learned
+_UNCLEAR_KEYS = (  # these may say so too, each program in its own way
+    "loss_mask", "weights", "train_detail", "training_detail", "train_details", "skip", "ignore", "exclude", "include",
+    "label",
+)  # fmt: skip
+OTHER_THOUGHT_KEYS = (
+    "reasoning_details", "reasoning_text", "thinking_blocks", "thinking_content", "think", "thought", "thoughts", "cot",
+    "chain_of_thought", "thought_process",
+)  # fmt: skip
+_LOST_THOUGHTS = {*OTHER_THOUGHT_KEYS, "rationale", "analysis", "scratchpad"}  # of an answer; a row's may be its input
 _PLAIN = {"role", "from", "content", "value"}
 _TEXT_PARTS = ("text", "input_text", "output_text")  # chat completions, and the two of OpenAI's Responses
 
@@ -63,7 +74,7 @@ def parse_turns(turns: Any, key: str) -> Turns:
             raise RowFault(f"{where} is {kind_of(turn)}; it must be an object with {' and '.join(SPELLINGS[key])}")
         messages.append(_message(turn, where, SPELLINGS[key], found))
         if unused := turn.keys() - _USED:
-            found.ignored_keys |= {f"{key}[].{name}" for name in unused if is_filled(turn[name])}
+            found.ignored_keys |= {f"{key}[].{name}" for name in unused if turn[name] is False or is_filled(turn[name])}
     check_order([message.role for message in messages], key)
     answers = [index for index, message in enumerate(messages) if message.role == "assistant" and message.learned]
     if not answers:
@@ -73,19 +84,29 @@ def parse_turns(turns: Any, key: str) -> Turns:
 
 
 _USED = {*_PLAIN, *REASONING_KEYS, *_LEARN_KEYS, *_MASK_KEYS}
+_LOST = {plain(key): "only text is learned; remove the row, or {key} if the text stands alone" for key in MEDIA_KEYS}
+_LOST |= {plain(key): CALL_FAULT for key in (*CALL_KEYS, "tools", "functions")}
+_LOST |= {
+    plain(key): "this reasoning would be lost; write it into the answer as <think>…</think>" for key in _LOST_THOUGHTS
+}
+_LOST |= {
+    plain(key): "this would be lost; write it into the text, or remove {key}"
+    for key in ("context", "contexts", "document", "documents")
+}
+_LOST["refusal"] = "this would not be learned; write what the assistant says as its content"
+_THOUGHTS = {plain(key) for key in _LOST_THOUGHTS}
+_UNCLEAR = {plain(key) for key in _UNCLEAR_KEYS}
+_OWN_SPELLING = {plain(key): key for key in _USED}
 
 
 def _message(turn: Mapping[str, Any], where: str, spelling: tuple[str, str], found: Turns) -> Message:
     further = turn.keys() - _PLAIN  # most turns have none
-    for key in CALL_KEYS if further else ():
-        if is_filled(turn.get(key)):
-            raise RowFault(f"{where}.{key}: {CALL_FAULT}")
+    if further:
+        _check_further(turn, where)
     role = _role(turn, where, spelling)
     learned = not further or _is_learned(turn, where, role, found)
     content_key = _spelt(turn, where, ("content", "value"), spelling[1])
     content = _text_of(turn[content_key], f"{where}.{content_key}")
-    if further:
-        _check_lost(turn, where, content_key)
     filled = content_key if role == "assistant" and learned else None
     (content,) = strings({content_key: content}, content_key, prefix=f"{where}.", filled=filled)
     if further:
@@ -93,13 +114,20 @@ def _message(turn: Mapping[str, Any], where: str, spelling: tuple[str, str], fou
     return Message(role, content, learned or role != "assistant")
 
 
-def _check_lost(turn: Mapping[str, Any], where: str, content_key: str) -> None:
+def _check_further(turn: Mapping[str, Any], where: str) -> None:
     """Raise a `RowFault` for what the turn says besides its text, and would not be learned."""
-    for key in MEDIA_KEYS:
-        if is_filled(turn.get(key)):
-            raise RowFault(f"{where}.{key}: only text is learned; remove the row, or {key} if the text stands alone")
-    if is_filled(turn.get("refusal")):
-        raise RowFault(f"{where}.refusal would not be learned; write what the assistant says as its {content_key}")
+    thinks = any(is_filled(turn.get(key)) for key in REASONING_KEYS)  # of which others are a copy
+    for key in turn.keys() - _USED:
+        name, value = plain(key), turn[key]
+        if name in _OWN_SPELLING and (value is False or value == 0 or is_filled(value)):
+            raise RowFault(f"{where}.{key} is used only as {_OWN_SPELLING[name]}; rename it, or remove the key")
+        if is_filled(value) and name in _LOST and not (thinks and name in _THOUGHTS):
+            raise RowFault(f"{where}.{key}: {_LOST[name].format(key=key)}")
+        if name in _UNCLEAR and value is not None:
+            raise RowFault(
+                f"{where}.{key} is {kind_of(value)}; whether a turn is learned is said by weight: 0 or 1, so use that, "
+                "or remove the key"
+            )
 
 
 def _spelt(turn: Mapping[str, Any], where: str, names: tuple[str, str], usual: str) -> str:
@@ -114,6 +142,10 @@ def _spelt(turn: Mapping[str, Any], where: str, names: tuple[str, str], usual: s
     if not there and not {*SPELLINGS["messages"], *SPELLINGS["conversations"]} & turn.keys():
         one, other = (" and ".join(spelling) for spelling in SPELLINGS.values())
         raise RowFault(f"{where} has the keys {listed_keys(turn)}; a turn is an object with {one} (or {other})")
+    text = next((key for key in turn if plain(key) in ("text", "message", "parts", "body")), None)
+    if not there and text and usual in ("content", "value"):
+        hint = "write the text of its parts as" if text == "parts" else f"rename {quoted(text)} to"
+        raise RowFault(f"{where}.{usual} is missing; {hint} {usual}")
     if not there:
         strings(turn, usual, prefix=f"{where}.")
     return there[0]
@@ -146,6 +178,9 @@ def _text_of(content: Any, where: str) -> Any:
         if kind in _TEXT_PARTS and isinstance(part, dict) and "text" in part:
             if problem := text_problem(part["text"]):
                 raise RowFault(f"{place}.text {problem}")
+            for key in part.keys() - {"type", "text"}:
+                if plain(key) in _OWN_SPELLING or plain(key) in _UNCLEAR:
+                    raise RowFault(f"{place}.{key}: a part has no weight of its own; give it to the whole turn")
             texts.append(part["text"])
         elif isinstance(part, dict) and kind not in _TEXT_PARTS:
             advice = "write it as <think>…</think> in the text" if kind in REASONING_KEYS else "remove the row"
@@ -182,7 +217,6 @@ def _with_reasoning(turn: Mapping[str, Any], where: str, role: Role, content: st
 
     A template that takes reasoning in a field gets it back from there, see `lmtune.data.chat_template`.
     """
-    how = "write it into the answer as <think>…</think>"
     thoughts: dict[str, str] = {}  # text -> key
     for key in REASONING_KEYS:
         if not is_filled(turn.get(key)):
@@ -190,9 +224,6 @@ def _with_reasoning(turn: Mapping[str, Any], where: str, role: Role, content: st
         if problem := text_problem(turn[key]):
             raise RowFault(f"{where}.{key} {problem}")
         thoughts.setdefault(turn[key].strip("\n"), key)
-    for key in _OTHER_THOUGHT_KEYS:
-        if is_filled(turn.get(key)) and not thoughts:
-            raise RowFault(f"{where}.{key}: this reasoning would be lost; {how}")
     if not thoughts:
         return content
     (thought, key), *others = thoughts.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,6 +59,12 @@ def is_filled(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null")
     return value is not None and value is not False and value != [] and value != {}
+
+
+@functools.lru_cache(maxsize=4096)
+def plain(name: str) -> str:
+    """A key without what only spells it differently: `systemPrompt`, `System_Prompt`, `system-prompt`."""
+    return "".join(name.split()).replace("_", "").replace("-", "").casefold()
 
 
 def kind_of(value: Any) -> str:

@@ -158,3 +158,48 @@ def test_a_key_that_may_matter_warns_by_line_and_others_are_named_once() -> None
     assert parse_row(with_nothing, "prompt/completion") == parse_row(
         {"prompt": "p", "completion": "c"}, "prompt/completion"
     )
+
+
+@pytest.mark.parametrize(
+    ("further", "words"),
+    [
+        ({"System": "s"}, ["System is used only as system"]),
+        ({"systemPrompt": "s"}, ["only as system_prompt"]),
+        ({"system-prompt": "s"}, ["only as system_prompt"]),
+        ({"system_instruction": "s"}, ["name it system"]),
+        ({"History": [["q", "a"]]}, ["only as history"]),
+        ({"chat_history": [["q", "a"]]}, ["name it history"]),
+        ({"Tools": [{"name": "f"}]}, ["tool"]),
+        ({"available_tools": [{"name": "f"}]}, ["tool"]),
+        ({"Weight": 0}, ["Weight is a number (0)", "remove the row"]),
+        ({"Complex_CoT": "r"}, ["reasoning would be lost"]),
+        ({"kto_tag": True}, ["labels are not learned"]),
+        ({"kto_label": False}, ["labels are not learned"]),
+        ({"is_valid": False}, ["should not be learned"]),
+    ],
+)
+def test_a_key_that_matters_is_known_in_any_spelling(further: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RowFault) as fault:
+        parse_row({"prompt": "p", "completion": "c", **further}, "prompt/completion")
+    for word in words:
+        assert word in str(fault.value), str(fault.value)
+
+
+@pytest.mark.parametrize("key", ["completion", "summary", "Response", "labels"])
+def test_an_answer_beside_a_text_is_not_lost(key: str) -> None:
+    row = {"text": "Tell me.", key: "No."}
+    with pytest.raises(RowFault, match=f"{key} beside text"):
+        parse_row(row, detect_format(row))
+    assert parse_row({**row, "text": "Tell me. No."}, "text").text == "Tell me. No."
+
+
+def test_a_second_answer_is_a_warning() -> None:
+    row = parse_row({"prompt": "p", "completion": "c", "response": "d", "answer": "c"}, "prompt/completion")
+    assert [warning for warning in row.warnings if "response" in warning]
+    assert row.ignored_keys == {"answer"}
+
+
+@pytest.mark.parametrize("row", [{"Prompt": "p", "Completion": "c"}, {"Question": "p", "Response": "c"}])
+def test_the_renaming_is_found_in_any_spelling(row: dict[str, str]) -> None:
+    with pytest.raises(RowFault, match=f'rename "{next(iter(row))}" to prompt'):
+        detect_format(row)

@@ -183,3 +183,48 @@ class TestSystem:
     def test_another_one_is_a_fault(self) -> None:
         with pytest.raises(RowFault, match=r"system differs from the system message in messages\[0\]; keep one"):
             parsed({"role": "system", "content": "s"}, QUESTION, answer(), system="t")
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"Weight": 0}, ["messages[1].Weight", "only as weight"]),
+        ({"reasoningContent": "r"}, ["only as reasoning_content"]),
+        ({"toolCalls": CALL}, ["tool calls"]),
+        ({"tools": CALL}, ["tool calls"]),
+        ({"lossMask": 0}, ["lossMask is a number (0)", "weight: 0 or 1"]),
+        ({"train_detail": [{"begin_offset": 0}]}, ["weight: 0 or 1"]),
+        ({"skip": True}, ["weight: 0 or 1"]),
+        ({"label": False}, ["label is false"]),
+        ({"chain_of_thought": "r"}, ["reasoning would be lost"]),
+        ({"context": "c"}, ["would be lost"]),
+        ({"content": [{"type": "text", "text": "a", "weight": 0}]}, ["content[0].weight", "whole turn"]),
+    ],
+)
+def test_what_a_turn_says_in_another_spelling_is_a_fault(turn: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RowFault) as fault:
+        parsed(QUESTION, answer(**turn))
+    for word in words:
+        assert word in str(fault.value), str(fault.value)
+
+
+@pytest.mark.parametrize("switch", [{"should_train": False}, {"train_on_turn": 0}, {"is_masked": True}])
+def test_every_switch_of_the_field_is_honoured(switch: dict[str, Any]) -> None:
+    row = parsed(QUESTION, answer(**switch), QUESTION, answer())
+    assert [message.learned for message in row.messages if message.role == "assistant"] == [False, True]
+
+
+def test_a_key_that_is_false_is_named_too() -> None:
+    assert parsed(QUESTION, answer(is_good=False)).ignored_keys == {"messages[].is_good"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "hint"),
+    [
+        ({"role": "user", "text": "q"}, 'rename "text" to content'),
+        ({"role": "user", "parts": [{"text": "q"}]}, "parts"),
+    ],
+)
+def test_a_text_under_another_name_is_found(turn: dict[str, Any], hint: str) -> None:
+    with pytest.raises(RowFault, match=hint):
+        parsed(turn, answer())
