@@ -80,8 +80,12 @@ class ChatTemplate:
                 f"data.template: thinking: the chat template ends reasoning with {self._end}, as it ends answers, so "
                 "generation would stop before the answer; use rows without reasoning, or data.template: plain"
             )
+        self._ends_thought = not self._passes_reasoning and self._prompt(thinking).rstrip().endswith(CLOSING)
         self._knows_reasoning = (
-            self._passes_reasoning or self.reply_format.is_opened or self._prompt(True) != self._prompt(False)
+            self._passes_reasoning
+            or self.reply_format.is_opened
+            or self._ends_thought
+            or self._prompt(True) != self._prompt(False)
         )
         before, head, _ = self._around([Message("user", _QUESTION), Message("assistant", _ANSWER)])
         self._continues = head.startswith(before)
@@ -112,6 +116,11 @@ class ChatTemplate:
         reasoning, answer = self._split(content)
         if reasoning is not None and not self._thinking:
             raise TemplateFault("the answer holds a <think> part; set data.template: thinking")
+        if reasoning is not None and self._ends_thought:
+            raise TemplateFault(
+                "the template writes an empty <think> part before every answer, so the answer's own would stand after "
+                "it; remove the reasoning, or use data.template: plain"
+            )
         if reasoning is not None and is_still_reasoning(content):
             raise TemplateFault("the answer's <think> part has no end; write </think> after it")
         if not self._continues or self._rewrites or ("assistant" in self.trims and answer != answer.strip()):
@@ -121,6 +130,8 @@ class ChatTemplate:
             return self._answer_by_text(messages)
         if CLOSING in content:
             self._check_reasoning_kept(messages)
+        if answer not in self._tokenizer.decode(ids[num_prompt:]) and answer not in self._text(messages):
+            return self._answer_by_text(messages)
         learned = [*ids[num_prompt:], *([self.end_token_id] if self._end_opens_next_turn else [])]
         if self.end_token_id not in learned:
             raise TemplateFault(f"the template does not end this answer with {self._end}")

@@ -31,7 +31,7 @@ from lmtune.data.replies import ReplyFormat, ReplyParser
 from lmtune.errors import DataError, ModelError
 
 Template = Literal["auto", "chat", "plain", "thinking"]
-RENDERING_VERSION = 1  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
+RENDERING_VERSION = 2  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
 _TRIMMED = {
     "assistant": "the chat template trims answers; these are learned with the white space at their ends, as written",
     "user": "the chat template trims questions, in training and in chat alike; these lose white space at their ends",

@@ -234,7 +234,7 @@ def _with_reasoning(turn: Mapping[str, Any], where: str, role: Role, content: st
     if "<think>" in content or "</think>" in content or "</think>" in thought:
         raise RowFault(f"{where} holds reasoning both in {key} and as <think>…</think>; keep one")
     found.warnings.append(
-        f"{key} is learned before the answer as <think>…</think>; for a model that thinks, set data.template: thinking"
+        f"{key} is learned before the answer as <think>…</think>; data.template: thinking is for models that think"
     )
     return f"<think>\n{thought}\n</think>\n\n{content}"
 

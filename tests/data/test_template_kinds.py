@@ -31,6 +31,8 @@ from tests.tokenizers import (
 
 THOUGHT = "<think>\nwhy\n</think>\n\nHi"
 IMPERATIVE = "set data.template: thinking"
+_ASKS = "<|im_start|>assistant\n"
+EMPTY_THINK_ONLY = CHATML.replace(_ASKS, f"{_ASKS}<think>\n\n</think>\n\n")
 
 
 def renderer_of(template: str, option: Template = "auto") -> Renderer:
@@ -117,6 +119,11 @@ def test_an_answer_is_learned_as_it_is_written_and_read_back(
         (OPENS_THINKING, "thinking", "Hi", "opens a <think> part before every answer"),
         (turns("(message['content'] | replace('<', '&lt;'))"), "auto", "a < b", "rewrites this answer"),
         (turns("(message['content'] | upper)").replace("PROBE", "probe"), "auto", "Hi", "rewrites"),
+        (turns("(message['content'] | replace('=', ':'))"), "auto", "a = b", "rewrites this answer"),
+        (turns("(message['content'] | replace('<b>', ''))"), "auto", "<b>a", "rewrites this answer"),
+        (turns("(message['content'] | lower)"), "auto", "Hi", "rewrites this answer"),
+        (EMPTY_THINK_ONLY, "auto", THOUGHT, IMPERATIVE),
+        (EMPTY_THINK_ONLY, "thinking", THOUGHT, "empty <think> part before every answer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_learned_as_it_is_written_is_refused(
