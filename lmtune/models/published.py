@@ -9,6 +9,7 @@ token that was learned, and `generation_config.json` (first), `config.json` and 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def merged_config(base: Mapping[str, Any], dtype: str, stop_token_ids: Sequence[
     said = tree.get("dtype") or tree.get("torch_dtype")
     tree["dtype"] = tree["torch_dtype"] = dtype if quantised or not said else said
     for part in (tree, *(value for value in tree.values() if isinstance(value, dict))):
-        _add_rope_keys(part)
+        part.update(_rope_keys(part))
         if "eos_token_id" in part or part is tree:
             part["eos_token_id"] = _first(part.get("eos_token_id"), stop_token_ids[0])
         if untied and ("tie_word_embeddings" in part or part is tree):
@@ -124,22 +125,43 @@ def write_tree(path: Path, tree: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _add_rope_keys(part: Tree) -> None:
-    """Beside transformers 5's `rope_parameters`, the keys that say the same to transformers 4 and its like."""
+def _rope_keys(part: Mapping[str, Any]) -> Tree:
+    """The keys that say to transformers 4 and its like what `rope_parameters` says to transformers 5.
+
+    None where transformers 5 would read something else with them, as for kinds of rotation that are newer than 4.
+    """
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict) or not rope:
-        return
+        return {}
+    added: Tree = {}
     kinds = {name: value for name, value in rope.items() if isinstance(value, dict)}
     whole = kinds.get("full_attention", rope if not kinds else next(iter(kinds.values())))
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in whole:
-            part.setdefault(key, whole[key])
+            added[key] = whole[key]
     if "rope_theta" in (sliding := kinds.get("sliding_attention", {})):
-        part.setdefault("rope_local_base_freq", sliding["rope_theta"])
+        added["rope_local_base_freq"] = sliding["rope_theta"]
     kind = whole.get("rope_type", "default")
     if kind != "default":
         lifted = {key: value for key, value in whole.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        part.setdefault("rope_scaling", {**lifted, "type": kind})
+        added["rope_scaling"] = {**lifted, "type": kind}
+    added = {key: value for key, value in added.items() if key not in part}
+    read = _rope_read_by_5(part)
+    return added if read is not None and read == _rope_read_by_5({**part, **added}) else {}
+
+
+def _rope_read_by_5(part: Mapping[str, Any]) -> Any:
+    """The rotation that transformers makes of a config; None if it cannot read it."""
+    from transformers import CONFIG_MAPPING
+
+    kind = part.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return part.get("rope_parameters")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # it says that the older keys are older
+            return getattr(CONFIG_MAPPING[kind].from_dict(dict(part)), "rope_parameters", None)
+    except Exception:  # of any kind: an entry that is missing, or that it does not take
+        return None
 
 
 def _first(stated: Any, learned: int) -> Any:

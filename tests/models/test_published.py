@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lmtune.config import ModelConfig
 from lmtune.data.examples import Example, Message
@@ -186,6 +186,19 @@ def test_a_merged_config_says_it_in_the_words_of_the_base_and_of_others(
     assert {key: got[key] for key in base if key != "eos_token_id"} == {
         key: value for key, value in base.items() if key != "eos_token_id"
     }
+
+
+def test_no_older_key_is_written_where_transformers_would_read_something_else_with_it() -> None:
+    """Gemma 4 turns in a way that transformers 4 does not know."""
+    kinds = {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    base = {"model_type": "gemma4_text", "head_dim": 16, "rope_parameters": kinds}
+    got = merged_config(base, "float32", (4, 2), False)
+    assert "rope_scaling" not in got
+    read = CONFIG_MAPPING["gemma4_text"].from_dict(dict(got)).rope_parameters
+    assert read == CONFIG_MAPPING["gemma4_text"].from_dict(base).rope_parameters
 
 
 def test_what_is_not_true_of_a_merged_model_is_left_out_of_its_config() -> None:
