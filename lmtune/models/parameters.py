@@ -21,6 +21,7 @@ from lmtune.models.targets import (
     expert_tensors,
     find_targets,
     linear_layers,
+    other_parts,
     routers,
 )
 
@@ -121,16 +122,22 @@ def count_parameters(model: Any, adapter: AdapterConfig, quantization: str, dtyp
 
 def _left(model: Any, adapter: AdapterConfig, found: Targets, body: set[str], total: int) -> list[str]:
     """What has no adapter: linear layers by the last part of their names, experts, routers, other matrices."""
-    choosing, tensors, left = routers(model), expert_tensors(model), set[str]()
+    choosing, tensors, others = routers(model), expert_tensors(model), other_parts(model)
+    left = set(others.values())
     known = {f"{name}.weight" for name in (*body, *choosing)} | tensors.keys()
     if adapter.target_modules != ALL_LINEAR:
-        left = {name.rpartition(".")[2] for name in body if name not in found.modules and name not in choosing}
+        left |= {
+            name.rpartition(".")[2]
+            for name in body
+            if name not in found.modules and name not in choosing and name not in others
+        }
     outside = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = {id(p) for module in outside if module is not None for p in module.parameters()}
     left |= {
         name.removesuffix(".weight").rpartition(".")[2]
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and name not in known and id(parameter) not in embeddings and not name.endswith("bias")
+        if left.isdisjoint(name.split("."))
     }
     missing = sum(tensor.numel() for name, tensor in tensors.items() if name not in found.experts)
     said = sorted(left) if len(left) <= 8 else [*sorted(left)[:7], f"{len(left) - 7} more"]

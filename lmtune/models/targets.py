@@ -74,6 +74,24 @@ def routers(model: Any) -> set[str]:
     }  # fmt: skip
 
 
+def other_parts(model: Any) -> dict[str, str]:
+    """Linear layers that text does not pass, by full name, each with the part it is in: `vision_tower`, a projector.
+
+    Empty for a model of text alone. The head belongs to the text.
+    """
+    config = model.config
+    if config.get_text_config() is config or not hasattr(model, "get_decoder"):
+        return {}
+    decoder = model.get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    around, head = inside.rpartition(".")[0], _head(model)
+    return {
+        name: name.removeprefix(f"{around}.").partition(".")[0]
+        for name in linear_layers(model)
+        if inside and not name.startswith(f"{inside}.") and model.get_submodule(name) is not head
+    }
+
+
 def find_targets(model: Any, targets: str | Sequence[str]) -> Targets:
     """What `target_modules` names in `model`, which has no adapter and may be without memory.
 
@@ -85,7 +103,8 @@ def find_targets(model: Any, targets: str | Sequence[str]) -> Targets:
     Raises:
         ConfigError: a target names nothing in the model, or only a part of a tensor.
     """
-    layers, tensors = linear_layers(model), expert_tensors(model)
+    others, tensors = other_parts(model), expert_tensors(model)
+    layers = {name: size for name, size in linear_layers(model).items() if name not in others}
     if targets == ALL_LINEAR:
         left = routers(model) | {name for name, module in model.named_modules() if module is _head(model)}
         return Targets(tuple(name for name in layers if name not in left), tuple(tensors))
@@ -110,13 +129,13 @@ def find_targets(model: Any, targets: str | Sequence[str]) -> Targets:
 def for_peft(model: Any, targets: str | Sequence[str], found: Targets) -> dict[str, Any]:
     """`target_modules` and `target_parameters` with which PEFT adapts what was found, no more and no less.
 
-    Without experts they are what the user wrote.
+    They are what the user wrote, unless PEFT would take it for other things: in a model of more than text, and in one
+    whose kind PEFT knows as a mixture of experts, whether it has experts or not.
     """
-    tensors = expert_tensors(model)
-    if not tensors:
+    parts = {part for leaf, made_of in _fused_from(model).items() for part in (leaf, *made_of)}
+    parts |= {name.rpartition(".")[2] for name in expert_tensors(model)}
+    if not parts and not other_parts(model):
         return {"target_modules": targets if isinstance(targets, str) else list(targets), "target_parameters": None}
-    parts = {part.rpartition(".")[2] for names in _stored_parts(model, tensors).values() for part in names}
-    parts |= {name.rpartition(".")[2] for name in tensors}
     by_weight = [name for name in found.modules if name.rpartition(".")[2] in parts]
     modules = [name for name in found.modules if name not in by_weight]
     parameters = [*found.experts, *(f"{name}.weight" for name in by_weight)]
@@ -163,19 +182,24 @@ def _stored_parts(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, ..
 
     `…mlp.experts.gate_up_proj` is made of `…mlp.experts.gate_proj` and `…mlp.experts.up_proj`.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    made_of = {}
-    for way in get_model_conversion_mapping(model):
-        if len(way.target_patterns) == 1 and hasattr(way, "operations"):
-            made_of[way.target_patterns[0].rpartition(".")[2]] = [
-                source.removesuffix(".weight").rpartition(".")[2] for source in way.source_patterns
-            ]
-    found = {}
+    found, made_of = {}, _fused_from(model)
     for name in tensors:
         module, _, leaf = name.rpartition(".")
         found[name] = tuple(f"{module}.{part}" for part in made_of.get(leaf, ()))
     return found
+
+
+def _fused_from(model: Any) -> dict[str, list[str]]:
+    """Last parts of names: of parameters that transformers makes of several stored ones, with the names of those."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return {
+        way.target_patterns[0].rpartition(".")[2]: [
+            source.removesuffix(".weight").rpartition(".")[2] for source in way.source_patterns
+        ]
+        for way in get_model_conversion_mapping(model)
+        if len(way.target_patterns) == 1 and hasattr(way, "operations")
+    }
 
 
 def _matcher(target: str) -> Callable[[str], Any]:

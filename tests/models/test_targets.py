@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from lmtune.config import AdapterConfig
 from lmtune.errors import ConfigError
 from lmtune.models.adapters import attach_adapter, load_adapter, save_adapter, trainable
+from lmtune.models.parameters import count_parameters
 from lmtune.models.targets import adapter_parameters, find_targets
 from tests.tiny import EXPERT_KINDS, KINDS, VOCABULARY, adapted, tiny_model
 
@@ -74,6 +76,33 @@ def test_what_is_counted_beforehand_is_what_is_attached(kind: str, targets: str)
     counted = adapter_parameters(empty, find_targets(empty, targets), 4)
     attached = trainable(attach_adapter(tiny_model(kind), settings(target_modules=targets), 1, "x"))
     assert counted == sum(parameter.numel() for parameter in attached.values())
+
+
+def test_a_kind_that_may_have_experts_and_has_none() -> None:
+    """PEFT tells such a model by its kind, and would leave its layers out for experts that are not there."""
+    model = tiny_model("qwen3_moe", mlp_only_layers=[0, 1])
+    counted = adapter_parameters(model, find_targets(model, "all-linear"), 4)
+    assert counted == sum(p.numel() for p in trainable(attach_adapter(model, settings(), 1, "x")).values())
+
+
+def test_what_text_does_not_pass_is_left_out_and_said() -> None:
+    """Of a model that sees too, as Gemma 3 is published."""
+    text = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+    }  # fmt: skip
+    sight = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).requires_grad_(False)
+    counted = count_parameters(model, settings(), "none", torch.float32)
+    adapter = attach_adapter(model, settings(), 1, "x")
+    assert counted.trained == sum(parameter.numel() for parameter in trainable(adapter).values())
+    assert len(counted.targets.modules) == 7
+    assert not [name for name in trainable(adapter) if "vision" in name]
+    assert "vision_tower" in counted.describe().partition("not adapted: ")[2]
 
 
 def test_what_is_counted_beforehand_with_dora() -> None:
