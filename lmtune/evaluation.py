@@ -8,6 +8,7 @@ were. *Exact match* lets the model answer by itself, greedily, and compares the 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -25,6 +26,7 @@ from lmtune.data.tokenized import load_data, tokenize
 from lmtune.decoding import base_of, max_positions
 from lmtune.errors import ConfigError, LmtuneError, listed
 from lmtune.kernels.packed_forward import PackedForward
+from lmtune.models.free_memory import is_out_of_memory
 from lmtune.models.inference import LoadedModel
 from lmtune.runs import RunDirectory
 
@@ -194,7 +196,8 @@ def teacher_forced(
     Args:
         forward: the model.
         data: rows with `sequences`, and `[i]`.
-        micro_batch_tokens: the most tokens in a forward pass; a longer sequence stands alone.
+        micro_batch_tokens: the most tokens in a forward pass; a longer sequence stands alone, and where the memory is
+            too small for several they are halved.
         accelerator: the processes that share the work; None is this one alone.
         who: is scored, for the progress that is shown.
 
@@ -210,12 +213,20 @@ def teacher_forced(
     training = forward.model.training
     forward.model.eval()
     with torch.no_grad(), forward.ready(), progress(f"scoring {who}", len(mine), "sequences") as shown:
-        for group in fill(sequences.num_tokens[mine].tolist(), micro_batch_tokens):
+        groups = deque(fill(sequences.num_tokens[mine].tolist(), micro_batch_tokens))
+        while groups:
+            group = groups.popleft()
             rows, places = sequences.row[mine[group]].tolist(), sequences.document[mine[group]].tolist()
             read = {row: data[row].documents for row in dict.fromkeys(rows)}
             documents = [read[row][place] for row, place in zip(rows, places, strict=True)]
             batch = pack_sequences(documents, rows, len(data), forward.shares_prefixes).to(device)
-            scores = forward(batch)
+            try:
+                scores = forward(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(group) == 1:
+                    raise
+                groups.extendleft((group[len(group) // 2 :], group[: len(group) // 2]))
+                continue
             row_of = batch.examples.cpu().numpy()
             losses, correct = scores.losses.cpu().double().numpy(), scores.correct.cpu().double().numpy()
             for total, values in zip(sums, (losses, np.ones_like(losses), correct), strict=True):

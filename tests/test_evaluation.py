@@ -74,6 +74,24 @@ def test_the_scores_are_those_of_a_plain_loop(budget: int) -> None:
     assert (scores.rows, scores.exact_match, scores.exact_match_rows) == (12, None, 0)
 
 
+def test_where_memory_is_too_small_for_several_rows_they_are_scored_in_halves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward, rows = PackedForward(adapted(tiny_model())), random_rows(9)
+    wanted, real = teacher_forced(forward, rows, 10**6), PackedForward.__call__
+    most = max(len(document.input_ids) for row in rows.rows for document in row.documents)
+
+    def small(self: PackedForward, batch: Any) -> Any:
+        if batch.input_ids.numel() > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(self, batch)
+
+    monkeypatch.setattr(PackedForward, "__call__", small)
+    got = teacher_forced(forward, rows, 10**6)
+    assert got.loss == pytest.approx(wanted.loss, abs=1e-6)
+    assert (got.rows, got.sequence_accuracy) == (wanted.rows, wanted.sequence_accuracy)
+
+
 def test_long_answers_count_for_their_length() -> None:
     """The mean over tokens, not the mean of the rows' means."""
 
