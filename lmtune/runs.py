@@ -15,6 +15,7 @@ import os
 import shutil
 import unicodedata
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,14 @@ class RunDirectory:
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return os.path.isfile(self.config)  # unlike pathlib's, also false for names that are too long
+
+    def rendered_at(self) -> str | None:
+        """The time that the template wrote in the run's rows; None for one that writes none, or that is not known."""
+        try:
+            told = self.read_json(self.data).get("rendered_at")
+            return None if told is None else datetime.fromisoformat(told).isoformat(" ")
+        except (CheckpointError, ValueError, TypeError):  # a damaged file is told where the run is resumed
+            return None
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """One of the run's JSON files, or `{}` if it is not there yet.
@@ -280,11 +289,12 @@ def run_folders(runs_dir: str | Path = "runs") -> list[Path]:
 def similar_runs(target: str, runs_dir: str | Path = "runs") -> list[str]:
     """The names of runs that `target` may be a misspelling of, the nearest first.
 
-    `user/name` is none, where there is no folder `user`: that is how models of the Hub are called.
+    `user/name` is none, where there is no folder `user`, unless it is very near: so are models of the Hub called.
     """
     parent, name = os.path.split(target)
     if parent and not os.path.isdir(parent):
-        return []
+        paths = [os.path.join(runs_dir, path.name) for path in run_folders(runs_dir)]
+        return difflib.get_close_matches(target, paths, n=3, cutoff=0.85)
     found = difflib.get_close_matches(name, [path.name for path in run_folders(parent or runs_dir)], n=3, cutoff=0.5)
     return [os.path.join(parent, near) for near in found]
 

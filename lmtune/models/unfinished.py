@@ -102,7 +102,8 @@ def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | Non
 
     config = run_config(run, base)
     tokenizer = load_tokenizer(config.model)
-    renderer = build_renderer(tokenizer, config.model, {"template": config.data.template, "system": config.data.system})
+    wanted = {"template": config.data.template, "system": config.data.system}
+    renderer = build_renderer(tokenizer, config.model, wanted, run.rendered_at())
     notes = run_notes(config, renderer, base_fingerprint(config.model), run.adapter)
     if config.adapter.init_lora_weights == "pissa":  # which begins with a part of the base's weights
         model = load_model(config.model)

@@ -11,7 +11,6 @@ import contextlib
 import platform
 import subprocess
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ import torch
 from lmtune.config import FinetuneConfig
 from lmtune.console import progress, warn
 from lmtune.data.tokenized import LoadedData, load_data
-from lmtune.errors import CheckpointError, ConfigError
+from lmtune.errors import ConfigError
 from lmtune.evaluation import Answer, Scores, check_lengths, evaluate, teacher_forced
 from lmtune.kernels.fp8_linear import why_not_fp8
 from lmtune.kernels.lora_linear import fuse
@@ -194,17 +193,16 @@ def begun_at(config: FinetuneConfig) -> str | None:
     run = RunDirectory.of(config.run)
     if config.run.resume == "never" or not run.data.is_file():
         return None
-    try:
-        told = run.read_json(run.data).get("rendered_at")
-        return None if told is None else datetime.fromisoformat(told).isoformat(" ")
-    except (CheckpointError, ValueError, TypeError):  # a damaged file is told where the run is resumed
-        return None
+    return run.rendered_at()
 
 
 def verification_rows(session: Session, count: int = 16) -> dict[str, Any]:
-    """The tokens of some held-out rows (learned ones where none are held out), on which a merge is verified later."""
+    """The tokens of some held-out rows (learned ones where none are held out), on which a merge is verified later.
+
+    Of a row that makes several sequences the last, which holds all of it: each costs a pass over all weights.
+    """
     rows = session.data.train if session.data.validation is None else session.data.validation
-    some = [document for index in range(min(count, len(rows))) for document in rows[index].documents]
+    some = [rows[index].documents[-1] for index in range(min(count, len(rows)))]
     return {"sequences": [document.input_ids.tolist() for document in some]}
 
 
