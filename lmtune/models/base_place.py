@@ -109,7 +109,13 @@ def adapter_base(folder: Path, quantization: Quantization | None = None, base: s
 
 
 def replaced(model: ModelConfig, base: str) -> ModelConfig:
-    """The base at another place; its revision was that of the first one."""
+    """The base at another place; its revision was that of the first one.
+
+    Raises:
+        ModelError: it is called as a folder is, and there is none.
+    """
+    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        raise ModelError(f"--base: {base} is no folder; give the base's folder, or its Hub id")
     return replace(model, name=base, revision=None)
 
 

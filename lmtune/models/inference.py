@@ -119,15 +119,22 @@ def load_for_inference(
 
 
 def _check_spelling(target: str) -> None:
-    """Raise ModelError where `target` is no folder and no known model, but nearly the name of a run."""
-    if target == "tiny" or Path(target).is_dir() or not (near := similar_runs(target)):
-        return
+    """Raise ModelError where `target` is no folder and no known model, and nearly a run's name or none of the Hub's."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    if "/" in target or not isinstance(try_to_load_from_cache(target, "config.json"), str):
-        raise ModelError(
-            f"{target}: no such run or folder; did you mean {' or '.join(near)}? (a model of the Hub is user/name)"
-        )
+    if target == "tiny" or Path(target).is_dir():
+        return
+    hint = f"did you mean {' or '.join(near)}?" if (near := similar_runs(target)) else None
+    try:
+        is_there = isinstance(try_to_load_from_cache(target, "config.json"), str)
+        if hint is None and Path(target).parent.name == "runs":
+            hint = run_hint(Path(target).name)
+        elif hint is None or ("/" not in target and is_there):
+            return
+    except HFValidationError:
+        hint = hint or run_hint(target)
+    raise ModelError(f"{target}: no such run or folder; {hint} (a model of the Hub is user/name)")
 
 
 def load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:

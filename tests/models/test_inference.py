@@ -226,3 +226,24 @@ def test_the_name_in_shared_files_leads_nowhere_on_this_machine(
     assert shareable_name("tiny") == "tiny"
     assert shareable_name(str(tmp_path / "here" / "models")) == "./models"
     assert shareable_name(str(tmp_path / "other")) == shareable_name("../other") == "../other"
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("runs/trail", "did you mean runs/trial"), ("rums/trial", "did you mean runs/trial"), ("trail", "trial"),
+        ("runs/else", "trial"), ("数据", "trial"), ("./else", "trial"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(
+    place: Path, monkeypatch: pytest.MonkeyPatch, target: str, hint: str
+) -> None:
+    monkeypatch.chdir(place)
+    with pytest.raises(ModelError, match=hint):
+        load_for_inference(target)
+
+
+def test_a_base_that_is_not_there_is_the_options_fault(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    with pytest.raises(ModelError, match=r"--base: \./nope is no folder"):
+        load_for_inference("runs/trial", base="./nope")
