@@ -172,6 +172,8 @@ class Model:
         """
         from lmtune.generation import GenerationOptions
 
+        if not isinstance(question, str):
+            raise ConfigError(f"question: got {type(question).__name__}; expected a text")
         options = GenerationOptions(temperature, top_p, max_new_tokens, seed)
         return self.session(system, history).reply(question, options, use_base=base)
 
@@ -180,7 +182,15 @@ class Model:
         from lmtune.data.examples import Message as Turn
         from lmtune.generation import ChatSession
 
-        turns = [Turn(message["role"], message["content"]) for message in history]  # type: ignore[arg-type]
+        turns = []
+        for index, message in enumerate(history):
+            told = message if isinstance(message, Mapping) else {}
+            role, content = told.get("role"), told.get("content")
+            if role not in ("system", "user", "assistant") or not isinstance(content, str):
+                raise ConfigError(
+                    f"history[{index}]: expected a dict of role (system, user or assistant) and content, a text"
+                )
+            turns.append(Turn(role, content))  # type: ignore[arg-type]
         return ChatSession(self._loaded, system, turns)
 
 
@@ -209,6 +219,8 @@ def finetune(
             named as `data:LINE`, counted from 1.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint holds the last step.
     """
+    if isinstance(overrides, Mapping):
+        overrides = {key: str(value.path) if isinstance(value, Run) else value for key, value in overrides.items()}
     tree = with_overrides(config, overrides)
     for key in ("model", "data", "run"):
         if not isinstance(tree.setdefault(key, {}), dict):
@@ -332,4 +344,6 @@ def _naming_rows(files: Mapping[str, str]) -> Iterator[None]:
 
 def _target(target: str | os.PathLike[str] | Run) -> str:
     """What `load_for_inference` takes."""
+    if not isinstance(target, (str, os.PathLike, Run)):
+        raise ConfigError(f"target: got {type(target).__name__}; expected a run, a folder, a Hub id or tiny")
     return str(target.path) if isinstance(target, Run) else os.fspath(target)

@@ -14,6 +14,7 @@ import pytest
 
 import lmtune
 from lmtune.data.in_memory import paths_or_rows, rows_file
+from tests.chat_models import chat_model
 
 ROOT = Path(__file__).parents[1]
 ROWS = [{"prompt": f"Which shelf holds item {i}?", "completion": f"Item {i} is on shelf {i % 7}."} for i in range(12)]
@@ -98,7 +99,7 @@ def faults() -> list[tuple[Any, str]]:
         ({"train": ROWS}, r"data: a mapping with the keys train.*data\['train'\]"),
         ([1], r"data\[0\]: int; expected a dict"),
         ([], r"data: no rows"),
-        ([{"prompt": "a", "completion": object()}], r"data\[0\]: a value of type object"),
+        ([{"prompt": "a", "completion": object()}], r"data\[0\]\.completion: a value of type object"),
         (7, r"data: int; expected a path"),
     ]
 
@@ -148,3 +149,38 @@ def test_the_notebook_runs(folder: Path) -> None:
     on_stderr = "".join(output.text for output in printed if output.name == "stderr").replace("\r", "\n")
     assert {line.partition(":")[0] for line in on_stderr.splitlines() if line.strip()} == {"training"}
     assert "data:41: completion missing" in "".join(output.text for output in printed if output.name == "stdout")
+
+
+def test_columns_of_dates_are_no_obstacle_and_what_is_none_is_named(tmp_path: Path) -> None:
+    rows = pd.DataFrame({**pd.DataFrame(ROWS), "asked": [pd.Timestamp("2026-01-02"), *[pd.NaT] * 11]})
+    lines = [json.loads(line) for line in rows_file(paths_or_rows(rows), tmp_path).read_text().splitlines()]  # type: ignore[arg-type]
+    assert (lines[0]["asked"], "asked" in lines[1]) == ("2026-01-02 00:00:00", False)
+    with pytest.raises(lmtune.DataError, match=r"data\[1\]\.photo: a value of type bytes"):
+        rows_file([ROWS[0], {**ROWS[1], "photo": b"x"}], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("question", "history", "message"),
+    [
+        (5, [], "question: got int"),
+        ("q", [{"content": "x"}], r"history\[0\]: expected a dict of role"),
+        ("q", [("user", "x")], r"history\[0\]: expected a dict of role"),
+        ("q", [{"from": "human", "value": "x"}], r"history\[0\]"),
+    ],
+)
+def test_a_wrong_conversation_is_said(question: Any, history: Any, message: str) -> None:
+    model = lmtune.Model(chat_model())
+    with pytest.raises(lmtune.ConfigError, match=message):
+        model.chat(question, history=history)
+
+
+def test_a_wrong_target_is_said() -> None:
+    with pytest.raises(lmtune.ConfigError, match="target: got int"):
+        lmtune.load(3)  # type: ignore[arg-type]
+
+
+def test_a_run_may_begin_from_a_run(folder: Path) -> None:
+    first = lmtune.finetune(model="tiny", data=ROWS, overrides=SETTINGS, progress=False, name="first")
+    more = {**SETTINGS, "adapter.adapter": first}
+    second = lmtune.finetune(model="tiny", data=ROWS, overrides=more, progress=False, name="second")
+    assert second.status == "complete"

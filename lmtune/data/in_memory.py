@@ -12,8 +12,11 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
+from uuid import UUID
 
 from lmtune.errors import DataError
 from lmtune.writing import write_text
@@ -84,16 +87,26 @@ def _lines(rows: Iterable[Row], name: str) -> Iterator[str]:
         kept = {str(key): value for key, value in row.items() if not _is_missing(value)}
         try:
             yield json.dumps(kept, ensure_ascii=False, default=_plain) + "\n"
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{name}[{index}]: {error}; expected text, numbers, lists and dicts") from None
+        except (TypeError, ValueError):
+            for key, value in kept.items():
+                try:
+                    json.dumps(value, default=_plain)
+                except (TypeError, ValueError) as error:
+                    expected = "expected text, numbers, lists and dicts"
+                    raise DataError(f"{name}[{index}].{key}: {error}; {expected}") from None
+            raise
 
 
 def _is_missing(value: Any) -> bool:
+    if type(value).__name__ in ("NaTType", "NAType"):  # pandas' own
+        return True
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's arrays and scalars as lists and numbers."""
+    """NumPy's arrays and scalars as lists and numbers, points in time and exact numbers as text."""
+    if isinstance(value, (date, time, timedelta, Decimal, UUID)):
+        return str(value)
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"a value of type {type(value).__name__}")
