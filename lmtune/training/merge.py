@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lmtune.checkpoints import checkpoint_folders
 from lmtune.config import to_tree
 from lmtune.console import escape, out
+from lmtune.data.survey import counted
 from lmtune.errors import ConfigError, ModelError
 from lmtune.runs import RunDirectory, require_possible
 from lmtune.writing import write_json, write_text
@@ -91,7 +92,7 @@ def _merge(
     out.print(f"merged into {escape(str(output))} ({report['dtype']}, {into} weights)")
     bound = "said only" if report["bound_to_trained"] is None else f"bound {report['bound_to_trained']:.0e}"
     out.print(
-        f"verified on {report['rows']} rows, as a share of the largest logit:\n"
+        f"verified on {counted(report['rows'])}, as a share of the largest logit:\n"
         f"  {report['logits_difference']:.1e} from the adapter over the same weights (bound {report['bound']:.0e})\n"
         f"  {report['difference_to_trained']:.1e} from the model as trained ({bound}; "
         f"first choice equal for {report['same_first_choice']:.1%} of tokens)"
