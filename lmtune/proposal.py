@@ -8,6 +8,7 @@ quantization if they are; of a model that is not here yet only the name is known
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -66,6 +67,8 @@ def known_model(name: str) -> KnownModel:
 
     config = ModelConfig(name=name, quantization="none")
     is_folder = os.path.isdir(resolve_name(name))
+    if not is_folder and difflib.get_close_matches(name, ["tiny"], cutoff=0.75):
+        raise ModelError(f"--model: {name} is no folder here; did you mean tiny? (a model of the Hub is user/name)")
     if not is_folder and (problem := _no_hub_id(name)):
         raise ModelError(f"--model: {problem}; give a Hub id like Qwen/Qwen3-0.6B, a model folder, or tiny")
     with _offline():

@@ -49,6 +49,8 @@ def main(
         )
     if output is not None:
         require_new(output)
+    elif data and data[0].strip():
+        require_new(Path(f"{run_name(data[0])}.yaml"))
     check = checked(data) if data else None
     with progress("looking at this machine"):
         machine = this_machine()

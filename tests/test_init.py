@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmtune.config import FinetuneConfig, load_config
-from lmtune.errors import ConfigError, DataError, LmtuneError
+from lmtune.errors import ConfigError, DataError, LmtuneError, ModelError
 from lmtune.proposal import KnownModel, Machine, known_model, propose, propose_quantization
 from lmtune.recipes.init import main
 from tests.tiny import save_tiny
@@ -161,3 +161,8 @@ def test_a_written_config_of_a_missing_library_needs_none(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(backends, "check_bitsandbytes", missing)
     assert propose_quantization(None, Machine("cpu", 8 * GIB))[0] == "none"
+
+
+def test_a_mistyped_tiny_is_no_hub_id() -> None:
+    with pytest.raises(ModelError, match="did you mean tiny"):
+        known_model("tinyy")

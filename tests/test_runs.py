@@ -182,3 +182,17 @@ def test_keeping_lines_drops_what_is_half_written(tmp_path: Path, before: bytes,
 def test_keeping_lines_of_no_file_makes_none(tmp_path: Path) -> None:
     keep_lines(tmp_path / "none", 3)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "time"),
+    [
+        ('{"rendered_at": "2026-01-02T03:04:05"}', "2026-01-02 03:04:05"), ("{}", None), ("{", None),
+        ('{"rendered_at": 5}', None), (None, None),
+    ],
+)  # fmt: skip
+def test_the_time_that_a_runs_rows_were_rendered_with(tmp_path: Path, told: str | None, time: str | None) -> None:
+    run = RunDirectory(tmp_path)
+    if told is not None:
+        run.data.write_text(told)
+    assert run.rendered_at() == time
