@@ -16,6 +16,8 @@ import lmtune
 from lmtune.data.in_memory import paths_or_rows, rows_file
 from tests.chat_models import chat_model
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 ROOT = Path(__file__).parents[1]
 ROWS = [{"prompt": f"Which shelf holds item {i}?", "completion": f"Item {i} is on shelf {i % 7}."} for i in range(12)]
 SETTINGS = {

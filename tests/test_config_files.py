@@ -181,6 +181,7 @@ def test_a_command_is_printed_as_it_can_be_called(monkeypatch: pytest.MonkeyPatc
     assert program() == str(script)
 
 
+@pytest.mark.slow
 def test_commands_take_configs_by_name_and_errors_name_the_command_as_called(empty_folder: Path) -> None:
     def ran(*arguments: str) -> subprocess.CompletedProcess[str]:
         return processes.completed(empty_folder, *arguments, variables={"PATH": "/usr/bin:/bin"})
@@ -216,6 +217,7 @@ def test_the_api_names_a_run_like_the_command_does() -> None:
     assert _run_name(None, "my.jsonl", {}) == command_config(None, [], "tiny", ["my.jsonl"]).run.name
 
 
+@pytest.mark.slow
 def test_the_steps_after_the_quickstart_can_be_typed_as_printed(
     empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

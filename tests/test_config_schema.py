@@ -70,6 +70,7 @@ def test_a_written_config_holds_every_default(tmp_path: Path) -> None:
     assert not faults(tree)
 
 
+@pytest.mark.slow
 def test_the_example_config_names_every_default_and_why_it_differs() -> None:
     """support.yaml: beside each value stands the default of the code; a value of its own has a reason behind it."""
     path = CONFIGS / "support.yaml"

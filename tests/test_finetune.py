@@ -35,6 +35,8 @@ from tests.workplace import (
     written_files,
 )
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 FILES = {
     "config.yaml", "environment.json", "data.json", "metrics.jsonl", "results.csv", "summary.json", "answers.jsonl",
     "verification.json",

@@ -23,6 +23,8 @@ from lmtune.models.inference import LoadedModel
 from tests.chat_models import chat_model, never_stops, parrot, random_model
 from tests.tokenizers import CHANNELS, CHAT_TEMPLATES, EMPTY_THOUGHT_FIELD, QWEN3, QWEN35, R1, WORD, make_tokenizer
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 WARM = GenerationOptions(temperature=1.0, top_p=0.9, max_new_tokens=24, seed=5)
 SHORT = GenerationOptions(max_new_tokens=24)
 

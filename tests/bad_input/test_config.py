@@ -22,6 +22,8 @@ from tests.bad_input.conftest import Outcome
 from tests.sample_run import write_records, write_run
 from tests.workplace import make_workplace
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 LEAST = "model: {name: tiny}\ndata: {train: train.jsonl}\n"
 TAGS = r"trial\.yaml:3: .*tags .* not supported"
 BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 40))

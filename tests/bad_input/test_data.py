@@ -18,6 +18,8 @@ from lmtune.data.files import content_sha256
 from tests.bad_input.conftest import Command, Outcome
 from tests.workplace import make_workplace, write_config, write_rows
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 GOOD = b'{"prompt": "p", "completion": "c"}'
 TEXT = GOOD.decode()
 

@@ -36,6 +36,8 @@ from tests.tiny import adapted, tiny_model
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
 from tests.ui.client import GOOD as GOOD_VALUES
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 
 def numbers_of_examples(few: int) -> Any:
     """So many in `make test`, 10,000 in `make test-long`."""

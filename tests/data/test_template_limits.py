@@ -10,6 +10,8 @@ from lmtune.data.template_limits import probe
 from lmtune.errors import ModelError
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 _LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 # what is true in some real renderings only, or in none of a trial that leaves out what transformers passes
 _SELDOM = (

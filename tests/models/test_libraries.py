@@ -9,6 +9,8 @@ import pytest
 
 from tests.workplace import environment
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 LOUD = """
 import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load a kernel")

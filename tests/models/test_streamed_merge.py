@@ -126,7 +126,7 @@ def test_a_base_of_several_types_is_merged_in_each_ones_own(tmp_path: Path) -> N
     assert all(torch.equal(written[name], mixed[name]) for name in norms)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_most_memory_is_the_base_one_block_and_a_rows_logits(tmp_path: Path) -> None:
     """With the logits of all rows and of three models at once it was 1.9 GiB here."""
     from types import SimpleNamespace

@@ -21,6 +21,8 @@ from lmtune.training.pretrain_config import CorpusConfig, PretrainConfig
 from lmtune.training.pretraining import block_numbers, build_model, perplexity, pretrain
 from tests import processes
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 SENTENCES = [f"The {thing} number {n} is {colour}." for n in range(40)
              for thing, colour in (("cat", "black"), ("dog", "brown"), ("fish", "golden"))]  # fmt: skip
 CONFIG = """

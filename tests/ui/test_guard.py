@@ -14,6 +14,8 @@ from lmtune.ui.guard import MAX_BODY_BYTES, Guard
 from tests.chat_models import parrot
 from tests.ui.conftest import RunningApp
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 JOIN = "/gradio_api/queue/join"
 
 

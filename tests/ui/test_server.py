@@ -112,7 +112,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_lets_an_answer_finish(served: Callable[[int], Served]) -> None:
     from gradio_client import Client
 

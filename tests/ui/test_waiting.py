@@ -15,6 +15,8 @@ from tests.chat_models import parrot
 from tests.ui.client import GOOD, Client, wait_until_idle
 from tests.ui.conftest import RunningApp
 
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
 JOIN = "/gradio_api/queue/join"
 LONG = ["count", *GOOD[:5], 3000, ""]  # 30 seconds
 
