@@ -159,9 +159,10 @@ def _rope_read_by_5(part: Mapping[str, Any]) -> Any:
         return part.get("rope_parameters")
     try:
         with warnings.catch_warnings(action="ignore"):  # it says that the older keys are older
-            return getattr(CONFIG_MAPPING[kind].from_dict(dict(part)), "rope_parameters", None)
+            read = getattr(CONFIG_MAPPING[kind].from_dict(dict(part)), "rope_parameters", None)
     except Exception:  # of any kind: an entry that is missing, or that it does not take
         return None
+    return {key: value for key, value in read.items() if key != "type"} if read else None  # `rope_type`'s older name
 
 
 def _first(stated: Any, learned: int) -> Any:

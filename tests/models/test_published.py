@@ -188,6 +188,15 @@ def test_a_merged_config_says_it_in_the_words_of_the_base_and_of_others(
     }
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_the_older_keys_are_written_for_the_kinds_that_transformers_4_knows(kind: str) -> None:
+    linear = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}
+    nested = {"full_attention": linear, "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}
+    base = {"model_type": kind, "rope_parameters": nested if "gemma" in kind else linear}
+    got = merged_config(base, "float32", (4, 2), False)
+    assert (got["rope_theta"], got["rope_scaling"]["factor"]) == (1e4, 2.0)
+
+
 def test_no_older_key_is_written_where_transformers_would_read_something_else_with_it() -> None:
     """Gemma 4 turns in a way that transformers 4 does not know."""
     kinds = {
