@@ -289,20 +289,29 @@ def run_folders(runs_dir: str | Path = "runs") -> list[Path]:
 def similar_runs(target: str, runs_dir: str | Path = "runs") -> list[str]:
     """The names of runs that `target` may be a misspelling of, the nearest first.
 
-    `user/name` is none, where there is no folder `user`, unless it is very near: so are models of the Hub called.
+    `user/name` is none, where there is no folder `user`: that is how models of the Hub are called.
     """
     parent, name = os.path.split(target)
     if parent and not os.path.isdir(parent):
-        paths = [os.path.join(runs_dir, path.name) for path in run_folders(runs_dir)]
-        return difflib.get_close_matches(target, paths, n=3, cutoff=0.85)
+        return []
     found = difflib.get_close_matches(name, [path.name for path in run_folders(parent or runs_dir)], n=3, cutoff=0.5)
     return [os.path.join(parent, near) for near in found]
+
+
+def near_runs(target: str, runs_dir: str | Path = "runs") -> list[str]:
+    """The paths of runs that are very near to the path `target`, which may be a model of the Hub all the same."""
+    paths = [os.path.join(runs_dir, path.name) for path in run_folders(runs_dir)]
+    return difflib.get_close_matches(target, paths, n=3, cutoff=0.85)
 
 
 def run_hint(target: str, runs_dir: str | Path = "runs") -> str:
     """What to say of a run that is not there: which ones are."""
     names = [path.name for path in run_folders(runs_dir)]
-    if near := similar_runs(target, runs_dir) or difflib.get_close_matches(Path(target).name, names, n=3, cutoff=0.5):
+    if (
+        near := similar_runs(target, runs_dir)
+        or near_runs(target, runs_dir)
+        or difflib.get_close_matches(Path(target).name, names, n=3, cutoff=0.5)
+    ):
         return f"did you mean {' or '.join(near)}?"
     if names:
         return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"

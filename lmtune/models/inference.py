@@ -27,7 +27,7 @@ from lmtune.models.fingerprint import base_fingerprint
 from lmtune.models.loading import load_model, load_tokenizer, resolve_name
 from lmtune.models.tokenizer_checks import unusable
 from lmtune.models.unfinished import usable_adapter
-from lmtune.runs import RunDirectory, find_run, run_hint, similar_runs
+from lmtune.runs import RunDirectory, find_run, near_runs, run_hint, similar_runs
 
 _TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
 
@@ -111,7 +111,8 @@ def load_for_inference(
     try:
         return replace(_load_plain(ModelConfig(name=target, quantization=quantization or "none")), run=run)
     except ModelError as error:
-        if target == "tiny" or "/" in target or folder.is_dir() or "check the spelling" not in str(error):
+        misses = target != "tiny" and not folder.is_dir() and "check the spelling" in str(error)
+        if not misses or ("/" in target and not near_runs(target)):
             raise
         raise ModelError(
             f"{target}: no such run, folder or model; {run_hint(target)} (a model of the Hub is user/name)"
@@ -130,7 +131,7 @@ def _check_spelling(target: str) -> None:
         is_there = isinstance(try_to_load_from_cache(target, "config.json"), str)
         if hint is None and Path(target).parent.name == "runs":
             hint = run_hint(Path(target).name)
-        elif hint is None or ("/" not in target and is_there):
+        elif hint is None or is_there:
             return
     except HFValidationError:
         hint = hint or run_hint(target)
