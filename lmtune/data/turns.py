@@ -36,11 +36,11 @@ _LEARN_KEYS = (
     "weight", "train", "training", "trainable", "learn", "loss", "loss_weight", "loss_scale", "should_train",
     "do_train", "is_train", "train_on_turn", "compute_loss", "supervised",
 )  # fmt: skip
-_MASK_KEYS = ("mask", "masked", "is_masked", "no_train")  # these say what is not learned
+_MASK_KEYS = ("mask", "masked", "is_masked", "no_train", "skip", "ignore", "exclude")  # these say what is not learned
 _UNCLEAR_KEYS = (  # these may say so too, each program in its own way
-    "loss_mask", "weights", "train_detail", "training_detail", "train_details", "skip", "ignore", "exclude", "include",
-    "label",
+    "loss_mask", "weights", "train_detail", "training_detail", "train_details",
 )  # fmt: skip
+_OFF_KEYS = ("include", "label")  # these where they are false
 OTHER_THOUGHT_KEYS = (
     "reasoning_details", "reasoning_text", "thinking_blocks", "thinking_content", "think", "thought", "thoughts", "cot",
     "chain_of_thought", "thought_process",
@@ -95,7 +95,7 @@ _LOST |= {
 }
 _LOST["refusal"] = "this would not be learned; write what the assistant says as its content"
 _THOUGHTS = {plain(key) for key in _LOST_THOUGHTS}
-_UNCLEAR = {plain(key) for key in _UNCLEAR_KEYS}
+_UNCLEAR, _OFF = {plain(key) for key in _UNCLEAR_KEYS}, {plain(key) for key in _OFF_KEYS}
 _OWN_SPELLING = {plain(key): key for key in _USED}
 
 
@@ -123,7 +123,7 @@ def _check_further(turn: Mapping[str, Any], where: str) -> None:
             raise RowFault(f"{where}.{key} is used only as {_OWN_SPELLING[name]}; rename it, or remove the key")
         if is_filled(value) and name in _LOST and not (thinks and name in _THOUGHTS):
             raise RowFault(f"{where}.{key}: {_LOST[name].format(key=key)}")
-        if name in _UNCLEAR and value is not None:
+        if (name in _UNCLEAR and value is not None) or (name in _OFF and value in (False, 0)):
             raise RowFault(
                 f"{where}.{key} is {kind_of(value)}; whether a turn is learned is said by weight: 0 or 1, so use that, "
                 "or remove the key"

@@ -194,7 +194,8 @@ class TestSystem:
         ({"tools": CALL}, ["tool calls"]),
         ({"lossMask": 0}, ["lossMask is a number (0)", "weight: 0 or 1"]),
         ({"train_detail": [{"begin_offset": 0}]}, ["weight: 0 or 1"]),
-        ({"skip": True}, ["weight: 0 or 1"]),
+        ({"skip": True}, ["marked as not learned"]),
+        ({"include": False}, ["include is false", "weight: 0 or 1"]),
         ({"label": False}, ["label is false"]),
         ({"chain_of_thought": "r"}, ["reasoning would be lost"]),
         ({"context": "c"}, ["would be lost"]),
@@ -208,10 +209,15 @@ def test_what_a_turn_says_in_another_spelling_is_a_fault(turn: dict[str, Any], w
         assert word in str(fault.value), str(fault.value)
 
 
-@pytest.mark.parametrize("switch", [{"should_train": False}, {"train_on_turn": 0}, {"is_masked": True}])
+@pytest.mark.parametrize("switch", [{"should_train": False}, {"train_on_turn": 0}, {"is_masked": True}, {"skip": True}])
 def test_every_switch_of_the_field_is_honoured(switch: dict[str, Any]) -> None:
     row = parsed(QUESTION, answer(**switch), QUESTION, answer())
     assert [message.learned for message in row.messages if message.role == "assistant"] == [False, True]
+
+
+def test_a_switch_that_changes_nothing_is_no_fault() -> None:
+    row = parsed({**QUESTION, "skip": False, "include": True}, answer(skip=False, include=True, label="greeting"))
+    assert [message.learned for message in row.messages] == [True, True]
 
 
 def test_a_key_that_is_false_is_named_too() -> None:
