@@ -212,7 +212,7 @@ def test_no_older_key_is_written_where_transformers_would_read_something_else_wi
 
 def test_what_is_not_true_of_a_merged_model_is_left_out_of_its_config() -> None:
     base = {
-        "quantization_config": {}, "auto_map": {}, "_name_or_path": "/home/x", "dtype": "float16",
+        "quantization_config": {}, "auto_map": {}, "_name_or_path": "author/base", "dtype": "float16",
         "text_config": {"tie_word_embeddings": True, "eos_token_id": 1, "rope_parameters": {"rope_theta": 2.0}},
     }  # fmt: skip
     assert merged_config(base, "bfloat16", (4,), True) == {
