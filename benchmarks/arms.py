@@ -23,8 +23,8 @@ class Arm:
     attention = "sdpa"
 
     def __init__(self, work: Workload, folder: Path, device: str, dtype: Any = "auto") -> None:
-        from lmtune.config import ModelConfig
-        from lmtune.models.loading import load_model
+        from lmtune.config.schema import ModelConfig
+        from lmtune.models.base import load_model
 
         self.work, self.device, self.computed = work, torch.device(device), 0
         base = load_model(ModelConfig(name=str(folder), quantization=work.quantization, dtype=dtype), self.device)
@@ -52,9 +52,9 @@ class Lmtune(Arm):
         micro_batch_tokens: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(work, folder, device, dtype)
-        from lmtune.kernels.last_layer import decoder_layers
+        from lmtune.forward.packed import PackedForward
+        from lmtune.kernels.label_only_layer import decoder_layers
         from lmtune.kernels.lora_linear import fuse
-        from lmtune.kernels.packed_forward import PackedForward
         from lmtune.training.activations import checkpoint_layers
         from lmtune.training.memory import MOST_TOKENS
 
@@ -82,9 +82,9 @@ class Lmtune(Arm):
         """Packed micro-batches, with prefixes shared; by default of the size that training has."""
         from types import SimpleNamespace
 
-        from lmtune.data.packing import fill, pack_sequences
-        from lmtune.data.prefixes import beginning, find_prefixes
-        from lmtune.training.gradients import step_gradients
+        from lmtune.batching.packing import fill, pack_sequences
+        from lmtune.batching.prefixes import beginning, find_prefixes
+        from lmtune.training.step import step_gradients
 
         documents = [row.documents[0] for row in rows]
         shares = self.forward.shares_prefixes
@@ -130,7 +130,7 @@ class PlainPacked(Arm):
 
     def step(self, rows: list[Any]) -> float:
         """Micro-batches of at most 2,048 tokens."""
-        from lmtune.data.packing import fill
+        from lmtune.batching.packing import fill
 
         documents = [row.documents[0] for row in rows]
         trained, total = sum(int(d.trained.sum()) for d in documents), 0.0

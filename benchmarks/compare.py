@@ -175,7 +175,7 @@ def gate(arm: Any, reference: Any) -> dict[str, Any]:
 
 
 def flop_per_token(work: Workload, steps: Iterable[int]) -> float:
-    """Operations of a LoRA step per token: 4 N + 4 f H + 6 P + 7 s a L, as in lmtune.training.forecast."""
+    """Operations of a LoRA step per token: 4 N + 4 f H + 6 P + 7 s a L, as in lmtune.training.estimate."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[work.shape]
     kv = hidden * kv_heads // heads
     sizes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, intermediate)] * 3]

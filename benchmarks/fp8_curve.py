@@ -15,16 +15,16 @@ from types import SimpleNamespace
 
 import torch
 
-from lmtune.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
-from lmtune.data.packing import pack_sequences
-from lmtune.data.tokenized import TokenizedData, tokenize
+from lmtune.batching.packing import pack_sequences
+from lmtune.batching.plan import Plan
+from lmtune.config.schema import AdapterConfig, DataConfig, ModelConfig, TrainConfig
+from lmtune.data.store import TokenizedData, tokenize
+from lmtune.forward.packed import PackedForward
+from lmtune.inference.load import build_renderer
 from lmtune.kernels.lora_linear import fuse
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import attach_adapter, trainable
-from lmtune.models.inference import build_renderer
-from lmtune.models.loading import load_model, load_tokenizer
-from lmtune.training.gradients import step_gradients
-from lmtune.training.plan import Plan
+from lmtune.models.base import load_model, load_tokenizer
+from lmtune.models.tuning.lora import attach_adapter, trainable
+from lmtune.training.step import step_gradients
 
 DATA = Path(__file__).parents[1] / "examples" / "support.jsonl"
 

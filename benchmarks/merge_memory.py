@@ -48,14 +48,14 @@ def make_run(folder: Path, options: Any) -> None:
     """A base, and a run with a random adapter over it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lmtune.config import AdapterConfig, FinetuneConfig, build_config, dump_config
+    from lmtune.config.schema import AdapterConfig, FinetuneConfig, build_config, dump_config
     from lmtune.data.rendering import Renderer
     from lmtune.demo import tiny_path
-    from lmtune.models.adapters import attach_adapter, save_adapter
+    from lmtune.inference.load import run_notes
+    from lmtune.models.base import load_tokenizer
     from lmtune.models.fingerprint import base_fingerprint
-    from lmtune.models.inference import run_notes
-    from lmtune.models.loading import load_tokenizer
-    from lmtune.runs import RunDirectory
+    from lmtune.models.tuning.lora import attach_adapter, save_adapter
+    from lmtune.runs.store import RunDirectory
 
     base, width = folder / "base", options.width
     torch.manual_seed(0)
@@ -98,8 +98,8 @@ def merge_here(folder: Path) -> dict[str, int]:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     from benchmarks.measure import peak_resident_gib
-    from lmtune.runs import RunDirectory
-    from lmtune.training.merge import merge_run
+    from lmtune.export.merged import merge_run
+    from lmtune.runs.store import RunDirectory
 
     before = psutil.Process().memory_info().rss
     merge_run(RunDirectory(folder / "run"), folder / "merged", "trained")

@@ -108,11 +108,11 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def _plan_epoch(pipe: Any, path: Path) -> None:
-    from lmtune.config import TrainConfig
-    from lmtune.data.prefixes import beginning
+    from lmtune.batching.plan import Plan
+    from lmtune.batching.prefixes import beginning
+    from lmtune.config.schema import TrainConfig
+    from lmtune.data.store import TokenizedData
     from lmtune.data.token_table import TokenTable
-    from lmtune.data.tokenized import TokenizedData
-    from lmtune.training.plan import Plan
 
     before = _resident()
     began = time.perf_counter()
@@ -144,12 +144,12 @@ def _resident() -> dict[str, float]:
 def balance(processes: int) -> dict[str, Any]:
     """The busiest process's work as a multiple of the mean, dealt by cost and in the rows' order; means of steps.
 
-    The work is that of `lmtune.training.forecast`, for a model like Qwen3-0.6B with rank 16; rows have lengths with a
+    The work is that of `lmtune.training.estimate`, for a model like Qwen3-0.6B with rank 16; rows have lengths with a
     long tail, and trained shares from nothing to all; 16 rows a process.
     """
-    from lmtune.training.forecast import token_cost
+    from lmtune.batching.plan import deal
+    from lmtune.training.estimate import token_cost
     from lmtune.training.memory import ModelShape
-    from lmtune.training.plan import deal
 
     cost = token_cost(ModelShape(28, 1024, 2048, 3072, 151_936, 440_000_000, 155_000_000, 10_000_000))
     generator, worst = np.random.default_rng(0), dict[str, list[float]](dealt=[], in_order=[])

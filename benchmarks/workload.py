@@ -83,9 +83,9 @@ class Workload:
     @cached_property
     def _file_rows(self) -> Any:
         """The rows of the data file."""
-        from lmtune.config import DataConfig
+        from lmtune.config.schema import DataConfig
         from lmtune.data.rendering import Renderer
-        from lmtune.data.tokenized import tokenize
+        from lmtune.data.store import tokenize
 
         assert self.data is not None
         config = DataConfig(train=self.data, max_length=self.max_length)

@@ -20,10 +20,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from lmtune.api import Model, Run, RunScores, chat, evaluate, finetune, load, load_config
-    from lmtune.config import FinetuneConfig
+    from lmtune.config.schema import FinetuneConfig
     from lmtune.errors import CheckpointError, ConfigError, DataError, LmtuneError, ModelError
-    from lmtune.evaluation import Answer, Evaluation, Scores
-    from lmtune.training.records import StepRecord
+    from lmtune.evaluation.scoring import Answer, Evaluation, Scores
+    from lmtune.runs.log import StepRecord
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,10 +34,10 @@ __all__ = [
 
 _HOMES = {
     "lmtune.api": ("Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config"),
-    "lmtune.config": ("FinetuneConfig",),
+    "lmtune.config.schema": ("FinetuneConfig",),
     "lmtune.errors": ("CheckpointError", "ConfigError", "DataError", "LmtuneError", "ModelError"),
-    "lmtune.evaluation": ("Answer", "Evaluation", "Scores"),
-    "lmtune.training.records": ("StepRecord",),
+    "lmtune.evaluation.scoring": ("Answer", "Evaluation", "Scores"),
+    "lmtune.runs.log": ("StepRecord",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

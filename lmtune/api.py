@@ -21,22 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmtune import config as configuration
-from lmtune.config import FinetuneConfig, Overrides, Quantization, build_config, with_overrides
-from lmtune.config_files import find_config, run_name
-from lmtune.console import quiet
+from lmtune.config import schema as configuration
+from lmtune.config.files import find_config, run_name
+from lmtune.config.schema import FinetuneConfig, Overrides, Quantization, build_config, with_overrides
 from lmtune.data.checking import check_config, check_data
 from lmtune.data.in_memory import Data, paths_or_rows, rows_file
 from lmtune.errors import ConfigError, DataError
-from lmtune.history import run_status
-from lmtune.runs import RunDirectory
+from lmtune.io.console import quiet
+from lmtune.runs.history import run_status
+from lmtune.runs.store import RunDirectory
 
 if TYPE_CHECKING:
-    from lmtune.evaluation import Evaluation, Scores
-    from lmtune.generation import ChatSession
-    from lmtune.models.inference import LoadedModel
-    from lmtune.models.merging import Into
-    from lmtune.training.records import StepRecord
+    from lmtune.evaluation.scoring import Evaluation, Scores
+    from lmtune.inference.chat import ChatSession
+    from lmtune.inference.load import LoadedModel
+    from lmtune.models.merge import Into
+    from lmtune.runs.log import StepRecord
 
 __all__ = ["Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config"]
 
@@ -79,14 +79,14 @@ class Run:
     @property
     def metrics(self) -> list[StepRecord]:
         """One record a step: loss, learning rate, gradient norm, tokens, seconds. `pandas.DataFrame(run.metrics)`."""
-        from lmtune.training.records import step_records
+        from lmtune.runs.log import step_records
 
         return step_records(self._directory)
 
     @property
     def scores(self) -> RunScores:
         """Scores of the held-out rows, base and tuned."""
-        from lmtune.evaluation import Scores
+        from lmtune.evaluation.scoring import Scores
 
         summary = self._directory.read_summary()
         base, tuned = (Scores.from_dict(scores) if scores else None for scores in map(summary.get, ("base", "tuned")))
@@ -95,7 +95,7 @@ class Run:
     @property
     def answers(self) -> list[dict[str, Any]]:
         """Held-out questions with the reference, the base's and the tuned model's answer."""
-        from lmtune.training.records import read_answers
+        from lmtune.runs.log import read_answers
 
         return read_answers(self._directory)
 
@@ -122,7 +122,7 @@ class Run:
             ConfigError: `output` cannot be written, or holds something else.
             ModelError: there is no adapter, the base is another one, or the merged model differs.
         """
-        from lmtune.training.merge import merge_run
+        from lmtune.export.merged import merge_run
 
         folder = self._directory.merged if output is None else Path(output)
         with quiet():
@@ -170,7 +170,7 @@ class Model:
             ConfigError: an option is out of bounds.
             LmtuneError: the conversation is longer than the model can read.
         """
-        from lmtune.generation import GenerationOptions
+        from lmtune.inference.chat import GenerationOptions
 
         if not isinstance(question, str):
             raise ConfigError(f"question: got {type(question).__name__}; expected a text")
@@ -179,8 +179,8 @@ class Model:
 
     def session(self, system: str | None = None, history: Sequence[Message] = ()) -> ChatSession:
         """A conversation: `for piece in session.stream("…"): …`; it keeps what was said and its KV cache."""
-        from lmtune.data.examples import Message as Turn
-        from lmtune.generation import ChatSession
+        from lmtune.data.types import Message as Turn
+        from lmtune.inference.chat import ChatSession
 
         turns = []
         for index, message in enumerate(history):
@@ -264,7 +264,7 @@ def load(
     Raises:
         ModelError: it is none of these, or damaged.
     """
-    from lmtune.models.inference import load_for_inference
+    from lmtune.inference.load import load_for_inference
 
     with quiet():
         return Model(load_for_inference(_target(target), quantization, None if base is None else os.fspath(base)))
@@ -293,7 +293,7 @@ def evaluate(
         DataError: a row is faulty; named as `data:LINE`, counted from 1.
         ModelError: the target cannot be loaded.
     """
-    from lmtune.evaluation import evaluate_loaded
+    from lmtune.evaluation.scoring import evaluate_loaded
 
     model = target if isinstance(target, Model) else load(target)
     files: dict[str, str] = {}

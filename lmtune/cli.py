@@ -21,9 +21,9 @@ import typer
 from typer.core import TyperGroup
 
 from lmtune import __version__
-from lmtune.console import err, escape, keep_without_stderr, program
 from lmtune.errors import LmtuneError, is_failure
-from lmtune.training.workers import note_exit_code
+from lmtune.io.console import err, escape, keep_without_stderr, program
+from lmtune.parallel.launch import note_exit_code
 
 VERBS = (
     "quickstart", "init", "check", "preview", "plan", "finetune", "evaluate", "merge", "chat", "app", "push", "pull",

@@ -42,7 +42,7 @@ def find_processor() -> Iterator[Finding]:
     """Cores and memory."""
     import torch
 
-    from lmtune.models.free_memory import free_memory
+    from lmtune.models.memory import free_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads, {_cpu_capability()}")
@@ -80,9 +80,9 @@ def try_quantization(kind: str) -> Iterator[Finding]:
     """A layer in `nf4` or `int8`, forward and backward, against the same layer in full precision."""
     import torch
 
+    from lmtune.models.base import compute_dtype
     from lmtune.models.device import default_device
     from lmtune.models.libraries import quiet_libraries
-    from lmtune.models.loading import compute_dtype
 
     quiet_libraries()
     device = default_device()
@@ -108,10 +108,10 @@ def try_attention() -> Iterator[Finding]:
     import torch
     import torch.nn.functional as F
 
-    from lmtune.data.packing import Layout
+    from lmtune.batching.packing import Layout
     from lmtune.kernels.attention import attention_by_document
+    from lmtune.models.base import compute_dtype
     from lmtune.models.device import default_device
-    from lmtune.models.loading import compute_dtype
 
     device = default_device()
     torch.manual_seed(0)

@@ -17,9 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lmtune.config import ModelConfig, Quantization
-from lmtune.console import progress
+from lmtune.config.schema import ModelConfig, Quantization
 from lmtune.errors import ConfigError, LmtuneError, ModelError
+from lmtune.io.console import progress
 
 _ROWS_READ = 5000  # of the data, to measure lengths
 _GIB = 2**30
@@ -50,7 +50,7 @@ class KnownModel:
 def this_machine() -> Machine:
     """The device that lmtune would train on."""
     from lmtune.models.device import default_device
-    from lmtune.models.free_memory import free_memory
+    from lmtune.models.memory import free_memory
 
     device = default_device()
     return Machine(device.type, free_memory(device))
@@ -62,8 +62,8 @@ def known_model(name: str) -> KnownModel:
     Raises:
         ModelError: it is a folder or a name that no model can have.
     """
-    from lmtune.models.inference import build_renderer
-    from lmtune.models.loading import load_tokenizer, resolve_name, stored_parameters
+    from lmtune.inference.load import build_renderer
+    from lmtune.models.base import load_tokenizer, resolve_name, stored_parameters
 
     config = ModelConfig(name=name, quantization="none")
     is_folder = os.path.isdir(resolve_name(name))
@@ -174,8 +174,8 @@ def _add_lengths(values: dict[str, Any], reasons: dict[str, str], data: Sequence
 
 def _lengths(data: Sequence[str], renderer: Any) -> tuple[list[int], list[int]]:
     """Tokens of the first rows, and of their answers."""
-    from lmtune.data.files import find_files
     from lmtune.data.reading import ReadReport, read_examples
+    from lmtune.data.sources import find_files
 
     rows, answers = [], []
     with progress("measuring the rows", unit="rows") as shown:
@@ -213,7 +213,7 @@ def _positions(config: ModelConfig) -> int | None:
     """How many positions the base was made for, by its config."""
     from transformers import AutoConfig
 
-    from lmtune.models.loading import resolve_name
+    from lmtune.models.base import resolve_name
 
     try:
         text = AutoConfig.from_pretrained(resolve_name(config.name), trust_remote_code=False).get_text_config()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import err, escape, progress
+from lmtune.io.console import err, escape, progress
 
 
 def main(
@@ -33,13 +33,13 @@ def main(
     Example: lmtune app runs/quickstart
     """
     with progress("loading the app"):
-        from lmtune.ui.server import Address, in_space, launch
+        from lmtune.serve.server import Address, in_space, launch
 
     address = Address("0.0.0.0" if in_space() else host, port, share, auth)
 
     with progress("loading PyTorch and the libraries"):
-        from lmtune.models.inference import load_for_inference
-        from lmtune.ui.choice import example_questions, newest_run
+        from lmtune.inference.load import load_for_inference
+        from lmtune.serve.studio.choice import example_questions, newest_run
 
     targets = models or [newest_run() or "tiny"]
     if not models:

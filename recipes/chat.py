@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal: `lmtune chat RUN_OR_MODEL`. What happens at the prompt is `lmtune.ui.terminal`."""
+"""Talk to a model in the terminal: `lmtune chat RUN_OR_MODEL`. What happens at the prompt is `lmtune.serve.terminal`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import err, escape, progress
 from lmtune.errors import ConfigError
+from lmtune.io.console import err, escape, progress
 
 
 def main(
@@ -42,9 +42,9 @@ def main(
     Example: lmtune chat quickstart --json < questions.txt > answers.jsonl
     """
     with progress("loading PyTorch and the libraries"):
-        from lmtune.generation import ChatSession, GenerationOptions
-        from lmtune.models.inference import load_for_inference
-        from lmtune.ui.terminal import TerminalChat
+        from lmtune.inference.chat import ChatSession, GenerationOptions
+        from lmtune.inference.load import load_for_inference
+        from lmtune.serve.terminal import TerminalChat
 
     options = GenerationOptions(temperature, top_p, max_new_tokens, seed)
     loaded = load_for_inference(model, base=base)

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.config import command_config, data_paths
-from lmtune.config_files import split_data
-from lmtune.console import command, escape, out, print_json
+from lmtune.config.files import split_data
+from lmtune.config.schema import command_config, data_paths
 from lmtune.data.checking import check_tree, describe_check, inspect_data
 from lmtune.data.survey import counted
 from lmtune.errors import ConfigError, DataError
+from lmtune.io.console import command, escape, out, print_json
 
 
 def main(

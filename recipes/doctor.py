@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import err, escape, out, print_json, progress
 from lmtune.data.survey import counted
 from lmtune.doctor import examine
+from lmtune.io.console import err, escape, out, print_json, progress
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

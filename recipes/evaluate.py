@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import escape, out, print_json, progress, warn
 from lmtune.data.checking import check_data
+from lmtune.io.console import escape, out, print_json, progress, warn
 
 
 def main(
@@ -37,10 +37,10 @@ def main(
     check_data(paths)
 
     with progress("loading PyTorch and the libraries"):
-        from lmtune.data.fates import describe_fates
-        from lmtune.evaluation import evaluate_loaded
-        from lmtune.models.inference import load_for_inference
-        from lmtune.report import describe_scores, scores_table
+        from lmtune.data.report import describe_fates
+        from lmtune.evaluation.scoring import evaluate_loaded
+        from lmtune.inference.load import load_for_inference
+        from lmtune.runs.cards import describe_scores, scores_table
 
     scored = evaluate_loaded(load_for_inference(target, base=base), paths, exact_match_rows, max_new_tokens, max_length)
     errors = {"base": scored.base and scored.base.standard_errors, "tuned": scored.tuned.standard_errors}

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, command_config
-from lmtune.console import command, err, escape, out, progress
+from lmtune.config.schema import FinetuneConfig, command_config
 from lmtune.data.checking import check_config
-from lmtune.runs import RunDirectory
-from lmtune.training.workers import check_world, is_worker, launch
+from lmtune.io.console import command, err, escape, out, progress
+from lmtune.parallel.launch import check_world, is_worker, launch
+from lmtune.runs.store import RunDirectory
 
 
 def main(
@@ -52,8 +52,8 @@ def main(
 def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers: int = 3) -> dict[str, Any]:
     """Train, show scores and some answers; returns the summary. What is heavy is imported here, after the checks."""
     with progress("loading PyTorch and the libraries"):
-        from lmtune.report import answers_shown, describe_scores, scores_table
-        from lmtune.training.records import read_answers
+        from lmtune.runs.cards import answers_shown, describe_scores, scores_table
+        from lmtune.runs.log import read_answers
         from lmtune.training.run import run_finetune
 
     result = run_finetune(config, run_directory)

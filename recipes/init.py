@@ -11,15 +11,15 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, Quantization, load_config
-from lmtune.config_files import run_name
-from lmtune.config_schema import commented_yaml
-from lmtune.console import command, err, escape, out, progress
+from lmtune.config.files import run_name
+from lmtune.config.json_schema import commented_yaml
+from lmtune.config.schema import FinetuneConfig, Quantization, load_config
 from lmtune.data.checking import DataCheck, describe_check, inspect_data
 from lmtune.errors import ConfigError, DataError, listed
+from lmtune.io.atomic import write_text
+from lmtune.io.console import command, err, escape, out, progress
 from lmtune.proposal import described, known_model, propose, propose_quantization, require_new, this_machine
-from lmtune.ui.questions import ask, choose
-from lmtune.writing import write_text
+from lmtune.serve.studio.questions import ask, choose
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "nf4", "int8")
 MODEL = "Qwen/Qwen3-0.6B"  # what is suggested: small, and good for its size

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from lmtune.cli import run
-from lmtune.history import choose_run
-from lmtune.training.merge import merge_run
+from lmtune.export.merged import merge_run
+from lmtune.runs.history import choose_run
 
 
 def main(

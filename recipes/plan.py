@@ -11,9 +11,9 @@ import typer
 from rich.table import Table
 
 from lmtune.cli import run
-from lmtune.config import command_config
-from lmtune.console import out, print_json, progress
+from lmtune.config.schema import command_config
 from lmtune.data.checking import check_config
+from lmtune.io.console import out, print_json, progress
 
 
 def main(
@@ -39,12 +39,12 @@ def main(
     check_config(config.data)
 
     with progress("loading PyTorch and the libraries"):
-        from lmtune.data.tokenized import load_data
+        from lmtune.data.store import load_data
+        from lmtune.inference.load import build_renderer
+        from lmtune.models.base import load_tokenizer
         from lmtune.models.device import default_device
-        from lmtune.models.inference import build_renderer
-        from lmtune.models.loading import load_tokenizer
-        from lmtune.models.start_adapter import with_starting_adapter
-        from lmtune.training.forecast import forecast
+        from lmtune.models.tuning.start_adapter import with_starting_adapter
+        from lmtune.training.estimate import forecast
 
     config = with_starting_adapter(config)
     notes = {"template": config.data.template, "system": config.data.system}

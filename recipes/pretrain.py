@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.config import load_config
-from lmtune.console import command, err, escape, out, progress
+from lmtune.config.schema import load_config
 from lmtune.errors import ConfigError
-from lmtune.runs import home_expanded, require_possible
+from lmtune.io.console import command, err, escape, out, progress
+from lmtune.runs.store import home_expanded, require_possible
 from lmtune.training.pretrain_config import PretrainConfig
 
 

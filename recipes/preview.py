@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, command_config, data_paths
-from lmtune.config_files import split_data
-from lmtune.console import err, escape, out, print_json, progress
+from lmtune.config.files import split_data
+from lmtune.config.schema import FinetuneConfig, command_config, data_paths
 from lmtune.errors import ConfigError
+from lmtune.io.console import err, escape, out, print_json, progress
 
 
 def main(
@@ -41,14 +41,14 @@ def main(
 
     with progress("loading PyTorch and the libraries"):
         from lmtune.data.control_text import ControlText
-        from lmtune.data.fates import WHY_DROPPED
-        from lmtune.data.files import find_files, unread_entries
         from lmtune.data.preview import document_tree, show_tokens
         from lmtune.data.reading import ReadReport, read_examples
+        from lmtune.data.report import WHY_DROPPED
+        from lmtune.data.sources import find_files, unread_entries
+        from lmtune.data.store import fit
         from lmtune.data.survey import counted
-        from lmtune.data.tokenized import fit
-        from lmtune.models.inference import build_renderer
-        from lmtune.models.loading import load_tokenizer
+        from lmtune.inference.load import build_renderer
+        from lmtune.models.base import load_tokenizer
 
     files = find_files(paths)
     tokenizer = load_tokenizer(model_config, alone=True)

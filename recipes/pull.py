@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import command, err, escape, out, progress
+from lmtune.io.console import command, err, escape, out, progress
 
 
 def main(
@@ -22,7 +22,7 @@ def main(
     Example: lmtune pull anna/support
     """
     with progress(f"downloading {repository}"):
-        from lmtune.hub import pull
+        from lmtune.export.hub import pull
 
         folder = pull(repository, revision, output)
     out.print(escape(str(folder)))

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.console import err, escape, out
-from lmtune.history import choose_run
+from lmtune.io.console import err, escape, out
+from lmtune.runs.history import choose_run
 
 
 def main(
@@ -26,7 +26,7 @@ def main(
 
     Example: lmtune push runs/support anna/support --dry-run
     """
-    from lmtune.hub import prepare_push, push
+    from lmtune.export.hub import prepare_push, push
 
     run_directory = choose_run(target)
 

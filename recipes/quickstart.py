@@ -15,13 +15,13 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.config import FinetuneConfig, load_config
-from lmtune.config_files import shipped_configs
-from lmtune.console import command, err, escape, out, program
+from lmtune.config.files import shipped_configs
+from lmtune.config.schema import FinetuneConfig, load_config
 from lmtune.data.checking import check_config, describe_check
 from lmtune.demo import support_data, support_heldout
 from lmtune.errors import LmtuneError
-from lmtune.runs import RunDirectory
+from lmtune.io.console import command, err, escape, out, program
+from lmtune.runs.store import RunDirectory
 
 SHOWN_ANSWERS = 5
 
@@ -47,8 +47,8 @@ def main(
         err.print(f"replacing the earlier {escape(str(run_directory.path))}")
         shutil.rmtree(run_directory.path)
 
+    from lmtune.export.merged import merge_run
     from lmtune.recipes.finetune import finetune
-    from lmtune.training.merge import merge_run
 
     summary = finetune(config, run_directory, SHOWN_ANSWERS)
     if summary["status"] != "complete":

@@ -12,8 +12,8 @@ import typer
 
 from lmtune.cli import run
 from lmtune.errors import ConfigError
-from lmtune.history import choose_run
-from lmtune.ui.run_views import print_list, print_results, print_run, print_steps
+from lmtune.runs.history import choose_run
+from lmtune.serve.studio.run_views import print_list, print_results, print_run, print_steps
 
 
 class Action(StrEnum):

@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 
 from lmtune.cli import run
-from lmtune.config_schema import REQUIRED, json_schema, settings
-from lmtune.console import escape, out
+from lmtune.config.json_schema import REQUIRED, json_schema, settings
+from lmtune.io.console import escape, out
 
 
 def main(

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lmtune.data.rendering import Renderer
-from lmtune.models.inference import LoadedModel
+from lmtune.inference.load import LoadedModel
 from tests.tokenizers import CHATML, make_tokenizer
 
 _SHAPE: dict[str, Any] = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lmtune.config import FinetuneConfig, build_config
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import trainable
-from lmtune.runs import RunDirectory
+from lmtune.config.schema import FinetuneConfig, build_config
+from lmtune.forward.packed import PackedForward
+from lmtune.models.tuning.lora import trainable
+from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import newest_checkpoint
 from lmtune.training.loop import Job, train
 from tests.tiny import OneProcess, adapted, random_rows, tiny_model

@@ -24,7 +24,7 @@ from tests.workplace import environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["lmtune.cli", "lmtune.training.session", "lmtune.training.lifecycle", "peft", "bitsandbytes", "accelerate",
+    ["lmtune.cli", "lmtune.training.compose", "lmtune.training.lifecycle", "peft", "bitsandbytes", "accelerate",
      "transformers.models.llama.modeling_llama", "tests.processes"]
 )  # fmt: skip
 Trouble = Callable[[], object]

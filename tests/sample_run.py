@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lmtune.config import FinetuneConfig, build_config, dump_config
+from lmtune.config.schema import FinetuneConfig, build_config, dump_config
 from lmtune.data.rendering import Renderer
-from lmtune.models.adapters import save_adapter
-from lmtune.models.inference import run_notes
-from lmtune.runs import RunDirectory
+from lmtune.inference.load import run_notes
+from lmtune.models.tuning.lora import save_adapter
+from lmtune.runs.store import RunDirectory
 from tests.tiny import adapted, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer
 

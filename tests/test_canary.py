@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.yaml_reader import write_yaml
+from lmtune.config.yaml import write_yaml
 from tests import processes
 from tests.hub_server import TOKEN, HubServer
 from tests.workplace import HELDOUT, QUESTIONS, environment, make_workplace, tree_of, write_rows

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.config import FinetuneConfig, command_config, load_config
-from lmtune.config_files import find_config, is_override, run_name, shipped_configs
-from lmtune.console import command, program
+from lmtune.config.files import find_config, is_override, run_name, shipped_configs
+from lmtune.config.schema import FinetuneConfig, command_config, load_config
 from lmtune.errors import ConfigError
+from lmtune.io.console import command, program
 from tests import processes
 
 ROOT = Path(__file__).parents[1]
@@ -222,7 +222,7 @@ def test_the_steps_after_the_quickstart_can_be_typed_as_printed(
     empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lmtune.recipes.quickstart import say_next_steps
-    from lmtune.runs import RunDirectory
+    from lmtune.runs.store import RunDirectory
 
     say_next_steps(RunDirectory("my runs/quickstart"))
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from lmtune.config import FinetuneConfig, build_config, to_tree
-from lmtune.config_schema import REQUIRED, commented_yaml, json_schema, settings
+from lmtune.config.json_schema import REQUIRED, commented_yaml, json_schema, settings
+from lmtune.config.schema import FinetuneConfig, build_config, to_tree
+from lmtune.config.yaml import read_yaml
 from lmtune.training.pretrain_config import PretrainConfig
-from lmtune.yaml_reader import read_yaml
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 LEAST: dict[str, Any] = {"model.name": "tiny", "data.train": "rows.jsonl"}

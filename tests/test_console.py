@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from lmtune import console
-from lmtune.console import err, escape, keep_without_stderr, out, warn
+from lmtune.io import console
+from lmtune.io.console import err, escape, keep_without_stderr, out, warn
 
 
 @pytest.mark.parametrize(

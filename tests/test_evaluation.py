@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lmtune.data.rendering import Renderer
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.evaluation import (
+from lmtune.evaluation.scoring import (
     Answer,
     answers,
     check_lengths,
@@ -22,7 +22,7 @@ from lmtune.evaluation import (
     teacher_forced,
     with_exact_match,
 )
-from lmtune.kernels.packed_forward import PackedForward
+from lmtune.forward.packed import PackedForward
 from tests.tiny import SAVED_VOCABULARY, Row, Rows, adapted, random_rows, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer
 
@@ -236,7 +236,7 @@ def test_exact_match_is_the_share_of_right_answers() -> None:
 
 def conversations(count: int) -> tuple[Renderer, Rows]:
     """Rows of a chat template, as tokens."""
-    from lmtune.data.examples import Example, Message
+    from lmtune.data.types import Example, Message
 
     renderer = Renderer(make_tokenizer(CHATML))
     rows = []

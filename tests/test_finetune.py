@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.config import FinetuneConfig, load_config
+from lmtune.config.schema import FinetuneConfig, load_config
 from lmtune.errors import ConfigError
-from lmtune.evaluation import evaluate_loaded
-from lmtune.models.inference import load_for_inference
-from lmtune.runs import RunDirectory
-from lmtune.training.merge import merge_run
+from lmtune.evaluation.scoring import evaluate_loaded
+from lmtune.export.merged import merge_run
+from lmtune.inference.load import load_for_inference
+from lmtune.runs.store import RunDirectory
 from tests.processes import at_call, lmtune, said, send
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
@@ -197,7 +197,7 @@ def test_a_stop_outside_of_training_ends_at_once_and_is_told(tmp_path: Path, num
     """While the base is scored, for example."""
     folder = make_workplace(tmp_path / "work")
     write_config(folder)
-    trouble = at_call("lmtune.evaluation", "teacher_forced", send(number))
+    trouble = at_call("lmtune.evaluation.scoring", "teacher_forced", send(number))
     assert lmtune(folder, "finetune", "run.yaml", trouble=trouble) == code
     assert "Traceback" not in said(folder)
     assert json.loads((folder / "runs/trial/summary.json").read_text())["status"] == "interrupted"
@@ -276,8 +276,8 @@ def test_an_overfit_model_answers_exactly(overfit: Path) -> None:
 
 def test_an_overfit_model_stops_by_itself(overfit: Path) -> None:
     """Within the budget, by the stop token, in lmtune's own generation and in plain transformers'."""
-    from lmtune.data.examples import Message
-    from lmtune.generation import generate_batch
+    from lmtune.data.types import Message
+    from lmtune.inference.chat import generate_batch
 
     with inside(overfit):
         loaded = load_for_inference("trial")
@@ -319,9 +319,9 @@ def test_every_variant_trains_and_its_adapter_says_what_the_run_scored(
     run, summary = finetune(folder, **changes)
     assert summary["status"] == "complete"
     if summary["tuned"] is not None:
-        from lmtune.data.tokenized import tokenize
-        from lmtune.evaluation import teacher_forced
-        from lmtune.kernels.packed_forward import PackedForward
+        from lmtune.data.store import tokenize
+        from lmtune.evaluation.scoring import teacher_forced
+        from lmtune.forward.packed import PackedForward
 
         with inside(folder):
             loaded = load_for_inference("trial")

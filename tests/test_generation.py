@@ -12,14 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtune.data.examples import Example, Message
 from lmtune.data.rendering import Renderer, Template
 from lmtune.data.replies import is_still_reasoning, split_reply
-from lmtune.decoding import PieceDecoder, Sampler
+from lmtune.data.types import Example, Message
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.generation import AnswerInfo, ChatSession, GenerationOptions, generate_batch
+from lmtune.inference.chat import AnswerInfo, ChatSession, GenerationOptions, generate_batch
+from lmtune.inference.engine import PieceDecoder, Sampler
+from lmtune.inference.load import LoadedModel
 from lmtune.kernels.attention import packed_attention
-from lmtune.models.inference import LoadedModel
 from tests.chat_models import chat_model, never_stops, parrot, random_model
 from tests.tokenizers import CHANNELS, CHAT_TEMPLATES, EMPTY_THOUGHT_FIELD, QWEN3, QWEN35, R1, WORD, make_tokenizer
 

@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lmtune.errors import ConfigError, ModelError
-from lmtune.hub import prepare_push
-from lmtune.hub_checks import check_incoming, checked_repository
-from lmtune.runs import RunDirectory
+from lmtune.export.hub import prepare_push
+from lmtune.export.hub_checks import check_incoming, checked_repository
+from lmtune.runs.store import RunDirectory
 from tests.hub_server import TOKEN, HubServer
 from tests.sample_run import base_model, write_base, write_run
 
@@ -151,8 +151,8 @@ CASES = """
 import json, os, sys
 from pathlib import Path
 from lmtune.errors import LmtuneError
-from lmtune.hub import pull, push
-from lmtune.runs import RunDirectory
+from lmtune.export.hub import pull, push
+from lmtune.runs.store import RunDirectory
 told = {}
 for name, action, token, *arguments in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = token

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.config import FinetuneConfig, load_config
+from lmtune.config.schema import FinetuneConfig, load_config
 from lmtune.errors import ConfigError, DataError, LmtuneError, ModelError
 from lmtune.proposal import KnownModel, Machine, known_model, propose, propose_quantization
 from lmtune.recipes.init import main

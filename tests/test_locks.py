@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from lmtune.data.cache import cached, turn
 from lmtune.errors import CheckpointError
-from lmtune.history import is_running, overview
-from lmtune.locks import take, wait_for
-from lmtune.runs import RunDirectory
-from lmtune.training.workers import EXIT_CODES, _hold_exit_codes, _wait_for_workers
-from lmtune.writing import new_folder
+from lmtune.io.atomic import new_folder
+from lmtune.io.cache import cached, turn
+from lmtune.io.locks import take, wait_for
+from lmtune.parallel.launch import EXIT_CODES, _hold_exit_codes, _wait_for_workers
+from lmtune.runs.history import is_running, overview
+from lmtune.runs.store import RunDirectory
 from tests.sample_run import write_records
 
 KEY = "ab" * 32

@@ -12,9 +12,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lmtune.config import FinetuneConfig, build_config, to_tree
-from lmtune.history import list_runs
-from lmtune.report import (
+from lmtune.config.schema import FinetuneConfig, build_config, to_tree
+from lmtune.runs.cards import (
     adapter_card,
     answers_shown,
     describe_scores,
@@ -26,6 +25,7 @@ from lmtune.report import (
     scores_table,
     wilson,
 )
+from lmtune.runs.history import list_runs
 from tests.sample_run import DATA, SUMMARY, write_records
 
 MERGE = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.config import RunConfig, build_config
+from lmtune.config.schema import RunConfig, build_config
 from lmtune.errors import CheckpointError, ConfigError
-from lmtune.runs import RunDirectory, find_run
-from lmtune.writing import keep_lines, write_json, write_text
+from lmtune.io.atomic import keep_lines, write_json, write_text
+from lmtune.runs.store import RunDirectory, find_run
 
 
 def run_config(**settings: object) -> RunConfig:
@@ -146,7 +146,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lmtune.writing.flush_to_disk", full)
+        patch.setattr("lmtune.io.atomic.flush_to_disk", full)
         with pytest.raises(OSError, match="No space left"):
             write_text(path, "second\n")
     assert path.read_text() == "first\n"

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from lmtune.errors import LmtuneError, ModelError
-from lmtune.history import choose_run, follow_steps, is_running, last_step, list_runs, overview
+from lmtune.io.atomic import keep_lines
 from lmtune.recipes import runs as runs_recipe
-from lmtune.report import runs_table
-from lmtune.runs import RunDirectory
-from lmtune.writing import keep_lines
+from lmtune.runs.cards import runs_table
+from lmtune.runs.history import choose_run, follow_steps, is_running, last_step, list_runs, overview
+from lmtune.runs.store import RunDirectory
 from tests.sample_run import METRICS, SUMMARY, write_records
 
 

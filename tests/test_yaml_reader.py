@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lmtune.config.yaml import read_yaml, read_yaml_value
 from lmtune.errors import ConfigError
-from lmtune.yaml_reader import read_yaml, read_yaml_value
 
 
 def written(folder: Path, text: str | bytes) -> Path:

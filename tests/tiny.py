@@ -69,7 +69,7 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenised row, as `lmtune.data.tokenized` gives them."""
+    """A tokenised row, as `lmtune.data.store` gives them."""
 
     where: str
     documents: list[Any]
@@ -122,8 +122,8 @@ def random_rows(count: int, seed: int = 0, longest: int = 40) -> Rows:
 
 def adapted(model: Any, seed: int = 1, **settings: Any) -> Any:
     """`model` with an adapter whose B is not zero, so that every gradient is."""
-    from lmtune.config import AdapterConfig
-    from lmtune.models.adapters import attach_adapter, trainable
+    from lmtune.config.schema import AdapterConfig
+    from lmtune.models.tuning.lora import attach_adapter, trainable
 
     peft_model = attach_adapter(model, AdapterConfig(**{"rank": 4, "alpha": 8, **settings}), seed, "tiny-random")
     torch.manual_seed(seed)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from lmtune.config import FinetuneConfig, build_config
-from lmtune.runs import RunDirectory
-from lmtune.yaml_reader import write_yaml
+from lmtune.config.schema import FinetuneConfig, build_config
+from lmtune.config.yaml import write_yaml
+from lmtune.runs.store import RunDirectory
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 

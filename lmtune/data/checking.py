@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lmtune.config import DataConfig, data_paths
-from lmtune.data.cache import cache_folder, cached, file_sha256, key_of
-from lmtune.data.files import DataFile, find_files, unread_entries
+from lmtune.config.schema import DataConfig, data_paths
 from lmtune.data.progress import row_progress
 from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
+from lmtune.data.sources import DataFile, find_files, unread_entries
 from lmtune.data.survey import Survey, Tally, counted, describe_faulty, shown_first
+from lmtune.io.cache import cache_folder, cached, file_sha256, key_of
 
 _VERSION = 2
 _KEPT = 100  # results, of a few KB

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lmtune.data.examples import Example
 from lmtune.data.survey import Tally, counted, shown_first
+from lmtune.data.types import Example
 from lmtune.data.values import quoted
 
 _WELL_KNOWN = frozenset(

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lmtune.data.examples import Message
 from lmtune.data.row_keys import (
     ANSWER_KEYS,
     HISTORY_KEY,
@@ -29,6 +28,7 @@ from lmtune.data.row_keys import (
     with_system,
 )
 from lmtune.data.turns import parse_turns
+from lmtune.data.types import Message
 from lmtune.data.values import RowFault, is_filled, listed_keys, nearest, plain, quoted, strings
 
 __all__ = ["Format", "ParsedRow", "RowFault", "detect_format", "parse_row", "quoted"]

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from uuid import UUID
 
 from lmtune.errors import DataError
-from lmtune.writing import write_text
+from lmtune.io.atomic import write_text
 
 
 @runtime_checkable

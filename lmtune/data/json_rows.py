@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lmtune.data.encodings import encoding_advice
-from lmtune.data.files import foreign_kind
+from lmtune.data.sources import foreign_kind
 from lmtune.data.strict_json import Broken, StrictDecoder, Unfinished, decode_json, end_of_gap, excerpt
 from lmtune.data.values import RowFault
 

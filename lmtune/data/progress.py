@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from lmtune.console import progress
+from lmtune.io.console import progress
 
 _EVERY_ROWS = 2000
 

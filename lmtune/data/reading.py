@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lmtune.data.examples import Example
-from lmtune.data.files import DataFile
 from lmtune.data.formats import Format, RowFault, detect_format, parse_row, quoted
 from lmtune.data.json_rows import read_rows
+from lmtune.data.sources import DataFile
 from lmtune.data.survey import FaultyRows, counted
+from lmtune.data.types import Example
 from lmtune.errors import DataError, listed
 
 _SHOWN_KEYS, _KEY_CHARACTERS = 10, 100  # of the keys that are not used

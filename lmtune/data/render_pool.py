@@ -16,8 +16,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 
-from lmtune.data.examples import Example
 from lmtune.data.rendering import Document, Renderer
+from lmtune.data.types import Example
 from lmtune.errors import DataError, LmtuneError
 
 WORTH_BYTES = 32 << 20  # of data; about a minute's work for one processor

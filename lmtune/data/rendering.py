@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lmtune.data.chat_template import ChatTemplate, TemplateFault
-from lmtune.data.examples import Example, Message
 from lmtune.data.replies import ReplyFormat, ReplyParser
+from lmtune.data.templates import ChatTemplate, TemplateFault
+from lmtune.data.types import Example, Message
 from lmtune.errors import DataError, ModelError
 
 Template = Literal["auto", "chat", "plain", "thinking"]

@@ -12,7 +12,7 @@ before every answer. A reply is brought into one form, whatever the template's i
 
 or the answer alone where there is no reasoning. That is the form in which chat streams and remembers a reply, and in
 which rows hold reasoning; `split_reply` takes it apart. `ReplyFormat` is found by probing the template
-(`lmtune.data.chat_template`), `ReplyParser` does the work piece by piece.
+(`lmtune.data.templates`), `ReplyParser` does the work piece by piece.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmtune.data.examples import Message
 from lmtune.data.turns import CALL_FAULT, CALL_KEYS, MEDIA_KEYS, OTHER_THOUGHT_KEYS, REASONING_KEYS
+from lmtune.data.types import Message
 from lmtune.data.values import RowFault, is_filled, kind_of, listed_keys, plain, strings, text_problem
 
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmtune.data.examples import Example, content_hash, prompt_hash
+from lmtune.data.types import Example, content_hash, prompt_hash
 
 if TYPE_CHECKING:
     import numpy as np

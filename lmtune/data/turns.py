@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmtune.data.examples import Message, Role
+from lmtune.data.types import Message, Role
 from lmtune.data.values import RowFault, is_filled, kind_of, listed_keys, plain, quoted, strings, text_problem
 
 SPELLINGS = {"messages": ("role", "content"), "conversations": ("from", "value")}
@@ -215,7 +215,7 @@ def _is_learned(turn: Mapping[str, Any], where: str, role: Role, found: Turns) -
 def _with_reasoning(turn: Mapping[str, Any], where: str, role: Role, content: str, found: Turns) -> str:
     """`content`, with the reasoning that stands in a field of its own before it as <think>…</think>.
 
-    A template that takes reasoning in a field gets it back from there, see `lmtune.data.chat_template`.
+    A template that takes reasoning in a field gets it back from there, see `lmtune.data.templates`.
     """
     thoughts: dict[str, str] = {}  # text -> key
     for key in REASONING_KEYS:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lmtune.data.packing import Layout, Span
-from lmtune.data.prefixes import MASKED_BLOCK
+from lmtune.batching.packing import Layout, Span
+from lmtune.batching.prefixes import MASKED_BLOCK
 
 NAME = "lmtune_by_document"
 _VARLEN_TOLERANCE = 3e-2  # relative, in 16 bit; a wrong alignment moves outputs by about 1
@@ -55,7 +55,7 @@ def attention_by_document(
         layout: which tokens belong together.
         sliding_window: how many tokens back a token sees, itself included; None is all.
         label_layer: set in the last layer, which takes keys and values first and few queries later; see
-            `lmtune.kernels.last_layer`.
+            `lmtune.kernels.label_only_layer`.
 
     Returns:
         `[1, T, heads, d]` and None for the weights, which are never formed.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from lmtune.config import Quantization
+from lmtune.config.schema import Quantization
 from lmtune.data.rendering import Template
 from lmtune.errors import ModelError, listed
 from lmtune.models.file_checks import generation_fault, odd_files, read_object, weights_fault

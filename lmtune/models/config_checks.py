@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lmtune.numeric import is_finite_number
+from lmtune.io.text import is_finite_number
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _SIZES = (

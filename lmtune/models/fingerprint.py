@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lmtune.config import ModelConfig
-from lmtune.models.loading import weight_files
+from lmtune.config.schema import ModelConfig
+from lmtune.models.base import weight_files
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 

@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 
-from lmtune.console import warn
+from lmtune.io.console import warn
 from lmtune.models.device import USE_CPU
 
 _NEUTRAL = ("", "no", "none", "false", "0", "off", "default")  # what `accelerate launch` sets for a plain job

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lmtune.config import ModelConfig
-from lmtune.console import warn
+from lmtune.config.schema import ModelConfig
 from lmtune.errors import ModelError, listed
-from lmtune.models.base_checks import adapter_beside
+from lmtune.io.console import warn
+from lmtune.models.validate import adapter_beside
 
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

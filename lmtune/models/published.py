@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmtune.config import ModelConfig
+from lmtune.config.schema import ModelConfig
 from lmtune.data.rendering import Renderer
-from lmtune.models.loading import stored_files
-from lmtune.writing import naming_in
+from lmtune.io.atomic import naming_in
+from lmtune.models.base import stored_files
 
 CONFIG, GENERATION, TOKENIZER_CONFIG, SPECIAL = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",

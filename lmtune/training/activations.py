@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmtune.data.packing import pack
-from lmtune.kernels.last_layer import decoder_layers
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.free_memory import is_out_of_memory
+from lmtune.batching.packing import pack
+from lmtune.forward.packed import PackedForward
+from lmtune.kernels.label_only_layer import decoder_layers
+from lmtune.models.memory import is_out_of_memory
 from lmtune.training.memory import ActivationBytes
 
 _PROBE_TOKENS = (64, 128)

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.checkpoints import (
+from lmtune.errors import CheckpointError, LmtuneError, listed
+from lmtune.io.atomic import flush_to_disk, sync_folder
+from lmtune.runs.checkpoints import (
     ADAPTER,
     MANIFEST,
     OPTIMIZER,
@@ -29,8 +31,6 @@ from lmtune.checkpoints import (
     problem_of,
     step_of,
 )
-from lmtune.errors import CheckpointError, LmtuneError, listed
-from lmtune.writing import flush_to_disk, sync_folder
 
 __all__ = [
     "Checkpoint", "checkpoint_folders", "load_checkpoint", "newest_checkpoint", "optimizer_tensors", "problem_of",

@@ -12,19 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lmtune.config import FinetuneConfig, dump_config, load_config, to_tree, without_absolute_paths
-from lmtune.console import err, escape, warn
-from lmtune.data.fates import describe_fates
+from lmtune.batching.plan import Plan
+from lmtune.config.schema import FinetuneConfig, dump_config, load_config, to_tree, without_absolute_paths
+from lmtune.config.yaml import read_yaml
+from lmtune.data.report import describe_fates
 from lmtune.data.survey import counted
 from lmtune.errors import CheckpointError, LmtuneError
-from lmtune.evaluation import Answer, Scores
-from lmtune.models.base_place import local_notes
-from lmtune.runs import RunDirectory
+from lmtune.evaluation.scoring import Answer, Scores
+from lmtune.io.atomic import naming_in, write_json, write_text
+from lmtune.io.console import err, escape, warn
+from lmtune.models.locate import local_notes
+from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interrupts
+from lmtune.runs.log import Records, read_answers
+from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import Checkpoint
+from lmtune.training.compose import Session, environment, verification_rows
 from lmtune.training.loop import Outcome
 from lmtune.training.memory import peak_memory_gib
-from lmtune.training.plan import Plan
-from lmtune.training.records import Records, read_answers
 from lmtune.training.resume import (
     find_checkpoint,
     identity,
@@ -33,10 +37,6 @@ from lmtune.training.resume import (
     require_steps,
     steps_before,
 )
-from lmtune.training.session import Session, environment, verification_rows
-from lmtune.training.signals import Interrupted, no_more_signals, sigterm_interrupts
-from lmtune.writing import naming_in, write_json, write_text
-from lmtune.yaml_reader import read_yaml
 
 FORMAT = 1
 

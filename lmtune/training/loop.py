@@ -18,15 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmtune.config import FinetuneConfig
-from lmtune.console import warn
-from lmtune.data.prefixes import Ints, beginning
+from lmtune.batching.plan import Plan, StepPlan, TokenCost
+from lmtune.batching.prefetch import Feeder
+from lmtune.batching.prefixes import Ints, beginning
+from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import LmtuneError, listed
+from lmtune.forward.packed import PackedForward
+from lmtune.io.console import warn
 from lmtune.kernels.lora_linear import drop_dense
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import trainable
-from lmtune.models.free_memory import return_freed_memory
-from lmtune.runs import RunDirectory
+from lmtune.models.memory import return_freed_memory
+from lmtune.models.tuning.lora import trainable
+from lmtune.parallel.signals import Interrupted, StopSignals
+from lmtune.runs.log import Accuracies, Records, StepRecord
+from lmtune.runs.store import RunDirectory
 from lmtune.training.activations import checkpoint_layers, is_checkpointed_throughout
 from lmtune.training.checkpoint import (
     Checkpoint,
@@ -38,13 +42,9 @@ from lmtune.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from lmtune.training.feeding import Feeder
-from lmtune.training.gradients import StepSums, find_offenders, step_gradients
-from lmtune.training.plan import Plan, StepPlan, TokenCost
+from lmtune.training.optim import learning_rate
 from lmtune.training.progress import StepProgress
-from lmtune.training.records import Accuracies, Records, StepRecord
-from lmtune.training.schedule import learning_rate
-from lmtune.training.signals import Interrupted, StopSignals
+from lmtune.training.step import StepSums, find_offenders, step_gradients
 
 _FREE_EVERY = 16  # steps; what is freed must be faulted in again, a fraction of a second each time
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from lmtune.kernels.cross_entropy import chunk_rows
-from lmtune.models.free_memory import DENSE_SHARE
-from lmtune.models.parameters import Parameters
+from lmtune.models.memory import DENSE_SHARE
+from lmtune.models.structure import Parameters
 
 GIB = 2**30
 _SHARE = 0.6  # of the free memory, for activations; the rest is for what is not seen beforehand

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lmtune.config import Count, Fraction, section
+from lmtune.config.schema import Count, Fraction, section
 
 
 @section

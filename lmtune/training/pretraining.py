@@ -16,19 +16,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lmtune.config import TrainConfig
+from lmtune.config.schema import TrainConfig
 from lmtune.errors import LmtuneError
+from lmtune.io.atomic import naming_in, new_folder
+from lmtune.models.base import DTYPES, compute_dtype
 from lmtune.models.device import default_device
 from lmtune.models.libraries import quiet_libraries
-from lmtune.models.loading import DTYPES, compute_dtype
 from lmtune.models.published import make_readable
-from lmtune.runs import home_expanded
+from lmtune.parallel.signals import StopSignals
+from lmtune.runs.store import home_expanded
 from lmtune.training.corpus import TURN_END, Blocks, TokenStream, num_blocks, take_blocks
+from lmtune.training.optim import learning_rate
 from lmtune.training.pretrain_config import PretrainConfig, ShapeConfig
 from lmtune.training.progress import StepProgress
-from lmtune.training.schedule import learning_rate
-from lmtune.training.signals import StopSignals
-from lmtune.writing import naming_in, new_folder
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lmtune.console import err, plain_bars
+from lmtune.io.console import err, plain_bars
 
 _LOG_EVERY_SECONDS = 10.0
 

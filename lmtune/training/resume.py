@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any, get_type_hints
 
-from lmtune.config import FinetuneConfig, RunConfig, TrainConfig, load_config, to_tree
-from lmtune.data.fates import changed_files
+from lmtune.batching.plan import Plan
+from lmtune.config.schema import FinetuneConfig, RunConfig, TrainConfig, load_config, to_tree
+from lmtune.data.report import changed_files
 from lmtune.errors import CheckpointError, listed
-from lmtune.runs import RunDirectory
+from lmtune.runs.log import recorded_steps
+from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
-from lmtune.training.plan import Plan
-from lmtune.training.records import recorded_steps
 
 # Settings that change speed, memory or reporting; what is learned they change only as far as dropout is drawn anew.
 _FREE = {

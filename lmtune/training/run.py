@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lmtune.config import FinetuneConfig, to_tree
-from lmtune.report import adapter_card
-from lmtune.runs import RunDirectory
+from lmtune.config.schema import FinetuneConfig, to_tree
+from lmtune.io.atomic import write_json, write_text
+from lmtune.parallel.launch import start_accelerator
+from lmtune.runs.cards import adapter_card
+from lmtune.runs.store import RunDirectory
+from lmtune.training.compose import prepare, save_tuned
 from lmtune.training.lifecycle import add_tuned_answers, base_scores, begin, running, summarise
 from lmtune.training.loop import train
-from lmtune.training.session import prepare, save_tuned
-from lmtune.training.workers import start_accelerator
-from lmtune.writing import write_json, write_text
 
 
 @dataclass(frozen=True)

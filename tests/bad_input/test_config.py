@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.config import FinetuneConfig, RunConfig, load_config
+from lmtune.config.schema import FinetuneConfig, RunConfig, load_config
 from lmtune.models import pattern_limits
-from lmtune.runs import RunDirectory
+from lmtune.runs.store import RunDirectory
 from tests.bad_input.conftest import Outcome
 from tests.sample_run import write_records, write_run
 from tests.workplace import make_workplace

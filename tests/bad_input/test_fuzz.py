@@ -20,18 +20,18 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lmtune import config as config_module
-from lmtune.config import FinetuneConfig, dump_config, load_config
-from lmtune.data import chat_template, json_rows
-from lmtune.data.examples import Example, Message
-from lmtune.data.files import find_files
+from lmtune.config import schema as config_module
+from lmtune.config.schema import FinetuneConfig, dump_config, load_config
+from lmtune.data import json_rows, templates
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import Renderer
+from lmtune.data.sources import find_files
+from lmtune.data.types import Example, Message
 from lmtune.errors import LmtuneError
-from lmtune.models.adapters import load_adapter, save_adapter
 from lmtune.models.lora_config import USED
-from lmtune.ui.calls import Calls, read_body
-from lmtune.ui.request import settings_of
+from lmtune.models.tuning.lora import load_adapter, save_adapter
+from lmtune.serve.calls import Calls, read_body
+from lmtune.serve.request import settings_of
 from tests.tiny import adapted, tiny_model
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
 from tests.ui.client import GOOD as GOOD_VALUES
@@ -241,7 +241,7 @@ def test_any_row_is_rendered_whole_or_refused(examples: int) -> None:
 @examples
 def test_any_template_renders_a_row_or_is_refused(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the trial in a process of its own, which costs 0.2 s for each; no fragment here runs for long."""
-    monkeypatch.setattr(chat_template, "probe", lambda *_: None)
+    monkeypatch.setattr(templates, "probe", lambda *_: None)
 
     def check(source: str, contents: list[str], system: str | None) -> None:
         render(source, "auto", conversation(contents, system))

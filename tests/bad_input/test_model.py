@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.config import ModelConfig
-from lmtune.data import template_limits
+from lmtune.config.schema import ModelConfig
+from lmtune.io import sandbox
 from lmtune.models import pattern_limits
-from lmtune.models.adapters import save_adapter
+from lmtune.models.base import load_model
 from lmtune.models.fingerprint import base_fingerprint
-from lmtune.models.loading import load_model
+from lmtune.models.tuning.lora import save_adapter
 from tests.bad_input.conftest import Command, Outcome, everything
 from tests.faults.choosing import few
 from tests.sample_run import write_base, write_run
@@ -359,8 +359,8 @@ def test_a_base_that_cannot_be_used(
     place: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # one that grows is to meet the limit of memory first, also on a busy machine
-    monkeypatch.setattr(template_limits, "PROBE_CPU_SECONDS", 10 if "grows" in name else 1)
-    template_limits.probe.cache_clear()
+    monkeypatch.setattr(sandbox, "PROBE_CPU_SECONDS", 10 if "grows" in name else 1)
+    sandbox.probe.cache_clear()
     make_workplace(place)
     change, said = BASES[name]
     change(place / "base")
@@ -603,9 +603,9 @@ def adapter(made: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_adapter_that_cannot_be_used(
     place: Path, adapter: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(template_limits, "PROBE_CPU_SECONDS", 1)
+    monkeypatch.setattr(sandbox, "PROBE_CPU_SECONDS", 1)
     monkeypatch.setattr(pattern_limits, "CPU_SECONDS", 1)
-    template_limits.probe.cache_clear()
+    sandbox.probe.cache_clear()
     change, said = ADAPTERS[name]
     change(adapter)
     assert said in refused("chat", "adapter").err

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.runs import RunDirectory
-from lmtune.yaml_reader import read_yaml, write_yaml
+from lmtune.config.yaml import read_yaml, write_yaml
+from lmtune.runs.store import RunDirectory
 from tests.bad_input.conftest import Command, Outcome
 from tests.sample_run import write_base, write_run
 from tests.workplace import finetune, make_workplace, write_config

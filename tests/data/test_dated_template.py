@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import transformers.utils.chat_template_utils as chat_template_utils
 
-from lmtune.config import DataConfig
-from lmtune.data.examples import Message
+from lmtune.config.schema import DataConfig
 from lmtune.data.rendering import Renderer
-from lmtune.data.tokenized import load_data
-from lmtune.models.inference import load_for_inference
+from lmtune.data.store import load_data
+from lmtune.data.types import Message
+from lmtune.inference.load import load_for_inference
 from tests.data.test_rendering import example, whole
 from tests.tokenizers import CHATML, DATED, make_tokenizer
 from tests.workplace import finetune, inside, make_workplace

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtune.data.packing import fill, pack
-from lmtune.data.prefixes import SharedPrefix
+from lmtune.batching.packing import fill, pack
+from lmtune.batching.prefixes import SharedPrefix
 from tests.tiny import Row, random_rows
 
 lengths_and_budget = st.tuples(st.lists(st.integers(1, 200), max_size=60), st.integers(1, 400))

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtune.data import prefixes
-from lmtune.data.prefixes import SharedPrefix, beginning
+from lmtune.batching import prefixes
+from lmtune.batching.prefixes import SharedPrefix, beginning
 
 SYSTEM, OTHER = np.arange(100, 130), np.arange(200, 260)
 

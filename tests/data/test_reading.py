@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lmtune.data import json_rows
-from lmtune.data.examples import Example
-from lmtune.data.files import find_files, unread_entries
 from lmtune.data.reading import ReadReport, read_examples
+from lmtune.data.sources import find_files, unread_entries
+from lmtune.data.types import Example
 from lmtune.errors import DataError
 
 GOOD = b'{"prompt": "p", "completion": "c"}'

@@ -7,9 +7,9 @@ import os
 import pytest
 
 from lmtune.data import render_pool
-from lmtune.data.examples import Example, Message
 from lmtune.data.render_pool import render_all
 from lmtune.data.rendering import Document, Renderer
+from lmtune.data.types import Example, Message
 from lmtune.errors import DataError, LmtuneError
 from tests.tokenizers import NO_SYSTEM, make_tokenizer
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lmtune.data.examples import Example, Message
 from lmtune.data.rendering import Document, Renderer
+from lmtune.data.types import Example, Message
 from lmtune.errors import DataError, ModelError
 from tests.tokenizers import (
     CHAT_TEMPLATES,

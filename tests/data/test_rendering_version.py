@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lmtune.data import rendering
-from lmtune.data.examples import Example
 from lmtune.data.rendering import Renderer, Template
+from lmtune.data.types import Example
 from tests.data.test_rendering import example
 from tests.tokenizers import (
     CHANNELS,

@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 
 from lmtune.data import survey as survey_module
-from lmtune.data.examples import Example, Message
 from lmtune.data.survey import FaultyRows, Survey
+from lmtune.data.types import Example, Message
 
 
 def example(line: int, prompt: str, completion: str) -> Example:

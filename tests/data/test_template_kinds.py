@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lmtune.data.examples import Example, Message
 from lmtune.data.rendering import Renderer, Template
 from lmtune.data.replies import split_reply
+from lmtune.data.types import Example, Message
 from lmtune.errors import DataError, ModelError
 from tests.data.test_rendering import example, learned, whole
 from tests.tokenizers import (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lmtune.data import template_limits
 from lmtune.data.rendering import Renderer
-from lmtune.data.template_limits import probe
 from lmtune.errors import ModelError
+from lmtune.io import sandbox
+from lmtune.io.sandbox import probe
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
@@ -24,7 +24,7 @@ _SELDOM = (
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     probe.cache_clear()
-    monkeypatch.setattr(template_limits, "PROBE_CPU_SECONDS", 1)
+    monkeypatch.setattr(sandbox, "PROBE_CPU_SECONDS", 1)
 
 
 @pytest.mark.parametrize(

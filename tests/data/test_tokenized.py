@@ -11,13 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmtune.config import DataConfig
-from lmtune.data import cache, tokenized
+from lmtune.config.schema import DataConfig
+from lmtune.data import store
 from lmtune.data.control_text import ControlText
-from lmtune.data.examples import Example, Message
 from lmtune.data.rendering import Document, Renderer
-from lmtune.data.tokenized import describe_fates, load_data, split, tokenize, truncated
+from lmtune.data.store import describe_fates, load_data, split, tokenize, truncated
+from lmtune.data.types import Example, Message
 from lmtune.errors import DataError
+from lmtune.io import cache
 from tests.tokenizers import CHATML, NO_SYSTEM, QWEN3, make_tokenizer
 
 
@@ -90,8 +91,8 @@ def test_rows_come_back_as_they_were_rendered() -> None:
 
 
 def _examples(paths: list[str]) -> list[Example]:
-    from lmtune.data.files import find_files
     from lmtune.data.reading import ReadReport, read_examples
+    from lmtune.data.sources import find_files
 
     return list(read_examples(find_files(paths), ReadReport()))
 
@@ -304,7 +305,7 @@ def test_an_answer_without_weight_is_context_only() -> None:
 
 
 class TestSplit:
-    def data(self, contents: list[int]) -> tokenized.TokenizedData:
+    def data(self, contents: list[int]) -> store.TokenizedData:
         return tokenize([written("train.jsonl", [rows(1, n)[0] for n in contents])], renderer(), config())
 
     def test_the_seed_decides(self) -> None:

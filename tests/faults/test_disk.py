@@ -15,8 +15,8 @@ import pytest
 from safetensors import SafetensorError
 
 from lmtune.errors import LmtuneError
+from lmtune.io.atomic import naming, naming_in
 from lmtune.training.checkpoint import checkpoint_folders, problem_of
-from lmtune.writing import naming, naming_in
 from tests.faults.choosing import few
 from tests.processes import Trouble, at_call, lmtune, said, wrap
 from tests.workplace import checkpoints, lasting, written_files
@@ -67,7 +67,7 @@ def test_07_and_08_a_disk_that_is_full_while_a_checkpoint_is_saved(
 
 def test_07_a_disk_that_is_full_while_a_step_is_recorded(place: Path, undisturbed: dict[str, Any]) -> None:
     """The metrics' line is cut in its middle."""
-    trouble = at_call("lmtune.training.records", "Records.add", partial(limit_files, 900), 5)
+    trouble = at_call("lmtune.runs.log", "Records.add", partial(limit_files, 900), 5)
     assert lmtune(place, "finetune", "run.yaml", trouble=trouble) == 1
     text = said(place)
     assert "error: runs/trial/metrics.jsonl: File too large; make room or permit it" in text
@@ -89,11 +89,11 @@ def full_when_flushed() -> None:
 # The output of the command is a file too, so only large files are limited in fact.
 SAVING: dict[str, tuple[Trouble, str]] = {
     "the weights": (
-        at_call("lmtune.training.session", "save_adapter", partial(limit_files, 20_000)),
+        at_call("lmtune.training.compose", "save_adapter", partial(limit_files, 20_000)),
         "runs/trial/adapter/adapter_model.safetensors: File too large",
     ),
     "the adapter's config": (
-        at_call("lmtune.models.adapters", "_plain", full),
+        at_call("lmtune.models.tuning.lora", "_plain", full),
         "runs/trial/adapter/adapter_config.json: No space left on device",
     ),
     "the tokenizer": (
@@ -105,7 +105,7 @@ SAVING: dict[str, tuple[Trouble, str]] = {
         "runs/trial/adapter: No space left on device",
     ),
     "the flush": (
-        at_call("lmtune.writing", "replace_folder", full_when_flushed),
+        at_call("lmtune.io.atomic", "replace_folder", full_when_flushed),
         "runs/trial/adapter: No space left on device",
     ),
 }  # fmt: skip

@@ -67,7 +67,7 @@ KILLS: dict[str, Trouble] = {
     "before a checkpoint has its name": before_manifest(3, KILL),
     "while old checkpoints are deleted": at_call("lmtune.training.loop", "prune_checkpoints", KILL),
     "after the last step": at_step(8, KILL),
-    "before the adapter is saved": at_call("lmtune.training.session", "save_adapter", KILL),
+    "before the adapter is saved": at_call("lmtune.training.compose", "save_adapter", KILL),
     "before it is complete": at_call("lmtune.training.lifecycle", "add_tuned_answers", KILL),
 }
 
@@ -158,7 +158,7 @@ def test_05_a_run_is_complete_though_nobody_reads_its_result(
 
 def in_gradient(step: int, action: Trouble) -> Trouble:
     """`action` in the first micro-batch of `step`."""
-    return at_step(step, at_call("lmtune.training.gradients", "_accumulate", action))
+    return at_step(step, at_call("lmtune.training.step", "_accumulate", action))
 
 
 LATER = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lmtune.errors import LmtuneError
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import trainable
+from lmtune.forward.packed import PackedForward
+from lmtune.models.tuning.lora import trainable
 from lmtune.training import loop
 from lmtune.training.checkpoint import newest_checkpoint
 from lmtune.training.loop import train
@@ -58,7 +58,7 @@ def no_loss_for_the_marked() -> None:
         holds = bool((batch.input_ids == mark).any())
         return dataclasses.replace(scores, total=scores.total * float("nan")) if holds else scores
 
-    wrap("lmtune.kernels.packed_forward", "PackedForward.__call__", forward)
+    wrap("lmtune.forward.packed", "PackedForward.__call__", forward)
 
 
 def test_20_the_command_names_the_row_and_resumes_when_the_cause_is_gone(place: Path) -> None:
@@ -100,7 +100,7 @@ def _spoil() -> None:
             hooked.append(parameter.register_hook(lambda grad: grad + float("inf")))
         return real(self, *args)
 
-    wrap("lmtune.kernels.packed_forward", "PackedForward.__call__", forward)
+    wrap("lmtune.forward.packed", "PackedForward.__call__", forward)
 
 
 def test_21_an_infinite_gradient_on_one_of_two_processes_stops_both(
@@ -187,7 +187,7 @@ def test_22_out_of_memory_with_a_part_of_the_gradient_there_leaves_nothing_of_it
 
 def out_of_memory_above(tokens: int) -> None:
     """Less memory for this process."""
-    wrap("lmtune.kernels.packed_forward", "PackedForward.__call__", limited(tokens))
+    wrap("lmtune.forward.packed", "PackedForward.__call__", limited(tokens))
 
 
 def test_23_out_of_memory_on_one_of_two_processes_halves_the_micro_batches_of_both(place: Path) -> None:

@@ -38,7 +38,7 @@ from tests.workplace import environment, lasting
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "tests" / "faults" / "recipe.py")
-LAUNCH = "import os, sys; from pathlib import Path; from lmtune.training.workers import launch; "
+LAUNCH = "import os, sys; from pathlib import Path; from lmtune.parallel.launch import launch; "
 LAUNCH += f"Path('command').write_text(str(os.getpid())); sys.exit(launch(Path({RECIPE!r}), sys.argv[1:], 2))"
 
 
@@ -122,7 +122,7 @@ def test_18_a_process_that_hangs_is_named_within_the_limit(
 
 @pytest.mark.long
 def test_18_a_process_that_hangs_before_the_first_step_is_named_too(place: Path) -> None:
-    trouble = at_call("lmtune.training.session", "load_model", hang)
+    trouble = at_call("lmtune.training.compose", "load_model", hang)
     limit = "run.process_timeout_seconds=5"
     assert together(place, "finetune", "run.yaml", limit, troubles={1: trouble}) == [1, 1]
     assert messages(place, 0)[0].startswith("process 1 (in the start) did not come to where the others wait")
@@ -140,8 +140,8 @@ def test_18_a_process_that_works_longer_than_the_limit_is_waited_for(
 ) -> None:
     """Tokenising (as on a disk that answers late), quantising, saving a checkpoint and the result."""
     slow = all_of(
-        at_call("lmtune.training.session", "load_data", partial(time.sleep, 5)),
-        at_call("lmtune.training.session", "load_model", partial(compute, 5)),
+        at_call("lmtune.training.compose", "load_data", partial(time.sleep, 5)),
+        at_call("lmtune.training.compose", "load_model", partial(compute, 5)),
         at_call("lmtune.training.loop", "save_checkpoint", partial(compute, 5)),
         at_step(3, partial(time.sleep, 2)),  # for which the other one has waited since that checkpoint
         at_call("lmtune.training.run", "save_tuned", partial(compute, 5)),
@@ -161,7 +161,7 @@ def stop() -> None:
 def test_18_a_process_that_is_dead_while_the_others_wait_for_it_is_named(
     place: Path, rank: int, function: str, trouble: Trouble
 ) -> None:
-    slow = at_call("lmtune.training.session", function, trouble)
+    slow = at_call("lmtune.training.compose", function, trouble)
     limit = "run.process_timeout_seconds=2"
     processes = started_together(place, "finetune", "run.yaml", limit, troubles={rank: slow})
     try:
@@ -195,7 +195,7 @@ def test_19_one_process_that_ends_early_with_0_fails_the_other(
 
 def test_19_the_first_process_may_not_leave_before_the_result_is_saved(place: Path) -> None:
     """When no step is left to meet for."""
-    codes = together(place, "finetune", "run.yaml", troubles={0: at_call("lmtune.report", "adapter_card", leave)})
+    codes = together(place, "finetune", "run.yaml", troubles={0: at_call("lmtune.runs.cards", "adapter_card", leave)})
     assert codes == [0, 1]
     assert "(in scoring and saving the result)" in messages(place, 1)[0]
 

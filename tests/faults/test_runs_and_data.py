@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lmtune.data.fates import changed_files
+from lmtune.data.report import changed_files
 from lmtune.training.checkpoint import checkpoint_folders
 from tests.faults.choosing import few
 from tests.processes import KILL, all_of, at_step, ended, lmtune, said, start

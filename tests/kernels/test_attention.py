@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lmtune.data.packing import Layout, Span
+from lmtune.batching.packing import Layout, Span
 from lmtune.kernels import attention
 from lmtune.kernels.attention import attend_span_by_span, attend_varlen, find_varlen, torch_varlen
 

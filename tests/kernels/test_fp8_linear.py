@@ -5,7 +5,7 @@ import torch
 
 from lmtune.kernels.fp8_linear import Fp8Weight, fits_fp8, quantise_rows, why_not_fp8
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.adapters import trainable
+from lmtune.models.tuning.lora import trainable
 from tests.kernels.test_lora_linear import loss_and_gradients
 from tests.tiny import adapted, tiny_model
 

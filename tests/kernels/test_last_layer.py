@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lmtune.data.packing import pack
+from lmtune.batching.packing import pack
+from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import trainable
+from lmtune.models.tuning.lora import trainable
 from tests.tiny import adapted, random_rows, tiny_model
 
 
@@ -88,10 +88,10 @@ def test_layers_with_one_projection_for_queries_keys_and_values() -> None:
 
 
 def test_a_layer_that_does_not_reproduce_the_plain_result_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmtune.kernels import last_layer
+    from lmtune.kernels import label_only_layer
 
-    real = last_layer._Selected.attend
-    monkeypatch.setattr(last_layer._Selected, "attend", lambda self, *args: real(self, *args) * 1.01)
+    real = label_only_layer._Selected.attend
+    monkeypatch.setattr(label_only_layer._Selected, "attend", lambda self, *args: real(self, *args) * 1.01)
     forward = PackedForward(adapted(tiny_model()))
     assert "outputs would differ" in str(forward.layer_reason)
     assert forward.notes == [forward.layer_reason]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.adapters import trainable
+from lmtune.models.tuning.lora import trainable
 from tests.tiny import adapted, tiny_model
 
 IDS = torch.arange(3, 23)[None]
@@ -21,8 +21,8 @@ def loss_and_gradients(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def quantized_model(folder: Path, quantization: str):
-    from lmtune.config import ModelConfig
-    from lmtune.models.loading import load_model
+    from lmtune.config.schema import ModelConfig
+    from lmtune.models.base import load_model
 
     tiny_model().save_pretrained(folder)
     return load_model(ModelConfig(name=str(folder), quantization=quantization))
@@ -84,8 +84,8 @@ def test_a_base_that_is_kept_dense_is_dequantised_once(
 
 
 def test_the_tensors_of_experts_keep_pefts_wrapper_and_a_shared_expert_is_fused(tmp_path: Path) -> None:
-    from lmtune.config import ModelConfig
-    from lmtune.models.loading import load_model
+    from lmtune.config.schema import ModelConfig
+    from lmtune.models.base import load_model
 
     tiny_model("qwen2_moe").save_pretrained(tmp_path)
     for quantization in ("none", "nf4"):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import trainable
+from lmtune.models.tuning.lora import trainable
 from tests.tiny import VOCABULARY, OneProcess, adapted, random_rows
 from tests.training.test_gradients import by_hand, lmtune_step
 
@@ -95,8 +95,8 @@ def test_a_16_bit_head_behind_a_norm_that_autocast_keeps_in_fp32(norms_in_fp32: 
 
 def test_gradients_in_fp16_do_not_vanish_in_a_large_step() -> None:
     """Of 40,000 tokens each counts 1/40,000: in fp16 that leaves few bits unless it is done afterwards."""
-    from lmtune.data.packing import pack
-    from lmtune.training.gradients import step_gradients
+    from lmtune.batching.packing import pack
+    from lmtune.training.step import step_gradients
 
     rows, results = random_rows(6), []
     for dtype in (torch.float32, torch.float16):

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmtune.data.packing import pack
-from lmtune.kernels.packed_forward import PackedForward, count_wrong_tokens
+from lmtune.batching.packing import pack
+from lmtune.forward.packed import PackedForward, count_wrong_tokens
 from tests.tiny import KINDS, Rows, adapted, random_rows, tiny_model
 
 

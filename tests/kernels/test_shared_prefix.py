@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lmtune.data.packing import pack
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import trainable
+from lmtune.batching.packing import pack
+from lmtune.forward.packed import PackedForward
+from lmtune.models.tuning.lora import trainable
 from tests.tiny import Row, adapted, random_rows, tiny_model
 
 

@@ -11,9 +11,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lmtune.config import AdapterConfig, ModelConfig
+from lmtune.config.schema import AdapterConfig, ModelConfig
 from lmtune.errors import ConfigError, ModelError
-from lmtune.models.adapters import (
+from lmtune.models.base import load_model
+from lmtune.models.tuning.lora import (
     attach_adapter,
     load_adapter,
     made_weights,
@@ -22,8 +23,7 @@ from lmtune.models.adapters import (
     save_adapter,
     trainable,
 )
-from lmtune.models.loading import load_model
-from lmtune.models.targets import find_targets
+from lmtune.models.tuning.targets import find_targets
 from tests.tiny import VOCABULARY, save_tiny, tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmtune.config import FinetuneConfig, build_config, dump_config
+from lmtune.config.schema import FinetuneConfig, build_config, dump_config
 from lmtune.errors import ConfigError, ModelError
-from lmtune.hub_checks import shared_texts
-from lmtune.models.adapters import save_adapter
-from lmtune.models.base_place import adapter_base, local_notes, run_config, shareable_name
+from lmtune.export.hub_checks import shared_texts
+from lmtune.inference.load import build_renderer, load_for_inference, run_notes
+from lmtune.io.atomic import write_json
+from lmtune.models.base import load_model, load_tokenizer
 from lmtune.models.fingerprint import base_fingerprint
-from lmtune.models.inference import build_renderer, load_for_inference, run_notes
-from lmtune.models.loading import load_model, load_tokenizer
+from lmtune.models.locate import adapter_base, local_notes, run_config, shareable_name
 from lmtune.models.published import write_adapter_texts
-from lmtune.runs import RunDirectory
-from lmtune.writing import write_json
+from lmtune.models.tuning.lora import save_adapter
+from lmtune.runs.store import RunDirectory
 from tests.tiny import adapted, save_tiny
 from tests.tokenizers import CHATML
 

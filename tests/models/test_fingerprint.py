@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.config import ModelConfig
+from lmtune.config.schema import ModelConfig
 from lmtune.errors import ModelError
 from lmtune.models import fingerprint as module
 from lmtune.models.fingerprint import base_fingerprint

@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmtune.config import FinetuneConfig, build_config, dump_config
-from lmtune.data.examples import Message
+from lmtune.config.schema import FinetuneConfig, build_config, dump_config
+from lmtune.data.types import Message
 from lmtune.errors import ConfigError, ModelError
-from lmtune.models.adapters import save_adapter
-from lmtune.models.fingerprint import base_fingerprint
-from lmtune.models.inference import (
+from lmtune.inference.load import (
     adapter_base,
     build_renderer,
     generation_stop_tokens,
@@ -19,8 +17,10 @@ from lmtune.models.inference import (
     run_notes,
     shareable_name,
 )
-from lmtune.models.loading import load_model, load_tokenizer
-from lmtune.runs import RunDirectory
+from lmtune.models.base import load_model, load_tokenizer
+from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.tuning.lora import save_adapter
+from lmtune.runs.store import RunDirectory
 from tests.tiny import adapted, save_tiny
 from tests.tokenizers import CHATML
 
@@ -182,7 +182,7 @@ def test_what_is_nothing_at_all(there: Path) -> None:
 def test_a_misspelt_run_is_not_looked_for_on_the_hub(
     there: Path, monkeypatch: pytest.MonkeyPatch, typed: str, meant: str
 ) -> None:
-    monkeypatch.setattr("lmtune.models.inference.load_tokenizer", None)
+    monkeypatch.setattr("lmtune.inference.load.load_tokenizer", None)
     with pytest.raises(ModelError, match=rf"{typed}: no such run or folder; did you mean {meant}\?"):
         load_for_inference(typed)
 

@@ -18,9 +18,9 @@ logging.getLogger("bitsandbytes").warning("no GPU here")
 """
 ENTRIES = {
     "check": "from lmtune.models.backends import check_bitsandbytes; check_bitsandbytes('nf4')",
-    "tokenizer": "from lmtune.config import ModelConfig; from lmtune.models.loading import load_tokenizer;"
+    "tokenizer": "from lmtune.config.schema import ModelConfig; from lmtune.models.base import load_tokenizer;"
     "load_tokenizer(ModelConfig(name='tiny')); import bitsandbytes",
-    "processes": "from lmtune.training.workers import start_accelerator; start_accelerator(); import bitsandbytes",
+    "processes": "from lmtune.parallel.launch import start_accelerator; start_accelerator(); import bitsandbytes",
 }
 
 
@@ -39,9 +39,9 @@ def test_what_a_library_says_while_it_is_imported_is_not_shown(tmp_path: Path, e
 @pytest.mark.slow
 def test_an_adapter_is_put_on_a_model_without_a_word(tmp_path: Path) -> None:
     code = """
-from lmtune.config import AdapterConfig, ModelConfig
-from lmtune.models.adapters import attach_adapter
-from lmtune.models.loading import load_model
+from lmtune.config.schema import AdapterConfig, ModelConfig
+from lmtune.models.tuning.lora import attach_adapter
+from lmtune.models.base import load_model
 attach_adapter(load_model(ModelConfig(name="tiny", quantization="nf4"), "cpu"), AdapterConfig(), 1, "tiny")
 """
     done = subprocess.run(

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lmtune.config import ModelConfig
+from lmtune.config.schema import ModelConfig
 from lmtune.errors import ConfigError, LmtuneError, ModelError
-from lmtune.models import loading, merging
-from lmtune.models.inference import load_for_inference
-from lmtune.models.merging import MergeReport
+from lmtune.export.merged import merge_run
+from lmtune.inference.load import load_for_inference
+from lmtune.models import base, merge
+from lmtune.models.merge import MergeReport
 from lmtune.recipes.merge import main
-from lmtune.runs import RunDirectory
-from lmtune.training.merge import merge_run
+from lmtune.runs.store import RunDirectory
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import finetune, inside, make_workplace, written_files
@@ -92,7 +92,7 @@ def test_a_quantised_base_out_of_the_cache_gives_the_same_merged_model(
 ) -> None:
     """As every base of some size is from the second start on."""
     plain, _ = merged(places["float32"], "nf4", output="merged-without-cache")
-    monkeypatch.setattr(loading, "_CACHED_FROM_BYTES", 0)
+    monkeypatch.setattr(base, "_CACHED_FROM_BYTES", 0)
     for _ in range(2):
         folder, _ = merged(places["float32"], "nf4", output="merged-from-cache")
     assert list((places["float32"] / "cache" / "quantized").glob("??/*/manifest.json"))
@@ -103,10 +103,10 @@ def test_a_quantised_base_out_of_the_cache_gives_the_same_merged_model(
 def test_a_base_that_is_stored_quantised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: Any
 ) -> None:
-    monkeypatch.setattr(loading, "_CACHED_FROM_BYTES", 0)
+    monkeypatch.setattr(base, "_CACHED_FROM_BYTES", 0)
     place = make_workplace(tmp_path)
     with inside(place):
-        quantised = loading.load_model(ModelConfig(name="base", quantization=kind), "cpu")
+        quantised = base.load_model(ModelConfig(name="base", quantization=kind), "cpu")
         (place / "base" / "model.safetensors").unlink()
         quantised.save_pretrained(place / "base")
     finetune(place, train__max_steps=2, model__quantization=kind)
@@ -127,7 +127,7 @@ def test_the_dtype_is_kept(places: dict[str, Path], stored: str) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with inside(places[stored]):
         trained = load_for_inference("runs/nf4")
-    assert difference(logits(plain), logits(trained.model)) <= merging.BOUNDS[DTYPES[stored]]
+    assert difference(logits(plain), logits(trained.model)) <= merge.BOUNDS[DTYPES[stored]]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_whatever_was_trained_can_be_merged(tmp_path: Path, kind: str, changes: 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     bound = 0.08 if {"model__dtype", "adapter__target_modules"} & changes.keys() else 1e-4
     assert difference(logits(plain), logits(trained.model)) <= bound
-    assert report["logits_difference"] <= report["bound"] == merging.BOUNDS[torch.float32]
+    assert report["logits_difference"] <= report["bound"] == merge.BOUNDS[torch.float32]
 
 
 def test_everything_that_chat_needs_is_there(places: dict[str, Path]) -> None:
@@ -198,7 +198,7 @@ def test_an_earlier_merge_is_replaced(places: dict[str, Path]) -> None:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Make the merge go wrong: one of the written weights is another one."""
-    real = merging._write
+    real = merge._write
 
     def corrupted(source: Any, folder: Path) -> bool:
         untied = real(source, folder)
@@ -208,7 +208,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         return untied
 
-    monkeypatch.setattr(merging, "_write", corrupted)
+    monkeypatch.setattr(merge, "_write", corrupted)
 
 
 @pytest.mark.parametrize("how", ["embedding", "norm"])
@@ -229,11 +229,11 @@ def test_a_merge_that_is_not_the_trained_model_is_refused_and_nothing_is_left(
 
 def test_a_merge_whose_logits_are_no_numbers_is_refused() -> None:
     fine = MergeReport("trained", "float32", 1, 1, 0.0, 1e-4, 0.0, 1e-4, 1.0)
-    merging._require_bounds(fine)
+    merge._require_bounds(fine)
     for bad in ({"logits_difference": float("nan")}, {"difference_to_trained": 1e-3}):
         with pytest.raises(LmtuneError, match="nothing was kept"):
-            merging._require_bounds(dataclasses.replace(fine, **bad))  # type: ignore[arg-type]
-    merging._require_bounds(dataclasses.replace(fine, difference_to_trained=9.0, bound_to_trained=None))
+            merge._require_bounds(dataclasses.replace(fine, **bad))  # type: ignore[arg-type]
+    merge._require_bounds(dataclasses.replace(fine, difference_to_trained=9.0, bound_to_trained=None))
 
 
 def test_a_merge_that_is_cut_off_leaves_nothing_half_made(
@@ -245,7 +245,7 @@ def test_a_merge_that_is_cut_off_leaves_nothing_half_made(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lmtune.report.merged_card", full)
+        patch.setattr("lmtune.runs.cards.merged_card", full)
         with pytest.raises(OSError, match="No space left"):
             merged(places["float32"], "none", output="cut-off")
     assert not (places["float32"] / "cut-off").exists()
@@ -275,5 +275,5 @@ def test_over_another_base_nothing_is_merged(places: dict[str, Path], tmp_path: 
     place = places["float32"]
     base = ModelConfig(name=str(places["float16"] / "base"), quantization="none")
     with pytest.raises(ModelError, match="trained over another base model"):
-        merging.merge(base, place / "runs/none/adapter", tmp_path / "out", "trained", [[5, 6, 7]], None, (1,))
+        merge.merge(base, place / "runs/none/adapter", tmp_path / "out", "trained", [[5, 6, 7]], None, (1,))
     assert list(tmp_path.iterdir()) == []

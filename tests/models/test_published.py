@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from lmtune.config import ModelConfig
-from lmtune.data.examples import Example, Message
+from lmtune.config.schema import ModelConfig
 from lmtune.data.rendering import Renderer
-from lmtune.models.loading import load_tokenizer
+from lmtune.data.types import Example, Message
+from lmtune.export.merged import merge_run
+from lmtune.models.base import load_tokenizer
 from lmtune.models.published import (
     TOKENIZER_FILES,
     generation_config,
@@ -22,8 +23,7 @@ from lmtune.models.published import (
     write_adapter_texts,
     write_tokenizer,
 )
-from lmtune.runs import RunDirectory
-from lmtune.training.merge import merge_run
+from lmtune.runs.store import RunDirectory
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML, LLAMA2, NO_END, make_tokenizer
 from tests.workplace import finetune, inside, make_workplace

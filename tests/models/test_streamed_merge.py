@@ -18,17 +18,17 @@ from transformers import (
 )
 
 from benchmarks.merge_memory import make_run, measured
-from lmtune.config import ModelConfig
+from lmtune.config.schema import ModelConfig
 from lmtune.errors import LmtuneError
-from lmtune.models import merging
+from lmtune.export.merged import merge_run
+from lmtune.inference.load import load_for_inference
+from lmtune.models import merge
+from lmtune.models.base import load_model, weight_files
 from lmtune.models.block_weights import BlockWeights
 from lmtune.models.comparing import Comparison, Reader, Routing, compare
-from lmtune.models.inference import load_for_inference
-from lmtune.models.loading import load_model, weight_files
 from lmtune.models.stored import Layout, StoredWeights
 from lmtune.models.weight_types import empty_model
-from lmtune.runs import RunDirectory
-from lmtune.training.merge import merge_run
+from lmtune.runs.store import RunDirectory
 from tests.tiny import SAVED_VOCABULARY, adapted, save_tiny, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer
 from tests.workplace import finetune, inside, make_workplace
@@ -208,7 +208,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(LmtuneError, match="the merged weights are not finite"):
         list(BlockWeights(model).merged())
     with pytest.raises(LmtuneError, match=r"head: the merged weight is not finite in float16"):
-        merging._finite("head", torch.tensor([1.0, 70000.0]).half())
+        merge._finite("head", torch.tensor([1.0, 70000.0]).half())
 
 
 # --- names in the files
@@ -314,7 +314,7 @@ def test_a_router_that_rounding_decides_is_said_and_a_larger_difference_is_kept_
     place = make_workplace(tmp_path)
     save_mixture(place / "base", "mixtral")
     finetune(place, train__max_steps=2)
-    real = merging._write
+    real = merge._write
 
     def corrupted(source: Any, folder: Path) -> bool:
         from safetensors.torch import save_file
@@ -325,7 +325,7 @@ def test_a_router_that_rounding_decides_is_said_and_a_larger_difference_is_kept_
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         return untied
 
-    monkeypatch.setattr(merging, "_write", corrupted)
+    monkeypatch.setattr(merge, "_write", corrupted)
     with pytest.raises(LmtuneError, match="--accept-difference keeps such a model"):
         merged(place)
     assert not (place / "merged").exists()

@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from lmtune.config import AdapterConfig
+from lmtune.config.schema import AdapterConfig
 from lmtune.errors import ConfigError
-from lmtune.models.adapters import attach_adapter, load_adapter, save_adapter, trainable
-from lmtune.models.parameters import count_parameters
-from lmtune.models.targets import adapter_parameters, find_targets
+from lmtune.models.structure import count_parameters
+from lmtune.models.tuning.lora import attach_adapter, load_adapter, save_adapter, trainable
+from lmtune.models.tuning.targets import adapter_parameters, find_targets
 from tests.tiny import EXPERT_KINDS, KINDS, VOCABULARY, adapted, tiny_model
 
 IDS = torch.arange(3, 35).view(2, 16)

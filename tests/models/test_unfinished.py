@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from lmtune.errors import ModelError
-from lmtune.models.inference import load_for_inference
-from lmtune.models.unfinished import newest_saved, usable_adapter
-from lmtune.runs import RunDirectory
+from lmtune.export.merged import merge_run
+from lmtune.inference.load import load_for_inference
+from lmtune.inference.unfinished import newest_saved, usable_adapter
+from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import checkpoint_folders
-from lmtune.training.merge import merge_run
 from tests.workplace import finetune, inside, make_workplace, written_files
 
 pytestmark = pytest.mark.slow  # a run each

@@ -36,12 +36,12 @@ KINDS: dict[str, tuple[str, str | None, Template, str, str]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from lmtune.generation import ChatSession, GenerationOptions
-    from lmtune.models.inference import load_for_inference
+    from lmtune.inference.chat import ChatSession, GenerationOptions
+    from lmtune.inference.load import load_for_inference
     from lmtune.recipes.evaluate import main as evaluate
     from lmtune.recipes.finetune import main as finetune
     from lmtune.recipes.preview import main as preview
-    from lmtune.ui.terminal import TerminalChat
+    from lmtune.serve.terminal import TerminalChat
 
     name, template, option, before, shown = KINDS[kind]
     source = None if template is None else template_of(template) + EMPTY_THOUGHT * template.startswith("gemma4")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.data.examples import Example, Message
 from lmtune.data.rendering import Renderer, Template
 from lmtune.data.replies import split_reply
+from lmtune.data.types import Example, Message
 from lmtune.errors import DataError
 from tests.real.folders import template_files, tokenizer_of
 from tests.tokenizers import LLAMA2

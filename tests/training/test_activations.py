@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lmtune.data.packing import pack
+from lmtune.batching.packing import pack
+from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import trainable
+from lmtune.models.tuning.lora import trainable
 from lmtune.training.activations import (
     _Watch,
     checkpoint_layers,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmtune.models.adapters import read_adapter
-from lmtune.models.inference import load_for_inference
+from lmtune.inference.load import load_for_inference
+from lmtune.models.tuning.lora import read_adapter
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import finetune, inside, make_workplace

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from lmtune.data.packing import pack_sequences
-from lmtune.training.feeding import Feeder
-from lmtune.training.plan import Plan
+from lmtune.batching.packing import pack_sequences
+from lmtune.batching.plan import Plan
+from lmtune.batching.prefetch import Feeder
 from tests.tiny import Rows, random_rows
 from tests.training.test_plan import settings
 

@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmtune.config import FinetuneConfig, build_config
-from lmtune.data.packing import fill, pack, pack_sequences
-from lmtune.kernels.packed_forward import PackedForward
-from lmtune.models.adapters import trainable
-from lmtune.models.free_memory import is_out_of_memory
+from lmtune.batching.packing import fill, pack, pack_sequences
+from lmtune.batching.plan import Unit
+from lmtune.config.schema import FinetuneConfig, build_config
+from lmtune.forward.packed import PackedForward
+from lmtune.models.memory import is_out_of_memory
+from lmtune.models.tuning.lora import trainable
 from lmtune.training import loop
-from lmtune.training.gradients import find_offenders, step_gradients
-from lmtune.training.plan import Unit
+from lmtune.training.step import find_offenders, step_gradients
 from tests.tiny import KINDS, OneProcess, Rows, adapted, random_rows, tiny_model
 
 MINIMAL = {"model": {"name": "tiny"}, "data": {"train": "rows.jsonl"}, "run": {"name": "test"}}

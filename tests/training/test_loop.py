@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from lmtune.config import ModelConfig
+from lmtune.config.schema import ModelConfig
 from lmtune.errors import LmtuneError
+from lmtune.forward.packed import PackedForward, TokenScores
 from lmtune.kernels.lora_linear import fuse
-from lmtune.kernels.packed_forward import PackedForward, TokenScores
-from lmtune.models.adapters import trainable
-from lmtune.models.loading import load_model
+from lmtune.models.base import load_model
+from lmtune.models.tuning.lora import trainable
+from lmtune.runs.log import Accuracies
 from lmtune.training import loop
 from lmtune.training.activations import is_checkpointed_throughout
 from lmtune.training.checkpoint import checkpoint_folders
 from lmtune.training.loop import Job, train
-from lmtune.training.records import Accuracies
 from tests.jobs import final_weights, job_for, records
 from tests.tiny import Row, Rows, adapted, random_rows, tiny_model
 

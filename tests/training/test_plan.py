@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtune.config import TrainConfig, build_config
-from lmtune.data.prefixes import SharedPrefix
+from lmtune.batching.plan import Plan, TokenCost, Unit, deal
+from lmtune.batching.prefixes import SharedPrefix
+from lmtune.config.schema import TrainConfig, build_config
 from lmtune.data.sequences import Sequences
-from lmtune.training.plan import Plan, TokenCost, Unit, deal
 
 
 def settings(**changes: object) -> TrainConfig:

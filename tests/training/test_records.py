@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from lmtune.errors import CheckpointError
-from lmtune.evaluation import Answer
-from lmtune.runs import RunDirectory
+from lmtune.evaluation.scoring import Answer
+from lmtune.runs.log import Accuracies, Records, StepRecord, recorded_steps
+from lmtune.runs.store import RunDirectory
 from lmtune.training.lifecycle import add_tuned_answers
-from lmtune.training.records import Accuracies, Records, StepRecord, recorded_steps
 
 COLUMNS = (
     "step,elapsed_tokens,elapsed_examples,training_loss,training_sequence_accuracy,training_token_accuracy,"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lmtune.config import DataConfig, FinetuneConfig, ModelConfig
+from lmtune.config.schema import DataConfig, FinetuneConfig, ModelConfig
 from lmtune.errors import CheckpointError
-from lmtune.runs import RunDirectory
+from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import checkpoint_folders
 from lmtune.training.resume import find_checkpoint, identity, require_same
 from tests.workplace import config_of, finetune, inside, make_workplace

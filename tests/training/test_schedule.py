@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from lmtune.config import TrainConfig, build_config
-from lmtune.training.schedule import learning_rate
+from lmtune.config.schema import TrainConfig, build_config
+from lmtune.training.optim import learning_rate
 
 
 def rates(steps: int, schedule: str, warmup_ratio: float) -> list[float]:

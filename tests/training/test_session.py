@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from lmtune import evaluation
 from lmtune.errors import ConfigError
-from lmtune.evaluation import evaluate_loaded
-from lmtune.models.inference import load_for_inference
-from lmtune.runs import RunDirectory
-from lmtune.training import loop, memory, session
-from lmtune.training.forecast import token_cost
+from lmtune.evaluation import scoring
+from lmtune.evaluation.scoring import evaluate_loaded
+from lmtune.inference.load import load_for_inference
+from lmtune.runs.store import RunDirectory
+from lmtune.training import compose, loop, memory
+from lmtune.training.estimate import token_cost
 from lmtune.training.lifecycle import evaluation_warnings
 from tests.tiny import OneProcess
 from tests.workplace import QUESTIONS, config_of, finetune, inside, make_workplace, write_rows
@@ -32,7 +32,7 @@ def test_a_run_has_every_technique(tmp_path: Path) -> None:
     folder = make_workplace(tmp_path / "work")
     with inside(folder):
         config = config_of(data__system=SYSTEM, model__quantization="nf4")
-        prepared = session.prepare(config, Alone())
+        prepared = compose.prepare(config, Alone())
         job = prepared.job(RunDirectory.of(config.run), None)
         with loop._feeder(job, prepared.micro_batch_tokens) as feeder:
             feeder.start(1)
@@ -55,9 +55,9 @@ def test_layers_are_computed_twice_where_memory_is_small(tmp_path: Path, monkeyp
 
     folder = make_workplace(tmp_path / "work")
     for free, twice in ((2**34, False), (2**16, True)):
-        monkeypatch.setattr(session, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(compose, "free_memory", lambda device, free=free: free)
         with inside(folder):
-            prepared = session.prepare(config_of(), Alone())
+            prepared = compose.prepare(config_of(), Alone())
         assert is_checkpointed_throughout(prepared.forward.base) is twice
 
 
@@ -67,10 +67,10 @@ def test_patience_without_a_row_to_hold_out_is_refused_before_the_model_is_loade
 ) -> None:
     folder = make_workplace(tmp_path / "work")
     write_rows(folder / "train.jsonl", rows)
-    monkeypatch.setattr(session, "load_model", None)
+    monkeypatch.setattr(compose, "load_model", None)
     wanted = r"evaluation\.patience: 2 waits for validation scores.*data\.validation_fraction: 0\.05.*rows are equal"
     with inside(folder), pytest.raises(ConfigError, match=wanted):
-        session.prepare(config_of(data__validation=None, evaluation__patience=2, evaluation__every_steps=1), Alone())
+        compose.prepare(config_of(data__validation=None, evaluation__patience=2, evaluation__every_steps=1), Alone())
 
 
 @pytest.mark.parametrize(
@@ -94,15 +94,15 @@ def test_settings_of_evaluation_without_effect_are_said(
 @pytest.mark.parametrize("every", [None, 2])
 def test_no_weights_are_scored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None) -> None:
     """Neither those of the last step nor, where they are kept, those of the best; and the base only where asked."""
-    folder, passes, real = make_workplace(tmp_path / "work"), list[str](), session.teacher_forced
+    folder, passes, real = make_workplace(tmp_path / "work"), list[str](), compose.teacher_forced
 
     def counted(*arguments: Any) -> Any:
         passes.append("validation")
         scores = real(*arguments)
         return scores if len(passes) == 1 else replace(scores, loss=9.0)  # the first is the best
 
-    monkeypatch.setattr(session, "teacher_forced", counted)
-    monkeypatch.setattr(evaluation, "teacher_forced", lambda *arguments: passes.append("score") or real(*arguments))
+    monkeypatch.setattr(compose, "teacher_forced", counted)
+    monkeypatch.setattr(scoring, "teacher_forced", lambda *arguments: passes.append("score") or real(*arguments))
     run, summary = finetune(folder, evaluation__every_steps=every, train__max_steps=4, evaluation__score_base=False)
     assert passes == ["validation"] * (1 if every is None else 2)
     assert summary["best_step"] == (4 if every is None else 2)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lmtune.training.signals import Interrupted, StopSignals, no_more_signals, sigterm_interrupts
+from lmtune.parallel.signals import Interrupted, StopSignals, no_more_signals, sigterm_interrupts
 
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 

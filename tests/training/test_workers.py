@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lmtune.config.yaml import write_yaml
 from lmtune.errors import ConfigError
 from lmtune.models.device import default_device
-from lmtune.training.workers import _failure, _stopped, check_world, is_worker, note_exit_code, start_accelerator
-from lmtune.yaml_reader import write_yaml
+from lmtune.parallel.launch import _failure, _stopped, check_world, is_worker, note_exit_code, start_accelerator
 from tests.workplace import environment, finetune, make_workplace, tree_of
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def test_an_exit_code_for_a_command_that_is_gone_is_dropped(tmp_path: Path, monk
     note_exit_code(3)
 
 
-FOLLOWS = "import time; from lmtune.training.workers import stop_with_starter; stop_with_starter(); time.sleep(60)"
+FOLLOWS = "import time; from lmtune.parallel.launch import stop_with_starter; stop_with_starter(); time.sleep(60)"
 
 
 def test_a_process_whose_starter_had_gone_before_it_looked_stops_too() -> None:
@@ -157,7 +157,7 @@ import os, signal, sys, time
 from pathlib import Path
 from lmtune.cli import run
 from lmtune.errors import DataError
-from lmtune.training.workers import check_world
+from lmtune.parallel.launch import check_world
 
 def main(what: str) -> None:
     check_world()
@@ -177,7 +177,7 @@ def main(what: str) -> None:
 
 run(main)
 """
-LAUNCHER = "import sys; from pathlib import Path; from lmtune.training.workers import launch; "
+LAUNCHER = "import sys; from pathlib import Path; from lmtune.parallel.launch import launch; "
 LAUNCHER += "sys.exit(launch(Path('recipe.py'), sys.argv[1:], 2))"
 
 
@@ -219,7 +219,7 @@ def test_a_stop_reaches_every_process(tmp_path: Path) -> None:
 LEAVES = """
 import sys, time
 import torch
-from lmtune.training.workers import start_accelerator
+from lmtune.parallel.launch import start_accelerator
 
 accelerator = start_accelerator()
 for _ in range(20):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lmtune.models.inference import LoadedModel
+from lmtune.inference.load import LoadedModel
 from tests.chat_models import parrot
 
 
@@ -34,8 +34,8 @@ def start(models: LoadedModel | Sequence[LoadedModel], auth: str | None = None, 
     """Serve `models` in a thread until the iterator goes on."""
     import uvicorn
 
-    from lmtune.ui.conversation import Activity
-    from lmtune.ui.server import Address, build_application
+    from lmtune.serve.server import Address, build_application
+    from lmtune.serve.studio.conversation import Activity
 
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as the server's own
     listening.bind(("127.0.0.1", 0))

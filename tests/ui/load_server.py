@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lmtune.generation import ChatSession, GenerationOptions
-from lmtune.models.inference import load_for_inference
-from lmtune.ui import conversation
-from lmtune.ui.server import Address, launch
+from lmtune.inference.chat import ChatSession, GenerationOptions
+from lmtune.inference.load import load_for_inference
+from lmtune.serve.server import Address, launch
+from lmtune.serve.studio import conversation
 from tests.chat_models import never_stops, parrot
 
 TOKEN_SECONDS = 0.01

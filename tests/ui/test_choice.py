@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.ui.choice import example_questions, newest_run
+from lmtune.serve.studio.choice import example_questions, newest_run
 from tests import processes
 
 ROOT = Path(__file__).parents[2]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lmtune.data.examples import Message
+from lmtune.data.types import Message
 from lmtune.errors import LmtuneError
-from lmtune.generation import GenerationOptions
-from lmtune.ui import conversation as module
-from lmtune.ui.conversation import Activity, Conversation, Mode, Settings, Tabs
-from lmtune.ui.display import label
+from lmtune.inference.chat import GenerationOptions
+from lmtune.serve.studio import conversation as module
+from lmtune.serve.studio.conversation import Activity, Conversation, Mode, Settings, Tabs
+from lmtune.serve.studio.display import label
 from tests.chat_models import parrot
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from lmtune.data.examples import Message
-from lmtune.generation import AnswerInfo
-from lmtune.ui.display import MATHS, harmless, notes, origin, plain, shown, status, typed
+from lmtune.data.types import Message
+from lmtune.inference.chat import AnswerInfo
+from lmtune.serve.studio.display import MATHS, harmless, notes, origin, plain, shown, status, typed
 
 JOINER, SEPARATOR = "\u2060", "\u2063"
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lmtune.ui.guard import MAX_BODY_BYTES, Guard
+from lmtune.serve.guard import MAX_BODY_BYTES, Guard
 from tests.chat_models import parrot
 from tests.ui.conftest import RunningApp
 
@@ -84,7 +84,7 @@ def test_a_link_leads_to_the_page(app: RunningApp) -> None:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(app: RunningApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmtune.ui.guard._BODY_SECONDS", 0.3)
+    monkeypatch.setattr("lmtune.serve.guard._BODY_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", int(app.url.rpartition(":")[2])), timeout=5) as connection:
         connection.sendall(f"POST {JOIN} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{{".encode())
         assert connection.recv(65536).split()[1] == b"408"

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from lmtune.demo import support_heldout
-from lmtune.ui.conversation import MAX_TABS
+from lmtune.serve.studio.conversation import MAX_TABS
 from tests.ui.client import GOOD
 from tests.ui.load import Stream, ask_at_once, figures
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lmtune.errors import LmtuneError
-from lmtune.ui.request import settings_of
+from lmtune.serve.request import settings_of
 from tests.ui.client import GOOD
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lmtune.generation import GenerationOptions
-from lmtune.ui import saved as module
-from lmtune.ui.conversation import Activity, Conversation, Mode, Settings
-from lmtune.ui.saved import bring_back, to_text
+from lmtune.inference.chat import GenerationOptions
+from lmtune.serve.studio import saved as module
+from lmtune.serve.studio.conversation import Activity, Conversation, Mode, Settings
+from lmtune.serve.studio.saved import bring_back, to_text
 from tests.chat_models import parrot
 
 MODELS = [parrot(name="shop"), parrot(name="plain", adapter=False)]

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from lmtune.errors import ConfigError
-from lmtune.ui.guard import LOOPBACK
-from lmtune.ui.server import Address, _listen
+from lmtune.serve.guard import LOOPBACK
+from lmtune.serve.server import Address, _listen
 
 PROGRAM = """
 import sys
-from lmtune.ui.server import Address, launch
+from lmtune.serve.server import Address, launch
 from tests.chat_models import parrot
 launch(parrot(0.01), Address(port=int(sys.argv[1])))
 """

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from lmtune.errors import DataError, LmtuneError
-from lmtune.generation import ChatSession, GenerationOptions
-from lmtune.models.inference import LoadedModel
-from lmtune.ui.terminal import TerminalChat
+from lmtune.inference.chat import ChatSession, GenerationOptions
+from lmtune.inference.load import LoadedModel
+from lmtune.serve.terminal import TerminalChat
 from tests.chat_models import chat_model, parrot
 from tests.test_generation import scripted
 from tests.tokenizers import R1
@@ -159,8 +159,8 @@ class Terminal:
 
     _PROGRAM = """
 import sys
-from lmtune.generation import ChatSession, GenerationOptions
-from lmtune.ui.terminal import TerminalChat
+from lmtune.inference.chat import ChatSession, GenerationOptions
+from lmtune.serve.terminal import TerminalChat
 from tests.chat_models import chat_model, never_stops
 options = GenerationOptions(temperature=1.0, max_new_tokens=8000)
 TerminalChat(ChatSession(never_stops(chat_model(positions=10000), 0.01)), options).run_interactive()

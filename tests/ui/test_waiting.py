@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lmtune.ui.guard import Guard
+from lmtune.serve.guard import Guard
 from tests.chat_models import parrot
 from tests.ui.client import GOOD, Client, wait_until_idle
 from tests.ui.conftest import RunningApp
@@ -25,7 +25,7 @@ LONG = ["count", *GOOD[:5], 3000, ""]  # 30 seconds
 def app(start_app: Callable[..., Iterator[RunningApp]]) -> Iterator[RunningApp]:
     """A parrot that takes 10 ms a token and drops questions after 0.3 s."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmtune.ui.waiting.PATIENCE_SECONDS", 0.3)
+        patch.setattr("lmtune.serve.waiting.PATIENCE_SECONDS", 0.3)
         yield from start_app(parrot(0.01))
 
 

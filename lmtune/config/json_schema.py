@@ -1,0 +1,141 @@
+"""What each setting means: as a JSON Schema for editors, and as a commented YAML file for people.
+
+    json_schema(FinetuneConfig)            # draft 2020-12
+    settings()["train.epochs"].meaning     # "times that each row is learned"
+
+A setting is explained once, by the comment beside it in `lmtune.config.schema`; default and bounds are those of its type.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
+
+from lmtune.config.schema import FinetuneConfig
+from lmtune.config.yaml import read_yaml_value, write_yaml
+from lmtune.errors import ConfigError
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+_ORDER = ("model", "adapter", "data", "train", "evaluation", "run")  # of the sections in a file
+REQUIRED = MISSING  # the default of a setting that has none
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of a config.
+
+    Attributes:
+        key: `section.key`.
+        default: its value where the file says nothing; `REQUIRED` if it must.
+        meaning: what it is for, in one line.
+        choices: the words it may be, if these are all it may be.
+    """
+
+    key: str
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] = ()
+
+
+def settings(schema: type[Any] = FinetuneConfig) -> dict[str, Setting]:
+    """Every setting of `schema`, by `section.key`, in the order of its definition."""
+    found = {}
+    tree = json_schema(schema)
+    for section in fields(schema):
+        kind = get_type_hints(schema)[section.name]
+        properties = tree["$defs"][kind.__name__]["properties"]
+        for field in fields(kind):
+            known = properties[field.name]
+            key = f"{section.name}.{field.name}"
+            found[key] = Setting(key, _default(field), known.get("description", ""), tuple(known.get("enum", ())))
+    return found
+
+
+def json_schema(schema: type[Any] = FinetuneConfig) -> dict[str, Any]:
+    """The JSON Schema of a config, its descriptions taken from the docstrings and comments of the types."""
+    tree: dict[str, Any] = TypeAdapter(schema).json_schema()
+    tree = {"$schema": DRAFT, "title": "lmtune config", **{k: v for k, v in tree.items() if k != "title"}}
+    for kind in _sections(schema):
+        part = tree["$defs"][kind.__name__]
+        part["description"] = " ".join((inspect.getdoc(kind) or "").split())
+        for name, meaning in _comments(kind).items():
+            part["properties"][name]["description"] = meaning
+    tree["description"] = " ".join((inspect.getdoc(schema) or "").split())
+    return tree
+
+
+def commented_yaml(values: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
+    """A config in YAML that holds every setting, each with its meaning and its default.
+
+    Args:
+        values: by `section.key`; the others have their default.
+        reasons: why a value was chosen, by `section.key`.
+    """
+    lines, section = list[str](), ""
+    kinds = get_type_hints(FinetuneConfig)
+    known = sorted(settings().values(), key=lambda setting: _ORDER.index(setting.key.partition(".")[0]))
+    for setting in known:
+        part, _, name = setting.key.partition(".")
+        if part != section:
+            section = part
+            lines += ["", f"{part}:  # {(inspect.getdoc(kinds[part]) or '').splitlines()[0].rstrip('.')}"]
+        line = f"  {name}: {_inline(values.get(setting.key, setting.default))}"
+        said = [" | ".join(setting.choices), setting.meaning, reasons.get(setting.key, "")]
+        default = "" if setting.default is REQUIRED else f"default {_inline(setting.default)}"
+        lines += _beside(line, "; ".join(text for text in (*said[:2], default, said[2]) if text))
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _beside(line: str, comment: str, column: int = 40, width: int = 120) -> list[str]:
+    """`line` with its comment, which goes on below it where it is long."""
+    pieces = textwrap.wrap(comment, width - max(column, len(line) + 2) - 2, break_on_hyphens=False)
+    if not pieces:
+        return [line]
+    start = max(column, len(line) + 2)
+    return [f"{line:<{start}}# {pieces[0]}", *(f"{'':<{start}}# {piece}" for piece in pieces[1:])]
+
+
+def _inline(value: Any) -> str:
+    """A value as YAML in one line."""
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    text = write_yaml({"x": value}).rstrip("\n").removeprefix("x: ")
+    try:
+        plain = "\n" not in text and read_yaml_value(f"[{text}]", where="x") == [value]
+    except ConfigError:
+        plain = False
+    return text if plain else json.dumps(value, ensure_ascii=False)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _sections(schema: type[Any]) -> list[type[Any]]:
+    return [kind for kind in get_type_hints(schema).values() if isinstance(kind, type) and is_dataclass(kind)]
+
+
+def _comments(kind: type[Any]) -> dict[str, str]:
+    """The comment beside, or the lines of comment above, each field in the source of `kind`."""
+    source = textwrap.dedent(inspect.getsource(kind))
+    lines, body = source.splitlines(), ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            end = node.end_lineno or node.lineno
+            text = lines[end - 1].encode()[node.end_col_offset or 0 :].decode().strip()
+            if not text.startswith("#"):
+                above = list[str]()
+                while (line := lines[node.lineno - 2 - len(above)].strip()).startswith("#"):
+                    above.append(line.removeprefix("#").strip())
+                text = " ".join(reversed(above))
+            found[node.target.id] = text.removeprefix("#").strip().rstrip(".")
+    return found

@@ -1,0 +1,490 @@
+"""The configuration of a fine-tuning run: six small frozen sections, checked whole before anything is loaded.
+
+    config = load_config(FinetuneConfig, "recipes/configs/quickstart.yaml", ["train.epochs=1"])
+    config.train.batch_size
+
+A setting is written once, here, with its default and its bounds. Whatever is wrong in a file is reported at once, by
+`section.key`, with the nearest known key for a misspelt one. Reading YAML strictly is `lmtune.config.yaml`'s job. That
+a config is a handful of small types follows litgpt's `args.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from lmtune.config.files import find_config, is_override, plain_name, run_name, shipped_configs, shipped_example
+from lmtune.config.yaml import read_yaml, read_yaml_value, write_yaml
+from lmtune.errors import ConfigError, listed
+from lmtune.io.console import HUB_TOKEN
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+T = TypeVar("T")
+Overrides = Mapping[str, object] | Sequence[str]  # values by `section.key`, or `section.key=value` with YAML's values
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def section(cls: type[T]) -> type[T]:
+    """Make a class a config section: a frozen dataclass whose values are checked when it is made.
+
+    Made by hand, `TrainConfig(epochs=-1)`, it raises ConfigError as a file does.
+    """
+    made: Any = dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
+    checked = made.__init__
+
+    @functools.wraps(checked)
+    def init(self: Any, **values: Any) -> None:
+        try:
+            checked(self, **values)
+        except ValidationError as error:
+            problems = _describe_all(made, error)
+            raise ConfigError(f"{made.__name__}: {_counted(problems)}\n{listed(problems)}") from None
+
+    made.__init__ = init
+    return cast(type[T], made)
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Quantization = Literal["none", "nf4", "int8", "fp8"]
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    BeforeValidator(
+        lambda value: (
+            _DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch.")) if isinstance(value, str) else value
+        )
+    ),
+]
+# A run's folder is `run.dir/run.name`: one plain folder name, which cannot climb out of `run.dir`.
+RunName = Annotated[str, AfterValidator(plain_name)]
+# One file or folder, or several.
+DataPaths = str | Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+_PLAIN_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)*")
+
+
+def _names(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """A list of names where no character makes `value` a regular expression: `q_proj`, or `q_proj,v_proj`."""
+    if isinstance(value, str) and value != "all-linear" and _PLAIN_NAMES.fullmatch(value):
+        return tuple(re.split(r"\s*,\s*", value))
+    return value
+
+
+# `all-linear`, names, or a regular expression on full names
+TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], AfterValidator(_names)]
+
+
+@section
+class ModelConfig:
+    """Which base model, and how its frozen weights are held in memory."""
+
+    name: Annotated[str, Field(min_length=1)]  # a Hub id, a local folder, or `tiny`
+    revision: str | None = None  # a branch, tag or commit on the Hub
+    quantization: Quantization = "nf4"  # of the frozen weights: nf4 is 4 bit, int8 is 8 bit; fp8 is inexact, on GPUs
+    dtype: Dtype = "auto"  # auto: bf16 on GPUs that have it, else fp32
+
+
+@section
+class AdapterConfig:
+    """The LoRA adapter; names and meanings are PEFT's."""
+
+    method: Literal["lora"] = "lora"  # https://arxiv.org/abs/2106.09685
+    # a run or an adapter folder to begin from; its rank, alpha, layers and variant hold where these are left at default
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16  # more learns more, with more memory
+    alpha: Annotated[float, Field(gt=0, le=1e30)] = 32  # the adapter's output is scaled by alpha / rank
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # share of the adapter's inputs set to 0 in training
+    target_modules: TargetModules = "all-linear"  # or names (q_proj,v_proj), or a regular expression
+    use_rslora: bool = False  # scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
+    use_dora: bool = False  # https://arxiv.org/abs/2402.09353
+    init_lora_weights: Literal["default", "pissa"] = "default"  # PiSSA: https://arxiv.org/abs/2404.02948
+
+
+@section
+class DataConfig:
+    """Which rows are learned, and how each becomes tokens."""
+
+    train: DataPaths  # rows to learn: a file, several, or a folder
+    validation: DataPaths | None = None  # rows of their own; without them `validation_fraction` of `train` is held out
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # share of `train` held out to score on
+    max_length: Annotated[int, Field(ge=8)] = 2048  # tokens of a row
+    too_long: Literal["drop", "truncate", "error"] = "drop"  # what becomes of longer rows; truncate cuts the beginning
+    template: Literal["auto", "chat", "plain", "thinking"] = "auto"  # auto: the tokenizer's own chat template, if any
+    system: str | None = None  # system prompt for rows that have none
+    faulty_rows: Literal["error", "skip"] = "error"  # skip: rows that cannot be used are left out, counted and named
+
+
+@section
+class TrainConfig:
+    """The optimisation. One optimizer step learns `batch_size` examples, summed over all processes."""
+
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3  # times that each row is learned
+    max_steps: Count | None = None  # overrules `epochs`
+    batch_size: Count = 32  # examples an optimizer step, over all processes
+    micro_batch_tokens: Count | Literal["auto"] = "auto"  # memory and speed only; never what is learned
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2.0e-4  # at its highest; small models take more
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how the learning rate falls
+    warmup_ratio: Fraction = 0.03  # share of the steps in which the learning rate rises
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # AdamW's
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0  # null: no clipping
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the order of rows, dropout and the adapter's start
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # less memory, slower; auto: where the memory needs it
+
+
+@section
+class EvaluationConfig:
+    """When the validation rows are scored during training, and what is done with the result."""
+
+    every_steps: Count | None = None  # null: only before the first and after the last step
+    patience: Count | None = None  # stop after so many evaluations without a better validation loss
+    keep_best: bool = True  # with `every_steps`: the saved adapter is that of the best step, not of the last
+    score_base: bool = True  # score the base too, before the first step, to compare with
+    exact_match_rows: Annotated[int, Field(ge=0)] = 64  # generate answers for so many rows; 0: none
+    max_new_tokens: Count = 128  # where a generated answer that does not stop is cut
+
+
+@section
+class RunConfig:
+    """Where the run lives on disk, and how often it is saved."""
+
+    dir: Annotated[str, Field(min_length=1)] = "runs"  # the folder that runs are kept in
+    name: RunName | None = None  # null: the config file's name without `.yaml`
+    checkpoint_every_steps: Count = 100  # what a crash may cost at most
+    checkpoint_every_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = 10  # as well; null: by steps alone
+    keep_checkpoints: Count = 2  # the newest; older ones are removed
+    resume: Literal["auto", "never"] = "auto"  # never: an earlier run of this name is renamed, and a new one begins
+    # With several processes: they wait so long for one that does not come; a week at most.
+    process_timeout_seconds: Annotated[int, Field(ge=1, le=604_800)] = 1800
+
+
+@section
+class FinetuneConfig:
+    """Everything about one fine-tuning run."""
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()
+
+    def problems(self) -> list[str]:
+        """What is wrong between settings that are each right alone."""
+        found = []
+        if self.adapter.init_lora_weights == "pissa" and self.model.quantization != "none":
+            found.append(
+                f"adapter.init_lora_weights: pissa rewrites the base weights, which {self.model.quantization} cannot "
+                "hold; set model.quantization: none, or init_lora_weights: default"
+            )
+        if self.adapter.init_lora_weights == "pissa" and self.adapter.use_dora:
+            found.append("adapter.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
+        if self.adapter.adapter is not None and self.adapter.init_lora_weights != "default":
+            found.append(
+                f"adapter.adapter: {self.adapter.adapter} gives the initial weights, and so does "
+                f"adapter.init_lora_weights: {self.adapter.init_lora_weights}; choose one"
+            )
+        if self.evaluation.patience is not None and self.evaluation.every_steps is None:
+            found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
+        if self.evaluation.patience is not None and self.data.validation is None and not self.data.validation_fraction:
+            found.append(
+                f"evaluation.patience: {self.evaluation.patience} waits for validation scores, and "
+                "data.validation_fraction: 0.0 holds no row out; raise the fraction, name data.validation, or set "
+                "evaluation.patience: null"
+            )
+        if re.search(HUB_TOKEN, self.run.name or ""):
+            found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
+        return found
+
+
+def load_config(schema: type[T], path: str | Path, overrides: Overrides = ()) -> T:
+    """Read `path`, apply `key=value` overrides, and return the checked config.
+
+    Args:
+        schema: a `section` class, for example `FinetuneConfig`.
+        path: a YAML file, or the name of one that ships with lmtune.
+        overrides: `section.key=value`, the value written as in YAML, or values by key.
+
+    Raises:
+        ConfigError: with every problem found, each by `section.key`.
+    """
+    path = find_config(path)
+    return _checked(schema, _read(path), overrides, where=str(path), name=path.stem)
+
+
+def command_config(
+    target: str | Path | None, overrides: Sequence[str] = (), model: str | None = None,
+    data: Sequence[str | Path] = (), verb: str = "finetune",
+) -> FinetuneConfig:  # fmt: skip
+    """The settings that a command line means.
+
+    Args:
+        target: a config, by path or by name; None where `model` and `data` say enough. An override may stand here too,
+            since it is the first word of a command line without a config.
+        overrides: `section.key=value`.
+        model: stands for `model.name`.
+        data: stand for `data.train`.
+        verb: the command, for messages.
+
+    Raises:
+        ConfigError: with every problem found; or nothing says which model and which data.
+    """
+    if isinstance(target, str) and is_override(target):
+        overrides, target = [target, *overrides], None
+    sections = [*(field.name for field in fields(FinetuneConfig)), "tuning"]
+    path = None if target is None else find_config(target, sections, verb)
+    tree: dict[str, Any] = {} if path is None else _read(path)
+    given = {
+        **({"model.name": model} if model else {}),
+        **({"data.train": [str(path) for path in data]} if data else {}),
+    }
+    for key, value in given.items():
+        _set(tree, key, value[0] if isinstance(value, list) and len(value) == 1 else value)
+    _apply(tree, overrides)
+    if path is None:
+        _require_model_and_data(tree, verb)
+    first = next(iter(_listed(_get(tree, "data", "train"))), None)
+    name = path.stem if path is not None else run_name(str(first))
+    return _checked(FinetuneConfig, tree, (), str(path or f"lmtune {verb}"), name)
+
+
+def _require_model_and_data(tree: Mapping[str, Any], verb: str) -> None:
+    """Raise ConfigError where a command without a config does not say which model or which data."""
+    keys = {"--model MODEL": ("model", "name"), "--data FILE": ("data", "train")}
+    missing = [flag for flag, key in keys.items() if not _get(tree, *key)]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)}: missing; write `lmtune {verb} --model MODEL --data FILE`, or "
+            f"`lmtune {verb} CONFIG`; `lmtune init` writes a config that fits this machine"
+        )
+
+
+def _get(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tree in a config file; examples that a shipped one names are found where lmtune is installed."""
+    tree = one_adapter_section(read_yaml(path), str(path))
+    if path in shipped_configs().values() and isinstance(data := tree.get("data"), dict):
+        for key in ("train", "validation"):
+            if isinstance(data.get(key), str):
+                data[key] = shipped_example(data[key])
+    return tree
+
+
+def _checked(schema: type[T], tree: dict[str, Any], overrides: Overrides, where: str, name: str) -> T:
+    """The config of `tree` with `overrides`; a run without a name gets `name`."""
+    _apply(tree, overrides)
+    if schema is FinetuneConfig:
+        run = tree.setdefault("run", {})
+        if isinstance(run, dict) and run.get("name") is None:
+            run["name"] = name
+    return build_config(schema, tree, where=where)
+
+
+def with_overrides(config: FinetuneConfig | str | os.PathLike[str] | None, overrides: Overrides) -> dict[str, Any]:
+    """The plain tree of a config, a YAML file or nothing, with `overrides` by `section.key` put in.
+
+    Args:
+        config: settings, a YAML file, or None for an empty tree.
+        overrides: values by key, or `section.key=value` as on the command line.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override has no such form.
+    """
+    tree: dict[str, Any] = {}
+    if isinstance(config, (str, os.PathLike)):
+        tree = _read(find_config(os.fspath(config)))
+    elif config is not None:
+        tree = to_tree(config)
+    _apply(tree, overrides)
+    return tree
+
+
+def one_adapter_section(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`tree` with `tuning: {kind: …}`, the other name of `adapter: {method: …}`, under this one.
+
+    Raises:
+        ConfigError: both names are there.
+    """
+    if "tuning" in tree and "adapter" in tree:
+        raise ConfigError(f"{where}: tuning and adapter: two names of one section; put its settings under one of them")
+    tree = {"adapter" if key == "tuning" else key: value for key, value in tree.items()}
+    section = tree.get("adapter")
+    if isinstance(section, Mapping) and "kind" in section:
+        if "method" in section:
+            raise ConfigError(f"{where}: adapter.kind and adapter.method: two names of one setting; keep one")
+        tree["adapter"] = {"method" if key == "kind" else key: value for key, value in section.items()}
+    return tree
+
+
+def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
+    """The checked config of a plain nested mapping; `where` begins the error message."""
+    if schema is FinetuneConfig:
+        tree = one_adapter_section(tree, where)
+    if problems := [f"{key}: holds a NUL character; remove it" for key in _with_nul(tree)]:
+        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}")
+    try:
+        # Through JSON, where strict means what it should: a list is a tuple, a mapping a section, "3" no number.
+        config = TypeAdapter(schema).validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        problems = _describe_all(schema, error)
+        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}") from None
+    check = getattr(config, "problems", None)
+    if check is not None and (problems := check()):
+        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}")
+    return config
+
+
+def dump_config(config: Any) -> str:
+    """`config` as YAML that `load_config` reads back to an equal config; absolute paths become relative ones."""
+    return write_yaml(to_tree(config))
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """`config` as plain nested dicts and lists, holding no absolute path."""
+    tree: dict[str, Any] = _plain(asdict(config))
+    return tree
+
+
+def data_paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One path or several, as a tuple."""
+    return (value,) if isinstance(value, str) else value
+
+
+def without_absolute_paths(text: str) -> str:
+    """`text` with each absolute path in it made relative to this folder, as it may be written to a run's files."""
+    here = os.getcwd().rstrip(os.sep) + os.sep
+    return re.sub(_ABSOLUTE, lambda found: os.path.relpath(found[0]), text.replace(here, ""))
+
+
+_ABSOLUTE = r"(?<![\w.:~/-])/[^\s/'\"`,;:()]+/[^\s'\"`,;:()]+"
+_PATHS = ("name", "train", "validation", "dir", "path", "adapter")  # keys whose values may be paths
+
+
+def _plain(value: Any, is_path: bool = False) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item, key in _PATHS) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, is_path) for item in value]
+    if is_path and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
+        return os.path.relpath(value)
+    return value
+
+
+def _apply(tree: dict[str, Any], overrides: Overrides) -> None:
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _set(tree, key, value)
+    else:
+        for override in overrides:
+            _apply_override(tree, override)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.strip().split(".")):
+        raise ConfigError(f"{override!r}: an override is written section.key=value, for example train.epochs=1")
+    section, *rest = key.strip().split(".")
+    if section == "tuning":
+        section, rest = "adapter", ["method" if part == "kind" else part for part in rest]
+    _set(tree, ".".join([section, *rest]), read_yaml_value(text, where=key))
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put `value` at `section.key`."""
+    *parts, last = key.split(".")
+    node: Any = tree
+    for part in parts:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {part} is not a section, so it has no keys to set")
+    node[last] = value
+
+
+def _with_nul(value: Any, key: str = "") -> list[str]:
+    """The keys of all values that hold a NUL, which no path may and no model has learned."""
+    if isinstance(value, str):
+        return [key] * ("\0" in value)
+    if isinstance(value, Mapping):
+        return [k for name, item in value.items() for k in _with_nul(item, f"{key}.{name}".lstrip("."))]
+    return [k for item in value for k in _with_nul(item, key)] if isinstance(value, (list, tuple)) else []
+
+
+def _counted(problems: Sequence[str]) -> str:
+    return "1 setting is wrong" if len(problems) == 1 else f"{len(problems)} settings are wrong"
+
+
+def _describe_all(schema: type[Any], error: ValidationError) -> list[str]:
+    """One line for each key; what each branch of a union wants is joined by "or"."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        where, _, wanted = _describe(schema, dict(item)).partition("; should be ")
+        key = where.partition(":")[0]
+        if key in lines and wanted:
+            lines[key] += f", or {wanted}"
+        else:
+            lines.setdefault(key, f"{where}; should be {wanted}" if wanted else where)
+    return list(lines.values())
+
+
+def _describe(schema: type[Any], error: dict[str, Any]) -> str:
+    """One line for one pydantic error: where, what is wrong, what was found, what is meant."""
+    location = [str(part) for part in error["loc"]]
+    known = _known_keys(schema)
+    while location and ".".join(location) not in known and len(location) > 2:
+        location.pop()  # the branch names that pydantic adds inside a union
+    key = ".".join(location) or "the file"
+    got = error.get("input")
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        names = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(location[:-1])]
+        near = difflib.get_close_matches(location[-1], names, n=1)
+        elsewhere = [name for name in known if name.rpartition(".")[2] == location[-1]]
+        hint = near or elsewhere
+        return f"{key}: unknown key" + (f"; did you mean {hint[0]}?" if hint else f"; known: {', '.join(names)}")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key}: missing; it has no default"
+    if error["type"].startswith("dataclass_type"):
+        return f"{key}: must be a section of `key: value` lines, got {_short(got)}"
+    wanted = re.sub(r"^(Input|String) should (be )?", "", error["msg"])
+    if error["type"] == "string_type" and isinstance(got, (bool, int, float)):
+        wanted += " (put it in quotes, or YAML takes it for a number or a truth)"
+    wanted = wanted.removeprefix("Value error, ")
+    return f"{key}: got {_short(got)}; should be {wanted}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _known_keys(schema: type[Any], prefix: str = "") -> list[str]:
+    """Every `section.key` of `schema`."""
+    keys = []
+    for field in fields(schema):
+        name = prefix + field.name
+        keys.append(name)
+        nested = globals().get(field.type) if isinstance(field.type, str) else field.type
+        if isinstance(nested, type) and is_dataclass(nested):
+            keys += _known_keys(nested, name + ".")
+    return keys

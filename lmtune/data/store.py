@@ -1,0 +1,347 @@
+"""Data files as rows of tokens, ready to be trained on and kept on disk, so that a second start is quick.
+
+    data = load_data(config.data, renderer, seed=0)
+    data.train.num_tokens, data.train[7].documents, data.validation, data.fates
+
+The rows are rendered once and stored under the hash of everything they depend on: the files' content, the tokenizer,
+the template and the options. They are read back through a memory map, so memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmtune.config.schema import DataConfig, data_paths
+from lmtune.data.control_text import ControlText
+from lmtune.data.progress import row_progress
+from lmtune.data.reading import ReadReport, read_examples
+from lmtune.data.render_pool import render_all
+from lmtune.data.rendering import Document, Renderer
+from lmtune.data.report import describe_fates
+from lmtune.data.sources import DataFile, find_files, unread_entries
+from lmtune.data.survey import Survey, Tally, counted, shown_first
+from lmtune.data.token_table import TableWriter, TokenTable
+from lmtune.data.types import Example
+from lmtune.errors import DataError
+from lmtune.io.atomic import write_json
+from lmtune.io.cache import cache_folder, cached, file_sha256, hold, key_of
+
+__all__ = [
+    "LoadedData", "TokenizedData", "TokenizedDocument", "TokenizedExample", "describe_fates", "fit", "load_data",
+    "split", "tokenize", "truncated",
+]  # fmt: skip
+
+_VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
+_STORED = 5  # of the stored form; a new one leaves old entries unused
+_KEPT = 10  # entries: training and validation rows are two
+
+Int32 = npt.NDArray[np.int32]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenizedDocument:
+    """`input_ids[T]` and `trained[T]`: whether each token is a label."""
+
+    input_ids: Int32
+    trained: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """One row; `where` is `file:line`."""
+
+    where: str
+    documents: list[TokenizedDocument]
+
+
+class TokenizedData:
+    """Rows of tokens, or some of them.
+
+    Attributes:
+        key: SHA-256, in hex, of what the rows depend on; not of the files' names.
+        signature: SHA-256, in hex, of the rows' tokens, whatever made them.
+        fates: what became of every row read, as it goes into `data.json`.
+        num_tokens, num_trained: int32 `[N]`, of each row.
+        sequences: tokens of each row's sequences, which are its documents.
+        content: uint64 `[N]`, equal for rows of equal content.
+    """
+
+    def __init__(
+        self, table: TokenTable, key: str, signature: str, fates: dict[str, Any], selected: Rows | None = None
+    ) -> None:
+        self._table = table
+        self._rows = np.arange(len(table)) if selected is None else selected
+        self.key, self.signature = key, signature
+        self.fates = fates
+        self.num_tokens: Int32 = table.num_tokens[self._rows]
+        self.num_trained: Int32 = table.num_trained[self._rows]
+        self.sequences = table.sequences if selected is None else table.sequences.select(self._rows)
+        self.content: npt.NDArray[np.uint64] = table.content[self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        row = int(self._rows[index])
+        documents = [TokenizedDocument(input_ids, trained) for input_ids, trained in self._table.documents(row)]
+        return TokenizedExample(self.where(index), documents)
+
+    def where(self, index: int) -> str:
+        """`file:line` of a row."""
+        row = int(self._rows[index])
+        return f"{self.fates['files'][self._table.file[row]]}:{self._table.line[row]}"
+
+    def select(self, indices: Rows) -> TokenizedData:
+        """The rows at `indices`, in their order; shares the file."""
+        chosen = hashlib.sha256(np.asarray(indices, dtype=np.int64).tobytes()).hexdigest()
+        key, signature = key_of(self.key, chosen), key_of(self.signature, chosen)
+        return TokenizedData(self._table, key, signature, self.fates, self._rows[indices])
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The rows to learn, and those to be scored on; `fates` go into `data.json`.
+
+    `key` stands for all that the rows depend on, `signature` for their tokens alone.
+    """
+
+    train: TokenizedData
+    validation: TokenizedData | None
+    fates: dict[str, Any]
+    key: str
+    signature: str
+
+
+def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
+    """The rows of `config`; without validation files, a part of train is held out, the same for the same seed.
+
+    Raises:
+        DataError: with every fault found, or no row is left.
+    """
+    data = tokenize(data_paths(config.train), renderer, config, part="data.train")
+    learned = {**data.fates, "warnings": [*data.fates["warnings"], *_template_warnings(config, renderer)]}
+    fates: dict[str, Any] = {"template": renderer.description, "train": learned, "validation": None}
+    if renderer.rendered_at is not None:
+        fates["rendered_at"] = renderer.rendered_at
+    train, validation = data, None
+    if config.validation is not None:
+        validation = tokenize(data_paths(config.validation), renderer, config, part="data.validation")
+        shared = np.flatnonzero(np.isin(validation.content, data.content))
+        tally = Tally(len(shared), [validation.where(int(index)) for index in shared[:5]])
+        fates["validation"] = {**validation.fates, "also_in_train": tally.as_dict()}
+    elif config.validation_fraction > 0:
+        kept, held_out = split(data, config.validation_fraction, seed)
+        if len(held_out):
+            train, validation = data.select(kept), data.select(held_out)
+        fates["validation"] = {"held_out": len(held_out)}
+    key = key_of(train.key, validation.key if validation is not None else None)
+    signature = key_of(train.signature, validation.signature if validation is not None else None)
+    return LoadedData(train, validation, fates, key, signature)
+
+
+def _template_warnings(config: DataConfig, renderer: Renderer) -> list[str]:
+    """A template that is there but empty was probably cut off, and plain text is not what was meant then."""
+    empty = getattr(renderer.tokenizer, "chat_template", None) == ""
+    return ["the base's chat template is empty, so rows are plain text; copy or download it again"] * (
+        empty and config.template == "auto"
+    )
+
+
+def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Row numbers to learn and to hold out, both ascending; the same for the same content and seed.
+
+    Rows of equal content stay together, so what is held out is not learned under another line number. At least one row
+    is held out if that is possible at all, and at least one is left to learn.
+    """
+    _, group_of, sizes = np.unique(data.content, return_inverse=True, return_counts=True)
+    wanted = max(1, round(fraction * len(data))) if fraction > 0 else 0
+    if not wanted or len(sizes) < 2:
+        return np.arange(len(data)), np.arange(0)
+    order = np.random.default_rng([seed, 0x5EED]).permutation(len(sizes))
+    fitting = order[sizes[order] <= wanted]
+    if not len(fitting):
+        fitting = order[[np.argmin(sizes[order])]]
+    num_groups = int(np.searchsorted(np.cumsum(sizes[fitting]), wanted)) + 1
+    chosen = np.zeros(len(sizes), dtype=bool)
+    chosen[fitting[: min(num_groups, len(sizes) - 1)]] = True
+    held_out = chosen[group_of]
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def tokenize(
+    paths: Sequence[str | Path],
+    renderer: Renderer,
+    config: DataConfig,
+    cache_dir: Path | None = None,
+    part: str = "the data",
+) -> TokenizedData:
+    """The rows of `paths` as tokens, from the cache or made now.
+
+    Args:
+        paths: files or folders.
+        renderer: makes the tokens.
+        config: `max_length`, `too_long` and `faulty_rows`.
+        cache_dir: by default `lmtune.io.cache.cache_folder()`.
+        part: what the rows are, for messages.
+
+    Raises:
+        DataError: with every fault of every row, or no row is left.
+    """
+    files = find_files(paths)
+    contents = [file_sha256(file.path) for file in files]
+    skips = ["skip"] * (config.faulty_rows == "skip")
+    key = key_of("tokens", _VERSION, contents, renderer.fingerprint, config.max_length, config.too_long, *skips)
+    names = [file.portable_name for file in files]
+    folder = (cache_dir or cache_folder()) / "tokens"
+    entry = cached(
+        folder, key_of(key, names, _STORED), lambda folder: _build(folder, files, contents, renderer, config, part),
+        keep=_KEPT,
+    )  # fmt: skip
+    table = TokenTable(entry / "rows.arrow")
+    hold(entry, table)
+    fates = json.loads((entry / "fates.json").read_text(encoding="utf-8"))
+    fates["warnings"] += unread_entries(paths)  # which the key does not know
+    signature = json.loads((entry / "tokens.json").read_text(encoding="utf-8"))["sha256"]
+    return TokenizedData(table, key, signature, fates)
+
+
+def _build(
+    folder: Path, files: Sequence[DataFile], contents: Sequence[str], renderer: Renderer, config: DataConfig, part: str
+) -> None:
+    """Render every row into `folder`."""
+    report, survey, counts, control_text = ReadReport(), Survey(), _Counts(config), ControlText(renderer.tokenizer)
+    num_bytes = sum(file.path.stat().st_size for file in files)
+    number = {file.portable_name: index for index, file in enumerate(files)}
+    changed: dict[str, Tally] = {}  # by the template, in words
+    with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
+        for example, outcome in render_all(read_examples(files, report), renderer, num_bytes):
+            if isinstance(outcome, DataError):
+                reason = _reason(outcome)
+                report.faulty.add(reason, example.where)
+                report.add_fault(example.where, reason)
+                continue
+            content = survey.add(example)
+            control_text.add(example)
+            for change in renderer.changes(example):
+                changed.setdefault(change, Tally()).add(example.where)
+            try:
+                documents = counts.fit(example, outcome)
+            except DataError as fault:  # `too_long: error` is no matter of `faulty_rows`
+                report.add_fault(example.where, _reason(fault), lasting=True)
+                continue
+            if documents and (config.faulty_rows == "skip" or not report.num_faults):
+                table.append(documents, number[example.source], example.line, content)
+            progress(len(survey))
+    report.raise_for_faults(config.faulty_rows, len(survey))
+    for file, content_before in zip(files, contents, strict=True):
+        if file_sha256(file.path) != content_before:
+            raise DataError(f"{file.name}: changed while it was read; start again when it is complete")
+    fates = {
+        "files": [file.portable_name for file in files],
+        "sha256": list(contents),
+        "formats": report.formats,
+        "rows": len(survey) + report.faulty.count,
+        "faulty": report.faulty.as_dict(),
+        **counts.as_dict(),
+        "duplicates": survey.duplicates().as_dict(),
+        "same_prompt": survey.same_prompt().as_dict(),
+        "warnings": [
+            *report.warnings,
+            *control_text.warnings(),
+            *(f"{counted(tally.count)}: {change}: {shown_first(tally.as_dict())}" for change, tally in changed.items()),
+        ],
+    }
+    if not counts.kept:
+        raise DataError(f"{part}: no row is left; raise data.max_length ({config.max_length})\n{describe_fates(fates)}")
+    write_json(folder / "fates.json", fates)
+    write_json(folder / "tokens.json", {"sha256": table.sha256})
+
+
+def _reason(fault: DataError) -> str:
+    """What a fault says behind the row's place."""
+    return str(fault).partition(": ")[2]
+
+
+class _Counts:
+    """Fits rows to `max_length`, and counts what became of them."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+        self.kept = self._tokens = self._trained = self._longest = 0
+        self._dropped: dict[str, Tally] = {}
+        self._truncated = Tally()
+
+    def fit(self, example: Example, documents: list[Document]) -> list[Document]:
+        """The documents to keep; none if the row is dropped.
+
+        Raises:
+            DataError: the row is too long and `too_long` is `error`.
+        """
+        longest = max(len(document.input_ids) for document in documents)
+        self._longest = max(self._longest, longest)
+        if longest > self._config.max_length:
+            documents, reason = fit(example, documents, self._config)
+            if reason is not None:
+                self._dropped.setdefault(reason, Tally()).add(example.where)
+                return []
+            self._truncated.add(example.where)
+        self.kept += 1
+        self._tokens += sum(len(document.input_ids) for document in documents)
+        self._trained += sum(sum(document.trained) for document in documents)
+        return documents
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts, for `data.json`."""
+        return {
+            "kept": self.kept,
+            "dropped": {reason: tally.as_dict() for reason, tally in self._dropped.items()},
+            "truncated": self._truncated.as_dict(),
+            "tokens": self._tokens,
+            "trained_tokens": self._trained,
+            "longest_row_tokens": self._longest,
+        }
+
+
+def fit(example: Example, documents: list[Document], config: DataConfig) -> tuple[list[Document], str | None]:
+    """The documents of one row within `max_length`, or none and the reason why the row is dropped.
+
+    Raises:
+        DataError: the row is too long and `too_long` is `error`.
+    """
+    longest = max(len(document.input_ids) for document in documents)
+    if longest <= config.max_length:
+        return documents, None
+    if config.too_long == "error":
+        raise DataError(
+            f"{example.where}: {longest:,} tokens, but data.max_length is {config.max_length:,}; shorten the row, "
+            "raise max_length, or set data.too_long: drop or truncate"
+        )
+    if config.too_long == "drop":
+        return [], "too_long"
+    cut = [truncated(document, config.max_length, example.text is not None) for document in documents]
+    kept = [document for document in cut if document is not None]
+    return kept, None if kept else "answer_too_long"
+
+
+def truncated(document: Document, max_length: int, is_text: bool) -> Document | None:
+    """The last `max_length` tokens of a document, or None if nothing in them can be learned.
+
+    An answer that lost its beginning, or all that stood before it, is not learned any more: its rest follows from
+    nothing. A plain text may begin anywhere.
+    """
+    start = max(0, len(document.input_ids) - max_length)
+    if not start:
+        return document
+    input_ids, trained = document.input_ids[start:], document.trained[start:]
+    lost = 1 if is_text else next((index for index, flag in enumerate(trained) if not flag), len(trained))
+    trained = [False] * lost + trained[lost:]
+    return Document(input_ids, trained) if any(trained) else None

@@ -1,0 +1,474 @@
+"""A tokenizer's chat template, rendered to tokens: what stands before an answer, and the answer with its end.
+
+The template is run by transformers with `sanitize_control_tokens`, so that only the template itself writes control
+tokens. What a template does is found out once, with a probe conversation: the token that ends an answer, how a reply is
+laid out (`lmtune.data.replies`), whether reasoning is passed in a field of its own, and whether contents stay as they
+are. A template that ends answers with no token at all ("### Response: …") is amended: the tokenizer's end token is
+written after every answer, because a model that never sees an end never stops.
+
+An answer is what the template writes after the prompt: its tokens where they continue the prompt's, and else what
+stands around it in the template's text, encoded apart. So a row is learned as it is written even where the template
+trims answers, and where the prompt ends in something (an empty thought) that the rendered answer has not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from lmtune.data.replies import CLOSING, OPENING, ReplyFormat, is_still_reasoning, split_reply
+from lmtune.data.types import Message, Role
+from lmtune.errors import ModelError
+from lmtune.io.sandbox import TemplateLimitError, probe
+
+_SYSTEM, _QUESTION, _ANSWER, _REASONING = "probe system", "probe question", "probe answer", "probe reasoning"
+_INSIDE = "a  b\t\n\n\n  c <d> & \"e\" 'é'"
+_FORMATS = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+_CLOSING_TAG = re.compile(r"</([\w:.-]+)>")
+_FIRST_MARK = 0x10F000  # of a private plane of Unicode, which no text uses
+_NOW = "%Y-%m-%d %H:%M:%S"
+
+
+class TemplateFault(Exception):
+    """The template cannot render one conversation as a prompt and its answer; the text says why."""
+
+
+class ChatTemplate:
+    """One tokenizer's template.
+
+    Attributes:
+        source: the Jinja text in use, amended where answers had no end; what a tuned model should be saved with.
+        end_token_id: the token that ends an answer.
+        is_amended: whether `source` differs from the tokenizer's.
+        system_fault: why the template cannot take a system prompt; None if it can.
+        reply_format: how a reply is laid out.
+        writes_date: whether prompts hold today's date.
+        trims: whose contents lose white space at their ends.
+        own_words: what the template writes before a question by itself, such as a system prompt; maybe empty.
+    """
+
+    def __init__(self, tokenizer: Any, thinking: bool, eos_token_ids: Sequence[int], now: str | None = None) -> None:
+        """
+        Args:
+            tokenizer: a transformers tokenizer with a chat template.
+            thinking: answers may hold reasoning in <think> tags.
+            eos_token_ids: what the model stops at; the first ends answers where the template writes no end.
+            now: the time that the template writes, as `time_now` gives it; None is the time of rendering.
+
+        Raises:
+            ModelError: the template is missing, endless, wrong, or answers have no end.
+        """
+        if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
+            raise ModelError(
+                f"{type(tokenizer).__name__} cannot keep control tokens in user text apart from the template's; "
+                "upgrade transformers, or set data.template: plain"
+            )
+        self._tokenizer = tokenizer
+        self._thinking = thinking
+        self._now = now
+        self._passes_reasoning = self._knows_reasoning = False
+        self.source = self._checked_source()
+        self.end_token_id = self._find_end(eos_token_ids)
+        self._end = str(tokenizer.convert_ids_to_tokens(self.end_token_id))
+        self._passes_reasoning, self.reply_format = self._find_reply_format()
+        if thinking and self.end_token_id in self.reply_format.marks:
+            raise ModelError(
+                f"data.template: thinking: the chat template ends reasoning with {self._end}, as it ends answers, so "
+                "generation would stop before the answer; use rows without reasoning, or data.template: plain"
+            )
+        self._ends_thought = not self._passes_reasoning and self._prompt(thinking).rstrip().endswith(CLOSING)
+        self._knows_reasoning = (
+            self._passes_reasoning
+            or self.reply_format.is_opened
+            or self._ends_thought
+            or self._prompt(True) != self._prompt(False)
+        )
+        before, head, _ = self._around([Message("user", _QUESTION), Message("assistant", _ANSWER)])
+        self._continues = head.startswith(before)
+        self.system_fault = self._find_system_fault()
+        self._rewrites = not self._keeps("assistant", _INSIDE)
+        self.trims = frozenset(role for role in ("system", "user", "assistant") if self._trims(role))
+        self.writes_date = self._find_date()
+        self.own_words = self._find_own_words()
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens before the assistant's next turn.
+
+        Raises:
+            TemplateFault: the template refuses these messages.
+        """
+        if self.system_fault and messages[0].role == "system":
+            raise TemplateFault(self.system_fault)
+        ids: list[int] = self._apply(messages, prompt=True)
+        return ids
+
+    def answer_ids(self, messages: Sequence[Message], prompt_ids: Sequence[int]) -> list[int]:
+        """The tokens of the last message, an answer, as they follow `prompt_ids`; its end token is the last.
+
+        Raises:
+            TemplateFault: the template refuses, or renders the answer so that it does not continue the prompt.
+        """
+        content = messages[-1].content
+        reasoning, answer = self._split(content)
+        if reasoning is not None and not self._thinking:
+            raise TemplateFault("the answer holds a <think> part; set data.template: thinking")
+        if reasoning is not None and self._ends_thought:
+            raise TemplateFault(
+                "the template writes an empty <think> part before every answer, so the answer's own would stand after "
+                "it; remove the reasoning, or use data.template: plain"
+            )
+        if reasoning is not None and is_still_reasoning(content):
+            raise TemplateFault("the answer's <think> part has no end; write </think> after it")
+        if not self._continues or self._rewrites or ("assistant" in self.trims and answer != answer.strip()):
+            return self._answer_by_text(messages)
+        ids, num_prompt = self._apply(messages, prompt=False), len(prompt_ids)
+        if ids[:num_prompt] != list(prompt_ids):
+            return self._answer_by_text(messages)
+        if CLOSING in content:
+            self._check_reasoning_kept(messages)
+        if answer not in self._tokenizer.decode(ids[num_prompt:]) and answer not in self._text(messages):
+            return self._answer_by_text(messages)
+        learned = [*ids[num_prompt:], *([self.end_token_id] if self._end_opens_next_turn else [])]
+        if self.end_token_id not in learned:
+            raise TemplateFault(f"the template does not end this answer with {self._end}")
+        return learned[: learned.index(self.end_token_id) + 1]
+
+    def sample_prompts(self) -> list[str]:
+        """The text before an answer, without and with a system prompt; what changes by itself, as a date, is in it."""
+        question = Message("user", _QUESTION)
+        asked = [[question]] if self.system_fault else [[question], [Message("system", _SYSTEM), question]]
+        return [self._text(messages, prompt=True) for messages in asked]
+
+    def time_now(self, given: bool = True) -> str:
+        """The time that the template writes, day and time of day; not the `given` one, the clock's if that is asked."""
+        if given and self._now is not None:
+            return self._now
+        found: str = self._apply([], prompt=True, text=True, source=f"{{{{ strftime_now({_literal(_NOW)}) }}}}")
+        return found
+
+    # --- rendering
+
+    def _apply(
+        self, messages: Sequence[Message], prompt: bool, text: bool = False, source: str | None = None,
+        thinking: bool | None = None,
+    ) -> Any:  # fmt: skip
+        """Token ids, or the text if `text`."""
+        try:
+            return self._tokenizer.apply_chat_template(
+                [self._as_dict(message) for message in messages] or [{"role": "user", "content": ""}],
+                chat_template=source or (self.source if self._now is None else _at(self.source, self._now)),
+                add_generation_prompt=prompt,
+                tokenize=not text,
+                sanitize_control_tokens=not text,
+                return_dict=False,
+                enable_thinking=self._thinking if thinking is None else thinking,
+            )
+        # The template is foreign code, and may fail in any way that Python has.
+        except Exception as error:
+            reason = str(error).strip() or type(error).__name__
+            raise TemplateFault(f"the chat template refuses it: {reason}") from error
+
+    def _text(self, messages: Sequence[Message], prompt: bool = False, thinking: bool | None = None) -> str:
+        return str(self._apply(messages, prompt, text=True, thinking=thinking))
+
+    def _prompt(self, thinking: bool) -> str:
+        return self._text([Message("user", _QUESTION)], prompt=True, thinking=thinking)
+
+    def _as_dict(self, message: Message) -> dict[str, str]:
+        content = message.content
+        reasoning, answer = self._split(content) if message.role == "assistant" else (None, content)
+        if reasoning is not None and self._passes_reasoning:
+            return {"role": "assistant", "reasoning_content": reasoning, "content": answer}
+        if reasoning is not None and is_still_reasoning(content):  # it was stopped there
+            content += f"\n{CLOSING}\n\n"
+        return {"role": message.role, "content": content}
+
+    def _split(self, content: str) -> tuple[str | None, str]:
+        """(reasoning, answer) of an assistant's message; a template that knows no reasoning takes it as it is."""
+        return split_reply(content) if self._knows_reasoning else (None, content)
+
+    def _around(self, messages: Sequence[Message]) -> tuple[str, str, str]:
+        """The prompt before the last message, what stands before the answer with that in it, and what after."""
+        reasoning = self._split(messages[-1].content)[0] if self._passes_reasoning else None
+        thought = "" if reasoning is None else f"{OPENING}\n{_REASONING}\n{CLOSING}\n\n"
+        whole = self._text([*messages[:-1], Message("assistant", thought + _ANSWER)])
+        head, _, tail = whole.rpartition(_ANSWER)
+        return self._text(messages[:-1], prompt=True), head, tail
+
+    def _answer_by_text(self, messages: Sequence[Message]) -> list[int]:
+        """The answer encoded apart from the prompt, with what the template writes around it.
+
+        Generation starts from the prompt's own tokens. Where the answer's first characters would merge with the
+        prompt's last into one token, where the template trims the answer, and where the prompt alone ends in an empty
+        thought, this is what the model must produce.
+        """
+        content = messages[-1].content
+        reasoning, answer = self._split(content)
+        form = self.reply_format
+        if reasoning is not None and not self._passes_reasoning:
+            if self._thinking and form.is_opened:
+                # DeepSeek-R1: the prompt opens the reasoning, but the rendered answer has lost it.
+                return self._encode([reasoning, "\n\n" + answer], ["\n" + CLOSING])
+            reasoning, answer = None, content
+        before, head, tail = self._around(messages)
+        whole = self._text(messages)
+        start, _, between = head.partition(_REASONING) if reasoning is not None else (head, "", "")
+        if start.startswith(before):
+            lead = start[len(before) :]
+        elif before.startswith(start) and not _opens(before[len(start) :]):
+            lead = ""
+        else:
+            raise TemplateFault(_mismatch(before, whole, form.is_opened))
+        if not self._end_opens_next_turn:
+            tail, end, _ = tail.partition(self._end)
+            if not end:
+                raise TemplateFault(f"the template does not end this answer with {self._end}")
+        rendered = start + (reasoning or "") + between + answer + tail
+        if not _squeezed(whole).startswith(_squeezed(rendered)):
+            if OPENING in content:
+                self._check_reasoning_kept(messages)
+            raise TemplateFault("the template rewrites this answer, so it cannot be learned as it is written")
+        if reasoning is None:
+            return self._encode([answer], [], lead, tail)
+        return self._encode([reasoning, answer], [between], lead, tail)
+
+    def _encode(self, texts: Sequence[str], between: Sequence[str], lead: str = "", tail: str = "") -> list[int]:
+        """The tokens of `lead`, `texts` with `between` them, `tail`, the end; control tokens in `texts` stay text."""
+        # Rendered after a control token, as in the whole conversation, which is then taken off. The untaken branch
+        # tells transformers which tokens this template holds for control tokens.
+        parts = [_literal(self._end + lead)]
+        for index, text in enumerate((*between, tail)):
+            parts += [f"messages[{index}]['content']", _literal(text)]
+        echo = f"{{{{ {' + '.join(parts)} }}}}{{% if false %}}{self.source}{{% endif %}}"
+        ids = self._apply([Message("user", text) for text in texts], prompt=False, source=echo)
+        return [*ids[1:], self.end_token_id]
+
+    def _check_reasoning_kept(self, messages: Sequence[Message]) -> None:
+        reasoning, _ = split_reply(messages[-1].content)
+        if reasoning is not None and reasoning not in self._text(messages):
+            raise TemplateFault(
+                "the template drops the answer's <think> part; set data.template: thinking, "
+                "or plain if it does so even then"
+            )
+
+    # --- what the probes find out
+
+    def _checked_source(self) -> str:
+        try:
+            source: str = self._tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ModelError(f"the tokenizer has no usable chat template ({error}); use data.template: plain") from None
+        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        try:
+            probe(source, tuple(sorted(special.items())))
+        except TemplateLimitError as error:
+            raise ModelError(f"the chat template is not safe to run: {error}; use data.template: plain") from None
+        return source
+
+    def _find_end(self, eos_token_ids: Sequence[int]) -> int:
+        """The token that ends an answer; amends the template where it writes none."""
+        exchange = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
+        end = self._token_after_answer(exchange)
+        self.is_amended = self._end_opens_next_turn = False
+        if end is None:  # GLM models stop by opening the user's next turn
+            end = self._token_after_answer([*exchange, exchange[0]])
+            self._end_opens_next_turn = end in eos_token_ids
+            self.is_amended = not self._end_opens_next_turn
+        if self.is_amended:
+            self.source = _with_end(self.source, self._end_text(eos_token_ids))
+            end = self._token_after_answer(exchange)
+        if end is None:
+            raise ModelError(
+                "the chat template drops what follows an answer, its end included; use data.template: plain"
+            )
+        return end
+
+    def _token_after_answer(self, messages: Sequence[Message]) -> int | None:
+        """The control token that the template writes after the answer, with at most white space between.
+
+        Not one that stands before the answer too, as a mark on both of its sides: generation would stop there.
+        """
+        try:
+            text = self._text(messages)
+            before, lead, _ = self._around(messages[:2])
+        except TemplateFault as fault:
+            raise ModelError(
+                f"the chat template fails on a question and its answer: {fault}; use data.template: plain"
+            ) from None
+        _, found, tail = text.rpartition(_ANSWER)
+        if not found or _QUESTION not in text:
+            lost = "questions" if found else "answers"
+            raise ModelError(f"the chat template drops or rewrites {lost}; use data.template: plain")
+        lead = lead[len(before) :] if lead.startswith(before) else ""
+        tail = tail.lstrip()
+        added = {token.content: index for index, token in self._tokenizer.added_tokens_decoder.items()}
+        while starting := [content for content in added if content.strip() and tail.startswith(content)]:
+            token = max(starting, key=len)
+            if token not in lead:
+                return int(added[token])
+            tail = tail[len(token) :].lstrip()
+        return None
+
+    def _end_text(self, eos_token_ids: Sequence[int]) -> str:
+        if not eos_token_ids:
+            raise ModelError(
+                "the chat template ends answers with no token, and the tokenizer has no EOS token, so the model could "
+                "never learn to stop; set the tokenizer's eos_token"
+            )
+        return str(self._tokenizer.convert_ids_to_tokens(eos_token_ids[0]))
+
+    def _find_system_fault(self) -> str | None:
+        try:
+            text = self._text([Message("system", _SYSTEM), Message("user", _QUESTION)], prompt=True)
+        except TemplateFault as fault:
+            return str(fault)
+        return None if _SYSTEM in text else "the chat template drops system prompts; leave them out"
+
+    def _find_reply_format(self) -> tuple[bool, ReplyFormat]:
+        """Whether the template renders reasoning that is passed in a field of its own, and how replies are laid out."""
+        opening, closing = self._find_reasoning()
+        passes = closing is not None
+        before, head, _ = self._around([Message("user", _QUESTION), Message("assistant", _ANSWER)])
+        lead = head[len(before) :] if head.startswith(before) else ""
+        opening, closing = (opening, closing or "") if passes else (OPENING, CLOSING)
+        is_opened = _opens(before, opening, closing) if opening else False
+        if not opening or (not passes and not is_opened):
+            opening = closing = ""
+        elif opening in lead or closing in lead:  # an empty thought before the answer
+            lead = ""
+        (lead, opening, closing), marks = self._marked([lead, opening, closing])
+        return passes, ReplyFormat(lead, opening, closing, is_opened, marks)
+
+    def _find_reasoning(self) -> tuple[str, str | None]:
+        """What stands before and after reasoning that is passed in its field; (…, None) if it is not rendered."""
+        opening, closing = "", None
+        self._passes_reasoning = self._knows_reasoning = True  # for the time of this probe
+        reply = Message("assistant", f"{OPENING}\n{_REASONING}\n{CLOSING}\n\n{_ANSWER}")
+        for thinking in (self._thinking, not self._thinking):
+            try:
+                head, found, rest = self._text([Message("user", _QUESTION), reply], thinking=thinking).rpartition(
+                    _REASONING
+                )
+            except TemplateFault:
+                continue
+            between, answered, _ = rest.rpartition(_ANSWER)
+            before = self._prompt(thinking)
+            if found and answered:
+                closing = closing or between.strip()
+                opening = opening or (head[len(before) :].strip() if head.startswith(before) else "")
+        self._passes_reasoning = self._knows_reasoning = False
+        if not opening and closing and (tag := _CLOSING_TAG.fullmatch(closing)):
+            opening = f"<{tag[1]}>"
+        return opening, closing
+
+    def _marked(self, texts: Sequence[str]) -> tuple[list[str], dict[int, str]]:
+        """`texts` with a character in place of each special token, and the character of each."""
+        special = {
+            token.content: index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special
+        }
+        marks: dict[int, str] = {}
+        for content in sorted(special, key=len, reverse=True):
+            if content and any(content in text for text in texts):
+                marks[special[content]] = mark = chr(_FIRST_MARK + len(marks))
+                texts = [text.replace(content, mark) for text in texts]
+        return list(texts), marks
+
+    def _keeps(self, role: Role, content: str) -> bool:
+        """Whether `content` comes into the text of a conversation as it is."""
+        asked, said = Message("user", _QUESTION), Message("assistant", "probe reply")
+
+        def text_with(words: str) -> str:
+            if role == "assistant":
+                return self._text([asked, Message(role, words)])
+            return self._text([Message(role, words), *([asked] if role == "system" else []), said])
+
+        try:
+            return text_with(content) == text_with(_ANSWER).replace(_ANSWER, content)
+        except TemplateFault:
+            return False
+
+    def _trims(self, role: Role) -> bool:
+        if role == "system" and self.system_fault:
+            return False
+        return not all(self._keeps(role, f"{blank}{_ANSWER}{blank}") for blank in (" ", "\n", "\t"))
+
+    def _find_date(self) -> bool:
+        if "strftime_now(" not in self.source.replace(" ", ""):
+            return False
+        sources = [_at(self.source, time) for time in ("2001-02-03 04:05:06", "2012-11-11 09:08:07")]
+        question = [Message("user", _QUESTION)]
+        first, second = [self._apply(question, prompt=True, text=True, source=source) for source in sources]
+        return bool(first != second) or not _FORMATS.search(self.source)
+
+    def _find_own_words(self) -> str:
+        """What stands before a first question and not before a second one, without control tokens."""
+        question, said = Message("user", _QUESTION), Message("assistant", _ANSWER)
+        try:
+            first = self._text([question]).partition(_QUESTION)[0]
+            later = self._text([question, said, question]).rpartition(_QUESTION)[0].rpartition(_ANSWER)[2]
+        except TemplateFault:
+            return ""
+        same = next((n for n in range(min(len(first), len(later)), 0, -1) if first.endswith(later[-n:])), 0)
+        words = first[: len(first) - same]
+        for token in self._tokenizer.added_tokens_decoder.values():
+            words = words.replace(token.content, " ") if token.content.strip() else words
+        words = " ".join(words.split()).removeprefix("system").strip()
+        return words if any(letter.isalnum() for letter in words) else ""
+
+
+def _at(source: str, now: str) -> str:
+    """The template with `now` for the time that `strftime_now` tells."""
+    formats = {found["format"] for found in _FORMATS.finditer(source)}
+    if not formats:
+        return source
+    time = datetime.fromisoformat(now)
+    told = "".join(
+        f"{{% if format == {_literal(form)} %}}{{{{ {_literal(time.strftime(form))} }}}}{{% endif %}}"
+        for form in sorted(formats)
+    )
+    return f"{{% macro strftime_now(format) %}}{told}{{% endmacro %}}{{{{ '' }}}}{source}"
+
+
+def _with_end(source: str, end: str) -> str:
+    """The template with `end` written after every answer, by changing the messages before it begins."""
+    return (
+        "{% set amended = namespace(messages=[]) %}{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}"
+        f"{{% set message = dict(message, content=message['content'] + {_literal(end)}) %}}"
+        "{% endif %}{% set amended.messages = amended.messages + [message] %}{% endfor %}"
+        "{% set messages = amended.messages %}{{ '' }}" + source
+    )
+
+
+def _literal(text: str) -> str:
+    """`text` as a string in a Jinja expression."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _squeezed(text: str) -> str:
+    """`text` without white space."""
+    return "".join(text.split())
+
+
+def _opens(text: str, opening: str = OPENING, closing: str = CLOSING) -> bool:
+    """Whether `text` ends where reasoning begins."""
+    _, found, tail = text.rpartition(opening)
+    return bool(found) and not tail.strip() and closing not in tail
+
+
+def _mismatch(before: str, whole: str, is_opened: bool) -> str:
+    """Why the answer does not continue the prompt, shown where the two part."""
+    if is_opened:
+        return (
+            "the template opens a <think> part before every answer, and this one has none; write answers as "
+            "<think>…</think>… with data.template: thinking, or use plain"
+        )
+    at = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
+    return (
+        f"the template asks for an answer with {before[at : at + 40]!r}, but begins this one with "
+        f"{whole[at : at + 40]!r}; training would not match generation, use data.template: plain"
+    )

@@ -1,0 +1,339 @@
+"""How good a model is on held-out rows: what it would have said, and what it does say.
+
+*Teacher-forced* scores run each row once with its right answer: loss (mean over trained tokens, so long answers count
+for their length), perplexity, the share of trained tokens that were the model's first choice, and of rows all of whose
+were. *Exact match* lets the model answer by itself, greedily, and compares the answers' text, less any reasoning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lmtune.batching.packing import fill, pack_sequences
+from lmtune.config.schema import DataConfig, FinetuneConfig, build_config, load_config
+from lmtune.data.replies import split_reply
+from lmtune.data.store import load_data, tokenize
+from lmtune.data.types import Message
+from lmtune.errors import ConfigError, LmtuneError, listed
+from lmtune.forward.packed import PackedForward
+from lmtune.inference.engine import base_of, max_positions
+from lmtune.inference.load import LoadedModel
+from lmtune.io.console import progress, warn
+from lmtune.models.memory import is_out_of_memory
+from lmtune.runs.store import RunDirectory
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model scores on some rows.
+
+    Attributes:
+        loss: nats per trained token.
+        perplexity: e to the loss.
+        token_accuracy, sequence_accuracy, exact_match: shares from 0 to 1; exact_match is None if not measured.
+        rows: how many rows were scored, `exact_match_rows` of them by generation.
+        loss_standard_error, token_accuracy_standard_error: how far other rows of the same kind may move the score;
+            None if that is not known, as for one row.
+    """
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    sequence_accuracy: float
+    exact_match: float | None
+    rows: int
+    exact_match_rows: int
+    loss_standard_error: float | None = None
+    token_accuracy_standard_error: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `summary.json`; the standard errors stand beside the scores there."""
+        return {key: value for key, value in asdict(self).items() if not key.endswith("_standard_error")}
+
+    @property
+    def standard_errors(self) -> dict[str, float | None]:
+        """Of loss and token accuracy, by their names."""
+        return {"loss": self.loss_standard_error, "token_accuracy": self.token_accuracy_standard_error}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """Scores as `summary.json` holds them; what a later version has added is left out."""
+        return cls(**{field.name: values.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer beside the right one, for row `row` of the data; reasoning before them is left out."""
+
+    row: int
+    question: str
+    wanted: str
+    given: str
+
+    @property
+    def matches(self) -> bool:
+        """Whether they are the same text, but for white space at the ends."""
+        return self.wanted.strip() == self.given.strip()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on some rows.
+
+    Attributes:
+        tuned: scores of the model as it is.
+        base: of the same model without its adapter; None for a model that has none.
+        answers: the model's generated answers beside the reference, in the order of the rows.
+        fates: what became of every row read.
+        trained_rows: how many of the scored rows the model was trained on; None if that is not known.
+    """
+
+    tuned: Scores
+    base: Scores | None
+    answers: list[Answer]
+    fates: dict[str, Any]
+    trained_rows: int | None = None
+
+
+def evaluate_loaded(
+    loaded: LoadedModel, paths: Sequence[str], exact_match_rows: int, max_new_tokens: int, max_length: int
+) -> Evaluation:
+    """Score a loaded model on the rows of `paths`, and its base beside it.
+
+    Args:
+        loaded: the model.
+        paths: files or folders of rows.
+        exact_match_rows: generate answers for so many rows.
+        max_new_tokens: where an answer that does not stop is cut.
+        max_length: longer rows are left out, and counted.
+
+    Raises:
+        DataError: a row is faulty, or none is left.
+        ConfigError: `max_length` is beyond the model's positions.
+    """
+    settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune evaluate")
+    rows = tokenize(paths, loaded.renderer, settings)
+    check_lengths(loaded.model, [rows], "--max-length")
+    forward = PackedForward(loaded.model)
+    arguments = (forward, loaded.renderer, rows, exact_match_rows, max_new_tokens, max(4096, max_length))
+    tuned, given = evaluate(*arguments)
+    base = None
+    if loaded.has_adapter:
+        with loaded.use_base():
+            base = evaluate(*arguments, who="the base")[0]
+    known = None if loaded.run is None else _trained_rows(loaded.run, loaded)
+    trained = None if known is None else int(np.isin(rows.content, known).sum())
+    return Evaluation(tuned, base, given, rows.fates, trained)
+
+
+def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint64] | None:
+    """The hashes of the rows that `run` trained on; None if its data is not here any more, or is not the same."""
+    try:
+        config = load_config(FinetuneConfig, run.config)
+        data = load_data(config.data, loaded.renderer, config.train.seed)
+        # by the files' content: the tokenizer beside an adapter may name another end token than the base's
+        begun = run.read_json(run.data)["train"]["sha256"]
+        same = data.fates["train"]["sha256"] == begun
+    except (LmtuneError, OSError, KeyError, TypeError):
+        return None
+    return data.train.content if same else None
+
+
+def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True) -> None:
+    """Hold the longest document of `parts` against the positions that the model was made for.
+
+    Args:
+        model: with or without adapter.
+        parts: tokenised rows, with `sequences` and `where`.
+        key: the setting that lets in rows so long.
+        tell: whether to warn where the model can compute such rows, but was not made for them.
+
+    Raises:
+        ConfigError: the model cannot compute them: it has a table of positions, and they are beyond its end.
+    """
+    limit = max_positions(model)
+    longest, where = 0, ""
+    for data in parts:
+        place = int(data.sequences.num_tokens.argmax())
+        if (length := int(data.sequences.num_tokens[place])) > longest:
+            longest, where = length, data[int(data.sequences.row[place])].where
+    if limit is None or longest <= limit:
+        return
+    if _has_position_table(model, limit):
+        raise ConfigError(
+            f"{key}: {where} has {longest:,} tokens, but this model has positions for {limit:,}; set {key} to "
+            f"{limit:,} or less (data.too_long says what becomes of longer rows)"
+        )
+    if tell:
+        warn(
+            f"{key}: {where} has {longest:,} tokens, but this model was made for at most {limit:,}; what it computes "
+            f"beyond them may be poor, and such questions are not asked; {key} {limit} leaves longer rows out"
+        )
+
+
+def _has_position_table(model: Any, limit: int) -> bool:
+    """Whether positions are looked up in a table, which ends (at `limit`, or a few entries later)."""
+    base = base_of(model)
+    stored, tokens = base.state_dict().keys(), base.get_input_embeddings()
+    tables = [m.weight for m in base.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+    tables += [table for name, table in base.named_buffers() if table.dim() == 2 and name not in stored]
+    return any(limit <= len(table) < limit + 8 for table in tables)
+
+
+def teacher_forced(
+    forward: PackedForward, data: Any, micro_batch_tokens: int, accelerator: Any = None, who: str = "the model"
+) -> Scores:
+    """Score every row of `data` without generating.
+
+    Args:
+        forward: the model.
+        data: rows with `sequences`, and `[i]`.
+        micro_batch_tokens: the most tokens in a forward pass; a longer sequence stands alone, and where the memory is
+            too small for several they are halved.
+        accelerator: the processes that share the work; None is this one alone.
+        who: is scored, for the progress that is shown.
+
+    Raises:
+        LmtuneError: the loss of some rows is not finite; names them.
+    """
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    sequences = data.sequences
+    mine = np.arange(rank, len(sequences.num_tokens), world)
+    # loss, tokens and right tokens of each row: on the host, since not every device has 64 bit
+    sums = np.zeros((3, len(data)))
+    device = next(forward.base.parameters()).device
+    training = forward.model.training
+    forward.model.eval()
+    with torch.no_grad(), forward.ready(), progress(f"scoring {who}", len(mine), "sequences") as shown:
+        groups = deque(fill(sequences.num_tokens[mine].tolist(), micro_batch_tokens))
+        while groups:
+            group = groups.popleft()
+            rows, places = sequences.row[mine[group]].tolist(), sequences.document[mine[group]].tolist()
+            read = {row: data[row].documents for row in dict.fromkeys(rows)}
+            documents = [read[row][place] for row, place in zip(rows, places, strict=True)]
+            batch = pack_sequences(documents, rows, len(data), forward.shares_prefixes).to(device)
+            try:
+                scores = forward(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(group) == 1:
+                    raise
+                groups.extendleft((group[len(group) // 2 :], group[: len(group) // 2]))
+                continue
+            row_of = batch.examples.cpu().numpy()
+            losses, correct = scores.losses.cpu().double().numpy(), scores.correct.cpu().double().numpy()
+            for total, values in zip(sums, (losses, np.ones_like(losses), correct), strict=True):
+                np.add.at(total, row_of, values)
+            shown.advance(len(group))
+    forward.model.train(training)
+    if world > 1:
+        sums = np.sum(accelerator.gather_object([sums]), axis=0)
+    not_finite = np.flatnonzero(~np.isfinite(sums[0])).tolist()
+    if not_finite:
+        raise LmtuneError(
+            f"the loss of these rows is not finite:\n{listed([str(data[row].where) for row in not_finite])}\n"
+            "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
+        )
+    losses, tokens, right = sums  # [rows] each
+    loss, accuracy = float(losses.sum() / tokens.sum()), float(right.sum() / tokens.sum())
+    return Scores(
+        loss, math.exp(min(loss, 700.0)), accuracy, float((right == tokens).mean()), None, len(data), 0,
+        standard_error(losses, tokens), standard_error(right, tokens),
+    )  # fmt: skip
+
+
+def standard_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> float | None:
+    """Of the ratio `sum(values[N]) / sum(counts[N])`, whose rows are independent and whose tokens are not.
+
+    None for fewer than two rows. Cochran, Sampling Techniques, 2.11.
+    """
+    num_rows = len(values)
+    if num_rows < 2:
+        return None
+    apart = values - values.sum() / counts.sum() * counts
+    return float(np.sqrt(num_rows / (num_rows - 1) * np.square(apart).sum()) / counts.sum())
+
+
+def answers(
+    model: Any, renderer: Any, data: Any, rows: Sequence[int], max_new_tokens: int, who: str = "the model"
+) -> list[Answer]:
+    """Let the model answer the last turn of each row, greedily.
+
+    Args:
+        model: with or without adapter; it is put in evaluation mode for the time.
+        renderer: gives the stop tokens and decodes.
+        data: tokenised rows.
+        rows: which of them.
+        max_new_tokens: where an answer that does not stop is cut.
+        who: answers, for the progress that is shown.
+    """
+    from lmtune.inference.chat import generate_batch
+
+    prompts, wanted = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
+    training = model.training
+    model.eval()
+    with progress(f"letting {who} answer", len(rows), "rows") as shown:
+        given = generate_batch(
+            model, renderer.tokenizer, list(prompts), renderer.stop_token_ids, max_new_tokens, advance=shown.advance
+        )
+    model.train(training)
+    return [
+        Answer(row, _question(renderer, prompt), *(split_reply(renderer.decode(ids))[1] for ids in (right, said)))
+        for row, prompt, right, said in zip(rows, prompts, wanted, given, strict=True)
+    ]
+
+
+def with_exact_match(scores: Scores, given: Sequence[Answer]) -> Scores:
+    """`scores` with the exact match of generated answers filled in."""
+    right = sum(answer.matches for answer in given)
+    values = {**asdict(scores), "exact_match": right / len(given) if given else None, "exact_match_rows": len(given)}
+    return Scores(**values)
+
+
+def evaluate(
+    forward: PackedForward, renderer: Any, data: Any, exact_match_rows: int, max_new_tokens: int,
+    micro_batch_tokens: int, accelerator: Any = None, who: str = "the model", known: Scores | None = None,
+) -> tuple[Scores, list[Answer]]:  # fmt: skip
+    """Teacher-forced scores of all rows, and exact match of the first `exact_match_rows`; answers in row order.
+
+    With several processes each scores its share, and all return the same. `who` is named in the progress shown; `known`
+    are the teacher-forced scores, where these weights were scored before.
+    """
+    scores = known or teacher_forced(forward, data, micro_batch_tokens, accelerator, who)
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    room = max_positions(forward.model) or math.inf
+    rows = [row for row in range(min(exact_match_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]
+    given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens, who)
+    if world > 1:
+        given = sorted(accelerator.gather_object(given), key=lambda answer: answer.row)
+    return with_exact_match(scores, given), given
+
+
+def split_prompt(row: Any) -> tuple[list[int], list[int]]:
+    """The last turn of a row as (tokens before the answer, the answer's tokens with its end token).
+
+    A plain text row is trained from its second token on and has no question: its prompt is empty.
+    """
+    document = row.documents[-1]
+    trained = [bool(flag) for flag in document.trained]
+    start = len(trained)
+    while start > 0 and trained[start - 1]:
+        start -= 1
+    ids = [int(token) for token in document.input_ids]
+    return (ids[:start], ids[start:]) if start > 1 else ([], ids)
+
+
+def _question(renderer: Any, prompt: Sequence[int]) -> str:
+    """The prompt as text, without control tokens and, for a single question, without the template's words around it."""
+    text: str = renderer.tokenizer.decode(prompt, skip_special_tokens=True)
+    probe = "a question of its own"
+    around: str = renderer.tokenizer.decode(renderer.prompt_ids([Message("user", probe)]), skip_special_tokens=True)
+    before, found, after = around.partition(probe)
+    return text.removeprefix(before).removesuffix(after).strip() if found else text.strip()

@@ -1,0 +1,273 @@
+"""Sharing an adapter through the Hugging Face Hub: `push` a run's adapter folder, `pull` one back.
+
+    url = push(RunDirectory("runs/support"), "anna/support")
+    folder = pull("anna/support")              # adapters/anna--support, which `lmtune chat` loads
+
+What is uploaded is what plain PEFT loads, by a list of file names and after `lmtune.export.hub_checks`; what is downloaded is
+checked before any library reads it, and appears under its name only when it is whole. The token is huggingface_hub's
+own (`hf auth login` or HF_TOKEN): it is never an argument, so it is in no shell history and no file of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmtune import __version__
+from lmtune.config.yaml import read_yaml
+from lmtune.errors import ConfigError, LmtuneError, ModelError
+from lmtune.export.hub_checks import (
+    ADAPTER_FILES,
+    CARD,
+    PICKLES,
+    check_incoming,
+    check_outgoing,
+    check_usable,
+    checked_repository,
+    outgoing_files,
+    shared_texts,
+    stated_stops,
+)
+from lmtune.io.console import warn
+from lmtune.models.adapter_checks import WEIGHTS
+from lmtune.runs.card_usage import is_hub_id, section
+from lmtune.runs.cards import adapter_card
+from lmtune.runs.store import RunDirectory, require_possible
+
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a push would send.
+
+    Attributes:
+        folder: the adapter folder.
+        sizes: bytes of each file by its name.
+        kept_here: names in the folder that are not sent.
+        card: the text of README.md, written for this repository.
+        texts: what else is sent in other words than the file's.
+    """
+
+    folder: Path
+    sizes: dict[str, int]
+    kept_here: list[str]
+    card: str
+    texts: dict[str, bytes]
+
+
+def prepare_push(run: RunDirectory, repository: str) -> Upload:
+    """Choose and check the files of a run's adapter, without any network.
+
+    Raises:
+        ConfigError: the repository's name is not `user/name`.
+        ModelError: the run has no adapter, or one that nobody could use, or its files hold something private.
+        CheckpointError: the run's records are damaged.
+    """
+    checked_repository(repository)
+    names, kept_here = outgoing_files(run.adapter)
+    config, summary = read_yaml(run.config), run.read_summary()
+    model = dict(section(config, "model"))
+    if "base" in run.read_json(run.local):  # a folder, wherever the command is called
+        config = {**config, "model": {**model, "name": f"./{Path(str(model.get('name'))).name}"}}
+    card = adapter_card(config, summary, run.read_json(run.data), repository, stated_stops(run.adapter))
+    check_outgoing(run.adapter, [*names, *([] if CARD in names else [CARD])], card, _token())
+    check_usable(run.adapter)
+    base = str(section(config, "model").get("name"))
+    if base != "tiny" and not is_hub_id(base):
+        warn(f"the base model {Path(base).name} is a folder of yours: others need that very model to use the adapter")
+    if summary.get("status") != "complete":
+        warn(f"{run.path} is {summary.get('status', 'not complete')}: the card tells only what was measured so far")
+    texts = shared_texts(run.adapter)
+    sizes = {name: (run.adapter / name).stat().st_size for name in names} | {CARD: len(card.encode())}
+    sizes |= {name: len(text) for name, text in texts.items()}
+    return Upload(run.adapter, sizes, kept_here, card, texts)
+
+
+def push(
+    run: RunDirectory, repository: str, private: bool = True, revision: str | None = None, message: str | None = None
+) -> str:
+    """Upload a run's adapter; returns the address of the commit.
+
+    Args:
+        run: a run with an adapter.
+        repository: `user/name`; made if it is not there.
+        private: whether a new repository is private, and that an existing public one is not written to.
+        revision: a branch, made if it is not there; None is the main one.
+        message: of the commit.
+
+    Raises:
+        ConfigError, ModelError: as `prepare_push`, or the repository is public.
+        LmtuneError: the Hub cannot be reached, or does not permit it.
+    """
+    upload = prepare_push(run, repository)
+    if _token() is None:
+        raise LmtuneError(f"cannot upload to {repository} without a Hub token: {_LOGIN}; it needs the write permission")
+    from huggingface_hub import CommitOperationAdd
+
+    with _told(repository, "upload to"):
+        api = _api()
+        api.create_repo(repository, private=private, exist_ok=True)
+        is_private = bool(api.repo_info(repository).private)
+        if private and not is_private:
+            raise ConfigError(
+                f"{repository} exists and is public: everyone could read the adapter; --public permits it"
+            )
+        if not private and is_private:
+            warn(f"{repository} exists and stays private; its settings on the Hub can change that")
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        sources = {name: upload.folder / name for name in upload.sizes} | upload.texts | {CARD: upload.card.encode()}
+        commit = api.create_commit(
+            repository, [CommitOperationAdd(name, source) for name, source in sources.items()], revision=revision,
+            commit_message=message or f"Upload adapter {run.name} with lmtune {__version__}",
+        )  # fmt: skip
+    return str(commit.commit_url)
+
+
+def pull(repository: str, revision: str | None = None, output: Path | None = None) -> Path:
+    """Download an adapter, check it, and put it where `lmtune chat` can load it.
+
+    Args:
+        repository: `user/name`.
+        revision: a branch, tag or commit; None is the main branch.
+        output: the folder to make; None is `adapters/user--name`.
+
+    Returns:
+        The folder, which plain PEFT loads too.
+
+    Raises:
+        ConfigError: the name is not `user/name`, or the folder is there already.
+        ModelError: there is no such repository or revision, or it holds no adapter that can be used safely.
+        LmtuneError: the Hub cannot be reached.
+    """
+    folder = output or Path("adapters") / checked_repository(repository).replace("/", "--")
+    require_possible(folder, "--output")
+    checked_repository(repository)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already; delete it, or give another folder with --output")
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        with _told(repository, "download", revision):
+            from huggingface_hub import snapshot_download
+
+            info = _api().model_info(repository, revision=revision)
+            _require_adapter(repository, [str(file.rfilename) for file in info.siblings or []])
+            staging.mkdir(parents=True)
+            snapshot_download(repository, revision=info.sha, local_dir=staging, allow_patterns=list(ADAPTER_FILES))
+        shutil.rmtree(staging / ".cache", ignore_errors=True)  # huggingface_hub's notes about the download
+        for warning in _checked(staging, repository):
+            warn(warning)
+        if folder.is_dir():
+            folder.rmdir()
+        staging.rename(folder)
+    except OSError as error:
+        raise LmtuneError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _checked(folder: Path, repository: str) -> list[str]:
+    try:
+        return check_incoming(folder)
+    except ModelError as error:
+        raise ModelError(f"{repository}: {error}") from None
+
+
+def _require_adapter(repository: str, names: list[str]) -> None:
+    """Raise ModelError unless the repository holds an adapter in safetensors."""
+    if WEIGHTS in names and "adapter_config.json" in names:
+        return
+    pickled = [name for name in names if name.endswith(PICKLES)]
+    if WEIGHTS not in names and pickled:
+        raise ModelError(
+            f"{repository} holds pickled weights ({', '.join(pickled[:3])}), which can run code when read, and no "
+            f"{WEIGHTS}; lmtune reads safetensors only: ask its author to convert them"
+        )
+    if "config.json" in names and "adapter_config.json" not in names:
+        raise ModelError(
+            f"{repository} is a whole model, not an adapter; it needs no pull: use it as model.name, or "
+            f"`lmtune chat {repository}`"
+        )
+    missing = [name for name in (WEIGHTS, "adapter_config.json") if name not in names]
+    raise ModelError(f"{repository} holds no {' and no '.join(missing)}, so it is no adapter")
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _api() -> Any:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi(library_name="lmtune", library_version=__version__)
+
+
+@contextlib.contextmanager
+def _told(repository: str, action: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises inside the block into an error that says what to do."""
+    from huggingface_hub import errors
+
+    network_error = errors.HTTPError  # type: ignore[attr-defined]  # of the HTTP library that huggingface_hub uses
+    try:
+        yield
+    except LmtuneError:
+        raise
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{repository} is gated: accept its conditions on its page on the Hub, then {_LOGIN}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{repository} has no revision {revision or 'main'}; give a branch, tag or commit") from error
+    except errors.RepositoryNotFoundError as error:
+        who = "with your token" if _token() else f"without a token; if it is private, {_LOGIN}"
+        raise ModelError(f"there is no repository {repository} to be seen {who}. Check its spelling") from error
+    except errors.HfHubHTTPError as error:
+        raise LmtuneError(_http_message(repository, action, error)) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise LmtuneError(
+            f"cannot {action} {repository}: HF_HUB_OFFLINE is set; unset it to use the network"
+        ) from error
+    except (network_error, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        raise LmtuneError(
+            f"cannot {action} {repository}: the Hub does not answer ({_short(error)}); check the network, and the "
+            "proxy and HF_ENDPOINT settings if you use them"
+        ) from error
+    except ValueError as error:
+        raise LmtuneError(f"cannot {action} {repository}: {_short(error)}") from error
+
+
+def _http_message(repository: str, action: str, error: Any) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return f"cannot {action} {repository}: the Hub does not accept your token; get another one and {_LOGIN}"
+    if status == 403:
+        user = repository.partition("/")[0]
+        return (
+            f"cannot {action} {repository}: your token may not do that. Give it the write permission in your Hub "
+            f"settings, and check that you are {user} or a member of it"
+        )
+    later = "; try again later" if status >= 500 or status == 429 else ""
+    return (
+        f"cannot {action} {repository}: the Hub answered {status}, {error.server_message or 'no reason given'}{later}"
+    )
+
+
+def _short(error: Exception) -> str:
+    """An exception's text in one line of moderate length, the token cut out of it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if token := _token():
+        text = text.replace(token, "***")
+    return text if len(text) <= 300 else text[:299] + "…"

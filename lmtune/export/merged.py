@@ -1,0 +1,100 @@
+"""Merging a run: its adapter into its base, with the card, the notes and the report of the merged folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmtune.config.schema import to_tree
+from lmtune.data.survey import counted
+from lmtune.errors import ConfigError, ModelError
+from lmtune.io.atomic import write_json, write_text
+from lmtune.io.console import escape, out
+from lmtune.runs.checkpoints import checkpoint_folders
+from lmtune.runs.store import RunDirectory, require_possible
+
+if TYPE_CHECKING:
+    from lmtune.models.merge import Into, MergeReport
+
+
+def merge_run(
+    run_directory: RunDirectory,
+    output: Path,
+    into: Into = "trained",
+    accept_difference: bool = False,
+    base: str | None = None,
+) -> dict[str, Any]:
+    """Merge the adapter of a run into its base, and verify the result against the adapter model.
+
+    Args:
+        run_directory: of a run that has an adapter, or a checkpoint of one.
+        output: the folder to write.
+        into: `trained`: the weights that were trained over, dequantised. `original`: as published.
+        accept_difference: keep the merged model even where its logits differ by more than rounding explains.
+        base: where the base model is now, a folder or Hub id, if it was moved.
+
+    Returns:
+        The report, which is also written to `merge.json`.
+
+    Raises:
+        ConfigError: `output` cannot be written, or holds something else.
+        ModelError: there is no adapter, the base is not the one trained over, or the merged model differs.
+    """
+    require_possible(output, "--output")
+    if output.is_symlink():
+        raise ConfigError(f"--output: {output} is a link; give the folder itself")
+    if output.exists() and not (output / "merge.json").is_file():
+        raise ConfigError(f"--output: {output} exists and was not made by lmtune merge; choose another folder")
+
+    has_adapter = (run_directory.adapter / "adapter_model.safetensors").is_file()
+    if not has_adapter and not checkpoint_folders(run_directory.checkpoints):
+        raise ModelError(f"{run_directory.path}: no adapter to merge; finish the run with `lmtune finetune` first")
+
+    from lmtune.inference.unfinished import usable_adapter
+
+    with usable_adapter(run_directory, base) as adapter:
+        return _merge(run_directory, adapter, output, into, accept_difference, base)
+
+
+def _merge(
+    run_directory: RunDirectory,
+    adapter: Path,
+    output: Path,
+    into: Into,
+    accept_difference: bool,
+    base: str | None,
+) -> dict[str, Any]:
+    from lmtune.inference.load import saved_tokenizer, stop_tokens
+    from lmtune.models.locate import run_config, shareable_name
+    from lmtune.models.merge import merge
+    from lmtune.models.tuning.lora import read_notes
+    from lmtune.runs.cards import merged_card
+
+    config = run_config(run_directory, base)
+    notes = read_notes(adapter)
+    tokenizer = saved_tokenizer(adapter)
+    stops = stop_tokens(adapter)
+    names = [str(tokenizer.convert_ids_to_tokens(index)) for index in stops]
+    sequences = run_directory.read_verification(max(tokenizer.get_vocab().values()) + 1)
+    summary = run_directory.read_summary()
+
+    def describe(folder: Path, report: MergeReport) -> None:
+        merged = {"base_model": shareable_name(config.model.name, output), "quantization": "none", "merged": into}
+        write_json(folder / "lmtune.json", {**notes, **merged})
+        write_json(folder / "merge.json", report.as_dict())
+        write_text(folder / "README.md", merged_card(to_tree(config), summary, report.as_dict(), stops=names))
+
+    report = merge(
+        config.model, adapter, output, into, sequences, tokenizer, stops, describe, accept_difference
+    ).as_dict()
+    if output == run_directory.merged and summary.get("status") == "complete":  # else it is the run's own to write
+        write_json(run_directory.summary, {**summary, "merge": report})
+    out.print(f"merged into {escape(str(output))} ({report['dtype']}, {into} weights)")
+    bound = "said only" if report["bound_to_trained"] is None else f"bound {report['bound_to_trained']:.0e}"
+    out.print(
+        f"verified on {counted(report['rows'])}, as a share of the largest logit:\n"
+        f"  {report['logits_difference']:.1e} from the adapter over the same weights (bound {report['bound']:.0e})\n"
+        f"  {report['difference_to_trained']:.1e} from the model as trained ({bound}; "
+        f"first choice equal for {report['same_first_choice']:.1%} of tokens)"
+    )
+    return report

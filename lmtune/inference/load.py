@@ -1,0 +1,254 @@
+"""A model ready to answer, from whatever the user has: a run, an adapter, a merged or plain folder, a Hub id, `tiny`.
+
+    loaded = load_for_inference("runs/support")
+    with loaded.use_base(): …          # the same weights without the adapter
+
+The template, system prompt and stop tokens are those of training: an adapter folder keeps them in `lmtune.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization
+from lmtune.data.rendering import Renderer, Template
+from lmtune.errors import ConfigError, ModelError, is_failure
+from lmtune.inference.unfinished import usable_adapter
+from lmtune.models.adapter_checks import check_texts
+from lmtune.models.base import load_model, load_tokenizer, resolve_name
+from lmtune.models.file_checks import unreachable
+from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.locate import adapter_base, run_config, shareable_name
+from lmtune.models.tokenizer_checks import unusable
+from lmtune.models.tuning.lora import load_adapter, read_notes
+from lmtune.runs.store import RunDirectory, find_run, near_runs, run_hint, similar_runs
+
+_TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with what is needed to talk to it.
+
+    Attributes:
+        model: a transformers model, or a PeftModel over one.
+        tokenizer: its tokenizer.
+        renderer: turns messages into the tokens of training.
+        name: for people.
+        has_adapter: whether `use_base` makes a difference.
+        system: the system prompt of training, used where the user gives none.
+        trained_at: the time that the template wrote into the prompts of training, if it writes one.
+        run: the run that the model comes from, if that is known.
+        lock: held by whoever runs the model, since switching the adapter off concerns all threads.
+    """
+
+    model: Any
+    tokenizer: Any
+    renderer: Renderer
+    name: str
+    has_adapter: bool
+    system: str | None = None
+    trained_at: str | None = None
+    run: RunDirectory | None = None
+    lock: Any = field(default_factory=threading.RLock, repr=False)
+
+    @property
+    def date_note(self) -> str | None:
+        """What to say where the template writes another date now than it wrote in training."""
+        now = self.renderer.rendered_at
+        if now is None or self.trained_at is None or now[:10] == self.trained_at[:10]:
+            return None
+        return f"the chat template writes today's date, {now[:10]}; in training it wrote {self.trained_at[:10]}"
+
+    @contextlib.contextmanager
+    def use_base(self) -> Iterator[None]:
+        """The base model inside the block; no-op without an adapter."""
+        if not self.has_adapter:
+            yield
+            return
+        with self.model.disable_adapter():
+            yield
+
+
+def load_for_inference(
+    target: str, quantization: Quantization | None = None, base: str | None = None
+) -> LoadedModel:  # fmt: skip
+    """Load what `target` names.
+
+    Args:
+        target: run directory or name, adapter folder, merged or plain model folder, Hub id, or `tiny`.
+        quantization: of the base; by default what the adapter was trained over, and none for a plain model.
+        base: where the base of a run or adapter is, a folder or Hub id, if not where it names it.
+
+    Raises:
+        ConfigError: `base` is given for a model without adapter.
+        ModelError: it is none of these, or damaged.
+    """
+    if not target.strip():
+        raise ModelError(f"no model is named; give {_TARGETS}")
+    if fault := unreachable(target):
+        raise ModelError(f"{fault}; give {_TARGETS}")
+    run = find_run(target)
+    if run is not None:
+        config = run_config(run, base)
+        model = config.model if quantization is None else replace(config.model, quantization=quantization)
+        with usable_adapter(run, base) as adapter:
+            return replace(load_with_adapter(adapter, model, f"{run.name} ({config.model.name})"), run=run)
+    folder = Path(target)
+    run = find_run(folder.resolve().parent) if folder.is_dir() else None  # its adapter or merged folder
+    if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
+        loaded = load_with_adapter(folder, adapter_base(folder, quantization, base), folder.resolve().name)
+        return replace(loaded, run=run)
+    if base is not None:
+        raise ConfigError(f"--base: {target} has no adapter, so no base belongs to it; leave --base out")
+    _check_spelling(target)
+    try:
+        return replace(_load_plain(ModelConfig(name=target, quantization=quantization or "none")), run=run)
+    except ModelError as error:
+        misses = target != "tiny" and not folder.is_dir() and "check the spelling" in str(error)
+        if not misses or ("/" in target and not near_runs(target)):
+            raise
+        raise ModelError(
+            f"{target}: no such run, folder or model; {run_hint(target)} (a model of the Hub is user/name)"
+        ) from error
+
+
+def _check_spelling(target: str) -> None:
+    """Raise ModelError where `target` is no folder and no known model, and nearly a run's name or none of the Hub's."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if target == "tiny" or Path(target).is_dir():
+        return
+    hint = f"did you mean {' or '.join(near)}?" if (near := similar_runs(target)) else None
+    try:
+        is_there = isinstance(try_to_load_from_cache(target, "config.json"), str)
+        if hint is None and Path(target).parent.name == "runs":
+            hint = run_hint(Path(target).name)
+        elif hint is None or is_there:
+            return
+    except HFValidationError:
+        hint = hint or run_hint(target)
+    raise ModelError(f"{target}: no such run or folder; {hint} (a model of the Hub is user/name)")
+
+
+def load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:
+    """The base with the adapter of `folder` on it."""
+    notes = read_notes(folder)
+    model = load_adapter(load_model(base), folder, base_fingerprint(base))
+    own = (folder / "tokenizer_config.json").is_file()
+    tokenizer = saved_tokenizer(folder) if own else load_tokenizer(base)
+    renderer = build_renderer(tokenizer, base, notes)
+    return LoadedModel(model, tokenizer, renderer, name, True, notes.get("system"), notes.get("rendered_at"))
+
+
+def build_renderer(
+    tokenizer: Any, model: ModelConfig, notes: Mapping[str, Any], now: str | None = None
+) -> Renderer:  # fmt: skip
+    """The renderer of a run: its template and system prompt, and all stop tokens that the model's own config names.
+
+    Args:
+        tokenizer: the model's.
+        model: names it.
+        notes: `template` and `system`, as `lmtune.json` holds them.
+        now: the time for a template that writes it; by default that of rendering.
+
+    Raises:
+        ModelError: `notes`, which may be another's `lmtune.json`, hold no template or system prompt that we know.
+    """
+    template, system = notes.get("template", "auto"), notes.get("system")
+    if template not in get_args(Template) or not isinstance(system, (str, NoneType)):
+        raise ModelError(f"lmtune.json: template {template!r} with system {system!r} is not known to this lmtune")
+    learned = notes.get("stop_token_ids")  # the tokenizer beside an adapter names the first of them alone
+    stops = tuple(learned) if isinstance(learned, list) and all(type(index) is int for index in learned) else ()
+    return Renderer(tokenizer, template, system, (*generation_stop_tokens(model), *stops), now)
+
+
+def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
+    """The end tokens in the base's generation config, if it has one.
+
+    Raises:
+        ModelError: they are no token numbers.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(resolve_name(model.name), revision=model.revision).eos_token_id
+    except (OSError, ValueError):  # many base models have no generation_config.json
+        return ()
+    except Exception as error:  # what parts of it raise for values that they do not know
+        raise ModelError(
+            f"model.name: {model.name}: generation_config.json: cannot be used ({type(error).__name__}: {error})"
+        ) from error
+    several = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < 2**31 for index in several):
+        raise ModelError(
+            f"model.name: {model.name}: generation_config.json: eos_token_id is {ids!r}; should be a token's number or "
+            "several"
+        )
+    return tuple(several)
+
+
+def stop_tokens(folder: Path) -> tuple[int, ...]:
+    """What the model of an adapter folder stops at, the end of an answer first.
+
+    Raises:
+        ModelError: neither `lmtune.json` nor `generation_config.json` names one.
+    """
+    from lmtune.models.published import GENERATION, read_tree
+
+    for ids in (read_notes(folder).get("stop_token_ids"), read_tree(folder / GENERATION).get("eos_token_id")):
+        several = ids if isinstance(ids, list) else [ids]
+        if several and all(type(index) is int and index >= 0 for index in several):
+            return tuple(several)
+    raise ModelError(f"{folder}: generation_config.json names no end token (eos_token_id); train the adapter again")
+
+
+def run_notes(
+    config: FinetuneConfig, renderer: Renderer, fingerprint: str, folder: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """What `lmtune.json` of an adapter or merged folder holds: how to talk to the model as in training.
+
+    Args:
+        config: of the run.
+        renderer: of the run.
+        fingerprint: of the base.
+        folder: where the file will be, from which a base in a folder is named.
+    """
+    return {
+        "base_model": shareable_name(config.model.name, folder),
+        "revision": config.model.revision, "quantization": config.model.quantization, "dtype": config.model.dtype,
+        "base_fingerprint": fingerprint, "template": config.data.template, "system": config.data.system,
+        "stop_token_ids": list(renderer.stop_token_ids), "stop_tokens": renderer.stop_tokens,
+        **({} if renderer.rendered_at is None else {"rendered_at": renderer.rendered_at}),
+    }  # fmt: skip
+
+
+def _load_plain(model: ModelConfig) -> LoadedModel:
+    notes = read_notes(Path(resolve_name(model.name)))
+    tokenizer = load_tokenizer(model)
+    renderer = build_renderer(tokenizer, model, notes)
+    name, system, trained_at = Path(model.name).name, notes.get("system"), notes.get("rendered_at")
+    return LoadedModel(load_model(model), tokenizer, renderer, name, False, system, trained_at)
+
+
+def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved beside an adapter, with its template; such a folder has no config.json of a model."""
+    from transformers import AutoTokenizer
+
+    check_texts(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise ModelError(f"{folder}: cannot read its tokenizer: {error}") from error
+    if fault := unusable(tokenizer):
+        raise ModelError(f"{folder}: {fault}")
+    return tokenizer

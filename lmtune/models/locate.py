@@ -1,0 +1,160 @@
+"""Where the base of a run or an adapter is: named for others by its Hub id, and for this machine by the way to it.
+
+    base = run_base(RunDirectory("runs/support"))          # the base that config.yaml names, wherever it is called from
+    base = replaced(base, "/models/qwen3")                  # what `--base` does
+
+A base that is a folder is named by its path from what needs it: from the run's folder in `local.json`, which is never
+uploaded, from the adapter's folder in its `lmtune.json`, and from the folder of the command in `adapter_config.json`,
+for PEFT knows no other. So runs and bases may be moved together, and nothing holds an absolute path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization, build_config, load_config
+from lmtune.errors import ModelError
+from lmtune.models.adapter_checks import check_adapter
+from lmtune.models.tuning.lora import read_notes
+from lmtune.runs.store import RunDirectory
+
+
+def is_folder(name: str) -> bool:
+    """Whether `model.name` is a folder here; `tiny` is the packaged one, even where a folder has that name."""
+    return name != "tiny" and Path(name).is_dir()
+
+
+def shareable_name(name: str, start: Path | None = None) -> str:
+    """A base's name for files that others may get: a Hub id as it is; a folder by its path from `start`, or its last
+    part alone where that path leads over the root, so that it is never taken for a Hub id.
+
+    Args:
+        name: as `model.name` gives it.
+        start: a folder that need not exist; by default the one that the command is called in.
+    """
+    if not is_folder(name):
+        return name
+    begin, base = Path(start or "").resolve(), Path(name).resolve()
+    if len(Path(os.path.commonpath([begin, base])).parts) < 2:
+        return "./" + base.name
+    relative = os.path.relpath(base, begin)
+    return relative if relative.startswith(os.pardir) else f"./{relative}"  # `base` alone could be a Hub id
+
+
+def local_notes(run: RunDirectory, name: str) -> dict[str, Any]:
+    """What `local.json` of a run holds: the way from its folder to the base's; empty for one of the Hub or `tiny`."""
+    return {"base": os.path.relpath(Path(name).resolve(), run.path.resolve())} if is_folder(name) else {}
+
+
+def run_config(run: RunDirectory, base: str | None = None) -> FinetuneConfig:
+    """A run's settings, with the base where it is.
+
+    Args:
+        run: a run.
+        base: the folder or Hub id to take instead.
+
+    Raises:
+        ConfigError: the settings are damaged.
+        ModelError: the base's folder is not there.
+    """
+    config = load_config(FinetuneConfig, run.config)
+    if base is not None:
+        return replace(config, model=replaced(config.model, base))
+    name, told = config.model.name, run.read_json(run.local).get("base")
+    if isinstance(told, str):
+        if not _is_at(name, told, run.path):
+            return _with_base(config, _found(told, [run.path], str(run.path)))
+    elif name != "tiny" and not is_folder(name):  # a run of an earlier lmtune: most were begun beside `runs`
+        above = run.path.resolve().parent.parent
+        if name.startswith(".") or (above / name).is_dir():
+            return _with_base(config, _found(name, [Path(), above], str(run.path)))
+    return config
+
+
+def _with_base(config: FinetuneConfig, name: str) -> FinetuneConfig:
+    return replace(config, model=replace(config.model, name=name))
+
+
+def adapter_base(folder: Path, quantization: Quantization | None = None, base: str | None = None) -> ModelConfig:
+    """The base of an adapter folder, wherever it comes from.
+
+    Args:
+        folder: an adapter folder.
+        quantization: of the base; by default what the adapter was trained over.
+        base: the folder or Hub id to take instead of what it names.
+
+    Raises:
+        ModelError: the adapter names no base, or a folder that is not there.
+    """
+    try:
+        config = check_adapter(folder)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    notes = read_notes(folder)
+    name = notes.get("base_model") or config.get("base_model_name_or_path")
+    if base is not None:
+        name = base
+    elif not name or not name.strip():
+        raise ModelError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path)")
+    else:
+        name = _adapter_name(folder, name)
+    keys = ("quantization", "dtype") if base is not None else ("revision", "quantization", "dtype")
+    tree: dict[str, Any] = {"quantization": "none", **_only(notes, keys), "name": name}
+    model = build_config(ModelConfig, tree, where=f"{folder / 'lmtune.json'}")
+    return model if quantization is None else replace(model, quantization=quantization)
+
+
+def replaced(model: ModelConfig, base: str) -> ModelConfig:
+    """The base at another place; its revision was that of the first one.
+
+    Raises:
+        ModelError: it is called as a folder is, and there is none.
+    """
+    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        raise ModelError(f"--base: {base} is no folder; give the base's folder, or its Hub id")
+    return replace(model, name=base, revision=None)
+
+
+def _adapter_name(folder: Path, name: str) -> str:
+    run = RunDirectory(folder.resolve().parent)
+    if run.exists() and run.adapter == folder.resolve():
+        told = run.read_json(run.local).get("base")
+        if isinstance(told, str) and (run.path / told).is_dir():
+            return _from_here(run.path / told)
+    if not name.startswith("."):  # a Hub id, or what another tool wrote
+        return name
+    # from the folder itself, as lmtune writes it; from where the command is called, as PEFT reads its own
+    return _found(name, [folder, Path()], str(folder))
+
+
+def _found(name: str, starts: Sequence[Path], who: str) -> str:
+    """The folder `name`, looked for from each of `starts`."""
+    places = [Path(os.path.normpath(start.resolve() / name)) for start in starts]
+    for place in places:
+        if place.is_dir():
+            return _from_here(place)
+    tried = " or ".join(map(str, dict.fromkeys(places)))
+    raise ModelError(
+        f"{who}: its adapter was trained over the base model in the folder {name}, and there is no folder {tried}; put "
+        "the base there, or name the folder or Hub id where it is now: --base FOLDER_OR_ID"
+    )
+
+
+def _from_here(place: Path) -> str:
+    """A folder by its path from where the command is called."""
+    relative = os.path.relpath(place)
+    return relative if relative.startswith(os.pardir) else f"./{relative}"
+
+
+def _is_at(name: str, told: str, run: Path) -> bool:
+    """Whether `name`, from where the command is called, is the folder that `told` leads to from the run's."""
+    place = run.resolve() / told
+    return place.is_dir() and is_folder(name) and Path(name).samefile(place)
+
+
+def _only(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: tree[key] for key in keys if key in tree}

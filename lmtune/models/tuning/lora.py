@@ -1,0 +1,299 @@
+"""LoRA adapters through PEFT: attach, save as plain PEFT, and load with every key accounted for.
+
+PEFT drops a misspelt target module from a list without a word, and only warns when an adapter's tensors do not fit
+the base. Here both are errors that list what exists. An adapter folder is what plain PEFT loads, plus `lmtune.json`,
+which holds what the adapter was trained with: the base's fingerprint, the template, the stop tokens.
+
+LoRA: https://arxiv.org/abs/2106.09685. DoRA, rsLoRA and PiSSA are PEFT's; see the links in `lmtune.config.schema`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lmtune.config.schema import AdapterConfig
+from lmtune.errors import ConfigError, ModelError, listed
+from lmtune.io.atomic import naming
+from lmtune.kernels.lora_linear import fuse
+from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
+from lmtune.models.backends import check_bitsandbytes
+from lmtune.models.lora_config import USED
+from lmtune.models.memory import dense_weights_fit
+from lmtune.models.pattern_limits import endless_patterns
+from lmtune.models.tuning.targets import Targets, find_targets, for_peft, use_layers_own_adapter
+
+ADAPTER = "default"
+Tensors = dict[str, torch.Tensor]
+
+
+def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, base_name: str) -> Any:
+    """Wrap `model` in a PeftModel with a new adapter; its weights are fp32 and depend on `seed` alone.
+
+    Args:
+        model: the frozen base.
+        adapter: rank, alpha, dropout, target modules, variant.
+        seed: of the adapter's random initial weights.
+        base_name: what `adapter_config.json` names as the base; never an absolute path.
+
+    Raises:
+        ConfigError: a target module matches nothing in the model, or the variant does not run over this base.
+        ModelError: bitsandbytes is installed but broken.
+    """
+    check_bitsandbytes("none")  # whether one that is there works: PEFT imports it
+    from peft import LoraConfig, get_peft_model
+
+    found = find_targets(model, adapter.target_modules)
+    check_variant(model, adapter, found)
+    config = LoraConfig(
+        r=adapter.rank, lora_alpha=_whole(adapter.alpha), lora_dropout=adapter.dropout, use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora, init_lora_weights="pissa" if adapter.init_lora_weights == "pissa" else True,
+        fan_in_fan_out=_is_transposed(model), task_type="CAUSAL_LM",
+        **for_peft(model, adapter.target_modules, found),
+    )  # fmt: skip
+    use_layers_own_adapter(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft_model = get_peft_model(model, config)  # type: ignore[arg-type, unused-ignore]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"adapter: PEFT cannot attach it to this model: {error}") from error
+    peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
+    for parameter in trainable(peft_model).values():
+        parameter.data = parameter.data.float()
+    if adapter.init_lora_weights == "pissa":
+        # PiSSA moves the initial product out of the base; it is needed again to save a plain LoRA for the whole base
+        peft_model.lmtune_initial_adapter = {n: p.detach().clone() for n, p in trainable(peft_model).items()}
+    return peft_model
+
+
+def made_weights(model: Any) -> list[torch.Tensor]:
+    """What `attach_adapter` computed: the adapter's weights, and with PiSSA those under it and its start.
+
+    Processes that computed them on different hardware may differ in the last bits, or in the sign of a singular vector.
+    """
+    made = [parameter.detach() for parameter in trainable(model).values()]
+    if (initial := getattr(model, "lmtune_initial_adapter", None)) is not None:
+        made += initial.values()
+        layers = [module for module in model.get_base_model().modules() if hasattr(module, "get_base_layer")]
+        made += [layer.get_base_layer().weight.detach() for layer in layers]
+    return made
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(model: Any, folder: Path, notes: Mapping[str, Any], weights: Tensors | None = None) -> None:
+    """Write `adapter_model.safetensors`, `adapter_config.json` and `lmtune.json` as plain PEFT reads them.
+
+    Args:
+        model: a PeftModel.
+        folder: an existing folder.
+        notes: what goes into `lmtune.json`.
+        weights: trainable parameters by name to save instead of the model's own.
+
+    Raises:
+        OSError: naming the file that could not be written.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = {n: p.detach() for n, p in trainable(model).items()} if weights is None else weights
+    config = model.peft_config[ADAPTER].to_dict()
+    if (initial := getattr(model, "lmtune_initial_adapter", None)) is not None:
+        state = _without_pissa(state, initial, config)
+    # PEFT's own names: without the adapter's, and of DoRA's magnitudes without `.weight` too
+    stored = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    stored = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
+    with naming(folder / WEIGHTS):
+        save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    config["inference_mode"] = True
+    for name, tree in ((CONFIG, config), (NOTES, dict(notes))):
+        with naming(folder / name):
+            (folder / name).write_text(json.dumps(tree, indent=2, default=_plain) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None = None) -> Any:
+    """Put a saved adapter on `model`; returns a PeftModel in evaluation mode.
+
+    Args:
+        model: the base the adapter was trained over.
+        folder: an adapter folder, ours or plain PEFT's.
+        fingerprint: the base's fingerprint, compared with the one that `lmtune.json` holds.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the tensors do not fit this base exactly.
+    """
+    peft_model = _with_saved(model, folder, fingerprint)
+    peft_model.requires_grad_(False)
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        # bitsandbytes rounds activations too; training does not, and what was trained is what answers
+        fuse(peft_model, keep_dense=dense_weights_fit(peft_model, next(model.parameters()).device))
+    return peft_model.eval()
+
+
+def attach_saved(model: torch.nn.Module, folder: Path, fingerprint: str, adapter: AdapterConfig, base_name: str) -> Any:
+    """As `attach_adapter`, but with the weights of a saved adapter, to be trained further.
+
+    Args:
+        model: the frozen base.
+        folder: an adapter folder, ours or plain PEFT's.
+        fingerprint: the base's, compared with that of the adapter's.
+        adapter: the settings; those that an adapter cannot change are its own.
+        base_name: what `adapter_config.json` names as the base; never an absolute path.
+
+    Raises:
+        ConfigError: `adapter.target_modules` are others than the adapter's.
+        ModelError: a file is missing or damaged, or the tensors do not fit this base exactly.
+    """
+    check_variant(model, adapter, find_targets(model, adapter.target_modules))
+    peft_model = _with_saved(model, folder, fingerprint, _trained(adapter))
+    peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
+    for parameter in trainable(peft_model).values():
+        parameter.data = parameter.data.float()
+    return peft_model
+
+
+def _trained(adapter: AdapterConfig) -> dict[str, Any]:
+    """What a saved adapter's config does not decide when it is trained further."""
+    return {"lora_dropout": adapter.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
+
+
+def _with_saved(
+    model: torch.nn.Module, folder: Path, fingerprint: str | None, changes: Mapping[str, Any] | None = None
+) -> Any:
+    """`model` with a saved adapter, some of whose settings are changed."""
+    check_bitsandbytes("none")
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
+    config, state = read_adapter(folder)
+    trained_on = read_notes(folder).get("base_fingerprint")
+    if fingerprint and trained_on and fingerprint != trained_on:
+        raise ModelError(
+            f"{folder}: this adapter was trained over another base model; it does not fit this one's weights"
+        )
+    _check_dora(model, bool(config.get("use_dora")))
+    if endless_patterns(config, [name for name, _ in model.named_modules()]):
+        raise ModelError(f"{folder}: a regular expression in {CONFIG} takes too long to match; it is not safe to use")
+    used = {k: v for k, v in config.items() if v is not None and k in USED and k in LoraConfig.__dataclass_fields__}
+    try:
+        own = {"init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)}
+        lora = LoraConfig(**{**used, **own, **(changes or {})})
+        use_layers_own_adapter(lora)
+        peft_model = PeftModel(model, lora)  # type: ignore[arg-type, unused-ignore]
+    except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
+        raise ModelError(f"{folder}: PEFT cannot put this adapter on the base model: {error}") from error
+    _check_tensors(peft_model, state, folder)
+    set_peft_model_state_dict(peft_model, state)
+    return peft_model
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """`adapter_config.json` and the tensors of an adapter folder, after `check_adapter`.
+
+    Raises:
+        ModelError: a file is missing or damaged, or holds what no plain LoRA adapter does.
+    """
+    try:
+        config = check_adapter(folder)
+        state = load_file(folder / WEIGHTS)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: damaged adapter: {error}; copy or download it again") from None
+    return config, state
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """`lmtune.json` of an adapter or merged folder, or `{}` where another tool made it."""
+    try:
+        return read_object(folder / NOTES) if (folder / NOTES).is_file() else {}
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+
+
+def check_variant(model: torch.nn.Module, adapter: AdapterConfig, found: Targets) -> None:
+    """Raise ConfigError for a variant that PEFT cannot run over this base.
+
+    Args:
+        model: the base, which may be without memory.
+        adapter: dropout, DoRA, PiSSA.
+        found: what is adapted.
+    """
+    _check_dora(model, adapter.use_dora)
+    if not for_peft(model, adapter.target_modules, found)["target_parameters"]:
+        return
+    wrong = {
+        f"dropout: {adapter.dropout:g}; expected 0": adapter.dropout > 0,
+        "use_dora: true; expected false": adapter.use_dora,
+        "init_lora_weights: pissa; expected default": adapter.init_lora_weights == "pissa",
+    }
+    for setting, is_set in wrong.items():
+        if is_set:
+            raise ConfigError(
+                f"adapter.{setting} where the experts of a mixture are adapted: PEFT has no such adapter for a tensor "
+                "of experts; or name adapter.target_modules outside the experts, such as [q_proj, k_proj, v_proj, "
+                "o_proj]"
+            )
+
+
+def _is_transposed(model: torch.nn.Module) -> bool:
+    """Whether linear layers hold `W[in, out]`, as GPT-2's do where they are not quantised."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _check_dora(model: torch.nn.Module, use_dora: bool) -> None:
+    """Raise ConfigError for what PEFT fails at with its second forward pass: it moves the int8 weights away."""
+    if use_dora and any(type(m).__name__ == "Linear8bitLt" and m.weight.device.type == "cpu" for m in model.modules()):
+        raise ConfigError(
+            "adapter.use_dora: PEFT cannot run DoRA over an int8 base on a CPU; set model.quantization: nf4 or none"
+        )
+
+
+def _check_tensors(peft_model: Any, state: Tensors, folder: Path) -> None:
+    """Raise ModelError with every tensor that is missing, unexpected, of another shape, or not finite."""
+    from peft import get_peft_model_state_dict
+
+    # without `save_embedding_layers=False` PEFT asks the Hub whether the base's vocabulary was changed
+    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    problems = [f"missing: {name}" for name in wanted if name not in state]
+    problems += [f"unexpected: {name}" for name in state if name not in wanted]
+    for name in wanted.keys() & state.keys():
+        if wanted[name].shape != state[name].shape:
+            problems.append(f"{name}: shape {list(state[name].shape)}, the base needs {list(wanted[name].shape)}")
+        elif not torch.isfinite(state[name]).all():
+            problems.append(f"{name}: holds NaN or infinity")
+    if problems or not state:
+        raise ModelError(f"{folder}: this adapter does not fit the base model\n{listed(sorted(problems), 8)}")
+
+
+def _without_pissa(state: Tensors, initial: Tensors, config: dict[str, Any]) -> Tensors:
+    """A plain LoRA for the whole base from one over PiSSA's residual: B A - B0 A0 = [B, -B0] [A; A0], rank doubled."""
+    plain = {}
+    for name, tensor in state.items():
+        start = initial[name].to(tensor)
+        plain[name] = torch.cat([tensor, start], 0) if "lora_A" in name else torch.cat([tensor, -start], 1)
+    config["r"] *= 2
+    # the scaling alpha / rank (or alpha / sqrt(rank)) stays what it was
+    config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
+    config["init_lora_weights"] = True
+    return plain
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what `LoraConfig.to_dict` holds beyond plain types; sets sorted: equal runs write equal files."""
+    return sorted(value) if isinstance(value, set) else str(value)

@@ -1,0 +1,126 @@
+"""A run that begins from an existing adapter: which one, and what its settings are.
+
+    with starting_adapter(config) as start:       # None without `adapter.adapter`
+        …                                         # start.settings, start.folder
+
+Settings that the config leaves at their default are the adapter's; one that says something else is refused, for rank,
+scaling and layers of trained weights cannot be changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lmtune.config.schema import AdapterConfig, FinetuneConfig
+from lmtune.errors import ConfigError, ModelError, listed
+from lmtune.inference.unfinished import usable_adapter
+from lmtune.models.adapter_checks import CONFIG, WEIGHTS, check_adapter
+from lmtune.runs.store import RunDirectory, find_run, run_hint
+
+_DEFAULT = AdapterConfig()
+_NOT_TRAINED = (
+    "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StartingAdapter:
+    """Where training begins.
+
+    Attributes:
+        folder: an adapter folder.
+        name: of the run or folder, for people and for files that others get.
+        settings: of the adapter, with dropout as the run's config says.
+        sha256: of its weights, in hex.
+    """
+
+    folder: Path
+    name: str
+    settings: AdapterConfig
+    sha256: str
+
+
+@contextlib.contextmanager
+def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]:
+    """The adapter that `adapter.adapter` names, as long as the block lasts; None where it names none.
+
+    Raises:
+        ConfigError: there is none, it is this very run, or the config contradicts it.
+        ModelError: it is damaged.
+    """
+    target = config.adapter.adapter
+    if target is None:
+        yield None
+        return
+    run = find_run(target, config.run.dir)
+    if run is not None and config.run.name and run.path.resolve() == RunDirectory.of(config.run).path.resolve():
+        raise ConfigError(
+            f"adapter.adapter: {target} is this very run; to train on, raise train.epochs or train.max_steps; to begin "
+            "from it, give the new run another run.name"
+        )
+    with contextlib.ExitStack() as held:
+        folder = held.enter_context(usable_adapter(run)) if run is not None else Path(target)
+        if not (folder / CONFIG).is_file():
+            raise ConfigError(f"adapter.adapter: {target}: no such run or adapter folder; {run_hint(target)}")
+        try:
+            saved = check_adapter(folder)
+        except ModelError as error:
+            raise ModelError(f"adapter.adapter: {target}: {error}") from None
+        with (folder / WEIGHTS).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        name = run.name if run is not None else folder.resolve().name
+        yield StartingAdapter(folder, name, _settings(config.adapter, saved, target), sha256)
+
+
+def with_starting_adapter(config: FinetuneConfig) -> FinetuneConfig:
+    """`config` with the settings of the adapter that it begins from."""
+    with starting_adapter(config) as start:
+        return config if start is None else replace(config, adapter=start.settings)
+
+
+def _settings(asked: AdapterConfig, saved: dict[str, Any], target: str) -> AdapterConfig:
+    """The settings of a saved adapter, with `dropout` and the like as asked.
+
+    Raises:
+        ConfigError: with every setting that contradicts it.
+    """
+    theirs = {
+        "rank": saved["r"], "alpha": float(saved["lora_alpha"]), "use_rslora": bool(saved.get("use_rslora")),
+        "use_dora": bool(saved.get("use_dora")), "target_modules": _targets(saved),
+    }  # fmt: skip
+    problems = [f"{CONFIG}: {key} is set, which lmtune does not train" for key in _NOT_TRAINED if saved.get(key)]
+    for key, value in theirs.items():
+        wanted = getattr(asked, key)
+        if wanted not in (getattr(_DEFAULT, key), value) and not _same_names(wanted, value):
+            problems.append(f"adapter.{key}: {_shown(wanted)}; expected {_shown(value)}, as {target} has it")
+    if problems:
+        raise ConfigError(f"adapter.adapter: {target} cannot be trained in this way\n{listed(problems)}")
+    return replace(asked, **theirs)
+
+
+def _targets(saved: dict[str, Any]) -> str | tuple[str, ...]:
+    """What an adapter is on: its modules, and the layers and tensors that it names by their weights."""
+    modules, parameters = saved.get("target_modules") or [], saved.get("target_parameters") or []
+    if isinstance(modules, str) and not parameters:
+        return modules
+    names = [modules] if isinstance(modules, str) else modules
+    return tuple(sorted({*names, *(name.removesuffix(".weight") for name in parameters)}))
+
+
+def _same_names(one: Any, other: Any) -> bool:
+    return isinstance(one, tuple) and isinstance(other, tuple) and sorted(one) == sorted(other)
+
+
+def _shown(value: Any) -> str:
+    return (
+        f"[{', '.join(value)}]"
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -1,0 +1,247 @@
+"""Processes: how many were asked for, starting them, and being sure that they are the ones that run.
+
+`accelerate launch --cpu --num_processes 2` starts a single process without an error, and a run that was meant for two
+would quietly be another run. So the number asked for is compared with the number running before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from lmtune.errors import ConfigError
+from lmtune.io import locks
+from lmtune.io.console import err
+from lmtune.models.device import asks_for_cpu
+from lmtune.models.libraries import ignore_accelerate_settings, quiet_libraries
+from lmtune.parallel.signals import stop_signals
+
+ASKED = "LMTUNE_PROCESSES"  # set by `lmtune finetune --processes N` for the processes that it starts
+EXIT_CODES = "LMTUNE_EXIT_CODES"  # a file where each of these processes notes the exit code it ended with
+STARTED_BY = "LMTUNE_STARTED_BY"  # the process id of the command, for its launcher; of the launcher, for the processes
+_LOOK_SECONDS = 1.0
+# Set by `torchrun`, MPI and SLURM. Without WORLD_SIZE no launcher is at work, but Accelerate would wait for processes.
+_LAUNCHER = ("LOCAL_RANK", "RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_PLAIN_JOB = {
+    "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "machine_rank": 0, "num_machines": 1,
+    "mixed_precision": "no", "use_cpu": False, "debug": False,
+}  # fmt: skip
+_held: list[IO[str]] = []  # open while this process lives
+
+
+def check_world() -> None:
+    """Compare the processes asked for with those that run, and leave Accelerate no settings but ours.
+
+    Imports nothing heavy.
+
+    Raises:
+        ConfigError: fewer or more run than were asked for, or `ACCELERATE_USE_CPU` is neither true nor false.
+    """
+    asks_for_cpu()
+    ignore_accelerate_settings()
+    if not is_worker():
+        for name in _LAUNCHER:
+            os.environ.pop(name, None)
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = int(os.environ.get(ASKED, running))
+    if "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+        raise ConfigError(
+            "accelerate launch was asked for several processes but started one: its --cpu option does that. Use "
+            "`lmtune finetune CONFIG --processes N`, or "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N recipes/finetune.py CONFIG`"
+        )
+    if asked != running:
+        raise ConfigError(f"--processes: {asked} processes were asked for, {running} are running")
+
+
+def is_worker() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return "WORLD_SIZE" in os.environ
+
+
+def start_accelerator(process_timeout_seconds: float = 1800) -> Any:
+    """This process's `accelerate.Accelerator`; the processes have met when it returns.
+
+    However the process ends, it leaves the group first: gloo's threads abort a process that exits while they run, and
+    the launcher would report a run that ended well as failed.
+
+    Args:
+        process_timeout_seconds: how long processes wait for one that does not come, before all end.
+    """
+    check_world()
+    quiet_libraries()
+    from lmtune.parallel.watchdog import WatchedAccelerator
+
+    _hold_exit_codes()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher started this process, and not a shell that may leave
+        stop_with_starter()
+    accelerator = WatchedAccelerator(process_timeout_seconds)
+    atexit.register(accelerator.end_training)
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != running:
+        raise ConfigError(f"--processes: {running} were started, but Accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
+    """Run a recipe in `processes` processes through `accelerate launch`; returns the exit code.
+
+    Args:
+        recipe: the script.
+        arguments: its command line.
+        processes: how many; on a machine without that many GPUs they run on the CPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        codes, settings = Path(folder) / "codes", Path(folder) / "accelerate.json"
+        settings.write_text(json.dumps(_PLAIN_JOB), encoding="utf-8")  # in place of what `accelerate config` wrote
+        command = [
+            sys.executable, "-m", "lmtune.parallel.launcher", "--config_file", str(settings), "--multi_gpu",
+            "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--main_process_port", str(_free_port()), str(recipe), *arguments,
+        ]  # fmt: skip
+        environment = {**os.environ, **_environment(processes), ASKED: str(processes), EXIT_CODES: str(codes)}
+        environment[STARTED_BY] = str(os.getpid())
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)  # a terminal's Ctrl-C comes here
+        received = _forward_signals(launcher)
+        launcher.wait()
+        if launcher.returncode < 0 and not received:
+            _say_launcher_ended(-launcher.returncode)
+        _wait_for_workers(codes)
+        noted = [int(code) for code in codes.read_text().split()]
+        if launcher.returncode and (received or launcher.returncode < 0):
+            return _stopped(noted, processes, received)
+        if launcher.returncode == 0 and len(noted) < processes:
+            err.print(f"[bold red]error:[/] {processes - len(noted)} of {processes} processes ended before their work")
+        return _failure(noted, processes) if launcher.returncode or len(noted) < processes else 0
+
+
+def note_exit_code(code: int) -> None:
+    """Tell the command that started this process how it ended; the launcher in between only says that it failed."""
+    if path := os.environ.get(EXIT_CODES):
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:  # the command may be gone
+            file.write(f"{code}\n")
+
+
+def stop_with_starter() -> None:
+    """From now on stop as for SIGTERM when the process that started this one is gone; nobody else would say so."""
+    parent = os.getppid()
+    starter = int(os.environ.get(STARTED_BY, parent))  # it may have gone before this process looked
+    threading.Thread(target=_follow, args=(parent, starter), name="starter", daemon=True).start()
+
+
+def _follow(parent: int, starter: int) -> None:
+    while os.getppid() == parent and _lives(starter):
+        time.sleep(_LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _hold_exit_codes() -> None:
+    """Keep the file of exit codes locked, with the other processes, for as long as this one lives."""
+    if path := os.environ.get(EXIT_CODES):
+        with contextlib.suppress(OSError):
+            _held.append(open(path, "a", encoding="utf-8"))  # noqa: SIM115
+            locks.take(_held[-1], shared=True)
+
+
+def _wait_for_workers(codes: Path) -> None:
+    """Until the last process has ended, also where the launcher was killed and did not wait for them."""
+    with codes.open("a") as file:
+        locks.wait_for(file)
+
+
+def _say_launcher_ended(number: int) -> None:
+    name = signal.Signals(number).name
+    hint = "; perhaps the memory was full" if number == signal.SIGKILL else ""
+    err.print(f"[bold red]error:[/] the launcher was ended by {name}{hint}\n  its processes end after their step")
+
+
+def _stopped(noted: Sequence[int], processes: int, received: Sequence[int]) -> int:
+    """The exit code where the command was asked to stop, or the launcher was killed: 0 if the run ended well yet."""
+    if list(noted) == [0] * processes:
+        return 0
+    return 128 + received[0] if received else 1
+
+
+def _failure(noted: Sequence[int], processes: int) -> int:
+    """The exit code of the process that failed first by itself; the launcher then ends the others with SIGTERM."""
+    stopped = 128 + signal.SIGTERM
+    failed = [code for code in noted if code not in (0, stopped)]
+    if failed:
+        return failed[0]
+    return stopped if list(noted) == [stopped] * processes else 1
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """Cores shared out; the CPU chosen where the GPUs are too few."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    extra = {} if gpus >= processes else {"ACCELERATE_USE_CPU": "true"}
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **extra}
+
+
+def _forward_signals(launcher: subprocess.Popen[bytes]) -> list[int]:
+    """Hand SIGTERM, SIGHUP and Ctrl-C on to the launcher, which hands them to its workers; returns what was received.
+
+    All are handed on as SIGTERM, once: the workers finish and save their step. A second SIGTERM changes nothing, a
+    second Ctrl-C ends them in the middle of it.
+    """
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        if not received:
+            launcher.send_signal(signal.SIGTERM)
+        elif number == signal.SIGINT:
+            received[0] = number
+            _kill(launcher)
+        received.append(number)
+
+    for number in stop_signals():
+        signal.signal(number, forward)
+    return received
+
+
+def _kill(launcher: subprocess.Popen[bytes]) -> None:
+    """End the launcher and its workers at once.
+
+    Raises:
+        KeyboardInterrupt: the launcher has ended already, and who its workers were cannot be told.
+    """
+    import psutil
+
+    try:
+        workers = psutil.Process(launcher.pid).children(recursive=True)
+    except psutil.Error:
+        raise KeyboardInterrupt from None
+    launcher.kill()
+    for worker in workers:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
+    err.print("stopped")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,316 @@
+"""What the browser tabs of an app talk about, without a line of Gradio: who answers, and how answers are followed.
+
+A model answers in a thread of its own for each answer, and takes turns with other answers token by token. A tab's
+handler looks a few times a second at what was said, so the page is redrawn at that rate, not at the model's, and with
+many tabs at work more rarely. What a tab has said is kept on the server under the tab's own key: two tabs never see
+each other's text. A page that is loaded again brings back what its own browser kept of it (`lmtune.serve.studio.saved`).
+
+Every speaker, which is a model with or without its adapter, has a session of its own. Another speaker takes up the
+questions as they stand: with its own answers to them where it gave some, else with those that stand there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lmtune.data.types import Message
+from lmtune.errors import LmtuneError
+from lmtune.inference.chat import AnswerInfo, ChatSession, GenerationOptions
+from lmtune.inference.load import LoadedModel
+
+Mode = Literal["tuned", "base", "both"]
+Turn = tuple[Message, AnswerInfo | None]
+Speaker = tuple[int, bool]  # index of the model, and whether it answers without its adapter
+MODES: tuple[Mode, ...] = ("tuned", "base", "both")
+MAX_TABS = 1000  # conversations kept; the one unused for longest goes first
+_MAX_CACHES = 16  # of them, how many keep their KV caches; the others read their conversation again when it goes on
+_REDRAW_SECONDS = 0.05
+_REDRAW_SECONDS_EACH = 0.004  # more for each answer under way, so that drawing never crowds out answering
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a tab wants to be answered.
+
+    Attributes:
+        model: index of the model.
+        mode: with the adapter, without it, or both side by side.
+        system: system prompt; empty is that of training.
+        options: how an answer is chosen.
+    """
+
+    model: int
+    mode: Mode
+    system: str
+    options: GenerationOptions
+
+
+class Conversation:
+    """One tab's conversation. In mode `both` it has two columns, which hear the same questions."""
+
+    def __init__(self, models: Sequence[LoadedModel], activity: Activity) -> None:
+        self._models, self._activity = models, activity
+        self._shown: list[Speaker] = [(0, False)]
+        self._sessions: dict[Speaker, ChatSession] = {(0, False): ChatSession(models[0])}
+
+    @property
+    def columns(self) -> list[ChatSession]:
+        """The sessions of those who answer now."""
+        return [self._sessions[speaker] for speaker in self._shown]
+
+    def send(self, text: str, settings: Settings) -> AsyncIterator[None]:
+        """Ask `text`; the iterator gives control at each change, and stops the answer when it is abandoned.
+
+        Raises:
+            LmtuneError: from the iterator, whatever went wrong in answering.
+        """
+        return self._follow(settings, lambda session, base: session.stream(text, settings.options, base))
+
+    def retry(self, settings: Settings) -> AsyncIterator[None]:
+        """Answer the last question anew."""
+        return self._follow(settings, lambda session, base: session.retry(settings.options, base))
+
+    def edit(self, index: int, text: str, settings: Settings) -> AsyncIterator[None]:
+        """Put `text` in place of the question at `index` of the messages, and answer it."""
+        return self._follow(settings, lambda session, base: session.edit(index, text, settings.options, base))
+
+    def continue_answers(self, settings: Settings) -> AsyncIterator[None]:
+        """Go on with the answers that were cut at the limit of tokens."""
+
+        def ask(session: ChatSession, base: bool) -> Iterator[str]:
+            cut = session.can_continue or not any(column.can_continue for column in self.columns)
+            return session.continue_answer(settings.options) if cut else iter(())
+
+        return self._follow(settings, ask)
+
+    def undo(self) -> str:
+        """Take back the last question with its answers; returns the question, or nothing."""
+        questions = [session.undo() for session in self.columns]
+        return questions[0] or ""
+
+    def stop(self) -> None:
+        """End the answers under way."""
+        for session in self.columns:
+            session.stop()
+
+    def clear(self) -> None:
+        """Forget everything said."""
+        for session in self.columns:
+            session.clear()
+        self._sessions = {speaker: self._sessions[speaker] for speaker in self._shown}
+
+    def release(self) -> None:
+        """Free the KV caches."""
+        for session in list(self._sessions.values()):
+            session.release()
+
+    def num_tokens(self) -> int:
+        """Tokens of the answers under way, or just given."""
+        return sum(session.num_answer_tokens for session in self.columns)
+
+    def prompt_progress(self) -> tuple[int, int]:
+        """How many tokens of the prompts are read, and how many they have."""
+        read, whole = zip(*(session.prompt_progress for session in self.columns), strict=True)
+        return sum(read), sum(whole)
+
+    def arrange(self, settings: Settings) -> None:
+        """Take up a change of model, mode or system prompt."""
+        self.choose(settings.model, settings.mode)
+        for session in self.columns:
+            session.system = settings.system.strip() or None
+
+    def choose(self, model: int, mode: Mode) -> None:
+        """Let others answer from here on; an answer under way is stopped, what was said stays."""
+        wanted = [(model, base) for base in {"tuned": [False], "base": [True], "both": [False, True]}[mode]]
+        if wanted == self._shown:
+            return
+        self.stop()
+        before = dict(zip(self._shown, self.columns, strict=True))
+        for speaker in wanted:
+            if speaker not in before:
+                same_side = [session for (_, base), session in before.items() if base == speaker[1]]
+                self._sessions[speaker] = self._going_on(speaker, (same_side or [*before.values()])[0].turns)
+        for speaker, session in before.items():
+            if speaker not in wanted:
+                session.release()
+        self._shown = wanted
+
+    def strangers(self) -> list[tuple[AnswerInfo, list[AnswerInfo]]]:
+        """Of each column, who answers, and the others whose answers it reads as if they were its own."""
+        found = []
+        for (index, base), session in zip(self._shown, self.columns, strict=True):
+            model = self._models[index]
+            own = AnswerInfo(model.name, base if model.has_adapter else None)
+            others = [replace(info, finish_reason=None) for _, info in session.turns if info is not None]
+            found.append((own, [info for info in dict.fromkeys(others) if info != own and session.remembers]))
+        return found
+
+    def snapshot(self) -> list[tuple[Speaker, list[Turn]]]:
+        """All that was said: those who answer now first, in the order of their columns."""
+        rest = [speaker for speaker in self._sessions if speaker not in self._shown]
+        return [(speaker, self._sessions[speaker].turns) for speaker in (*self._shown, *rest)]
+
+    def restore(self, snapshot: Sequence[tuple[Speaker, Sequence[Turn]]], num_columns: int) -> None:
+        """Begin with what `snapshot` gave; the first `num_columns` of it are those who answer now."""
+        for speaker, turns in snapshot:
+            self._sessions[speaker] = self._session(speaker, turns)
+        self._shown = [speaker for speaker, _ in snapshot[:num_columns]]
+
+    def _session(self, speaker: Speaker, turns: Sequence[Turn]) -> ChatSession:
+        messages, infos = [message for message, _ in turns], [info for _, info in turns]
+        return ChatSession(self._models[speaker[0]], messages=messages, infos=infos)
+
+    def _going_on(self, speaker: Speaker, turns: list[Turn]) -> ChatSession:
+        """The session in which `speaker` goes on after `turns`, with its own answers to the first of the questions."""
+        own = self._sessions.get(speaker)
+        mine = own.turns if own is not None else []
+        same = 0
+        while same < min(len(mine), len(turns)) and mine[same][0] == turns[same][0]:
+            same += 2  # a question and its answer
+        if own is not None and len(mine) == len(turns) <= same:
+            return own
+        return self._session(speaker, [*mine[:same], *turns[same:]])
+
+    async def _follow(
+        self, settings: Settings, ask: Callable[[ChatSession, bool], Iterator[str]]
+    ) -> AsyncIterator[None]:
+        self.arrange(settings)
+        columns, speakers = list(self.columns), list(self._shown)
+        before = [session.turns for session in columns]
+        streams = [ask(session, base) for session, (_, base) in zip(columns, speakers, strict=True)]
+        with self._activity.answering(self):
+            answers = [asyncio.wrap_future(_exhaust(stream)) for stream in streams]
+            seen: tuple[int, ...] = ()
+            try:
+                while True:
+                    _, running = await asyncio.wait(answers, timeout=self._activity.redraw_seconds)
+                    if (now := tuple(_progress(session) for session in columns)) != seen:
+                        seen = now
+                        yield
+                    if not running or any(answer.done() and answer.exception() for answer in answers):
+                        break
+                for answer in answers:
+                    if answer.done():
+                        answer.result()
+            except Exception:
+                if len(columns) > 1:
+                    self._take_back(columns, before)
+                raise
+            finally:
+                for session, answer in zip(columns, answers, strict=True):
+                    if not answer.done():
+                        session.stop()
+
+    def _take_back(self, columns: list[ChatSession], before: list[list[Turn]]) -> None:
+        """After a question that not all could answer: nobody has heard it."""
+        for speaker, session in list(self._sessions.items()):
+            if session in columns:
+                session.stop()
+                self._sessions[speaker] = self._session(speaker, before[columns.index(session)])
+
+
+def _progress(session: ChatSession) -> int:
+    """A number that changes whenever there is more to show."""
+    return session.num_answer_tokens + sum(session.prompt_progress)
+
+
+class Activity:
+    """What is going on in the whole app."""
+
+    def __init__(self) -> None:
+        self.closing = False
+        self.num_pages_drawing = 0  # with an answer under way, or its end not yet handed over
+        self._under_way: list[Conversation] = []
+
+    @property
+    def num_answering(self) -> int:
+        """Conversations with an answer under way."""
+        return len(self._under_way)
+
+    @property
+    def redraw_seconds(self) -> float:
+        """How long a tab waits between two looks at its answer."""
+        return _REDRAW_SECONDS + _REDRAW_SECONDS_EACH * len(self._under_way)
+
+    @contextlib.contextmanager
+    def answering(self, conversation: Conversation) -> Iterator[None]:
+        """Count an answer while the block runs.
+
+        Raises:
+            LmtuneError: the app is closing.
+        """
+        if self.closing:
+            raise LmtuneError("the app is closing; start it again to go on")
+        self._under_way.append(conversation)
+        try:
+            yield
+        finally:
+            self._under_way.remove(conversation)
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Count a page that shows an answer while the block runs."""
+        self.num_pages_drawing += 1
+        try:
+            yield
+        finally:
+            self.num_pages_drawing -= 1
+
+    def stop_all(self) -> None:
+        """End every answer."""
+        for conversation in list(self._under_way):
+            conversation.stop()
+
+
+class Tabs:
+    """The conversations of all browser tabs, by key."""
+
+    def __init__(self, models: Sequence[LoadedModel], activity: Activity) -> None:
+        self._models, self.activity = models, activity
+        self._conversations: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def of(self, key: tuple[str, str]) -> Conversation:
+        """The conversation of the tab `key` (user, session), a new one if it is new here."""
+        with self._guard:
+            conversation = self._conversations.pop(key, None) or Conversation(self._models, self.activity)
+            self._conversations[key] = conversation
+            while len(self._conversations) > MAX_TABS:
+                self._conversations.popitem(last=False)[1].clear()
+            if len(self._conversations) > _MAX_CACHES:
+                list(self._conversations.values())[-_MAX_CACHES - 1].release()
+            return conversation
+
+    def close(self, key: tuple[str, str]) -> None:
+        """Forget a tab that was closed."""
+        with self._guard:
+            conversation = self._conversations.pop(key, None)
+        if conversation is not None:
+            conversation.clear()
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+
+def _exhaust(stream: Iterator[str]) -> concurrent.futures.Future[None]:
+    """Run `stream` to its end in a thread; what goes wrong is the future's exception."""
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            for _ in stream:
+                pass
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="lmtune-answer", daemon=True).start()
+    return future

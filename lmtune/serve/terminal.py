@@ -1,0 +1,261 @@
+"""Chat in a terminal, or through a pipe: a question a line, answers streamed.
+
+    lmtune chat runs/support
+    lmtune chat runs/support < questions.txt > answers.txt
+    lmtune chat runs/support --json < questions.txt > answers.jsonl
+
+In a pipe each line is asked alone, as if it were the first; with `conversation` the lines are one conversation, whose
+oldest turns are left out where it outgrows the model. A line that cannot be answered does not keep the others from it.
+
+In a terminal Ctrl-C ends the answer under way; with none under way it leaves, as Ctrl-D and /exit do. Answers go to
+stdout and everything else to stderr, so a pipe gets answers only. What a model says may hold any character; control
+characters, with which a text can take over a terminal, are not passed on to one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, BinaryIO
+
+from lmtune.data.replies import is_still_reasoning, split_reply
+from lmtune.errors import DataError, LmtuneError, listed
+from lmtune.inference.chat import ChatSession, GenerationOptions
+from lmtune.io.console import err, escape
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_HELP = """\
+/retry   another answer to the last question
+/clear   begin a new conversation
+/system TEXT   begin a new conversation with this system prompt; without TEXT: show it
+/base    answers without the adapter
+/tuned   answers with the adapter
+/help    this list
+/exit    leave; so does Ctrl-D
+Ctrl-C   stop the answer; again: leave"""
+
+
+_LEAVE = ("/exit", "/quit")
+
+
+class TerminalChat:
+    """A conversation, and the commands that steer it."""
+
+    def __init__(self, session: ChatSession, options: GenerationOptions, use_base: bool = False) -> None:
+        self.session, self.options, self.use_base = session, options, use_base
+        self._tries, self._told_full = 0, False
+        self._commands: dict[str, Callable[[], None]] = {
+            "/retry": self._retry, "/clear": self._clear, "/base": lambda: self._choose(True),
+            "/tuned": lambda: self._choose(False), "/help": lambda: err.print(escape(_HELP)),
+        }  # fmt: skip
+
+    def run_interactive(self) -> None:
+        """Ask at a prompt until the user leaves; what goes wrong is said, and the chat goes on."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - gives input() a history and line editing
+        self._greet()
+        while True:
+            try:
+                line = _ask()
+            except (EOFError, KeyboardInterrupt):
+                err.print()
+                return
+            try:
+                if not self.handle(line):
+                    return
+            except LmtuneError as error:
+                err.print(f"[red]{escape(str(error))}[/]")
+            except KeyboardInterrupt:
+                err.print()
+                return
+
+    def run_piped(self, lines: BinaryIO, conversation: bool = False, as_json: bool = False) -> None:
+        """Answer each line of `lines`; a line without an answer leaves an empty one, and the others are answered.
+
+        Args:
+            lines: questions in UTF-8; commands work here too.
+            conversation: the lines are one conversation, and not each a question of its own.
+            as_json: write one JSON object a line: line, question, reasoning if any, answer, tokens, finish_reason
+                (stop; length: cut at the limit; context: the model reads no further); or line, question, error.
+
+        Raises:
+            DataError: lines were not UTF-8.
+            LmtuneError: questions could not be answered.
+        """
+        problems: list[LmtuneError] = []
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                line = raw.decode("utf-8", "replace").strip()
+                problems.append(DataError(f"not UTF-8 ({error.reason}); convert the questions to UTF-8"))
+            else:
+                try:
+                    if self._command(line, alone=not conversation):
+                        continue
+                    if line in _LEAVE:
+                        break
+                    self._answer_line(number, line, conversation, as_json)
+                    continue
+                except LmtuneError as error:
+                    problems.append(error)
+            problems[-1].args = (f"stdin:{number}: {problems[-1]}",)
+            sys.stdout.write(_json_line(line=number, question=line, error=str(problems[-1])) if as_json else "\n")
+            sys.stdout.flush()
+        if problems:
+            kind = DataError if all(isinstance(problem, DataError) for problem in problems) else LmtuneError
+            texts = [str(problem) for problem in problems]
+            raise kind(texts[0] if len(texts) == 1 else f"{len(texts)} lines have no answer\n{listed(texts)}")
+
+    def handle(self, line: str) -> bool:
+        """Do what one line asks for; false if it asks to leave."""
+        line = line.strip()
+        if line in _LEAVE:
+            return False
+        if not self._command(line):
+            self._tries = 0
+            self._say(self.session.stream(line, self.options, self.use_base))
+        return True
+
+    def _command(self, line: str, alone: bool = False) -> bool:
+        """Do what the command `line` asks for; whether it is one, or empty. Where lines are asked `alone`, most words
+        after a slash belong to a question, and only a lone one is taken for a misspelt command."""
+        name, _, rest = line.partition(" ")
+        if line in self._commands:
+            self._commands[line]()
+        elif name == "/system":
+            self._set_system(rest.strip())
+        elif re.fullmatch(r"/\w+" if alone else r"/\w+( .*)?", line) and line not in _LEAVE:
+            err.print(f"no command {escape(name)}; /help lists them all")
+        elif line:
+            return False
+        return True
+
+    def _answer_line(self, number: int, line: str, conversation: bool, as_json: bool) -> None:
+        """Ask one line of a pipe, and write its answer."""
+        self._tries = 0
+        if conversation:
+            self._make_room(line)
+        else:
+            self.session.clear()
+        pieces = self.session.stream(line, self.options, self.use_base)
+        if not as_json:
+            self._say(pieces)
+            return
+        reply, info = "".join(pieces), self.session.turns[-1][1]
+        reasoning, answer = split_reply(reply)
+        extra = {} if reasoning is None else {"reasoning": reasoning}
+        ended = None if info is None else info.finish_reason
+        tokens = self.session.num_answer_tokens
+        sys.stdout.write(
+            _json_line(line=number, question=line, **extra, answer=answer, tokens=tokens, finish_reason=ended)
+        )
+        sys.stdout.flush()
+
+    def _make_room(self, question: str) -> None:
+        """Leave out the oldest turns of the conversation until an answer of full length fits behind `question`."""
+        session, messages = self.session, self.session.messages
+        while messages and session.remembers and session.room_for_answer(question) < self.options.max_new_tokens:
+            messages = messages[2:]
+            session = ChatSession(session.model, session.system, messages)
+        if session is not self.session and not self._told_full:
+            self._told_full = True
+            err.print("[dim]the conversation is full; its oldest turns are left out from here on[/]")
+        self.session = session
+
+    def _set_system(self, text: str) -> None:
+        session = self.session
+        if not text:
+            err.print(escape(session.system or session.model.system or "no system prompt; /system TEXT sets one"))
+            return
+        session.system = text
+        session.clear()
+        err.print("[dim]a new conversation with this system prompt[/]")
+
+    def _greet(self) -> None:
+        model = self.session.model
+        which = " without its adapter" if self.use_base else " with its adapter" if model.has_adapter else ""
+        err.print(f"[bold]{escape(model.name)}[/]{which}")
+        err.print("[dim]/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves[/]")
+        if not self.session.remembers:
+            err.print("[dim]no chat template: each question stands alone[/]")
+
+    def _retry(self) -> None:
+        self._tries += 1
+        seed = (self.options.seed + self._tries) % 2**32
+        self._say(self.session.retry(replace(self.options, seed=seed), self.use_base))
+
+    def _clear(self) -> None:
+        self.session.clear()
+        err.print("[dim]a new conversation[/]")
+
+    def _choose(self, base: bool) -> None:
+        if not self.session.model.has_adapter:
+            err.print("this model has no adapter, so there is nothing to switch")
+            return
+        self.use_base = base
+        err.print(f"[dim]answers {'without' if base else 'with'} the adapter from now on[/]")
+
+    def _say(self, pieces: Iterator[str]) -> None:
+        show = _printable if sys.stdout.isatty() else str
+        reply, thought, answer = "", "", ""
+        with self._interruptible() as interrupted:
+            for piece in pieces:
+                reply, before = reply + piece, answer
+                reasoning, answer = split_reply(reply)
+                if sys.stdout.isatty() and (more := (reasoning or "")[len(thought) :]):
+                    thought += more
+                    err.print(f"[dim]{escape(_printable(more))}[/]", end="")
+                if thought and not before and answer:
+                    err.print("\n")
+                sys.stdout.write(show(answer[len(before) :]))
+                sys.stdout.flush()
+        if is_still_reasoning(reply):
+            err.print("[dim](ended while it was reasoning, before an answer)[/]")
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if interrupted:
+            err.print("[dim](stopped)[/]")
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[list[bool]]:
+        """Inside the block the first Ctrl-C stops the answer, and is noted in the list; a second is a second."""
+        interrupted: list[bool] = []
+
+        def stop(signal_number: int, frame: Any) -> None:
+            if interrupted:
+                raise KeyboardInterrupt
+            interrupted.append(True)
+            self.session.stop()
+
+        if not sys.stdin.isatty():
+            yield interrupted
+            return
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield interrupted
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _ask() -> str:
+    """A line that the user types; the prompt stays out of a file that stdout may be."""
+    if sys.stdout.isatty():
+        return input("> ")
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    return input()
+
+
+def _json_line(**values: Any) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _printable(text: str) -> str:
+    """`text` without the characters that steer a terminal."""
+    return _CONTROL.sub("\ufffd", text)
