@@ -53,10 +53,9 @@ class Lmtune(Arm):
     ) -> None:  # fmt: skip
         super().__init__(work, folder, device, dtype)
         from lmtune.forward.packed import PackedForward
-        from lmtune.kernels.label_only_layer import decoder_layers
         from lmtune.kernels.lora_linear import fuse
-        from lmtune.training.activations import checkpoint_layers
-        from lmtune.training.memory import MOST_TOKENS
+        from lmtune.models.structure import decoder_layers
+        from lmtune.training.memory import MOST_TOKENS, checkpoint_layers
 
         if "fused LoRA" not in without:
             fuse(self.model, keep_dense="kept dense weights" not in without)

@@ -48,12 +48,12 @@ def make_run(folder: Path, options: Any) -> None:
     """A base, and a run with a random adapter over it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lmtune.config.schema import AdapterConfig, FinetuneConfig, build_config, dump_config
+    from lmtune.config.load import build_config, dump_config
+    from lmtune.config.schema import AdapterConfig, FinetuneConfig
     from lmtune.data.rendering import Renderer
     from lmtune.demo import tiny_path
     from lmtune.inference.load import run_notes
-    from lmtune.models.base import load_tokenizer
-    from lmtune.models.fingerprint import base_fingerprint
+    from lmtune.models.base import base_fingerprint, load_tokenizer
     from lmtune.models.tuning.lora import attach_adapter, save_adapter
     from lmtune.runs.store import RunDirectory
 

@@ -96,7 +96,7 @@ def planned(count: int) -> dict[str, Any]:
 def write_rows(path: Path, count: int) -> None:
     """Tokenised rows of about `ROW_TOKENS` tokens, the last third trained."""
     from lmtune.data.rendering import Document
-    from lmtune.data.token_table import TableWriter
+    from lmtune.data.store import TableWriter
 
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.lognormal(np.log(ROW_TOKENS), 0.5, count), 6, 128).astype(int)
@@ -111,8 +111,7 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
     from lmtune.batching.plan import Plan
     from lmtune.batching.prefixes import beginning
     from lmtune.config.schema import TrainConfig
-    from lmtune.data.store import TokenizedData
-    from lmtune.data.token_table import TokenTable
+    from lmtune.data.store import TokenizedData, TokenTable
 
     before = _resident()
     began = time.perf_counter()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from lmtune.api import Model, Run, RunScores, chat, evaluate, finetune, load, load_config
     from lmtune.config.schema import FinetuneConfig
     from lmtune.errors import CheckpointError, ConfigError, DataError, LmtuneError, ModelError
-    from lmtune.evaluation.scoring import Answer, Evaluation, Scores
+    from lmtune.evaluation.generative import Answer
+    from lmtune.evaluation.scoring import Evaluation, Scores
     from lmtune.runs.log import StepRecord
 
 __version__ = "0.1.0"

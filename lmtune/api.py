@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmtune.config import schema as configuration
+from lmtune.config import load as configuration
 from lmtune.config.files import find_config, run_name
-from lmtune.config.schema import FinetuneConfig, Overrides, Quantization, build_config, with_overrides
+from lmtune.config.load import Overrides, build_config, with_overrides
+from lmtune.config.schema import FinetuneConfig, Quantization
 from lmtune.data.checking import check_config, check_data
 from lmtune.data.in_memory import Data, paths_or_rows, rows_file
 from lmtune.errors import ConfigError, DataError

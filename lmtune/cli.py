@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from lmtune import __version__
 from lmtune.errors import LmtuneError, is_failure
 from lmtune.io.console import err, escape, keep_without_stderr, program
-from lmtune.parallel.launch import note_exit_code
+from lmtune.parallel.worker import note_exit_code
 
 VERBS = (
     "quickstart", "init", "check", "preview", "plan", "finetune", "evaluate", "merge", "chat", "app", "push", "pull",

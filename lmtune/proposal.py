@@ -49,8 +49,7 @@ class KnownModel:
 
 def this_machine() -> Machine:
     """The device that lmtune would train on."""
-    from lmtune.models.device import default_device
-    from lmtune.models.memory import free_memory
+    from lmtune.models.device import default_device, free_memory
 
     device = default_device()
     return Machine(device.type, free_memory(device))
@@ -84,7 +83,7 @@ def known_model(name: str) -> KnownModel:
 
 def propose_quantization(parameters: int | None, machine: Machine) -> tuple[Quantization, str]:
     """How to hold the frozen weights, and why: as they are where they fit, since 4 bit saves memory and not time."""
-    from lmtune.models.backends import check_bitsandbytes
+    from lmtune.models.base import check_bitsandbytes
 
     if parameters is None:
         wanted, why = "nf4", "the model is not on this machine yet, so its size is not known"

@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal: `lmtune chat RUN_OR_MODEL`. What happens at the prompt is `lmtune.serve.terminal`."""
+"""Talk to a model in the terminal: `lmtune chat RUN_OR_MODEL`."""
 
 from __future__ import annotations
 

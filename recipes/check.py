@@ -11,9 +11,9 @@ import typer
 
 from lmtune.cli import run
 from lmtune.config.files import split_data
-from lmtune.config.schema import command_config, data_paths
+from lmtune.config.load import command_config, data_paths
 from lmtune.data.checking import check_tree, describe_check, inspect_data
-from lmtune.data.survey import counted
+from lmtune.data.report import counted
 from lmtune.errors import ConfigError, DataError
 from lmtune.io.console import command, escape, out, print_json
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.data.survey import counted
+from lmtune.data.report import counted
 from lmtune.doctor import examine
 from lmtune.io.console import err, escape, out, print_json, progress
 

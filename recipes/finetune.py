@@ -12,10 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from lmtune.cli import run
-from lmtune.config.schema import FinetuneConfig, command_config
+from lmtune.config.load import command_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.data.checking import check_config
 from lmtune.io.console import command, err, escape, out, progress
-from lmtune.parallel.launch import check_world, is_worker, launch
+from lmtune.parallel.launch import launch
+from lmtune.parallel.worker import check_world, is_worker
 from lmtune.runs.store import RunDirectory
 
 

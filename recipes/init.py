@@ -13,7 +13,8 @@ import typer
 from lmtune.cli import run
 from lmtune.config.files import run_name
 from lmtune.config.json_schema import commented_yaml
-from lmtune.config.schema import FinetuneConfig, Quantization, load_config
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig, Quantization
 from lmtune.data.checking import DataCheck, describe_check, inspect_data
 from lmtune.errors import ConfigError, DataError, listed
 from lmtune.io.atomic import write_text

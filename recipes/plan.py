@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from lmtune.cli import run
-from lmtune.config.schema import command_config
+from lmtune.config.load import command_config
 from lmtune.data.checking import check_config
 from lmtune.io.console import out, print_json, progress
 
@@ -43,8 +43,8 @@ def main(
         from lmtune.inference.load import build_renderer
         from lmtune.models.base import load_tokenizer
         from lmtune.models.device import default_device
-        from lmtune.models.tuning.start_adapter import with_starting_adapter
         from lmtune.training.estimate import forecast
+        from lmtune.training.start_adapter import with_starting_adapter
 
     config = with_starting_adapter(config)
     notes = {"template": config.data.template, "system": config.data.system}

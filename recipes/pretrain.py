@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.config.schema import load_config
+from lmtune.config.load import load_config
 from lmtune.errors import ConfigError
 from lmtune.io.console import command, err, escape, out, progress
 from lmtune.runs.store import home_expanded, require_possible

@@ -12,7 +12,8 @@ import typer
 
 from lmtune.cli import run
 from lmtune.config.files import split_data
-from lmtune.config.schema import FinetuneConfig, command_config, data_paths
+from lmtune.config.load import command_config, data_paths
+from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError
 from lmtune.io.console import err, escape, out, print_json, progress
 
@@ -40,13 +41,12 @@ def main(
     model_config, data_config, paths = settings.model, settings.data, data_paths(settings.data.train)
 
     with progress("loading PyTorch and the libraries"):
-        from lmtune.data.control_text import ControlText
         from lmtune.data.preview import document_tree, show_tokens
         from lmtune.data.reading import ReadReport, read_examples
-        from lmtune.data.report import WHY_DROPPED
+        from lmtune.data.rendering import ControlText
+        from lmtune.data.report import WHY_DROPPED, counted
         from lmtune.data.sources import find_files, unread_entries
         from lmtune.data.store import fit
-        from lmtune.data.survey import counted
         from lmtune.inference.load import build_renderer
         from lmtune.models.base import load_tokenizer
 

@@ -16,7 +16,8 @@ import typer
 
 from lmtune.cli import run
 from lmtune.config.files import shipped_configs
-from lmtune.config.schema import FinetuneConfig, load_config
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.data.checking import check_config, describe_check
 from lmtune.demo import support_data, support_heldout
 from lmtune.errors import LmtuneError

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lmtune.config.schema import FinetuneConfig, build_config
+from lmtune.config.load import build_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.forward.packed import PackedForward
 from lmtune.models.tuning.lora import trainable
 from lmtune.runs.store import RunDirectory

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lmtune.config.schema import FinetuneConfig, build_config, dump_config
+from lmtune.config.load import build_config, dump_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.data.rendering import Renderer
 from lmtune.inference.load import run_notes
 from lmtune.models.tuning.lora import save_adapter

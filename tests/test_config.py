@@ -10,18 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtune.config import schema as config_module
-from lmtune.config.schema import (
-    FinetuneConfig,
-    ModelConfig,
-    RunConfig,
-    build_config,
-    dump_config,
-    load_config,
-    to_tree,
-    without_absolute_paths,
-)
+from lmtune.config.load import build_config, dump_config, load_config, to_tree
+from lmtune.config.schema import FinetuneConfig, ModelConfig, RunConfig
 from lmtune.config.yaml import read_yaml, read_yaml_value
 from lmtune.errors import ConfigError
+from lmtune.io.text import without_absolute_paths
 from lmtune.training.pretrain_config import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +76,7 @@ def test_all_mistakes_stand_in_one_message(tmp_path: Path) -> None:
     )
     assert text.startswith(f"{tmp_path / 'trial.yaml'}: 5 settings are wrong\n")
     assert "model.name: missing; it has no default" in text
-    assert "model.quantization: got 'nf5'; should be 'none', 'nf4', 'int8' or 'fp8'" in text
+    assert "model.quantization: got 'nf5'; should be 'none', 'nf4' or 'int8'" in text
     assert "data.max_lenght: unknown key; did you mean max_length?" in text
     assert "train.epochs: got 0; should be greater than 0" in text
     assert "train.batch_size: got 1.5; should be a valid integer" in text

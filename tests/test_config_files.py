@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lmtune.config.files import find_config, is_override, run_name, shipped_configs
-from lmtune.config.schema import FinetuneConfig, command_config, load_config
+from lmtune.config.load import command_config, load_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError
 from lmtune.io.console import command, program
 from tests import processes

@@ -12,7 +12,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from lmtune.config.json_schema import REQUIRED, commented_yaml, json_schema, settings
-from lmtune.config.schema import FinetuneConfig, build_config, to_tree
+from lmtune.config.load import build_config, to_tree
+from lmtune.config.schema import FinetuneConfig
 from lmtune.config.yaml import read_yaml
 from lmtune.training.pretrain_config import PretrainConfig
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from lmtune import doctor, probes
+from lmtune import doctor
 from lmtune.doctor import Finding, check_disk, check_folder, check_hub_token, check_package, run_probes
 
 TOKEN = "hf_" + "CanaryTokenForTests0123456789abcdef"
@@ -91,15 +91,15 @@ def test_a_probe_that_dies_is_a_finding(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantized_layers_are_computed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert levels(probes.try_quantization(kind)) == {kind: "ok"}
+    assert levels(doctor.try_quantization(kind)) == {kind: "ok"}
     wrong = torch.nn.Linear(128, 128, bias=False)
-    monkeypatch.setattr(probes, "_quantized_layer", lambda *_: wrong)
+    monkeypatch.setattr(doctor, "_quantized_layer", lambda *_: wrong)
     with pytest.raises(ArithmeticError, match="off what it should compute"):
-        list(probes.try_quantization(kind))
+        list(doctor.try_quantization(kind))
 
 
 def test_attention_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    (finding,) = probes.try_attention()
+    (finding,) = doctor.try_attention()
     assert finding.level == "ok"
     assert "math" in finding.text
     leaking = lambda module, q, k, v, *_, **__: (  # noqa: E731 - documents see each other
@@ -107,7 +107,7 @@ def test_attention_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     monkeypatch.setattr("lmtune.kernels.attention.attention_by_document", leaking)
     with pytest.raises(ArithmeticError, match="differs"):
-        list(probes.try_attention())
+        list(doctor.try_attention())
 
 
 def test_one_failing_trial_does_not_stop_the_next(
@@ -117,8 +117,8 @@ def test_one_failing_trial_does_not_stop_the_next(
         raise RuntimeError("no kernel\nfor this")
         yield
 
-    monkeypatch.setattr(probes, "TRIALS", {"nf4": broken, "int8": broken, "CPU": probes.find_processor})
-    probes.main()
+    monkeypatch.setattr(doctor, "TRIALS", {"nf4": broken, "int8": broken, "CPU": doctor.find_processor})
+    doctor.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = {line["name"]: line for line in lines if "level" in line}
     assert (found["nf4"]["level"], found["int8"]["level"], found["CPU"]["level"]) == ("fail", "warn", "ok")

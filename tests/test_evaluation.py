@@ -12,16 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from lmtune.data.rendering import Renderer
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.evaluation.scoring import (
-    Answer,
-    answers,
-    check_lengths,
-    evaluate,
-    split_prompt,
-    standard_error,
-    teacher_forced,
-    with_exact_match,
-)
+from lmtune.evaluation.generative import Answer, answers, split_prompt
+from lmtune.evaluation.scoring import check_lengths, evaluate, standard_error, teacher_forced, with_exact_match
 from lmtune.forward.packed import PackedForward
 from tests.tiny import SAVED_VOCABULARY, Row, Rows, adapted, random_rows, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer

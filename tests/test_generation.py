@@ -16,8 +16,8 @@ from lmtune.data.rendering import Renderer, Template
 from lmtune.data.replies import is_still_reasoning, split_reply
 from lmtune.data.types import Example, Message
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.inference.chat import AnswerInfo, ChatSession, GenerationOptions, generate_batch
-from lmtune.inference.engine import PieceDecoder, Sampler
+from lmtune.inference.chat import AnswerInfo, ChatSession, GenerationOptions
+from lmtune.inference.engine import PieceDecoder, Sampler, generate_batch
 from lmtune.inference.load import LoadedModel
 from lmtune.kernels.attention import packed_attention
 from tests.chat_models import chat_model, never_stops, parrot, random_model

@@ -17,8 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lmtune.errors import ConfigError, ModelError
-from lmtune.export.hub import prepare_push
-from lmtune.export.hub_checks import check_incoming, checked_repository
+from lmtune.export.hub import check_incoming, checked_repository, prepare_push
 from lmtune.runs.store import RunDirectory
 from tests.hub_server import TOKEN, HubServer
 from tests.sample_run import base_model, write_base, write_run

@@ -4,7 +4,8 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,14 @@ LAYERS = (
     {"runs"},
     {"data", "demo"},
     {"batching"},
-    {"models"},
     {"kernels"},
+    {"models"},
     {"forward"},
     {"parallel"},
     {"inference"},
     {"evaluation"},
     {"training"},
-    {"export", "serve", "doctor", "probes", "proposal"},
+    {"export", "serve", "doctor", "proposal"},
     {"api"},
     {"recipes", "cli", "app", "__main__"},
 )
@@ -100,6 +101,34 @@ def test_imports_point_one_way() -> None:
 def test_an_upward_import_is_seen_however_it_is_written(line: str) -> None:
     assert upward_imports(line, ["lmtune", "data"], "data")
     assert not upward_imports(line.replace("training", "data").replace("recipes", "lmtune"), ["lmtune", "data"], "data")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in (ROOT / "lmtune").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(path: Path, known: Collection[str]) -> set[str]:
+    """The modules among `known` that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in found if name in known}
+
+
+def test_no_modules_import_each_other() -> None:
+    """A module that waits for the end of another's import works until somebody imports them in the other order."""
+    known = {name: path for name, path in modules().items() if name not in ("lmtune", "lmtune.__main__")}
+    graph = {name: imports_of(path, known) - {name} for name, path in known.items()}
+    order = TopologicalSorter(graph)
+    order.prepare()  # raises CycleError, which names the circle
 
 
 def test_config_and_checking_load_nothing_heavy() -> None:

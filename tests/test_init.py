@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.config.schema import FinetuneConfig, load_config
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError, DataError, LmtuneError, ModelError
 from lmtune.proposal import KnownModel, Machine, known_model, propose, propose_quantization
 from lmtune.recipes.init import main
@@ -154,12 +155,12 @@ def test_batch_and_held_out_rows_follow_from_the_number_of_rows(rows: int, batch
 
 
 def test_a_written_config_of_a_missing_library_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmtune.models import backends
+    from lmtune.models import base
 
     def missing(quantization: str) -> None:
         raise ConfigError("bitsandbytes is not installed")
 
-    monkeypatch.setattr(backends, "check_bitsandbytes", missing)
+    monkeypatch.setattr(base, "check_bitsandbytes", missing)
     assert propose_quantization(None, Machine("cpu", 8 * GIB))[0] == "none"
 
 

@@ -13,7 +13,8 @@ from lmtune.errors import CheckpointError
 from lmtune.io.atomic import new_folder
 from lmtune.io.cache import cached, turn
 from lmtune.io.locks import take, wait_for
-from lmtune.parallel.launch import EXIT_CODES, _hold_exit_codes, _wait_for_workers
+from lmtune.parallel.launch import _wait_for_workers
+from lmtune.parallel.worker import EXIT_CODES, _hold_exit_codes
 from lmtune.runs.history import is_running, overview
 from lmtune.runs.store import RunDirectory
 from tests.sample_run import write_records

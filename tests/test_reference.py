@@ -82,7 +82,8 @@ def reference(folder: Path, name: str) -> dict[str, Any]:
         archive = subprocess.run(["git", "archive", REFERENCE, "lmtune", "recipes", "examples"], cwd=ROOT,
                                  capture_output=True, check=True).stdout  # fmt: skip
         code = folder / "code"
-        tarfile.open(fileobj=io.BytesIO(archive)).extractall(code, filter="data")
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(code, filter="data")
         os.rename(code / "recipes", code / "lmtune" / "recipes")
         os.rename(code / "examples", code / "lmtune" / "examples")
         kept.parent.mkdir(parents=True, exist_ok=True)

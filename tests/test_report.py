@@ -12,7 +12,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lmtune.config.schema import FinetuneConfig, build_config, to_tree
+from lmtune.config.load import build_config, to_tree
+from lmtune.config.schema import FinetuneConfig
 from lmtune.runs.cards import (
     adapter_card,
     answers_shown,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.config.schema import RunConfig, build_config
+from lmtune.config.load import build_config
+from lmtune.config.schema import RunConfig
 from lmtune.errors import CheckpointError, ConfigError
 from lmtune.io.atomic import keep_lines, write_json, write_text
 from lmtune.runs.store import RunDirectory, find_run

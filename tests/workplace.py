@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lmtune.config.schema import FinetuneConfig, build_config
+from lmtune.config.load import build_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.config.yaml import write_yaml
 from lmtune.runs.store import RunDirectory
 from tests.tiny import save_tiny

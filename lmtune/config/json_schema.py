@@ -3,7 +3,8 @@
     json_schema(FinetuneConfig)            # draft 2020-12
     settings()["train.epochs"].meaning     # "times that each row is learned"
 
-A setting is explained once, by the comment beside it in `lmtune.config.schema`; default and bounds are those of its type.
+A setting is explained once, by the comment beside it in `lmtune.config.schema`; default and bounds are those of its
+type.
 """
 
 from __future__ import annotations

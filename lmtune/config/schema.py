@@ -12,25 +12,20 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
-import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from lmtune.config.files import find_config, is_override, plain_name, run_name, shipped_configs, shipped_example
-from lmtune.config.yaml import read_yaml, read_yaml_value, write_yaml
+from lmtune.config.files import plain_name
 from lmtune.errors import ConfigError, listed
 from lmtune.io.console import HUB_TOKEN
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 T = TypeVar("T")
-Overrides = Mapping[str, object] | Sequence[str]  # values by `section.key`, or `section.key=value` with YAML's values
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -56,7 +51,7 @@ def section(cls: type[T]) -> type[T]:
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-Quantization = Literal["none", "nf4", "int8", "fp8"]
+Quantization = Literal["none", "nf4", "int8"]
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -92,7 +87,7 @@ class ModelConfig:
 
     name: Annotated[str, Field(min_length=1)]  # a Hub id, a local folder, or `tiny`
     revision: str | None = None  # a branch, tag or commit on the Hub
-    quantization: Quantization = "nf4"  # of the frozen weights: nf4 is 4 bit, int8 is 8 bit; fp8 is inexact, on GPUs
+    quantization: Quantization = "nf4"  # of the frozen weights: nf4 is 4 bit, int8 is 8 bit
     dtype: Dtype = "auto"  # auto: bf16 on GPUs that have it, else fp32
 
 
@@ -206,229 +201,6 @@ class FinetuneConfig:
         if re.search(HUB_TOKEN, self.run.name or ""):
             found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
         return found
-
-
-def load_config(schema: type[T], path: str | Path, overrides: Overrides = ()) -> T:
-    """Read `path`, apply `key=value` overrides, and return the checked config.
-
-    Args:
-        schema: a `section` class, for example `FinetuneConfig`.
-        path: a YAML file, or the name of one that ships with lmtune.
-        overrides: `section.key=value`, the value written as in YAML, or values by key.
-
-    Raises:
-        ConfigError: with every problem found, each by `section.key`.
-    """
-    path = find_config(path)
-    return _checked(schema, _read(path), overrides, where=str(path), name=path.stem)
-
-
-def command_config(
-    target: str | Path | None, overrides: Sequence[str] = (), model: str | None = None,
-    data: Sequence[str | Path] = (), verb: str = "finetune",
-) -> FinetuneConfig:  # fmt: skip
-    """The settings that a command line means.
-
-    Args:
-        target: a config, by path or by name; None where `model` and `data` say enough. An override may stand here too,
-            since it is the first word of a command line without a config.
-        overrides: `section.key=value`.
-        model: stands for `model.name`.
-        data: stand for `data.train`.
-        verb: the command, for messages.
-
-    Raises:
-        ConfigError: with every problem found; or nothing says which model and which data.
-    """
-    if isinstance(target, str) and is_override(target):
-        overrides, target = [target, *overrides], None
-    sections = [*(field.name for field in fields(FinetuneConfig)), "tuning"]
-    path = None if target is None else find_config(target, sections, verb)
-    tree: dict[str, Any] = {} if path is None else _read(path)
-    given = {
-        **({"model.name": model} if model else {}),
-        **({"data.train": [str(path) for path in data]} if data else {}),
-    }
-    for key, value in given.items():
-        _set(tree, key, value[0] if isinstance(value, list) and len(value) == 1 else value)
-    _apply(tree, overrides)
-    if path is None:
-        _require_model_and_data(tree, verb)
-    first = next(iter(_listed(_get(tree, "data", "train"))), None)
-    name = path.stem if path is not None else run_name(str(first))
-    return _checked(FinetuneConfig, tree, (), str(path or f"lmtune {verb}"), name)
-
-
-def _require_model_and_data(tree: Mapping[str, Any], verb: str) -> None:
-    """Raise ConfigError where a command without a config does not say which model or which data."""
-    keys = {"--model MODEL": ("model", "name"), "--data FILE": ("data", "train")}
-    missing = [flag for flag, key in keys.items() if not _get(tree, *key)]
-    if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)}: missing; write `lmtune {verb} --model MODEL --data FILE`, or "
-            f"`lmtune {verb} CONFIG`; `lmtune init` writes a config that fits this machine"
-        )
-
-
-def _get(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The tree in a config file; examples that a shipped one names are found where lmtune is installed."""
-    tree = one_adapter_section(read_yaml(path), str(path))
-    if path in shipped_configs().values() and isinstance(data := tree.get("data"), dict):
-        for key in ("train", "validation"):
-            if isinstance(data.get(key), str):
-                data[key] = shipped_example(data[key])
-    return tree
-
-
-def _checked(schema: type[T], tree: dict[str, Any], overrides: Overrides, where: str, name: str) -> T:
-    """The config of `tree` with `overrides`; a run without a name gets `name`."""
-    _apply(tree, overrides)
-    if schema is FinetuneConfig:
-        run = tree.setdefault("run", {})
-        if isinstance(run, dict) and run.get("name") is None:
-            run["name"] = name
-    return build_config(schema, tree, where=where)
-
-
-def with_overrides(config: FinetuneConfig | str | os.PathLike[str] | None, overrides: Overrides) -> dict[str, Any]:
-    """The plain tree of a config, a YAML file or nothing, with `overrides` by `section.key` put in.
-
-    Args:
-        config: settings, a YAML file, or None for an empty tree.
-        overrides: values by key, or `section.key=value` as on the command line.
-
-    Raises:
-        ConfigError: the file cannot be read, or an override has no such form.
-    """
-    tree: dict[str, Any] = {}
-    if isinstance(config, (str, os.PathLike)):
-        tree = _read(find_config(os.fspath(config)))
-    elif config is not None:
-        tree = to_tree(config)
-    _apply(tree, overrides)
-    return tree
-
-
-def one_adapter_section(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`tree` with `tuning: {kind: …}`, the other name of `adapter: {method: …}`, under this one.
-
-    Raises:
-        ConfigError: both names are there.
-    """
-    if "tuning" in tree and "adapter" in tree:
-        raise ConfigError(f"{where}: tuning and adapter: two names of one section; put its settings under one of them")
-    tree = {"adapter" if key == "tuning" else key: value for key, value in tree.items()}
-    section = tree.get("adapter")
-    if isinstance(section, Mapping) and "kind" in section:
-        if "method" in section:
-            raise ConfigError(f"{where}: adapter.kind and adapter.method: two names of one setting; keep one")
-        tree["adapter"] = {"method" if key == "kind" else key: value for key, value in section.items()}
-    return tree
-
-
-def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
-    """The checked config of a plain nested mapping; `where` begins the error message."""
-    if schema is FinetuneConfig:
-        tree = one_adapter_section(tree, where)
-    if problems := [f"{key}: holds a NUL character; remove it" for key in _with_nul(tree)]:
-        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}")
-    try:
-        # Through JSON, where strict means what it should: a list is a tuple, a mapping a section, "3" no number.
-        config = TypeAdapter(schema).validate_json(json.dumps(tree, default=str))
-    except ValidationError as error:
-        problems = _describe_all(schema, error)
-        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}") from None
-    check = getattr(config, "problems", None)
-    if check is not None and (problems := check()):
-        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}")
-    return config
-
-
-def dump_config(config: Any) -> str:
-    """`config` as YAML that `load_config` reads back to an equal config; absolute paths become relative ones."""
-    return write_yaml(to_tree(config))
-
-
-def to_tree(config: Any) -> dict[str, Any]:
-    """`config` as plain nested dicts and lists, holding no absolute path."""
-    tree: dict[str, Any] = _plain(asdict(config))
-    return tree
-
-
-def data_paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    """One path or several, as a tuple."""
-    return (value,) if isinstance(value, str) else value
-
-
-def without_absolute_paths(text: str) -> str:
-    """`text` with each absolute path in it made relative to this folder, as it may be written to a run's files."""
-    here = os.getcwd().rstrip(os.sep) + os.sep
-    return re.sub(_ABSOLUTE, lambda found: os.path.relpath(found[0]), text.replace(here, ""))
-
-
-_ABSOLUTE = r"(?<![\w.:~/-])/[^\s/'\"`,;:()]+/[^\s'\"`,;:()]+"
-_PATHS = ("name", "train", "validation", "dir", "path", "adapter")  # keys whose values may be paths
-
-
-def _plain(value: Any, is_path: bool = False) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item, key in _PATHS) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, is_path) for item in value]
-    if is_path and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
-        return os.path.relpath(value)
-    return value
-
-
-def _apply(tree: dict[str, Any], overrides: Overrides) -> None:
-    if isinstance(overrides, Mapping):
-        for key, value in overrides.items():
-            _set(tree, key, value)
-    else:
-        for override in overrides:
-            _apply_override(tree, override)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.strip().split(".")):
-        raise ConfigError(f"{override!r}: an override is written section.key=value, for example train.epochs=1")
-    section, *rest = key.strip().split(".")
-    if section == "tuning":
-        section, rest = "adapter", ["method" if part == "kind" else part for part in rest]
-    _set(tree, ".".join([section, *rest]), read_yaml_value(text, where=key))
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Put `value` at `section.key`."""
-    *parts, last = key.split(".")
-    node: Any = tree
-    for part in parts:
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise ConfigError(f"{key}: {part} is not a section, so it has no keys to set")
-    node[last] = value
-
-
-def _with_nul(value: Any, key: str = "") -> list[str]:
-    """The keys of all values that hold a NUL, which no path may and no model has learned."""
-    if isinstance(value, str):
-        return [key] * ("\0" in value)
-    if isinstance(value, Mapping):
-        return [k for name, item in value.items() for k in _with_nul(item, f"{key}.{name}".lstrip("."))]
-    return [k for item in value for k in _with_nul(item, key)] if isinstance(value, (list, tuple)) else []
 
 
 def _counted(problems: Sequence[str]) -> str:

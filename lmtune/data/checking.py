@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lmtune.config.schema import DataConfig, data_paths
-from lmtune.data.progress import row_progress
+from lmtune.config.load import data_paths
+from lmtune.config.schema import DataConfig
 from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
+from lmtune.data.report import Survey, Tally, counted, describe_faulty, shown_first
 from lmtune.data.sources import DataFile, find_files, unread_entries
-from lmtune.data.survey import Survey, Tally, counted, describe_faulty, shown_first
 from lmtune.io.cache import cache_folder, cached, file_sha256, key_of
+from lmtune.io.console import row_progress
 
 _VERSION = 2
 _KEPT = 100  # results, of a few KB

@@ -7,7 +7,7 @@
     text                {"text": "…"}
 
 All but text may carry a `system` prompt; prompt/completion and alpaca also a `history` of earlier turns. A row is taken
-as it is or refused with a reason; nothing is repaired. What further keys mean stands in `lmtune.data.row_keys`. The
+as it is or refused with a reason; nothing is repaired. What further keys mean stands in `lmtune.data.turns`. The
 names are those of the field: OpenAI's chat rows, Stanford Alpaca, ShareGPT dumps.
 """
 
@@ -17,17 +17,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lmtune.data.row_keys import (
+from lmtune.data.turns import (
     ANSWER_KEYS,
     HISTORY_KEY,
     SYSTEM_KEYS,
     earlier_turns,
     further_problems,
     further_warnings,
+    parse_turns,
     preference_fault,
     with_system,
 )
-from lmtune.data.turns import parse_turns
 from lmtune.data.types import Message
 from lmtune.data.values import RowFault, is_filled, listed_keys, nearest, plain, quoted, strings
 

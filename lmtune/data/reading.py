@@ -13,15 +13,21 @@ missing rows nobody could count, is an error all the same.
 
 from __future__ import annotations
 
+import codecs
+import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import IO, Any, Literal
 
-from lmtune.data.formats import Format, RowFault, detect_format, parse_row, quoted
-from lmtune.data.json_rows import read_rows
-from lmtune.data.sources import DataFile
-from lmtune.data.survey import FaultyRows, counted
+from lmtune.data.formats import Format, detect_format, parse_row
+from lmtune.data.report import FaultyRows, counted
+from lmtune.data.sources import DataFile, encoding_advice, foreign_kind
 from lmtune.data.types import Example
+from lmtune.data.values import RowFault, quoted
 from lmtune.errors import DataError, listed
 
 _SHOWN_KEYS, _KEY_CHARACTERS = 10, 100  # of the keys that are not used
@@ -174,3 +180,343 @@ def _describe_warnings(file: FileReport) -> list[str]:
         shown = ", ".join(str(line) for line in first) + (", …" if count > len(first) else "")
         lines.append(f"{file.name}: {warning} ({counted(count)}: line {shown})")
     return lines
+
+
+MAX_ROW_BYTES = 32 << 20
+_PIECE_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"  # JSON's white space, which is less than what Python strips
+# Line, number in the list if it is one (counted from 1), and a JSON value or the RowFault that stands in its place
+Row = tuple[int, int | None, Any]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Every value of the file with its line; a `RowFault` in place of one that cannot be read.
+
+    After a fault that leaves no way to tell where the next row begins, the file ends.
+    """
+    try:
+        with open(path, "rb") as file:
+            # A file of the kernel's says that it holds nothing, and may never give what it does hold.
+            if not os.fstat(file.fileno()).st_size:
+                yield 1, None, RowFault("the file is empty; it must hold one row a line", ends_file=True)
+                return
+            head = file.peek(4096) if hasattr(file, "peek") else b""
+            if kind := foreign_kind(head, path.suffix):
+                yield 1, None, RowFault(f"the file is {kind}", ends_file=True)
+                return
+            first = _skip_blank(file)
+            if first is None:
+                yield 1, None, RowFault("the file is empty; it must hold one row a line", ends_file=True)
+                return
+            yield from _list_items(file) if first == b"[" else _lines(file)
+    except OSError as error:
+        yield 1, None, RowFault(f"the file cannot be read ({error.strerror or error})", ends_file=True)
+
+
+def _skip_blank(file: IO[bytes]) -> bytes | None:
+    """The first byte that is no white space, with `file` back at its start; None if there is none."""
+    piece = file.read(_PIECE_BYTES).removeprefix(_BOM)
+    while piece and not piece.strip(_BLANK):
+        piece = file.read(_PIECE_BYTES)
+    file.seek(0)
+    return piece.strip(_BLANK)[:1] or None
+
+
+def _lines(file: IO[bytes]) -> Iterator[Row]:
+    """One value a line."""
+    line = num_rows = 0
+    encoding: str | None = None  # advice about it, once it was asked for
+    once = None  # set where the file begins with lines that are no rows: a fault for each would help nobody
+    while raw := file.readline(MAX_ROW_BYTES + 1):
+        line += 1
+        raw = raw.removeprefix(_BOM)  # also in the middle, where files were put together
+        if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
+            _skip_line(file)
+            yield line, None, _too_long()
+            continue
+        if not raw.strip(_BLANK):
+            continue
+        try:
+            value = decode_json(raw.decode("utf-8").rstrip("\r\n"))
+            yield line, None, value if once is None or isinstance(value, dict) else RowFault("not an object", once)
+        except UnicodeDecodeError as error:
+            encoding = _sample_of(file) if encoding is None else encoding
+            yield line, None, _not_utf8(f"byte {error.start + 1} of the line", raw[error.start], encoding)
+        except Broken as fault:
+            following = _next_filled(file)
+            one_row_a_line = num_rows > 0 or following is None or following.removeprefix(_BOM).lstrip().startswith(b"{")
+            described = _described(fault, following is None, one_row_a_line)
+            once = once if one_row_a_line else "no rows"
+            yield line, None, described if described.ends_file else RowFault(str(described), once)
+            if described.ends_file:
+                return
+        except RowFault as fault:
+            yield line, None, fault if once is None else RowFault(str(fault), once)
+        num_rows += 1
+
+
+def _described(fault: Broken, is_last: bool, one_row_a_line: bool) -> RowFault:
+    """The fault of a line with what its surroundings say about the cause."""
+    if not isinstance(fault, Unfinished):
+        return fault
+    if is_last:
+        return RowFault(f"the file ends in the middle of this row ({fault}); restore its end or remove it")
+    if not one_row_a_line:
+        return RowFault(
+            "the row goes on in the next line; write each row on one line, or all as a list […]", ends_file=True
+        )
+    return RowFault(f"the row ends too early ({fault}); each row is one whole line")
+
+
+def _skip_line(file: IO[bytes]) -> None:
+    while (raw := file.readline(_PIECE_BYTES)) and not raw.endswith(b"\n"):
+        pass
+
+
+def _next_filled(file: IO[bytes]) -> bytes | None:
+    """The next line that is not blank, leaving `file` where it is; None at the end."""
+    position = file.tell()
+    piece: bytes | None = None
+    while (raw := file.readline(_PIECE_BYTES)) and not raw.strip(_BLANK):
+        pass
+    piece = raw or None
+    file.seek(position)
+    return piece
+
+
+def _sample_of(file: IO[bytes]) -> str:
+    """What the file's beginning says of its encoding, leaving `file` where it is."""
+    position = file.tell()
+    file.seek(0)
+    advice = encoding_advice(file.read(_PIECE_BYTES))
+    file.seek(position)
+    return advice
+
+
+def _not_utf8(where: str, byte: int, advice: str) -> RowFault:
+    """`advice`: what the encoding probably is; a file in another one is told so once, not for every line."""
+    reason = f"{where} (0x{byte:02x}) is not UTF-8; save the file as UTF-8{advice}"
+    return RowFault(reason, once="encoding" if advice else None)
+
+
+def _too_long() -> RowFault:
+    return RowFault(f"the row is longer than {MAX_ROW_BYTES >> 20} MiB; cut it into shorter rows")
+
+
+def _is_long(text: str, start: int, end: int) -> bool:
+    """Whether what stands there has more bytes than a row may; most need no counting."""
+    if end - start > MAX_ROW_BYTES:
+        return True
+    return 4 * (end - start) > MAX_ROW_BYTES and len(text[start:end].encode()) > MAX_ROW_BYTES
+
+
+def _list_items(file: IO[bytes]) -> Iterator[Row]:
+    """The items of the list that fills the file, each with the line where it begins."""
+    text, number = _ArrivingText(file), 1
+    try:
+        text.take("[")
+        while text.next_character() != "]":
+            line, value = text.take_value()
+            yield line, number, value
+            number += 1
+            if text.next_character() not in (",", "]"):
+                raise RowFault(f"a comma or ] is missing after the row, found {text.excerpt()}")
+            if text.next_character() == ",":
+                text.take(",")
+                if text.next_character() == "]":
+                    raise RowFault("a comma stands before the closing ]; remove it")
+        text.take("]")
+        if text.next_character():
+            raise RowFault(
+                f"more text after the list's end ({text.excerpt()}); for one row a line, drop the list's brackets"
+            )
+    except RowFault as fault:
+        yield text.line, number, RowFault(str(fault), ends_file=True)
+
+
+class _ArrivingText:
+    """The part of a file's text that is in memory, from the place reached on; it grows as it is needed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self._json = StrictDecoder()
+        self._text = ""
+        self._first_column = 1  # of `_text`
+        self._position = 0
+        self._ended = False
+        self.line = 1  # of the place reached
+
+    def next_character(self) -> str:
+        """The next character that is no white space, which is now the place reached; "" at the end."""
+        self.skip_gap()
+        return self._text[self._position : self._position + 1]
+
+    def skip_gap(self) -> None:
+        while True:
+            self._move(end_of_gap(self._text, self._position))
+            if self._position < len(self._text) or self._ended:
+                return
+            self._grow()
+
+    def take(self, character: str) -> None:
+        """Step over `character`, which is the next one."""
+        assert self.next_character() == character
+        self._move(self._position + len(character))
+
+    def take_value(self) -> tuple[int, Any]:
+        """The value at the place reached, and its line."""
+        line, earlier = self.line, ""
+        while True:
+            try:
+                value, end = self._json.value_at(self._text, self._position, self._first_column)
+                if end < len(self._text) or self._ended:  # a number at the very end might go on
+                    long = _is_long(self._text, self._position, end)
+                    self._move(end)
+                    return line, _too_long() if long else value
+            except Unfinished:
+                if self._ended:
+                    raise RowFault("the file ends in the middle of this row; restore its end") from None
+            except Broken as fault:
+                # A good value cut at the end of a piece (`1.5e`, `tru`) looks broken too, but not again with more text.
+                if self._ended or str(fault) == earlier:
+                    self._move(fault.position)
+                    raise
+                earlier = str(fault)
+            if len(self._text) - self._position > MAX_ROW_BYTES:
+                raise _too_long()
+            self._grow()
+
+    def excerpt(self) -> str:
+        return excerpt(self._text, self._position) if self._position < len(self._text) else "the end of the file"
+
+    def _move(self, position: int) -> None:
+        self.line += self._text.count("\n", self._position, position)
+        self._position = position
+
+    def _grow(self) -> None:
+        """Read as much again as is waiting, at least one piece, and forget what lies behind the place reached."""
+        waiting, behind = self._text[self._position :], self._text[: self._position]
+        newline = behind.rfind("\n")
+        self._first_column = len(behind) - newline if newline >= 0 else self._first_column + len(behind)
+        raw = self._file.read(max(_PIECE_BYTES, len(waiting)))
+        self._ended = not raw
+        try:
+            self._text = waiting + self._utf8.decode(raw, final=self._ended)
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start]
+            self.line += waiting.count("\n") + before.count(b"\n")
+            raise _not_utf8("a byte", error.object[error.start], encoding_advice(error.object)) from None
+        self._position = 0
+
+
+MAX_DEPTH = 100  # of brackets in a row; how deep Python itself can go differs from version to version
+_GAP = re.compile(r"[ \t\r\n]*")
+_TOO_DEEP = "brackets are nested too deep; a row is a flat object"
+
+
+class Broken(RowFault):
+    """The value is no JSON, so that its end is not known; `position` is where in the text."""
+
+    def __init__(self, reason: str, position: int) -> None:
+        super().__init__(reason)
+        self.position = position
+
+
+class Unfinished(Broken):
+    """The text ended before the value did."""
+
+
+class StrictDecoder:
+    """`json`, with what it passes in silence as faults: a key given twice, NaN and Infinity."""
+
+    def __init__(self) -> None:
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+        self._problems: list[str] = []  # of the value being decoded
+
+    def value_at(self, text: str, start: int, first_column: int = 1) -> tuple[Any, int]:
+        """The value that begins at `start`, or the fault in it, and where it ends; the text begins in `first_column`.
+
+        Raises:
+            Unfinished: the text ends first.
+            Broken: the value is no JSON.
+        """
+        self._problems.clear()
+        try:
+            value, end = self._decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            newline = text.rfind("\n", 0, error.pos)
+            column = error.pos - newline if newline >= 0 else error.pos + first_column
+            unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
+            kind = Unfinished if unfinished else Broken
+            raise kind(f"column {column}: {_in_words(error, text)}", error.pos) from None
+        except RecursionError:
+            raise Broken(_TOO_DEEP, start) from None
+        except ValueError as error:  # an integer of thousands of digits
+            raise Broken(f"not readable: {error}", start) from None
+        if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _is_deep(value):
+            self._problems.append(_TOO_DEEP)
+        return RowFault("; ".join(self._problems)) if self._problems else value, end
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            self._problems.append(f"the key {quoted(twice)} stands twice in one object; keep one")
+        return found
+
+    def _constant(self, name: str) -> None:
+        self._problems.append(f"{name} is not JSON; write null or a number")
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether `value` is nested deeper than `MAX_DEPTH`."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return any(isinstance(value, (dict, list)) for value in level)
+
+
+def decode_json(text: str) -> Any:
+    """The one JSON value in `text`.
+
+    Raises:
+        RowFault: with the column and what is wrong there.
+    """
+    value, end = StrictDecoder().value_at(text, end_of_gap(text, 0))
+    end = end_of_gap(text, end)
+    if end != len(text):
+        raise RowFault(f"column {end + 1}: more text after the row's end ({excerpt(text, end)}); write one row a line")
+    if isinstance(value, RowFault):
+        raise value
+    return value
+
+
+def end_of_gap(text: str, position: int) -> int:
+    match = _GAP.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+def _in_words(error: json.JSONDecodeError, text: str) -> str:
+    found = text[error.pos : error.pos + 1]
+    if error.msg.startswith("Unterminated string"):
+        return "a string is not closed; a quotation mark is missing"
+    if error.msg.startswith("Invalid control character"):
+        return f"a raw control character (0x{ord(found):02x}) in a string; write it as \\n, \\t or \\u{ord(found):04x}"
+    if not text[: error.pos].strip() and found not in ("", "'"):
+        return f"this is not JSON ({excerpt(text, error.pos)}); a row is an object like {{…}}"
+    if found == "'":
+        return f"single quotes ({excerpt(text, error.pos)}); JSON wants double quotes"
+    what = error.msg[0].lower() + error.msg[1:]
+    return f"{what}{f', found {excerpt(text, error.pos)}' if found else ', found the end'}"
+
+
+def excerpt(text: str, position: int) -> str:
+    return quoted(text[position : position + 21], 20)

@@ -21,14 +21,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing import connection, get_context, parent_process
 from typing import Any, Literal
 
 from lmtune.data.replies import ReplyFormat, ReplyParser
+from lmtune.data.report import Tally, counted, shown_first
 from lmtune.data.templates import ChatTemplate, TemplateFault
 from lmtune.data.types import Example, Message
-from lmtune.errors import DataError, ModelError
+from lmtune.data.values import quoted
+from lmtune.errors import DataError, LmtuneError, ModelError
 
 Template = Literal["auto", "chat", "plain", "thinking"]
 RENDERING_VERSION = 2  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
@@ -291,3 +301,146 @@ def _continued(document: Document, context: Sequence[int], learned: Sequence[int
     trained = [*document.trained, *[False] * len(context), *[True] * len(learned)]
     trained[0] = False  # nothing stands before the first token from which it could be predicted
     return Document(input_ids, trained)
+
+
+_WELL_KNOWN = frozenset(
+    {
+        "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
+        "<|begin_of_text|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|start|>", "<|message|>",
+        "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>",
+    }
+)  # fmt: skip
+_SHAPE = re.compile(r"<</?SYS>>|<[^<>\s]{1,60}>|\[[^\[\]\s]{1,40}\]")  # of nearly all; a tokenizer may have 6,000
+_MOST_SHOWN = 5
+
+
+class ControlText:
+    """Counts the rows that hold the text of a control token, of `tokenizer` or of a well-known template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special = {token.content for token in added if token.special and token.content.strip()}
+        self._known = (special | _WELL_KNOWN) - {"<think>", "</think>"}  # which answers may hold
+        odd = sorted(token for token in special if not _SHAPE.fullmatch(token))
+        self._odd = re.compile("|".join(map(re.escape, odd))) if odd else None
+        self._tokens: dict[str, None] = {}  # in the order of their appearance
+        self._rows = Tally()
+
+    def add(self, example: Example) -> None:
+        """Look at one row."""
+        texts = [example.text] if example.text is not None else [message.content for message in example.messages]
+        found = [token for text in texts for token in self._tokens_in(text)]
+        if found:
+            self._rows.add(example.where)
+            self._tokens.update(dict.fromkeys(found))
+
+    def _tokens_in(self, text: str) -> list[str]:
+        found = [token for token in _SHAPE.findall(text) if token in self._known] if "<" in text or "[" in text else []
+        return found + (self._odd.findall(text) if self._odd is not None else [])
+
+    def warnings(self) -> list[str]:
+        """One warning, or none."""
+        if not self._rows.count:
+            return []
+        names = [quoted(token) for token in self._tokens]
+        shown = ", ".join(names[:_MOST_SHOWN]) + (", …" if len(names) > _MOST_SHOWN else "")
+        hold = "holds" if self._rows.count == 1 else "hold"
+        return [
+            f"{counted(self._rows.count)} {hold} control tokens as text ({shown}): "
+            f"{shown_first(self._rows.as_dict())}; they are learned letter by letter, not as tokens; rows that a chat "
+            'template rendered before must be messages again: {"messages": [{"role": "user", "content": "…"}, …]}'
+        ]
+
+
+WORTH_BYTES = 32 << 20  # of data; about a minute's work for one processor
+_CHUNK_ROWS = 256
+_CHUNK_CHARACTERS = 1 << 20
+Outcome = list[Document] | DataError
+_renderer: Renderer | None = None  # a worker's own
+
+
+def render_all(
+    examples: Iterable[Example], renderer: Renderer, num_bytes: int, num_processes: int | None = None
+) -> Iterator[tuple[Example, Outcome]]:
+    """Each example with its documents, or with the `DataError` that says why there are none; in order.
+
+    Args:
+        examples: read as needed.
+        renderer: renders them.
+        num_bytes: size of the data, which decides whether a pool is worth starting.
+        num_processes: by default as many as this process may use, 16 at most.
+
+    Raises:
+        LmtuneError: a process of the pool died.
+    """
+    if num_processes is None:
+        num_processes = min(16, _num_processors()) if num_bytes >= WORTH_BYTES else 1
+    if num_processes == 1:
+        for example in examples:
+            yield example, _render(renderer, example)
+        return
+    pool = ProcessPoolExecutor(num_processes, get_context("spawn"), initializer=_start_worker, initargs=(renderer,))
+    waiting: deque[tuple[list[Example], Future[list[Outcome]]]] = deque()
+    try:
+        for chunk in _chunks(examples):
+            waiting.append((chunk, pool.submit(_render_chunk, chunk)))
+            if len(waiting) > 2 * num_processes:
+                yield from _finished(waiting)
+        while waiting:
+            yield from _finished(waiting)
+    except BrokenProcessPool:
+        raise LmtuneError("a process that renders rows died, perhaps for want of memory; start again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(waiting: deque[tuple[list[Example], Future[list[Outcome]]]]) -> Iterator[tuple[Example, Outcome]]:
+    chunk, future = waiting.popleft()
+    yield from zip(chunk, future.result(), strict=True)
+
+
+def _render(renderer: Renderer, example: Example) -> Outcome:
+    try:
+        return renderer.render(example)
+    except DataError as fault:
+        return fault
+
+
+def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    chunk: list[Example] = []
+    num_characters = 0
+    for example in examples:
+        chunk.append(example)
+        num_characters += example.num_characters
+        if len(chunk) >= _CHUNK_ROWS or num_characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, num_characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _num_processors() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def _start_worker(renderer: Renderer) -> None:
+    global _renderer
+    _renderer = renderer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its pool, so the pool looks for itself."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _render_chunk(chunk: list[Example]) -> list[Outcome]:
+    assert _renderer is not None
+    return [_render(_renderer, example) for example in chunk]

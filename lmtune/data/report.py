@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from array import array
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from lmtune.data.survey import counted, describe_faulty, shown_first
+from lmtune.data.types import Example, content_hash, prompt_hash
+from lmtune.errors import CheckpointError
+from lmtune.runs.store import RunDirectory
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 WHY_DROPPED = {
     "too_long": "longer than data.max_length",
@@ -98,3 +107,217 @@ def _named(contents: dict[str, str] | str) -> str:
 def _some(names: list[str]) -> str:
     """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+_NUM_SHOWN = 5
+_MAX_REASONS = 20  # of faulty rows that are told apart
+_PIECE_ROWS = 8192  # looked at together
+
+
+@dataclass
+class Tally:
+    """How many rows something happened to, and the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        """Count one row."""
+        self.count += 1
+        if len(self.first) < _NUM_SHOWN:
+            self.first.append(where)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`{"count", "first"}`."""
+        return {"count": self.count, "first": list(self.first)}
+
+
+class FaultyRows:
+    """Rows that were left out, counted by reason; reasons that differ only in numbers and quotations are one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._tallies: dict[str, tuple[str, Tally]] = {}  # kind of reason -> the first of its kind, the rows
+
+    def add(self, reason: str, where: str) -> None:
+        """Count one row."""
+        self.count += 1
+        kind = re.sub(r'"[^"]*"|\d[\d,.]*', "…", reason)
+        if kind not in self._tallies and len(self._tallies) >= _MAX_REASONS:
+            kind = reason = "other reasons"
+        self._tallies.setdefault(kind, (reason, Tally()))[1].add(where)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`{"count", "reasons": [{"reason", "count", "first"}]}`."""
+        reasons = [{"reason": reason, **tally.as_dict()} for reason, tally in self._tallies.values()]
+        return {"count": self.count, "reasons": reasons}
+
+
+def describe_faulty(faulty: Mapping[str, Any]) -> list[str]:
+    """How many rows were left out as faulty, and a line for each reason; `faulty` as `FaultyRows.as_dict` gives it."""
+    if not faulty["count"]:
+        return []
+    lines = [f"  warning: {counted(faulty['count'], 'faulty row')} left out (data.faulty_rows: skip):"]
+    return lines + [
+        f"    {reason['count']:,}: {reason['reason']}: {shown_first(reason)}" for reason in faulty["reasons"]
+    ]
+
+
+def counted(count: int, name: str = "row") -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{count:,} {name}" + ("" if count == 1 else "s")
+
+
+def shown_first(tally: Mapping[str, Any]) -> str:
+    """The first rows of a tally's dict, and an ellipsis if there are more."""
+    return ", ".join(tally["first"]) + (", …" if tally["count"] > len(tally["first"]) else "")
+
+
+class Survey:
+    """Collects rows one by one; the questions below are asked when all are in."""
+
+    def __init__(self) -> None:
+        self._content = array("Q")
+        self._prompts = array("Q")
+        self._lengths = array("I")
+        self._lines = array("I")
+        self._file_of = array("I")
+        self._files: dict[str, int] = {}
+
+    def add(self, example: Example) -> int:
+        """Take one row in; returns the hash of its content."""
+        row_hash = content_hash(example)
+        self._content.append(row_hash)
+        self._prompts.append(row_hash if example.text is not None else prompt_hash(example))
+        self._lengths.append(min(example.num_characters, 2**32 - 1))
+        self._lines.append(example.line)
+        self._file_of.append(self._files.setdefault(example.source, len(self._files)))
+        return row_hash
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    @property
+    def content(self) -> npt.NDArray[np.uint64]:
+        """`[N]`, the hash of each row."""
+        import numpy as np
+
+        return np.frombuffer(self._content, dtype=np.uint64)
+
+    def where(self, row: int) -> str:
+        """`file:line` of a row."""
+        return f"{list(self._files)[self._file_of[row]]}:{self._lines[row]}"
+
+    def duplicates(self) -> Tally:
+        """Rows that are equal to an earlier one."""
+        firsts = _Firsts(self.content)
+        tally = Tally(len(self) - firsts.num_different)
+        for start in range(0, len(self), _PIECE_ROWS):
+            if len(tally.first) >= min(_NUM_SHOWN, tally.count):
+                break
+            rows, first = firsts.next_rows(start)
+            again = rows[first != rows]
+            self._show(tally, again, first[again - start], "=")
+        return tally
+
+    def same_prompt(self) -> Tally:
+        """Rows whose prompt an earlier row answers differently."""
+        import numpy as np
+
+        contents, prompts = _Firsts(self.content), _Firsts(np.frombuffer(self._prompts, dtype=np.uint64))
+        tally = Tally(contents.num_different - prompts.num_different)  # equal rows have equal prompts
+        for start in range(0, len(self), _PIECE_ROWS):
+            if len(tally.first) >= min(_NUM_SHOWN, tally.count):
+                break
+            rows, first_content = contents.next_rows(start)
+            _, first_prompt = prompts.next_rows(start)
+            again = rows[(first_content == rows) & (first_prompt != rows)]
+            self._show(tally, again, first_prompt[again - start], "as")
+        return tally
+
+    def shared_with(self, other: Survey) -> Tally:
+        """Rows that `other` holds too."""
+        import numpy as np
+
+        known, tally = np.sort(other.content), Tally()
+        for start in range(0, len(self), _PIECE_ROWS):
+            piece = self.content[start : start + _PIECE_ROWS]
+            shared = np.flatnonzero(_place_in(known, piece)[1]) + start
+            tally.first += [self.where(int(row)) for row in shared[: _NUM_SHOWN - len(tally.first)]]
+            tally.count += len(shared)
+        return tally
+
+    def characters(self) -> dict[str, int]:
+        """Shortest, median, 95 % and longest row, in characters."""
+        import numpy as np
+
+        lengths = np.frombuffer(self._lengths, dtype=np.uint32)
+        if not len(lengths):
+            return {}
+        found = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest")
+        return dict(zip(("shortest", "median", "95 %", "longest"), map(int, found), strict=True))
+
+    def _show(self, tally: Tally, rows: Any, first: Any, word: str) -> None:
+        """Name some rows, each with the row where the same stands first, as far as there is room."""
+        for row, earlier in list(zip(rows, first, strict=True))[: _NUM_SHOWN - len(tally.first)]:
+            tally.first.append(f"{self.where(int(row))} ({word} {self.where(int(earlier))})")
+
+
+class _Firsts:
+    """In which row each hash stands first. Only of those that stand more than once a row is kept.
+
+    Attributes:
+        num_different: hashes that differ from all others.
+    """
+
+    def __init__(self, hashes: npt.NDArray[np.uint64]) -> None:
+        import numpy as np
+
+        self._hashes = hashes
+        ordered = np.sort(hashes)
+        same = ordered[1:] == ordered[:-1]
+        self.num_different = len(hashes) - int(np.count_nonzero(same))
+        again = ordered[1:][same]
+        del ordered, same
+        self._values = again[np.flatnonzero(np.diff(again, prepend=~again[:1]))]
+        self._rows = np.full(len(self._values), -1, dtype=np.int64)
+
+    def next_rows(self, start: int) -> tuple[Any, Any]:
+        """The numbers of the rows from `start` on, and where the hash of each stands first; to be asked in order."""
+        import numpy as np
+
+        piece = self._hashes[start : start + _PIECE_ROWS]
+        rows = np.arange(start, start + len(piece))
+        place, found = _place_in(self._values, piece)
+        place, first = place[found], rows.copy()
+        new, index = np.unique(place, return_index=True)
+        unknown = self._rows[new] < 0
+        self._rows[new[unknown]] = rows[found][index[unknown]]
+        first[found] = self._rows[place]
+        return rows, first
+
+
+def _place_in(ordered: npt.NDArray[np.uint64], hashes: npt.NDArray[np.uint64]) -> tuple[Any, Any]:
+    """Where each of `hashes` stands in `ordered`, and whether it does."""
+    import numpy as np
+
+    place = np.searchsorted(ordered, hashes)
+    found = np.zeros(len(hashes), dtype=bool)
+    inside = place < len(ordered)
+    found[inside] = ordered[place[inside]] == hashes[inside]
+    return place, found
+
+
+def describe_rows(run: RunDirectory) -> str:
+    """What became of the rows of data, in a few lines; nothing if that was not written yet.
+
+    Raises:
+        CheckpointError: `data.json` is damaged.
+    """
+    from lmtune.data.report import describe_fates
+
+    fates = run.read_json(run.data)
+    try:
+        return describe_fates(fates) if fates else ""
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(f"{run.data}: damaged: no counts of rows; delete it or restore it") from None

@@ -18,16 +18,16 @@ import numpy.typing as npt
 import torch
 
 from lmtune.batching.packing import fill, pack_sequences
-from lmtune.config.schema import DataConfig, FinetuneConfig, build_config, load_config
-from lmtune.data.replies import split_reply
+from lmtune.config.load import build_config, load_config
+from lmtune.config.schema import DataConfig, FinetuneConfig
 from lmtune.data.store import load_data, tokenize
-from lmtune.data.types import Message
 from lmtune.errors import ConfigError, LmtuneError, listed
+from lmtune.evaluation.generative import Answer, answers, split_prompt
 from lmtune.forward.packed import PackedForward
-from lmtune.inference.engine import base_of, max_positions
 from lmtune.inference.load import LoadedModel
 from lmtune.io.console import progress, warn
-from lmtune.models.memory import is_out_of_memory
+from lmtune.models.device import is_out_of_memory
+from lmtune.models.structure import base_of, max_positions
 from lmtune.runs.store import RunDirectory
 
 
@@ -67,21 +67,6 @@ class Scores:
     def from_dict(cls, values: Mapping[str, Any]) -> Scores:
         """Scores as `summary.json` holds them; what a later version has added is left out."""
         return cls(**{field.name: values.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One generated answer beside the right one, for row `row` of the data; reasoning before them is left out."""
-
-    row: int
-    question: str
-    wanted: str
-    given: str
-
-    @property
-    def matches(self) -> bool:
-        """Whether they are the same text, but for white space at the ends."""
-        return self.wanted.strip() == self.given.strip()
 
 
 @dataclass(frozen=True)
@@ -261,35 +246,6 @@ def standard_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float
     return float(np.sqrt(num_rows / (num_rows - 1) * np.square(apart).sum()) / counts.sum())
 
 
-def answers(
-    model: Any, renderer: Any, data: Any, rows: Sequence[int], max_new_tokens: int, who: str = "the model"
-) -> list[Answer]:
-    """Let the model answer the last turn of each row, greedily.
-
-    Args:
-        model: with or without adapter; it is put in evaluation mode for the time.
-        renderer: gives the stop tokens and decodes.
-        data: tokenised rows.
-        rows: which of them.
-        max_new_tokens: where an answer that does not stop is cut.
-        who: answers, for the progress that is shown.
-    """
-    from lmtune.inference.chat import generate_batch
-
-    prompts, wanted = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
-    training = model.training
-    model.eval()
-    with progress(f"letting {who} answer", len(rows), "rows") as shown:
-        given = generate_batch(
-            model, renderer.tokenizer, list(prompts), renderer.stop_token_ids, max_new_tokens, advance=shown.advance
-        )
-    model.train(training)
-    return [
-        Answer(row, _question(renderer, prompt), *(split_reply(renderer.decode(ids))[1] for ids in (right, said)))
-        for row, prompt, right, said in zip(rows, prompts, wanted, given, strict=True)
-    ]
-
-
 def with_exact_match(scores: Scores, given: Sequence[Answer]) -> Scores:
     """`scores` with the exact match of generated answers filled in."""
     right = sum(answer.matches for answer in given)
@@ -314,26 +270,3 @@ def evaluate(
     if world > 1:
         given = sorted(accelerator.gather_object(given), key=lambda answer: answer.row)
     return with_exact_match(scores, given), given
-
-
-def split_prompt(row: Any) -> tuple[list[int], list[int]]:
-    """The last turn of a row as (tokens before the answer, the answer's tokens with its end token).
-
-    A plain text row is trained from its second token on and has no question: its prompt is empty.
-    """
-    document = row.documents[-1]
-    trained = [bool(flag) for flag in document.trained]
-    start = len(trained)
-    while start > 0 and trained[start - 1]:
-        start -= 1
-    ids = [int(token) for token in document.input_ids]
-    return (ids[:start], ids[start:]) if start > 1 else ([], ids)
-
-
-def _question(renderer: Any, prompt: Sequence[int]) -> str:
-    """The prompt as text, without control tokens and, for a single question, without the template's words around it."""
-    text: str = renderer.tokenizer.decode(prompt, skip_special_tokens=True)
-    probe = "a question of its own"
-    around: str = renderer.tokenizer.decode(renderer.prompt_ids([Message("user", probe)]), skip_special_tokens=True)
-    before, found, after = around.partition(probe)
-    return text.removeprefix(before).removesuffix(after).strip() if found else text.strip()

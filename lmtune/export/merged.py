@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmtune.config.schema import to_tree
-from lmtune.data.survey import counted
+from lmtune.config.load import to_tree
+from lmtune.data.report import counted
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.atomic import write_json, write_text
 from lmtune.io.console import escape, out
-from lmtune.runs.checkpoints import checkpoint_folders
-from lmtune.runs.store import RunDirectory, require_possible
+from lmtune.runs.store import RunDirectory, checkpoint_folders, require_possible
 
 if TYPE_CHECKING:
     from lmtune.models.merge import Into, MergeReport
@@ -50,7 +49,7 @@ def merge_run(
     if not has_adapter and not checkpoint_folders(run_directory.checkpoints):
         raise ModelError(f"{run_directory.path}: no adapter to merge; finish the run with `lmtune finetune` first")
 
-    from lmtune.inference.unfinished import usable_adapter
+    from lmtune.inference.load import usable_adapter
 
     with usable_adapter(run_directory, base) as adapter:
         return _merge(run_directory, adapter, output, into, accept_difference, base)

@@ -28,7 +28,8 @@ from lmtune.batching.packing import Layout, MicroBatch
 from lmtune.kernels import label_only_layer
 from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_cross_entropy
-from lmtune.models.memory import is_out_of_memory
+from lmtune.models.device import is_out_of_memory
+from lmtune.models.structure import decoder_layers
 
 _TOLERANCE = 5e-2  # relative, in 16 bit; a document that leaks or a wrong position moves outputs by about 1
 _TOLERANCE_FP32 = 1e-4
@@ -241,13 +242,15 @@ class PackedForward:
         ids, positions = self._probe(5, 7)
         keep, layout = torch.tensor([2, 3, 6, 11], device=ids.device), Layout((5, 7), (None, None), (2, 3, 6, 11))
         labels = keep, torch.arange(4, device=ids.device)
-        if problem := label_only_layer.install(self.base):
-            raise ValueError(problem)
+        layers = decoder_layers(self.base)
+        if layers is None:
+            raise ValueError("the last layer is not found: the model has no single list of layers")
+        label_only_layer.install(layers[-1])
         self.layer_reason = "not tried"
         with packed_attention(self.model):
             wanted = self._outputs(ids, positions, keep, layout)
             self.layer_reason = None
-            label_only_layer.find_query_linear(self.base, lambda: self._outputs(ids, positions, keep, layout, labels))
+            label_only_layer.find_query_linear(layers[-1], lambda: self._outputs(ids, positions, keep, layout, labels))
             return _difference(self._outputs(ids, positions, keep, layout, labels), wanted)
 
     def _why_no_direct_head(self) -> str | None:

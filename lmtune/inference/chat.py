@@ -13,27 +13,17 @@ tokens count, so that chat and evaluation answer alike.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from lmtune.data.types import Message
 from lmtune.errors import ConfigError, LmtuneError, listed
-from lmtune.inference.engine import (
-    PieceDecoder,
-    ReadTokens,
-    ReplyDecoder,
-    Sampler,
-    base_of,
-    max_positions,
-    ordinary_attention,
-)
+from lmtune.inference.engine import PieceDecoder, ReadTokens, ReplyDecoder, Sampler
 from lmtune.inference.load import LoadedModel
 from lmtune.io.text import is_finite_number
+from lmtune.models.structure import max_positions
 
 MAX_NEW_TOKENS = 8192
 
@@ -365,91 +355,6 @@ class _Turn:
         self.num_prompt = self.num_read = 0
         self.finish_reason: FinishReason | None = None
         self.stopped = threading.Event()
-
-
-def generate_batch(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    stop_token_ids: Sequence[int],
-    max_new_tokens: int,
-    batch_tokens: int = 16_384,
-    advance: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """Greedy answers to many prompts, as a `ChatSession` at temperature 0 would give them, to rounding.
-
-    Args:
-        model: a causal language model in evaluation mode, with or without adapter.
-        tokenizer: gives the padding token.
-        prompts: token ids, none empty.
-        stop_token_ids: what ends an answer.
-        max_new_tokens: where an answer that does not stop is cut.
-        batch_tokens: prompts and answers of one batch hold at most so many tokens, padding included.
-        advance: is told after each batch how many answers it gave.
-
-    Returns:
-        The new tokens of each prompt, in the order of the prompts, without the stop token.
-
-    Raises:
-        LmtuneError: a prompt leaves no room for an answer.
-    """
-    stops = sorted(set(stop_token_ids))
-    limit = max_positions(model)
-    for index, prompt in enumerate(prompts):
-        if limit is not None and len(prompt) >= limit:
-            raise LmtuneError(f"prompt {index} is {len(prompt)} tokens long, and the model reads at most {limit}")
-    answers: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    while by_length:
-        longest = len(prompts[by_length[0]])
-        room = max_new_tokens if limit is None else min(max_new_tokens, limit - longest)
-        rows = max(1, batch_tokens // (longest + room))
-        batch, by_length = by_length[:rows], by_length[rows:]
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-        generated = _generate(model, [list(prompts[index]) for index in batch], stops, room, pad)
-        for index, new in zip(batch, generated, strict=True):
-            end = next((place for place, token in enumerate(new) if token in stops), len(new))
-            answers[index] = new[:end]
-        if advance is not None:
-            advance(len(batch))
-    return answers
-
-
-def _generate(model: Any, prompts: list[list[int]], stops: list[int], max_new_tokens: int, pad: int) -> list[list[int]]:
-    """One batch through `model.generate`, padded on the left; what follows each prompt, padding included."""
-    from transformers import GenerationConfig
-
-    width = len(prompts[0])
-    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad,
-        use_cache=True,
-    )  # fmt: skip
-    with torch.no_grad(), ordinary_attention(model), _no_generation_config(model):
-        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
-    new: list[list[int]] = output[:, width:].tolist()
-    return new
-
-
-@contextlib.contextmanager
-def _no_generation_config(model: Any) -> Iterator[None]:
-    """Inside the block the model brings no generation settings of its own.
-
-    transformers takes from them whatever a call leaves open (suppressed tokens, a least length, penalties), so that a
-    batch would answer otherwise than a chat.
-    """
-    from transformers import GenerationConfig
-
-    parts = [model] if base_of(model) is model else [model, base_of(model)]  # a PEFT model hands its own to its base
-    before = [part.generation_config for part in parts]
-    try:
-        for part in parts:
-            part.generation_config = GenerationConfig()
-        yield
-    finally:
-        for part, config in zip(parts, before, strict=True):
-            part.generation_config = config
 
 
 def _is_whole(value: Any) -> bool:

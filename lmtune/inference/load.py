@@ -9,6 +9,8 @@ The template, system prompt and stop tokens are those of training: an adapter fo
 from __future__ import annotations
 
 import contextlib
+import json
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,18 +18,32 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
+from safetensors.torch import load_file
+
+from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization
 from lmtune.data.rendering import Renderer, Template
-from lmtune.errors import ConfigError, ModelError, is_failure
-from lmtune.inference.unfinished import usable_adapter
-from lmtune.models.adapter_checks import check_texts
-from lmtune.models.base import load_model, load_tokenizer, resolve_name
-from lmtune.models.file_checks import unreachable
-from lmtune.models.fingerprint import base_fingerprint
+from lmtune.errors import ConfigError, LmtuneError, ModelError, is_failure
+from lmtune.io.console import err, escape
+from lmtune.models.base import base_fingerprint, load_model, load_tokenizer, resolve_name
 from lmtune.models.locate import adapter_base, run_config, shareable_name
-from lmtune.models.tokenizer_checks import unusable
-from lmtune.models.tuning.lora import load_adapter, read_notes
-from lmtune.runs.store import RunDirectory, find_run, near_runs, run_hint, similar_runs
+from lmtune.models.published import write_adapter_texts
+from lmtune.models.structure import empty_model
+from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, check_texts
+from lmtune.models.tuning.lora import Tensors, attach_adapter, load_adapter, read_notes, save_adapter
+from lmtune.models.validate import unreachable, unusable
+from lmtune.runs.store import (
+    ADAPTER,
+    STATE,
+    RunDirectory,
+    checkpoint_folders,
+    find_run,
+    near_runs,
+    problem_of,
+    run_hint,
+    similar_runs,
+    step_of,
+)
 
 _TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
 
@@ -252,3 +268,84 @@ def saved_tokenizer(folder: Path) -> Any:
     if fault := unusable(tokenizer):
         raise ModelError(f"{folder}: {fault}")
     return tokenizer
+
+
+_TRIES = 5  # the run deletes checkpoints as it writes newer ones
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's adapter.
+
+    Attributes:
+        step: after which it was saved.
+        is_best: whether it was chosen by the validation rows, and is not the newest.
+        state: what else the checkpoint holds.
+        adapter: trainable parameters by name.
+    """
+
+    step: int
+    is_best: bool
+    state: dict[str, Any]
+    adapter: Tensors
+
+    def __str__(self) -> str:
+        total = self.state.get("total_steps")
+        of = f" of {total}" if total else ""
+        return f"step {self.step}{of}" + (", the best so far by its validation loss" if self.is_best else "")
+
+
+@contextlib.contextmanager
+def usable_adapter(run: RunDirectory, base: str | None = None) -> Iterator[Path]:
+    """An adapter folder with what the run has learned so far, for as long as the block lasts.
+
+    Raises:
+        ModelError: the run has neither an adapter nor a checkpoint that is whole.
+    """
+    status = None
+    with contextlib.suppress(LmtuneError):  # a summary that is damaged says nothing about the adapter
+        status = run.read_summary().get("status", "running")
+    has_adapter = (run.adapter / CONFIG).is_file() and (run.adapter / WEIGHTS).is_file()
+    saved = None if has_adapter and status in ("complete", None) else newest_saved(run)
+    if saved is None:
+        if not (run.adapter / CONFIG).exists():  # what is there and no file is named by who reads it
+            raise ModelError(
+                f"{run.path}: this run has no adapter yet; finish it with the same `lmtune finetune` command"
+            )
+        yield run.adapter
+        return
+    err.print(f"{escape(str(run.path))} is not finished: uses {saved}")
+    with tempfile.TemporaryDirectory(prefix="lmtune-") as folder:
+        write_adapter(run, saved, Path(folder), base)
+        yield Path(folder)
+
+
+def newest_saved(run: RunDirectory) -> Saved | None:
+    """The adapter of the run's newest checkpoint that is whole, or of its best one where the run keeps that."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(OSError):
+            folders = [path for path in reversed(checkpoint_folders(run.checkpoints)) if problem_of(path) is None]
+            if not folders:
+                return None
+            state = json.loads((folders[0] / STATE).read_text(encoding="utf-8"))
+            keep_best = load_config(FinetuneConfig, run.config).evaluation.keep_best
+            best = state.get("counters", {}).get("best_step") if keep_best else None
+            chosen = next((path for path in folders if step_of(path) == best), folders[0])
+            return Saved(step_of(chosen), chosen != folders[0], state, load_file(chosen / ADAPTER))
+    return None
+
+
+def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | None = None) -> None:
+    """Fill an empty folder as the run would fill `adapter/` with these weights; `base` is where its base is now."""
+    config = run_config(run, base)
+    tokenizer = load_tokenizer(config.model)
+    wanted = {"template": config.data.template, "system": config.data.system}
+    renderer = build_renderer(tokenizer, config.model, wanted, run.rendered_at())
+    notes = run_notes(config, renderer, base_fingerprint(config.model), run.adapter)
+    if config.adapter.init_lora_weights == "pissa":  # which begins with a part of the base's weights
+        model = load_model(config.model)
+    else:
+        model = empty_model(resolve_name(config.model.name), config.model.revision)
+    adapted = attach_adapter(model, config.adapter, config.train.seed, shareable_name(config.model.name))
+    save_adapter(adapted, folder, notes, saved.adapter)
+    write_adapter_texts(config.model, renderer, folder)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lmtune.data.sources import content_sha256
 from lmtune.errors import LmtuneError
 from lmtune.io import locks
 from lmtune.io.atomic import flush_to_disk, sync_folder, write_json
@@ -196,3 +195,13 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "a", encoding="utf-8") as file:
         locks.wait_for(file)
         yield
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        # What says that it is empty is not read: a file of the kernel's may wait for ever.
+        while os.fstat(file.fileno()).st_size and (piece := file.read(1 << 20)):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -272,3 +272,18 @@ def escape(text: str) -> str:
     from rich.markup import escape as rich_escape
 
     return rich_escape(_clean(text))
+
+
+_EVERY_ROWS = 2000
+
+
+@contextlib.contextmanager
+def row_progress(done: str) -> Iterator[Callable[[int], None]]:
+    """A function that takes the number of rows so far; `done` is what happens to them, for example `reading`."""
+    with progress(done, unit="rows") as shown:
+
+        def show(num_rows: int) -> None:
+            if num_rows % _EVERY_ROWS == 0:
+                shown.at(num_rows)
+
+        yield show

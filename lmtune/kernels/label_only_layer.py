@@ -8,7 +8,7 @@ attention has keys and values; there a private exception ends it. The second tim
 finds the keys and values of the first. Which linear layer makes only queries is found by trying: with its output set
 to zero, queries change and keys and values do not; it is left out of the first run.
 
-    install(model)          # the layer object stays the model's own; only its class becomes a subclass
+    install(layer)          # the layer object stays the model's own; only its class becomes a subclass
 
 The caller compares the result with the plain one before relying on it.
 """
@@ -53,29 +53,24 @@ class _Selected:
         return attend(query, self.key, self.value, layout, layout.label_spans, scaling, dropout, window)
 
 
-def install(model: Any) -> str | None:
-    """Prepare the last layer of `model`; returns None, or why it stays as it is.
+def install(layer: Any) -> None:
+    """Prepare a model's last decoder layer.
 
     The layer then takes `label_positions` (`[P]`, the layout's own, ascending) as an extra argument of the model's
     forward, and with it returns `[1, P, D]`; without it, nothing is different.
     """
-    layer = _last_layer(model)
-    if layer is None:
-        return "the last layer is not found: the model has no single list of layers"
     if not type(layer).__name__.startswith("LabelOnly"):
         layer.__class__ = _label_only_class(type(layer))
     _set_query_linear(layer, None)
-    return None
 
 
-def find_query_linear(model: Any, run: Any) -> None:
+def find_query_linear(layer: Any, run: Any) -> None:
     """Find the linear layer that makes queries and nothing else, by running the first run with each set to zero.
 
     Args:
-        model: prepared by `install`.
+        layer: prepared by `install`.
         run: a function that runs the model on a probe with `label_positions`.
     """
-    layer = _last_layer(model)
     layer.lmtune_probe = {}
     try:
         run()
@@ -149,15 +144,3 @@ def _at(value: Any, positions: torch.Tensor, total: int) -> Any:
     if isinstance(value, dict):
         return {key: _at(item, positions, total) for key, item in value.items()}
     return value
-
-
-def decoder_layers(model: Any) -> Any:
-    """The decoder's list of as many modules as the model has layers, or None where no one list is it."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    return lists[0] if len(lists) == 1 or (lists and count > 1) else None
-
-
-def _last_layer(model: Any) -> Any:
-    layers = decoder_layers(model)
-    return None if layers is None else layers[-1]

@@ -100,7 +100,7 @@ class BaseWeight:
         return plain.to(dtype)
 
 
-def fuse(model: torch.nn.Module, keep_dense: bool = False, fp8: bool = False) -> list[str]:
+def fuse(model: torch.nn.Module, keep_dense: bool = False) -> list[str]:
     """Give every plain LoRA layer of `model` the fused forward pass; returns the names of those left as they are.
 
     Plain is: one adapter without DoRA or a bias of its own, over a linear layer in full precision, 4 or 8 bit. In 8 bit
@@ -109,19 +109,15 @@ def fuse(model: torch.nn.Module, keep_dense: bool = False, fp8: bool = False) ->
     Args:
         model: a PeftModel.
         keep_dense: hold quantised weights as dense matrices, where memory allows.
-        fp8: compute the base's products in 8-bit floating point where the layer's shape allows.
     """
     from peft.tuners.lora import LoraLayer
-
-    from lmtune.kernels.fp8_linear import Fp8Weight, fits_fp8
 
     left = []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or type(module).__name__.startswith("Fused"):
             continue
         if _is_plain(module):
-            base = module.get_base_layer()
-            module.lmtune_weight = Fp8Weight(base) if fp8 and fits_fp8(base) else BaseWeight(base, keep_dense)
+            module.lmtune_weight = BaseWeight(module.get_base_layer(), keep_dense)
             module.__class__ = _fused_class(type(module))
         else:
             left.append(name)

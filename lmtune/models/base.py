@@ -9,6 +9,7 @@ network, pickled weights) becomes a `ModelError` that says how.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -21,13 +22,20 @@ from lmtune.config.schema import ModelConfig
 from lmtune.errors import ModelError, is_failure
 from lmtune.io.cache import cache_folder, cached, found, key_of, turn
 from lmtune.io.console import progress, warn
-from lmtune.models.backends import INSTALL, check_bitsandbytes
 from lmtune.models.device import default_device
-from lmtune.models.file_checks import unreachable
 from lmtune.models.libraries import quiet_libraries
-from lmtune.models.loaded_checks import check_loaded
-from lmtune.models.tokenizer_checks import unusable
-from lmtune.models.validate import ADAPTER, INDEX, WEIGHTS, adapter_beside, check_base, check_weights, tokenizer_fault
+from lmtune.models.validate import (
+    ADAPTER,
+    INDEX,
+    WEIGHTS,
+    adapter_beside,
+    check_base,
+    check_loaded,
+    check_weights,
+    tokenizer_fault,
+    unreachable,
+    unusable,
+)
 
 _CACHE = "quantized"
 _CACHED_FROM_BYTES = 200 * 2**20  # of stored weights; less is quantised in a second or two
@@ -173,8 +181,6 @@ def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
         return None
     from importlib.metadata import version
 
-    from lmtune.models.fingerprint import base_fingerprint
-
     try:
         files = [file.resolve() for file in weight_files(model)]
     except ModelError:  # not downloaded yet
@@ -276,7 +282,7 @@ def stored_dtype(model: ModelConfig) -> torch.dtype:
 
 def _quantization(model: ModelConfig, dtype: torch.dtype) -> Any:
     """bitsandbytes' settings for `model.quantization`, or None."""
-    if model.quantization in ("none", "fp8"):  # fp8 is how the adapter's layers multiply, see kernels.fp8_linear
+    if model.quantization == "none":
         return None
     from transformers import BitsAndBytesConfig
 
@@ -347,3 +353,69 @@ def _model_error(model: ModelConfig, part: str, error: BaseException) -> ModelEr
     else:
         hint = "check that the folder or repository holds a complete causal language model"
     return ModelError(f"model.name: cannot load the {part} of {model.name}: {type(error).__name__}: {text}\n  {hint}")
+
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def base_fingerprint(model: ModelConfig) -> str:
+    """32 hex digits that stand for the stored weights of `model`, whatever the quantization they are loaded in."""
+    digest = hashlib.sha256()
+    for path in weight_files(model):
+        digest.update(_file_digest(path))
+    return digest.hexdigest()[:32]
+
+
+def _file_digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(header_bytes, size)))
+        start = min(8 + header_bytes, size)
+        if size - start <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(file.read())
+        else:
+            for index in range(_SAMPLES):
+                file.seek(start + (size - start - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    digest.update(str(size).encode())
+    return digest.digest()
+
+
+INSTALL = "`pip install bitsandbytes`"
+_AGAIN = "install it again (`pip install --force-reinstall bitsandbytes`)"
+
+
+def check_bitsandbytes(quantization: str) -> None:
+    """Make sure that bitsandbytes is there for `nf4` and `int8`, and in no case installed but broken.
+
+    Raises:
+        ModelError: with both ways out.
+    """
+    quiet_libraries()
+    needed = quantization in ("nf4", "int8")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "bitsandbytes":
+            if needed:
+                raise ModelError(
+                    f"model.quantization: {quantization} needs bitsandbytes, which is not installed; {INSTALL}, or set "
+                    "model.quantization=none"
+                ) from None
+            return
+        raise _broken(quantization, needed, error) from error
+    except Exception as error:
+        raise _broken(quantization, needed, error) from error
+
+
+def _broken(quantization: str, needed: bool, error: Exception) -> ModelError:
+    why = f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+    take_away = "take it away (`pip uninstall bitsandbytes`)"
+    if needed:
+        return ModelError(
+            f"model.quantization: {quantization} needs bitsandbytes, which is installed but {why}; {_AGAIN}, or "
+            f"{take_away} and set model.quantization=none"
+        )
+    return ModelError(f"bitsandbytes is installed but {why}, and PEFT imports it; {_AGAIN}, or {take_away}")

@@ -1,4 +1,4 @@
-"""The device that every verb computes on, decided in one place; nothing heavy is imported with it.
+"""The device that every verb computes on, decided in one place, and its memory; nothing heavy is imported with it.
 
 A CUDA (or ROCm) GPU if there is one and `ACCELERATE_USE_CPU` does not ask for the CPU, else the CPU. Apple silicon
 computes on its CPU too: nobody has shown yet that a run on `mps` gives the result of the others.
@@ -6,8 +6,10 @@ computes on its CPU too: nobody has shown yet that a run on `mps` gives the resu
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmtune.errors import ConfigError
 
@@ -41,3 +43,73 @@ def default_device() -> torch.device:
     if torch.cuda.is_available() and not asks_for_cpu():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+DENSE_SHARE = 0.25  # of the free memory, for quantised weights kept as dense matrices
+# What PyTorch and CUDA's libraries write where they do not raise `torch.OutOfMemoryError`, in small letters.
+_SHORT_OF_MEMORY = (
+    "out of memory",  # CUDA's and HIP's runtime, Apple's MPS
+    "alloc_failed", "allocation_failed",  # cuBLAS, cuDNN, cuSPARSE, cuFFT
+    "cublas_status_not_initialized when calling `cublascreate",  # its workspace
+    "can't allocate memory", "not enough memory", "cannot allocate memory",  # the CPU's
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small: allocators say so by their type or in words, by device and library."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT_OF_MEMORY)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on `device`; on the CPU shared with the other processes of this run."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _available_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def return_freed_memory() -> None:
+    """Hand what was freed on the CPU back to the system, where the C library can.
+
+    glibc keeps it in case it is wanted again, which for tensors of other sizes in every step it is not.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Any:
+    """glibc's `malloc_trim`, or None: other C libraries have none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
+def dense_weights_fit(model: Any, device: torch.device) -> bool:
+    """Whether the weights under a model's adapter may be kept as dense matrices: in a quarter of the free memory."""
+    base = model.get_base_model()
+    layers = (m.get_base_layer() for m in base.modules() if hasattr(m, "get_base_layer"))
+    elements = sum(layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features"))
+    return bool(elements * base.dtype.itemsize <= free_memory(device) * DENSE_SHARE)
+
+
+def _available_ram() -> int:
+    """What Linux calls available, within this container's limit; elsewhere half of the physical memory."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, \
+             open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:  # fmt: skip
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # no such limit, or "max"
+        pass
+    return max(free, 0)

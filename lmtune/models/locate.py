@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization, build_config, load_config
+from lmtune.config.load import build_config, load_config
+from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization
 from lmtune.errors import ModelError
-from lmtune.models.adapter_checks import check_adapter
+from lmtune.models.tuning.adapter_files import check_adapter
 from lmtune.models.tuning.lora import read_notes
 from lmtune.runs.store import RunDirectory
 

@@ -31,6 +31,7 @@ from lmtune.io.atomic import naming_in, new_folder
 from lmtune.io.console import progress, warn
 from lmtune.models.base import (
     DTYPES,
+    base_fingerprint,
     check_files,
     compute_dtype,
     load_model,
@@ -41,10 +42,8 @@ from lmtune.models.base import (
 )
 from lmtune.models.block_weights import BlockWeights, keep_fp32_buffers
 from lmtune.models.comparing import Comparison, Reader, compare
-from lmtune.models.device import default_device
-from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.device import default_device, free_memory
 from lmtune.models.libraries import quiet_libraries
-from lmtune.models.memory import free_memory
 from lmtune.models.published import (
     CONFIG,
     GENERATION,
@@ -56,8 +55,8 @@ from lmtune.models.published import (
     write_tree,
 )
 from lmtune.models.stored import Layout, StoredWeights, Tensors, WeightWriter
+from lmtune.models.structure import empty_model
 from lmtune.models.tuning.lora import load_adapter
-from lmtune.models.weight_types import empty_model
 
 Into = Literal["trained", "original"]
 
@@ -187,7 +186,7 @@ class _Source:
     def _load(self, base: ModelConfig, adapter: Path) -> Any:
         """The base with the adapter, as trained over if that is quantised, else in the dtype that it is stored in."""
         dtype = self.trained_dtype
-        if base.quantization in ("none", "fp8"):
+        if base.quantization == "none":
             try:
                 config = stored_files(base, [CONFIG]).get(CONFIG)
                 if config is None or "quantization_config" not in read_tree(config):

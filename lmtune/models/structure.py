@@ -1,164 +1,62 @@
-"""How many parameters a run trains, freezes and quantises, and in which precision the rest stays: one line to say it.
-
-    parameters: 20,512 trained (LoRA r=4 on 9 modules and 2 expert tensors); 2.9 M frozen, of these 2.1 M in nf4, the
-    rest in float32; not adapted: router
-
-Counted on a loaded base or on one without memory, with the same result.
-"""
+"""Facts about a transformers model, found without knowing its name: layers, linear layers, experts, positions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lmtune.config.schema import AdapterConfig
-from lmtune.models.tuning.targets import (
-    ALL_LINEAR,
-    Targets,
-    adapter_parameters,
-    expert_tensors,
-    find_targets,
-    linear_layers,
-    other_parts,
-    routers,
-)
 
-_GIB = 2**30
+def empty_model(path: str | Path, revision: str | None = None) -> Any:
+    """The model that a config.json describes, without memory for its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters.
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    Attributes:
-        trained: of the adapter.
-        trained_on_experts: of those, what is on experts.
-        rank: of the adapter.
-        targets: what it is on.
-        linear: of all linear layers but the head, biases left out.
-        experts: of the tensors of fused experts.
-        other: of all else: embeddings, head, router, norms, biases.
-        quantized: of those in linear layers, how many are held in `quantization`.
-        quantization: `none`, `nf4`, `int8` or `fp8`.
-        dtype: of the others, as `bfloat16`.
-        adapted_linear, adapted_experts: of those under the adapter.
-        num_experts: in a tensor of experts, 0 without such.
-        left: what could be adapted and is not, in words.
+
+def max_positions(model: Any) -> int | None:
+    """The longest sequence that the model was made for, if its config says so."""
+    limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def decoder_layers(model: Any) -> Any:
+    """The decoder's list of as many modules as the model has layers, or None where no one list is it."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    return lists[0] if len(lists) == 1 or (lists and count > 1) else None
+
+
+def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the model's linear layers by full name, the head and quantised ones included.
+
+    GPT-2's transposed kind is one too. The model has no adapter.
     """
+    from transformers.pytorch_utils import Conv1D
 
-    trained: int
-    trained_on_experts: int
-    rank: int
-    targets: Targets
-    linear: int
-    experts: int
-    other: int
-    quantized: int
-    quantization: str
-    dtype: str
-    adapted_linear: int
-    adapted_experts: int
-    num_experts: int
-    left: tuple[str, ...]
-
-    @property
-    def frozen(self) -> int:
-        """All of the base."""
-        return self.linear + self.experts + self.other
-
-    def describe(self) -> str:
-        """The line."""
-        on = [_several(len(self.targets.modules), "module")] * bool(self.targets.modules)
-        on += [_several(len(self.targets.experts), "expert tensor")] * bool(self.targets.experts)
-        held = f"{short_count(self.frozen)} frozen"
-        if not self.quantized:
-            held += f" in {self.dtype}"
-        else:
-            held += f", of these {short_count(self.quantized)} in {self.quantization}, the rest in {self.dtype}"
-        if self.experts and self.quantization != "none":
-            each: int = getattr(torch, self.dtype).itemsize
-            share, size = self.experts / self.frozen, self.experts * each / _GIB
-            held += f": experts ({share:.0%} of the weights) stay in {each * 8} bit: {size_text(size)}"
-        left = f"; not adapted: {', '.join(self.left)}" if self.left else ""
-        return f"{self.trained:,} trained (LoRA r={self.rank} on {' and '.join(on)}); {held}{left}"
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            found[name] = int(module.nx), int(module.nf)
+        elif name and hasattr(module, "in_features"):
+            found[name] = int(module.in_features), int(module.out_features)
+    return found
 
 
-def count_parameters(model: Any, adapter: AdapterConfig, quantization: str, dtype: torch.dtype) -> Parameters:
-    """Count what is there and what will be attached.
-
-    Args:
-        model: the base without an adapter, loaded or without memory.
-        adapter: rank and targets.
-        quantization: asked for; a loaded model tells itself which layers are quantised.
-        dtype: of the weights that are not quantised.
-
-    Raises:
-        ConfigError: a target names nothing in the model.
-    """
-    found, layers, tensors = find_targets(model, adapter.target_modules), linear_layers(model), expert_tensors(model)
-    head = model.get_output_embeddings()
-    modules = dict(model.named_modules())
-    body = {name: ins * outs for name, (ins, outs) in layers.items() if modules[name] is not head}
-    counted = {id(modules[name].weight) for name in body} | {id(tensor) for tensor in tensors.values()}
-    other = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in counted)
-    experts = sum(tensor.numel() for tensor in tensors.values())
-    in_few_bits = {name for name in body if type(modules[name]).__name__ in ("Linear4bit", "Linear8bitLt")}
-    if not in_few_bits and quantization != "none":
-        in_few_bits = set(body)
-    return Parameters(
-        trained=adapter_parameters(model, found, adapter.rank, adapter.use_dora),
-        trained_on_experts=adapter_parameters(model, Targets((), found.experts), adapter.rank),
-        rank=adapter.rank, targets=found,
-        linear=sum(body.values()), experts=experts, other=other, quantized=sum(body[name] for name in in_few_bits),
-        quantization=quantization, dtype=str(dtype).removeprefix("torch."),
-        adapted_linear=sum(a * b for name, (a, b) in layers.items() if name in found.modules),
-        adapted_experts=sum(tensors[name].numel() for name in found.experts),
-        num_experts=max((len(tensor) for tensor in tensors.values()), default=0),
-        left=tuple(_left(model, adapter, found, set(body), sum(body.values()) + experts + other)),
-    )  # fmt: skip
-
-
-def _left(model: Any, adapter: AdapterConfig, found: Targets, body: set[str], total: int) -> list[str]:
-    """What has no adapter: linear layers by the last part of their names, experts, routers, other matrices."""
-    choosing, tensors, others = routers(model), expert_tensors(model), other_parts(model)
-    left = set(others.values())
-    known = {f"{name}.weight" for name in (*body, *choosing)} | tensors.keys()
-    if adapter.target_modules != ALL_LINEAR:
-        left |= {
-            name.rpartition(".")[2]
-            for name in body
-            if name not in found.modules and name not in choosing and name not in others
-        }
-    outside = (model.get_input_embeddings(), model.get_output_embeddings())
-    embeddings = {id(p) for module in outside if module is not None for p in module.parameters()}
-    left |= {
-        name.removesuffix(".weight").rpartition(".")[2]
-        for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and name not in known and id(parameter) not in embeddings and not name.endswith("bias")
-        if left.isdisjoint(name.split("."))
+def expert_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The 3-D parameters `[E, …, …]` that hold the weights of all `E` experts of a layer, by full name."""
+    return {
+        f"{name}.{leaf}": parameter
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "num_experts", None), int)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and len(parameter) == module.num_experts
     }
-    missing = sum(tensor.numel() for name, tensor in tensors.items() if name not in found.experts)
-    said = sorted(left) if len(left) <= 8 else [*sorted(left)[:7], f"{len(left) - 7} more"]
-    said += ["router"] * bool(choosing)
-    return said + ([f"experts ({missing / total:.0%} of the weights)"] if missing else [])
-
-
-def _several(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
-def short_count(number: int) -> str:
-    """`12,345`, `2.9 M`, `30.5 B`."""
-    for unit, name in ((10**9, "B"), (10**6, "M")):
-        if number >= unit:
-            return f"{number / unit:.1f} {name}"
-    return f"{number:,}"
-
-
-def size_text(gib: float) -> str:
-    """`57 GiB`, `1.25 GiB`, `3.4 MiB`: with the digits that matter."""
-    if gib >= 10:
-        return f"{gib:.0f} GiB"
-    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib * 1024:.3g} MiB"

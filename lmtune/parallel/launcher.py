@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lmtune.io.console import err
-from lmtune.parallel.launch import STARTED_BY, stop_with_starter
+from lmtune.parallel.worker import STARTED_BY, stop_with_starter
 
 STOP_SECONDS = 7 * 24 * 3600  # for a step that is to be saved; torch's agent would kill its processes after 30
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,6 @@ from rich.table import Table
 
 from lmtune import __version__
 from lmtune.io.console import escape
-from lmtune.runs.card_usage import adapter_usage, is_hub_id, joined, merged_usage, section
 from lmtune.runs.history import Overview
 
 # key in summary.json: (name, the Hub's metric type)
@@ -37,7 +37,6 @@ _QUANTIZATIONS = {
     "none": "not quantised",
     "nf4": "4-bit NF4 (bitsandbytes)",
     "int8": "8-bit (bitsandbytes)",
-    "fp8": "products in 8-bit floating point",
 }
 _QUIET_KEYS = ("data.train", "data.validation", "data.system", "adapter.adapter")  # names and words of the user's own
 
@@ -180,7 +179,7 @@ def adapter_card(
     """The README.md of an adapter folder.
 
     Args:
-        config: the run's settings as `lmtune.config.schema.to_tree` gives them.
+        config: the run's settings as `lmtune.config.load.to_tree` gives them.
         summary: the run's `summary.json`.
         fates: the run's `data.json`; counts are taken from it and nothing else.
         repository: `user/name` on the Hub, if it is known already.
@@ -212,7 +211,7 @@ def merged_card(
     """The README.md of a merged model: the base with the adapter's change added to its weights.
 
     Args:
-        config: the run's settings as `lmtune.config.schema.to_tree` gives them.
+        config: the run's settings as `lmtune.config.load.to_tree` gives them.
         summary: the run's `summary.json`.
         merge: what `merge.json` holds: how the merged model was compared with base and adapter.
         repository: `user/name` on the Hub, if it is known already.
@@ -378,3 +377,129 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
         return ""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in line) + " |" for line in lines)
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PROMPT = """
+text = "Your question"
+if tokenizer.chat_template:
+    message = {{"role": "user", "content": text}}
+    text = tokenizer.apply_chat_template(
+        [message], tokenize=False, add_generation_prompt=True, enable_thinking={thinking}
+    )
+inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)"""
+_PLAIN_PROMPT = """
+inputs = tokenizer("Your question", return_tensors="pt")"""
+_GENERATE = """
+stops = GenerationConfig.from_pretrained("{place}")
+output = model.generate(**inputs, generation_config=stops, max_new_tokens=128)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+_PEFT_CODE = (
+    """
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+{imports}
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+{prompt}"""
+    + _GENERATE
+)
+_TRANSFORMERS_CODE = """
+from transformers import AutoModelForCausalLM
+{imports}
+model = AutoModelForCausalLM.from_pretrained({base})
+model.load_adapter("{place}")"""
+_MERGED_CODE = (
+    """
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+model = AutoModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+{prompt}"""
+    + _GENERATE
+)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether others can find a base model of this name on the Hub: no folder of this machine, not the embedded one."""
+    return name != "tiny" and _HUB_ID.fullmatch(name) is not None and not os.path.isdir(name)
+
+
+def adapter_usage(
+    config: Mapping[str, Any], place: str, repository: str | None, stops: Sequence[str] = ()
+) -> str:  # fmt: skip
+    """The part that shows how the adapter is loaded, as code that runs."""
+    base, revision = str(section(config, "model").get("name", "unknown")), section(config, "model").get("revision")
+    if base == "tiny":
+        imports, argument = "from lmtune.demo import tiny_path\n", "tiny_path()"
+        note = "The base model is lmtune's embedded demo model: it comes with `pip install lmtune`, not from the Hub."
+    elif is_hub_id(base):
+        imports, argument, note = "", f'"{base}"' + (f', revision="{revision}"' if revision else ""), ""
+    else:
+        imports, argument = "", '"path/to/the/base/model"'
+        note = "The base model was a folder on the author's machine: you need that very model."
+    words = {"imports": imports, "base": argument, "place": place, "prompt": _prompt(config)}
+    folder = repository.replace("/", "--") if repository else ""
+    own = f"lmtune pull {repository}\nlmtune chat adapters/{folder}" if repository else f"lmtune chat {place}"
+    return joined(
+        "## How to use it",
+        note,
+        "With PEFT:",
+        _python(_PEFT_CODE, **words),
+        _system_note(config),
+        stops_note(stops),
+        "With transformers alone (PEFT must be installed), the rest as above:",
+        _python(_TRANSFORMERS_CODE, **words),
+        "With lmtune, which also takes over the system prompt and the stop tokens of training:",
+        f"```bash\n{own}\n```",
+    )
+
+
+def merged_usage(config: Mapping[str, Any], place: str, stops: Sequence[str] = ()) -> str:
+    """The same for a merged model in `place`, a repository or folder."""
+    return joined(
+        "## How to use it",
+        _python(_MERGED_CODE, place=place, prompt=_prompt(config)),
+        _system_note(config),
+        stops_note(stops),
+        f"With lmtune: `lmtune chat {place}`.",
+    )
+
+
+def _prompt(config: Mapping[str, Any]) -> str:
+    """The lines that turn a question into `inputs`, as training did."""
+    template = section(config, "data").get("template")
+    return _PLAIN_PROMPT if template == "plain" else _PROMPT.format(thinking=template == "thinking")
+
+
+def _system_note(config: Mapping[str, Any]) -> str:
+    if not section(config, "data").get("system"):
+        return ""
+    return "It was trained with a system prompt, which is `system` in `lmtune.json`: put it before the question."
+
+
+def stops_note(stops: Sequence[str]) -> str:
+    """At which tokens an answer ends, for programs that do not read generation_config.json."""
+    if not stops:
+        return ""
+    more = f", and generation also stops at {' and '.join(f'`{token}`' for token in stops[1:])}" if stops[1:] else ""
+    return (
+        f"An answer ends in `{stops[0]}`{more} (`eos_token_id` in `generation_config.json`). A program that asks for a "
+        "stop token needs the first one."
+    )
+
+
+def section(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The mapping under `key`, or an empty one where there is none."""
+    value = tree.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _python(code: str, **words: str) -> str:
+    return f"```python\n{code.format(**words).strip()}\n```"
+
+
+def joined(*parts: str) -> str:
+    """The parts that are not empty, a blank line between; ends in a newline where it is a whole card."""
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"

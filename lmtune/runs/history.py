@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmtune.config.yaml import read_yaml
-from lmtune.errors import CheckpointError, LmtuneError, ModelError
+from lmtune.errors import LmtuneError, ModelError
 from lmtune.io.text import is_finite_number
 from lmtune.runs.store import RunDirectory, find_run, run_folders, run_hint
 
@@ -102,21 +102,6 @@ def run_status(run: RunDirectory, summary: Mapping[str, Any]) -> str:
 def is_running(run: RunDirectory) -> bool:
     """Whether a process holds the run's lock at this moment."""
     return run.is_held()
-
-
-def describe_rows(run: RunDirectory) -> str:
-    """What became of the rows of data, in a few lines; nothing if that was not written yet.
-
-    Raises:
-        CheckpointError: `data.json` is damaged.
-    """
-    from lmtune.data.report import describe_fates
-
-    fates = run.read_json(run.data)
-    try:
-        return describe_fates(fates) if fates else ""
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise CheckpointError(f"{run.data}: damaged: no counts of rows; delete it or restore it") from None
 
 
 def run_tree(run: RunDirectory) -> dict[str, Any]:

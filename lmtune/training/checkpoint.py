@@ -21,16 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.errors import CheckpointError, LmtuneError, listed
 from lmtune.io.atomic import flush_to_disk, sync_folder
-from lmtune.runs.checkpoints import (
-    ADAPTER,
-    MANIFEST,
-    OPTIMIZER,
-    STATE,
-    checkpoint_folders,
-    fingerprint,
-    problem_of,
-    step_of,
-)
+from lmtune.runs.store import ADAPTER, MANIFEST, OPTIMIZER, STATE, checkpoint_folders, fingerprint, problem_of, step_of
 
 __all__ = [
     "Checkpoint", "checkpoint_folders", "load_checkpoint", "newest_checkpoint", "optimizer_tensors", "problem_of",

@@ -20,31 +20,29 @@ import torch
 from lmtune.config.schema import FinetuneConfig
 from lmtune.data.store import LoadedData, load_data
 from lmtune.errors import ConfigError
-from lmtune.evaluation.scoring import Answer, Scores, check_lengths, evaluate, teacher_forced
+from lmtune.evaluation.generative import Answer
+from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, teacher_forced
 from lmtune.forward.packed import PackedForward
 from lmtune.inference.load import build_renderer, run_notes
 from lmtune.io.atomic import new_folder
 from lmtune.io.console import progress, warn
-from lmtune.kernels.fp8_linear import why_not_fp8
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.backends import check_bitsandbytes
-from lmtune.models.base import compute_dtype, load_model, load_tokenizer
-from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.base import base_fingerprint, check_bitsandbytes, compute_dtype, load_model, load_tokenizer
+from lmtune.models.device import dense_weights_fit, free_memory
 from lmtune.models.locate import shareable_name
-from lmtune.models.memory import dense_weights_fit, free_memory
+from lmtune.models.parameters import Parameters, count_parameters
 from lmtune.models.published import write_adapter_texts
-from lmtune.models.structure import Parameters, count_parameters
 from lmtune.models.tuning.lora import Tensors, attach_adapter, attach_saved, made_weights, save_adapter
-from lmtune.models.tuning.start_adapter import StartingAdapter, starting_adapter
 from lmtune.runs.log import Accuracies
 from lmtune.runs.store import RunDirectory
 from lmtune.training import memory
-from lmtune.training.activations import checkpoint_layers, measure_activations
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.checkpoint import Tensors as CheckpointTensors
 from lmtune.training.estimate import token_cost
 from lmtune.training.loop import Job, Outcome
+from lmtune.training.memory import checkpoint_layers, measure_activations
 from lmtune.training.resume import identity
+from lmtune.training.start_adapter import StartingAdapter, starting_adapter
 
 T = TypeVar("T")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lmtune")
@@ -140,8 +138,6 @@ def prepare(config: FinetuneConfig, accelerator: Any) -> Session:
 
 
 def _prepare(config: FinetuneConfig, accelerator: Any, start: StartingAdapter | None) -> Session:
-    if config.model.quantization == "fp8" and (problem := why_not_fp8(accelerator.device)):
-        raise ConfigError(f"model.quantization: fp8 cannot be trained over here: {problem}; use nf4, int8 or none")
     check_bitsandbytes(config.model.quantization)
     if accelerator.device.type == "cuda" and config.model.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
@@ -167,7 +163,7 @@ def _prepare(config: FinetuneConfig, accelerator: Any, start: StartingAdapter | 
         for tensor in made_weights(model):
             accelerator.take_from_main(tensor)
         keep_dense = all(_from_all(dense_weights_fit(model, accelerator.device), accelerator))
-        fuse(model, keep_dense, fp8=config.model.quantization == "fp8")
+        fuse(model, keep_dense)
         forward = PackedForward(model)
     _agree(forward, accelerator)
     if accelerator.is_main_process:

@@ -18,10 +18,10 @@ from lmtune.config.schema import AdapterConfig, FinetuneConfig, ModelConfig
 from lmtune.data.sequences import Sequences
 from lmtune.errors import ModelError
 from lmtune.models.base import compute_dtype, resolve_name
-from lmtune.models.memory import free_memory
-from lmtune.models.structure import Parameters, count_parameters, size_text
+from lmtune.models.device import free_memory
+from lmtune.models.parameters import Parameters, count_parameters, size_text
+from lmtune.models.structure import empty_model
 from lmtune.models.tuning.lora import check_variant
-from lmtune.models.weight_types import empty_model
 from lmtune.training import memory
 from lmtune.training.memory import GIB, MemoryEstimate, ModelShape
 

@@ -13,14 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 from lmtune.batching.plan import Plan
-from lmtune.config.schema import FinetuneConfig, dump_config, load_config, to_tree, without_absolute_paths
+from lmtune.config.load import dump_config, load_config, to_tree
+from lmtune.config.schema import FinetuneConfig
 from lmtune.config.yaml import read_yaml
-from lmtune.data.report import describe_fates
-from lmtune.data.survey import counted
+from lmtune.data.report import counted, describe_fates
 from lmtune.errors import CheckpointError, LmtuneError
-from lmtune.evaluation.scoring import Answer, Scores
+from lmtune.evaluation.generative import Answer
+from lmtune.evaluation.scoring import Scores
 from lmtune.io.atomic import naming_in, write_json, write_text
 from lmtune.io.console import err, escape, warn
+from lmtune.io.text import without_absolute_paths
 from lmtune.models.locate import local_notes
 from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interrupts
 from lmtune.runs.log import Records, read_answers

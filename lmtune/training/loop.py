@@ -26,12 +26,11 @@ from lmtune.errors import LmtuneError, listed
 from lmtune.forward.packed import PackedForward
 from lmtune.io.console import warn
 from lmtune.kernels.lora_linear import drop_dense
-from lmtune.models.memory import return_freed_memory
+from lmtune.models.device import return_freed_memory
 from lmtune.models.tuning.lora import trainable
 from lmtune.parallel.signals import Interrupted, StopSignals
 from lmtune.runs.log import Accuracies, Records, StepRecord
 from lmtune.runs.store import RunDirectory
-from lmtune.training.activations import checkpoint_layers, is_checkpointed_throughout
 from lmtune.training.checkpoint import (
     Checkpoint,
     Tensors,
@@ -42,6 +41,7 @@ from lmtune.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from lmtune.training.memory import checkpoint_layers, is_checkpointed_throughout
 from lmtune.training.optim import learning_rate
 from lmtune.training.progress import StepProgress
 from lmtune.training.step import StepSums, find_offenders, step_gradients

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from lmtune.config.schema import dump_config
+from lmtune.config.load import dump_config
 from lmtune.training.pretrain_config import CorpusConfig, PretrainConfig
 from lmtune.training.pretraining import Pretrained
 

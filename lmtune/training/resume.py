@@ -11,7 +11,8 @@ from dataclasses import MISSING, fields, replace
 from typing import Any, get_type_hints
 
 from lmtune.batching.plan import Plan
-from lmtune.config.schema import FinetuneConfig, RunConfig, TrainConfig, load_config, to_tree
+from lmtune.config.load import load_config, to_tree
+from lmtune.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from lmtune.data.report import changed_files
 from lmtune.errors import CheckpointError, listed
 from lmtune.runs.log import recorded_steps

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lmtune.config.schema import FinetuneConfig, to_tree
+from lmtune.config.load import to_tree
+from lmtune.config.schema import FinetuneConfig
 from lmtune.io.atomic import write_json, write_text
 from lmtune.parallel.launch import start_accelerator
 from lmtune.runs.cards import adapter_card

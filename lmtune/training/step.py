@@ -18,7 +18,7 @@ import torch
 from lmtune.batching.packing import MicroBatch, pack_sequences
 from lmtune.batching.plan import Unit
 from lmtune.forward.packed import PackedForward, count_wrong_tokens
-from lmtune.models.memory import is_out_of_memory
+from lmtune.models.device import is_out_of_memory
 
 _NUM_SUMS = 4  # loss, right tokens, out of memory, interrupted
 Rows = Callable[[int], Any]  # row number -> TokenizedExample

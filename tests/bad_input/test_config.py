@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.config.schema import FinetuneConfig, RunConfig, load_config
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig, RunConfig
 from lmtune.models import pattern_limits
 from lmtune.runs.store import RunDirectory
 from tests.bad_input.conftest import Outcome

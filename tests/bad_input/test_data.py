@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.data.sources import content_sha256
+from lmtune.io.cache import content_sha256
 from tests.bad_input.conftest import Command, Outcome
 from tests.workplace import make_workplace, write_config, write_rows
 

@@ -21,14 +21,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lmtune.config import schema as config_module
-from lmtune.config.schema import FinetuneConfig, dump_config, load_config
-from lmtune.data import json_rows, templates
+from lmtune.config.load import dump_config, load_config
+from lmtune.config.schema import FinetuneConfig
+from lmtune.data import reading
+from lmtune.data import templates as templates_module
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import Renderer
 from lmtune.data.sources import find_files
 from lmtune.data.types import Example, Message
 from lmtune.errors import LmtuneError
-from lmtune.models.lora_config import USED
+from lmtune.models.tuning.adapter_files import USED
 from lmtune.models.tuning.lora import load_adapter, save_adapter
 from lmtune.serve.calls import Calls, read_body
 from lmtune.serve.request import settings_of
@@ -107,7 +109,7 @@ def test_any_bytes_are_read_or_refused_in_pieces_of_any_size(
     tmp_path: Path, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def check(content: bytes, at: int, prefix: bytes, piece: int) -> None:
-        monkeypatch.setattr(json_rows, "_PIECE_BYTES", piece)
+        monkeypatch.setattr(reading, "_PIECE_BYTES", piece)
         read(tmp_path / "rows.json", prefix + content)
         read(tmp_path / "rows.json", GOOD[:at] + content + GOOD[at:])
 
@@ -241,7 +243,7 @@ def test_any_row_is_rendered_whole_or_refused(examples: int) -> None:
 @examples
 def test_any_template_renders_a_row_or_is_refused(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the trial in a process of its own, which costs 0.2 s for each; no fragment here runs for long."""
-    monkeypatch.setattr(templates, "probe", lambda *_: None)
+    monkeypatch.setattr(templates_module, "probe", lambda *_: None)
 
     def check(source: str, contents: list[str], system: str | None) -> None:
         render(source, "auto", conversation(contents, system))

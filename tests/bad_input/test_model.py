@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from lmtune.config.schema import ModelConfig
 from lmtune.io import sandbox
 from lmtune.models import pattern_limits
-from lmtune.models.base import load_model
-from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.base import base_fingerprint, load_model
 from lmtune.models.tuning.lora import save_adapter
 from tests.bad_input.conftest import Command, Outcome, everything
 from tests.faults.choosing import few

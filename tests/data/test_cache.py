@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.data.sources import content_sha256
 from lmtune.errors import LmtuneError
 from lmtune.io import cache
-from lmtune.io.cache import cache_folder, cached, file_sha256, hold, is_whole
+from lmtune.io.cache import cache_folder, cached, content_sha256, file_sha256, hold, is_whole
 
 KEY = "ab" * 32
 

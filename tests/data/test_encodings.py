@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.data.encodings import encoding_advice
 from lmtune.data.reading import ReadReport, read_examples
-from lmtune.data.sources import find_files
+from lmtune.data.sources import encoding_advice, find_files
 
 CHINESE = [("今天天气怎么样？", "今天是晴天。"), ("这个商店什么时候开门？", "我们上午九点开门，下午六点关门。")]
 FRENCH = [("Où est la gare ?", "La gare est là-bas, à côté de l'église."), ("Et le café ?", "Il est fermé.")]

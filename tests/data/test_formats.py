@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lmtune.data.formats import RowFault, detect_format, parse_row, quoted
+from lmtune.data.formats import detect_format, parse_row
+from lmtune.data.values import RowFault, quoted
 
 U, A, S = "user", "assistant", "system"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.data import json_rows
+from lmtune.data import reading
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.sources import find_files, unread_entries
 from lmtune.data.types import Example
@@ -194,7 +194,7 @@ def test_a_list_larger_than_a_piece_is_read_whole_with_its_lines(
     row = '{"prompt": "é\\u00e9\\ud83d\\ude00", "completion": "c", "n": [1.5e3, -0.25, true, null]}'
     path = written(tmp_path, f"[\n{row},\n\n{row} ,{row}\n]\n".encode())
     for size in range(1, 40):
-        monkeypatch.setattr(json_rows, "_PIECE_BYTES", size)
+        monkeypatch.setattr(reading, "_PIECE_BYTES", size)
         examples, report = read(path)
         assert report.faults == [], (size, report.faults)
         assert [example.line for example in examples] == [2, 4, 4]
@@ -204,14 +204,14 @@ def test_a_list_larger_than_a_piece_is_read_whole_with_its_lines(
 def test_columns_in_a_list_count_from_the_line_s_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"[" + b", ".join([GOOD] * 10) + b', {"prompt": x}]'
     for size in (3, 17, 1000):
-        monkeypatch.setattr(json_rows, "_PIECE_BYTES", size)
+        monkeypatch.setattr(reading, "_PIECE_BYTES", size)
         _, report = read(written(tmp_path, content))
         assert f":1: item 11: column {content.index(b'x}') + 1}: " in report.faults[0]
 
 
 def test_a_row_that_is_too_long_is_skipped_without_being_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(json_rows, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(reading, "_PIECE_BYTES", 100)
     long = b'{"prompt": "' + b"x" * 5000 + b'", "completion": "c"}'
     examples, report = read(written(tmp_path, GOOD + b"\n" + long + b"\n" + GOOD))
     assert [example.line for example in examples] == [1, 3]

@@ -6,9 +6,8 @@ import os
 
 import pytest
 
-from lmtune.data import render_pool
-from lmtune.data.render_pool import render_all
-from lmtune.data.rendering import Document, Renderer
+from lmtune.data import rendering
+from lmtune.data.rendering import Document, Renderer, render_all
 from lmtune.data.types import Example, Message
 from lmtune.errors import DataError, LmtuneError
 from tests.tokenizers import NO_SYSTEM, make_tokenizer
@@ -28,7 +27,7 @@ def plain(outcomes: list[tuple[Example, list[Document] | DataError]]) -> list[tu
 
 @pytest.mark.slow
 def test_a_pool_gives_what_one_process_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render_pool, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(rendering, "_CHUNK_ROWS", 7)
     renderer = Renderer(make_tokenizer(NO_SYSTEM))
     rows = examples(100)
     alone = plain(list(render_all(rows, renderer, 0)))
@@ -52,8 +51,8 @@ def test_a_process_that_dies_is_an_error() -> None:
 
 
 def test_small_data_needs_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render_pool, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started a pool"))
+    monkeypatch.setattr(rendering, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started a pool"))
     renderer = Renderer(make_tokenizer())
-    assert len(list(render_all(examples(3), renderer, render_pool.WORTH_BYTES - 1))) == 3
+    assert len(list(render_all(examples(3), renderer, rendering.WORTH_BYTES - 1))) == 3
     with pytest.raises(pytest.fail.Exception):
-        list(render_all(examples(3), renderer, render_pool.WORTH_BYTES, num_processes=2))
+        list(render_all(examples(3), renderer, rendering.WORTH_BYTES, num_processes=2))

@@ -7,8 +7,8 @@ import tracemalloc
 
 import pytest
 
-from lmtune.data import survey as survey_module
-from lmtune.data.survey import FaultyRows, Survey
+from lmtune.data import report as survey_module
+from lmtune.data.report import FaultyRows, Survey
 from lmtune.data.types import Example, Message
 
 

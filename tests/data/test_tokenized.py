@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from lmtune.config.schema import DataConfig
 from lmtune.data import store
-from lmtune.data.control_text import ControlText
-from lmtune.data.rendering import Document, Renderer
+from lmtune.data.rendering import ControlText, Document, Renderer
 from lmtune.data.store import describe_fates, load_data, split, tokenize, truncated
 from lmtune.data.types import Example, Message
 from lmtune.errors import DataError
@@ -98,9 +97,9 @@ def _examples(paths: list[str]) -> list[Example]:
 
 
 def test_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmtune.data import token_table
+    from lmtune.data import store
 
-    monkeypatch.setattr(token_table, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(store, "_BATCH_ROWS", 7)
     data = tokenize([written("train.jsonl", rows(50))], made := renderer(), config())
     for index, example in enumerate(_examples(["train.jsonl"])):
         assert data[index].documents[0].input_ids.tolist() == made.render(example)[0].input_ids

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lmtune.data.formats import ParsedRow, RowFault, detect_format, parse_row
+from lmtune.data.formats import ParsedRow, detect_format, parse_row
+from lmtune.data.values import RowFault
 
 QUESTION = {"role": "user", "content": "q"}
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lmtune.config.schema import FinetuneConfig, ModelConfig, load_config
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig, ModelConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.types import Message
 from lmtune.demo import support_data, support_heldout, tiny_path
-from lmtune.inference.chat import generate_batch
+from lmtune.inference.engine import generate_batch
 from lmtune.models.base import load_model, load_tokenizer
 from lmtune.training.pretrain_config import PretrainConfig
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmtune.config.schema import FinetuneConfig, build_config, dump_config
+from lmtune.config.load import build_config, dump_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError, ModelError
-from lmtune.export.hub_checks import shared_texts
+from lmtune.export.hub import shared_texts
 from lmtune.inference.load import build_renderer, load_for_inference, run_notes
 from lmtune.io.atomic import write_json
-from lmtune.models.base import load_model, load_tokenizer
-from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.base import base_fingerprint, load_model, load_tokenizer
 from lmtune.models.locate import adapter_base, local_notes, run_config, shareable_name
 from lmtune.models.published import write_adapter_texts
 from lmtune.models.tuning.lora import save_adapter

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.config.schema import ModelConfig
 from lmtune.errors import ModelError
-from lmtune.models import fingerprint as module
-from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models import base as module
+from lmtune.models.base import base_fingerprint
 from tests.tiny import save_tiny, tiny_model
 
 

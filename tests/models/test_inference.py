@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmtune.config.schema import FinetuneConfig, build_config, dump_config
+from lmtune.config.load import build_config, dump_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.data.types import Message
 from lmtune.errors import ConfigError, ModelError
 from lmtune.inference.load import (
@@ -17,8 +18,7 @@ from lmtune.inference.load import (
     run_notes,
     shareable_name,
 )
-from lmtune.models.base import load_model, load_tokenizer
-from lmtune.models.fingerprint import base_fingerprint
+from lmtune.models.base import base_fingerprint, load_model, load_tokenizer
 from lmtune.models.tuning.lora import save_adapter
 from lmtune.runs.store import RunDirectory
 from tests.tiny import adapted, save_tiny

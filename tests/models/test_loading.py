@@ -16,10 +16,10 @@ from lmtune.config.schema import AdapterConfig, ModelConfig
 from lmtune.errors import ModelError
 from lmtune.io import cache
 from lmtune.io.cache import found, turn
-from lmtune.models import base
+from lmtune.models import base as base_module
 from lmtune.models.base import compute_dtype, load_model, load_tokenizer, resolve_name, stored_dtype, weight_files
-from lmtune.models.config_checks import config_faults
 from lmtune.models.tuning.lora import attach_adapter, save_adapter
+from lmtune.models.validate import config_faults
 from tests.tiny import adapted, save_tiny
 from tests.tokenizers import CHATML
 
@@ -364,7 +364,7 @@ def test_what_bitsandbytes_refuses_names_the_setting(
     def refuse(*args: object) -> None:
         raise RuntimeError("Attempted to use bitsandbytes native library functionality but it's not available.")
 
-    monkeypatch.setattr(base, "_from_pretrained", refuse)
+    monkeypatch.setattr(base_module, "_from_pretrained", refuse)
     text = error_of(config_of(base, quantization))
     if quantization == "none":
         assert "model.name: cannot load the weights of" in text
@@ -380,7 +380,7 @@ def test_what_bitsandbytes_refuses_names_the_setting(
 @pytest.fixture
 def kept_from_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Small models go through the cache too; returns the folder of its entries."""
-    monkeypatch.setattr(base, "_CACHED_FROM_BYTES", 0)
+    monkeypatch.setattr(base_module, "_CACHED_FROM_BYTES", 0)
     monkeypatch.setenv("LMTUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "quantized"
 
@@ -396,9 +396,11 @@ def test_a_base_in_4_bit_is_quantised_once(
     first = load_model(config, "cpu")
     assert len(entries(kept_from_any_size)) == 1
     asked = []
-    monkeypatch.setattr(base, "_quantization", lambda *a, real=base._quantization: asked.append(a) or real(*a))
-    real = base._from_pretrained
-    monkeypatch.setattr(base, "_from_pretrained", lambda path, *rest: asked.append(path) or real(path, *rest))
+    monkeypatch.setattr(
+        base_module, "_quantization", lambda *a, real=base_module._quantization: asked.append(a) or real(*a)
+    )
+    real = base_module._from_pretrained
+    monkeypatch.setattr(base_module, "_from_pretrained", lambda path, *rest: asked.append(path) or real(path, *rest))
     second = load_model(config, "cpu")
     assert [path for path in asked if isinstance(path, str)] == [str(entries(kept_from_any_size)[0])]
     states = [model.state_dict() for model in (first, second)]
@@ -462,7 +464,7 @@ def test_of_two_that_start_at_once_one_quantises_and_the_other_waits_for_it(
     config = config_of(save_tiny(tmp_path / "model"), "nf4")
     inside, at_once, quantised = [], [], []
 
-    def watched(path: str, *rest: object, real: Callable[..., object] = base._from_pretrained) -> object:
+    def watched(path: str, *rest: object, real: Callable[..., object] = base_module._from_pretrained) -> object:
         if path != config.name:
             return real(path, *rest)
         quantised.append(path)
@@ -476,9 +478,9 @@ def test_of_two_that_start_at_once_one_quantises_and_the_other_waits_for_it(
         finally:
             inside.pop()
 
-    monkeypatch.setattr(base, "_from_pretrained", watched)
+    monkeypatch.setattr(base_module, "_from_pretrained", watched)
     if outcome == "nothing can be kept":
-        monkeypatch.setattr(base, "_remember", lambda *_: None)
+        monkeypatch.setattr(base_module, "_remember", lambda *_: None)
     with ThreadPoolExecutor(2) as pool:
         loads = [pool.submit(load_model, config, "cpu") for _ in range(2)]
         failures = [load.exception() for load in loads]
@@ -514,8 +516,8 @@ def test_a_process_that_was_killed_or_hangs_while_it_quantised_is_not_waited_for
 
 def test_a_gpu_quantises_faster_than_a_disk_reads(tmp_path: Path, kept_from_any_size: Path) -> None:
     config = config_of(save_tiny(tmp_path / "model"), "nf4")
-    assert base._cache_key(config, torch.float32, torch.device("cpu"))
-    assert base._cache_key(config, torch.float32, torch.device("cuda", 0)) is None
+    assert base_module._cache_key(config, torch.float32, torch.device("cpu"))
+    assert base_module._cache_key(config, torch.float32, torch.device("cuda", 0)) is None
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])

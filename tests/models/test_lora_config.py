@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from lmtune.models.lora_config import USED, config_faults
+from lmtune.models.tuning.adapter_files import USED, config_faults
 
 PLAIN: dict[str, Any] = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "bias": "none",

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.errors import CheckpointError, ConfigError, ModelError
-from lmtune.models.tuning.start_adapter import starting_adapter, with_starting_adapter
 from lmtune.runs.store import RunDirectory
+from lmtune.training.start_adapter import starting_adapter, with_starting_adapter
 from tests.workplace import config_of, finetune, inside, make_workplace, tree_of
 
 pytestmark = pytest.mark.slow  # runs

@@ -27,7 +27,7 @@ from lmtune.models.base import load_model, weight_files
 from lmtune.models.block_weights import BlockWeights
 from lmtune.models.comparing import Comparison, Reader, Routing, compare
 from lmtune.models.stored import Layout, StoredWeights
-from lmtune.models.weight_types import empty_model
+from lmtune.models.structure import empty_model
 from lmtune.runs.store import RunDirectory
 from tests.tiny import SAVED_VOCABULARY, adapted, save_tiny, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer

@@ -12,7 +12,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from lmtune.config.schema import AdapterConfig
 from lmtune.errors import ConfigError
-from lmtune.models.structure import count_parameters
+from lmtune.models.parameters import count_parameters
 from lmtune.models.tuning.lora import attach_adapter, load_adapter, save_adapter, trainable
 from lmtune.models.tuning.targets import adapter_parameters, find_targets
 from tests.tiny import EXPERT_KINDS, KINDS, VOCABULARY, adapted, tiny_model

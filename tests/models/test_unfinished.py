@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from lmtune.errors import ModelError
 from lmtune.export.merged import merge_run
-from lmtune.inference.load import load_for_inference
-from lmtune.inference.unfinished import newest_saved, usable_adapter
+from lmtune.inference.load import load_for_inference, newest_saved, usable_adapter
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import checkpoint_folders
 from tests.workplace import finetune, inside, make_workplace, written_files

@@ -7,7 +7,7 @@ from lmtune.batching.packing import pack
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.tuning.lora import trainable
-from lmtune.training.activations import (
+from lmtune.training.memory import (
     _Watch,
     checkpoint_layers,
     decoder_layers,

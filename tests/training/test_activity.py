@@ -6,14 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-from lmtune.parallel.activity import Activity
+from lmtune.parallel.watchdog import Activity
 
 
 def test_computing_counts_and_sleeping_does_not() -> None:
     """In a process of its own, in which no thread of another test is left."""
     code = """
 import threading, time
-from lmtune.parallel.activity import Activity
+from lmtune.parallel.watchdog import Activity
 
 def compute():
     until = time.process_time() + 0.2

@@ -8,9 +8,10 @@ from torch.utils._pytree import tree_leaves
 
 from lmtune.batching.packing import fill, pack, pack_sequences
 from lmtune.batching.plan import Unit
-from lmtune.config.schema import FinetuneConfig, build_config
+from lmtune.config.load import build_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.forward.packed import PackedForward
-from lmtune.models.memory import is_out_of_memory
+from lmtune.models.device import is_out_of_memory
 from lmtune.models.tuning.lora import trainable
 from lmtune.training import loop
 from lmtune.training.step import find_offenders, step_gradients

@@ -17,9 +17,9 @@ from lmtune.models.base import load_model
 from lmtune.models.tuning.lora import trainable
 from lmtune.runs.log import Accuracies
 from lmtune.training import loop
-from lmtune.training.activations import is_checkpointed_throughout
 from lmtune.training.checkpoint import checkpoint_folders
 from lmtune.training.loop import Job, train
+from lmtune.training.memory import is_checkpointed_throughout
 from tests.jobs import final_weights, job_for, records
 from tests.tiny import Row, Rows, adapted, random_rows, tiny_model
 

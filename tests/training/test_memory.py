@@ -13,8 +13,8 @@ from lmtune.config.schema import AdapterConfig, ModelConfig
 from lmtune.data.sequences import Sequences
 from lmtune.errors import ModelError
 from lmtune.models.base import load_model
-from lmtune.models.memory import free_memory, return_freed_memory
-from lmtune.models.structure import Parameters, count_parameters, size_text
+from lmtune.models.device import free_memory, return_freed_memory
+from lmtune.models.parameters import Parameters, count_parameters, size_text
 from lmtune.models.tuning.lora import attach_adapter, trainable
 from lmtune.training.estimate import describe_seconds, flop_per_token, forecast, planned_shape
 from lmtune.training.memory import (
@@ -143,7 +143,7 @@ def test_what_does_not_grow_with_the_tokens_is_subtracted_first() -> None:
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmtune.models.memory._available_ram", lambda: 12_000)
+    monkeypatch.setattr("lmtune.models.device._available_ram", lambda: 12_000)
     assert free_memory(torch.device("cpu")) == 12_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert free_memory(torch.device("cpu")) == 4_000
@@ -201,7 +201,7 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
     assert found.seconds.total == found.seconds.loading + found.seconds.training
     assert found.memory.total < found.free_gib
     assert dict(found.lines())["optimizer steps"] == "4"
-    monkeypatch.setattr("lmtune.models.memory._available_ram", lambda: 1000)
+    monkeypatch.setattr("lmtune.models.device._available_ram", lambda: 1000)
     full = forecast(config, Sequences.one_each(tokens, trained), torch.device("cpu"), 1)
     assert full.checkpointed_layers == 2
     assert "it does not fit the 0.0 GiB that are free: try model.quantization=nf4" in full.advice[0]

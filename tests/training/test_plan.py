@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lmtune.batching.plan import Plan, TokenCost, Unit, deal
 from lmtune.batching.prefixes import SharedPrefix
-from lmtune.config.schema import TrainConfig, build_config
+from lmtune.config.load import build_config
+from lmtune.config.schema import TrainConfig
 from lmtune.data.sequences import Sequences
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from lmtune.config.schema import build_config, load_config
+from lmtune.config.load import build_config, load_config
 from lmtune.demo.world import Turn, world
 from lmtune.errors import ConfigError, DataError
 from lmtune.training.corpus import TURN_END, TokenStream, read_corpus, take_blocks, tokenize, train_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lmtune.errors import CheckpointError
-from lmtune.evaluation.scoring import Answer
+from lmtune.evaluation.generative import Answer
 from lmtune.runs.log import Accuracies, Records, StepRecord, recorded_steps
 from lmtune.runs.store import RunDirectory
 from lmtune.training.lifecycle import add_tuned_answers

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from lmtune.config.schema import TrainConfig, build_config
+from lmtune.config.load import build_config
+from lmtune.config.schema import TrainConfig
 from lmtune.training.optim import learning_rate
 
 

@@ -51,7 +51,7 @@ def test_a_run_has_every_technique(tmp_path: Path) -> None:
 
 
 def test_layers_are_computed_twice_where_memory_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmtune.training.activations import is_checkpointed_throughout
+    from lmtune.training.memory import is_checkpointed_throughout
 
     folder = make_workplace(tmp_path / "work")
     for free, twice in ((2**34, False), (2**16, True)):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from lmtune.config.yaml import write_yaml
 from lmtune.errors import ConfigError
 from lmtune.models.device import default_device
-from lmtune.parallel.launch import _failure, _stopped, check_world, is_worker, note_exit_code, start_accelerator
+from lmtune.parallel.launch import _failure, _stopped, start_accelerator
+from lmtune.parallel.worker import check_world, is_worker, note_exit_code
 from tests.workplace import environment, finetune, make_workplace, tree_of
 
 ROOT = Path(__file__).parents[2]

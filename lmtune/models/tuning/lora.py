@@ -23,11 +23,10 @@ from lmtune.config.schema import AdapterConfig
 from lmtune.errors import ConfigError, ModelError, listed
 from lmtune.io.atomic import naming
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.adapter_checks import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
-from lmtune.models.backends import check_bitsandbytes
-from lmtune.models.lora_config import USED
-from lmtune.models.memory import dense_weights_fit
+from lmtune.models.base import check_bitsandbytes
+from lmtune.models.device import dense_weights_fit
 from lmtune.models.pattern_limits import endless_patterns
+from lmtune.models.tuning.adapter_files import CONFIG, NOTES, USED, WEIGHTS, check_adapter, read_object
 from lmtune.models.tuning.targets import Targets, find_targets, for_peft, use_layers_own_adapter
 
 ADAPTER = "default"

@@ -21,6 +21,7 @@ import torch
 
 from lmtune.errors import ConfigError
 from lmtune.models.pattern_limits import endless_patterns, pattern_faults, shown
+from lmtune.models.structure import expert_tensors, linear_layers
 
 ALL_LINEAR = "all-linear"
 
@@ -31,33 +32,6 @@ class Targets:
 
     modules: tuple[str, ...]
     experts: tuple[str, ...]
-
-
-def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the model's linear layers by full name, the head and quantised ones included.
-
-    GPT-2's transposed kind is one too. The model has no adapter.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Conv1D):
-            found[name] = int(module.nx), int(module.nf)
-        elif name and hasattr(module, "in_features"):
-            found[name] = int(module.in_features), int(module.out_features)
-    return found
-
-
-def expert_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The 3-D parameters `[E, …, …]` that hold the weights of all `E` experts of a layer, by full name."""
-    return {
-        f"{name}.{leaf}": parameter
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "num_experts", None), int)
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and len(parameter) == module.num_experts
-    }
 
 
 def routers(model: Any) -> set[str]:

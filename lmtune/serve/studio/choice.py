@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lmtune.config.schema import FinetuneConfig, data_paths, load_config
+from lmtune.config.load import data_paths, load_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import LmtuneError
 from lmtune.runs.store import RunDirectory, find_run
 

@@ -3,7 +3,8 @@
 A model answers in a thread of its own for each answer, and takes turns with other answers token by token. A tab's
 handler looks a few times a second at what was said, so the page is redrawn at that rate, not at the model's, and with
 many tabs at work more rarely. What a tab has said is kept on the server under the tab's own key: two tabs never see
-each other's text. A page that is loaded again brings back what its own browser kept of it (`lmtune.serve.studio.saved`).
+each other's text. A page that is loaded again brings back what its own browser kept of it
+(`lmtune.serve.studio.saved`).
 
 Every speaker, which is a model with or without its adapter, has a session of its own. Another speaker takes up the
 questions as they stand: with its own answers to them where it gave some, else with those that stand there.

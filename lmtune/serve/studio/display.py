@@ -12,7 +12,7 @@ for maths between other marks than those that are typed: the same, with an invis
 only maths that ends before the next block of code is given.
 
 An edited question comes back with the joiners and separators, and loses them again; line ends and the form of its
-blocks of code stay as they were shown. On the page `lmtune.serve.studio.script` takes the joiners out of what is shown and
+blocks of code stay as they were shown. On the page `studio.script` takes the joiners out of what is shown and
 copied, where a text can no longer become a tag; a message's copy button gives what was said, letter by letter.
 """
 

@@ -2,7 +2,7 @@
 
     app = build_app(load_for_inference("runs/support"))
 
-The page only draws. What was said lives in `lmtune.serve.studio.conversation`, under the key of each browser tab, and the browser
+The page only draws. What was said lives in `studio.conversation`, under the key of each browser tab, and the browser
 keeps a copy for when the page is loaded again.
 """
 
@@ -22,9 +22,9 @@ import gradio as gr
 
 from lmtune.errors import LmtuneError
 from lmtune.inference.chat import MAX_NEW_TOKENS, GenerationOptions
-from lmtune.inference.engine import base_of, max_positions
 from lmtune.inference.load import LoadedModel
 from lmtune.io.console import err, escape
+from lmtune.models.structure import base_of, max_positions
 from lmtune.serve.request import MAX_CHARACTERS, index_of, mode_of, place_of, settings_of, text_of
 from lmtune.serve.studio.conversation import MAX_TABS, MODES, Activity, Conversation, Mode, Settings, Tabs
 from lmtune.serve.studio.display import MATHS, label, notes, origin, plain, shown, status, typed

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import typer
 
+from lmtune.data.report import describe_rows
 from lmtune.errors import ModelError
 from lmtune.io.console import err, escape, out, print_json
-from lmtune.runs.history import describe_rows, follow_steps, list_runs, overview, overview_tree, results_tree, run_tree
+from lmtune.runs.history import follow_steps, list_runs, overview, overview_tree, results_tree, run_tree
 from lmtune.runs.store import RunDirectory
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from lmtune.config.schema import AdapterConfig, FinetuneConfig
 from lmtune.errors import ConfigError, ModelError, listed
-from lmtune.inference.unfinished import usable_adapter
-from lmtune.models.adapter_checks import CONFIG, WEIGHTS, check_adapter
+from lmtune.inference.load import usable_adapter
+from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, check_adapter
 from lmtune.runs.store import RunDirectory, find_run, run_hint
 
 _DEFAULT = AdapterConfig()

@@ -1,0 +1,78 @@
+"""What a model says by itself: greedy answers to held-out prompts, beside the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmtune.data.replies import split_reply
+from lmtune.data.types import Message
+from lmtune.io.console import progress
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer beside the right one, for row `row` of the data; reasoning before them is left out."""
+
+    row: int
+    question: str
+    wanted: str
+    given: str
+
+    @property
+    def matches(self) -> bool:
+        """Whether they are the same text, but for white space at the ends."""
+        return self.wanted.strip() == self.given.strip()
+
+
+def answers(
+    model: Any, renderer: Any, data: Any, rows: Sequence[int], max_new_tokens: int, who: str = "the model"
+) -> list[Answer]:
+    """Let the model answer the last turn of each row, greedily.
+
+    Args:
+        model: with or without adapter; it is put in evaluation mode for the time.
+        renderer: gives the stop tokens and decodes.
+        data: tokenised rows.
+        rows: which of them.
+        max_new_tokens: where an answer that does not stop is cut.
+        who: answers, for the progress that is shown.
+    """
+    from lmtune.inference.engine import generate_batch
+
+    prompts, wanted = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
+    training = model.training
+    model.eval()
+    with progress(f"letting {who} answer", len(rows), "rows") as shown:
+        given = generate_batch(
+            model, renderer.tokenizer, list(prompts), renderer.stop_token_ids, max_new_tokens, advance=shown.advance
+        )
+    model.train(training)
+    return [
+        Answer(row, _question(renderer, prompt), *(split_reply(renderer.decode(ids))[1] for ids in (right, said)))
+        for row, prompt, right, said in zip(rows, prompts, wanted, given, strict=True)
+    ]
+
+
+def split_prompt(row: Any) -> tuple[list[int], list[int]]:
+    """The last turn of a row as (tokens before the answer, the answer's tokens with its end token).
+
+    A plain text row is trained from its second token on and has no question: its prompt is empty.
+    """
+    document = row.documents[-1]
+    trained = [bool(flag) for flag in document.trained]
+    start = len(trained)
+    while start > 0 and trained[start - 1]:
+        start -= 1
+    ids = [int(token) for token in document.input_ids]
+    return (ids[:start], ids[start:]) if start > 1 else ([], ids)
+
+
+def _question(renderer: Any, prompt: Sequence[int]) -> str:
+    """The prompt as text, without control tokens and, for a single question, without the template's words around it."""
+    text: str = renderer.tokenizer.decode(prompt, skip_special_tokens=True)
+    probe = "a question of its own"
+    around: str = renderer.tokenizer.decode(renderer.prompt_ids([Message("user", probe)]), skip_special_tokens=True)
+    before, found, after = around.partition(probe)
+    return text.removeprefix(before).removesuffix(after).strip() if found else text.strip()
