@@ -85,15 +85,15 @@ class Lmtune(Arm):
         from lmtune.batching.prefixes import beginning, find_prefixes
         from lmtune.training.step import step_gradients
 
-        documents = [row.documents[0] for row in rows]
+        documents = [row.sequences[0] for row in rows]
         shares = self.forward.shares_prefixes
         lengths = [len(d.input_ids) for d in documents]
-        beginnings = [beginning(d.input_ids, d.trained) for d in documents]
+        beginnings = [beginning(d.input_ids, d.loss_mask) for d in documents]
         prefixes = find_prefixes(beginnings, lengths) if shares else []
         groups = fill(lengths, self.budget, prefixes)
         batches = [pack_sequences([documents[i] for i in group], group, len(rows), shares) for group in groups]
         self.computed += sum(batch.input_ids.numel() for batch in batches)
-        trained = sum(int(d.trained.sum()) for d in documents)
+        trained = sum(int(d.loss_mask.sum()) for d in documents)
         one = SimpleNamespace(num_processes=1)
         return step_gradients(self.forward, self.parameters, batches, trained, len(rows), one).loss
 
@@ -107,16 +107,16 @@ class PlainPadded(Arm):
 
     def step(self, rows: list[Any]) -> float:
         """Batches of `rows_at_once` rows, with a mask only where something is padded."""
-        trained, total = sum(int(row.documents[0].trained.sum()) for row in rows), 0.0
+        trained, total = sum(int(row.sequences[0].loss_mask.sum()) for row in rows), 0.0
         for start in range(0, len(rows), self.rows_at_once):
-            some = [row.documents[0] for row in rows[start : start + self.rows_at_once]]
+            some = [row.sequences[0] for row in rows[start : start + self.rows_at_once]]
             longest = max(len(d.input_ids) for d in some)
             ids = torch.zeros(len(some), longest, dtype=torch.long)
             labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
             for i, d in enumerate(some):
                 n = len(d.input_ids)
                 ids[i, :n], mask[i, :n] = torch.as_tensor(d.input_ids), 1
-                labels[i, :n] = torch.where(torch.as_tensor(d.trained), torch.as_tensor(d.input_ids), -100)
+                labels[i, :n] = torch.where(torch.as_tensor(d.loss_mask), torch.as_tensor(d.input_ids), -100)
             self.computed += ids.numel()
             padded = None if bool(mask.all()) else mask.to(self.device)
             logits = self.model(input_ids=ids.to(self.device), attention_mask=padded, use_cache=False).logits
@@ -131,14 +131,14 @@ class PlainPacked(Arm):
         """Micro-batches of at most 2,048 tokens."""
         from lmtune.batching.packing import fill
 
-        documents = [row.documents[0] for row in rows]
-        trained, total = sum(int(d.trained.sum()) for d in documents), 0.0
+        documents = [row.sequences[0] for row in rows]
+        trained, total = sum(int(d.loss_mask.sum()) for d in documents), 0.0
         for group in fill([len(d.input_ids) for d in documents], 2048):
             some = [documents[i] for i in group]
             ids = torch.cat([torch.as_tensor(d.input_ids) for d in some])[None].to(self.device)
             positions = torch.cat([torch.arange(len(d.input_ids)) for d in some])[None].to(self.device)
             labels = torch.cat(
-                [torch.where(torch.as_tensor(d.trained), torch.as_tensor(d.input_ids), -100) for d in some]
+                [torch.where(torch.as_tensor(d.loss_mask), torch.as_tensor(d.input_ids), -100) for d in some]
             )[None].to(self.device)
             self.computed += ids.numel()
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits

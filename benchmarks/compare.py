@@ -181,8 +181,8 @@ def flop_per_token(work: Workload, steps: Iterable[int]) -> float:
     sizes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, intermediate)] * 3]
     linear = layers * sum(a * b for a, b in sizes)
     adapter = layers * work.rank * sum(a + b for a, b in sizes)
-    documents = [row.documents[0] for step in steps for row in work.rows(step)]
-    lengths, trained = [len(d.input_ids) for d in documents], sum(int(d.trained.sum()) for d in documents)
+    documents = [row.sequences[0] for step in steps for row in work.rows(step)]
+    lengths, trained = [len(d.input_ids) for d in documents], sum(int(d.loss_mask.sum()) for d in documents)
     seen, share = sum(n * n for n in lengths) / sum(lengths), trained / sum(lengths)
     return 4 * linear + 4 * share * vocabulary * hidden + 6 * adapter + 7 * seen * hidden * layers
 

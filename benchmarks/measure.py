@@ -141,8 +141,8 @@ def _serve(pipe: Any, make: MakeArm, rows_of: Callable[[int], list[Any]]) -> Non
 def _timed(arm: Any, rows: list[Any]) -> tuple[float, float, int, int, int, float]:
     import torch
 
-    tokens = sum(len(d.input_ids) for row in rows for d in row.documents)
-    trained = sum(int(d.trained.sum()) for row in rows for d in row.documents)
+    tokens = sum(len(d.input_ids) for row in rows for d in row.sequences)
+    trained = sum(int(d.loss_mask.sum()) for row in rows for d in row.sequences)
     on_gpu = arm.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()

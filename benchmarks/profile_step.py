@@ -74,7 +74,7 @@ def profile(work: Workload, device: str) -> dict[str, Any]:
     shares = dict.fromkeys([*PARTS, "the rest"], 0.0)
     for key, (used, _) in busy.items():
         shares[part_of(key)] += used / total
-    rate = sum(len(row.documents[0].input_ids) for rows in steps for row in rows) / seconds
+    rate = sum(len(row.sequences[0].input_ids) for rows in steps for row in rows) / seconds
     dearest = sorted(busy.items(), key=lambda item: -item[1][0])[:SHOWN]
     return {
         "shares": {part: round(share, 4) for part, share in shares.items()},

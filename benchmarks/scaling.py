@@ -95,7 +95,7 @@ def planned(count: int) -> dict[str, Any]:
 
 def write_rows(path: Path, count: int) -> None:
     """Tokenised rows of about `ROW_TOKENS` tokens, the last third trained."""
-    from lmtune.data.rendering import Document
+    from lmtune.data.rendering import RenderedSequence
     from lmtune.data.store import TableWriter
 
     generator = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def write_rows(path: Path, count: int) -> None:
         for index, length in enumerate(lengths.tolist()):
             ids = generator.integers(5, 30_000, length).tolist()
             trained = [False] * (length - length // 3) + [True] * (length // 3)
-            table.append([Document(ids, trained)], 0, index + 1, index)
+            table.append([RenderedSequence(ids, trained)], 0, index + 1, index)
 
 
 def _plan_epoch(pipe: Any, path: Path) -> None:
@@ -118,7 +118,7 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
     data = TokenizedData(TokenTable(path), "key", "signature", {"files": ["rows.jsonl"]})
 
     def beginnings_of(row: int) -> list[Any]:
-        return [beginning(document.input_ids, document.trained) for document in data[row].documents]
+        return [beginning(document.input_ids, document.loss_mask) for document in data[row].sequences]
 
     plan = Plan(data.sequences, TrainConfig(epochs=1), 1, 4096, beginnings_of)
     micro_batches = sum(len(plan.step(step).shares[0]) for step in range(1, plan.total_steps + 1))

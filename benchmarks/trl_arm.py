@@ -73,10 +73,10 @@ class Trl(Arm):
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        rows = [row.documents[0] for step in range(steps) for row in self.work.rows(step)]
+        rows = [row.sequences[0] for step in range(steps) for row in self.work.rows(step)]
         data = Dataset.from_list([
             {"input_ids": d.input_ids.tolist(),
-             "labels": [int(i) if t else -100 for i, t in zip(d.input_ids, d.trained, strict=True)]}
+             "labels": [int(i) if t else -100 for i, t in zip(d.input_ids, d.loss_mask, strict=True)]}
             for d in rows
         ])  # fmt: skip
         chosen: dict[str, Any] = {"max_length": self.work.max_length}

@@ -76,8 +76,8 @@ class Workload:
             ids = np.concatenate([prefix, generator.integers(5, vocabulary, length)])
             trained = np.zeros(len(ids), dtype=bool)
             trained[-max(4, int(self.label_fraction * length)) :] = True  # none in a shared prefix
-            document = SimpleNamespace(input_ids=ids, trained=trained)
-            rows.append(SimpleNamespace(where=f"step {step} row {index}", documents=[document]))
+            document = SimpleNamespace(input_ids=ids, loss_mask=trained)
+            rows.append(SimpleNamespace(where=f"step {step} row {index}", sequences=[document]))
         return rows
 
     @cached_property
@@ -111,8 +111,8 @@ class Workload:
     @property
     def trained_share(self) -> float:
         """Trained tokens / tokens, of the rows as they are."""
-        documents = [document for row in self.rows(1) for document in row.documents]
-        return sum(int(d.trained.sum()) for d in documents) / sum(len(d.input_ids) for d in documents)
+        documents = [document for row in self.rows(1) for document in row.sequences]
+        return sum(int(d.loss_mask.sum()) for d in documents) / sum(len(d.input_ids) for d in documents)
 
     def write_base(self, folder: Path) -> None:
         """Save the random base model once; every arm loads it."""
@@ -131,8 +131,8 @@ class Workload:
 
 def _as_random_rows_are(row: Any) -> Any:
     """A row of a file with the types of the random ones."""
-    documents = [SimpleNamespace(input_ids=d.input_ids.astype(np.int64), trained=d.trained) for d in row.documents]
-    return SimpleNamespace(where=row.where, documents=documents)
+    documents = [SimpleNamespace(input_ids=d.input_ids.astype(np.int64), loss_mask=d.loss_mask) for d in row.sequences]
+    return SimpleNamespace(where=row.where, sequences=documents)
 
 
 def adapted(model: Any, rank: int, seed: int) -> Any:

@@ -306,7 +306,7 @@ def try_attention() -> Iterator[Finding]:
     import torch
     import torch.nn.functional as F
 
-    from lmtune.batching.packing import Layout
+    from lmtune.batching.packing import SegmentLayout
     from lmtune.kernels.attention import attention_by_document
     from lmtune.models.base import compute_dtype
     from lmtune.models.device import default_device
@@ -317,7 +317,7 @@ def try_attention() -> Iterator[Finding]:
     owner = torch.tensor([0] * 40 + [1] * 56, device=device)
     mask = (owner[:, None] == owner) & torch.ones(96, 96, dtype=torch.bool, device=device).tril()
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    got, _ = attention_by_document(torch.nn.Module(), q, k, v, None, layout=Layout.of_documents(40, 56))
+    got, _ = attention_by_document(torch.nn.Module(), q, k, v, None, layout=SegmentLayout.of_segments(40, 56))
     difference = float((got.transpose(1, 2) - wanted).abs().max())
     if not difference < 1e-3:
         raise ArithmeticError(f"attention by document differs by {difference:.2g} from masked attention")

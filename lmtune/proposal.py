@@ -181,7 +181,7 @@ def _lengths(data: Sequence[str], renderer: Any) -> tuple[list[int], list[int]]:
         for example in islice(read_examples(find_files(data), ReadReport()), _ROWS_READ):
             documents = renderer.render(example)
             rows.append(max(len(document.input_ids) for document in documents))
-            answers.append(max(sum(map(bool, document.trained)) for document in documents))
+            answers.append(max(sum(map(bool, document.loss_mask)) for document in documents))
             shown.advance()
     return rows, answers
 

@@ -66,10 +66,10 @@ def main(
             continue
         for number, document in enumerate(documents or whole, start=1):
             part = f" (document {number})" if len(whole) > 1 else ""
-            counts = f"{len(document.input_ids):,} tokens, {sum(document.trained):,} learned"
+            counts = f"{len(document.input_ids):,} tokens, {sum(document.loss_mask):,} learned"
             out.print(f"\n[bold]{escape(example.where)}[/]{part}: {counts}")
             out.print(
-                show_tokens(tokenizer, document.input_ids, document.trained, out.is_terminal and not out.no_color)
+                show_tokens(tokenizer, document.input_ids, document.loss_mask, out.is_terminal and not out.no_color)
             )
         if dropped:
             out.print(f"[yellow]this row will be dropped: {WHY_DROPPED[dropped]} ({data_config.max_length})[/]")

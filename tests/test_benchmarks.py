@@ -46,19 +46,19 @@ def test_an_arm_without_some_gradient_does_not_pass_and_one_over_another_base_is
 def test_rows_are_the_same_for_every_arm_and_others_at_each_step() -> None:
     one, other = (Workload("1m", batch_size=4).rows(3) for _ in range(2))
     assert all(
-        np.array_equal(a.documents[0].input_ids, b.documents[0].input_ids) for a, b in zip(one, other, strict=True)
+        np.array_equal(a.sequences[0].input_ids, b.sequences[0].input_ids) for a, b in zip(one, other, strict=True)
     )
     again = Workload("1m", batch_size=4).rows(4)
-    assert not np.array_equal(one[0].documents[0].input_ids, again[0].documents[0].input_ids)
+    assert not np.array_equal(one[0].sequences[0].input_ids, again[0].sequences[0].input_ids)
     shared = Workload("1m", batch_size=4, shared_prefix=20, own_tokens=5).rows(0)
-    assert {len(row.documents[0].input_ids) for row in shared} == {25}
-    assert len({tuple(row.documents[0].input_ids[:20]) for row in shared}) == 1
+    assert {len(row.sequences[0].input_ids) for row in shared} == {25}
+    assert len({tuple(row.sequences[0].input_ids[:20]) for row in shared}) == 1
 
 
 def test_rows_of_a_file_are_rendered_by_a_tokenizer_trained_on_it() -> None:
     work = Workload("1m", batch_size=8, data=str(ROOT / "examples" / "support.jsonl"))
-    assert all(row.documents[0].trained.any() for row in work.rows(1))
-    assert all(row.documents[0].input_ids.dtype == np.int64 for row in work.rows(1))  # as the plain arms need them
+    assert all(row.sequences[0].loss_mask.any() for row in work.rows(1))
+    assert all(row.sequences[0].input_ids.dtype == np.int64 for row in work.rows(1))  # as the plain arms need them
     assert 0 < work.trained_share < 1
     assert flop_per_token(work, [1]) > 0
 

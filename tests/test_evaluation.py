@@ -25,9 +25,9 @@ def by_hand(model, rows: Rows) -> dict[str, float]:
     losses, right, right_rows = [], [], 0
     for row in rows.rows:
         of_row = []
-        for document in row.documents:
+        for document in row.sequences:
             ids = torch.tensor(document.input_ids, dtype=torch.long)
-            kept = torch.tensor(document.trained[1:])
+            kept = torch.tensor(document.loss_mask[1:])
             logits = model(input_ids=ids[None]).logits[0, :-1][kept]
             losses += F.cross_entropy(logits, ids[1:][kept], reduction="none").tolist()
             of_row += (logits.argmax(-1) == ids[1:][kept]).tolist()
@@ -44,8 +44,8 @@ def rows_partly_right(model) -> Rows:
     """Random rows, some of whose trained tokens, and some rows wholly, are what the model would say."""
     rows = random_rows(12)
     for number, row in enumerate(rows.rows):
-        for document in row.documents:
-            for place in np.flatnonzero(document.trained):
+        for document in row.sequences:
+            for place in np.flatnonzero(document.loss_mask):
                 if number % 2 or place % 3 == 0:
                     ids = torch.tensor(document.input_ids[:place], dtype=torch.long)
                     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_where_memory_is_too_small_for_several_rows_they_are_scored_in_halves(
 ) -> None:
     forward, rows = PackedForward(adapted(tiny_model())), random_rows(9)
     wanted, real = teacher_forced(forward, rows, 10**6), PackedForward.__call__
-    most = max(len(document.input_ids) for row in rows.rows for document in row.documents)
+    most = max(len(document.input_ids) for row in rows.rows for document in row.sequences)
 
     def small(self: PackedForward, batch: Any) -> Any:
         if batch.input_ids.numel() > most:
@@ -90,7 +90,7 @@ def test_long_answers_count_for_their_length() -> None:
     def row(length: int, trained: int) -> Row:
         flags = np.zeros(length, dtype=bool)
         flags[-trained:] = True
-        return Row("x:1", [SimpleNamespace(input_ids=np.arange(3, 3 + length, dtype=np.int32), trained=flags)])
+        return Row("x:1", [SimpleNamespace(input_ids=np.arange(3, 3 + length, dtype=np.int32), loss_mask=flags)])
 
     model = tiny_model()
     short, long = Rows([row(5, 1)]), Rows([row(60, 50)])
@@ -178,9 +178,9 @@ def test_rows_whose_loss_is_no_number_are_named(budget: int) -> None:
     """Such a score could not be written to any file, and tells nothing of the other rows."""
     model, rows = adapted(tiny_model()), random_rows(8)
     for row in rows.rows:
-        for document in row.documents:
+        for document in row.sequences:
             document.input_ids[document.input_ids == 99] = 5
-    rows[2].documents[0].input_ids[0] = rows[6].documents[0].input_ids[1] = 99
+    rows[2].sequences[0].input_ids[0] = rows[6].sequences[0].input_ids[1] = 99
     model.get_base_model().model.embed_tokens.weight.data[99] = float("nan")
     model.train()
     with pytest.raises(
@@ -196,12 +196,12 @@ def test_rows_whose_loss_is_no_number_are_named(budget: int) -> None:
 def test_the_last_turn_is_the_question_that_is_asked() -> None:
     def row(*flags: int) -> Row:
         ids = np.arange(10, 10 + len(flags), dtype=np.int32)
-        return Row("x:1", [SimpleNamespace(input_ids=ids, trained=np.array(flags, dtype=bool))])
+        return Row("x:1", [SimpleNamespace(input_ids=ids, loss_mask=np.array(flags, dtype=bool))])
 
     assert split_prompt(row(0, 0, 1, 1)) == ([10, 11], [12, 13])
     assert split_prompt(row(0, 0, 1, 1, 0, 0, 1)) == ([10, 11, 12, 13, 14, 15], [16])
     assert split_prompt(row(0, 1, 1)) == ([], [10, 11, 12])  # a plain text, learned from its second token on
-    two = Row("x:1", [row(0, 0, 1).documents[0], row(0, 0, 0, 1).documents[0]])
+    two = Row("x:1", [row(0, 0, 1).sequences[0], row(0, 0, 0, 1).sequences[0]])
     assert split_prompt(two) == ([10, 11, 12], [13])
 
 
@@ -235,7 +235,7 @@ def conversations(count: int) -> tuple[Renderer, Rows]:
     for n in range(count):
         messages = (Message("user", f"What is number {n}?"), Message("assistant", f"It is {n}."))
         documents = [
-            SimpleNamespace(input_ids=np.array(d.input_ids, dtype=np.int32), trained=np.array(d.trained))
+            SimpleNamespace(input_ids=np.array(d.input_ids, dtype=np.int32), loss_mask=np.array(d.loss_mask))
             for d in renderer.render(Example("x", n + 1, messages, None))
         ]
         rows.append(Row(f"x:{n + 1}", documents))
@@ -265,7 +265,7 @@ def test_answers_are_greedy_in_row_order_with_question_and_right_answer() -> Non
 @pytest.mark.parametrize(("asked", "measured"), [(0, 0), (2, 2), (99, 3)])
 def test_plain_texts_are_scored_but_not_asked(asked: int, measured: int) -> None:
     renderer, rows = conversations(3)
-    text = SimpleNamespace(input_ids=np.array([5, 6, 7], dtype=np.int32), trained=np.array([False, True, True]))
+    text = SimpleNamespace(input_ids=np.array([5, 6, 7], dtype=np.int32), loss_mask=np.array([False, True, True]))
     both = Rows([*rows.rows, Row("x:9", [text])])
     model = adapted(tiny_model(vocab_size=SAVED_VOCABULARY))
     scores, given = evaluate(PackedForward(model), renderer, both, asked, 4, 1000)
@@ -293,7 +293,7 @@ class TestLengths:
 
     def test_a_row_is_as_long_as_its_longest_document(self) -> None:
         rows = random_rows(20, longest=40)
-        longest = max(len(document.input_ids) for row in rows.rows for document in row.documents)
+        longest = max(len(document.input_ids) for row in rows.rows for document in row.sequences)
         assert rows.num_tokens.max() > longest
         check_lengths(tiny_model("gpt2", n_positions=longest), [rows], "data.max_length")
         with pytest.raises(ConfigError, match=f"has {longest} tokens, but this model has positions for {longest - 1};"):

@@ -89,7 +89,7 @@ def test_what_is_read_is_what_training_put_before_the_answer(name: str) -> None:
         session = ChatSession(loaded, "Be brief.", turns[: count - 1])
         seen = spy_on_reading(loaded)
         session.reply(turns[count - 1].content, GenerationOptions(max_new_tokens=1))
-        first_trained = len(document.trained) - document.trained[::-1].index(False)
+        first_trained = len(document.loss_mask) - document.loss_mask[::-1].index(False)
         assert seen[-1] == document.input_ids[:first_trained]
 
 

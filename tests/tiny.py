@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmtune.data.sequences import Sequences
+from lmtune.data.sequences import SequenceTable
 
 VOCABULARY = 128
 SAVED_VOCABULARY = 448  # at least as many as `tests.tokenizers` makes, and a multiple of 64
@@ -72,7 +72,7 @@ class Row:
     """A tokenised row, as `lmtune.data.store` gives them."""
 
     where: str
-    documents: list[Any]
+    sequences: list[Any]
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,21 @@ class Rows:
 
     rows: list[Row]
     num_tokens: np.ndarray = field(init=False)
-    num_trained: np.ndarray = field(init=False)
-    sequences: Sequences = field(init=False)
+    num_targets: np.ndarray = field(init=False)
+    sequences: SequenceTable = field(init=False)
 
     def __post_init__(self) -> None:
-        lengths = [sum(len(d.input_ids) for d in row.documents) for row in self.rows]
-        trained = [sum(int(d.trained.sum()) for d in row.documents) for row in self.rows]
-        documents = [document for row in self.rows for document in row.documents]
-        sequences = Sequences(
+        lengths = [sum(len(d.input_ids) for d in row.sequences) for row in self.rows]
+        trained = [sum(int(d.loss_mask.sum()) for d in row.sequences) for row in self.rows]
+        documents = [document for row in self.rows for document in row.sequences]
+        sequences = SequenceTable(
             np.array([len(document.input_ids) for document in documents], dtype=np.int32),
-            np.array([document.trained.sum() for document in documents], dtype=np.int32),
-            np.cumsum([0, *(len(row.documents) for row in self.rows)]),
+            np.array([document.loss_mask.sum() for document in documents], dtype=np.int32),
+            np.cumsum([0, *(len(row.sequences) for row in self.rows)]),
         )
         object.__setattr__(self, "sequences", sequences)
         object.__setattr__(self, "num_tokens", np.array(lengths, dtype=np.int32))
-        object.__setattr__(self, "num_trained", np.array(trained, dtype=np.int32))
+        object.__setattr__(self, "num_targets", np.array(trained, dtype=np.int32))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -115,7 +115,7 @@ def random_rows(count: int, seed: int = 0, longest: int = 40) -> Rows:
             trained = np.zeros(length, dtype=bool)
             trained[-max(1, length // 3) :] = True
             ids = generator.integers(3, VOCABULARY, length).astype(np.int32)
-            documents.append(SimpleNamespace(input_ids=ids, trained=trained))
+            documents.append(SimpleNamespace(input_ids=ids, loss_mask=trained))
         rows.append(Row(f"rows.jsonl:{index + 1}", documents))
     return Rows(rows)
 

@@ -46,22 +46,22 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SegmentLayout:
     """Which tokens of a pack may see which: runs of tokens, each behind another run or behind none.
 
     Attributes:
         lengths: tokens of each run, in the order they lie; they sum to T.
         prefixes: for each run the index of the run that precedes it in its document, or None. A prefix has none.
-        label_positions: places that predict a trained token and a few between them, ascending; empty if nobody asks
-            for `label_spans`.
+        read_positions: places that predict a trained token and a few between them, ascending; empty if nobody asks
+            for `read_spans`.
     """
 
     lengths: tuple[int, ...]
     prefixes: tuple[int | None, ...]
-    label_positions: tuple[int, ...] = ()
+    read_positions: tuple[int, ...] = ()
 
     @classmethod
-    def of_documents(cls, *lengths: int) -> Layout:
+    def of_segments(cls, *lengths: int) -> SegmentLayout:
         """Documents that share nothing."""
         return cls(lengths, (None,) * len(lengths))
 
@@ -79,9 +79,9 @@ class Layout:
         )
 
     @cached_property
-    def label_spans(self) -> tuple[Span, ...]:
+    def read_spans(self) -> tuple[Span, ...]:
         """The label positions as queries: a span for each unbroken row of them in a run."""
-        places = np.array(self.label_positions, dtype=np.int64)
+        places = np.array(self.read_positions, dtype=np.int64)
         runs = np.searchsorted(np.array(self.starts), places, side="right") - 1
         breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(runs) != 0)) + 1
         return tuple(
@@ -109,9 +109,9 @@ class MicroBatch:
         input_ids: `[1, T]`.
         position_ids: `[1, T]`, from 0 within each document.
         layout: which tokens belong together.
-        predictors: `[N]`, the positions whose output predicts a trained token: the one before it in its document.
-        label_positions: `[P]`, the different ones among them, ascending, and the few between neighbours.
-        label_places: `[N]`, where in `label_positions` each predictor is.
+        predicting: `[N]`, the positions whose output predicts a trained token: the one before it in its document.
+        read_positions: `[P]`, the different ones among them, ascending, and the few between neighbours.
+        read_index: `[N]`, where in `read_positions` each predictor is.
         targets: `[N]`, the trained tokens.
         examples: `[N]`, which of the E examples each target belongs to; others of its targets may be elsewhere.
         num_examples: E.
@@ -120,10 +120,10 @@ class MicroBatch:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    layout: Layout
-    predictors: torch.Tensor
-    label_positions: torch.Tensor
-    label_places: torch.Tensor
+    layout: SegmentLayout
+    predicting: torch.Tensor
+    read_positions: torch.Tensor
+    read_index: torch.Tensor
     targets: torch.Tensor
     examples: torch.Tensor
     num_examples: int
@@ -140,8 +140,8 @@ class MicroBatch:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         return replace(
             self, input_ids=change(self.input_ids), position_ids=change(self.position_ids),
-            predictors=change(self.predictors), label_positions=change(self.label_positions),
-            label_places=change(self.label_places), targets=change(self.targets), examples=change(self.examples),
+            predicting=change(self.predicting), read_positions=change(self.read_positions),
+            read_index=change(self.read_index), targets=change(self.targets), examples=change(self.examples),
         )  # fmt: skip
 
 
@@ -152,8 +152,8 @@ def pack(rows: Sequence[Any], share_prefixes: bool = False) -> MicroBatch:
         rows: E examples, each with `documents` that have `input_ids[t]` and `trained[t]`.
         share_prefixes: whether a beginning that several documents have in common is laid down once.
     """
-    documents = [document for row in rows for document in row.documents]
-    examples = [index for index, row in enumerate(rows) for _ in row.documents]
+    documents = [document for row in rows for document in row.sequences]
+    examples = [index for index, row in enumerate(rows) for _ in row.sequences]
     return pack_sequences(documents, examples, len(rows), share_prefixes)
 
 
@@ -169,7 +169,7 @@ def pack_sequences(
         share_prefixes: whether a beginning that several have in common is laid down once.
     """
     documents = [
-        (example, np.asarray(sequence.input_ids, dtype=np.int64), np.asarray(sequence.trained, dtype=bool))
+        (example, np.asarray(sequence.input_ids, dtype=np.int64), np.asarray(sequence.loss_mask, dtype=bool))
         for example, sequence in zip(examples, sequences, strict=True)
     ]
     shared = []
@@ -194,7 +194,7 @@ class _Builder:
         self.runs: list[Ints] = []
         self.positions: list[Ints] = []
         self.prefixes: list[int | None] = []
-        self.predictors: list[Ints] = []
+        self.predicting: list[Ints] = []
         self.targets: list[Ints] = []
         self.examples: list[Ints] = []
         self.num_laid = 0
@@ -213,24 +213,24 @@ class _Builder:
             raise ValueError("the first token of a document cannot be trained: nothing comes before it")
         labels = np.flatnonzero(trained)
         own = labels - shared  # the label's place among the document's own tokens
-        self.predictors.append(np.where(own > 0, self.num_laid + own - 1, end - 1))
+        self.predicting.append(np.where(own > 0, self.num_laid + own - 1, end - 1))
         self.targets.append(ids[labels])
         self.examples.append(np.full(len(labels), example, dtype=np.int64))
         self._run(ids[shared:], shared, run)
 
     def finish(self, num_examples: int, num_tokens: int) -> MicroBatch:
         """The tensors."""
-        predictors = np.concatenate(self.predictors)
+        predicting = np.concatenate(self.predicting)
         lengths = tuple(len(run) for run in self.runs)
-        positions = _joined(np.unique(predictors), np.cumsum([0, *lengths]))
-        places = np.searchsorted(positions, predictors)
+        positions = _joined(np.unique(predicting), np.cumsum([0, *lengths]))
+        places = np.searchsorted(positions, predicting)
         return MicroBatch(
             input_ids=torch.from_numpy(np.concatenate(self.runs))[None],
             position_ids=torch.from_numpy(np.concatenate(self.positions))[None],
-            layout=Layout(lengths, tuple(self.prefixes), tuple(positions.tolist())),
-            predictors=torch.from_numpy(predictors),
-            label_positions=torch.from_numpy(positions),
-            label_places=torch.from_numpy(places),
+            layout=SegmentLayout(lengths, tuple(self.prefixes), tuple(positions.tolist())),
+            predicting=torch.from_numpy(predicting),
+            read_positions=torch.from_numpy(positions),
+            read_index=torch.from_numpy(places),
             targets=torch.from_numpy(np.concatenate(self.targets)),
             examples=torch.from_numpy(np.concatenate(self.examples)),
             num_examples=num_examples,

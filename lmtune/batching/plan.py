@@ -21,7 +21,7 @@ import numpy.typing as npt
 from lmtune.batching.packing import fill
 from lmtune.batching.prefixes import Ints, SharedPrefix, find_prefixes
 from lmtune.config.schema import TrainConfig
-from lmtune.data.sequences import Sequences
+from lmtune.data.sequences import SequenceTable
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StepPlan:
         epoch: how much of the data was seen after this step, in epochs.
         rows: the examples of the step, over all processes.
         num_tokens: tokens of these rows.
-        num_trained: trained tokens of these rows, the loss's denominator.
+        num_targets: trained tokens of these rows, the loss's denominator.
         longest: tokens of the longest sequence.
         shares: for each process, its micro-batches, each a list of sequences; a share may be empty.
     """
@@ -63,7 +63,7 @@ class StepPlan:
     epoch: float
     rows: list[int]
     num_tokens: int
-    num_trained: int
+    num_targets: int
     longest: int
     shares: list[list[list[Unit]]]
 
@@ -72,7 +72,7 @@ class Plan:
     """All steps of a run."""
 
     def __init__(
-        self, sequences: Sequences, train: TrainConfig, world_size: int, micro_batch_tokens: int,
+        self, sequences: SequenceTable, train: TrainConfig, world_size: int, micro_batch_tokens: int,
         beginnings_of: Callable[[int], Sequence[Ints]] | None = None, cost: TokenCost = TokenCost(),
     ) -> None:  # fmt: skip
         """
@@ -109,7 +109,7 @@ class Plan:
             for example, row in enumerate(rows.tolist())
             for document in range(first[row + 1] - first[row])
         ]
-        lengths, trained = self.sequences.num_tokens[members].tolist(), self.sequences.num_trained[members].tolist()
+        lengths, trained = self.sequences.num_tokens[members].tolist(), self.sequences.num_targets[members].tolist()
         prefixes = (
             []
             if self.beginnings_of is None
@@ -121,7 +121,7 @@ class Plan:
             epoch=epoch + min(1.0, (place + 1) * self.batch_size / self.sequences.num_rows),
             rows=rows.tolist(),
             num_tokens=sum(lengths),
-            num_trained=sum(trained),
+            num_targets=sum(trained),
             longest=max(lengths),
             shares=[self._micro_batches(units, lengths, share, prefixes) for share in shares],
         )

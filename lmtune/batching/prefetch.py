@@ -3,10 +3,10 @@
 Planning a step, reading its rows from disk, packing them and pinning them for the copy to a GPU take milliseconds that
 nothing should wait for. One thread does them a few micro-batches ahead, across steps too.
 
-    with Feeder(plan, rank=0, rows=data.__getitem__) as feeder:
-        feeder.start(step=1)
-        todo = feeder.next_step()
-        for batch in feeder.batches():
+    with BatchPrefetcher(plan, rank=0, rows=data.__getitem__) as prefetcher:
+        prefetcher.start(step=1)
+        todo = prefetcher.next_step()
+        for batch in prefetcher.batches():
             …
 """
 
@@ -25,7 +25,7 @@ _AHEAD = 3  # micro-batches; each is some kilobytes
 _Item = StepPlan | MicroBatch | BaseException | None  # None: the step has no more
 
 
-class Feeder:
+class BatchPrefetcher:
     """The steps of a plan, each followed by its micro-batches of one process.
 
     Attributes:
@@ -48,7 +48,7 @@ class Feeder:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def __enter__(self) -> Feeder:
+    def __enter__(self) -> BatchPrefetcher:
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -61,7 +61,7 @@ class Feeder:
         self._ready: queue.Queue[_Item] = queue.Queue(_AHEAD)
         self._closed, self._error = threading.Event(), None
         arguments = (self.plan, step, self._ready, self._closed)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="lmtune-feeder", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="lmtune-prefetcher", daemon=True)
         self._thread.start()
 
     def next_step(self) -> StepPlan:
@@ -96,7 +96,7 @@ class Feeder:
         raise self._error  # again too, whoever asks: the thread has ended
 
     def _batch(self, group: list[Unit], num_examples: int) -> MicroBatch:
-        documents = {row: self._rows(row).documents for row in dict.fromkeys(unit.row for unit in group)}
+        documents = {row: self._rows(row).sequences for row in dict.fromkeys(unit.row for unit in group)}
         return pack_sequences(
             [documents[unit.row][unit.document] for unit in group], [unit.example for unit in group], num_examples,
             self._share_prefixes,

@@ -37,7 +37,7 @@ def document_tree(tokenizer: Any, document: Any) -> dict[str, Any]:
     ids = [int(token) for token in document.input_ids]
     return {
         "text": tokenizer.decode(ids), "input_ids": ids, "tokens": [token_text(tokenizer, token) for token in ids],
-        "trained": [bool(flag) for flag in document.trained],
+        "trained": [bool(flag) for flag in document.loss_mask],
     }  # fmt: skip
 
 

@@ -50,11 +50,11 @@ _TRIMMED = {
 
 
 @dataclass(frozen=True)
-class Document:
+class RenderedSequence:
     """A sequence of tokens of its own context. `trained[t]`: token t is a label; `trained[0]` is always False."""
 
     input_ids: list[int]
-    trained: list[bool]
+    loss_mask: list[bool]
 
 
 class Renderer:
@@ -110,7 +110,7 @@ class Renderer:
             self._reply_format = replace(self._reply_format, lead=self._lead_as_decoded(self._chat))
         self.chat_template = self._chat.source if self._chat else None
 
-    def render(self, example: Example) -> list[Document]:
+    def render(self, example: Example) -> list[RenderedSequence]:
         """The example's documents, each ending in a trained stop token.
 
         Raises:
@@ -124,7 +124,7 @@ class Renderer:
         except TemplateFault as fault:
             raise DataError(f"{example.where}: {fault}") from None
         for document in documents:
-            if not document.trained[-1] or document.input_ids[-1] not in self.stop_token_ids:
+            if not document.loss_mask[-1] or document.input_ids[-1] not in self.stop_token_ids:
                 raise DataError(
                     f"{example.where}: rendered without a learned end, so the model would not stop after it"
                 )
@@ -229,8 +229,8 @@ class Renderer:
             return tuple(messages)
         return (self._system, *messages)
 
-    def _render_answers(self, messages: tuple[Message, ...]) -> list[Document]:
-        documents: list[Document] = []
+    def _render_answers(self, messages: tuple[Message, ...]) -> list[RenderedSequence]:
+        documents: list[RenderedSequence] = []
         for index, message in enumerate(messages):
             if message.role != "assistant" or not message.learned:
                 continue
@@ -240,7 +240,7 @@ class Renderer:
             if so_far is not None and prompt[: len(so_far.input_ids)] == so_far.input_ids:
                 documents[-1] = _continued(so_far, prompt[len(so_far.input_ids) :], answer)
             else:
-                documents.append(_continued(Document([], []), prompt, answer))
+                documents.append(_continued(RenderedSequence([], []), prompt, answer))
         return documents
 
     def _prompt(self, messages: tuple[Message, ...]) -> list[int]:
@@ -262,8 +262,8 @@ class Renderer:
 
     # --- plain text
 
-    def _render_text(self, text: str) -> Document:
-        return _continued(Document([], []), self._lead_ids, self._with_end(text))
+    def _render_text(self, text: str) -> RenderedSequence:
+        return _continued(RenderedSequence([], []), self._lead_ids, self._with_end(text))
 
     def _with_end(self, text: str) -> list[int]:
         ids = self._encode(text)
@@ -295,12 +295,12 @@ class Renderer:
         return []
 
 
-def _continued(document: Document, context: Sequence[int], learned: Sequence[int]) -> Document:
+def _continued(document: RenderedSequence, context: Sequence[int], learned: Sequence[int]) -> RenderedSequence:
     """`document` with untrained `context` and trained `learned` tokens after it."""
     input_ids = [*document.input_ids, *context, *learned]
-    trained = [*document.trained, *[False] * len(context), *[True] * len(learned)]
+    trained = [*document.loss_mask, *[False] * len(context), *[True] * len(learned)]
     trained[0] = False  # nothing stands before the first token from which it could be predicted
-    return Document(input_ids, trained)
+    return RenderedSequence(input_ids, trained)
 
 
 _WELL_KNOWN = frozenset(
@@ -355,7 +355,7 @@ class ControlText:
 WORTH_BYTES = 32 << 20  # of data; about a minute's work for one processor
 _CHUNK_ROWS = 256
 _CHUNK_CHARACTERS = 1 << 20
-Outcome = list[Document] | DataError
+Outcome = list[RenderedSequence] | DataError
 _renderer: Renderer | None = None  # a worker's own
 
 

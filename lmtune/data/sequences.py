@@ -20,22 +20,22 @@ Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Sequences:
+class SequenceTable:
     """The S sequences of N rows, row after row.
 
     Attributes:
-        num_tokens, num_trained: int32 `[S]`.
+        num_tokens, num_targets: int32 `[S]`.
         first: int64 `[N + 1]`, where each row's sequences begin, and where the last one's end.
     """
 
     num_tokens: Int32
-    num_trained: Int32
+    num_targets: Int32
     first: Int64
 
     @classmethod
-    def one_each(cls, num_tokens: Int32, num_trained: Int32) -> Sequences:
+    def one_each(cls, num_tokens: Int32, num_targets: Int32) -> SequenceTable:
         """Rows of one sequence."""
-        return cls(num_tokens, num_trained, np.arange(len(num_tokens) + 1))
+        return cls(num_tokens, num_targets, np.arange(len(num_tokens) + 1))
 
     @property
     def num_rows(self) -> int:
@@ -64,8 +64,8 @@ class Sequences:
         before = np.cumsum(counts) - counts
         return np.repeat(self.first[rows] - before, counts) + np.arange(int(counts.sum()))
 
-    def select(self, rows: Int64) -> Sequences:
+    def select(self, rows: Int64) -> SequenceTable:
         """Those of `rows` alone."""
         chosen = self.of_rows(rows)
         first = np.concatenate([[0], np.cumsum(self.first[rows + 1] - self.first[rows])])
-        return Sequences(self.num_tokens[chosen], self.num_trained[chosen], first)
+        return SequenceTable(self.num_tokens[chosen], self.num_targets[chosen], first)

@@ -1,7 +1,7 @@
 """Data files as rows of tokens, ready to be trained on and kept on disk, so that a second start is quick.
 
     data = load_data(config.data, renderer, seed=0)
-    data.train.num_tokens, data.train[7].documents, data.validation, data.fates
+    data.train.num_tokens, data.train[7].sequences, data.validation, data.fates
 
 The rows are rendered once and stored under the hash of everything they depend on: the files' content, the tokenizer,
 the template and the options. They are read back through a memory map, so memory does not grow with the data.
@@ -24,9 +24,9 @@ import pyarrow as pa
 from lmtune.config.load import data_paths
 from lmtune.config.schema import DataConfig
 from lmtune.data.reading import ReadReport, read_examples
-from lmtune.data.rendering import ControlText, Document, Renderer, render_all
+from lmtune.data.rendering import ControlText, RenderedSequence, Renderer, render_all
 from lmtune.data.report import Survey, Tally, counted, describe_fates, shown_first
-from lmtune.data.sequences import Sequences
+from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import DataFile, find_files, unread_entries
 from lmtune.data.types import Example
 from lmtune.errors import DataError
@@ -35,7 +35,7 @@ from lmtune.io.cache import cache_folder, cached, file_sha256, hold, key_of
 from lmtune.io.console import row_progress
 
 __all__ = [
-    "LoadedData", "TokenizedData", "TokenizedDocument", "TokenizedExample", "describe_fates", "fit", "load_data",
+    "LoadedData", "TokenizedData", "TokenSequence", "TokenizedExample", "describe_fates", "fit", "load_data",
     "split", "tokenize", "truncated",
 ]  # fmt: skip
 
@@ -48,11 +48,11 @@ Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class TokenizedDocument:
+class TokenSequence:
     """`input_ids[T]` and `trained[T]`: whether each token is a label."""
 
     input_ids: Int32
-    trained: npt.NDArray[np.bool_]
+    loss_mask: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TokenizedExample:
     """One row; `where` is `file:line`."""
 
     where: str
-    documents: list[TokenizedDocument]
+    sequences: list[TokenSequence]
 
 
 class TokenizedData:
@@ -70,7 +70,7 @@ class TokenizedData:
         key: SHA-256, in hex, of what the rows depend on; not of the files' names.
         signature: SHA-256, in hex, of the rows' tokens, whatever made them.
         fates: what became of every row read, as it goes into `data.json`.
-        num_tokens, num_trained: int32 `[N]`, of each row.
+        num_tokens, num_targets: int32 `[N]`, of each row.
         sequences: tokens of each row's sequences, which are its documents.
         content: uint64 `[N]`, equal for rows of equal content.
     """
@@ -83,7 +83,7 @@ class TokenizedData:
         self.key, self.signature = key, signature
         self.fates = fates
         self.num_tokens: Int32 = table.num_tokens[self._rows]
-        self.num_trained: Int32 = table.num_trained[self._rows]
+        self.num_targets: Int32 = table.num_targets[self._rows]
         self.sequences = table.sequences if selected is None else table.sequences.select(self._rows)
         self.content: npt.NDArray[np.uint64] = table.content[self._rows]
 
@@ -92,7 +92,7 @@ class TokenizedData:
 
     def __getitem__(self, index: int) -> TokenizedExample:
         row = int(self._rows[index])
-        documents = [TokenizedDocument(input_ids, trained) for input_ids, trained in self._table.documents(row)]
+        documents = [TokenSequence(input_ids, trained) for input_ids, trained in self._table.documents(row)]
         return TokenizedExample(self.where(index), documents)
 
     def where(self, index: int) -> str:
@@ -280,7 +280,7 @@ class _Counts:
         self._dropped: dict[str, Tally] = {}
         self._truncated = Tally()
 
-    def fit(self, example: Example, documents: list[Document]) -> list[Document]:
+    def fit(self, example: Example, documents: list[RenderedSequence]) -> list[RenderedSequence]:
         """The documents to keep; none if the row is dropped.
 
         Raises:
@@ -296,7 +296,7 @@ class _Counts:
             self._truncated.add(example.where)
         self.kept += 1
         self._tokens += sum(len(document.input_ids) for document in documents)
-        self._trained += sum(sum(document.trained) for document in documents)
+        self._trained += sum(sum(document.loss_mask) for document in documents)
         return documents
 
     def as_dict(self) -> dict[str, Any]:
@@ -311,7 +311,9 @@ class _Counts:
         }
 
 
-def fit(example: Example, documents: list[Document], config: DataConfig) -> tuple[list[Document], str | None]:
+def fit(
+    example: Example, documents: list[RenderedSequence], config: DataConfig
+) -> tuple[list[RenderedSequence], str | None]:
     """The documents of one row within `max_length`, or none and the reason why the row is dropped.
 
     Raises:
@@ -332,7 +334,7 @@ def fit(example: Example, documents: list[Document], config: DataConfig) -> tupl
     return kept, None if kept else "answer_too_long"
 
 
-def truncated(document: Document, max_length: int, is_text: bool) -> Document | None:
+def truncated(document: RenderedSequence, max_length: int, is_text: bool) -> RenderedSequence | None:
     """The last `max_length` tokens of a document, or None if nothing in them can be learned.
 
     An answer that lost its beginning, or all that stood before it, is not learned any more: its rest follows from
@@ -341,10 +343,10 @@ def truncated(document: Document, max_length: int, is_text: bool) -> Document | 
     start = max(0, len(document.input_ids) - max_length)
     if not start:
         return document
-    input_ids, trained = document.input_ids[start:], document.trained[start:]
+    input_ids, trained = document.input_ids[start:], document.loss_mask[start:]
     lost = 1 if is_text else next((index for index, flag in enumerate(trained) if not flag), len(trained))
     trained = [False] * lost + trained[lost:]
-    return Document(input_ids, trained) if any(trained) else None
+    return RenderedSequence(input_ids, trained) if any(trained) else None
 
 
 _SCHEMA = pa.schema(
@@ -382,12 +384,12 @@ class TableWriter:
         self._writer.close()
         self._sink.close()
 
-    def append(self, documents: Sequence[Document], file: int, line: int, content: int) -> None:
+    def append(self, documents: Sequence[RenderedSequence], file: int, line: int, content: int) -> None:
         """Add one row."""
         input_ids = [index for document in documents for index in document.input_ids]
-        trained = [flag for document in documents for flag in document.trained]
+        trained = [flag for document in documents for flag in document.loss_mask]
         lengths = [len(document.input_ids) for document in documents]
-        labels = [sum(document.trained) for document in documents]
+        labels = [sum(document.loss_mask) for document in documents]
         for numbers in (lengths, input_ids, trained):
             self._digest.update(array("i", [len(numbers), *numbers]).tobytes())
         self._rows.append((input_ids, trained, lengths, labels, sum(labels), file, line, content))
@@ -407,7 +409,7 @@ class TokenTable:
     """A file that `TableWriter` wrote.
 
     Attributes:
-        num_tokens, num_trained: int32 `[N]`.
+        num_tokens, num_targets: int32 `[N]`.
         sequences: the documents of all rows, in numbers.
         file, line: int32 `[N]`; content: uint64 `[N]`.
     """
@@ -422,9 +424,9 @@ class TokenTable:
         self.content = self._column("content", np.uint64)
         offsets = [batch.column("input_ids").offsets.to_numpy() for batch in self._batches]
         self.num_tokens = self._joined([np.diff(of_batch) for of_batch in offsets], np.int32)
-        self.num_trained = self._column("num_trained", np.int32)
+        self.num_targets = self._column("num_trained", np.int32)
         counts = [np.diff(batch.column("document_lengths").offsets.to_numpy()) for batch in self._batches]
-        self.sequences = Sequences(
+        self.sequences = SequenceTable(
             self._values("document_lengths"), self._values("document_trained"),
             np.concatenate([[0], np.cumsum(self._joined(counts, np.int64))]),
         )  # fmt: skip

@@ -60,8 +60,8 @@ def split_prompt(row: Any) -> tuple[list[int], list[int]]:
 
     A plain text row is trained from its second token on and has no question: its prompt is empty.
     """
-    document = row.documents[-1]
-    trained = [bool(flag) for flag in document.trained]
+    document = row.sequences[-1]
+    trained = [bool(flag) for flag in document.loss_mask]
     start = len(trained)
     while start > 0 and trained[start - 1]:
         start -= 1

@@ -202,7 +202,7 @@ def teacher_forced(
         while groups:
             group = groups.popleft()
             rows, places = sequences.row[mine[group]].tolist(), sequences.document[mine[group]].tolist()
-            read = {row: data[row].documents for row in dict.fromkeys(rows)}
+            read = {row: data[row].sequences for row in dict.fromkeys(rows)}
             documents = [read[row][place] for row, place in zip(rows, places, strict=True)]
             batch = pack_sequences(documents, rows, len(data), forward.shares_prefixes).to(device)
             try:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lmtune.batching.packing import Layout, MicroBatch
+from lmtune.batching.packing import MicroBatch, SegmentLayout
 from lmtune.kernels import label_only_layer
 from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_cross_entropy
@@ -94,7 +94,7 @@ class PackedForward:
         """Why each fast way is not taken, or None: packing, head, last layer, prefixes."""
         return self.reason, self.head_reason, self.layer_reason, self.prefix_reason
 
-    def give_up(self, reasons: Sequence[str | None]) -> None:
+    def disable(self, reasons: Sequence[str | None]) -> None:
         """Leave out, of the ways that `reasons` names, those that are left: another process does without them."""
         ours = (own or other for own, other in zip(self.reasons, reasons, strict=True))
         self.reason, self.head_reason, self.layer_reason, self.prefix_reason = ours
@@ -121,8 +121,8 @@ class PackedForward:
             batch: the micro-batch; with shared prefixes only if `shares_prefixes`.
         """
         if self.packs:
-            labels = (batch.label_positions, batch.label_places)
-            outputs = self._outputs(batch.input_ids, batch.position_ids, batch.predictors, batch.layout, labels)
+            labels = (batch.read_positions, batch.read_index)
+            outputs = self._outputs(batch.input_ids, batch.position_ids, batch.predicting, batch.layout, labels)
         else:
             outputs = self._one_by_one(batch)
         if self.head_reason is None:
@@ -133,7 +133,7 @@ class PackedForward:
         return TokenScores(losses.sum(), losses.detach(), logits.detach().argmax(-1) == batch.targets)
 
     def _outputs(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor, layout: Layout | None,
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor, layout: SegmentLayout | None,
         labels: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """At the positions `keep[N]` of one sequence `[1, T]`: hidden states `[N, D]`, or logits `[N, V]`.
@@ -157,7 +157,7 @@ class PackedForward:
     ) -> torch.Tensor:
         """The last hidden states `[N, D]` at `keep[N]`, in any order and with repetitions."""
         if self.layer_reason is None and labels is not None:
-            arguments["label_positions"], keep = labels
+            arguments["read_positions"], keep = labels
         hidden: torch.Tensor = self.base.base_model(**arguments).last_hidden_state[0]
         return hidden[keep]
 
@@ -165,10 +165,10 @@ class PackedForward:
         """What `_outputs` gives for the whole batch, with each document in a forward pass of its own."""
         parts, places = [], []
         for start, length in zip(batch.layout.starts, batch.layout.lengths, strict=True):
-            inside = ((batch.predictors >= start) & (batch.predictors < start + length)).nonzero()[:, 0]
+            inside = ((batch.predicting >= start) & (batch.predicting < start + length)).nonzero()[:, 0]
             window = slice(start, start + length)
             if len(inside):
-                keep = batch.predictors[inside] - start
+                keep = batch.predicting[inside] - start
                 parts.append(self._outputs(batch.input_ids[:, window], batch.position_ids[:, window], keep, None))
                 places.append(inside)
         return torch.cat(parts)[torch.cat(places).argsort()]
@@ -216,7 +216,7 @@ class PackedForward:
         ids, positions = self._probe(5, 7)
         second = torch.arange(7, device=ids.device)
         alone = self._outputs(ids[:, 5:], positions[:, 5:], second, None)
-        layout = Layout.of_documents(5, 7)
+        layout = SegmentLayout.of_segments(5, 7)
         with packed_attention(self.model):
             packed = self._outputs(ids, positions, second + 5, layout)
         if problem := window_in_mask_only(self.base.config.get_text_config(), layout.derived.get("window")):
@@ -227,20 +227,23 @@ class PackedForward:
         """Two documents behind a common prefix against each alone."""
         ids, positions = self._probe(4, 3, 5)
         positions[:, 4:] += 4
-        layout = Layout((4, 3, 5), (None, 0, 0))
+        layout = SegmentLayout((4, 3, 5), (None, 0, 0))
         with packed_attention(self.model):
             shared = self._outputs(ids, positions, torch.arange(4, 12, device=ids.device), layout)
             each = []
             for own in (slice(4, 7), slice(7, 12)):
                 alone = torch.cat([ids[:, :4], ids[:, own]], 1)
                 place = torch.arange(alone.shape[1], device=ids.device)
-                each.append(self._outputs(alone, place[None], place[4:], Layout.of_documents(len(place))))
+                each.append(self._outputs(alone, place[None], place[4:], SegmentLayout.of_segments(len(place))))
         return _difference(shared, torch.cat(each))
 
     def _compare_last_layer(self) -> float:
         """The last layer on a few positions against all of it."""
         ids, positions = self._probe(5, 7)
-        keep, layout = torch.tensor([2, 3, 6, 11], device=ids.device), Layout((5, 7), (None, None), (2, 3, 6, 11))
+        keep, layout = (
+            torch.tensor([2, 3, 6, 11], device=ids.device),
+            SegmentLayout((5, 7), (None, None), (2, 3, 6, 11)),
+        )
         labels = keep, torch.arange(4, device=ids.device)
         layers = decoder_layers(self.base)
         if layers is None:

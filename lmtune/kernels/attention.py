@@ -7,7 +7,7 @@ registered under a name with transformers' public `AttentionInterface`, so no mo
 it as an extra argument of the model's forward.
 
     with packed_attention(model):
-        model(input_ids=…, position_ids=…, layout=Layout.of_documents(5, 7))
+        model(input_ids=…, position_ids=…, layout=SegmentLayout.of_segments(5, 7))
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lmtune.batching.packing import Layout, Span
+from lmtune.batching.packing import SegmentLayout, Span
 from lmtune.batching.prefixes import MASKED_BLOCK
 
 NAME = "lmtune_by_document"
@@ -37,7 +37,7 @@ def attention_by_document(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    layout: Layout | None = None,
+    layout: SegmentLayout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -74,7 +74,7 @@ def attention_by_document(
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, spans: Sequence[Span],
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, spans: Sequence[Span],
     scaling: float | None, dropout: float, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention of each span's queries to its keys, by the quickest way that works here.
@@ -83,7 +83,7 @@ def attend(
         query: `[1, heads, Q, d]`, the spans' queries one after another.
         key, value: `[1, key_value_heads, T, d]`, laid out as `layout` says.
         layout: where the keys lie.
-        spans: `layout.spans`, or `layout.label_spans`.
+        spans: `layout.spans`, or `layout.read_spans`.
         scaling, dropout, window: as in `attention_by_document`.
 
     Returns:
@@ -97,7 +97,7 @@ def attend(
 
 
 def attend_span_by_span(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, spans: Sequence[Span],
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, spans: Sequence[Span],
     scaling: float | None, dropout: float, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """`attend` with one scaled dot product attention for each span."""
@@ -146,7 +146,7 @@ def _blocks(num_q: int, num_k: int, window: int | None) -> Iterator[tuple[slice,
         start = end
 
 
-def _mask(layout: Layout, query: torch.Tensor, num_k: int, window: int | None) -> torch.Tensor:
+def _mask(layout: SegmentLayout, query: torch.Tensor, num_k: int, window: int | None) -> torch.Tensor:
     """`[q, num_k]`, to be added to the scores of `query[1, heads, q, d]`, the last of which is at the last key.
 
     Made once for all layers and for all blocks of the same size: autograd keeps one of each.
@@ -176,7 +176,7 @@ def visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> to
 
 
 def attend_varlen(
-    varlen: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout,
+    varlen: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout,
     spans: Sequence[Span], scaling: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """`attend` with one call of `varlen`, which aligns a span's queries with the last of its keys."""
@@ -191,7 +191,7 @@ def attend_varlen(
     return attended[None]
 
 
-def _boundaries(layout: Layout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
+def _boundaries(layout: SegmentLayout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
     """Which keys the spans see one after another (None: all, as they lie), where each span's begin, the longest."""
     known: dict[Any, _Boundaries] = layout.derived  # the same for all layers
     key = (spans is layout.spans, device)
@@ -200,7 +200,7 @@ def _boundaries(layout: Layout, spans: Sequence[Span], device: torch.device) -> 
     return known[key]
 
 
-def _make_boundaries(layout: Layout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
+def _make_boundaries(layout: SegmentLayout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
     num_q = [span.queries for span in spans]
     num_k = [span.keys + (0 if span.prefix is None else layout.lengths[span.prefix]) for span in spans]
     places = None
@@ -266,10 +266,10 @@ def find_varlen(
 
 def _varlen_difference(kernel: Varlen, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int) -> float:
     """The largest difference of outputs and gradients to the plain way, with and without a window."""
-    layout = Layout((4, 3, 5), (None, 0, 0), (3, 5, 9, 10))
+    layout = SegmentLayout((4, 3, 5), (None, 0, 0), (3, 5, 9, 10))
     found = 0.0
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for spans, window in ((layout.spans, None), (layout.label_spans, None), (layout.spans, 3)):
+        for spans, window in ((layout.spans, None), (layout.read_spans, None), (layout.spans, 3)):
             generator = torch.Generator().manual_seed(0)
             queries = sum(span.queries for span in spans)
             shapes = ((1, 2 * groups, queries, head_dim), (1, 2, 12, head_dim), (1, 2, 12, head_dim))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lmtune.batching.packing import Layout
+from lmtune.batching.packing import SegmentLayout
 from lmtune.kernels.attention import attend
 
 
@@ -46,17 +46,17 @@ class _Selected:
         self.key, self.value = key, value
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, scaling: float | None,
         dropout: float, window: int | None,
     ) -> torch.Tensor:  # fmt: skip
         """`[1, P, heads, d]` for the layout's label positions."""
-        return attend(query, self.key, self.value, layout, layout.label_spans, scaling, dropout, window)
+        return attend(query, self.key, self.value, layout, layout.read_spans, scaling, dropout, window)
 
 
 def install(layer: Any) -> None:
     """Prepare a model's last decoder layer.
 
-    The layer then takes `label_positions` (`[P]`, the layout's own, ascending) as an extra argument of the model's
+    The layer then takes `read_positions` (`[P]`, the layout's own, ascending) as an extra argument of the model's
     forward, and with it returns `[1, P, D]`; without it, nothing is different.
     """
     if not type(layer).__name__.startswith("LabelOnly"):
@@ -69,7 +69,7 @@ def find_query_linear(layer: Any, run: Any) -> None:
 
     Args:
         layer: prepared by `install`.
-        run: a function that runs the model on a probe with `label_positions`.
+        run: a function that runs the model on a probe with `read_positions`.
     """
     layer.lmtune_probe = {}
     try:
@@ -99,9 +99,9 @@ def _label_only_class(kind: type[Any]) -> type[Any]:
     """A subclass of the model's layer class that can run for some positions only."""
 
     def forward(
-        self: Any, hidden_states: torch.Tensor, *args: Any, label_positions: torch.Tensor | None = None, **kwargs: Any
+        self: Any, hidden_states: torch.Tensor, *args: Any, read_positions: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
-        if label_positions is None:
+        if read_positions is None:
             return kind.forward(self, hidden_states, *args, **kwargs)
         with _zero_output(self.lmtune_query_linear):
             try:
@@ -113,8 +113,8 @@ def _label_only_class(kind: type[Any]) -> type[Any]:
             self.lmtune_probe["projected"] = (found.query, found.key, found.value)
         few = _Selected(found.key, found.value)
         total = hidden_states.shape[1]
-        args, kwargs = (_at(part, label_positions, total) for part in (args, kwargs))
-        return kind.forward(self, hidden_states[:, label_positions], *args, **kwargs, label_layer=few)
+        args, kwargs = (_at(part, read_positions, total) for part in (args, kwargs))
+        return kind.forward(self, hidden_states[:, read_positions], *args, **kwargs, label_layer=few)
 
     return type(f"LabelOnly{kind.__name__}", (kind,), {"forward": forward})
 

@@ -32,7 +32,7 @@ from lmtune.models.device import dense_weights_fit, free_memory
 from lmtune.models.locate import shareable_name
 from lmtune.models.parameters import Parameters, count_parameters
 from lmtune.models.published import write_adapter_texts
-from lmtune.models.tuning.lora import Tensors, attach_adapter, attach_saved, made_weights, save_adapter
+from lmtune.models.tuning.lora import Tensors, attach_adapter, attach_saved, initial_tensors, save_adapter
 from lmtune.runs.log import Accuracies
 from lmtune.runs.store import RunDirectory
 from lmtune.training import memory
@@ -160,7 +160,7 @@ def _prepare(config: FinetuneConfig, accelerator: Any, start: StartingAdapter | 
             model = attach_adapter(model, config.adapter, config.train.seed, name)
         else:
             model = attach_saved(model, start.folder, fingerprint, config.adapter, name)
-        for tensor in made_weights(model):
+        for tensor in initial_tensors(model):
             accelerator.take_from_main(tensor)
         keep_dense = all(_from_all(dense_weights_fit(model, accelerator.device), accelerator))
         fuse(model, keep_dense)
@@ -198,7 +198,7 @@ def verification_rows(session: Session, count: int = 16) -> dict[str, Any]:
     Of a row that makes several sequences the last, which holds all of it: each costs a pass over all weights.
     """
     rows = session.data.train if session.data.validation is None else session.data.validation
-    some = [rows[index].documents[-1] for index in range(min(count, len(rows)))]
+    some = [rows[index].sequences[-1] for index in range(min(count, len(rows)))]
     return {"sequences": [document.input_ids.tolist() for document in some]}
 
 
@@ -248,7 +248,7 @@ def _version(library: str) -> str | None:
 def _agree(forward: PackedForward, accelerator: Any) -> None:
     """Take only the fast ways that every process takes: the plan, which all make alike, depends on them."""
     for reasons in _from_all(forward.reasons, accelerator):
-        forward.give_up(reasons)
+        forward.disable(reasons)
 
 
 def _from_all(value: T, accelerator: Any) -> list[T]:
@@ -264,7 +264,7 @@ def _fit(
     All processes take what suits the one with the least memory, so that they plan, and run out of memory, alike.
     """
     device, tokens = accelerator.device, data.train.num_tokens
-    share = float(data.train.num_trained.sum() / tokens.sum())
+    share = float(data.train.num_targets.sum() / tokens.sum())
     activations = measure_activations(forward, share)
     if activations is None:
         shape = memory.shape_of(forward.model, parameters)

@@ -15,7 +15,7 @@ import torch
 
 from lmtune.batching.plan import Plan, TokenCost
 from lmtune.config.schema import AdapterConfig, FinetuneConfig, ModelConfig
-from lmtune.data.sequences import Sequences
+from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
 from lmtune.models.base import compute_dtype, resolve_name
 from lmtune.models.device import free_memory
@@ -103,7 +103,11 @@ class Forecast:
 
 
 def forecast(
-    config: FinetuneConfig, rows: Sequences, device: torch.device, processes: int, held_out: Sequences | None = None
+    config: FinetuneConfig,
+    rows: SequenceTable,
+    device: torch.device,
+    processes: int,
+    held_out: SequenceTable | None = None,
 ) -> Forecast:
     """Plan a run over the sequences of `rows`, scored on those of `held_out`.
 
@@ -113,7 +117,7 @@ def forecast(
     """
     dtype, quantization = compute_dtype(device, config.model.dtype), config.model.quantization
     shape, parameters = planned_shape(config.model, config.adapter, dtype)
-    share = float(rows.num_trained.sum() / rows.num_tokens.sum())
+    share = float(rows.num_targets.sum() / rows.num_tokens.sum())
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
     left = max(0.0, free - memory.base_weights(shape, quantization, dtype))
     dense = memory.dense_copies(shape, quantization, dtype, left)
@@ -159,23 +163,23 @@ def _loading_seconds(shape: ModelShape, model: ModelConfig, weight_bytes: float,
     return _LIBRARY_SECONDS + weight_bytes / _DISK_BYTES + (quantizing if device_type == "cpu" else 0.0)
 
 
-def _scoring_seconds(shape: ModelShape, config: FinetuneConfig, rows: Sequences, steps: int, rate: float) -> float:
+def _scoring_seconds(shape: ModelShape, config: FinetuneConfig, rows: SequenceTable, steps: int, rate: float) -> float:
     """Forward passes over the validation rows: before training, every so many steps, and at the last step."""
     every = config.evaluation.every_steps
     passes = 1 + config.evaluation.score_base + ((steps - 1) // every if every else 0)
-    tokens, share = float(rows.num_tokens.sum()), float(rows.num_trained.sum() / rows.num_tokens.sum())
+    tokens, share = float(rows.num_tokens.sum()), float(rows.num_targets.sum() / rows.num_tokens.sum())
     return passes * tokens * flop_per_token(shape, share, _mean_context(rows.num_tokens)) / 2 / rate
 
 
 def _answer_seconds(
-    shape: ModelShape, config: FinetuneConfig, rows: Sequences, rate: float, device_type: str, processes: int
+    shape: ModelShape, config: FinetuneConfig, rows: SequenceTable, rate: float, device_type: str, processes: int
 ) -> float:
     """Answers of the base, which seldom ends before the limit, and of the tuned model, of the rows' own lengths."""
     asked, limit = min(config.evaluation.exact_match_rows, rows.num_rows), config.evaluation.max_new_tokens
     if not asked:
         return 0.0
     last = rows.first[1 : asked + 1] - 1  # the sequence of each row whose answer is asked for
-    answered = int(min(limit, rows.num_trained[last].max()))
+    answered = int(min(limit, rows.num_targets[last].max()))
     a_token = 2 * (shape.active_parameters + shape.vocabulary_size * shape.hidden_size)
     models = 1 + config.evaluation.score_base
     prompts = models * float(rows.num_tokens[last].sum()) * a_token / rate  # each model reads them

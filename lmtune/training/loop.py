@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lmtune.batching.plan import Plan, StepPlan, TokenCost
-from lmtune.batching.prefetch import Feeder
+from lmtune.batching.prefetch import BatchPrefetcher
 from lmtune.batching.prefixes import Ints, beginning
 from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import LmtuneError, listed
@@ -44,7 +44,7 @@ from lmtune.training.checkpoint import (
 from lmtune.training.memory import checkpoint_layers, is_checkpointed_throughout
 from lmtune.training.optim import learning_rate
 from lmtune.training.progress import StepProgress
-from lmtune.training.step import StepSums, find_offenders, step_gradients
+from lmtune.training.step import StepSums, find_nonfinite_examples, step_gradients
 
 _FREE_EVERY = 16  # steps; what is freed must be faulted in again, a fraction of a second each time
 
@@ -119,27 +119,27 @@ def train(job: Job) -> Outcome:
     parameters = trainable(job.forward.model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=config.train.weight_decay, fused=True)
     counters = _begin(job, optimizer, parameters)
-    feeder = _feeder(job, counters.micro_batch_tokens)
-    total_steps = feeder.plan.total_steps
+    prefetcher = _feeder(job, counters.micro_batch_tokens)
+    total_steps = prefetcher.plan.total_steps
     records = Records(job.run, enabled=main)
     records.begin(counters.step)
     progress = StepProgress(total_steps, counters.step + 1, enabled=main)
     stopped_early = _out_of_patience(counters, config)  # a crash after the last step leaves nothing to do
     job.forward.model.train()
     saved_at = time.monotonic()
-    with StopSignals() as signals, progress, feeder:
-        feeder.start(counters.step + 1)
+    with StopSignals() as signals, progress, prefetcher:
+        prefetcher.start(counters.step + 1)
         while counters.step < total_steps and not stopped_early:
             started = time.perf_counter()
-            todo = feeder.next_step()
+            todo = prefetcher.next_step()
             job.accelerator.place = f"step {todo.step}"
-            todo, sums = _gradients(job, feeder, todo, parameters, signals)
+            todo, sums = _gradients(job, prefetcher, todo, parameters, signals)
             if not sums.is_finite:
                 _save(job, optimizer, parameters, counters)
                 raise _not_finite(job, todo, sums, parameters)
             _update(optimizer, parameters, learning_rate(todo.step, total_steps, config.train), sums, config)
             seconds = time.perf_counter() - started
-            _count(counters, todo, seconds, feeder.plan)
+            _count(counters, todo, seconds, prefetcher.plan)
             progress.advance(todo.step, sums.loss, todo.num_tokens, seconds)
             validation = _validate(job, counters, total_steps, progress)
             records.add(*_record(todo, sums, counters, total_steps, config, seconds), validation)
@@ -178,19 +178,19 @@ def _begin(job: Job, optimizer: torch.optim.Optimizer, parameters: dict[str, tor
     return counters
 
 
-def _feeder(job: Job, micro_batch_tokens: int) -> Feeder:
+def _feeder(job: Job, micro_batch_tokens: int) -> BatchPrefetcher:
     """What feeds this process; not started."""
     on_gpu = next(job.forward.base.parameters()).device.type == "cuda"
     shares = job.forward.shares_prefixes
     plan = _plan(job, micro_batch_tokens)
-    return Feeder(plan, job.accelerator.process_index, job.data.__getitem__, shares, pin=on_gpu)
+    return BatchPrefetcher(plan, job.accelerator.process_index, job.data.__getitem__, shares, pin=on_gpu)
 
 
 def _plan(job: Job, micro_batch_tokens: int) -> Plan:
     data, world = job.data, job.accelerator.num_processes
 
     def beginnings_of(row: int) -> list[Ints]:
-        return [beginning(document.input_ids, document.trained) for document in data[row].documents]
+        return [beginning(document.input_ids, document.loss_mask) for document in data[row].sequences]
 
     return Plan(
         data.sequences, job.config.train, world, micro_batch_tokens,
@@ -199,20 +199,24 @@ def _plan(job: Job, micro_batch_tokens: int) -> Plan:
 
 
 def _gradients(
-    job: Job, feeder: Feeder, todo: StepPlan, parameters: dict[str, torch.nn.Parameter], signals: StopSignals
+    job: Job,
+    prefetcher: BatchPrefetcher,
+    todo: StepPlan,
+    parameters: dict[str, torch.nn.Parameter],
+    signals: StopSignals,
 ) -> tuple[StepPlan, StepSums]:
     """The step's gradient; out of memory halves the micro-batches and does the same step again."""
     rank, seed = job.accelerator.process_index, job.config.train.seed
     while True:
         seed_step(seed, todo.step, rank)
         sums = step_gradients(
-            job.forward, parameters, feeder.batches(), todo.num_trained, len(todo.rows), job.accelerator,
+            job.forward, parameters, prefetcher.batches(), todo.num_targets, len(todo.rows), job.accelerator,
             signals.asked,
         )  # fmt: skip
         if not sums.out_of_memory:
             return todo, sums
-        feeder.start(todo.step, _smaller(job, feeder.plan, todo))
-        todo = feeder.next_step()
+        prefetcher.start(todo.step, _smaller(job, prefetcher.plan, todo))
+        todo = prefetcher.next_step()
 
 
 def _smaller(job: Job, plan: Plan, todo: StepPlan) -> Plan:
@@ -250,7 +254,7 @@ def _not_finite(job: Job, todo: StepPlan, sums: StepSums, parameters: dict[str, 
     """An error that names the rows that made the loss or gradient infinite or NaN, on whichever process they were."""
     rank = job.accelerator.process_index
     seed_step(job.config.train.seed, todo.step, rank)
-    offenders = find_offenders(job.forward, parameters, todo.shares[rank], job.data.__getitem__)
+    offenders = find_nonfinite_examples(job.forward, parameters, todo.shares[rank], job.data.__getitem__)
     if job.accelerator.num_processes > 1:
         offenders = job.accelerator.gather_object(offenders)
     rows = listed(sorted(set(offenders))) if offenders else "  no single row alone; the step as a whole"
@@ -286,11 +290,11 @@ def _record(
 ) -> tuple[StepRecord, tuple[int, int], Accuracies]:
     rate = learning_rate(todo.step, total_steps, config.train)
     record = StepRecord(
-        todo.step, round(todo.epoch, 6), sums.loss, rate, sums.grad_norm, todo.num_tokens, todo.num_trained,
+        todo.step, round(todo.epoch, 6), sums.loss, rate, sums.grad_norm, todo.num_tokens, todo.num_targets,
         len(todo.rows), round(seconds, 6),
     )  # fmt: skip
     accuracies = Accuracies(
-        sums.loss, sums.correct_sequences / len(todo.rows), sums.correct_tokens / max(1, todo.num_trained)
+        sums.loss, sums.correct_sequences / len(todo.rows), sums.correct_tokens / max(1, todo.num_targets)
     )
     return record, (counters.elapsed_tokens, counters.elapsed_examples), accuracies
 

@@ -317,5 +317,5 @@ def _random_row(forward: PackedForward, trained_share: float, tokens: int) -> An
     embedding = forward.base.get_input_embeddings().weight
     ids = np.random.default_rng(0).integers(0, embedding.shape[0], tokens)
     trained = np.arange(tokens) >= tokens - max(1, round(trained_share * tokens))
-    row = SimpleNamespace(documents=[SimpleNamespace(input_ids=ids, trained=trained)])
+    row = SimpleNamespace(sequences=[SimpleNamespace(input_ids=ids, loss_mask=trained)])
     return pack([row]).to(embedding.device)

@@ -53,7 +53,7 @@ def step_gradients(
     forward: PackedForward,
     parameters: Mapping[str, torch.nn.Parameter],
     batches: Iterable[MicroBatch],
-    num_trained: int,
+    num_targets: int,
     num_examples: int,
     accelerator: Any,
     is_interrupted: Callable[[], bool] = lambda: False,
@@ -64,7 +64,7 @@ def step_gradients(
         forward: the model.
         parameters: the trainable parameters, fp32.
         batches: this process's micro-batches, on any device.
-        num_trained: trained tokens of the whole step, over all processes.
+        num_targets: trained tokens of the whole step, over all processes.
         num_examples: examples of the whole step; the sequences of one may be anywhere in it.
         accelerator: the processes.
         is_interrupted: whether this process was asked to stop; looked at when its gradients are there.
@@ -88,10 +88,10 @@ def step_gradients(
         accelerator.add_over_processes(flat)
         sums = flat[-_NUM_SUMS:].tolist()
     sequences = int((wrong == 0).sum())
-    torch._foreach_div_(grads, num_trained)
+    torch._foreach_div_(grads, num_targets)
     grad_norm = float(torch.nn.utils.get_total_norm(grads))
     loss, tokens, out_of_memory, stop = sums
-    return StepSums(loss / num_trained, round(tokens), sequences, grad_norm, out_of_memory > 0, stop > 0)
+    return StepSums(loss / num_targets, round(tokens), sequences, grad_norm, out_of_memory > 0, stop > 0)
 
 
 def _step_buffer(
@@ -115,7 +115,7 @@ def _step_buffer(
     return flat, grads, flat[size : size + num_examples]
 
 
-def find_offenders(
+def find_nonfinite_examples(
     forward: PackedForward, parameters: Mapping[str, torch.nn.Parameter], share: Sequence[Sequence[Unit]], rows: Rows
 ) -> list[str]:
     """The rows of this process, as `file:line`, whose own loss or gradient is not finite; leaves no gradient behind."""
@@ -124,7 +124,7 @@ def find_offenders(
         for unit in sorted(unit for group in share for unit in group):
             flat, grads, wrong = _step_buffer(parameters, 1)
             row = rows(unit.row)
-            batch = pack_sequences([row.documents[unit.document]], [0], 1)
+            batch = pack_sequences([row.sequences[unit.document]], [0], 1)
             loss, _ = _accumulate(forward, batch.to(flat.device), wrong).tolist()
             if not (math.isfinite(loss) and all(bool(grad.isfinite().all()) for grad in grads)):
                 found.append(str(row.where))

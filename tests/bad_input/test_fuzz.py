@@ -219,12 +219,12 @@ def render(source: str | None, option: Any, row: Example) -> None:
         return
     assert documents
     for document in documents:
-        assert document.trained[-1]
-        assert not document.trained[0]
+        assert document.loss_mask[-1]
+        assert not document.loss_mask[0]
         assert document.input_ids[-1] in renderer.stop_token_ids
     last = renderer.prompt_ids(row.messages[:-1])
     assert documents[-1].input_ids[: len(last)] == last
-    assert all(documents[-1].trained[max(1, len(last)) :])
+    assert all(documents[-1].loss_mask[max(1, len(last)) :])
 
 
 contents = st.lists(texts, min_size=2, max_size=4).filter(lambda found: len(found) % 2 == 0)

@@ -75,7 +75,7 @@ def test_groups_with_a_prefix_partition_the_items_within_the_budget(own: list[in
 
 def test_the_tensors_of_a_pack() -> None:
     def document(ids: list[int], trained: list[int]) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=np.array(ids, dtype=np.int32), trained=np.array(trained, dtype=bool))
+        return SimpleNamespace(input_ids=np.array(ids, dtype=np.int32), loss_mask=np.array(trained, dtype=bool))
 
     rows = [
         Row("a:1", [document([11, 12, 13], [0, 0, 1])]),
@@ -86,7 +86,7 @@ def test_the_tensors_of_a_pack() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
     assert batch.layout.lengths == (3, 2, 4)
     assert batch.targets.tolist() == [13, 22, 32, 34]
-    assert batch.predictors.tolist() == [1, 3, 5, 7]
+    assert batch.predicting.tolist() == [1, 3, 5, 7]
     assert batch.examples.tolist() == [0, 1, 1, 1]
     assert (batch.num_examples, batch.num_tokens) == (2, 9)
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.targets.dtype == torch.int64
@@ -97,11 +97,11 @@ def test_a_pack_has_no_padding_and_every_label(count: int) -> None:
     rows = random_rows(count)
     batch = pack(rows.rows)
     assert batch.num_tokens == rows.num_tokens.sum() == sum(batch.layout.lengths)
-    assert len(batch.targets) == rows.num_trained.sum()
-    assert torch.equal(batch.input_ids[0, batch.predictors + 1], batch.targets)
+    assert len(batch.targets) == rows.num_targets.sum()
+    assert torch.equal(batch.input_ids[0, batch.predicting + 1], batch.targets)
     # a predictor is never the last token of another document
     starts = np.cumsum([0, *batch.layout.lengths[:-1]])
-    assert not set((batch.predictors + 1).tolist()) & set(starts.tolist())
+    assert not set((batch.predicting + 1).tolist()) & set(starts.tolist())
 
 
 def test_moving_a_pack_keeps_it() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lmtune.data.rendering import Document, Renderer
+from lmtune.data.rendering import RenderedSequence, Renderer
 from lmtune.data.types import Example, Message
 from lmtune.errors import DataError, ModelError
 from tests.tokenizers import (
@@ -31,18 +31,18 @@ def example(*contents: str, system: str | None = None) -> Example:
     return Example("rows.jsonl", 7, head + turns)
 
 
-def learned(renderer: Renderer, document: Document) -> list[str]:
+def learned(renderer: Renderer, document: RenderedSequence) -> list[str]:
     """The text of each learned run of tokens, control tokens included."""
     runs: list[list[int]] = []
-    for index, (token, flag) in enumerate(zip(document.input_ids, document.trained, strict=True)):
-        if flag and not (index and document.trained[index - 1]):
+    for index, (token, flag) in enumerate(zip(document.input_ids, document.loss_mask, strict=True)):
+        if flag and not (index and document.loss_mask[index - 1]):
             runs.append([])
         if flag:
             runs[-1].append(token)
     return [renderer.tokenizer.decode(run) for run in runs]
 
 
-def whole(renderer: Renderer, document: Document) -> str:
+def whole(renderer: Renderer, document: RenderedSequence) -> str:
     return str(renderer.tokenizer.decode(document.input_ids))
 
 
@@ -60,9 +60,9 @@ def test_training_prefixes_are_inference_prompts(name: str, bos: bool) -> None:
         found = [document for document in documents if document.input_ids[: len(prompt)] == prompt]
         assert found, f"no document begins with the prompt of message {index}"
         document, at = found[0], len(prompt)
-        assert not document.trained[at - 1]
-        assert document.trained[at]
-        end = document.trained.index(False, at) if False in document.trained[at:] else len(document.trained)
+        assert not document.loss_mask[at - 1]
+        assert document.loss_mask[at]
+        end = document.loss_mask.index(False, at) if False in document.loss_mask[at:] else len(document.loss_mask)
         assert renderer.decode(document.input_ids[at:end]).strip() == THREE_TURNS.messages[index].content.strip()
         assert document.input_ids[end - 1] == renderer.stop_token_ids[0]
 
@@ -77,10 +77,10 @@ def test_each_answer_is_learned_once_with_its_end(name: str) -> None:
     assert [text.removesuffix(end).strip() + end for text in texts] == expected
     assert len(documents) == (3 if name == "qwen3" else 1)
     for document in documents:
-        assert document.trained[-1]
-        assert not document.trained[0]
+        assert document.loss_mask[-1]
+        assert not document.loss_mask[0]
         assert document.input_ids[-1] in renderer.stop_token_ids
-        assert len(document.input_ids) == len(document.trained)
+        assert len(document.input_ids) == len(document.loss_mask)
 
 
 def test_chatml_by_hand() -> None:
@@ -121,7 +121,7 @@ def test_a_prompt_that_opens_the_reasoning_is_continued() -> None:
     for document, index in ((first, 1), (second, 3)):
         prompt = renderer.prompt_ids(row.messages[:index])
         assert document.input_ids[: len(prompt)] == prompt
-        assert not any(document.trained[: len(prompt)])
+        assert not any(document.loss_mask[: len(prompt)])
 
 
 def test_reasoning_is_kept_by_a_template_that_knows_nothing_of_it() -> None:
@@ -225,7 +225,7 @@ class TestEnds:
         tokenizer = make_tokenizer(template, pad_token="</s>", eos_token="</s>")
         renderer = Renderer(tokenizer)
         document = renderer.render(example("Hello", "Hi"))[-1]
-        assert document.trained[-1]
+        assert document.loss_mask[-1]
         if template != CHATML:
             assert document.input_ids[-1] == tokenizer.pad_token_id == EOS
 
@@ -241,7 +241,9 @@ class TestPlain:
         (document,) = renderer.render(example("The quick", " brown fox"))
         assert whole(renderer, document) == "The quick brown fox</s>"
         assert learned(renderer, document) == [" brown fox</s>"]
-        assert renderer.prompt_ids([Message("user", "The quick")]) == document.input_ids[: document.trained.index(True)]
+        assert (
+            renderer.prompt_ids([Message("user", "The quick")]) == document.input_ids[: document.loss_mask.index(True)]
+        )
         assert not renderer.uses_chat_template
 
     def test_plain_ignores_a_template(self) -> None:
@@ -265,12 +267,12 @@ class TestPlain:
         renderer = Renderer(make_tokenizer(template))
         (document,) = renderer.render(Example("f", 1, text="The quick <|im_end|>"))
         assert whole(renderer, document) == "The quick <|im_end|></s>" if template is None else True
-        assert document.trained == [False] + [True] * (len(document.input_ids) - 1)
+        assert document.loss_mask == [False] + [True] * (len(document.input_ids) - 1)
         assert document.input_ids.count(IM_END) == (1 if template else 0)
 
     def test_an_empty_prompt_without_bos_leaves_the_first_token_out(self) -> None:
         (document,) = Renderer(make_tokenizer()).render(example("", "brown fox"))
-        assert document.trained == [False] + [True] * (len(document.input_ids) - 1)
+        assert document.loss_mask == [False] + [True] * (len(document.input_ids) - 1)
 
 
 def test_system_prompts_that_a_template_drops_are_not_lost_in_silence() -> None:

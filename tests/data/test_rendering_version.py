@@ -49,7 +49,10 @@ TEMPLATES: list[tuple[str | None, Template, list[Example]]] = [
 
 def test_tokens_change_only_with_the_version() -> None:
     rendered = [
-        [[document.input_ids, document.trained] for document in Renderer(make_tokenizer(template), option).render(row)]
+        [
+            [document.input_ids, document.loss_mask]
+            for document in Renderer(make_tokenizer(template), option).render(row)
+        ]
         for template, option, rows in TEMPLATES
         for row in rows
     ]

@@ -4,15 +4,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtune.data.sequences import Sequences
+from lmtune.data.sequences import SequenceTable
 
 ROWS = st.lists(st.lists(st.integers(2, 90), min_size=1, max_size=4), min_size=1, max_size=12)
 
 
-def of(rows: list[list[int]]) -> Sequences:
-    """Sequences of these lengths, one token of each trained."""
+def of(rows: list[list[int]]) -> SequenceTable:
+    """SequenceTable of these lengths, one token of each trained."""
     tokens = np.array([length for row in rows for length in row], dtype=np.int32)
-    return Sequences(tokens, np.ones_like(tokens), np.cumsum([0, *(len(row) for row in rows)]))
+    return SequenceTable(tokens, np.ones_like(tokens), np.cumsum([0, *(len(row) for row in rows)]))
 
 
 @given(ROWS, st.data())
@@ -36,6 +36,6 @@ def test_each_knows_its_row_and_place() -> None:
 
 
 def test_rows_of_one_sequence() -> None:
-    one = Sequences.one_each(np.array([3, 4], dtype=np.int32), np.array([1, 2], dtype=np.int32))
+    one = SequenceTable.one_each(np.array([3, 4], dtype=np.int32), np.array([1, 2], dtype=np.int32))
     assert one.of_rows([1, 0]).tolist() == [1, 0]
     assert one.num_rows == 2

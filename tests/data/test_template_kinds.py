@@ -44,7 +44,7 @@ def reply_of(renderer: Renderer, row: Example) -> tuple[str | None, str]:
     document = renderer.render(row)[-1]
     prompt = renderer.prompt_ids(row.messages[:-1])
     assert document.input_ids[: len(prompt)] == prompt, "learned after what generation starts from"
-    assert not document.trained[len(prompt) - 1]
+    assert not document.loss_mask[len(prompt) - 1]
     said = document.input_ids[len(prompt) :]
     assert said[-1] in renderer.stop_token_ids
     parser = renderer.reply_parser()

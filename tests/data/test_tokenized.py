@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmtune.config.schema import DataConfig
 from lmtune.data import store
-from lmtune.data.rendering import ControlText, Document, Renderer
+from lmtune.data.rendering import ControlText, RenderedSequence, Renderer
 from lmtune.data.store import describe_fates, load_data, split, tokenize, truncated
 from lmtune.data.types import Example, Message
 from lmtune.errors import DataError
@@ -44,7 +44,7 @@ def renderer(template: str | None = CHATML, **options: Any) -> Renderer:
     return Renderer(make_tokenizer(template), **options)
 
 
-def no_rendering(self: Renderer, example: Example) -> list[Document]:
+def no_rendering(self: Renderer, example: Example) -> list[RenderedSequence]:
     raise AssertionError("rendered again")
 
 
@@ -75,18 +75,18 @@ def test_rows_come_back_as_they_were_rendered() -> None:
         assert [data[i].where for i in range(4)] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1"]
         for index, example in enumerate(examples):
             expected = made.render(example)
-            found = data[index].documents
+            found = data[index].sequences
             assert [document.input_ids.tolist() for document in found] == [document.input_ids for document in expected]
-            assert [document.trained.tolist() for document in found] == [document.trained for document in expected]
+            assert [document.loss_mask.tolist() for document in found] == [document.loss_mask for document in expected]
             assert found[0].input_ids.dtype == np.int32
-            assert found[0].trained.dtype == bool
+            assert found[0].loss_mask.dtype == bool
             assert data.num_tokens[index] == sum(len(document.input_ids) for document in expected)
-            assert data.num_trained[index] == sum(sum(document.trained) for document in expected)
-        assert data.num_tokens.dtype == data.num_trained.dtype == np.int32
-        documents = [document for row in data for document in row.documents]
+            assert data.num_targets[index] == sum(sum(document.loss_mask) for document in expected)
+        assert data.num_tokens.dtype == data.num_targets.dtype == np.int32
+        documents = [document for row in data for document in row.sequences]
         assert data.sequences.num_tokens.tolist() == [len(document.input_ids) for document in documents]
-        assert data.sequences.num_trained.tolist() == [document.trained.sum() for document in documents]
-        assert np.diff(data.sequences.first).tolist() == [len(row.documents) for row in data]
+        assert data.sequences.num_targets.tolist() == [document.loss_mask.sum() for document in documents]
+        assert np.diff(data.sequences.first).tolist() == [len(row.sequences) for row in data]
 
 
 def _examples(paths: list[str]) -> list[Example]:
@@ -102,7 +102,7 @@ def test_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_BATCH_ROWS", 7)
     data = tokenize([written("train.jsonl", rows(50))], made := renderer(), config())
     for index, example in enumerate(_examples(["train.jsonl"])):
-        assert data[index].documents[0].input_ids.tolist() == made.render(example)[0].input_ids
+        assert data[index].sequences[0].input_ids.tolist() == made.render(example)[0].input_ids
         assert data[index].where == example.where
 
 
@@ -143,8 +143,8 @@ class TestCache:
         content[len(content) // 2] ^= 255
         arrow.write_bytes(bytes(content))
         after = tokenize(["train.jsonl"], renderer(), config())
-        assert [row.documents[0].input_ids.tolist() for row in after] == [
-            row.documents[0].input_ids.tolist() for row in before
+        assert [row.sequences[0].input_ids.tolist() for row in after] == [
+            row.sequences[0].input_ids.tolist() for row in before
         ]
 
     def test_nothing_in_it_names_the_machine(self, folder: Path) -> None:
@@ -157,7 +157,7 @@ class TestCache:
         written("train.jsonl", rows(5))
         render = Renderer.render
 
-        def meddling(self: Renderer, example: Example) -> list[Document]:
+        def meddling(self: Renderer, example: Example) -> list[RenderedSequence]:
             written("train.jsonl", rows(6))
             return render(self, example)
 
@@ -180,10 +180,10 @@ class TestTooLong:
     def test_truncate_keeps_the_answer_and_its_end(self) -> None:
         made = renderer()
         data = tokenize([self.long_rows()], made, config(max_length=60, too_long="truncate"))
-        (document,) = data[2].documents
+        (document,) = data[2].sequences
         whole = made.render(_examples(["train.jsonl"])[2])[0]
         assert document.input_ids.tolist() == whole.input_ids[-60:]
-        assert document.trained.tolist() == whole.trained[-60:]
+        assert document.loss_mask.tolist() == whole.loss_mask[-60:]
         assert data.fates["truncated"] == {"count": 1, "first": ["train.jsonl:3"]}
 
     def test_error_names_every_line(self) -> None:
@@ -200,20 +200,22 @@ class TestTooLong:
             tokenize(["train.jsonl"], renderer(), config(max_length=8, too_long=too_long))
 
     def test_an_answer_that_lost_its_beginning_is_not_learned(self) -> None:
-        document = Document(list(range(10)), [bool(int(flag)) for flag in "0011100011"])
+        document = RenderedSequence(list(range(10)), [bool(int(flag)) for flag in "0011100011"])
         assert truncated(document, 10, False) == document
-        assert truncated(document, 9, False) == Document(list(range(1, 10)), [bool(int(f)) for f in "011100011"])
+        assert truncated(document, 9, False) == RenderedSequence(
+            list(range(1, 10)), [bool(int(f)) for f in "011100011"]
+        )
         for length, flags in ((8, "00000011"), (7, "0000011"), (5, "00011"), (3, "011")):
             found = truncated(document, length, False)
-            assert found == Document(list(range(10 - length, 10)), [bool(int(flag)) for flag in flags])
+            assert found == RenderedSequence(list(range(10 - length, 10)), [bool(int(flag)) for flag in flags])
         assert truncated(document, 2, False) is None
-        assert truncated(document, 2, True) == Document([8, 9], [False, True])
+        assert truncated(document, 2, True) == RenderedSequence([8, 9], [False, True])
 
     def test_a_text_may_begin_anywhere(self) -> None:
         written("train.jsonl", [{"text": "word " * 30}])
         data = tokenize(["train.jsonl"], renderer(), config(max_length=20, too_long="truncate"))
         assert data.num_tokens.tolist() == [20]
-        assert data.num_trained.tolist() == [19]
+        assert data.num_targets.tolist() == [19]
 
 
 def test_faults_of_reading_and_rendering_are_told_together() -> None:
@@ -296,11 +298,11 @@ def test_an_answer_without_weight_is_context_only() -> None:
         made = renderer(template)
         data = tokenize([written("train.jsonl", [plain, weighted])], made, config())
         assert data.content[0] != data.content[1]
-        documents = data[1].documents
+        documents = data[1].sequences
         assert len(documents) == 1
         prompt = made.prompt_ids([Message(role, content) for role, content in turns[:3]])  # type: ignore[arg-type]
         assert documents[0].input_ids.tolist()[: len(prompt)] == prompt
-        assert documents[0].trained.tolist() == [index >= len(prompt) for index in range(len(documents[0].input_ids))]
+        assert documents[0].loss_mask.tolist() == [index >= len(prompt) for index in range(len(documents[0].input_ids))]
 
 
 class TestSplit:
@@ -339,7 +341,7 @@ class TestSplit:
         assert (len(loaded.train), len(loaded.validation)) == (7, 3)
         wheres = {row.where for row in loaded.train} | {row.where for row in loaded.validation}
         assert len(wheres) == 10
-        assert loaded.validation.num_tokens.tolist() == [len(row.documents[0].input_ids) for row in loaded.validation]
+        assert loaded.validation.num_tokens.tolist() == [len(row.sequences[0].input_ids) for row in loaded.validation]
         assert len({loaded.train.key, loaded.validation.key, loaded.key}) == 3
         assert "3 rows of these held out" in describe_fates(loaded.fates)
         assert loaded.key != load_data(config(validation_fraction=0.3), renderer(), 1).key
@@ -370,7 +372,7 @@ def test_fates_are_whole_and_can_be_written_as_json() -> None:
     assert part["rows"] == part["kept"] == 5
     assert part["duplicates"] == {"count": 1, "first": ["train.jsonl:4 (= train.jsonl:1)"]}
     assert part["tokens"] == int(loaded.train.num_tokens.sum())
-    assert part["trained_tokens"] == int(loaded.train.num_trained.sum())
+    assert part["trained_tokens"] == int(loaded.train.num_targets.sum())
     assert part["formats"] == {"train.jsonl": "prompt/completion"}
     assert len(part["sha256"][0]) == 64
     assert len(part["warnings"]) == 2
@@ -385,4 +387,4 @@ def test_hugging_face_datasets_opens_the_file() -> None:
     data = tokenize([written("train.jsonl", rows(3))], renderer(), config())
     (arrow,) = cache.cache_folder().rglob("rows.arrow")
     opened = Dataset.from_file(str(arrow))
-    assert opened[1]["input_ids"] == data[1].documents[0].input_ids.tolist()
+    assert opened[1]["input_ids"] == data[1].sequences[0].input_ids.tolist()

@@ -30,9 +30,9 @@ def test_20_a_loss_that_is_no_number_stops_the_run_before_the_update_and_names_t
     job = job_for(tmp_path / "run", train__max_steps=3)
     bad, poison = loop._plan(job, 10**6).step(3).rows[0], 99
     for row in job.data.rows:  # token 99 makes NaN; only row `bad` holds it
-        for document in row.documents:
+        for document in row.sequences:
             document.input_ids[document.input_ids == poison] = 5
-    job.data[bad].documents[0].input_ids[0] = poison
+    job.data[bad].sequences[0].input_ids[0] = poison
     job.forward.base.get_input_embeddings().weight.data[poison] = float("nan")
     with pytest.raises(LmtuneError, match=rf"(?s)step 3: .*not finite.*at fault:\n  rows.jsonl:{bad + 1}\n"):
         train(job)

@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from lmtune.batching.packing import Layout, Span
+from lmtune.batching.packing import SegmentLayout, Span
 from lmtune.kernels import attention
 from lmtune.kernels.attention import attend_span_by_span, attend_varlen, find_varlen, torch_varlen
 
 LAYOUTS = {
-    "plain": Layout((5, 1, 9), (None, None, None), (0, 1, 2, 5, 8, 9, 10, 14)),
-    "shared": Layout((6, 3, 4, 5), (None, 0, 0, None), (5, 6, 9, 10, 12, 13, 14, 17)),
+    "plain": SegmentLayout((5, 1, 9), (None, None, None), (0, 1, 2, 5, 8, 9, 10, 14)),
+    "shared": SegmentLayout((6, 3, 4, 5), (None, 0, 0, None), (5, 6, 9, 10, 12, 13, 14, 17)),
 }
 
 
@@ -36,7 +36,7 @@ def masked(
 
 
 def tensors(
-    layout: Layout, queries: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    layout: SegmentLayout, queries: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
     torch.manual_seed(0)
     shapes = ((1, 4, queries, 16), (1, 2, sum(layout.lengths), 16), (1, 2, sum(layout.lengths), 16))
@@ -52,7 +52,7 @@ def test_one_kernel_gives_what_span_by_span_gives(
 ) -> None:
     monkeypatch.setattr(attention, "MASKED_BLOCK", block)
     layout = LAYOUTS[name]
-    spans = layout.label_spans if labels else layout.spans
+    spans = layout.read_spans if labels else layout.spans
     q, k, v = tensors(layout, sum(span.queries for span in spans))
     one = attend_varlen(masked, q, k, v, layout, spans, 0.3, window)
     other = attend_span_by_span(q, k, v, layout, spans, 0.3, 0.0, window)
@@ -67,7 +67,7 @@ def test_what_a_window_keeps_grows_with_the_document_and_not_with_its_square() -
     """Of a document of 2,048 tokens that look 64 back: its queries, keys, values and outputs, and a few small masks."""
 
     def kept_beside(tokens: int) -> int:
-        layout, storages = Layout.of_documents(tokens), dict[int, int]()
+        layout, storages = SegmentLayout.of_segments(tokens), dict[int, int]()
         q, k, v = tensors(layout, tokens)
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,16 +87,16 @@ def test_label_positions_get_what_they_get_among_all(name: str) -> None:
     layout = LAYOUTS[name]
     q, k, v = tensors(layout, sum(layout.lengths))
     everywhere = attend_span_by_span(q, k, v, layout, layout.spans, None, 0.0, None)
-    places = list(layout.label_positions)
-    few = attend_span_by_span(q[:, :, places], k, v, layout, layout.label_spans, None, 0.0, None)
+    places = list(layout.read_positions)
+    few = attend_span_by_span(q[:, :, places], k, v, layout, layout.read_spans, None, 0.0, None)
     torch.testing.assert_close(few, everywhere[:, places])
 
 
 def test_label_spans_are_the_unbroken_rows_of_labels_in_a_run() -> None:
-    assert LAYOUTS["plain"].label_spans == (
+    assert LAYOUTS["plain"].read_spans == (
         Span(3, None, 0, 3), Span(1, None, 1, 1), Span(3, None, 2, 5), Span(1, None, 2, 9),
     )  # fmt: skip
-    assert LAYOUTS["shared"].label_spans == (
+    assert LAYOUTS["shared"].read_spans == (
         Span(1, None, 0, 6), Span(1, 0, 1, 1), Span(2, 0, 2, 2), Span(1, 0, 2, 4), Span(2, None, 3, 2),
         Span(1, None, 3, 5),
     )  # fmt: skip
@@ -137,7 +137,7 @@ def test_a_kernel_that_fails_or_differs_is_not_taken_and_why_is_said() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_gpus_kernel_gives_what_span_by_span_gives(name: str, labels: bool, window: int | None) -> None:
     layout = LAYOUTS[name]
-    spans = layout.label_spans if labels else layout.spans
+    spans = layout.read_spans if labels else layout.spans
     q, k, v = tensors(layout, sum(span.queries for span in spans), "cuda", torch.bfloat16)
     one = attend_varlen(torch_varlen, q, k, v, layout, spans, None, window)
     other = attend_span_by_span(q.float(), k.float(), v.float(), layout, spans, None, 0.0, window)

@@ -46,7 +46,7 @@ def test_the_last_mlp_sees_the_trained_positions_alone() -> None:
     batch = pack(random_rows(7).rows)
     with forward.ready():
         forward(batch)
-    assert seen == [len(batch.label_positions)]
+    assert seen == [len(batch.read_positions)]
     assert seen[0] < batch.num_tokens / 2
 
 

@@ -13,10 +13,10 @@ def losses_alone(model, rows: Rows) -> torch.Tensor:
     """The plain twin: each document in a forward pass of its own, with full logits."""
     base, losses = model.get_base_model(), []
     for row in rows.rows:
-        for document in row.documents:
+        for document in row.sequences:
             ids = torch.tensor(document.input_ids, dtype=torch.long)
             logits = base(input_ids=ids[None]).logits[0, :-1]
-            kept = torch.tensor(document.trained[1:])
+            kept = torch.tensor(document.loss_mask[1:])
             losses.append(F.cross_entropy(logits[kept], ids[1:][kept], reduction="none"))
     return torch.cat(losses)
 
@@ -44,7 +44,7 @@ def test_changing_one_document_leaves_the_others_alone() -> None:
     forward = PackedForward(model)
     with torch.no_grad(), forward.ready():
         before = forward(pack(rows.rows))
-        changed = rows.rows[1].documents[0]
+        changed = rows.rows[1].sequences[0]
         changed.input_ids[:] = 5
         after = forward(pack(rows.rows))
     batch = pack(rows.rows)
@@ -90,6 +90,6 @@ def test_what_one_process_does_without_all_do_without() -> None:
     one, other = PackedForward(adapted(tiny_model())), PackedForward(adapted(tiny_model()))
     other.prefix_reason = "too little memory there"
     for reasons in (one.reasons, other.reasons):
-        one.give_up(reasons)
+        one.disable(reasons)
     assert one.reasons == (None, None, None, "too little memory there")
     assert not one.shares_prefixes

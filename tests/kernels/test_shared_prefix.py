@@ -20,7 +20,7 @@ def rows_with_prefix(count: int, shared: int, first_label: int = 0) -> list[Row]
     for index in range(count):
         ids = np.concatenate([prefix, generator.integers(3, 128, 5 + index)])
         trained = np.arange(len(ids)) >= shared + first_label
-        rows.append(Row(f"rows.jsonl:{index + 1}", [SimpleNamespace(input_ids=ids, trained=trained)]))
+        rows.append(Row(f"rows.jsonl:{index + 1}", [SimpleNamespace(input_ids=ids, loss_mask=trained)]))
     return rows
 
 
@@ -37,7 +37,7 @@ def test_short_common_beginnings_and_trained_tokens_are_not_shared() -> None:
     assert pack(rows_with_prefix(4, 10), share_prefixes=True).layout.is_plain
     same = rows_with_prefix(2, 40)
     for row in same:
-        row.documents[0].trained[1:] = True  # nothing before the answer but one token
+        row.sequences[0].loss_mask[1:] = True  # nothing before the answer but one token
     assert pack(same, share_prefixes=True).layout.is_plain
 
 

@@ -16,8 +16,8 @@ from lmtune.errors import ConfigError, ModelError
 from lmtune.models.base import load_model
 from lmtune.models.tuning.lora import (
     attach_adapter,
+    initial_tensors,
     load_adapter,
-    made_weights,
     read_adapter,
     read_notes,
     save_adapter,
@@ -309,7 +309,7 @@ def test_a_process_with_the_first_ones_weights_computes_what_that_one_does(init:
                 module.lora_B["default"].weight.mul_(-1).add_(1e-3)
                 module.get_base_layer().weight.add_(1e-3 * (init == "pissa"))
         assert not torch.equal(first(IDS).logits, other(IDS).logits)
-        for given, own in zip(made_weights(first), made_weights(other), strict=True):
+        for given, own in zip(initial_tensors(first), initial_tensors(other), strict=True):
             own.copy_(given)
         assert torch.equal(first(IDS).logits, other(IDS).logits)
     if init == "pissa":

@@ -48,9 +48,9 @@ def check(renderer: Renderer, messages: tuple[Message, ...], thinking: bool) -> 
             continue
         prompt = renderer.prompt_ids(messages[:index])
         document = next(d for d in documents if d.input_ids[: len(prompt)] == prompt and len(d.input_ids) > len(prompt))
-        assert not document.trained[len(prompt) - 1]
-        assert document.trained[len(prompt)]
-        end = [*document.trained, False].index(False, len(prompt))
+        assert not document.loss_mask[len(prompt) - 1]
+        assert document.loss_mask[len(prompt)]
+        end = [*document.loss_mask, False].index(False, len(prompt))
         learned = document.input_ids[len(prompt) : end]
         assert learned[-1] in renderer.stop_token_ids
         assert not set(learned[:-1]) & set(renderer.stop_token_ids)

@@ -19,7 +19,7 @@ from tests.tiny import KINDS, adapted, random_rows, tiny_model
 
 def kept_bytes(forward: PackedForward, count: int) -> int:
     """What autograd keeps for `count` rows of forty tokens."""
-    rows = [row for row in random_rows(60, longest=41).rows if len(row.documents) == 1][:count]
+    rows = [row for row in random_rows(60, longest=41).rows if len(row.sequences) == 1][:count]
     watch = _Watch(forward.model, decoder_layers(forward.base))
     forward.model.train()
     with watch, forward.ready():
@@ -34,7 +34,7 @@ def test_a_token_weighs_what_autograd_keeps_of_it(kind: str) -> None:
     )
     measured = measure_activations(forward, 0.3)
     assert measured.num_layers == 4
-    tokens = sum(len(r.documents[0].input_ids) for r in random_rows(60, longest=41).rows if len(r.documents) == 1)
+    tokens = sum(len(r.sequences[0].input_ids) for r in random_rows(60, longest=41).rows if len(r.sequences) == 1)
     kept = kept_bytes(forward, 60)
     assert kept <= measured.per_token(0) * tokens <= 3 * kept  # a layer at work is counted too, on longer rows
     forward.model.eval()

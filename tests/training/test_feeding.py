@@ -7,7 +7,7 @@ import torch
 
 from lmtune.batching.packing import pack_sequences
 from lmtune.batching.plan import Plan
-from lmtune.batching.prefetch import Feeder
+from lmtune.batching.prefetch import BatchPrefetcher
 from tests.tiny import Rows, random_rows
 from tests.training.test_plan import settings
 
@@ -18,24 +18,24 @@ def plan_for(rows: Rows, budget: int = 60, world_size: int = 1) -> Plan:
 
 
 def feeders() -> int:
-    return sum(thread.name == "lmtune-feeder" for thread in threading.enumerate())
+    return sum(thread.name == "lmtune-prefetcher" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_steps_and_batches_are_those_of_the_plan(world_size: int) -> None:
     rows = random_rows(10)
     plan = plan_for(rows, world_size=world_size)
-    with Feeder(plan, world_size - 1, rows.__getitem__) as feeder:
-        feeder.start(step=2)
+    with BatchPrefetcher(plan, world_size - 1, rows.__getitem__) as prefetcher:
+        prefetcher.start(step=2)
         for step in range(2, plan.total_steps + 1):
-            todo = feeder.next_step()
+            todo = prefetcher.next_step()
             assert todo == plan.step(step)
             wanted = [
-                pack_sequences([rows[unit.row].documents[unit.document] for unit in group],
+                pack_sequences([rows[unit.row].sequences[unit.document] for unit in group],
                                [unit.example for unit in group], len(todo.rows))
                 for group in todo.shares[world_size - 1]
             ]  # fmt: skip
-            given = list(feeder.batches())
+            given = list(prefetcher.batches())
             assert len(given) == len(wanted)
             for one, other in zip(given, wanted, strict=True):
                 assert torch.equal(one.input_ids, other.input_ids)
@@ -51,10 +51,10 @@ def test_it_stays_a_few_batches_ahead_and_stops_when_closed() -> None:
         read.append(row)
         return rows[row]
 
-    with Feeder(plan_for(rows, budget=1), 0, reading) as feeder:
-        feeder.start(step=1)
-        feeder.next_step()
-        next(feeder.batches())
+    with BatchPrefetcher(plan_for(rows, budget=1), 0, reading) as prefetcher:
+        prefetcher.start(step=1)
+        prefetcher.next_step()
+        next(prefetcher.batches())
         assert feeders() == 1
     assert len(read) <= 6
     assert feeders() == 0
@@ -62,14 +62,14 @@ def test_it_stays_a_few_batches_ahead_and_stops_when_closed() -> None:
 
 def test_a_new_plan_takes_over_at_any_batch() -> None:
     rows = random_rows(10)
-    with Feeder(plan_for(rows, budget=1), 0, rows.__getitem__) as feeder:
-        feeder.start(step=1)
-        feeder.next_step()
-        next(feeder.batches())
-        feeder.start(1, plan_for(rows, budget=10**6))
-        assert len(feeder.next_step().shares[0]) == 1
-        assert len(list(feeder.batches())) == 1
-        assert feeder.next_step().step == 2
+    with BatchPrefetcher(plan_for(rows, budget=1), 0, rows.__getitem__) as prefetcher:
+        prefetcher.start(step=1)
+        prefetcher.next_step()
+        next(prefetcher.batches())
+        prefetcher.start(1, plan_for(rows, budget=10**6))
+        assert len(prefetcher.next_step().shares[0]) == 1
+        assert len(list(prefetcher.batches())) == 1
+        assert prefetcher.next_step().step == 2
 
 
 def test_what_goes_wrong_in_the_background_is_raised_where_it_is_waited_for() -> None:
@@ -78,11 +78,11 @@ def test_what_goes_wrong_in_the_background_is_raised_where_it_is_waited_for() ->
     def broken(row: int) -> object:
         raise OSError("the disk is gone")
 
-    with Feeder(plan_for(rows), 0, broken) as feeder:
-        feeder.start(step=1)
-        feeder.next_step()
+    with BatchPrefetcher(plan_for(rows), 0, broken) as prefetcher:
+        prefetcher.start(step=1)
+        prefetcher.next_step()
         with pytest.raises(OSError, match="the disk is gone"):
-            list(feeder.batches())
+            list(prefetcher.batches())
         with pytest.raises(OSError, match="the disk is gone"):  # whoever asks again does not wait for ever
-            feeder.next_step()
+            prefetcher.next_step()
     assert feeders() == 0

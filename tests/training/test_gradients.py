@@ -14,7 +14,7 @@ from lmtune.forward.packed import PackedForward
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.tuning.lora import trainable
 from lmtune.training import loop
-from lmtune.training.step import find_offenders, step_gradients
+from lmtune.training.step import find_nonfinite_examples, step_gradients
 from tests.tiny import KINDS, OneProcess, Rows, adapted, random_rows, tiny_model
 
 MINIMAL = {"model": {"name": "tiny"}, "data": {"train": "rows.jsonl"}, "run": {"name": "test"}}
@@ -24,13 +24,13 @@ def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
     """Loss, gradients and their norm of all rows, one document at a time, in plain PyTorch."""
     parameters, base = trainable(model), model.get_base_model()
     model.zero_grad()
-    num_trained, total = int(rows.num_trained.sum()), 0.0
+    num_targets, total = int(rows.num_targets.sum()), 0.0
     for row in rows.rows:
-        for document in row.documents:
+        for document in row.sequences:
             ids = torch.tensor(document.input_ids, dtype=torch.long)
-            kept = torch.tensor(document.trained[1:])
+            kept = torch.tensor(document.loss_mask[1:])
             logits = base(input_ids=ids[None]).logits[0, :-1]
-            loss = F.cross_entropy(logits[kept], ids[1:][kept], reduction="sum") / num_trained
+            loss = F.cross_entropy(logits[kept], ids[1:][kept], reduction="sum") / num_targets
             loss.backward()
             total += loss.item()
     gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
@@ -40,13 +40,13 @@ def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
 def lmtune_step(model, rows: Rows, budget: int):
     """The same through lmtune, in micro-batches of at most `budget` tokens."""
     forward = PackedForward(model)
-    documents, row_of = [document for row in rows.rows for document in row.documents], rows.sequences.row.tolist()
+    documents, row_of = [document for row in rows.rows for document in row.sequences], rows.sequences.row.tolist()
     batches = (
         pack_sequences([documents[place] for place in group], [row_of[place] for place in group], len(rows),
                        forward.shares_prefixes)
         for group in fill(rows.sequences.num_tokens.tolist(), budget)
     )  # fmt: skip
-    return step_gradients(forward, trainable(model), batches, int(rows.num_trained.sum()), len(rows), OneProcess())
+    return step_gradients(forward, trainable(model), batches, int(rows.num_targets.sum()), len(rows), OneProcess())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,18 +76,18 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 def test_a_row_with_an_infinite_loss_is_found() -> None:
     model, rows = adapted(tiny_model()), random_rows(6)
-    poisoned = rows.rows[3].documents[0].input_ids
+    poisoned = rows.rows[3].sequences[0].input_ids
     poisoned[:] = 7
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.weight[7] = float("nan")
-    share = [[Unit(row, row, document) for row in range(6) for document in range(len(rows[row].documents))]]
+    share = [[Unit(row, row, document) for row in range(6) for document in range(len(rows[row].sequences))]]
     sums = lmtune_step(model, rows, 10**6)
     assert not sums.is_finite
-    offenders = find_offenders(PackedForward(adapted(tiny_model())), trainable(model), share, rows.__getitem__)
+    offenders = find_nonfinite_examples(PackedForward(adapted(tiny_model())), trainable(model), share, rows.__getitem__)
     assert offenders == []
-    offenders = find_offenders(PackedForward(model), trainable(model), share, rows.__getitem__)
+    offenders = find_nonfinite_examples(PackedForward(model), trainable(model), share, rows.__getitem__)
     assert "rows.jsonl:4" in offenders
-    assert len(offenders) == sum(any(7 in d.input_ids for d in row.documents) for row in rows.rows)
+    assert len(offenders) == sum(any(7 in d.input_ids for d in row.sequences) for row in rows.rows)
 
 
 # What libraries say when memory is too small for them; the words are theirs.
@@ -162,7 +162,7 @@ def test_nothing_large_is_allocated_after_the_micro_batches(monkeypatch: pytest.
         watching.__enter__()  # from here on
 
     try:
-        step_gradients(forward, parameters, batches(), int(rows.num_trained.sum()), 4, TwoProcesses())
+        step_gradients(forward, parameters, batches(), int(rows.num_targets.sum()), 4, TwoProcesses())
     finally:
         watching.__exit__(None, None, None)
     assert max(sizes) < 100 < sum(parameter.numel() for parameter in parameters.values())

@@ -129,7 +129,7 @@ def test_every_step_is_recorded_once_even_after_a_resume(tmp_path: Path) -> None
 def rows_of_many_sequences() -> Rows:
     """Three rows of 8 sequences each, as a template that drops earlier thoughts makes them, and five of one."""
     many = random_rows(24, longest=40)
-    documents = [row.documents[0] for row in many.rows]
+    documents = [row.sequences[0] for row in many.rows]
     rows = [Row(f"rows.jsonl:{n + 1}", documents[8 * n : 8 * n + 8]) for n in range(3)]
     return Rows([*rows, *random_rows(5, seed=1, longest=20).rows])
 
@@ -164,7 +164,7 @@ def test_a_row_is_right_when_all_its_sequences_are(tmp_path: Path, monkeypatch: 
     """They may be in different micro-batches: here each is in one of its own."""
     job = job_for(tmp_path / "run", train__micro_batch_tokens=1, train__batch_size=4, train__max_steps=1)
     job.data = Rows(rows_of_many_sequences().rows[:4])
-    spoilt = job.data[1].documents[3].input_ids[:3].tolist()
+    spoilt = job.data[1].sequences[3].input_ids[:3].tolist()
     real = PackedForward.__call__
 
     def all_but_one_right(self, batch):

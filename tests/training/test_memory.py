@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmtune.config.schema import AdapterConfig, ModelConfig
-from lmtune.data.sequences import Sequences
+from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
 from lmtune.models.base import load_model
 from lmtune.models.device import free_memory, return_freed_memory
@@ -191,7 +191,7 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
     base = str(save_tiny(tmp_path))
     config = config_of(model__name=base, train__max_steps=None, train__epochs=2, train__batch_size=5)
     tokens, trained = np.full(10, 30, dtype=np.int32), np.full(10, 10, dtype=np.int32)
-    found = forecast(config, Sequences.one_each(tokens, trained), torch.device("cpu"), 1)
+    found = forecast(config, SequenceTable.one_each(tokens, trained), torch.device("cpu"), 1)
     assert (found.steps, found.rows, found.tokens, found.trained_tokens) == (4, 10, 600, 200)
     assert found.adapter_parameters == 8192
     assert found.advice == ()
@@ -202,7 +202,7 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
     assert found.memory.total < found.free_gib
     assert dict(found.lines())["optimizer steps"] == "4"
     monkeypatch.setattr("lmtune.models.device._available_ram", lambda: 1000)
-    full = forecast(config, Sequences.one_each(tokens, trained), torch.device("cpu"), 1)
+    full = forecast(config, SequenceTable.one_each(tokens, trained), torch.device("cpu"), 1)
     assert full.checkpointed_layers == 2
     assert "it does not fit the 0.0 GiB that are free: try model.quantization=nf4" in full.advice[0]
 
@@ -216,11 +216,11 @@ def test_a_base_whose_config_cannot_be_read(tmp_path: Path) -> None:
 def test_a_forecast_has_scoring_and_answers_beside_training(tmp_path: Path) -> None:
     base = str(save_tiny(tmp_path))
     tokens, trained = np.full(10, 30, dtype=np.int32), np.full(10, 10, dtype=np.int32)
-    held_out = Sequences.one_each(tokens[:4], trained[:4])
+    held_out = SequenceTable.one_each(tokens[:4], trained[:4])
 
     def planned(**changes: Any) -> dict[str, str]:
         config = config_of(model__name=base, **changes)
-        found = forecast(config, Sequences.one_each(tokens, trained), torch.device("cpu"), 1, held_out)
+        found = forecast(config, SequenceTable.one_each(tokens, trained), torch.device("cpu"), 1, held_out)
         assert found.seconds.scoring > 0
         return dict(found.lines())
 
@@ -237,7 +237,7 @@ def test_a_forecast_has_the_dense_copies_that_a_run_keeps(tmp_path: Path) -> Non
     tokens = np.full(10, 30, dtype=np.int32)
     for quantization, kept in (("nf4", True), ("int8", True), ("none", False)):
         config = config_of(model__name=str(save_tiny(tmp_path)), model__quantization=quantization)
-        found = forecast(config, Sequences.one_each(tokens, tokens // 3), torch.device("cpu"), 1)
+        found = forecast(config, SequenceTable.one_each(tokens, tokens // 3), torch.device("cpu"), 1)
         assert (found.memory.dense_copies > 0) is kept
         assert any("dense copies" in name for name, _ in found.lines()) is kept
 
@@ -245,7 +245,7 @@ def test_a_forecast_has_the_dense_copies_that_a_run_keeps(tmp_path: Path) -> Non
 def test_a_forecast_counts_what_is_there_of_a_mixture_of_experts(tmp_path: Path) -> None:
     tokens = np.full(10, 30, dtype=np.int32)
     config = config_of(model__name=str(save_tiny(tmp_path, "qwen3_moe")), model__quantization="nf4")
-    found = forecast(config, Sequences.one_each(tokens, tokens // 3), torch.device("cpu"), 1)
+    found = forecast(config, SequenceTable.one_each(tokens, tokens // 3), torch.device("cpu"), 1)
     assert found.memory.expert_copies == pytest.approx(4 * 3 * 64 * 64 * 4 / GIB)
     assert found.memory.base_weights > 4 * 3 * 64 * 64 * 4 / GIB, "experts are not quantised"
     said = dict(found.lines())["parameters"]

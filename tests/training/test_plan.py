@@ -9,7 +9,7 @@ from lmtune.batching.plan import Plan, TokenCost, Unit, deal
 from lmtune.batching.prefixes import SharedPrefix
 from lmtune.config.load import build_config
 from lmtune.config.schema import TrainConfig
-from lmtune.data.sequences import Sequences
+from lmtune.data.sequences import SequenceTable
 
 
 def settings(**changes: object) -> TrainConfig:
@@ -21,7 +21,7 @@ def plan_of(lengths: list[int], world_size: int = 1, budget: int = 100, **change
     """A plan of rows of these lengths, a third of each trained."""
     tokens = np.array(lengths, dtype=np.int32)
     trained = np.maximum(1, tokens // 3).astype(np.int32)
-    return Plan(Sequences.one_each(tokens, trained), settings(**changes), world_size, budget)
+    return Plan(SequenceTable.one_each(tokens, trained), settings(**changes), world_size, budget)
 
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(1, 90, 23)]
@@ -71,7 +71,7 @@ def test_shares_partition_the_steps_rows_within_the_budget(lengths: list[int], w
             assert len(group) == 1 or sum(lengths[unit.row] for unit in group) <= budget
         assert todo.longest == max(lengths[row] for row in todo.rows)
         assert todo.num_tokens == sum(lengths[row] for row in todo.rows)
-        assert todo.num_trained == sum(max(1, lengths[row] // 3) for row in todo.rows)
+        assert todo.num_targets == sum(max(1, lengths[row] // 3) for row in todo.rows)
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=64), st.integers(2, 8))
@@ -103,7 +103,7 @@ def test_rows_that_share_a_prefix_are_planned_together() -> None:
     generator = np.random.default_rng(0)
     prefixes = generator.integers(3, 99, (2, 40))
     lengths = np.full(20, 50, dtype=np.int32)
-    sequences = Sequences.one_each(lengths, lengths // 5)
+    sequences = SequenceTable.one_each(lengths, lengths // 5)
     plan = Plan(sequences, settings(batch_size=20), 1, 200, lambda row: [prefixes[row % 2]])
     (share,) = plan.step(1).shares
     assert sorted(len(group) for group in share) == [10, 10]
@@ -116,7 +116,7 @@ def test_a_rows_sequences_are_dealt_one_by_one(rows: list[list[int]], world: int
     """A batch counts rows; no micro-batch need hold more than one sequence, and each is in one."""
     tokens = np.array([length for row in rows for length in row], dtype=np.int32)
     trained = np.maximum(1, tokens // 3).astype(np.int32)
-    sequences = Sequences(tokens, trained, np.cumsum([0, *(len(row) for row in rows)]))
+    sequences = SequenceTable(tokens, trained, np.cumsum([0, *(len(row) for row in rows)]))
     plan = Plan(sequences, settings(batch_size=3), world, 1)
     for step in range(1, plan.steps_per_epoch + 1):
         todo = plan.step(step)
@@ -126,7 +126,7 @@ def test_a_rows_sequences_are_dealt_one_by_one(rows: list[list[int]], world: int
             Unit(example, row, document) for example, row in enumerate(todo.rows) for document in range(len(rows[row]))
         ]
         assert todo.num_tokens == sum(sum(rows[row]) for row in todo.rows)
-        assert todo.num_trained == sum(max(1, length // 3) for row in todo.rows for length in rows[row])
+        assert todo.num_targets == sum(max(1, length // 3) for row in todo.rows for length in rows[row])
         assert todo.longest == max(max(rows[row]) for row in todo.rows)
     assert sorted(row for step in range(1, plan.steps_per_epoch + 1) for row in plan.step(step).rows) == list(
         range(len(rows))

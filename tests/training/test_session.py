@@ -34,10 +34,10 @@ def test_a_run_has_every_technique(tmp_path: Path) -> None:
         config = config_of(data__system=SYSTEM, model__quantization="nf4")
         prepared = compose.prepare(config, Alone())
         job = prepared.job(RunDirectory.of(config.run), None)
-        with loop._feeder(job, prepared.micro_batch_tokens) as feeder:
-            feeder.start(1)
-            feeder.next_step()
-            shared = [not batch.layout.is_plain for batch in feeder.batches()]
+        with loop._feeder(job, prepared.micro_batch_tokens) as prefetcher:
+            prefetcher.start(1)
+            prefetcher.next_step()
+            shared = [not batch.layout.is_plain for batch in prefetcher.batches()]
     forward = prepared.forward
     assert forward.notes == []
     layers = [module for module in forward.base.modules() if hasattr(module, "base_layer")]

@@ -73,7 +73,7 @@ def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, ba
     return peft_model
 
 
-def made_weights(model: Any) -> list[torch.Tensor]:
+def initial_tensors(model: Any) -> list[torch.Tensor]:
     """What `attach_adapter` computed: the adapter's weights, and with PiSSA those under it and its start.
 
     Processes that computed them on different hardware may differ in the last bits, or in the sign of a singular vector.
