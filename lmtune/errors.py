@@ -6,14 +6,12 @@
     ├── ModelError         a model or adapter is wrong        exit code 2
     └── CheckpointError    a checkpoint cannot be resumed     exit code 2
 
-The message is for the person who can mend it: what is wrong, where (`file:line` or `section.key`), what was found,
+The message is for the person who can fix it: what is wrong, where (`file:line` or `section.key`), what was found,
 and what to do. Only the outermost layer (`lmtune.cli.run`) turns an error into text and an exit code. The tree is
 drawn after httpx's `_exceptions.py`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 
 class LmtuneError(Exception):
@@ -49,10 +47,3 @@ class CheckpointError(LmtuneError):
 def is_failure(error: BaseException) -> bool:
     """Whether `error` is something that failed, not a request to stop: what libraries in Rust raise is no Exception."""
     return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
-
-
-def listed(problems: Sequence[str], limit: int = 20) -> str:
-    """The first `limit` problems, one a line, and how many more there are."""
-    shown = "\n".join(f"  {problem}" for problem in problems[:limit])
-    rest = len(problems) - limit
-    return shown + (f"\n  … and {rest} more" if rest > 0 else "")

@@ -13,9 +13,9 @@ from lmtune.cli import run
 from lmtune.config.files import split_data
 from lmtune.config.load import command_config, data_paths
 from lmtune.data.checking import check_tree, describe_check, inspect_data
-from lmtune.data.report import counted
 from lmtune.errors import ConfigError, DataError
 from lmtune.io.console import command, escape, out, print_json
+from lmtune.io.text import pluralize
 
 
 def main(
@@ -61,12 +61,12 @@ def main(
     elif num_faults:
         what = "fix the lines named above" if num_faults > 1 else "fix the line named above"
         rest = "" if check.report.lasting else "; what is left without faulty rows: lmtune check --skip-faulty"
-        raise DataError(f"{counted(num_faults, 'fault')} in the data; {what}{rest}")
+        raise DataError(f"{pluralize(num_faults, 'fault')} in the data; {what}{rest}")
     if as_json:
         return
     shown = command("preview", *paths, *(("--config", config) if config else ("--model", "tiny")))
     other = "" if config else " (or another model's name)"
-    left = "no fault" if not num_faults else f"{counted(check.train.num_rows)} left"
+    left = "no fault" if not num_faults else f"{pluralize(check.train.num_rows)} left"
     out.print(f"[green]{left}[/]; tokens are shown by: {escape(shown)}{other}")
 
 

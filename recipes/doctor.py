@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.data.report import counted
 from lmtune.doctor import examine
 from lmtune.io.console import err, escape, out, print_json, progress
+from lmtune.io.text import pluralize
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -48,7 +48,7 @@ def main(
     if count["fail"]:
         err.print(f"{count['fail']} of {sum(count.values())} fail; fix these first")
         raise typer.Exit(1)
-    err.print("fine-tuning works here" + (f"; {counted(count['warn'], 'warning')}" if count["warn"] else ""))
+    err.print("fine-tuning works here" + (f"; {pluralize(count['warn'], 'warning')}" if count["warn"] else ""))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from lmtune.config.json_schema import commented_yaml
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, Quantization
 from lmtune.data.checking import DataCheck, describe_check, inspect_data
-from lmtune.errors import ConfigError, DataError, listed
+from lmtune.errors import ConfigError, DataError
 from lmtune.io.atomic import write_text
 from lmtune.io.console import command, err, escape, out, progress
+from lmtune.io.text import format_list
 from lmtune.proposal import described, known_model, propose, propose_quantization, require_new, this_machine
 from lmtune.serve.studio.questions import ask, choose
 
@@ -89,7 +90,7 @@ def checked(data: list[str]) -> DataCheck:
     """The rows of `data`, all of them without fault."""
     check = inspect_data(data)
     if faults := check.report.faults:
-        raise DataError(f"the data has faults; fix these lines first:\n{listed(faults)}")
+        raise DataError(f"the data has faults; fix these lines first:\n{format_list(faults)}")
     return check
 
 

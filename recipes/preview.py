@@ -44,10 +44,11 @@ def main(
         from lmtune.data.preview import document_tree, show_tokens
         from lmtune.data.reading import ReadReport, read_examples
         from lmtune.data.rendering import ControlText
-        from lmtune.data.report import WHY_DROPPED, counted
+        from lmtune.data.report import WHY_DROPPED
         from lmtune.data.sources import find_files, unread_entries
         from lmtune.data.store import fit
         from lmtune.inference.load import build_renderer
+        from lmtune.io.text import pluralize
         from lmtune.models.base import load_tokenizer
 
     files = find_files(paths)
@@ -73,7 +74,7 @@ def main(
             )
         if dropped:
             out.print(f"[yellow]this row will be dropped: {WHY_DROPPED[dropped]} ({data_config.max_length})[/]")
-    told = [f"{counted(number)} of these: {change}" for change, number in changed.items()]
+    told = [f"{pluralize(number)} of these: {change}" for change, number in changed.items()]
     for warning in (*told, *report.warnings, *control_text.warnings(), *unread_entries(paths)):
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     if as_json:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lmtune.cli import VERBS, main, run
-from lmtune.errors import CheckpointError, ConfigError, DataError, LmtuneError, ModelError, listed
+from lmtune.errors import CheckpointError, ConfigError, DataError, LmtuneError, ModelError
+from lmtune.io.text import format_list
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
@@ -126,8 +127,8 @@ def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:
 
 
 def test_the_first_problems_are_listed_and_the_rest_counted() -> None:
-    assert listed(["a", "b"], 20) == "  a\n  b"
-    assert listed([str(n) for n in range(25)], 2) == "  0\n  1\n  … and 23 more"
+    assert format_list(["a", "b"], 20) == "  a\n  b"
+    assert format_list([str(n) for n in range(25)], 2) == "  0\n  1\n  … and 23 more"
 
 
 def test_every_recipe_is_a_verb_in_the_help(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

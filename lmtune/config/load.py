@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from lmtune.config.files import find_config, is_override, run_name, shipped_configs, shipped_example
 from lmtune.config.schema import FinetuneConfig, T, _counted, _describe_all
 from lmtune.config.yaml import read_yaml, read_yaml_value, write_yaml
-from lmtune.errors import ConfigError, listed
+from lmtune.errors import ConfigError
+from lmtune.io.text import format_list
 
 Overrides = Mapping[str, object] | Sequence[str]  # values by `section.key`, or `section.key=value` with YAML's values
 
@@ -157,16 +158,16 @@ def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
     if schema is FinetuneConfig:
         tree = one_adapter_section(tree, where)
     if problems := [f"{key}: holds a NUL character; remove it" for key in _with_nul(tree)]:
-        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}")
+        raise ConfigError(f"{where}: {_counted(problems)}\n{format_list(problems)}")
     try:
         # Through JSON, where strict means what it should: a list is a tuple, a mapping a section, "3" no number.
         config = TypeAdapter(schema).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         problems = _describe_all(schema, error)
-        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}") from None
+        raise ConfigError(f"{where}: {_counted(problems)}\n{format_list(problems)}") from None
     check = getattr(config, "problems", None)
     if check is not None and (problems := check()):
-        raise ConfigError(f"{where}: {_counted(problems)}\n{listed(problems)}")
+        raise ConfigError(f"{where}: {_counted(problems)}\n{format_list(problems)}")
     return config
 
 

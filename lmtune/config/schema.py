@@ -21,8 +21,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic.dataclasses import dataclass
 
 from lmtune.config.files import plain_name
-from lmtune.errors import ConfigError, listed
+from lmtune.errors import ConfigError
 from lmtune.io.console import HUB_TOKEN
+from lmtune.io.text import format_list
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 T = TypeVar("T")
@@ -43,7 +44,7 @@ def section(cls: type[T]) -> type[T]:
             checked(self, **values)
         except ValidationError as error:
             problems = _describe_all(made, error)
-            raise ConfigError(f"{made.__name__}: {_counted(problems)}\n{listed(problems)}") from None
+            raise ConfigError(f"{made.__name__}: {_counted(problems)}\n{format_list(problems)}") from None
 
     made.__init__ = init
     return cast(type[T], made)

@@ -15,10 +15,11 @@ from typing import Any
 from lmtune.config.load import data_paths
 from lmtune.config.schema import DataConfig
 from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
-from lmtune.data.report import Survey, Tally, counted, describe_faulty, shown_first
+from lmtune.data.report import Survey, Tally, describe_faulty, shown_first
 from lmtune.data.sources import DataFile, find_files, unread_entries
 from lmtune.io.cache import cache_folder, cached, file_sha256, key_of
 from lmtune.io.console import row_progress
+from lmtune.io.text import pluralize
 
 _VERSION = 2
 _KEPT = 100  # results, of a few KB
@@ -129,23 +130,23 @@ def describe_check(check: DataCheck, skips: bool = False) -> str:
         lines += ["validation:", *_describe_part(check.validation, skips)]
         if check.also_in_train["count"]:
             shared = check.also_in_train
-            lines.append(f"  warning: {counted(shared['count'])} also in train: {shown_first(shared)}")
+            lines.append(f"  warning: {pluralize(shared['count'])} also in train: {shown_first(shared)}")
     return "\n".join(lines)
 
 
 def _describe_part(part: PartCheck, skips: bool) -> list[str]:
-    files = [f"{name}: {counted(part.rows_by_file[name])}, {format}" for name, format in part.formats.items()]
+    files = [f"{name}: {pluralize(part.rows_by_file[name])}, {format}" for name, format in part.formats.items()]
     lines = files[:10] + ([f"… and {len(files) - 10} more files"] if len(files) > 10 else [])
     lines += describe_faulty(part.faulty) if skips else []
     if part.characters:
         lines.append("  characters a row: " + ", ".join(f"{name} {value:,}" for name, value in part.characters.items()))
     if part.duplicates["count"]:
         lines.append(
-            f"  {counted(part.duplicates['count'])} equal to an earlier one, kept: {shown_first(part.duplicates)}"
+            f"  {pluralize(part.duplicates['count'])} equal to an earlier one, kept: {shown_first(part.duplicates)}"
         )
     if part.same_prompt["count"]:
         lines.append(
-            f"  {counted(part.same_prompt['count'])} with an earlier row's prompt and another answer: "
+            f"  {pluralize(part.same_prompt['count'])} with an earlier row's prompt and another answer: "
             + shown_first(part.same_prompt)
         )
     return lines + [f"  warning: {warning}" for warning in part.warnings]

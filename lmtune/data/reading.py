@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from lmtune.data.formats import Format, detect_format, parse_row
-from lmtune.data.report import FaultyRows, counted
+from lmtune.data.report import FaultyRows
 from lmtune.data.sources import DataFile, encoding_advice, foreign_kind
 from lmtune.data.types import Example
 from lmtune.data.values import RowFault, quoted
-from lmtune.errors import DataError, listed
+from lmtune.errors import DataError
+from lmtune.io.text import format_list, pluralize
 
 _SHOWN_KEYS, _KEY_CHARACTERS = 10, 100  # of the keys that are not used
 
@@ -95,7 +96,7 @@ class ReadReport:
             advice += "; with data.faulty_rows: skip no row would be left"
         elif faulty_rows == "error" and not self.lasting:
             advice += ", or leave faulty rows out: data.faulty_rows: skip"
-        raise DataError(f"{counted(count, 'fault')} in the data; {advice}\n{listed(faults)}{more}")
+        raise DataError(f"{pluralize(count, 'fault')} in the data; {advice}\n{format_list(faults)}{more}")
 
     @property
     def formats(self) -> dict[str, str]:
@@ -178,7 +179,7 @@ def _describe_warnings(file: FileReport) -> list[str]:
     for warning, first in file.warnings.items():
         count = file.warning_counts[warning]
         shown = ", ".join(str(line) for line in first) + (", …" if count > len(first) else "")
-        lines.append(f"{file.name}: {warning} ({counted(count)}: line {shown})")
+        lines.append(f"{file.name}: {warning} ({pluralize(count)}: line {shown})")
     return lines
 
 

@@ -34,11 +34,12 @@ from multiprocessing import connection, get_context, parent_process
 from typing import Any, Literal
 
 from lmtune.data.replies import ReplyFormat, ReplyParser
-from lmtune.data.report import Tally, counted, shown_first
+from lmtune.data.report import Tally, shown_first
 from lmtune.data.templates import ChatTemplate, TemplateFault
 from lmtune.data.types import Example, Message
 from lmtune.data.values import quoted
 from lmtune.errors import DataError, LmtuneError, ModelError
+from lmtune.io.text import pluralize
 
 Template = Literal["auto", "chat", "plain", "thinking"]
 RENDERING_VERSION = 2  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
@@ -346,7 +347,7 @@ class ControlText:
         shown = ", ".join(names[:_MOST_SHOWN]) + (", …" if len(names) > _MOST_SHOWN else "")
         hold = "holds" if self._rows.count == 1 else "hold"
         return [
-            f"{counted(self._rows.count)} {hold} control tokens as text ({shown}): "
+            f"{pluralize(self._rows.count)} {hold} control tokens as text ({shown}): "
             f"{shown_first(self._rows.as_dict())}; they are learned letter by letter, not as tokens; rows that a chat "
             'template rendered before must be messages again: {"messages": [{"role": "user", "content": "…"}, …]}'
         ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmtune.data.types import Example, content_hash, prompt_hash
 from lmtune.errors import CheckpointError
+from lmtune.io.text import pluralize
 from lmtune.runs.store import RunDirectory
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def describe_fates(fates: Mapping[str, Any]) -> str:
         lines += ["validation:", *_describe_part(validation)]
         if validation["also_in_train"]["count"]:
             shared = validation["also_in_train"]
-            lines.append(f"  warning: {counted(shared['count'])} of them also in train: {shown_first(shared)}")
+            lines.append(f"  warning: {pluralize(shared['count'])} of them also in train: {shown_first(shared)}")
     elif validation and validation["held_out"]:
-        lines.append(f"  {counted(validation['held_out'])} of these held out for validation")
+        lines.append(f"  {pluralize(validation['held_out'])} of these held out for validation")
     elif validation:
         lines.append("  warning: nothing could be held out for validation; that needs two different rows")
     return "\n".join(lines)
@@ -45,7 +46,7 @@ def _describe_part(part: Mapping[str, Any]) -> list[str]:
     if len(part["formats"]) > 10:
         lines.append(f"… and {len(part['formats']) - 10} more files")
     lines.append(
-        f"  {counted(part['rows'])}, {part['kept']:,} kept: {part['tokens']:,} tokens, {part['trained_tokens']:,} of "
+        f"  {pluralize(part['rows'])}, {part['kept']:,} kept: {part['tokens']:,} tokens, {part['trained_tokens']:,} of "
         f"them learned; the longest row has {part['longest_row_tokens']:,}"
     )
     lines += describe_faulty(part["faulty"]) if "faulty" in part else []
@@ -157,15 +158,10 @@ def describe_faulty(faulty: Mapping[str, Any]) -> list[str]:
     """How many rows were left out as faulty, and a line for each reason; `faulty` as `FaultyRows.as_dict` gives it."""
     if not faulty["count"]:
         return []
-    lines = [f"  warning: {counted(faulty['count'], 'faulty row')} left out (data.faulty_rows: skip):"]
+    lines = [f"  warning: {pluralize(faulty['count'], 'faulty row')} left out (data.faulty_rows: skip):"]
     return lines + [
         f"    {reason['count']:,}: {reason['reason']}: {shown_first(reason)}" for reason in faulty["reasons"]
     ]
-
-
-def counted(count: int, name: str = "row") -> str:
-    """`1 row`, `2,000 rows`."""
-    return f"{count:,} {name}" + ("" if count == 1 else "s")
 
 
 def shown_first(tally: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from lmtune.errors import DataError, listed
+from lmtune.errors import DataError
+from lmtune.io.text import format_list
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
 _MAGIC = (  # the first bytes, what they say, what to do
@@ -89,7 +90,7 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
         if problem:
             problems.append(f"{shown_name(name)}: {problem}")
     if problems:
-        raise DataError(f"these data files cannot be read:\n{listed(problems)}")
+        raise DataError(f"these data files cannot be read:\n{format_list(problems)}")
     if not found:
         raise DataError("no data file given")
     names = [shown_name(name) for _, name in found]

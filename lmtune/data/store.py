@@ -25,7 +25,7 @@ from lmtune.config.load import data_paths
 from lmtune.config.schema import DataConfig
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import ControlText, RenderedSequence, Renderer, render_all
-from lmtune.data.report import Survey, Tally, counted, describe_fates, shown_first
+from lmtune.data.report import Survey, Tally, describe_fates, shown_first
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import DataFile, find_files, unread_entries
 from lmtune.data.types import Example
@@ -33,10 +33,19 @@ from lmtune.errors import DataError
 from lmtune.io.atomic import write_json
 from lmtune.io.cache import cache_folder, cached, file_sha256, hold, key_of
 from lmtune.io.console import row_progress
+from lmtune.io.text import pluralize
 
 __all__ = [
-    "LoadedData", "TokenizedData", "TokenSequence", "TokenizedExample", "describe_fates", "fit", "load_data",
-    "split", "tokenize", "truncated",
+    "LoadedData",
+    "TokenSequence",
+    "TokenizedData",
+    "TokenizedExample",
+    "describe_fates",
+    "fit",
+    "load_data",
+    "split",
+    "tokenize",
+    "truncated",
 ]  # fmt: skip
 
 _VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
@@ -257,7 +266,10 @@ def _build(
         "warnings": [
             *report.warnings,
             *control_text.warnings(),
-            *(f"{counted(tally.count)}: {change}: {shown_first(tally.as_dict())}" for change, tally in changed.items()),
+            *(
+                f"{pluralize(tally.count)}: {change}: {shown_first(tally.as_dict())}"
+                for change, tally in changed.items()
+            ),
         ],
     }
     if not counts.kept:

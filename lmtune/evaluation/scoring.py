@@ -21,11 +21,12 @@ from lmtune.batching.packing import fill, pack_sequences
 from lmtune.config.load import build_config, load_config
 from lmtune.config.schema import DataConfig, FinetuneConfig
 from lmtune.data.store import load_data, tokenize
-from lmtune.errors import ConfigError, LmtuneError, listed
+from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.generative import Answer, answers, split_prompt
 from lmtune.forward.packed import PackedForward
 from lmtune.inference.load import LoadedModel
 from lmtune.io.console import progress, warn
+from lmtune.io.text import format_list
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.structure import base_of, max_positions
 from lmtune.runs.store import RunDirectory
@@ -223,7 +224,7 @@ def teacher_forced(
     not_finite = np.flatnonzero(~np.isfinite(sums[0])).tolist()
     if not_finite:
         raise LmtuneError(
-            f"the loss of these rows is not finite:\n{listed([str(data[row].where) for row in not_finite])}\n"
+            f"the loss of these rows is not finite:\n{format_list([str(data[row].where) for row in not_finite])}\n"
             "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
         )
     losses, tokens, right = sums  # [rows] each

@@ -25,8 +25,9 @@ from typing import Any
 
 from lmtune import __version__
 from lmtune.config.yaml import read_yaml
-from lmtune.errors import ConfigError, LmtuneError, ModelError, listed
+from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.io.console import HUB_TOKEN, warn
+from lmtune.io.text import format_list
 from lmtune.models.tuning.adapter_files import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
 from lmtune.runs.cards import adapter_card, is_hub_id, section
 from lmtune.runs.store import RunDirectory, require_possible
@@ -353,7 +354,7 @@ def check_outgoing(folder: Path, names: list[str], card: str, token: str | None)
             found = [key for key, text in _strings(read_object(folder / name)) if _ABSOLUTE.fullmatch(text)]
             problems += [f"{name}: {key} is a path of this machine" for key in found if "base_model_name" not in key]
     if problems:
-        raise ModelError(f"{folder}: not uploaded, these files would tell what is private\n{listed(problems)}")
+        raise ModelError(f"{folder}: not uploaded, these files would tell what is private\n{format_list(problems)}")
 
 
 def check_usable(folder: Path) -> None:
@@ -368,7 +369,7 @@ def check_usable(folder: Path) -> None:
         raise ModelError(f"{folder}: {error}") from None
     if problems := list(_tensor_faults(folder / WEIGHTS)):
         raise ModelError(
-            f"{folder}: not uploaded, nobody could use this adapter; train it again\n{listed(problems, 8)}"
+            f"{folder}: not uploaded, nobody could use this adapter; train it again\n{format_list(problems, 8)}"
         )
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmtune.config.load import to_tree
-from lmtune.data.report import counted
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.atomic import write_json, write_text
 from lmtune.io.console import escape, out
+from lmtune.io.text import pluralize
 from lmtune.runs.store import RunDirectory, checkpoint_folders, require_possible
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _merge(
     out.print(f"merged into {escape(str(output))} ({report['dtype']}, {into} weights)")
     bound = "said only" if report["bound_to_trained"] is None else f"bound {report['bound_to_trained']:.0e}"
     out.print(
-        f"verified on {counted(report['rows'])}, as a share of the largest logit:\n"
+        f"verified on {pluralize(report['rows'])}, as a share of the largest logit:\n"
         f"  {report['logits_difference']:.1e} from the adapter over the same weights (bound {report['bound']:.0e})\n"
         f"  {report['difference_to_trained']:.1e} from the model as trained ({bound}; "
         f"first choice equal for {report['same_first_choice']:.1%} of tokens)"

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmtune.data.types import Message
-from lmtune.errors import ConfigError, LmtuneError, listed
+from lmtune.errors import ConfigError, LmtuneError
 from lmtune.inference.engine import PieceDecoder, ReadTokens, ReplyDecoder, Sampler
 from lmtune.inference.load import LoadedModel
-from lmtune.io.text import is_finite_number
+from lmtune.io.text import format_list, is_finite_number
 from lmtune.models.structure import max_positions
 
 MAX_NEW_TOKENS = 8192
@@ -60,7 +60,7 @@ class GenerationOptions:
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**32:
             wrong.append(f"seed: got {self.seed!r}; should be a whole number from 0 to 4294967295")
         if wrong:
-            raise ConfigError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} options are wrong\n{listed(wrong)}")
+            raise ConfigError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} options are wrong\n{format_list(wrong)}")
 
 
 FinishReason = Literal["stop", "length", "context", "stopped"]

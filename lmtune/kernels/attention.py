@@ -176,8 +176,8 @@ def visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> to
 
 
 def attend_varlen(
-    varlen: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout,
-    spans: Sequence[Span], scaling: float | None, window: int | None,
+    varlen: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    layout: SegmentLayout, spans: Sequence[Span], scaling: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """`attend` with one call of `varlen`, which aligns a span's queries with the last of its keys."""
     places, edges, longest = _boundaries(layout, spans, query.device)

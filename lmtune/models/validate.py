@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from lmtune.config.schema import ModelConfig
-from lmtune.errors import ModelError, is_failure, listed
+from lmtune.errors import ModelError, is_failure
 from lmtune.io.console import warn
-from lmtune.io.text import is_finite_number
+from lmtune.io.text import format_list, is_finite_number
 from lmtune.models.structure import empty_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -99,7 +99,7 @@ def check_weights(name: str, folder: Path) -> None:
 
 
 def _error(name: str, problems: list[str]) -> ModelError:
-    said = f" {problems[0]}" if len(problems) == 1 else f"\n{listed(problems)}"
+    said = f" {problems[0]}" if len(problems) == 1 else f"\n{format_list(problems)}"
     return ModelError(f"model.name: {name}:{said}")
 
 
@@ -337,19 +337,19 @@ def check_loaded(model: ModelConfig, loaded: Any, report: dict[str, Any]) -> Non
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
         raise ModelError(
             f"model.name: {model.name} lacks weights that its config.json asks for; copy or download it again, or use "
-            f"a causal language model\n{listed(missing, 8)}"
+            f"a causal language model\n{format_list(missing, 8)}"
         )
     if others := sorted(report["mismatched_keys"]):
         lines = [f"{name}: {list(stored)}, not {list(wanted)}" for name, stored, wanted in others]
         raise ModelError(
             f"model.name: {model.name}: the weights have other shapes than its config.json says; copy or download both "
-            f"again\n{listed(lines, 8)}"
+            f"again\n{format_list(lines, 8)}"
         )
     if broken := [name for name, weight in loaded.named_parameters() if not _is_finite(weight)]:
         other = ", or set model.dtype, in which larger numbers fit" if model.dtype == "float16" else ""
         raise ModelError(
             f"model.name: {model.name}: weights hold NaN or infinity; copy or download it again{other}\n"
-            f"{listed(broken, 8)}"
+            f"{format_list(broken, 8)}"
         )
     if left := sorted(report["unexpected_keys"]):
         warn(
@@ -476,7 +476,7 @@ def config_faults(config: Mapping[str, Any], where: str = "") -> Iterator[str]:
         where: the keys that lead to the part, each with a dot.
     """
     for key in _CONFIG_SIZES:
-        if (value := _one(config.get(key))) is not None and not (is_finite_number(value, whole=True) and value > 0):
+        if (value := _one(config.get(key))) is not None and not (is_finite_number(value, integer=True) and value > 0):
             yield _fault(where + key, value, "a whole number above 0")
     for key in _SMALL:
         if (value := config.get(key)) is not None and not (is_finite_number(value) and value >= 0):

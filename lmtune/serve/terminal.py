@@ -24,9 +24,10 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from lmtune.data.replies import is_still_reasoning, split_reply
-from lmtune.errors import DataError, LmtuneError, listed
+from lmtune.errors import DataError, LmtuneError
 from lmtune.inference.chat import ChatSession, GenerationOptions
 from lmtune.io.console import err, escape
+from lmtune.io.text import format_list
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _HELP = """\
@@ -110,7 +111,7 @@ class TerminalChat:
         if problems:
             kind = DataError if all(isinstance(problem, DataError) for problem in problems) else LmtuneError
             texts = [str(problem) for problem in problems]
-            raise kind(texts[0] if len(texts) == 1 else f"{len(texts)} lines have no answer\n{listed(texts)}")
+            raise kind(texts[0] if len(texts) == 1 else f"{len(texts)} lines have no answer\n{format_list(texts)}")
 
     def handle(self, line: str) -> bool:
         """Do what one line asks for; false if it asks to leave."""

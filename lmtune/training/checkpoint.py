@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.errors import CheckpointError, LmtuneError, listed
+from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.io.atomic import flush_to_disk, sync_folder
+from lmtune.io.text import format_list
 from lmtune.runs.store import ADAPTER, MANIFEST, OPTIMIZER, STATE, checkpoint_folders, fingerprint, problem_of, step_of
 
 __all__ = [
@@ -96,7 +97,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         skipped.append(f"{path.name}: {problem}")
     if skipped:
         raise CheckpointError(
-            f"{folder}: every checkpoint is damaged\n{listed(skipped)}\n"
+            f"{folder}: every checkpoint is damaged\n{format_list(skipped)}\n"
             "  restore one from a copy, or begin again with run.resume=never"
         )
     return None, skipped

@@ -20,7 +20,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lmtune.demo.world import Document, world
-from lmtune.errors import DataError, listed
+from lmtune.errors import DataError
+from lmtune.io.text import format_list
 from lmtune.training.pretrain_config import CorpusConfig
 
 END_OF_TEXT, PAD, TURN_END = "<|end_of_text|>", "<|pad|>", "<|end|>"
@@ -184,7 +185,7 @@ def _read_texts(path: Path, split: str) -> Iterator[str]:
                 found = True
                 yield part.strip()
     if unreadable:
-        raise DataError(f"{len(unreadable)} files cannot be read\n{listed(unreadable)}")
+        raise DataError(f"{len(unreadable)} files cannot be read\n{format_list(unreadable)}")
     if not found:
         raise DataError(f"data.path: the text files in {path} are empty")
 

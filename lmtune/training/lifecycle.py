@@ -16,13 +16,13 @@ from lmtune.batching.plan import Plan
 from lmtune.config.load import dump_config, load_config, to_tree
 from lmtune.config.schema import FinetuneConfig
 from lmtune.config.yaml import read_yaml
-from lmtune.data.report import counted, describe_fates
+from lmtune.data.report import describe_fates
 from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores
 from lmtune.io.atomic import naming_in, write_json, write_text
 from lmtune.io.console import err, escape, warn
-from lmtune.io.text import without_absolute_paths
+from lmtune.io.text import pluralize, without_absolute_paths
 from lmtune.models.locate import local_notes
 from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interrupts
 from lmtune.runs.log import Records, read_answers
@@ -239,7 +239,7 @@ def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | Non
     where = "begins" if checkpoint is None else f"goes on after step {checkpoint.step}"
     model = to_tree(config.model)["name"]
     held = "unquantised" if config.model.quantization == "none" else f"in {config.model.quantization}"
-    err.print(f"{escape(str(run.path))} {where}: {escape(model)} {held}, {counted(steps, 'step')}")
+    err.print(f"{escape(str(run.path))} {where}: {escape(model)} {held}, {pluralize(steps, 'step')}")
     if session.start is not None:
         err.print(escape(f"from the adapter {session.start.name}, with its rank, alpha and layers"))
     err.print(escape(describe_fates(data.fates)))

@@ -22,9 +22,10 @@ from lmtune.batching.plan import Plan, StepPlan, TokenCost
 from lmtune.batching.prefetch import BatchPrefetcher
 from lmtune.batching.prefixes import Ints, beginning
 from lmtune.config.schema import FinetuneConfig
-from lmtune.errors import LmtuneError, listed
+from lmtune.errors import LmtuneError
 from lmtune.forward.packed import PackedForward
 from lmtune.io.console import warn
+from lmtune.io.text import format_list
 from lmtune.kernels.lora_linear import drop_dense
 from lmtune.models.device import return_freed_memory
 from lmtune.models.tuning.lora import trainable
@@ -257,7 +258,7 @@ def _not_finite(job: Job, todo: StepPlan, sums: StepSums, parameters: dict[str, 
     offenders = find_nonfinite_examples(job.forward, parameters, todo.shares[rank], job.data.__getitem__)
     if job.accelerator.num_processes > 1:
         offenders = job.accelerator.gather_object(offenders)
-    rows = listed(sorted(set(offenders))) if offenders else "  no single row alone; the step as a whole"
+    rows = format_list(sorted(set(offenders))) if offenders else "  no single row alone; the step as a whole"
     return LmtuneError(
         f"step {todo.step}: the loss ({sums.loss}) or the gradient (norm {sums.grad_norm}) is not finite. The adapter "
         f"was not changed by this step. Rows at fault:\n{rows}\n"

@@ -14,7 +14,8 @@ from lmtune.batching.plan import Plan
 from lmtune.config.load import load_config, to_tree
 from lmtune.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from lmtune.data.report import changed_files
-from lmtune.errors import CheckpointError, listed
+from lmtune.errors import CheckpointError
+from lmtune.io.text import format_list
 from lmtune.runs.log import recorded_steps
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
@@ -125,7 +126,7 @@ def require_same(
             )
     if keys:
         raise CheckpointError(
-            f"{run.path}: this run was begun differently, so it cannot go on\n{listed(differences)}\n"
+            f"{run.path}: this run was begun differently, so it cannot go on\n{format_list(differences)}\n"
             "  put these back, or choose a new run.name, or begin again with run.resume=never (the old run is renamed)"
         )
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.config.schema import AdapterConfig, FinetuneConfig
-from lmtune.errors import ConfigError, ModelError, listed
+from lmtune.errors import ConfigError, ModelError
 from lmtune.inference.load import usable_adapter
+from lmtune.io.text import format_list
 from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, check_adapter
 from lmtune.runs.store import RunDirectory, find_run, run_hint
 
@@ -99,7 +100,7 @@ def _settings(asked: AdapterConfig, saved: dict[str, Any], target: str) -> Adapt
         if wanted not in (getattr(_DEFAULT, key), value) and not _same_names(wanted, value):
             problems.append(f"adapter.{key}: {_shown(wanted)}; expected {_shown(value)}, as {target} has it")
     if problems:
-        raise ConfigError(f"adapter.adapter: {target} cannot be trained in this way\n{listed(problems)}")
+        raise ConfigError(f"adapter.adapter: {target} cannot be trained in this way\n{format_list(problems)}")
     return replace(asked, **theirs)
 
 

@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from lmtune.config.schema import Quantization
 from lmtune.data.rendering import Template
-from lmtune.errors import ModelError, listed
+from lmtune.errors import ModelError
+from lmtune.io.text import format_list
 from lmtune.models.pattern_limits import pattern_faults
 from lmtune.models.validate import generation_fault, odd_files, read_object, weights_fault
 
@@ -48,7 +49,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     else:
         problems += [f"{WEIGHTS}: {fault}" for fault in _weight_faults(folder / WEIGHTS, config)]
     if problems:
-        raise ModelError(f"this is no adapter that lmtune can use\n{listed(problems)}")
+        raise ModelError(f"this is no adapter that lmtune can use\n{format_list(problems)}")
     return config
 
 

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lmtune.config.schema import AdapterConfig
-from lmtune.errors import ConfigError, ModelError, listed
+from lmtune.errors import ConfigError, ModelError
 from lmtune.io.atomic import naming
+from lmtune.io.text import format_list
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import check_bitsandbytes
 from lmtune.models.device import dense_weights_fit
@@ -273,7 +274,7 @@ def _check_tensors(peft_model: Any, state: Tensors, folder: Path) -> None:
         elif not torch.isfinite(state[name]).all():
             problems.append(f"{name}: holds NaN or infinity")
     if problems or not state:
-        raise ModelError(f"{folder}: this adapter does not fit the base model\n{listed(sorted(problems), 8)}")
+        raise ModelError(f"{folder}: this adapter does not fit the base model\n{format_list(sorted(problems), 8)}")
 
 
 def _without_pissa(state: Tensors, initial: Tensors, config: dict[str, Any]) -> Tensors:
