@@ -19,9 +19,9 @@ from lmtune.data.checking import DataCheck, describe_check, inspect_data
 from lmtune.errors import ConfigError, DataError
 from lmtune.io.atomic import write_text
 from lmtune.io.console import command, err, escape, out, progress
+from lmtune.io.questions import ask, choose
 from lmtune.io.text import format_list
 from lmtune.proposal import described, known_model, propose, propose_quantization, require_new, this_machine
-from lmtune.serve.studio.questions import ask, choose
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "nf4", "int8")
 MODEL = "Qwen/Qwen3-0.6B"  # what is suggested: small, and good for its size

@@ -4,6 +4,10 @@ lmtune runs list
 lmtune runs follow support
 """
 
+from __future__ import annotations
+
+import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +15,19 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.errors import ConfigError
-from lmtune.runs.history import choose_run
-from lmtune.serve.studio.run_views import print_list, print_results, print_run, print_steps
+from lmtune.data.report import describe_rows
+from lmtune.errors import ConfigError, ModelError
+from lmtune.io.console import err, escape, out, print_json
+from lmtune.runs.history import (
+    choose_run,
+    follow_steps,
+    list_runs,
+    overview,
+    overview_tree,
+    results_tree,
+    run_tree,
+)
+from lmtune.runs.store import RunDirectory
 
 
 class Action(StrEnum):
@@ -44,6 +58,69 @@ def main(
         raise ConfigError(f"which run? Write lmtune runs {action.value} NAME; `lmtune runs list` shows the names")
     chosen = choose_run(name, runs_dir)
     {Action.show: print_run, Action.follow: print_steps, Action.results: print_results}[action](chosen, as_json)
+
+
+def print_list(runs_dir: Path, as_json: bool = False) -> None:
+    """One line a run, the one written to last first."""
+    from lmtune.runs.cards import runs_table
+
+    runs = list_runs(runs_dir)
+    if as_json:
+        print_json([overview_tree(item) for item in runs])
+    elif runs:
+        out.print(runs_table(runs, out.width), soft_wrap=False)
+    else:
+        err.print(f"no runs in {escape(str(runs_dir))}/; `lmtune quickstart` makes one, or give a folder with --dir")
+
+
+def print_run(chosen: RunDirectory, as_json: bool = False) -> None:
+    """Scores, figures, settings and what became of the rows."""
+    from lmtune.runs.cards import describe_scores, scores_table
+
+    if as_json:
+        print_json(run_tree(chosen))
+        return
+    item, summary = overview(chosen), chosen.read_summary()
+    out.print(f"[bold]{escape(item.name)}[/]  {escape(item.status)}  {item.changed:%Y-%m-%d %H:%M}")
+    if reason := summary.get("reason"):
+        out.print(escape(str(reason)))
+    if summary.get("tuned") or summary.get("base"):
+        out.print(scores_table(summary.get("base"), summary.get("tuned") or {}))
+        for line in describe_scores(summary.get("base"), summary.get("tuned") or {}, summary.get("standard_errors")):
+            out.print(escape(line))
+    for key, value in summary.items():
+        if type(value) in (int, float) and key != "format":
+            out.print(f"{escape(key.replace('_', ' '))}: {value:,}")
+    out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")
+    if described := describe_rows(chosen):
+        out.print(f"\n[bold]data[/]\n{escape(described)}")
+
+
+def print_steps(chosen: RunDirectory, as_json: bool = False) -> None:
+    """Every step so far, then each new one until the run ends or Ctrl-C leaves."""
+    try:
+        for step in follow_steps(chosen):
+            if as_json:
+                sys.stdout.write(json.dumps(step) + "\n")
+                sys.stdout.flush()
+                continue
+            rate = step["tokens"] / max(1e-9, step["seconds"])
+            out.print(f"step {step['step']} · epoch {step['epoch']:.2f} · loss {step['loss']:.4f} · {rate:,.0f} tok/s")
+    except KeyboardInterrupt:
+        err.print("left; the run itself goes on")
+        return
+    item = overview(chosen)
+    err.print(f"{escape(item.name)} is {escape(item.status)}" + (f" at step {item.steps}" if item.steps else ""))
+
+
+def print_results(chosen: RunDirectory, as_json: bool = False) -> None:
+    """`results.csv` as it is, or as a list of rows."""
+    if not chosen.results.is_file():
+        raise ModelError(f"{chosen.path}: no results yet; they come with the first step")
+    if as_json:
+        print_json(results_tree(chosen))
+    else:
+        typer.echo(chosen.results.read_bytes(), nl=False)
 
 
 if __name__ == "__main__":
