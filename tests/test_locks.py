@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from lmtune.errors import CheckpointError
-from lmtune.io.atomic import new_folder
-from lmtune.io.cache import cached, turn
-from lmtune.io.locks import take, wait_for
+from lmtune.io.atomic import get_or_build, new_folder, single_flight, try_lock, wait_for_lock
 from lmtune.parallel.launch import _wait_for_workers
 from lmtune.parallel.worker import EXIT_CODES, _hold_exit_codes
 from lmtune.runs.history import is_running, overview
@@ -35,12 +33,12 @@ def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_lock_is_refused_only_while_another_has_it(tmp_path: Path) -> None:
     with open(tmp_path / "x", "a") as first, open(tmp_path / "x") as second, open(tmp_path / "x") as third:
-        assert take(first)
-        assert not take(second)
-        assert wait_for(second, seconds=0.2) == (False, True)
+        assert try_lock(first)
+        assert try_lock(second) is False
+        assert wait_for_lock(second, seconds=0.2)
         first.close()
-        assert wait_for(second, shared=True) == (True, False)
-        assert take(third, shared=True)
+        assert not wait_for_lock(second, shared=True)
+        assert try_lock(third, shared=True)
 
 
 @pytest.mark.usefixtures("no_locks")
@@ -61,8 +59,8 @@ def test_without_locks_the_cache_and_new_folders_work(tmp_path: Path) -> None:
     def build(folder: Path) -> None:
         (folder / "rows").write_text("x")
 
-    assert (cached(tmp_path / "cache", KEY, build) / "rows").read_text() == "x"
-    with turn(tmp_path / "cache", KEY) as first, turn(tmp_path / "cache", KEY) as second:
+    assert (get_or_build(tmp_path / "cache", KEY, build) / "rows").read_text() == "x"
+    with single_flight(tmp_path / "cache", KEY) as first, single_flight(tmp_path / "cache", KEY) as second:
         assert (first, second) == (True, True)
     with new_folder(tmp_path / "merged") as staging:
         (staging / "x").write_text("x")

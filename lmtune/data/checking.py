@@ -17,7 +17,7 @@ from lmtune.config.schema import DataConfig
 from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
 from lmtune.data.report import Survey, Tally, describe_faulty, shown_first
 from lmtune.data.sources import DataFile, find_files, unread_entries
-from lmtune.io.cache import cache_folder, cached, file_sha256, key_of
+from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, key_of
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
@@ -97,7 +97,7 @@ def check_data(
         (folder / "check.json").write_text(json.dumps(tree), encoding="utf-8")
 
     key = key_of("check", _VERSION, described, faulty_rows == "skip")
-    entry = cached(cache_folder() / "checks", key, build, keep=_KEPT)
+    entry = get_or_build(cache_folder() / "checks", key, build, keep=_KEPT)
     check = found[0] if found else _from_tree(json.loads((entry / "check.json").read_text(encoding="utf-8")))
     return _with_unread(check, paths, validation)
 

@@ -30,8 +30,7 @@ from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import DataFile, find_files, unread_entries
 from lmtune.data.types import Example
 from lmtune.errors import DataError
-from lmtune.io.atomic import write_json
-from lmtune.io.cache import cache_folder, cached, file_sha256, hold, key_of
+from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, hold, key_of, write_json
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
@@ -199,7 +198,7 @@ def tokenize(
         paths: files or folders.
         renderer: makes the tokens.
         config: `max_length`, `too_long` and `faulty_rows`.
-        cache_dir: by default `lmtune.io.cache.cache_folder()`.
+        cache_dir: by default `lmtune.io.atomic.cache_folder()`.
         part: what the rows are, for messages.
 
     Raises:
@@ -211,7 +210,7 @@ def tokenize(
     key = key_of("tokens", _VERSION, contents, renderer.fingerprint, config.max_length, config.too_long, *skips)
     names = [file.portable_name for file in files]
     folder = (cache_dir or cache_folder()) / "tokens"
-    entry = cached(
+    entry = get_or_build(
         folder, key_of(key, names, _STORED), lambda folder: _build(folder, files, contents, renderer, config, part),
         keep=_KEPT,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 
 from lmtune.config.schema import ModelConfig
 from lmtune.errors import ModelError, is_failure
-from lmtune.io.cache import cache_folder, cached, found, key_of, turn
+from lmtune.io.atomic import cache_folder, get_or_build, key_of, lookup, single_flight
 from lmtune.io.console import progress, warn
 from lmtune.models.device import default_device
 from lmtune.models.libraries import quiet_libraries
@@ -143,7 +143,7 @@ def _kept_or_made(model: ModelConfig, path: str, dtype: torch.dtype, device: tor
     kept = _from_cache(key, dtype, device) if key else None
     if kept is not None:
         return kept
-    with turn(cache_folder() / _CACHE, key) if key else contextlib.nullcontext():
+    with single_flight(cache_folder() / _CACHE, key) if key else contextlib.nullcontext():
         kept = _from_cache(key, dtype, device) if key else None  # another process may just have made it
         if kept is not None:
             return kept
@@ -197,7 +197,7 @@ def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
 
 def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> Any | None:
     """The quantised base as it was kept, or None: another process may just have made room there."""
-    if (folder := found(cache_folder() / _CACHE, key)) is None:
+    if (folder := lookup(cache_folder() / _CACHE, key)) is None:
         return None
     try:
         loaded, report = _from_pretrained(str(folder), None, dtype, device, None)
@@ -212,7 +212,7 @@ def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> Any | Non
 def _remember(loaded: Any, key: str) -> None:
     """Keep the quantised base in the cache; nothing depends on it."""
     try:
-        cached(cache_folder() / _CACHE, key, loaded.save_pretrained, keep=_CACHED_MODELS)
+        get_or_build(cache_folder() / _CACHE, key, loaded.save_pretrained, keep=_CACHED_MODELS)
     except Exception as error:  # a full disk, or a config that transformers reads but does not write
         warn(f"the quantised base is not kept for the next start: {error}")
 

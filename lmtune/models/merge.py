@@ -27,7 +27,7 @@ import torch
 
 from lmtune.config.schema import ModelConfig
 from lmtune.errors import LmtuneError, ModelError
-from lmtune.io.atomic import naming_in, new_folder
+from lmtune.io.atomic import name_disk_errors, new_folder
 from lmtune.io.console import progress, warn
 from lmtune.models.base import (
     DTYPES,
@@ -130,7 +130,7 @@ def merge(
     """
     with new_folder(output) as staging:
         source = _Source(base, adapter, into, sequences)
-        with naming_in(output):
+        with name_disk_errors(output):
             with progress("merging"):
                 untied = _write(source, staging)
             _write_texts(source, adapter, staging, tokenizer, stop_token_ids, untied)

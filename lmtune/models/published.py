@@ -16,7 +16,7 @@ from typing import Any
 
 from lmtune.config.schema import ModelConfig
 from lmtune.data.rendering import Renderer
-from lmtune.io.atomic import naming_in
+from lmtune.io.atomic import name_disk_errors
 from lmtune.models.base import stored_files
 
 CONFIG, GENERATION, TOKENIZER_CONFIG, SPECIAL = (
@@ -84,7 +84,7 @@ def write_adapter_texts(model: ModelConfig, renderer: Renderer, folder: Path) ->
     base = {name: read_tree(file) for name, file in stored_files(model, (GENERATION, CONFIG)).items()}
     begin = base.get(CONFIG, {}).get("bos_token_id")
     stated = base.get(GENERATION, {"bos_token_id": begin} if isinstance(begin, int) else {})
-    with naming_in(folder):
+    with name_disk_errors(folder):
         write_tree(folder / GENERATION, generation_config(stated, stops, renderer.tokenizer.pad_token_id))
 
 
@@ -103,7 +103,7 @@ def write_tokenizer(
     Raises:
         OSError: the disk is full or must not be written; names what.
     """
-    with naming_in(folder):
+    with name_disk_errors(folder):
         if template is None or template == tokenizer.chat_template:
             for name, source in sources.items():
                 (folder / name).write_bytes(source.read_bytes())

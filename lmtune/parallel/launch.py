@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.errors import ConfigError
-from lmtune.io import locks
+from lmtune.io.atomic import wait_for_lock
 from lmtune.io.console import err
 from lmtune.models.libraries import quiet_libraries
 from lmtune.parallel.signals import stop_signals
@@ -87,7 +87,7 @@ def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
 def _wait_for_workers(codes: Path) -> None:
     """Until the last process has ended, also where the launcher was killed and did not wait for them."""
     with codes.open("a") as file:
-        locks.wait_for(file)
+        wait_for_lock(file)
 
 
 def _say_launcher_ended(number: int) -> None:

@@ -14,7 +14,7 @@ import time
 from typing import IO
 
 from lmtune.errors import ConfigError
-from lmtune.io import locks
+from lmtune.io.atomic import try_lock
 from lmtune.models.device import asks_for_cpu
 from lmtune.models.libraries import ignore_accelerate_settings
 
@@ -90,4 +90,4 @@ def _hold_exit_codes() -> None:
     if path := os.environ.get(EXIT_CODES):
         with contextlib.suppress(OSError):
             _held.append(open(path, "a", encoding="utf-8"))  # noqa: SIM115
-            locks.take(_held[-1], shared=True)
+            try_lock(_held[-1], shared=True)

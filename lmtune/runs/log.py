@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmtune.errors import CheckpointError
-from lmtune.io.atomic import keep_lines, naming
+from lmtune.io.atomic import keep_lines, name_disk_errors
 from lmtune.runs.store import RunDirectory
 
 COLUMNS = (
@@ -91,7 +91,7 @@ class Records:
 
     @staticmethod
     def _append(path: Path, line: str) -> None:
-        with naming(path), path.open("a", encoding="utf-8") as file:
+        with name_disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 

@@ -13,7 +13,6 @@ import difflib
 import hashlib
 import json
 import os
-import shutil
 import unicodedata
 from collections.abc import Iterator
 from datetime import datetime
@@ -22,7 +21,7 @@ from typing import Any
 
 from lmtune.config.schema import RunConfig
 from lmtune.errors import CheckpointError, ConfigError, ModelError
-from lmtune.io import locks
+from lmtune.io.atomic import remove_leftovers, try_lock
 from lmtune.io.text import is_finite_number
 
 STATUSES = ("running", "interrupted", "failed", "complete")  # what `summary.json` may say
@@ -164,7 +163,7 @@ class RunDirectory:
                 f"run.dir: {self.path} cannot be written ({error.strerror}); permit it or choose another run.dir"
             ) from None
         with opened as file:
-            if not locks.take(file):
+            if try_lock(file) is False:
                 file.seek(0)
                 raise CheckpointError(
                     f"{self.path} is in use by another lmtune process (pid {file.read().strip() or 'unknown'}); "
@@ -184,16 +183,14 @@ class RunDirectory:
         if not lock.is_file():  # a pipe would wait for who writes into it
             return False
         with contextlib.suppress(OSError), open(lock, encoding="utf-8") as file:
-            held = locks.state(file, shared=True)  # let go again when the file is closed
+            held = try_lock(file, shared=True)  # let go again when the file is closed
             return not held if held is not None else _lives(file.read(20).strip())
         return False
 
     def clean(self) -> None:
         """Remove what a crash in the middle of writing has left; for who holds the lock."""
-        for path in self.path.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
-        for folder in (self.path / ".staging-adapter", *self.checkpoints.glob(".staging-*")):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder)
 
     def set_aside(self) -> Path:
         """Rename this run to the first free `NAME-old-N`, so that a new one can begin; returns the new path."""

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.errors import CheckpointError, LmtuneError
-from lmtune.io.atomic import flush_to_disk, sync_folder
+from lmtune.io.atomic import parse_object, staged_folder
 from lmtune.io.text import format_list
 from lmtune.runs.store import ADAPTER, MANIFEST, OPTIMIZER, STATE, checkpoint_folders, fingerprint, problem_of, step_of
 
@@ -29,7 +29,6 @@ __all__ = [
     "prune_checkpoints", "restore", "save_checkpoint",
 ]  # fmt: skip
 
-_STAGING = ".staging-"  # `RunDirectory.clean` removes what a crash leaves of it
 Tensors = dict[str, torch.Tensor]
 
 
@@ -59,25 +58,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     target = folder / f"step-{checkpoint.step:06d}"
     if target.exists() and not problem_of(target):
         return target
-    staging = folder / f"{_STAGING}{target.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        save_file(checkpoint.adapter, staging / ADAPTER, metadata={"format": "pt"})
-        save_file(checkpoint.optimizer, staging / OPTIMIZER, metadata={"format": "pt"})
-        (staging / STATE).write_text(json.dumps(checkpoint.state, indent=2, allow_nan=False), encoding="utf-8")
-        manifest = {name: fingerprint(staging / name) for name in (ADAPTER, OPTIMIZER, STATE)}
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        _make_durable(staging)
-        if target.exists():
-            shutil.rmtree(target)  # damaged: it failed the check above
-        staging.rename(target)
-        sync_folder(folder)
+        with staged_folder(target, folder / f".staging-{target.name}") as staging:
+            save_file(checkpoint.adapter, staging / ADAPTER, metadata={"format": "pt"})
+            save_file(checkpoint.optimizer, staging / OPTIMIZER, metadata={"format": "pt"})
+            (staging / STATE).write_text(json.dumps(checkpoint.state, indent=2, allow_nan=False), encoding="utf-8")
+            manifest = {name: fingerprint(staging / name) for name in (ADAPTER, OPTIMIZER, STATE)}
+            (staging / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     except Exception as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise LmtuneError(
-            f"cannot write the checkpoint {target}: {error}; make room or permit writing, then start the same command "
+            f"cannot write the checkpoint {target}: {reason}; make room or permit writing, then start the same command "
             "again: it goes on from the checkpoint before"
         ) from error
     return target
@@ -105,7 +96,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint folder, whose manifest was checked."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = parse_object((path / STATE).read_bytes())
     return Checkpoint(int(state["step"]), load_file(path / ADAPTER), load_file(path / OPTIMIZER), state)
 
 
@@ -149,10 +140,3 @@ def restore(
             state[index] = {"step": torch.tensor(float(checkpoint.step)), **moments}
     # PyTorch decides where each tensor lives: a fused AdamW reads `step` on the parameter's device, another on the CPU
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _make_durable(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            flush_to_disk(file)
-    sync_folder(folder)

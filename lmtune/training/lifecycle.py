@@ -20,7 +20,7 @@ from lmtune.data.report import describe_fates
 from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores
-from lmtune.io.atomic import naming_in, write_json, write_text
+from lmtune.io.atomic import name_disk_errors, write_json, write_text
 from lmtune.io.console import err, escape, warn
 from lmtune.io.text import pluralize, without_absolute_paths
 from lmtune.models.locate import local_notes
@@ -61,7 +61,7 @@ def running(run: RunDirectory, session: Session) -> Iterator[None]:
         held.enter_context(sigterm_interrupts())
         session.accelerator.on_failure = lambda reason: _note_end(run, session, "failed", reason)
         try:
-            with naming_in(run.path):
+            with name_disk_errors(run.path):
                 yield
         except BaseException as error:
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from lmtune.config.schema import TrainConfig
 from lmtune.errors import LmtuneError
-from lmtune.io.atomic import naming_in, new_folder
+from lmtune.io.atomic import name_disk_errors, new_folder
 from lmtune.models.base import DTYPES, compute_dtype
 from lmtune.models.device import default_device
 from lmtune.models.libraries import quiet_libraries
@@ -147,7 +147,7 @@ def save_pretrained(model: Any, tokenizer: Any, card: str, config: PretrainConfi
         The folder `output.dir`, replaced if it was there.
     """
     folder = home_expanded(config.output.dir, "output.dir")
-    with new_folder(folder) as staging, naming_in(folder):
+    with new_folder(folder) as staging, name_disk_errors(folder):
         model.to("cpu", DTYPES[config.output.dtype]).save_pretrained(staging)
         tokenizer.model_max_length = config.model.max_position_embeddings
         tokenizer.save_pretrained(staging)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.io.cache import content_sha256
 from tests.bad_input.conftest import Command, Outcome
 from tests.workplace import make_workplace, write_config, write_rows
 
@@ -150,16 +148,6 @@ def test_what_is_no_file_is_no_data(place: Path, refused: Callable[..., Outcome]
     make_workplace(place)
     (place / "trial.yaml").write_text(f"model: {{name: base, quantization: none}}\ndata: {{train: {paths[kind]}}}\n")
     assert f"{paths[kind]}: {words[kind]}" in refused("finetune", "trial.yaml").err
-
-
-KERNEL = Path("/proc/self/pagemap")  # says that it is empty, and has terabytes
-
-
-@pytest.mark.skipif(not KERNEL.exists(), reason="only Linux has such files")
-def test_a_file_of_the_kernels_is_not_read(refused: Callable[..., Outcome]) -> None:
-    """Some of these have no end, others (/proc/kmsg) wait for ever."""
-    assert f"{KERNEL}:1: the file is empty" in refused("check", str(KERNEL)).out
-    assert content_sha256(KERNEL) == hashlib.sha256().hexdigest()
 
 
 @pytest.mark.parametrize("name", ["a\nb\x1b[31m.jsonl", "a\u2028b.jsonl", "a\x9b31m\r.jsonl"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import time
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lmtune.errors import LmtuneError
-from lmtune.io import cache
-from lmtune.io.cache import cache_folder, cached, content_sha256, file_sha256, hold, is_whole
+from lmtune.io import atomic
+from lmtune.io.atomic import cache_folder, content_sha256, file_sha256, get_or_build, hold, is_intact
 
 KEY = "ab" * 32
 
@@ -30,7 +29,7 @@ def builder(text: str = "result"):
 def test_built_once(tmp_path: Path) -> None:
     build, built = builder()
     for _ in range(3):
-        entry = cached(tmp_path, KEY, build)
+        entry = get_or_build(tmp_path, KEY, build)
         assert (entry / "rows").read_text() == "result"
     assert len(built) == 1
 
@@ -38,7 +37,7 @@ def test_built_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest", "empty"])
 def test_a_damaged_entry_is_built_again(tmp_path: Path, damage: str) -> None:
     build, built = builder()
-    entry = cached(tmp_path, KEY, build)
+    entry = get_or_build(tmp_path, KEY, build)
     rows, manifest = entry / "rows", entry / "manifest.json"
     if damage == "flip":
         rows.write_text("resulx")
@@ -52,8 +51,8 @@ def test_a_damaged_entry_is_built_again(tmp_path: Path, damage: str) -> None:
         manifest.unlink()
     else:
         manifest.write_text("")
-    assert not is_whole(entry)
-    assert (cached(tmp_path, KEY, build) / "rows").read_text() == "result"
+    assert not is_intact(entry)
+    assert (get_or_build(tmp_path, KEY, build) / "rows").read_text() == "result"
     assert len(built) == 2
 
 
@@ -63,13 +62,13 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        cached(tmp_path, KEY, build)
+        get_or_build(tmp_path, KEY, build)
     assert [path.name for path in (tmp_path / "ab").iterdir()] == [f"{KEY}.lock"]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "ab" / f".{KEY[:8]}-left").mkdir(parents=True)
-    cached(tmp_path, KEY, builder()[0])
+    (tmp_path / "ab" / f".staging-{KEY[:8]}-1").mkdir(parents=True)
+    get_or_build(tmp_path, KEY, builder()[0])
     assert sorted(path.name for path in (tmp_path / "ab").iterdir()) == [KEY, f"{KEY}.lock"]
 
 
@@ -79,7 +78,7 @@ def _build_slowly(folder: Path) -> None:
 
 
 def _want(folder: Path) -> None:
-    entry = cached(folder, KEY, _build_slowly)
+    entry = get_or_build(folder, KEY, _build_slowly)
     assert len({(entry / f"rows{index}").read_text() for index in range(200)}) == 1
 
 
@@ -97,7 +96,7 @@ def test_processes_that_want_one_entry_do_not_mix(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LmtuneError, match="LMTUNE_CACHE"):
-        cached(tmp_path / "file", KEY, builder()[0])
+        get_or_build(tmp_path / "file", KEY, builder()[0])
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -119,7 +118,7 @@ def settle(*paths: Path) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which files are read from their first byte to their last."""
     found: list[str] = []
-    monkeypatch.setattr(cache, "content_sha256", lambda path: found.append(path.name) or content_sha256(path))
+    monkeypatch.setattr(atomic, "content_sha256", lambda path: found.append(path.name) or content_sha256(path))
     return found
 
 
@@ -128,34 +127,25 @@ def test_an_entry_that_has_not_changed_is_not_read(tmp_path: Path, monkeypatch: 
         (folder / "rows").write_text("result")
         settle(folder / "rows")
 
-    entry = cached(tmp_path, KEY, build)
+    entry = get_or_build(tmp_path, KEY, build)
     read = reads(monkeypatch)
-    assert is_whole(entry)
+    assert is_intact(entry)
     assert read == []
     (entry / "rows").write_text("resulx")
-    assert not is_whole(entry)
+    assert not is_intact(entry)
     assert read == ["rows"]
 
 
 def test_an_entry_that_was_copied_is_read_and_kept(tmp_path: Path) -> None:
     build, built = builder()
-    entry = cached(tmp_path, KEY, build)
+    entry = get_or_build(tmp_path, KEY, build)
     settle(entry / "rows")
-    assert cached(tmp_path, KEY, build) == entry
+    assert get_or_build(tmp_path, KEY, build) == entry
     assert len(built) == 1
 
 
-def test_an_entry_of_an_earlier_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = cached(tmp_path, KEY, builder()[0])
-    manifest = json.loads((entry / "manifest.json").read_text())
-    (entry / "manifest.json").write_text(json.dumps({"sha256": manifest["sha256"]}))
-    read = reads(monkeypatch)
-    assert is_whole(entry)
-    assert read == ["rows"]
-
-
 def test_a_data_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_SETTLED_NS", 0)
+    monkeypatch.setattr(atomic, "_SETTLED_NS", 0)
     read, path = reads(monkeypatch), tmp_path / "rows.jsonl"
     path.write_text("one")
     first = file_sha256(path)
@@ -178,11 +168,11 @@ def test_a_data_file_that_was_just_written_is_read_again(tmp_path: Path, monkeyp
 def test_entries_used_last_and_those_in_use_are_kept(tmp_path: Path) -> None:
     keys = [f"{number:02d}" * 32 for number in range(6)]
     for number, key in enumerate(keys):
-        entry = cached(tmp_path, key, builder()[0], keep=3)
+        entry = get_or_build(tmp_path, key, builder()[0], keep=3)
         os.utime(entry / "manifest.json", (number, number))
         if number == 0:
             hold(entry, held := type("Owner", (), {})())
     assert [key for key in keys if (tmp_path / key[:2] / key).is_dir()] == [keys[0], *keys[3:]]
     del held
-    cached(tmp_path, keys[5], builder()[0], keep=3)
+    get_or_build(tmp_path, keys[5], builder()[0], keep=3)
     assert [key for key in keys if (tmp_path / key[:2] / key).is_dir()] == keys[3:]

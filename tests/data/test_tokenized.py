@@ -17,7 +17,7 @@ from lmtune.data.rendering import ControlText, RenderedSequence, Renderer
 from lmtune.data.store import describe_fates, load_data, split, tokenize, truncated
 from lmtune.data.types import Example, Message
 from lmtune.errors import DataError
-from lmtune.io import cache
+from lmtune.io import atomic
 from tests.tokenizers import CHATML, NO_SYSTEM, QWEN3, make_tokenizer
 
 
@@ -138,7 +138,7 @@ class TestCache:
     def test_damage_is_mended(self) -> None:
         written("train.jsonl", rows(5))
         before = tokenize(["train.jsonl"], renderer(), config())
-        (arrow,) = cache.cache_folder().rglob("rows.arrow")
+        (arrow,) = atomic.cache_folder().rglob("rows.arrow")
         content = bytearray(arrow.read_bytes())
         content[len(content) // 2] ^= 255
         arrow.write_bytes(bytes(content))
@@ -150,7 +150,7 @@ class TestCache:
     def test_nothing_in_it_names_the_machine(self, folder: Path) -> None:
         written("train.jsonl", rows(5))
         tokenize([folder / "train.jsonl"], renderer(), config())
-        for path in cache.cache_folder().rglob("*"):
+        for path in atomic.cache_folder().rglob("*"):
             assert not path.is_file() or str(folder).encode() not in path.read_bytes()
 
     def test_a_file_that_changes_while_it_is_read_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_faults_of_reading_and_rendering_are_told_together() -> None:
         DataError, match=r"2 faults(.|\n)*a.jsonl:2: prompt(.|\n)*b.jsonl:1: .*System role not supported"
     ):
         tokenize(["a.jsonl", "b.jsonl"], renderer(NO_SYSTEM), config())
-    assert not list(cache.cache_folder().rglob("rows.arrow"))
+    assert not list(atomic.cache_folder().rglob("rows.arrow"))
 
 
 class TestFaultyRows:
@@ -385,6 +385,6 @@ def test_hugging_face_datasets_opens_the_file() -> None:
     from datasets import Dataset
 
     data = tokenize([written("train.jsonl", rows(3))], renderer(), config())
-    (arrow,) = cache.cache_folder().rglob("rows.arrow")
+    (arrow,) = atomic.cache_folder().rglob("rows.arrow")
     opened = Dataset.from_file(str(arrow))
     assert opened[1]["input_ids"] == data[1].sequences[0].input_ids.tolist()

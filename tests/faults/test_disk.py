@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lmtune.errors import LmtuneError
-from lmtune.io.atomic import naming, naming_in
+from lmtune.io.atomic import name_disk_errors
 from lmtune.training.checkpoint import checkpoint_folders, problem_of
 from tests.faults.choosing import few
 from tests.processes import Trouble, at_call, lmtune, said, wrap
@@ -105,7 +105,7 @@ SAVING: dict[str, tuple[Trouble, str]] = {
         "runs/trial/adapter: No space left on device",
     ),
     "the flush": (
-        at_call("lmtune.io.atomic", "replace_folder", full_when_flushed),
+        at_call("lmtune.training.compose", "write_adapter_texts", full_when_flushed),
         "runs/trial/adapter: No space left on device",
     ),
 }  # fmt: skip
@@ -126,30 +126,23 @@ def test_07_a_disk_that_is_full_while_the_result_is_saved(place: Path, undisturb
 
 
 FULL = "File too large"
-RAISED: dict[str, tuple[Exception, tuple[str | None, str | None]]] = {  # what a file and a folder's block then name
-    "the system, without a name": (OSError(errno.EFBIG, FULL), ("out/file", "out")),
-    "the system, with one": (OSError(errno.EFBIG, FULL, ".staging-out/part"), ("out/file", "out/part")),
-    "safetensors": (SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 27)"), ("out/file", "out")),
-    "another library in Rust": (Exception(f"{FULL} (os error 27)"), ("out/file", "out")),
-    "no disk": (OSError(errno.ECONNRESET, "Connection reset"), ("out/file", None)),
-    "no number": (OSError("cannot find it"), (None, None)),
-    "an error that says it already": (LmtuneError(f"no checkpoint: {FULL} (os error 27)"), (None, None)),
-    "something else": (ValueError("27"), (None, None)),
+RAISED: dict[str, tuple[Exception, str | None]] = {  # and the file that is then named
+    "the system, without a name": (OSError(errno.EFBIG, FULL), "out"),
+    "the system, with one": (OSError(errno.EFBIG, FULL, ".staging-out/part"), "out/part"),
+    "a file that is written beside its place": (OSError(errno.EACCES, FULL, "out/.a.json.12.tmp"), "out/a.json"),
+    "safetensors": (SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 27)"), "out"),
+    "no disk": (OSError(errno.ECONNRESET, "Connection reset"), None),
+    "an error that says it already": (LmtuneError(f"no checkpoint: {FULL} (os error 27)"), None),
+    "something else": (ValueError("27"), None),
 }
 
 
 @pytest.mark.parametrize("what", RAISED)
-@pytest.mark.parametrize("block", [0, 1], ids=["file", "folder"])
-def test_07_what_could_not_be_written_is_named_whoever_wrote_it(what: str, block: int) -> None:
-    error, names = RAISED[what]
-    named = (naming(Path(".staging-out/file")), naming_in(Path(".staging-out")))[block]
-    with pytest.raises(type(error) if names[block] is None else OSError) as caught, named:
+def test_07_what_could_not_be_written_is_named_whoever_wrote_it(what: str) -> None:
+    error, name = RAISED[what]
+    with pytest.raises(type(error) if name is None else OSError) as caught, name_disk_errors(Path(".staging-out")):
         raise error
-    if names[block] is None:
-        assert caught.value is error
-    else:
-        assert caught.value.filename == names[block]
-        assert caught.value.strerror
+    assert caught.value is error if name is None else caught.value.filename == name
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.config.schema import AdapterConfig, ModelConfig
 from lmtune.errors import ModelError
-from lmtune.io import cache
-from lmtune.io.cache import found, turn
+from lmtune.io import atomic
+from lmtune.io.atomic import lookup, single_flight
 from lmtune.models import base as base_module
 from lmtune.models.base import compute_dtype, load_model, load_tokenizer, resolve_name, stored_dtype, weight_files
 from lmtune.models.tuning.lora import attach_adapter, save_adapter
@@ -445,7 +445,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, kept_from_any_size: Path)
     (entry / "model.safetensors").write_bytes(b"not any more")
     again = load_model(config, "cpu").state_dict()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
-    assert found(kept_from_any_size, entry.name)
+    assert lookup(kept_from_any_size, entry.name)
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_does_without(
@@ -493,24 +493,24 @@ def test_of_two_that_start_at_once_one_quantises_and_the_other_waits_for_it(
 def test_a_process_that_was_killed_or_hangs_while_it_quantised_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "import sys, time; from pathlib import Path; from lmtune.io.cache import turn\n"
-    code += "with turn(Path(sys.argv[1]), 'key') as first: print(first, flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from lmtune.io.atomic import single_flight\n"
+    code += "with single_flight(Path(sys.argv[1]), 'key') as first: print(first, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "True\n"
-    with monkeypatch.context() as patch, turn(tmp_path, "another key") as first:
+    with monkeypatch.context() as patch, single_flight(tmp_path, "another key") as first:
         assert first
-        patch.setattr(cache, "_TURN_SECONDS", 0.1)
-        with turn(tmp_path, "key") as first:
+        patch.setattr(atomic, "_SINGLE_FLIGHT_SECONDS", 0.1)
+        with single_flight(tmp_path, "key") as first:
             assert not first
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(lambda: turn(tmp_path, "key").__enter__())
+        waiting = pool.submit(lambda: single_flight(tmp_path, "key").__enter__())
         with pytest.raises(TimeoutError):
             waiting.result(0.2)
         process.kill()
         process.communicate()
         assert waiting.result(10) is False
-    with turn(tmp_path, "key") as first:
+    with single_flight(tmp_path, "key") as first:
         assert first
 
 

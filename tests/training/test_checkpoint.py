@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lmtune.errors import CheckpointError, LmtuneError
-from lmtune.training import checkpoint as module
 from lmtune.training.checkpoint import (
     Checkpoint,
     checkpoint_folders,
@@ -162,14 +161,16 @@ def test_a_later_one_that_was_passed_over_does_not_count_when_pruning(tmp_path: 
     assert newest.step == 3
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_make_durable", "sync_folder"])
+@pytest.mark.parametrize(
+    "failing", ["training.checkpoint.save_file", "io.atomic.flush_to_disk", "io.atomic.sync_folder"]
+)
 def test_a_full_disk_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     saved(tmp_path, 1)
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, failing, full)
+    monkeypatch.setattr(f"lmtune.{failing}", full)
     with pytest.raises(
         LmtuneError, match=r"cannot write the checkpoint .*step-000002: .*No space left on device; make"
     ):

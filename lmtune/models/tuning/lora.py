@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.config.schema import AdapterConfig
 from lmtune.errors import ConfigError, ModelError
-from lmtune.io.atomic import naming
+from lmtune.io.atomic import name_disk_errors
 from lmtune.io.text import format_list
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import check_bitsandbytes
@@ -113,11 +113,11 @@ def save_adapter(model: Any, folder: Path, notes: Mapping[str, Any], weights: Te
     # PEFT's own names: without the adapter's, and of DoRA's magnitudes without `.weight` too
     stored = get_peft_model_state_dict(model, state, save_embedding_layers=False)
     stored = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
-    with naming(folder / WEIGHTS):
+    with name_disk_errors(folder / WEIGHTS):
         save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     config["inference_mode"] = True
     for name, tree in ((CONFIG, config), (NOTES, dict(notes))):
-        with naming(folder / name):
+        with name_disk_errors(folder / name):
             (folder / name).write_text(json.dumps(tree, indent=2, default=_plain) + "\n", encoding="utf-8")
 
 
