@@ -52,7 +52,7 @@ def make_run(folder: Path, options: Any) -> None:
     from lmtune.config.schema import AdapterConfig, FinetuneConfig
     from lmtune.data.rendering import Renderer
     from lmtune.demo import tiny_path
-    from lmtune.inference.load import run_notes
+    from lmtune.inference.load import run_metadata
     from lmtune.models.base import base_fingerprint, load_tokenizer
     from lmtune.models.tuning.lora import attach_adapter, save_adapter
     from lmtune.runs.store import RunDirectory
@@ -82,7 +82,7 @@ def make_run(folder: Path, options: Any) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     tokenizer = load_tokenizer(config.model)
-    save_adapter(adapted, run.adapter, run_notes(config, Renderer(tokenizer), base_fingerprint(config.model)))
+    save_adapter(adapted, run.adapter, run_metadata(config, Renderer(tokenizer), base_fingerprint(config.model)))
     tokenizer.save_pretrained(run.adapter)
     (run.adapter / "generation_config.json").write_text('{"eos_token_id": [2, 0], "pad_token_id": 1}', encoding="utf-8")
     rows = torch.randint(3, 2000, (options.rows, options.tokens)).tolist()

@@ -73,7 +73,7 @@ def known_model(name: str) -> KnownModel:
     with _offline():
         try:
             tokenizer = load_tokenizer(config, alone=True)
-            renderer = build_renderer(tokenizer, config, {})
+            renderer = build_renderer(tokenizer, config)
         except LmtuneError:
             if is_folder or name.startswith((".", "/", "~")):
                 raise

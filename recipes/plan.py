@@ -47,8 +47,8 @@ def main(
         from lmtune.training.start_adapter import with_starting_adapter
 
     config = with_starting_adapter(config)
-    notes = {"template": config.data.template, "system": config.data.system}
-    renderer = build_renderer(load_tokenizer(config.model, alone=True), config.model, notes)
+    tokenizer = load_tokenizer(config.model, alone=True)
+    renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system)
     rows = load_data(config.data, renderer, config.train.seed)
     held_out = None if rows.validation is None else rows.validation.sequences
     with progress("reading the model's shape"):

@@ -53,7 +53,7 @@ def main(
 
     files = find_files(paths)
     tokenizer = load_tokenizer(model_config, alone=True)
-    renderer = build_renderer(tokenizer, model_config, {"template": data_config.template, "system": data_config.system})
+    renderer = build_renderer(tokenizer, model_config, data_config.template, data_config.system)
     err.print(f"{escape(model_config.name)}: {escape(renderer.description)}")
     shown: list[dict[str, object]] = []
     report, control_text, changed = ReadReport(), ControlText(tokenizer), Counter[str]()

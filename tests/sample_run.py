@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from lmtune.config.load import build_config, dump_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.data.rendering import Renderer
-from lmtune.inference.load import run_notes
+from lmtune.inference.load import run_metadata
 from lmtune.models.tuning.lora import save_adapter
 from lmtune.runs.store import RunDirectory
 from tests.tiny import adapted, tiny_model
@@ -62,9 +63,9 @@ def write_run(folder: Path, base: str = "lab/base") -> RunDirectory:
     tokenizer = make_tokenizer(CHATML)
     model = adapted(base_model(), rank=4, alpha=8)
     run.adapter.mkdir()
-    notes = run_notes(build_config(FinetuneConfig, tree, where="sample"), Renderer(tokenizer), "0" * 32)
+    metadata = run_metadata(build_config(FinetuneConfig, tree, where="sample"), Renderer(tokenizer), "0" * 32)
     model.peft_config["default"].base_model_name_or_path = base
-    save_adapter(model, run.adapter, {**notes, "base_fingerprint": None})
+    save_adapter(model, run.adapter, replace(metadata, base_fingerprint=None))
     tokenizer.save_pretrained(run.adapter)
     model.get_base_model().generation_config.save_pretrained(run.adapter)
     (run.adapter / "README.md").write_text("An older card.")

@@ -28,7 +28,8 @@ from lmtune.config.yaml import read_yaml
 from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.io.console import HUB_TOKEN, warn
 from lmtune.io.text import format_list
-from lmtune.models.tuning.adapter_files import CONFIG, NOTES, WEIGHTS, check_adapter, read_object
+from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata, check_adapter
+from lmtune.models.validate import read_object
 from lmtune.runs.cards import adapter_card, is_hub_id, section
 from lmtune.runs.store import RunDirectory, require_possible
 
@@ -268,7 +269,7 @@ def _short(error: Exception) -> str:
 CARD = "README.md"
 _VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 ADAPTER_FILES = (
-    WEIGHTS, CONFIG, NOTES, CARD, *_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json",
+    WEIGHTS, CONFIG, METADATA, CARD, *_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -309,14 +310,13 @@ def outgoing_files(folder: Path) -> tuple[list[str], list[str]]:
 
 def stated_stops(folder: Path) -> list[str]:
     """The tokens that an adapter's model stops at, as its `lmtune.json` names them; empty where it does not."""
-    stops = read_object(folder / NOTES).get("stop_tokens") if (folder / NOTES).is_file() else None
-    return [stop for stop in stops if isinstance(stop, str)] if isinstance(stops, list) else []
+    return list(Metadata.read(folder).stop_tokens)
 
 
 def shared_texts(folder: Path) -> dict[str, bytes]:
     """What is sent in place of an adapter's files that name a base by the way to its folder: its last part alone."""
     texts = {}
-    for name, key in ((CONFIG, "base_model_name_or_path"), (NOTES, "base_model")):
+    for name, key in ((CONFIG, "base_model_name_or_path"), (METADATA, "base_model")):
         tree = read_object(folder / name) if (folder / name).is_file() else {}
         base = tree.get(key)
         if isinstance(base, str) and base.startswith(".") and (short := f"./{Path(base).name}") != base:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +67,11 @@ def _merge(
     from lmtune.inference.load import saved_tokenizer, stop_tokens
     from lmtune.models.locate import run_config, shareable_name
     from lmtune.models.merge import merge
-    from lmtune.models.tuning.lora import read_notes
+    from lmtune.models.tuning.adapter_files import Metadata
     from lmtune.runs.cards import merged_card
 
     config = run_config(run_directory, base)
-    notes = read_notes(adapter)
+    metadata = Metadata.read(adapter)
     tokenizer = saved_tokenizer(adapter)
     stops = stop_tokens(adapter)
     names = [str(tokenizer.convert_ids_to_tokens(index)) for index in stops]
@@ -78,8 +79,10 @@ def _merge(
     summary = run_directory.read_summary()
 
     def describe(folder: Path, report: MergeReport) -> None:
-        merged = {"base_model": shareable_name(config.model.name, output), "quantization": "none", "merged": into}
-        write_json(folder / "lmtune.json", {**notes, **merged})
+        merged = replace(
+            metadata, base_model=shareable_name(config.model.name, output), quantization="none", merged=into
+        )
+        write_json(folder / "lmtune.json", merged.as_dict())
         write_json(folder / "merge.json", report.as_dict())
         write_text(folder / "README.md", merged_card(to_tree(config), summary, report.as_dict(), stops=names))
 

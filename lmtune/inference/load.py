@@ -12,11 +12,10 @@ import contextlib
 import json
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 
@@ -27,11 +26,11 @@ from lmtune.errors import ConfigError, LmtuneError, ModelError, is_failure
 from lmtune.io.console import err, escape
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer, resolve_name
 from lmtune.models.locate import adapter_base, run_config, shareable_name
-from lmtune.models.published import write_adapter_texts
+from lmtune.models.published import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
-from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, check_texts
-from lmtune.models.tuning.lora import Tensors, attach_adapter, load_adapter, read_notes, save_adapter
-from lmtune.models.validate import unreachable, unusable
+from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, Metadata
+from lmtune.models.tuning.lora import Tensors, attach_adapter, load_adapter, save_adapter
+from lmtune.models.validate import tokenizer_problem
 from lmtune.runs.store import (
     ADAPTER,
     STATE,
@@ -44,6 +43,9 @@ from lmtune.runs.store import (
     similar_runs,
     step_of,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
 
@@ -64,15 +66,15 @@ class LoadedModel:
         lock: held by whoever runs the model, since switching the adapter off concerns all threads.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     name: str
     has_adapter: bool
     system: str | None = None
     trained_at: str | None = None
     run: RunDirectory | None = None
-    lock: Any = field(default_factory=threading.RLock, repr=False)
+    lock: contextlib.AbstractContextManager[bool] = field(default_factory=threading.RLock, repr=False)
 
     @property
     def date_note(self) -> str | None:
@@ -108,18 +110,16 @@ def load_for_inference(
     """
     if not target.strip():
         raise ModelError(f"no model is named; give {_TARGETS}")
-    if fault := unreachable(target):
-        raise ModelError(f"{fault}; give {_TARGETS}")
     run = find_run(target)
     if run is not None:
         config = run_config(run, base)
         model = config.model if quantization is None else replace(config.model, quantization=quantization)
         with usable_adapter(run, base) as adapter:
-            return replace(load_with_adapter(adapter, model, f"{run.name} ({config.model.name})"), run=run)
+            return replace(_load_with_adapter(adapter, model, f"{run.name} ({config.model.name})"), run=run)
     folder = Path(target)
     run = find_run(folder.resolve().parent) if folder.is_dir() else None  # its adapter or merged folder
-    if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
-        loaded = load_with_adapter(folder, adapter_base(folder, quantization, base), folder.resolve().name)
+    if (folder / WEIGHTS).is_file() or (folder / CONFIG).is_file():
+        loaded = _load_with_adapter(folder, adapter_base(folder, quantization, base), folder.resolve().name)
         return replace(loaded, run=run)
     if base is not None:
         raise ConfigError(f"--base: {target} has no adapter, so no base belongs to it; leave --base out")
@@ -127,16 +127,39 @@ def load_for_inference(
     try:
         return replace(_load_plain(ModelConfig(name=target, quantization=quantization or "none")), run=run)
     except ModelError as error:
-        misses = target != "tiny" and not folder.is_dir() and "check the spelling" in str(error)
-        if not misses or ("/" in target and not near_runs(target)):
+        is_missing = target != "tiny" and not folder.is_dir() and "check the spelling" in str(error)
+        if not is_missing or ("/" in target and not near_runs(target)):
             raise
         raise ModelError(
             f"{target}: no such run, folder or model; {run_hint(target)} (a model of the Hub is user/name)"
         ) from error
 
 
+def _load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:
+    metadata = Metadata.read(folder)
+    model = load_adapter(load_model(base), folder, base_fingerprint(base))
+    tokenizer = saved_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else load_tokenizer(base)
+    return _loaded(model, tokenizer, base, name, metadata, has_adapter=True)
+
+
+def _load_plain(model: ModelConfig) -> LoadedModel:
+    metadata = Metadata.read(Path(resolve_name(model.name)))
+    tokenizer = load_tokenizer(model)
+    return _loaded(load_model(model), tokenizer, model, Path(model.name).name, metadata, has_adapter=False)
+
+
+def _loaded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: ModelConfig, name: str, metadata: Metadata,
+    has_adapter: bool,
+) -> LoadedModel:  # fmt: skip
+    renderer = build_renderer(
+        tokenizer, base, metadata.template, metadata.system, stop_token_ids=metadata.stop_token_ids
+    )
+    return LoadedModel(model, tokenizer, renderer, name, has_adapter, metadata.system, metadata.rendered_at)
+
+
 def _check_spelling(target: str) -> None:
-    """Raise ModelError where `target` is no folder and no known model, and nearly a run's name or none of the Hub's."""
+    """Raise ModelError for a name that is almost a run's and not a known model, or that the Hub cannot have."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -154,43 +177,31 @@ def _check_spelling(target: str) -> None:
     raise ModelError(f"{target}: no such run or folder; {hint} (a model of the Hub is user/name)")
 
 
-def load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:
-    """The base with the adapter of `folder` on it."""
-    notes = read_notes(folder)
-    model = load_adapter(load_model(base), folder, base_fingerprint(base))
-    own = (folder / "tokenizer_config.json").is_file()
-    tokenizer = saved_tokenizer(folder) if own else load_tokenizer(base)
-    renderer = build_renderer(tokenizer, base, notes)
-    return LoadedModel(model, tokenizer, renderer, name, True, notes.get("system"), notes.get("rendered_at"))
+# --- the tokenizer, the renderer and the stop tokens
 
 
 def build_renderer(
-    tokenizer: Any, model: ModelConfig, notes: Mapping[str, Any], now: str | None = None
+    tokenizer: PreTrainedTokenizerBase, model: ModelConfig, template: Template = "auto", system: str | None = None, *,
+    stop_token_ids: Sequence[int] = (), now: str | None = None,
 ) -> Renderer:  # fmt: skip
     """The renderer of a run: its template and system prompt, and all stop tokens that the model's own config names.
 
     Args:
         tokenizer: the model's.
-        model: names it.
-        notes: `template` and `system`, as `lmtune.json` holds them.
+        model: names the generation config.
+        template: as `data.template`.
+        system: the system prompt of training.
+        stop_token_ids: more of them, from `lmtune.json`: the tokenizer beside an adapter names only the first.
         now: the time for a template that writes it; by default that of rendering.
-
-    Raises:
-        ModelError: `notes`, which may be another's `lmtune.json`, hold no template or system prompt that we know.
     """
-    template, system = notes.get("template", "auto"), notes.get("system")
-    if template not in get_args(Template) or not isinstance(system, (str, NoneType)):
-        raise ModelError(f"lmtune.json: template {template!r} with system {system!r} is not known to this lmtune")
-    learned = notes.get("stop_token_ids")  # the tokenizer beside an adapter names the first of them alone
-    stops = tuple(learned) if isinstance(learned, list) and all(type(index) is int for index in learned) else ()
-    return Renderer(tokenizer, template, system, (*generation_stop_tokens(model), *stops), now)
+    return Renderer(tokenizer, template, system, (*generation_stop_tokens(model), *stop_token_ids), now)
 
 
 def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
     """The end tokens in the base's generation config, if it has one.
 
     Raises:
-        ModelError: they are no token numbers.
+        ModelError: they are not token ids.
     """
     from transformers import GenerationConfig
 
@@ -198,38 +209,48 @@ def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
         ids = GenerationConfig.from_pretrained(resolve_name(model.name), revision=model.revision).eos_token_id
     except (OSError, ValueError):  # many base models have no generation_config.json
         return ()
-    except Exception as error:  # what parts of it raise for values that they do not know
-        raise ModelError(
-            f"model.name: {model.name}: generation_config.json: cannot be used ({type(error).__name__}: {error})"
-        ) from error
     several = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < 2**31 for index in several):
+    if not all(type(index) is int and index >= 0 for index in several):
         raise ModelError(
-            f"model.name: {model.name}: generation_config.json: eos_token_id is {ids!r}; should be a token's number or "
-            "several"
+            f"model.name: {model.name}: generation_config.json: eos_token_id: {ids!r}; expected a token id or a list"
         )
     return tuple(several)
 
 
 def stop_tokens(folder: Path) -> tuple[int, ...]:
-    """What the model of an adapter folder stops at, the end of an answer first.
+    """What the model of an adapter folder stops at, the trained end of an answer first.
 
     Raises:
         ModelError: neither `lmtune.json` nor `generation_config.json` names one.
     """
-    from lmtune.models.published import GENERATION, read_tree
-
-    for ids in (read_notes(folder).get("stop_token_ids"), read_tree(folder / GENERATION).get("eos_token_id")):
-        several = ids if isinstance(ids, list) else [ids]
-        if several and all(type(index) is int and index >= 0 for index in several):
-            return tuple(several)
+    if ids := Metadata.read(folder).stop_token_ids:
+        return ids
+    stated = read_tree(folder / GENERATION).get("eos_token_id")
+    several = stated if isinstance(stated, list) else [stated]
+    if several and all(type(index) is int and index >= 0 for index in several):
+        return tuple(several)
     raise ModelError(f"{folder}: generation_config.json names no end token (eos_token_id); train the adapter again")
 
 
-def run_notes(
+def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside an adapter, with its template; such a folder has no config.json of a model."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise ModelError(f"{folder}: cannot read its tokenizer: {error}") from error
+    if problem := tokenizer_problem(tokenizer):
+        raise ModelError(f"{folder}: {problem}")
+    return tokenizer
+
+
+def run_metadata(
     config: FinetuneConfig, renderer: Renderer, fingerprint: str, folder: Path | None = None
-) -> dict[str, Any]:  # fmt: skip
-    """What `lmtune.json` of an adapter or merged folder holds: how to talk to the model as in training.
+) -> Metadata:  # fmt: skip
+    """The metadata of a run's adapter.
 
     Args:
         config: of the run.
@@ -237,37 +258,15 @@ def run_notes(
         fingerprint: of the base.
         folder: where the file will be, from which a base in a folder is named.
     """
-    return {
-        "base_model": shareable_name(config.model.name, folder),
-        "revision": config.model.revision, "quantization": config.model.quantization, "dtype": config.model.dtype,
-        "base_fingerprint": fingerprint, "template": config.data.template, "system": config.data.system,
-        "stop_token_ids": list(renderer.stop_token_ids), "stop_tokens": renderer.stop_tokens,
-        **({} if renderer.rendered_at is None else {"rendered_at": renderer.rendered_at}),
-    }  # fmt: skip
+    return Metadata(
+        base_model=shareable_name(config.model.name, folder), revision=config.model.revision,
+        quantization=config.model.quantization, dtype=config.model.dtype, base_fingerprint=fingerprint,
+        template=config.data.template, system=config.data.system, stop_token_ids=tuple(renderer.stop_token_ids),
+        stop_tokens=tuple(renderer.stop_tokens), rendered_at=renderer.rendered_at,
+    )  # fmt: skip
 
 
-def _load_plain(model: ModelConfig) -> LoadedModel:
-    notes = read_notes(Path(resolve_name(model.name)))
-    tokenizer = load_tokenizer(model)
-    renderer = build_renderer(tokenizer, model, notes)
-    name, system, trained_at = Path(model.name).name, notes.get("system"), notes.get("rendered_at")
-    return LoadedModel(load_model(model), tokenizer, renderer, name, False, system, trained_at)
-
-
-def saved_tokenizer(folder: Path) -> Any:
-    """The tokenizer saved beside an adapter, with its template; such a folder has no config.json of a model."""
-    from transformers import AutoTokenizer
-
-    check_texts(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        raise ModelError(f"{folder}: cannot read its tokenizer: {error}") from error
-    if fault := unusable(tokenizer):
-        raise ModelError(f"{folder}: {fault}")
-    return tokenizer
+# --- a run that is not finished: the adapter of a checkpoint
 
 
 _TRIES = 5  # the run deletes checkpoints as it writes newer ones
@@ -279,19 +278,18 @@ class Saved:
 
     Attributes:
         step: after which it was saved.
+        total_steps: of the run.
         is_best: whether it was chosen by the validation rows, and is not the newest.
-        state: what else the checkpoint holds.
         adapter: trainable parameters by name.
     """
 
     step: int
+    total_steps: int | None
     is_best: bool
-    state: dict[str, Any]
     adapter: Tensors
 
     def __str__(self) -> str:
-        total = self.state.get("total_steps")
-        of = f" of {total}" if total else ""
+        of = f" of {self.total_steps}" if self.total_steps else ""
         return f"step {self.step}{of}" + (", the best so far by its validation loss" if self.is_best else "")
 
 
@@ -331,7 +329,8 @@ def newest_saved(run: RunDirectory) -> Saved | None:
             keep_best = load_config(FinetuneConfig, run.config).evaluation.keep_best
             best = state.get("counters", {}).get("best_step") if keep_best else None
             chosen = next((path for path in folders if step_of(path) == best), folders[0])
-            return Saved(step_of(chosen), chosen != folders[0], state, load_file(chosen / ADAPTER))
+            total = state.get("total_steps")
+            return Saved(step_of(chosen), total, chosen != folders[0], load_file(chosen / ADAPTER))
     return None
 
 
@@ -339,13 +338,12 @@ def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | Non
     """Fill an empty folder as the run would fill `adapter/` with these weights; `base` is where its base is now."""
     config = run_config(run, base)
     tokenizer = load_tokenizer(config.model)
-    wanted = {"template": config.data.template, "system": config.data.system}
-    renderer = build_renderer(tokenizer, config.model, wanted, run.rendered_at())
-    notes = run_notes(config, renderer, base_fingerprint(config.model), run.adapter)
-    if config.adapter.init_lora_weights == "pissa":  # which begins with a part of the base's weights
+    renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
+    metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.adapter)
+    if config.adapter.init_lora_weights == "pissa":  # which takes a part of the base's weights
         model = load_model(config.model)
     else:
         model = empty_model(resolve_name(config.model.name), config.model.revision)
     adapted = attach_adapter(model, config.adapter, config.train.seed, shareable_name(config.model.name))
-    save_adapter(adapted, folder, notes, saved.adapter)
+    save_adapter(adapted, folder, metadata, saved.adapter)
     write_adapter_texts(config.model, renderer, folder)

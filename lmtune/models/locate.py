@@ -11,7 +11,7 @@ for PEFT knows no other. So runs and bases may be moved together, and nothing ho
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from typing import Any
 from lmtune.config.load import build_config, load_config
 from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization
 from lmtune.errors import ModelError
-from lmtune.models.tuning.adapter_files import check_adapter
-from lmtune.models.tuning.lora import read_notes
+from lmtune.models.tuning.adapter_files import Metadata, check_adapter
 from lmtune.runs.store import RunDirectory
 
 
@@ -46,8 +45,8 @@ def shareable_name(name: str, start: Path | None = None) -> str:
     return relative if relative.startswith(os.pardir) else f"./{relative}"  # `base` alone could be a Hub id
 
 
-def local_notes(run: RunDirectory, name: str) -> dict[str, Any]:
-    """What `local.json` of a run holds: the way from its folder to the base's; empty for one of the Hub or `tiny`."""
+def local_paths(run: RunDirectory, name: str) -> dict[str, str]:
+    """What `local.json` of a run holds: the path from its folder to the base's; empty for a Hub id or `tiny`."""
     return {"base": os.path.relpath(Path(name).resolve(), run.path.resolve())} if is_folder(name) else {}
 
 
@@ -95,18 +94,17 @@ def adapter_base(folder: Path, quantization: Quantization | None = None, base: s
         config = check_adapter(folder)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
-    notes = read_notes(folder)
-    name = notes.get("base_model") or config.get("base_model_name_or_path")
-    if base is not None:
-        name = base
-    elif not name or not name.strip():
-        raise ModelError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path)")
-    else:
-        name = _adapter_name(folder, name)
-    keys = ("quantization", "dtype") if base is not None else ("revision", "quantization", "dtype")
-    tree: dict[str, Any] = {"quantization": "none", **_only(notes, keys), "name": name}
-    model = build_config(ModelConfig, tree, where=f"{folder / 'lmtune.json'}")
-    return model if quantization is None else replace(model, quantization=quantization)
+    metadata = Metadata.read(folder)
+    name = base or metadata.base_model or config.get("base_model_name_or_path")
+    if not name or not name.strip():
+        raise ModelError(f"{folder}: adapter_config.json: no base model (base_model_name_or_path)")
+    tree: dict[str, Any] = {
+        "name": name if base is not None else _adapter_name(folder, name),
+        "revision": metadata.revision if base is None else None,
+        "quantization": quantization or metadata.quantization,
+        "dtype": metadata.dtype,
+    }
+    return build_config(ModelConfig, tree, where=f"{folder / 'lmtune.json'}")
 
 
 def replaced(model: ModelConfig, base: str) -> ModelConfig:
@@ -155,7 +153,3 @@ def _is_at(name: str, told: str, run: Path) -> bool:
     """Whether `name`, from where the command is called, is the folder that `told` leads to from the run's."""
     place = run.resolve() / told
     return place.is_dir() and is_folder(name) and Path(name).samefile(place)
-
-
-def _only(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: tree[key] for key in keys if key in tree}

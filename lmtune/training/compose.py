@@ -23,7 +23,7 @@ from lmtune.errors import ConfigError
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, teacher_forced
 from lmtune.forward.packed import PackedForward
-from lmtune.inference.load import build_renderer, run_notes
+from lmtune.inference.load import build_renderer, run_metadata
 from lmtune.io.atomic import new_folder
 from lmtune.io.console import progress, warn
 from lmtune.kernels.lora_linear import fuse
@@ -142,10 +142,10 @@ def _prepare(config: FinetuneConfig, accelerator: Any, start: StartingAdapter | 
     if accelerator.device.type == "cuda" and config.model.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
     tokenizer = load_tokenizer(config.model)
-    notes = {"template": config.data.template, "system": config.data.system}
-    renderer = build_renderer(tokenizer, config.model, notes, begun_at(config))
+    template, system = config.data.template, config.data.system
+    renderer = build_renderer(tokenizer, config.model, template, system, now=begun_at(config))
     if (now := renderer.rendered_at) is not None:  # one date for the whole run, whenever it is gone on with
-        renderer = build_renderer(tokenizer, config.model, notes, now)
+        renderer = build_renderer(tokenizer, config.model, template, system, now=now)
     with accelerator.main_process_first():  # the others find the rows in the cache
         data = load_data(config.data, renderer, config.train.seed)
     _check_patience(config, data)
@@ -213,8 +213,8 @@ def save_tuned(session: Session, folder: Path, weights: Tensors | CheckpointTens
         weights: the adapter's tensors, or None for the model's own.
     """
     with new_folder(folder) as staging:
-        notes = run_notes(session.config, session.renderer, session.fingerprint, folder)
-        save_adapter(session.forward.model, staging, notes, weights)
+        metadata = run_metadata(session.config, session.renderer, session.fingerprint, folder)
+        save_adapter(session.forward.model, staging, metadata, weights)
         write_adapter_texts(session.config.model, session.renderer, staging)
 
 

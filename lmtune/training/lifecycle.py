@@ -23,7 +23,7 @@ from lmtune.evaluation.scoring import Scores
 from lmtune.io.atomic import name_disk_errors, write_json, write_text
 from lmtune.io.console import err, escape, warn
 from lmtune.io.text import pluralize, without_absolute_paths
-from lmtune.models.locate import local_notes
+from lmtune.models.locate import local_paths
 from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interrupts
 from lmtune.runs.log import Records, read_answers
 from lmtune.runs.store import RunDirectory
@@ -99,7 +99,7 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
             Records(run, enabled=True).begin(0 if checkpoint is None else checkpoint.step)
             write_text(run.config, dump_config(session.config))
             write_json(run.environment, environment(session))
-            write_json(run.local, local_notes(run, session.config.model.name))
+            write_json(run.local, local_paths(run, session.config.model.name))
             write_json(run.data, session.data.fates)
             write_json(run.verification, verification_rows(session))
     return checkpoint, complete

@@ -30,7 +30,7 @@ from lmtune.data.rendering import Renderer
 from lmtune.data.sources import find_files
 from lmtune.data.types import Example, Message
 from lmtune.errors import LmtuneError
-from lmtune.models.tuning.adapter_files import USED
+from lmtune.models.tuning.adapter_files import SETTINGS, Metadata
 from lmtune.models.tuning.lora import load_adapter, save_adapter
 from lmtune.serve.calls import Calls, read_body
 from lmtune.serve.request import settings_of
@@ -255,7 +255,7 @@ def test_any_template_renders_a_row_or_is_refused(examples: int, monkeypatch: py
 
 odd = st.sampled_from([None, True, 0, 1, 4, 10**400, -1, 1e308, "", "q_proj", "all", [], ["q_proj"], {}, {"q_proj": 4}])
 adapter_keys = st.sampled_from(
-    [*USED, "peft_type", "init_lora_weights", "layer_replication", "trainable_token_indices", "loftq_config"]
+    [*SETTINGS, "peft_type", "init_lora_weights", "layer_replication", "trainable_token_indices", "loftq_config"]
 ) | st.text(max_size=5)  # fmt: skip
 
 
@@ -263,7 +263,7 @@ adapter_keys = st.sampled_from(
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's, about settings without effect
 def test_any_adapter_config_is_loaded_whole_or_refused(tmp_path: Path, examples: int) -> None:
     folder = tmp_path
-    save_adapter(adapted(tiny_model(), target_modules=("q_proj", "v_proj")), folder, {})
+    save_adapter(adapted(tiny_model(), target_modules=("q_proj", "v_proj")), folder, Metadata())
     good, base = json.loads((folder / "adapter_config.json").read_text()), tiny_model()
     tokens = torch.arange(8)[None]
     plain = base(tokens).logits

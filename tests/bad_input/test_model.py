@@ -7,10 +7,8 @@ tests/data/test_template_limits.py, and what only `pull` meets in tests/test_hub
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.config.schema import ModelConfig
 from lmtune.io import sandbox
-from lmtune.models import pattern_limits
 from lmtune.models.base import base_fingerprint, load_model
+from lmtune.models.tuning.adapter_files import Metadata
 from lmtune.models.tuning.lora import save_adapter
 from tests.bad_input.conftest import Command, Outcome, everything
 from tests.faults.choosing import few
-from tests.sample_run import write_base, write_run
+from tests.sample_run import write_run
 from tests.tiny import adapted, save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import make_workplace
@@ -61,16 +59,6 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
         state = load_file(folder / "adapter_model.safetensors")
         change(state)
         save_file(state, folder / "adapter_model.safetensors")
-
-    return apply
-
-
-def pipe(name: str) -> Change:
-    """Puts a named pipe in a file's place: who opens it waits for ever."""
-
-    def apply(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        os.mkfifo(folder / name)
 
     return apply
 
@@ -113,226 +101,99 @@ def stored_as(kind: torch.dtype, *parts: str) -> Change:
     return apply
 
 
-BITS = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
-MASKS = (torch.bool, torch.uint8)
 PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+UNKNOWN = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]}
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROWS = "{% for i in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
 BASES: dict[str, tuple[Change, str]] = {
     "pickled weights": (
         all_of(without("model.safetensors"), written("pytorch_model.bin", PICKLE)),
-        "model.name: ./base holds pickled weights (pytorch_model.bin), which can run code when read",
+        "pytorch_model.bin: pickled weights can run code; expected safetensors; ",
     ),
     "a pickle called safetensors": (
-        written("model.safetensors", b"\x80\x04" + PICKLE), "model.safetensors is pickled weights, which can run code",
+        written("model.safetensors", b"\x80\x04" + PICKLE), "model.safetensors: pickled weights can run code",
     ),
     "HTML in place of the weights": (
-        written("model.safetensors", HTML),
-        "model.name: ./base: model.safetensors is a web page, not weights; download the file itself, for example with",
+        written("model.safetensors", HTML), "model.safetensors: a web page; expected weights; download the file itself",
     ),
     "a pointer in place of the weights": (
-        written("model.safetensors", POINTER),
-        "model.name: ./base: model.safetensors is a Git LFS pointer, not weights; download the file itself: `git lfs",
+        written("model.safetensors", POINTER), "model.safetensors: a Git LFS pointer; expected weights; download ",
     ),
-    "no byte of weights": (written("model.safetensors", b""), "model.name: ./base: model.safetensors is empty"),
+    "an empty file of weights": (written("model.safetensors", b""), "model.safetensors: empty"),
     "weights cut off": (
         lambda base: (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-9]),
-        "model.name: ./base: model.safetensors: damaged or cut off",
+        "model.safetensors: damaged or cut off",
     ),
-    "no weights": (
-        without("model.safetensors"),
-        "model.name: ./base holds no model.safetensors; lmtune reads safetensors only: download the weights too",
-    ),
-    "a link to weights that are not there": (
+    "no weights": (without("model.safetensors"), "no model.safetensors; lmtune reads safetensors only; download the "),
+    "a link to weights that are missing": (
         lambda base: ((base / "model.safetensors").unlink(), (base / "model.safetensors").symlink_to("../blobs/4d7a")),
-        "model.name: ./base: model.safetensors is a link to a file that is not there; copy the file itself",
+        "model.safetensors: the target of this link is missing; copy the file itself",
     ),
-    "shards without their list": (
-        sharded(lambda base, shards: (base / INDEX).unlink()),
-        "model.name: ./base holds model-00001-of-00003.safetensors, but neither model.safetensors nor model.safe",
+    "shards without their index": (
+        sharded(lambda base, shards: (base / INDEX).unlink()), f"model-00001-of-00003.safetensors without {INDEX}",
     ),
     "weights for llama.cpp": (
         all_of(without("model.safetensors"), written("model-q4.gguf", b"GGUF")),
-        "model.name: ./base holds weights for llama.cpp (model-q4.gguf); lmtune reads safetensors only",
-    ),
-    "weights of TensorFlow": (
-        all_of(without("model.safetensors"), written("tf_model.h5", b"HDF")),
-        "model.name: ./base holds weights for TensorFlow or Flax (tf_model.h5); lmtune reads safetensors only",
+        "model-q4.gguf: weights for llama.cpp; expected safetensors",
     ),
     "a shard missing": (
-        sharded(lambda base, shards: shards[1].unlink()),
-        "model.name: ./base: model-00002-of-00003.safetensors, which model.safetensors.index.json names, is missing; ",
+        sharded(lambda base, shards: shards[1].unlink()), "model-00002-of-00003.safetensors: missing, but model.safete",
     ),
     "a pointer in place of a shard": (
-        sharded(lambda base, shards: shards[2].write_bytes(POINTER)),
-        "model.name: ./base: model-00003-of-00003.safetensors is a Git LFS pointer, not weights; ",
+        sharded(lambda base, shards: shards[2].write_bytes(POINTER)), "model-00003-of-00003.safetensors: a Git LFS po",
     ),
-    "HTML in place of the list of shards": (
-        sharded(lambda base, shards: (base / INDEX).write_bytes(HTML)),
-        f"model.name: ./base: {INDEX} is a web page, not JSON; ",
+    "HTML in place of the index": (
+        sharded(lambda base, shards: (base / INDEX).write_bytes(HTML)), f"{INDEX}: a web page; expected JSON; ",
     ),
-    "no list of shards in its file": (
+    "an index without file names": (
         sharded(lambda base, shards: (base / INDEX).write_text('{"weight_map": {"a": 1}}')),
-        f"model.name: ./base: {INDEX} holds no weight_map of file names; copy or download it again",
+        f"{INDEX}: no weight_map of file names",
     ),
     "a shard from elsewhere": (
         sharded(lambda base, shards: (base / INDEX).write_text('{"weight_map": {"a": "../../a.safetensors"}}')),
-        f"model.name: ./base: {INDEX} names ../../a.safetensors, which is no file name; copy or download it again",
+        f"{INDEX}: ../../a.safetensors; expected a file name",
     ),
-    "HTML in place of the config": (
-        written("config.json", HTML), "model.name: ./base: config.json is a web page, not JSON; download the file itse",
-    ),
-    "half a config": (written("config.json", '{"model": '), "model.name: ./base: config.json: not valid JSON"),
+    "HTML in place of the config": (written("config.json", HTML), "config.json: a web page; expected JSON"),
+    "half a config": (written("config.json", '{"model": '), "config.json: not valid JSON"),
     "a pointer in place of the tokenizer": (
-        written("tokenizer.json", POINTER), "model.name: ./base: tokenizer.json is a Git LFS pointer, not a vocabulary",
+        written("tokenizer.json", POINTER), "tokenizer.json: a Git LFS pointer; expected a vocabulary",
     ),
     "half a tokenizer": (
-        written("tokenizer.json", '{"version": '), "model.name: ./base: tokenizer.json: not valid JSON (",
+        written("tokenizer.json", '{"version": '), "cannot load the tokenizer of ./base: ",
     ),
-    "a tokenizer without what makes one": (
-        written("tokenizer.json", "{}"), "\n  check tokenizer.json, tokenizer_config.json and config.json, or download",
-    ),
-    "a tokenizer at which its library panics": (  # which is no Exception
+    "a tokenizer at which its library panics": (  # with a BaseException
         settings("tokenizer.json", normalizer=PANICS), "cannot load the tokenizer of ./base: PanicException: ",
     ),
     "a tokenizer without tokens": (
-        settings("tokenizer.json", model={"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]}, added_tokens=[]),
-        "model.name: ./base: its tokenizer knows nothing of 'Hello, 12 ",
+        settings("tokenizer.json", model=UNKNOWN, added_tokens=[]), "the tokenizer has no tokens for 'Hello, 12 ",
     ),
-    "a tokenizer with no token at all": (
-        settings("tokenizer.json", model={"type": "Unigram", "unk_id": None, "vocab": []}, added_tokens=[]),
-        "model.name: ./base: its tokenizer cannot encode plain text (Encountered an unknown token",
+    "no tokenizer": (
+        without("tokenizer.json", "tokenizer_config.json"), "cannot load the tokenizer of ./base: ",
     ),
-    "a pointer in place of the template": (
-        written("chat_template.jinja", POINTER), "model.name: ./base: chat_template.jinja is a Git LFS pointer, not a ",
-    ),
-    "a template that is no UTF-8": (
-        written("chat_template.jinja", b'{{ "\xe9" }}'), "model.name: ./base: chat_template.jinja: not UTF-8 (byte 4)",
+    "a template that is not UTF-8": (
+        written("chat_template.jinja", b'{{ "\xe9" }}'), "chat_template.jinja: not UTF-8 (byte 4); save it as UTF-8",
     ),
     "an end token by name": (
         settings("generation_config.json", eos_token_id="</s>"),
-        "model.name: ./base: generation_config.json: eos_token_id is '</s>'; should be a token's number or several",
-    ),
-    "end tokens by name": (
-        settings("generation_config.json", eos_token_id=[1, "</s>"]), "generation_config.json: eos_token_id is [1, '</",
-    ),
-    "an end token below zero": (
-        settings("generation_config.json", eos_token_id=-5), "generation_config.json: eos_token_id is -5; should be a ",
-    ),
-    "a truth for an end token": (
-        settings("generation_config.json", eos_token_id=True), "generation_config.json: eos_token_id is True; should ",
-    ),
-    "an end token beyond the vocabulary": (
-        settings("generation_config.json", eos_token_id=10**12),
-        "generation_config.json: eos_token_id is 1000000000000; should be a token's number or several",
-    ),
-    "a length that is no number": (
-        settings("tokenizer_config.json", model_max_length="x"),
-        "model.name: ./base: tokenizer_config.json: model_max_length is 'x'; should be a number above 0",
+        "generation_config.json: eos_token_id: '</s>'; expected a token id",
     ),
     "a smaller vocabulary in the config": (
-        settings("config.json", vocab_size=10),
-        "model.name: ./base: the weights have other shapes than its config.json says; copy or download both again\n",
+        settings("config.json", vocab_size=10), "shapes of the weights differ from config.json; download both again\n",
     ),
-    "a million layers in the config": (
-        settings("config.json", num_hidden_layers=10**6),
-        "model.name: ./base: config.json: num_hidden_layers is 1,000,000, but the weights have 2; copy or downl",
+    "plain weights with a config for 4 bit": (
+        settings("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "config.json: quantization_config says 4-bit weights, but they are not; remove that key",
     ),
-    "a million layers over shards": (
-        sharded(lambda base, shards: settings("config.json", num_hidden_layers=10**6)(base)),
-        "config.json: num_hidden_layers is 1,000,000, but the weights have 2",
+    "weights in integers": (
+        stored_as(torch.int8), "model.safetensors: lm_head.weight (and 15 more) has type I8, and config.json has no qu",
     ),
-    "a vocabulary without end in the config": (
-        settings("config.json", vocab_size=10**12),
-        "config.json: vocab_size is 1,000,000,000,000, but the largest of the weights has 448; copy or downl",
-    ),
-    "plain weights said to be 4-bit ones": (
-        settings("config.json", quantization_config={**BITS, "load_in_4bit": True}),
-        "model.name: ./base: config.json says that the weights are stored in 4 bit",
-    ),
-    "plain weights said to be 8-bit ones": (
-        settings("config.json", quantization_config={**BITS, "load_in_8bit": True}),
-        "model.name: ./base: config.json says that the weights are stored in 8 bit",
-    ),
-    "weights in whole numbers": (
-        stored_as(torch.int8),
-        "model.name: ./base: model.safetensors: lm_head.weight and 15 more are of type I8, but config.json has no",
-    ),
-    "one weight in whole numbers": (
-        stored_as(torch.uint8, "0.self_attn.q_proj"),
-        "model.safetensors: model.layers.0.self_attn.q_proj.weight is of type U8, but config.json has no quant",
-    ),
-    "weights in 8-bit floats without scales": (
-        stored_as(torch.float8_e4m3fn), "model.safetensors: lm_head.weight and 15 more are of type F8_E4M3, but config",
-    ),
-    "other 8-bit floats, over shards": (
+    "8-bit floats without scales, over shards": (
         all_of(stored_as(torch.float8_e5m2, "norm"), sharded(lambda base, shards: None)),
-        ": model.layers.0.post_attention_layernorm.weight and 1 more are of type F8_E5M2, but config.json has no",
+        ": model.layers.0.post_attention_layernorm.weight (and 1 more) has type F8_E5M2, and config.json has no",
     ),
     "an adapter in the base's folder": (
         written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}'),
-        "model.name: ./base holds an adapter (adapter_config.json) beside the model, and transformers would load the ",
-    ),
-    "no layers in the config": (
-        settings("config.json", num_hidden_layers=0),
-        "model.name: ./base: config.json: num_hidden_layers is 0; should be a whole number above 0; correct it",
-    ),
-    "layers below zero": (settings("config.json", num_hidden_layers=-1), "num_hidden_layers is -1; should be a whole"),
-    "half a layer": (settings("config.json", num_hidden_layers=1.5), "num_hidden_layers is 1.5; should be a whole"),
-    "no width": (settings("config.json", hidden_size=0), "config.json: hidden_size is 0; should be a whole number"),
-    "no heads": (settings("config.json", num_attention_heads=0), "num_attention_heads is 0; should be a whole number"),
-    "heads by name": (settings("config.json", num_key_value_heads="x"), "num_key_value_heads is 'x'; should be a whol"),
-    "no vocabulary": (settings("config.json", vocab_size=-5), "config.json: vocab_size is -5; should be a whole"),
-    "no layers of the text's part": (
-        settings("config.json", text_config={"num_hidden_layers": 0}), "text_config.num_hidden_layers is 0; should be",
-    ),
-    "an epsilon that is no number": (
-        settings("config.json", rms_norm_eps=float("nan")),
-        "config.json: rms_norm_eps is nan; should be a number of 0 or above; correct it, or copy or download it again",
-    ),
-    "an epsilon below zero": (settings("config.json", layer_norm_eps=-1e-5), "layer_norm_eps is -1e-05; should be a n"),
-    "a base of positions without bound": (
-        settings("config.json", rope_theta=float("inf")), "config.json: rope_theta is inf; should be a number above 0",
-    ),
-    "a base of positions of zero": (
-        settings("config.json", rope_parameters={"rope_type": "default", "rope_theta": 0}),
-        "config.json: rope_parameters.rope_theta is 0; should be a number above 0; correct it",
-    ),
-    "a base of positions below zero": (
-        settings("config.json", rope_scaling={"rope_type": "default", "rope_theta": -1e4}),
-        "config.json: rope_scaling.rope_theta is -10000.0; should be a number above 0",
-    ),
-    "positions stretched by nothing": (
-        settings("config.json", rope_scaling={"rope_type": "linear", "factor": 0}), "rope_scaling.factor is 0; should",
-    ),
-    "one kind of layer without positions": (
-        settings("config.json", rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 10**400}}),
-        "config.json: rope_parameters.full_attention.rope_theta is 1000",
-    ),
-    "a pipe for the weights": (
-        pipe("model.safetensors"),
-        "model.name: ./base: model.safetensors is a pipe or a device, not a file; put the file itself there",
-    ),
-    "a device for the weights": (
-        lambda base: ((base / "model.safetensors").unlink(), (base / "model.safetensors").symlink_to("/dev/zero")),
-        "model.name: ./base: model.safetensors is a pipe or a device, not a file; put the file itself there",
-    ),
-    "a folder for the list of shards": (
-        sharded(lambda base, shards: ((base / INDEX).unlink(), (base / INDEX).mkdir())),
-        f"model.name: ./base: {INDEX} is a folder, not a file; put the file itself there",
-    ),
-    "a pipe for a shard": (
-        sharded(lambda base, shards: pipe(shards[1].name)(base)), "model-00002-of-00003.safetensors is a pipe or a dev",
-    ),
-    "a watermark of unknown settings": (
-        settings("generation_config.json", watermarking_config={"a": 1}),
-        "model.name: ./base: generation_config.json: cannot be used (TypeError: ",
-    ),
-    "a list for generation's settings": (
-        written("generation_config.json", "[]"), "./base: generation_config.json: holds list, not an object",
-    ),
-    "no tokenizer": (
-        without("tokenizer.json", "tokenizer_config.json"), "model.name: cannot load the tokenizer",
+        "adapter_config.json beside the model; transformers would load the base that this adapter names",
     ),
     "a template that renders no answer": (
         written("chat_template.jinja", "{{ messages[0].content }}"),
@@ -345,12 +206,7 @@ BASES: dict[str, tuple[Change, str]] = {
         written("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), "use data.template: plain",
     ),
 }  # fmt: skip
-
-TEXTS = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "vocab.json",
-)  # fmt: skip
-SIZES = ("no layers in the config", "layers below zero", "no heads", "a base of positions of zero")
+TRIAL = "model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n"
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -363,45 +219,32 @@ def test_a_base_that_cannot_be_used(
     make_workplace(place)
     change, said = BASES[name]
     change(place / "base")
-    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
-    begin = time.monotonic()
-    assert said in refused("finetune", "trial.yaml").err
-    assert time.monotonic() - begin < 30
+    (place / "trial.yaml").write_text(TRIAL)
+    found = refused("finetune", "trial.yaml").err
+    assert said in found
+    assert "./base:" in found or "template" in name
     assert not (place / "it-ran").exists()
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_a_pipe_in_place_of_a_text_is_not_waited_for(place: Path, refused: Callable[..., Outcome], name: str) -> None:
+def test_every_problem_of_a_folder_is_listed_at_once(place: Path, refused: Callable[..., Outcome]) -> None:
     make_workplace(place)
-    pipe(name)(place / "base")
-    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
-    said = f"./base: {name} is a pipe or a device, not a file; put the file itself there"
-    for arguments in (("finetune", "trial.yaml"), ("plan", "trial.yaml"), ("chat", "./base")):
-        assert said in refused(*arguments).err
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        written(name, POINTER)(place / "base")
+    (place / "trial.yaml").write_text(TRIAL)
+    lines = refused("finetune", "trial.yaml").err.splitlines()
+    assert [line.split(":")[0].strip() for line in lines[-3:]] == ["config.json", "tokenizer.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_plan_and_chat_refuse_sizes_too(place: Path, refused: Callable[..., Outcome], name: str) -> None:
-    """Also where a folder holds no weights, which `plan` does without."""
-    make_workplace(place)
-    change, said = BASES[name]
-    change(place / "base")
-    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
-    assert said in refused("chat", "./base").err
-    (place / "base" / "model.safetensors").unlink()
-    assert said in refused("plan", "trial.yaml").err
-
-
-def test_whole_numbers_that_are_no_weights(place: Path, command: Command) -> None:
+def test_integers_that_are_not_weights(place: Path, command: Command) -> None:
     """What old files of GPT-2 hold beside the weights: masks, and the numbers of positions."""
     make_workplace(place)
     shutil.rmtree(place / "base")
     save_tiny(place / "base", "gpt2", chat_template=CHATML)
     state = load_file(place / "base" / "model.safetensors")
-    masks = {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 256, 256, dtype=kind) for n, kind in enumerate(MASKS)}
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 256, 256, dtype=torch.bool)}
     others = {"h.1.attn.bias": torch.ones(1, 1, 9, 9, dtype=torch.int8), "position_ids": torch.arange(256)}
-    save_file({**state, **masks, **others}, place / "base" / "model.safetensors", metadata={"format": "pt"})
-    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
+    save_file({**state, **mask, **others}, place / "base" / "model.safetensors", metadata={"format": "pt"})
+    (place / "trial.yaml").write_text(TRIAL)
     outcome = command("plan", "trial.yaml")
     assert outcome.code == 0, outcome.said
     assert load_model(ModelConfig(name="./base", quantization="none"), "cpu").lm_head is not None
@@ -410,33 +253,17 @@ def test_whole_numbers_that_are_no_weights(place: Path, command: Command) -> Non
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("./base/model.safetensors", "is a file; give the folder that it is in, a Hub id like Qwen/Qwen3-0.6B, or ti"),
-        ("model.gguf", "is a file; give the folder that it is in"),
-        ("https://huggingface.co/Qwen/Qwen3-0.6B", "is no folder; give its Hub id: Qwen/Qwen3-0.6B"),
-        ("https://example.org/some/model", "is no folder; give a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"),
+        ("./base/model.safetensors", "a file; expected a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "a web page; give the Hub id: Qwen/Qwen3-0.6B"),
+        ("https://example.org/some/model", "no such folder; expected a model folder, a Hub id like Qwen/Qwen3-0.6B"),
     ],
 )
-def test_a_name_of_a_base_that_is_something_else(
-    place: Path, refused: Callable[..., Outcome], name: str, said: str
-) -> None:
+def test_a_base_name_that_is_something_else(place: Path, refused: Callable[..., Outcome], name: str, said: str) -> None:
     (place / "base").mkdir()
-    for file in ("base/model.safetensors", "model.gguf"):
-        (place / file).write_bytes(b"GGUF")
+    (place / "base/model.safetensors").write_bytes(b"GGUF")
     (place / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (place / "trial.yaml").write_text(f"model: {{name: '{name}'}}\ndata: {{train: train.jsonl}}\n")
-    assert f"error: model.name: {name} {said}" in refused("finetune", "trial.yaml").err
-
-
-@pytest.mark.parametrize("name", ["b" * 5000, "/".join(["bb"] * 2000)], ids=["a long name", "a long path"])
-def test_a_name_too_long_for_any_file(place: Path, refused: Callable[..., Outcome], name: str) -> None:
-    (place / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    (place / "trial.yaml").write_text(f"model: {{name: '{name}'}}\ndata: {{train: train.jsonl}}\n")
-    for arguments, key in (
-        (("finetune", "trial.yaml"), "model.name: "),
-        (("chat", name), ""),
-        (("evaluate", name, "train.jsonl"), ""),
-    ):
-        assert f"error: {key}{name[:56]}…: File name too long; give " in refused(*arguments).err
+    assert f"error: model.name: {name}: {said}" in refused("finetune", "trial.yaml").err
 
 
 @pytest.mark.parametrize("arguments", [("chat", ""), ("evaluate", " ", "train.jsonl"), ("app", "")], ids=" ".join)
@@ -446,26 +273,11 @@ def test_no_name_at_all(place: Path, refused: Callable[..., Outcome], arguments:
 
 
 @pytest.mark.parametrize("verb", ["finetune", "plan"])
-@pytest.mark.parametrize(
-    "targets", ["x{99999999999}", "(" * 5000 + ")" * 5000, "(q"], ids=["a repetition", "nested", "no expression"]
-)
-def test_targets_that_are_no_regular_expression(
-    place: Path, refused: Callable[..., Outcome], verb: str, targets: str
-) -> None:
+def test_targets_that_are_not_a_regular_expression(place: Path, refused: Callable[..., Outcome], verb: str) -> None:
     make_workplace(place)
-    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
-    said = refused(verb, "trial.yaml", f"adapter.target_modules={targets}").err
-    assert f"error: adapter.target_modules: '{targets[:40]}" in said
-    assert "is no regular expression: " in said
-    assert len(said) < 400
-
-
-@pytest.mark.parametrize("verb", ["finetune", "plan"])
-def test_targets_that_name_nothing(place: Path, refused: Callable[..., Outcome], verb: str) -> None:
-    make_workplace(place)
-    (place / "trial.yaml").write_text("model: {name: ./base, quantization: none}\ndata: {train: train.jsonl}\n")
-    said = refused(verb, "trial.yaml", "adapter.target_modules=[q_porj]").err
-    assert "error: adapter.target_modules: nothing in this model is named q_porj; its linear layers are " in said
+    (place / "trial.yaml").write_text(TRIAL)
+    said = refused(verb, "trial.yaml", "adapter.target_modules=(q").err
+    assert "error: adapter.target_modules: '(q' is not a regular expression: " in said
 
 
 # --- adapters, as `lmtune chat` meets them
@@ -474,29 +286,17 @@ A, B = "lora_A.weight", "lora_B.weight"
 UP = "base_model.model.model.layers.0.mlp.up_proj."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CODE = "from pathlib import Path\nPath('it-ran').touch()\nclass T: pass\n"
-HUGE = "x{99999999999}"
-PIPES = (
-    WEIGHTS, CONFIG, "lmtune.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
-    "special_tokens_map.json",
-)  # fmt: skip
 ADAPTERS: dict[str, tuple[Change, str]] = {
     "pickled weights": (
         all_of(without(WEIGHTS), written("adapter_model.bin", PICKLE)),
-        "no adapter_model.safetensors; it holds a pickled adapter, which can run code when read",
+        "no adapter_model.safetensors; a pickled adapter can run code",
     ),
-    "a pickle called safetensors": (written(WEIGHTS, b"\x80\x04" + PICKLE), f"{WEIGHTS} is pickled weights"),
-    "a zip as torch saves it": (written(WEIGHTS, b"PK\x03\x04" + PICKLE), f"{WEIGHTS} is pickled weights"),
-    "HTML in place of the weights": (written(WEIGHTS, HTML), f"{WEIGHTS} is a web page, not weights"),
-    "a pointer in place of the weights": (written(WEIGHTS, POINTER), f"{WEIGHTS} is a Git LFS pointer, not weights"),
-    "no byte of weights": (written(WEIGHTS, b""), f"{WEIGHTS} is empty"),
+    "a zip as torch saves it": (written(WEIGHTS, b"PK\x03\x04" + PICKLE), f"{WEIGHTS}: pickled weights"),
+    "HTML in place of the weights": (written(WEIGHTS, HTML), f"{WEIGHTS}: a web page; expected weights"),
     "weights cut off": (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), f"{WEIGHTS}: damaged"),
-    "no tensor": (tensors(lambda state: state.clear()), f"{WEIGHTS}: holds no LoRA tensor"),
-    "keys of another kind": (
-        tensors(lambda state: [state.update({f"x.{key}": state.pop(key)}) for key in list(state)]),
-        "missing: base_model",
-    ),
-    "half a pair": (tensors(lambda state: state.pop(UP + B)), f"{UP}{A}: no lora_B that fits its shape [4, 64]"),
-    "a pair missing": (tensors(lambda state: [state.pop(UP + A), state.pop(UP + B)]), f"missing: {UP}{A}"),
+    "no tensor": (tensors(lambda state: state.clear()), f"{WEIGHTS}: no LoRA tensor"),
+    "integers": (tensors(lambda state: state.update({UP + A: state[UP + A].int()})), f"{UP}{A}: type I32; expected a "),
+    "half a pair": (tensors(lambda state: state.pop(UP + B)), f"missing: {UP}{B}"),
     "one layer too many": (
         tensors(lambda state: [state.update({(UP + e).replace(".0.", ".7."): state[UP + e].clone()}) for e in (A, B)]),
         f"unexpected: {UP}{A}".replace(".0.", ".7."),
@@ -505,74 +305,31 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
         tensors(lambda state: state.update({UP + A: torch.zeros(4, 32)})),
         f"{UP}{A}: shape [4, 32], the base needs [4, 64]",
     ),
+    "rank that its tensors do not have": (settings(CONFIG, r=16), "shape [4, 64], the base needs [16, 64]"),
     "NaN": (tensors(lambda state: state[UP + A].fill_(float("nan"))), f"{UP}{A}: holds NaN or infinity"),
-    "infinity": (tensors(lambda state: state[UP + B].fill_(float("inf"))), f"{UP}{B}: holds NaN or infinity"),
     "of another base": (settings("lmtune.json", base_fingerprint="0" * 32), "trained over another base model"),
-    "a base of a name too long": (settings("lmtune.json", base_model="b" * 5000), "bbbb…: File name too long; give "),
-    "a base without a name": (settings("lmtune.json", base_model=" "), "names no base model (base_model_name_or_path)"),
-    "a base that is not there": (settings("lmtune.json", base_model="./gone"), "base model in the folder ./gone"),
-    "rank that its tensors have not": (settings(CONFIG, r=4096), "rank 4, but adapter_config.json says 4096"),
-    "rank 1e9": (settings(CONFIG, r=10**9), f"{CONFIG}: r is 1000000000; should be 1 to 4096"),
-    "an alpha that overflows": (settings(CONFIG, lora_alpha=1e308), f"{CONFIG}: lora_alpha is 1e+308; should be a num"),
-    "100,000 targets": (
-        settings(CONFIG, target_modules=[f"layer_{n}" for n in range(100_000)]),
-        "should be a name or a list of up to 2,000 names",
-    ),
-    "an empty fingerprint": (settings("lmtune.json", base_fingerprint=""), "base_fingerprint is ''; should be 32 hex"),
-    "of another method": (settings(CONFIG, peft_type="PREFIX_TUNING"), f"{CONFIG}: peft_type is 'PREFIX_TUNING'"),
-    "a class to import": (settings(CONFIG, auto_mapping={"parent_library": "os"}), f"{CONFIG}: auto_mapping is set"),
-    "layers to multiply": (settings(CONFIG, layer_replication=[[0, 99]]), f"{CONFIG}: layer_replication is set"),
-    "biases of the base": (settings(CONFIG, bias="all"), f"{CONFIG}: bias is 'all'; should be none"),
-    "no regular expression": (settings(CONFIG, target_modules="(q"), f"{CONFIG}: target_modules: '(q' is no"),
-    "a repetition without bound": (settings(CONFIG, target_modules=HUGE), f"{CONFIG}: target_modules: '{HUGE}"),
-    "modules left out, without bound": (settings(CONFIG, exclude_modules=HUGE), f"{CONFIG}: exclude_modules: '{HUGE}"),
-    "ranks without bound": (settings(CONFIG, rank_pattern={HUGE: 4}), f"{CONFIG}: rank_pattern: '{HUGE}"),
-    "alphas by no expression": (settings(CONFIG, alpha_pattern={"(q": 4}), f"{CONFIG}: alpha_pattern: '(q' is no reg"),
-    "layers without bound": (
-        settings(CONFIG, layers_pattern=HUGE, layers_to_transform=[0]), f"{CONFIG}: layers_pattern: '{HUGE}",
-    ),
+    "a base without a name": (settings("lmtune.json", base_model=" "), "no base model (base_model_name_or_path)"),
+    "a base that is missing": (settings("lmtune.json", base_model="./gone"), "base model in the folder ./gone"),
+    "unknown metadata": (settings("lmtune.json", template="odd"), "lmtune.json: template: 'odd'; expected auto, chat"),
+    "of another method": (settings(CONFIG, peft_type="PREFIX_TUNING"), f"{CONFIG}: peft_type: 'PREFIX_TUNING'; expe"),
+    "a class to import": (settings(CONFIG, auto_mapping={"parent_library": "os"}), f"{CONFIG}: auto_mapping: not a s"),
+    "not a regular expression": (settings(CONFIG, target_modules="(q"), f"{CONFIG}: target_modules: '(q' is not a reg"),
     "nested without end": (settings(CONFIG, target_modules="(" * 249 + ")" * 249), "this adapter on the base"),
-    "a regular expression without end": (settings(CONFIG, target_modules=r"([\w.]+)+!"), "takes too long to match"),
-    "another, for ranks": (settings(CONFIG, rank_pattern={r"([\w.]+)+!": 4}), "takes too long to match"),
-    "a text for a truth": (settings(CONFIG, use_rslora="no"), f"{CONFIG}: use_rslora is 'no'; should be true or false"),
-    "HTML in place of the config": (written(CONFIG, HTML), f"{CONFIG} is a web page, not JSON"),
+    "a slow regular expression": (settings(CONFIG, target_modules=r"([\w.]+)+!"), "catastrophic backtracking"),
+    "another, for ranks": (settings(CONFIG, rank_pattern={r"([\w.]+)+!": 4}), "catastrophic backtracking"),
+    "HTML in place of the config": (written(CONFIG, HTML), f"{CONFIG}: a web page; expected JSON"),
     "a tokenizer with code": (
         all_of(
             settings("tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.T"]}), written("code.py", CODE),
         ),
         "tokenizer_config.json: auto_map names code of the repository, which lmtune never runs",
     ),
-    "a tokenizer of no known class": (
-        all_of(settings("tokenizer_config.json", tokenizer_class="T"), written("tokenizer.json", "{"),),
-        "cannot read its tokenizer",
-    ),
-    "a tokenizer at which its library panics": (
-        settings("tokenizer.json", normalizer=PANICS), "adapter: cannot read its tokenizer: ",
-    ),
-    "a tokenizer with no token at all": (
-        settings("tokenizer.json", model={"type": "Unigram", "unk_id": None, "vocab": []}, added_tokens=[]),
-        "adapter: its tokenizer cannot encode plain text (",
+    "half a tokenizer": (written("tokenizer.json", "{"), "adapter: cannot read its tokenizer: "),
+    "a tokenizer without tokens": (
+        settings("tokenizer.json", model=UNKNOWN, added_tokens=[]), "adapter: the tokenizer has no tokens for ",
     ),
     "a template that loops": (written("chat_template.jinja", LOOPS), "did not finish a small conversation in 1 s"),
-    "a folder for the template": (
-        lambda a: ((a / "chat_template.jinja").unlink(), (a / "chat_template.jinja").mkdir()),
-        "chat_template.jinja is a folder, not a file; put the file itself there",
-    ),
-    **{f"a pipe for {name}": (pipe(name), f"adapter: {name} is a pipe or a device, not a file") for name in PIPES},
-    "a watermark of unknown settings": (
-        written("generation_config.json", '{"watermarking_config": {"a": 1}}'),
-        "generation_config.json: cannot be used (TypeError: ",
-    ),
-    "a list for generation's settings": (
-        written("generation_config.json", "[]"), "generation_config.json: holds list, not an object",
-    ),
 }  # fmt: skip
-
-
-BESIDE = (
-    "a pipe for tokenizer.json", "a pipe for adapter_config.json", "a pipe for generation_config.json",
-    "a folder for the template", "a watermark of unknown settings", "a list for generation's settings",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -580,13 +337,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and an adapter over it."""
     folder = tmp_path_factory.mktemp("made")
     save_tiny(folder / "base", chat_template=CHATML)
-    (folder / "adapter").mkdir()
-    base = ModelConfig(name=str(folder / "base"), quantization="none")
-    notes = {"base_model": "./base", "quantization": "none", "base_fingerprint": base_fingerprint(base)}
-    save_adapter(adapted(load_model(base, "cpu")), folder / "adapter", notes)
+    save_over(folder / "base", folder / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(folder / "base" / name, folder / "adapter" / name)
     return folder
+
+
+def save_over(base: Path, folder: Path, **adapter: Any) -> None:
+    """An adapter over `base` that names ./base."""
+    folder.mkdir()
+    config = ModelConfig(name=str(base), quantization="none")
+    metadata = Metadata(base_model="./base", base_fingerprint=base_fingerprint(config))
+    save_adapter(adapted(load_model(config, "cpu"), **adapter), folder, metadata)
 
 
 @pytest.fixture
@@ -603,7 +365,7 @@ def test_an_adapter_that_cannot_be_used(
     place: Path, adapter: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(sandbox, "PROBE_CPU_SECONDS", 1)
-    monkeypatch.setattr(pattern_limits, "CPU_SECONDS", 1)
+    monkeypatch.setattr(sandbox, "PATTERN_CPU_SECONDS", 1)
     sandbox.probe.cache_clear()
     change, said = ADAPTERS[name]
     change(adapter)
@@ -617,21 +379,16 @@ def test_the_adapter_as_it_was_answers(place: Path, adapter: Path, command: Comm
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "up_proj")])
 def test_an_adapter_of_another_depth(
-    place: Path, adapter: Path, refused: Callable[..., Outcome], num_layers: int, targets: Any
+    place: Path, adapter: Path, refused: Callable[..., Outcome], num_layers: int
 ) -> None:
-    """Only the fingerprint tells an adapter for fewer layers whose targets are full names."""
-    other = ModelConfig(name=str(save_tiny(place / "other", num_hidden_layers=num_layers)), quantization="none")
+    """Its fingerprint tells; without one, its tensors."""
+    other = save_tiny(place / "other", num_hidden_layers=num_layers)
     shutil.rmtree(place / "adapter")
-    (place / "adapter").mkdir()
-    notes = {"base_model": "./base", "quantization": "none", "base_fingerprint": base_fingerprint(other)}
-    save_adapter(adapted(load_model(other, "cpu"), target_modules=targets), place / "adapter", notes)
+    save_over(other, place / "adapter", target_modules=("q_proj", "up_proj"))
     assert "trained over another base model" in refused("chat", "adapter").err
-    if num_layers == 3 or targets != "all-linear":
-        (place / "adapter" / "lmtune.json").write_text('{"base_model": "./base"}')
-        said = refused("chat", "adapter").err
-        assert "does not fit the base model" in said or "PEFT cannot put this adapter on the base model" in said
+    (place / "adapter" / "lmtune.json").write_text('{"base_model": "./base"}')
+    assert "does not fit the base model" in refused("chat", "adapter").err
 
 
 @pytest.mark.parametrize(
@@ -654,56 +411,47 @@ def test_rows_longer_than_a_base_has_positions(
     assert re.search(rf"error: {key}: train\.jsonl:3 has [\d,]+ tokens, but this model has positions for 256;", said)
 
 
-@pytest.mark.parametrize("name", few(("weights cut off", "no byte of weights", "half a config"), "weights cut off"))
-def test_a_damaged_base_is_not_merged_into(place: Path, refused: Callable[..., Outcome], name: str) -> None:
-    run = write_run(place / "runs" / "trial", "./base")
-    run.verification.write_text('{"sequences": [[1, 2, 3]]}')
-    write_base(place / "base")
-    change, said = BASES[name]
-    change(place / "base")
-    assert said in refused("merge", "trial").err
-
-
-@pytest.mark.parametrize("name", BESIDE)
-def test_what_is_wrong_beside_an_adapter_is_said_by_merge_as_by_chat(
-    place: Path, adapter: Path, refused: Callable[..., Outcome], name: str
-) -> None:
+def run_over(place: Path, adapter: Path) -> None:
+    """A run that `merge` can take, with this adapter."""
     run = write_run(place / "runs" / "trial", "./base")
     run.verification.write_text('{"sequences": [[1, 2, 3]]}')
     shutil.rmtree(run.adapter)
     shutil.copytree(adapter, run.adapter)
-    change, said = ADAPTERS[name]
-    change(run.adapter)
+    shutil.copy(place / "base" / "generation_config.json", run.adapter)
+
+
+def test_merge_refuses_a_damaged_base_and_a_damaged_adapter(
+    place: Path, adapter: Path, refused: Callable[..., Outcome]
+) -> None:
+    run_over(place, adapter)
+    change, said = ADAPTERS["HTML in place of the config"]
+    change(place / "runs/trial/adapter")
+    assert said in refused("merge", "trial").err
+    change, said = BASES["weights cut off"]
+    change(place / "base")
     assert said in refused("merge", "trial").err
 
 
-@pytest.mark.parametrize("value", few((float("nan"), float("inf")), float("nan")), ids=str)
 @pytest.mark.parametrize("quantization", few(("none", "nf4", "int8"), "none"))
-def test_a_base_whose_weights_are_no_numbers(
-    place: Path, refused: Callable[..., Outcome], quantization: str, value: float
-) -> None:
-    """Not its rows are at fault."""
+def test_a_base_whose_weights_are_not_finite(place: Path, refused: Callable[..., Outcome], quantization: str) -> None:
+    """The message names the base, not the rows."""
     make_workplace(place)
     state = load_file(place / "base" / "model.safetensors")
-    state["model.layers.1.mlp.up_proj.weight"][100, 33] = value
+    state["model.layers.1.mlp.up_proj.weight"][100, 33] = float("nan")
     save_file(state, place / "base" / "model.safetensors", metadata={"format": "pt"})
     (place / "trial.yaml").write_text(
         f"model: {{name: ./base, quantization: {quantization}}}\ndata: {{train: train.jsonl}}\n"
     )
     said = refused("finetune", "trial.yaml").err
-    assert "model.name: ./base: weights hold NaN or infinity; copy or download it again\n" in said
+    assert "model.name: ./base: weights hold NaN or infinity; download it again\n" in said
     assert "  model.layers.1.mlp.up_proj.weight" in said
 
 
 def test_an_adapter_too_large_to_be_added_to_its_base_leaves_nothing(
     place: Path, adapter: Path, command: Command
 ) -> None:
-    run = write_run(place / "runs" / "trial", "./base")
-    run.verification.write_text('{"sequences": [[1, 2, 3]]}')
-    shutil.rmtree(run.adapter)
-    shutil.copytree(adapter, run.adapter)
-    shutil.copy(place / "base" / "generation_config.json", run.adapter)
-    tensors(lambda state: [tensor.fill_(1e20) for tensor in state.values()])(run.adapter)
+    tensors(lambda state: [tensor.fill_(1e20) for tensor in state.values()])(adapter)
+    run_over(place, adapter)
     before = everything(place)
     outcome = command("merge", "trial")
     assert outcome.code == 1, outcome.said

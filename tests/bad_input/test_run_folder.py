@@ -67,12 +67,12 @@ def renamed(state: dict[str, torch.Tensor]) -> None:
 
 
 UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "HTML": (lambda a: (a / WEIGHTS).write_bytes(b"<!doctype html>\n<p>Not found"), f"{WEIGHTS} is a web page"),
+    "HTML": (lambda a: (a / WEIGHTS).write_bytes(b"<!doctype html>\n<p>Not found"), f"{WEIGHTS}: a web page"),
     "NaN": (tensors(lambda state: next(iter(state.values())).fill_(float("nan"))), "holds NaN or infinity"),
     "infinity": (tensors(lambda state: next(iter(state.values())).fill_(float("inf"))), "holds NaN or infinity"),
     "keys of another kind": (tensors(renamed), "no name that PEFT gives"),
-    "no tensor": (tensors(lambda state: state.clear()), "holds no LoRA tensor"),
-    "no alpha": (settings(CONFIG, lora_alpha=0), f"{CONFIG}: lora_alpha is 0"),
+    "no tensor": (tensors(lambda state: state.clear()), "no LoRA tensor"),
+    "no alpha": (settings(CONFIG, lora_alpha=0), f"{CONFIG}: lora_alpha: 0; expected"),
     "code": (settings("tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}), "auto_map names code"),
 }  # fmt: skip
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from lmtune.config.schema import AdapterConfig, ModelConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.models.base import load_model
+from lmtune.models.tuning.adapter_files import Metadata
 from lmtune.models.tuning.lora import (
     attach_adapter,
     initial_tensors,
     load_adapter,
     read_adapter,
-    read_notes,
     save_adapter,
     trainable,
 )
@@ -68,10 +68,10 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
-def saved(model: Any, folder: Path, **notes: Any) -> Path:
+def saved(model: Any, folder: Path, fingerprint: str | None = None) -> Path:
     """The adapter's folder."""
     folder.mkdir()
-    save_adapter(model, folder, notes)
+    save_adapter(model, folder, Metadata(base_fingerprint=fingerprint))
     return folder
 
 
@@ -159,7 +159,7 @@ def test_the_config_is_sorted_and_names_no_path_of_this_machine(tmp_path: Path, 
 
 def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        saved(attached(), tmp_path / name, base_fingerprint="0" * 32)
+        saved(attached(), tmp_path / name, "0" * 32)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
@@ -168,7 +168,7 @@ def test_other_weights_than_the_models_can_be_saved(tmp_path: Path) -> None:
     model = attached()
     weights = {name: torch.full_like(parameter, 0.25) for name, parameter in trainable(model).items()}
     (tmp_path / "adapter").mkdir()
-    save_adapter(model, tmp_path / "adapter", {}, weights)
+    save_adapter(model, tmp_path / "adapter", Metadata(), weights)
     assert all((tensor == 0.25).all() for tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").values())
 
 
@@ -204,7 +204,9 @@ def test_a_target_that_matches_nothing_lists_what_exists(targets: Any, unknown: 
 
 
 def test_a_target_that_is_no_regular_expression() -> None:
-    with pytest.raises(ConfigError, match=r"adapter\.target_modules: '\(q_proj' is no regular expression: missing \)"):
+    with pytest.raises(
+        ConfigError, match=r"adapter\.target_modules: '\(q_proj' is not a regular expression: missing \)"
+    ):
         attached(target_modules="(q_proj")
 
 
@@ -255,7 +257,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, changes: dict[str
 
 
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused_by_its_fingerprint(tmp_path: Path) -> None:
-    folder = saved(attached(), tmp_path / "adapter", base_fingerprint="a" * 32)
+    folder = saved(attached(), tmp_path / "adapter", "a" * 32)
     with pytest.raises(ModelError, match="trained over another base model"):
         load_adapter(tiny_model(), folder, fingerprint="b" * 32)
     load_adapter(tiny_model(), folder, fingerprint="a" * 32)
@@ -266,11 +268,11 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused_by_its_fingerpr
     ("name", "content", "message"),
     [
         ("adapter_model.safetensors", b"x" * 100, r"adapter_model\.safetensors: damaged or cut off"),
-        ("adapter_model.safetensors", b"", r"adapter_model\.safetensors is empty"),
+        ("adapter_model.safetensors", b"", r"adapter_model\.safetensors: empty"),
         ("adapter_config.json", b'{"r": ', r"adapter_config\.json: not valid JSON"),
-        ("adapter_config.json", b"[]", r"adapter_config\.json: holds list, not an object"),
-        ("adapter_config.json", None, r"no adapter_config\.json; it is no adapter folder"),
-        ("adapter_model.safetensors", None, "no adapter_model.safetensors; it is no adapter folder"),
+        ("adapter_config.json", b"[]", r"adapter_config\.json: list; expected an object"),
+        ("adapter_config.json", None, r"no adapter_config\.json; not an adapter"),
+        ("adapter_model.safetensors", None, "no adapter_model.safetensors; not an adapter"),
         ("lmtune.json", b"{", r"lmtune\.json: not valid JSON"),
     ],
 )
@@ -281,10 +283,10 @@ def test_a_damaged_folder_is_said(tmp_path: Path, name: str, content: bytes | No
         load_adapter(tiny_model(), folder)
 
 
-def test_an_adapter_of_another_tool_has_no_notes(tmp_path: Path) -> None:
+def test_an_adapter_of_another_tool_has_no_metadata(tmp_path: Path) -> None:
     folder = saved(learn(attached()), tmp_path / "adapter")
     (folder / "lmtune.json").unlink()
-    assert read_notes(folder) == {}
+    assert Metadata.read(folder) == Metadata()
     load_adapter(tiny_model(), folder, fingerprint="a" * 32)
 
 

@@ -12,10 +12,10 @@ from lmtune.config.load import build_config, dump_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.export.hub import shared_texts
-from lmtune.inference.load import build_renderer, load_for_inference, run_notes
+from lmtune.inference.load import build_renderer, load_for_inference, run_metadata
 from lmtune.io.atomic import write_json
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer
-from lmtune.models.locate import adapter_base, local_notes, run_config, shareable_name
+from lmtune.models.locate import adapter_base, local_paths, run_config, shareable_name
 from lmtune.models.published import write_adapter_texts
 from lmtune.models.tuning.lora import save_adapter
 from lmtune.runs.store import RunDirectory
@@ -41,12 +41,12 @@ def write_run(work: Path, base: str) -> RunDirectory:
         run = RunDirectory("runs/trial")
         run.adapter.mkdir(parents=True)
         run.config.write_text(dump_config(config))
-        write_json(run.local, local_notes(run, config.model.name))
+        write_json(run.local, local_paths(run, config.model.name))
         model = adapted(load_model(config.model, "cpu"))
-        renderer = build_renderer(load_tokenizer(config.model), config.model, {})
+        renderer = build_renderer(load_tokenizer(config.model), config.model)
         model.peft_config["default"].base_model_name_or_path = shareable_name(config.model.name)
-        notes = run_notes(config, renderer, base_fingerprint(config.model), run.adapter)
-        save_adapter(model, run.adapter, notes)
+        metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.adapter)
+        save_adapter(model, run.adapter, metadata)
         write_adapter_texts(config.model, renderer, run.adapter)
         write_json(run.summary, {"status": "complete"})
     return RunDirectory(work / "runs/trial")
@@ -130,4 +130,4 @@ def test_hub_ids_and_the_embedded_model_stay_what_they_are(tmp_path: Path, monke
     (tmp_path / "tiny").mkdir()
     for name in ("Qwen/Qwen3-0.6B", "tiny"):
         assert shareable_name(name) == name
-        assert local_notes(RunDirectory("runs/x"), name) == {}
+        assert local_paths(RunDirectory("runs/x"), name) == {}

@@ -15,7 +15,7 @@ from lmtune.inference.load import (
     build_renderer,
     generation_stop_tokens,
     load_for_inference,
-    run_notes,
+    run_metadata,
     shareable_name,
 )
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer
@@ -55,9 +55,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.adapter.mkdir(parents=True)
         run.config.write_text(dump_config(config))
         model, tokenizer = adapted(load_model(config.model, "cpu")), load_tokenizer(config.model)
-        notes = {"template": config.data.template, "system": config.data.system}
-        renderer = build_renderer(tokenizer, config.model, notes)
-        save_adapter(model, run.adapter, run_notes(config, renderer, base_fingerprint(config.model)))
+        renderer = build_renderer(tokenizer, config.model, system="Be brief.")
+        save_adapter(model, run.adapter, run_metadata(config, renderer, base_fingerprint(config.model)))
         tokenizer.save_pretrained(run.adapter)
         torch.save(logits(model.eval()), folder / "wanted")
     return folder
@@ -146,7 +145,7 @@ def test_an_adapter_whose_base_was_replaced_is_refused(there: Path, tmp_path: Pa
 def test_an_adapter_that_names_no_base(there: Path, tmp_path: Path) -> None:
     config = (there / "runs/trial/adapter/adapter_config.json").read_text().replace('"tiny-random"', "null")
     target = changed(there, tmp_path / "a", lmtune__json="{}", adapter_config__json=config)
-    with pytest.raises(ModelError, match="names no base model"):
+    with pytest.raises(ModelError, match="no base model"):
         load_for_inference(target)
 
 
@@ -207,7 +206,7 @@ def test_the_stop_tokens_of_the_generation_config_count(there: Path, tmp_path: P
     model = config_of(str(folder)).model
     GenerationConfig(eos_token_id=[7, 9]).save_pretrained(folder)
     assert generation_stop_tokens(model) == (7, 9)
-    assert build_renderer(load_tokenizer(model), model, {}).stop_token_ids == (4, 1, 7, 9)
+    assert build_renderer(load_tokenizer(model), model).stop_token_ids == (4, 1, 7, 9)
     GenerationConfig(eos_token_id=7).save_pretrained(folder)
     assert generation_stop_tokens(model) == (7,)
     (folder / "generation_config.json").unlink()

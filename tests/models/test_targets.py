@@ -13,6 +13,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from lmtune.config.schema import AdapterConfig
 from lmtune.errors import ConfigError
 from lmtune.models.parameters import count_parameters
+from lmtune.models.tuning.adapter_files import Metadata
 from lmtune.models.tuning.lora import attach_adapter, load_adapter, save_adapter, trainable
 from lmtune.models.tuning.targets import adapter_parameters, find_targets
 from tests.tiny import EXPERT_KINDS, KINDS, VOCABULARY, adapted, tiny_model
@@ -115,7 +116,7 @@ def test_what_is_counted_beforehand_with_dora() -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), ("experts.down_proj",)])
 def test_plain_peft_loads_the_saved_adapter_and_so_do_we(tmp_path: Path, kind: str, targets: Any) -> None:
     model = adapted(tiny_model(kind), target_modules=targets)
-    save_adapter(model, tmp_path, {})
+    save_adapter(model, tmp_path, Metadata())
     wanted, base = logits(model), logits(tiny_model(kind))
     assert (wanted - base).abs().max() > 1e-2
     again = load_adapter(tiny_model(kind), tmp_path)
@@ -128,7 +129,7 @@ def test_plain_peft_loads_the_saved_adapter_and_so_do_we(tmp_path: Path, kind: s
 
 
 def test_the_saved_config_names_no_more_than_it_must(tmp_path: Path) -> None:
-    save_adapter(adapted(tiny_model("qwen3_moe")), tmp_path, {})
+    save_adapter(adapted(tiny_model("qwen3_moe")), tmp_path, Metadata())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert config["target_parameters"] == [

@@ -1,231 +1,255 @@
-"""The files of an adapter folder, checked before anything reads them: PEFT's config, the tensors, `lmtune.json`."""
+"""Can this folder be used as an adapter? Its files before PEFT reads them, and `lmtune.json`, which PEFT does not know.
+
+    config = check_adapter(folder)        # adapter_config.json, or a ModelError with every problem
+    metadata = Metadata.read(folder)      # how to talk to the model as in training
+
+Only plain LoRA passes: `SETTINGS` lists the keys of PEFT's config that lmtune uses, and what each may hold. A key that
+is not listed must be unset, because such keys name classes to import, replicate layers, or change the base.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 from lmtune.config.schema import Quantization
 from lmtune.data.rendering import Template
 from lmtune.errors import ModelError
-from lmtune.io.text import format_list
-from lmtune.models.pattern_limits import pattern_faults
-from lmtune.models.validate import generation_fault, odd_files, read_object, weights_fault
+from lmtune.io.sandbox import match_too_slowly
+from lmtune.io.text import format_list, is_finite_number, shorten
+from lmtune.models.validate import read_object, weights_problem
 
-__all__ = ["CONFIG", "NOTES", "WEIGHTS", "check_adapter", "read_object"]
-WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
-_GENERATION = "generation_config.json"
-_FINGERPRINT = re.compile("[0-9a-f]{32}")
-_NOTES_ALLOWED = {
+WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
+Check = Callable[[Any], bool]
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`, after every file was checked.
+
+    Raises:
+        ModelError: with every problem, without the folder's name.
+    """
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            is_pickled = any((folder / f"adapter_model{ending}").is_file() for ending in (".bin", ".pt", ".pth"))
+            fix = "a pickled adapter can run code; ask the author for safetensors" if is_pickled else "not an adapter"
+            raise ModelError(f"no {name}; {fix}")
+    config = read_object(folder / CONFIG)
+    problems = [f"{CONFIG}: {problem}" for problem in config_problems(config)]
+    for name in (METADATA, "tokenizer_config.json", "generation_config.json"):
+        try:
+            tree = read_object(folder / name) if (folder / name).is_file() else {}
+        except ModelError as error:
+            problems.append(str(error))
+            continue
+        if name == METADATA:
+            problems += [f"{name}: {problem}" for problem in _metadata_problems(tree)]
+        elif "auto_map" in tree:
+            problems.append(f"{name}: auto_map names code of the repository, which lmtune never runs")
+    if problem := weights_problem(folder / WEIGHTS):
+        problems.append(problem)
+    else:
+        problems += [f"{WEIGHTS}: {problem}" for problem in _tensor_problems(folder / WEIGHTS)]
+    if problems:
+        raise ModelError(f"lmtune cannot use this adapter\n{format_list(problems)}")
+    return config
+
+
+def _tensor_problems(path: Path) -> Iterator[str]:
+    """What the header shows; whether shapes fit is known once the adapter is on its base."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        types = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    if not any("lora_A" in name for name in types):
+        yield "no LoRA tensor"
+    yield from (f"{n}: type {t}; expected a float" for n, t in types.items() if t not in ("F32", "F16", "BF16"))
+
+
+# --- lmtune.json
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What `lmtune.json` of an adapter or merged folder holds: how to talk to the model as in training.
+
+    The defaults are those of an adapter that another tool made.
+
+    Attributes:
+        base_model: Hub id, or the path from the folder of this file to the base's.
+        revision: of the base.
+        quantization, dtype: in which the base was held.
+        base_fingerprint: of the base's stored weights; None if it is not known.
+        template, system: how messages became tokens.
+        stop_token_ids, stop_tokens: what ends an answer, the trained one first.
+        rendered_at: the time that the template wrote into the prompts; None if it writes none.
+        merged: of a merged folder: which base weights the adapter was added to.
+    """
+
+    base_model: str | None = None
+    revision: str | None = None
+    quantization: Quantization = "none"
+    dtype: str = "auto"
+    base_fingerprint: str | None = None
+    template: Template = "auto"
+    system: str | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    stop_tokens: tuple[str, ...] = ()
+    rendered_at: str | None = None
+    merged: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Metadata:
+        """That of a folder; the defaults where another tool made it.
+
+        Raises:
+            ModelError: the file is damaged, or holds what this lmtune does not know.
+        """
+        if not (folder / METADATA).is_file():
+            return cls()
+        try:
+            tree = read_object(folder / METADATA)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from None
+        if problems := list(_metadata_problems(tree)):
+            raise ModelError(f"{folder}: {METADATA}: {'; '.join(problems)}")
+        known: dict[str, Any] = {f.name: tree[f.name] for f in fields(cls) if tree.get(f.name) is not None}
+        return cls(**known | {key: tuple(known[key]) for key in _LISTS if key in known})
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `lmtune.json`; `rendered_at` and `merged` only where they are set."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in ("rendered_at", "merged")}
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
     "quantization": get_args(Quantization),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "template": get_args(Template),
 }
+_LISTS = {"stop_token_ids": (int, "token ids"), "stop_tokens": (str, "tokens")}
 
 
-def check_adapter(folder: Path) -> dict[str, Any]:
-    """The content of `adapter_config.json`, after everything in the folder was checked.
-
-    Raises:
-        ModelError: with everything that is wrong with it, without the folder's name.
-    """
-    if odd := odd_files(folder):
-        raise ModelError("; ".join(odd))
-    if not (folder / WEIGHTS).is_file():
-        pickled = any((folder / f"adapter_model{suffix}").is_file() for suffix in (".bin", ".pt", ".pth"))
-        hint = "it holds a pickled adapter, which can run code when read" if pickled else "it is no adapter folder"
-        raise ModelError(f"no {WEIGHTS}; {hint}")
-    if not (folder / CONFIG).is_file():
-        raise ModelError(f"no {CONFIG}; it is no adapter folder")
-    config = read_object(folder / CONFIG)
-    problems = [f"{CONFIG}: {fault}" for fault in config_faults(config)]
-    if (folder / NOTES).is_file():
-        problems += [f"{NOTES}: {fault}" for fault in _notes_faults(read_object(folder / NOTES))]
-    problems += _text_faults(folder)
-    if unreadable := weights_fault(folder / WEIGHTS):
-        problems.append(unreadable)
-    else:
-        problems += [f"{WEIGHTS}: {fault}" for fault in _weight_faults(folder / WEIGHTS, config)]
-    if problems:
-        raise ModelError(f"this is no adapter that lmtune can use\n{format_list(problems)}")
-    return config
-
-
-def check_texts(folder: Path) -> None:
-    """Look at what transformers reads beside an adapter's weights, before it does.
-
-    Raises:
-        ModelError: with everything that is wrong with it.
-    """
-    if faults := odd_files(folder) or list(_text_faults(folder)):
-        raise ModelError(f"{folder}: {'; '.join(faults)}")
-
-
-def _text_faults(folder: Path) -> Iterator[str]:
-    for name in ("tokenizer_config.json", _GENERATION):
-        path = folder / name
-        if not path.is_file():
+def _metadata_problems(tree: Mapping[str, Any]) -> Iterator[str]:
+    for field in fields(Metadata):
+        key, value = field.name, tree.get(field.name)
+        if value is None:
             continue
-        try:
-            tree = read_object(path)
-        except ModelError as error:
-            yield str(error)
-            continue
-        if "auto_map" in tree:
-            yield f"{name}: auto_map names code of the repository, which lmtune never runs"
-        elif name == _GENERATION and (fault := generation_fault(path)):
-            yield fault
+        if key in _LISTS:
+            kind, expected = _LISTS[key]
+            is_right = isinstance(value, list) and all(type(item) is kind for item in value)
+            expected = f"a list of {expected}"
+        else:
+            is_right = value in _CHOICES[key] if key in _CHOICES else isinstance(value, str)
+            expected = ", ".join(_CHOICES[key]) if key in _CHOICES else "text"
+        if not is_right:
+            yield f"{key}: {shorten(value)}; expected {expected}"
 
 
-def _notes_faults(notes: Mapping[str, Any]) -> Iterator[str]:
-    for key, allowed in _NOTES_ALLOWED.items():
-        if key in notes and notes[key] not in allowed:
-            yield f"{key} is {notes[key]!r}; should be {' or '.join(allowed)}"
-    for key in ("base_model", "revision", "base_fingerprint", "system"):
-        if not isinstance(notes.get(key), (str, type(None))):
-            yield f"{key} should be text"
-    trained_on = notes.get("base_fingerprint")
-    if isinstance(trained_on, str) and not _FINGERPRINT.fullmatch(trained_on):
-        yield f"base_fingerprint is {trained_on[:60]!r}; should be 32 hex digits, or null"
+# --- adapter_config.json
 
 
-def _weight_faults(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the tensors, as far as their header tells: names, shapes, types; no weight is read."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        shapes = {name: list(part.get_shape()) for name, part in slices.items()}
-        types = {name: str(part.get_dtype()) for name, part in slices.items()}
-    if not any("lora_A" in name for name in shapes):
-        yield "holds no LoRA tensor"
-    yield from (f"{n}: type {t}; should be a float" for n, t in types.items() if t not in ("F32", "F16", "BF16"))
-    for name, shape in shapes.items():
-        pair = shapes.get(name.replace("lora_A", "lora_B"))
-        if "lora_A" not in name:
-            continue
-        if pair is None or len(shape) < 2 or len(pair) < 2 or shape[0] != pair[1]:
-            yield f"{name}: no lora_B that fits its shape {shape}"
-        elif not config.get("rank_pattern") and not _is_of_rank(shape[0], config):
-            yield f"{name}: rank {shape[0]}, but {CONFIG} says {config.get('r')}"
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
-def _is_of_rank(rows: int, config: Mapping[str, Any]) -> bool:
-    """Whether an A of `rows` is of the config's rank; one over a tensor of experts has the rows of all of them."""
-    rank = config.get("r")
-    if not isinstance(rank, int) or rank < 1:  # which is said already
-        return rows == rank
-    return rows == rank or (bool(config.get("target_parameters")) and rows % rank == 0)
-
-
-_MAX_RANK, _MAX_ALPHA, _MAX_NAMES, _MAX_LAYERS = 4096, 1e30, 2000, 10_000
-# How the adapter began: ways that leave the base's weights as they are. Under the others, PiSSA for one, an adapter
-# belongs to a base that was changed with it.
-_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
-_IGNORED = ("peft_version", "megatron_core", "qalora_group_size", "eva_config", "merge_weights")
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_whole(value) and 1 <= value <= _MAX_RANK
-
-
-def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= _MAX_ALPHA
+def _is_scale(value: Any) -> bool:
+    return is_finite_number(value) and 0 < value <= 1e30  # so that alpha / rank is finite in fp32
 
 
 def _is_names(value: Any) -> bool:
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not 0 < len(names) <= _MAX_NAMES:
-        return False
-    return all(isinstance(name, str) and 0 < len(name) <= 500 for name in names)
+    names = [value] if isinstance(value, str) and value else value
+    return isinstance(names, list) and all(isinstance(name, str) and name for name in names)
 
 
 def _is_layers(value: Any) -> bool:
-    layers = [value] if _is_whole(value) else value
-    if not isinstance(layers, list) or len(layers) > _MAX_LAYERS:
-        return False
-    return all(_is_whole(layer) and 0 <= layer < _MAX_LAYERS for layer in layers)
+    layers = value if isinstance(value, list) else [value]
+    return all(type(layer) is int and layer >= 0 for layer in layers)
 
 
-def _is_pattern(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, dict) and len(value) <= _MAX_NAMES and all(map(is_right, value.values()))
-        and all(len(name) <= 500 for name in value)
-    )  # fmt: skip
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_mapping(is_right: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 4096
+    return isinstance(value, str)
 
 
-def _is_truth(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-_TRUTHS = ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "inference_mode", "ensure_weight_tying")
-_NAMES = f"a name or a list of up to {_MAX_NAMES:,} names"
-_RANK, _ALPHA = f"1 to {_MAX_RANK}", f"a number above 0, at most {_MAX_ALPHA:g}"
-# What each key may be if it is there and not null, and how that is said
-USED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, _RANK),
-    "lora_alpha": (_is_alpha, _ALPHA),
-    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "0 to below 1"),
-    "target_modules": (lambda value: value == [] or _is_names(value), _NAMES),
-    "exclude_modules": (_is_names, _NAMES),
-    "modules_to_save": (lambda value: value == [] or _is_names(value), _NAMES),
-    "target_parameters": (lambda value: value == [] or _is_names(value), _NAMES),
-    "layers_to_transform": (_is_layers, "the number of a layer, or a list of such"),
-    "layers_pattern": (lambda value: value in ("", []) or _is_names(value), _NAMES),
-    "rank_pattern": (_is_pattern(_is_rank), f"names with {_RANK}"),
-    "alpha_pattern": (_is_pattern(_is_alpha), f"names with {_ALPHA}"),
+_NAMES = (_is_names, "a name or a list of names")
+_BOOLEAN = (lambda value: isinstance(value, bool), "true or false")
+# What each key may hold if it is set, and in words
+SETTINGS: dict[str, tuple[Check, str]] = {
+    "r": (_is_count, "a whole number above 0"),
+    "lora_alpha": (_is_scale, "a number above 0"),
+    "lora_dropout": (lambda value: is_finite_number(value) and 0 <= value < 1, "0 to below 1"),
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "target_parameters"), _NAMES),
+    "layers_to_transform": (_is_layers, "a layer's number or a list of numbers"),
+    "layers_pattern": (lambda value: value == "" or _is_names(value), _NAMES[1]),
+    "rank_pattern": (_is_mapping(_is_count), "names with ranks"),
+    "alpha_pattern": (_is_mapping(_is_scale), "names with numbers above 0"),
     "bias": (lambda value: value == "none", "none: other biases belong to the base"),
     "base_model_name_or_path": (_is_text, "text"),
     "revision": (_is_text, "text"),
     "task_type": (lambda value: value == "CAUSAL_LM", "CAUSAL_LM"),
-    **dict.fromkeys(_TRUTHS, (_is_truth, "true or false")),
+    **dict.fromkeys(
+        ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "inference_mode", "ensure_weight_tying"), _BOOLEAN
+    ),
 }
-_NEEDED = ("r", "lora_alpha", "target_modules")
+_REQUIRED = ("r", "lora_alpha", "target_modules")
+_IGNORED = ("peft_version", "megatron_core", "qalora_group_size", "eva_config", "merge_weights")
+# Ways to initialise that leave the base's weights as they are. PiSSA, for example, changes the base.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def config_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps `config` from being a plain LoRA config."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        yield f"peft_type is {_short(kind)}; lmtune uses LORA adapters"
+def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps PEFT's `config` from being that of a plain LoRA adapter."""
+    if config.get("peft_type") != "LORA":
+        yield f"peft_type: {shorten(config.get('peft_type'))}; expected LORA"
         return
     right = dict(config)
-    for key, (is_right, wanted) in USED.items():
+    for key, (is_right, expected) in SETTINGS.items():
         value = config.get(key)
-        if (key in _NEEDED) if value is None else not is_right(value):
-            yield f"{key} is {_short(value)}; should be {wanted}"
+        if (key in _REQUIRED) if value is None else not is_right(value):
+            yield f"{key}: {shorten(value)}; expected {expected}"
             right[key] = None
     if config.get("target_modules") == [] and not config.get("target_parameters"):
-        yield f"target_modules is []; should be {_NAMES}, or target_parameters be some"
-    yield from (f"{fault}; correct it" for fault in pattern_faults(right))
-    beginning = config.get("init_lora_weights")
-    if not isinstance(beginning, (bool, str, type(None))) or beginning not in _BEGINNINGS:
-        yield (
-            f"init_lora_weights is {_short(beginning)}, under which the base's weights may be others; "
-            "save it as a plain LoRA adapter"
-        )
-    known = {*USED, *_IGNORED, "peft_type", "init_lora_weights"}
-    yield from (
-        f"{_short(key)[1:-1]} is set, which a plain LoRA adapter does not need; remove it"
-        for key, value in config.items()
-        if key not in known and value
-    )
+        yield f"target_modules: []; expected {_NAMES[1]}"
+    yield from pattern_problems(right)
+    start = config.get("init_lora_weights")
+    if not isinstance(start, (bool, str, type(None))) or start not in _INITIALISATIONS:
+        yield f"init_lora_weights: {shorten(start)}; it may change the base's weights; save it as a plain LoRA adapter"
+    known = {*SETTINGS, *_IGNORED, "peft_type", "init_lora_weights"}
+    for key, value in config.items():
+        if key not in known and value:
+            yield f"{key[:60]}: not a setting of a plain LoRA adapter; remove it"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+# --- its regular expressions
+
+
+def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(key, text, expression as PEFT matches it against the name of every module)."""
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), str):
+            yield key, config[key], config[key]
+    for key in ("rank_pattern", "alpha_pattern"):
+        yield from ((key, name, rf"(.*\.)?({name})$") for name in config.get(key) or {})
+    layers = config.get("layers_pattern") or []
+    names = [layers] if isinstance(layers, str) else layers
+    yield from (("layers_pattern", name, rf".*\.{name}\.(\d+)\.") for name in names)
+
+
+def is_too_slow_to_match(config: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether the expressions in an adapter's config take too long over these names of modules."""
+    return match_too_slowly([pattern for *_, pattern in _patterns(config)], names)
+
+
+def pattern_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What in an adapter's config is not a regular expression, or is one that Python cannot compile."""
+    for key, text, pattern in _patterns(config):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield f"{key}: {shorten(text)} is not a regular expression: {error}"

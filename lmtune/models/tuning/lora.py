@@ -26,8 +26,15 @@ from lmtune.io.text import format_list
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import check_bitsandbytes
 from lmtune.models.device import dense_weights_fit
-from lmtune.models.pattern_limits import endless_patterns
-from lmtune.models.tuning.adapter_files import CONFIG, NOTES, USED, WEIGHTS, check_adapter, read_object
+from lmtune.models.tuning.adapter_files import (
+    CONFIG,
+    METADATA,
+    SETTINGS,
+    WEIGHTS,
+    Metadata,
+    check_adapter,
+    is_too_slow_to_match,
+)
 from lmtune.models.tuning.targets import Targets, find_targets, for_peft, use_layers_own_adapter
 
 ADAPTER = "default"
@@ -92,17 +99,17 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_adapter(model: Any, folder: Path, notes: Mapping[str, Any], weights: Tensors | None = None) -> None:
+def save_adapter(model: Any, folder: Path, metadata: Metadata, weights: Tensors | None = None) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and `lmtune.json` as plain PEFT reads them.
 
     Args:
         model: a PeftModel.
         folder: an existing folder.
-        notes: what goes into `lmtune.json`.
+        metadata: what goes into `lmtune.json`.
         weights: trainable parameters by name to save instead of the model's own.
 
     Raises:
-        OSError: naming the file that could not be written.
+        OSError: name_disk_errors the file that could not be written.
     """
     from peft import get_peft_model_state_dict
 
@@ -116,7 +123,7 @@ def save_adapter(model: Any, folder: Path, notes: Mapping[str, Any], weights: Te
     with name_disk_errors(folder / WEIGHTS):
         save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     config["inference_mode"] = True
-    for name, tree in ((CONFIG, config), (NOTES, dict(notes))):
+    for name, tree in ((CONFIG, config), (METADATA, metadata.as_dict())):
         with name_disk_errors(folder / name):
             (folder / name).write_text(json.dumps(tree, indent=2, default=_plain) + "\n", encoding="utf-8")
 
@@ -175,15 +182,15 @@ def _with_saved(
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
     config, state = read_adapter(folder)
-    trained_on = read_notes(folder).get("base_fingerprint")
+    trained_on = Metadata.read(folder).base_fingerprint
     if fingerprint and trained_on and fingerprint != trained_on:
         raise ModelError(
             f"{folder}: this adapter was trained over another base model; it does not fit this one's weights"
         )
     _check_dora(model, bool(config.get("use_dora")))
-    if endless_patterns(config, [name for name, _ in model.named_modules()]):
-        raise ModelError(f"{folder}: a regular expression in {CONFIG} takes too long to match; it is not safe to use")
-    used = {k: v for k, v in config.items() if v is not None and k in USED and k in LoraConfig.__dataclass_fields__}
+    if is_too_slow_to_match(config, [name for name, _ in model.named_modules()]):
+        raise ModelError(f"{folder}: {CONFIG}: a regular expression is too slow (possible catastrophic backtracking)")
+    used = {k: v for k, v in config.items() if v is not None and k in SETTINGS and k in LoraConfig.__dataclass_fields__}
     try:
         own = {"init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)}
         lora = LoraConfig(**{**used, **own, **(changes or {})})
@@ -210,14 +217,6 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], Tensors]:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: damaged adapter: {error}; copy or download it again") from None
     return config, state
-
-
-def read_notes(folder: Path) -> dict[str, Any]:
-    """`lmtune.json` of an adapter or merged folder, or `{}` where another tool made it."""
-    try:
-        return read_object(folder / NOTES) if (folder / NOTES).is_file() else {}
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from None
 
 
 def check_variant(model: torch.nn.Module, adapter: AdapterConfig, found: Targets) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from lmtune.errors import ConfigError
-from lmtune.models.pattern_limits import endless_patterns, pattern_faults, shown
+from lmtune.io.text import shorten
 from lmtune.models.structure import expert_tensors, linear_layers
+from lmtune.models.tuning.adapter_files import is_too_slow_to_match, pattern_problems
 
 ALL_LINEAR = "all-linear"
 
@@ -181,10 +182,13 @@ def _matcher(target: str) -> Callable[[str], Any]:
 
 
 def _check_patterns(targets: str | Sequence[str], names: Sequence[str]) -> None:
-    if fault := next(pattern_faults({"target_modules": targets}), None):
-        raise ConfigError(f"adapter.{fault}; name layers, or write all-linear")
-    if endless_patterns({"target_modules": targets}, names):
-        raise ConfigError(f"adapter.target_modules: {shown(targets)} takes too long to match; write it more simply")
+    if problem := next(pattern_problems({"target_modules": targets}), None):
+        raise ConfigError(f"adapter.{problem}; name layers, or write all-linear")
+    if is_too_slow_to_match({"target_modules": targets}, names):
+        raise ConfigError(
+            f"adapter.target_modules: {shorten(targets)}: this regular expression is too slow (possible catastrophic "
+            "backtracking); write it more simply"
+        )
 
 
 def _nothing_named(
