@@ -132,7 +132,7 @@ class Workload:
 def _as_random_rows_are(row: Any) -> Any:
     """A row of a file with the types of the random ones."""
     documents = [SimpleNamespace(input_ids=d.input_ids.astype(np.int64), loss_mask=d.loss_mask) for d in row.sequences]
-    return SimpleNamespace(where=row.where, sequences=documents)
+    return SimpleNamespace(location=row.location, sequences=documents)
 
 
 def adapted(model: Any, rank: int, seed: int) -> Any:

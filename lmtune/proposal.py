@@ -179,9 +179,9 @@ def _lengths(data: Sequence[str], renderer: Any) -> tuple[list[int], list[int]]:
     rows, answers = [], []
     with progress("measuring the rows", unit="rows") as shown:
         for example in islice(read_examples(find_files(data), ReadReport()), _ROWS_READ):
-            documents = renderer.render(example)
-            rows.append(max(len(document.input_ids) for document in documents))
-            answers.append(max(sum(map(bool, document.loss_mask)) for document in documents))
+            sequences = renderer.render(example)
+            rows.append(max(map(len, sequences)))
+            answers.append(max(sequence.num_targets for sequence in sequences))
             shown.advance()
     return rows, answers
 

@@ -63,12 +63,12 @@ def main(
         documents, dropped = fit(example, whole := renderer.render(example), data_config)
         if as_json:
             found = [document_tree(tokenizer, document) for document in documents or whole]
-            shown.append({"where": example.where, "dropped": dropped and WHY_DROPPED[dropped], "documents": found})
+            shown.append({"where": example.location, "dropped": dropped and WHY_DROPPED[dropped], "documents": found})
             continue
         for number, document in enumerate(documents or whole, start=1):
             part = f" (document {number})" if len(whole) > 1 else ""
-            counts = f"{len(document.input_ids):,} tokens, {sum(document.loss_mask):,} learned"
-            out.print(f"\n[bold]{escape(example.where)}[/]{part}: {counts}")
+            counts = f"{len(document.input_ids):,} tokens, {document.num_targets:,} learned"
+            out.print(f"\n[bold]{escape(example.location)}[/]{part}: {counts}")
             out.print(
                 show_tokens(tokenizer, document.input_ids, document.loss_mask, out.is_terminal and not out.no_color)
             )

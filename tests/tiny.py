@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from lmtune.data.sequences import SequenceTable
+from lmtune.data.types import TokenizedExample, TokenSequence
 
 VOCABULARY = 128
 SAVED_VOCABULARY = 448  # at least as many as `tests.tokenizers` makes, and a multiple of 64
@@ -67,19 +67,15 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
-@dataclass(frozen=True)
-class Row:
-    """A tokenised row, as `lmtune.data.store` gives them."""
-
-    where: str
-    sequences: list[Any]
+Row = TokenizedExample
 
 
 @dataclass(frozen=True)
 class Rows:
-    """In-memory training rows."""
+    """An `ExampleStore` in memory."""
 
-    rows: list[Row]
+    rows: list[TokenizedExample]
+    signature = "random rows"
     num_tokens: np.ndarray = field(init=False)
     num_targets: np.ndarray = field(init=False)
     sequences: SequenceTable = field(init=False)
@@ -100,8 +96,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> TokenizedExample:
         return self.rows[index]
+
+    def location(self, index: int) -> str:
+        return self.rows[index].location
 
 
 def random_rows(count: int, seed: int = 0, longest: int = 40) -> Rows:
@@ -115,8 +114,8 @@ def random_rows(count: int, seed: int = 0, longest: int = 40) -> Rows:
             trained = np.zeros(length, dtype=bool)
             trained[-max(1, length // 3) :] = True
             ids = generator.integers(3, VOCABULARY, length).astype(np.int32)
-            documents.append(SimpleNamespace(input_ids=ids, loss_mask=trained))
-        rows.append(Row(f"rows.jsonl:{index + 1}", documents))
+            documents.append(TokenSequence(ids, trained))
+        rows.append(TokenizedExample(f"rows.jsonl:{index + 1}", tuple(documents)))
     return Rows(rows)
 
 

@@ -132,7 +132,7 @@ def parse_row(row: Mapping[str, Any], format: Format) -> ParsedRow:
         parsed.warnings += warned.values()
         parsed.ignored_keys |= {key for key in further - warned.keys() if row[key] is False or is_filled(row[key])}
     for message in parsed.messages:
-        if message.role == "assistant" and message.learned and not message.content.strip():
+        if message.role == "assistant" and message.trained and not message.content.strip():
             parsed.warnings.append("an answer holds only white space")
         elif message.role == "user" and not message.content.strip():
             parsed.warnings.append("a question is empty")

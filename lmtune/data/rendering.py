@@ -29,14 +29,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import connection, get_context, parent_process
 from typing import Any, Literal
+
+import numpy as np
 
 from lmtune.data.replies import ReplyFormat, ReplyParser
 from lmtune.data.report import Tally, shown_first
 from lmtune.data.templates import ChatTemplate, TemplateFault
-from lmtune.data.types import Example, Message
+from lmtune.data.types import Example, Message, TokenSequence
 from lmtune.data.values import quoted
 from lmtune.errors import DataError, LmtuneError, ModelError
 from lmtune.io.text import pluralize
@@ -48,14 +50,6 @@ _TRIMMED = {
     "user": "the chat template trims questions, in training and in chat alike; these lose white space at their ends",
     "system": "the chat template trims system prompts, in training and in chat alike; these lose white space",
 }
-
-
-@dataclass(frozen=True)
-class RenderedSequence:
-    """A sequence of tokens of its own context. `trained[t]`: token t is a label; `trained[0]` is always False."""
-
-    input_ids: list[int]
-    loss_mask: list[bool]
 
 
 class Renderer:
@@ -111,25 +105,20 @@ class Renderer:
             self._reply_format = replace(self._reply_format, lead=self._lead_as_decoded(self._chat))
         self.chat_template = self._chat.source if self._chat else None
 
-    def render(self, example: Example) -> list[RenderedSequence]:
-        """The example's documents, each ending in a trained stop token.
+    def render(self, example: Example) -> tuple[TokenSequence, ...]:
+        """The example's sequences, each ending in a stop token that is a target.
 
         Raises:
             DataError: the example cannot be rendered; names `file:line`.
         """
         try:
             if example.text is not None:
-                documents = [self._render_text(example.text)]
+                built = [_Tokens().extended(self._lead_ids, self._with_end(example.text))]
             else:
-                documents = self._render_answers(self._with_system(example.messages))
+                built = self._render_answers(self._with_system(example.messages))
         except TemplateFault as fault:
-            raise DataError(f"{example.where}: {fault}") from None
-        for document in documents:
-            if not document.loss_mask[-1] or document.input_ids[-1] not in self.stop_token_ids:
-                raise DataError(
-                    f"{example.where}: rendered without a learned end, so the model would not stop after it"
-                )
-        return documents
+            raise DataError(f"{example.location}: {fault}") from None
+        return tuple(tokens.sequence() for tokens in built)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that training puts before the assistant's next turn; `messages` end with the user's.
@@ -179,7 +168,7 @@ class Renderer:
     def changes(self, example: Example) -> list[str]:
         """What the template changes of this row's texts, or would change; each a sentence about many rows."""
         trims = self._chat.trims if self._chat is not None else frozenset()
-        told = [m for m in self._with_system(example.messages) if m.learned or m.role != "assistant"]
+        told = [m for m in self._with_system(example.messages) if m.trained or m.role != "assistant"]
         found = {m.role for m in told if m.role in trims and m.content != m.content.strip()}
         return [_TRIMMED[role] for role in sorted(found)]
 
@@ -230,19 +219,19 @@ class Renderer:
             return tuple(messages)
         return (self._system, *messages)
 
-    def _render_answers(self, messages: tuple[Message, ...]) -> list[RenderedSequence]:
-        documents: list[RenderedSequence] = []
+    def _render_answers(self, messages: tuple[Message, ...]) -> list[_Tokens]:
+        found: list[_Tokens] = []
         for index, message in enumerate(messages):
-            if message.role != "assistant" or not message.learned:
+            if message.role != "assistant" or not message.trained:
                 continue
             prompt = self._prompt(messages[:index])
             answer = self._answer(messages[: index + 1], prompt)
-            so_far = documents[-1] if documents else None
-            if so_far is not None and prompt[: len(so_far.input_ids)] == so_far.input_ids:
-                documents[-1] = _continued(so_far, prompt[len(so_far.input_ids) :], answer)
+            so_far = found[-1].ids if found else []
+            if so_far and prompt[: len(so_far)] == so_far:
+                found[-1].extended(prompt[len(so_far) :], answer)
             else:
-                documents.append(_continued(RenderedSequence([], []), prompt, answer))
-        return documents
+                found.append(_Tokens().extended(prompt, answer))
+        return found
 
     def _prompt(self, messages: tuple[Message, ...]) -> list[int]:
         if self._chat is not None:
@@ -262,9 +251,6 @@ class Renderer:
         return self._with_end(messages[-1].content)
 
     # --- plain text
-
-    def _render_text(self, text: str) -> RenderedSequence:
-        return _continued(RenderedSequence([], []), self._lead_ids, self._with_end(text))
 
     def _with_end(self, text: str) -> list[int]:
         ids = self._encode(text)
@@ -296,12 +282,22 @@ class Renderer:
         return []
 
 
-def _continued(document: RenderedSequence, context: Sequence[int], learned: Sequence[int]) -> RenderedSequence:
-    """`document` with untrained `context` and trained `learned` tokens after it."""
-    input_ids = [*document.input_ids, *context, *learned]
-    trained = [*document.loss_mask, *[False] * len(context), *[True] * len(learned)]
-    trained[0] = False  # nothing stands before the first token from which it could be predicted
-    return RenderedSequence(input_ids, trained)
+@dataclass
+class _Tokens:
+    """A `TokenSequence` that grows."""
+
+    ids: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+
+    def extended(self, context: Sequence[int], targets: Sequence[int]) -> _Tokens:
+        """This, with `context` and then `targets` at its end."""
+        self.ids += [*context, *targets]
+        self.mask += [False] * len(context) + [True] * len(targets)
+        return self
+
+    def sequence(self) -> TokenSequence:
+        self.mask[0] = False  # nothing predicts the first token
+        return TokenSequence(np.array(self.ids, dtype=np.int32), np.array(self.mask, dtype=bool))
 
 
 _WELL_KNOWN = frozenset(
@@ -332,7 +328,7 @@ class ControlText:
         texts = [example.text] if example.text is not None else [message.content for message in example.messages]
         found = [token for text in texts for token in self._tokens_in(text)]
         if found:
-            self._rows.add(example.where)
+            self._rows.add(example.location)
             self._tokens.update(dict.fromkeys(found))
 
     def _tokens_in(self, text: str) -> list[str]:
@@ -356,7 +352,7 @@ class ControlText:
 WORTH_BYTES = 32 << 20  # of data; about a minute's work for one processor
 _CHUNK_ROWS = 256
 _CHUNK_CHARACTERS = 1 << 20
-Outcome = list[RenderedSequence] | DataError
+Outcome = tuple[TokenSequence, ...] | DataError
 _renderer: Renderer | None = None  # a worker's own
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,27 +23,18 @@ import pyarrow as pa
 from lmtune.config.load import data_paths
 from lmtune.config.schema import DataConfig
 from lmtune.data.reading import ReadReport, read_examples
-from lmtune.data.rendering import ControlText, RenderedSequence, Renderer, render_all
+from lmtune.data.rendering import ControlText, Renderer, render_all
 from lmtune.data.report import Survey, Tally, describe_fates, shown_first
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import DataFile, find_files, unread_entries
-from lmtune.data.types import Example
+from lmtune.data.types import Example, TokenizedExample, TokenSequence
 from lmtune.errors import DataError
 from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, hold, key_of, write_json
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
 __all__ = [
-    "LoadedData",
-    "TokenSequence",
-    "TokenizedData",
-    "TokenizedExample",
-    "describe_fates",
-    "fit",
-    "load_data",
-    "split",
-    "tokenize",
-    "truncated",
+    "LoadedData", "TokenizedData", "describe_fates", "fit", "load_data", "split", "tokenize", "truncated",
 ]  # fmt: skip
 
 _VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
@@ -55,24 +45,8 @@ Int32 = npt.NDArray[np.int32]
 Rows = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class TokenSequence:
-    """`input_ids[T]` and `trained[T]`: whether each token is a label."""
-
-    input_ids: Int32
-    loss_mask: npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """One row; `where` is `file:line`."""
-
-    where: str
-    sequences: list[TokenSequence]
-
-
 class TokenizedData:
-    """Rows of tokens, or some of them.
+    """Rows of tokens, or some of them: an `ExampleStore`.
 
     Attributes:
         key: SHA-256, in hex, of what the rows depend on; not of the files' names.
@@ -99,11 +73,9 @@ class TokenizedData:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        row = int(self._rows[index])
-        documents = [TokenSequence(input_ids, trained) for input_ids, trained in self._table.documents(row)]
-        return TokenizedExample(self.where(index), documents)
+        return TokenizedExample(self.location(index), self._table.sequences_of(int(self._rows[index])))
 
-    def where(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`file:line` of a row."""
         row = int(self._rows[index])
         return f"{self.fates['files'][self._table.file[row]]}:{self._table.line[row]}"
@@ -144,7 +116,7 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
     if config.validation is not None:
         validation = tokenize(data_paths(config.validation), renderer, config, part="data.validation")
         shared = np.flatnonzero(np.isin(validation.content, data.content))
-        tally = Tally(len(shared), [validation.where(int(index)) for index in shared[:5]])
+        tally = Tally(len(shared), [validation.location(int(index)) for index in shared[:5]])
         fates["validation"] = {**validation.fates, "also_in_train": tally.as_dict()}
     elif config.validation_fraction > 0:
         kept, held_out = split(data, config.validation_fraction, seed)
@@ -234,17 +206,17 @@ def _build(
         for example, outcome in render_all(read_examples(files, report), renderer, num_bytes):
             if isinstance(outcome, DataError):
                 reason = _reason(outcome)
-                report.faulty.add(reason, example.where)
-                report.add_fault(example.where, reason)
+                report.faulty.add(reason, example.location)
+                report.add_fault(example.location, reason)
                 continue
             content = survey.add(example)
             control_text.add(example)
             for change in renderer.changes(example):
-                changed.setdefault(change, Tally()).add(example.where)
+                changed.setdefault(change, Tally()).add(example.location)
             try:
                 documents = counts.fit(example, outcome)
             except DataError as fault:  # `too_long: error` is no matter of `faulty_rows`
-                report.add_fault(example.where, _reason(fault), lasting=True)
+                report.add_fault(example.location, _reason(fault), lasting=True)
                 continue
             if documents and (config.faulty_rows == "skip" or not report.num_faults):
                 table.append(documents, number[example.source], example.line, content)
@@ -291,24 +263,24 @@ class _Counts:
         self._dropped: dict[str, Tally] = {}
         self._truncated = Tally()
 
-    def fit(self, example: Example, documents: list[RenderedSequence]) -> list[RenderedSequence]:
-        """The documents to keep; none if the row is dropped.
+    def fit(self, example: Example, sequences: tuple[TokenSequence, ...]) -> tuple[TokenSequence, ...]:
+        """The sequences to keep; none if the row is dropped.
 
         Raises:
             DataError: the row is too long and `too_long` is `error`.
         """
-        longest = max(len(document.input_ids) for document in documents)
+        longest = max(map(len, sequences))
         self._longest = max(self._longest, longest)
         if longest > self._config.max_length:
-            documents, reason = fit(example, documents, self._config)
+            sequences, reason = fit(example, sequences, self._config)
             if reason is not None:
-                self._dropped.setdefault(reason, Tally()).add(example.where)
-                return []
-            self._truncated.add(example.where)
+                self._dropped.setdefault(reason, Tally()).add(example.location)
+                return ()
+            self._truncated.add(example.location)
         self.kept += 1
-        self._tokens += sum(len(document.input_ids) for document in documents)
-        self._trained += sum(sum(document.loss_mask) for document in documents)
-        return documents
+        self._tokens += sum(map(len, sequences))
+        self._trained += sum(sequence.num_targets for sequence in sequences)
+        return sequences
 
     def as_dict(self) -> dict[str, Any]:
         """The counts, for `data.json`."""
@@ -323,41 +295,41 @@ class _Counts:
 
 
 def fit(
-    example: Example, documents: list[RenderedSequence], config: DataConfig
-) -> tuple[list[RenderedSequence], str | None]:
-    """The documents of one row within `max_length`, or none and the reason why the row is dropped.
+    example: Example, sequences: tuple[TokenSequence, ...], config: DataConfig
+) -> tuple[tuple[TokenSequence, ...], str | None]:
+    """The sequences of one row within `max_length`, or none and the reason why the row is dropped.
 
     Raises:
         DataError: the row is too long and `too_long` is `error`.
     """
-    longest = max(len(document.input_ids) for document in documents)
+    longest = max(map(len, sequences))
     if longest <= config.max_length:
-        return documents, None
+        return sequences, None
     if config.too_long == "error":
         raise DataError(
-            f"{example.where}: {longest:,} tokens, but data.max_length is {config.max_length:,}; shorten the row, "
+            f"{example.location}: {longest:,} tokens, but data.max_length is {config.max_length:,}; shorten the row, "
             "raise max_length, or set data.too_long: drop or truncate"
         )
     if config.too_long == "drop":
-        return [], "too_long"
-    cut = [truncated(document, config.max_length, example.text is not None) for document in documents]
-    kept = [document for document in cut if document is not None]
+        return (), "too_long"
+    cut = [truncated(sequence, config.max_length, example.text is not None) for sequence in sequences]
+    kept = tuple(sequence for sequence in cut if sequence is not None)
     return kept, None if kept else "answer_too_long"
 
 
-def truncated(document: RenderedSequence, max_length: int, is_text: bool) -> RenderedSequence | None:
-    """The last `max_length` tokens of a document, or None if nothing in them can be learned.
+def truncated(sequence: TokenSequence, max_length: int, is_text: bool) -> TokenSequence | None:
+    """The last `max_length` tokens of a sequence, or None if they hold no target.
 
-    An answer that lost its beginning, or all that stood before it, is not learned any more: its rest follows from
-    nothing. A plain text may begin anywhere.
+    The rest of an answer that lost its beginning or its prompt is no target: it follows from nothing. A plain text may
+    begin anywhere.
     """
-    start = max(0, len(document.input_ids) - max_length)
-    if not start:
-        return document
-    input_ids, trained = document.input_ids[start:], document.loss_mask[start:]
-    lost = 1 if is_text else next((index for index, flag in enumerate(trained) if not flag), len(trained))
-    trained = [False] * lost + trained[lost:]
-    return RenderedSequence(input_ids, trained) if any(trained) else None
+    start = len(sequence) - max_length
+    if start <= 0:
+        return sequence
+    loss_mask = sequence.loss_mask[start:].copy()
+    lost = 1 if is_text else len(loss_mask) if loss_mask.all() else int(loss_mask.argmin())
+    loss_mask[:lost] = False
+    return TokenSequence(sequence.input_ids[start:], loss_mask) if loss_mask.any() else None
 
 
 _SCHEMA = pa.schema(
@@ -395,15 +367,14 @@ class TableWriter:
         self._writer.close()
         self._sink.close()
 
-    def append(self, documents: Sequence[RenderedSequence], file: int, line: int, content: int) -> None:
+    def append(self, sequences: Sequence[TokenSequence], file: int, line: int, content: int) -> None:
         """Add one row."""
-        input_ids = [index for document in documents for index in document.input_ids]
-        trained = [flag for document in documents for flag in document.loss_mask]
-        lengths = [len(document.input_ids) for document in documents]
-        labels = [sum(document.loss_mask) for document in documents]
-        for numbers in (lengths, input_ids, trained):
-            self._digest.update(array("i", [len(numbers), *numbers]).tobytes())
-        self._rows.append((input_ids, trained, lengths, labels, sum(labels), file, line, content))
+        input_ids = np.concatenate([sequence.input_ids for sequence in sequences])
+        loss_mask = np.concatenate([sequence.loss_mask for sequence in sequences])
+        lengths, targets = [len(sequence) for sequence in sequences], [sequence.num_targets for sequence in sequences]
+        for numbers in (lengths, input_ids, loss_mask):
+            self._digest.update(np.array([len(numbers), *numbers], dtype=np.int32).tobytes())
+        self._rows.append((input_ids, loss_mask, lengths, targets, sum(targets), file, line, content))
         self._num_tokens += len(input_ids)
         if len(self._rows) >= _BATCH_ROWS or self._num_tokens >= _BATCH_TOKENS:
             self._flush()
@@ -445,14 +416,14 @@ class TokenTable:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def documents(self, row: int) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
-        """The documents of a row: `input_ids[T]` and `trained[T]` of each."""
+    def sequences_of(self, row: int) -> tuple[TokenSequence, ...]:
+        """The sequences of a row."""
         batch_index = int(np.searchsorted(self._starts, row, side="right")) - 1
         batch, row = self._batches[batch_index], row - int(self._starts[batch_index])
         input_ids = batch.column(0)[row].values.to_numpy()
         trained = batch.column(1)[row].values.to_numpy(zero_copy_only=False)
         ends = np.cumsum(batch.column(2)[row].values.to_numpy())[:-1]
-        return list(zip(np.split(input_ids, ends), np.split(trained, ends), strict=True))
+        return tuple(map(TokenSequence, np.split(input_ids, ends), np.split(trained, ends)))
 
     def _column(self, name: str, dtype: Any) -> Any:
         return self._joined([batch.column(name).to_numpy() for batch in self._batches], dtype)

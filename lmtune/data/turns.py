@@ -76,7 +76,7 @@ def parse_turns(turns: Any, key: str) -> Turns:
         if unused := turn.keys() - _USED:
             found.ignored_keys |= {f"{key}[].{name}" for name in unused if turn[name] is False or is_filled(turn[name])}
     check_order([message.role for message in messages], key)
-    answers = [index for index, message in enumerate(messages) if message.role == "assistant" and message.learned]
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant" and message.trained]
     if not answers:
         raise RowFault(f"every answer in {key} is marked as not learned, so there is nothing to learn; remove the row")
     found.messages = tuple(messages[: answers[-1] + 1])  # what follows has no influence on what is learned

@@ -150,7 +150,7 @@ def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True)
     for data in parts:
         place = int(data.sequences.num_tokens.argmax())
         if (length := int(data.sequences.num_tokens[place])) > longest:
-            longest, where = length, data[int(data.sequences.row[place])].where
+            longest, where = length, data[int(data.sequences.row[place])].location
     if limit is None or longest <= limit:
         return
     if _has_position_table(model, limit):
@@ -224,7 +224,7 @@ def teacher_forced(
     not_finite = np.flatnonzero(~np.isfinite(sums[0])).tolist()
     if not_finite:
         raise LmtuneError(
-            f"the loss of these rows is not finite:\n{format_list([str(data[row].where) for row in not_finite])}\n"
+            f"the loss of these rows is not finite:\n{format_list([data[row].location for row in not_finite])}\n"
             "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
         )
     losses, tokens, right = sums  # [rows] each

@@ -127,7 +127,7 @@ def find_nonfinite_examples(
             batch = pack_sequences([row.sequences[unit.document]], [0], 1)
             loss, _ = _accumulate(forward, batch.to(flat.device), wrong).tolist()
             if not (math.isfinite(loss) and all(bool(grad.isfinite().all()) for grad in grads)):
-                found.append(str(row.where))
+                found.append(row.location)
     for parameter in parameters.values():
         parameter.grad = None
     return list(dict.fromkeys(found))

@@ -223,7 +223,7 @@ def render(source: str | None, option: Any, row: Example) -> None:
         assert not document.loss_mask[0]
         assert document.input_ids[-1] in renderer.stop_token_ids
     last = renderer.prompt_ids(row.messages[:-1])
-    assert documents[-1].input_ids[: len(last)] == last
+    assert documents[-1].input_ids[: len(last)].tolist() == last
     assert all(documents[-1].loss_mask[max(1, len(last)) :])
 
 

@@ -47,7 +47,7 @@ def test_good_files(tmp_path: Path, content: bytes, lines: list[int]) -> None:
     examples, report = read(written(tmp_path, content))
     assert report.faults == []
     assert [example.line for example in examples] == lines
-    assert all(example.where == f"{tmp_path.name and 'rows.jsonl'}:{example.line}" for example in examples)
+    assert all(example.location == f"{tmp_path.name and 'rows.jsonl'}:{example.line}" for example in examples)
 
 
 @pytest.mark.parametrize(

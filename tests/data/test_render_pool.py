@@ -7,8 +7,8 @@ import os
 import pytest
 
 from lmtune.data import rendering
-from lmtune.data.rendering import RenderedSequence, Renderer, render_all
-from lmtune.data.types import Example, Message
+from lmtune.data.rendering import Renderer, render_all
+from lmtune.data.types import Example, Message, TokenSequence
 from lmtune.errors import DataError, LmtuneError
 from tests.tokenizers import NO_SYSTEM, make_tokenizer
 
@@ -21,7 +21,7 @@ def examples(count: int) -> list[Example]:
     return [one(number) for number in range(1, count + 1)]
 
 
-def plain(outcomes: list[tuple[Example, list[RenderedSequence] | DataError]]) -> list[tuple[Example, object]]:
+def plain(outcomes: list[tuple[Example, tuple[TokenSequence, ...] | DataError]]) -> list[tuple[Example, object]]:
     return [(example, str(found) if isinstance(found, DataError) else found) for example, found in outcomes]
 
 
@@ -38,7 +38,7 @@ def test_a_pool_gives_what_one_process_gives(monkeypatch: pytest.MonkeyPatch) ->
 class Deadly(Renderer):
     """Kills its process at the tenth row."""
 
-    def render(self, example: Example) -> list[RenderedSequence]:
+    def render(self, example: Example) -> tuple[TokenSequence, ...]:
         if example.line == 10:
             os._exit(1)
         return super().render(example)

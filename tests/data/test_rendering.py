@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lmtune.data.rendering import RenderedSequence, Renderer
-from lmtune.data.types import Example, Message
+from lmtune.data.rendering import Renderer
+from lmtune.data.types import Example, Message, TokenSequence
 from lmtune.errors import DataError, ModelError
 from tests.tokenizers import (
     CHAT_TEMPLATES,
@@ -31,7 +31,7 @@ def example(*contents: str, system: str | None = None) -> Example:
     return Example("rows.jsonl", 7, head + turns)
 
 
-def learned(renderer: Renderer, document: RenderedSequence) -> list[str]:
+def learned(renderer: Renderer, document: TokenSequence) -> list[str]:
     """The text of each learned run of tokens, control tokens included."""
     runs: list[list[int]] = []
     for index, (token, flag) in enumerate(zip(document.input_ids, document.loss_mask, strict=True)):
@@ -42,7 +42,7 @@ def learned(renderer: Renderer, document: RenderedSequence) -> list[str]:
     return [renderer.tokenizer.decode(run) for run in runs]
 
 
-def whole(renderer: Renderer, document: RenderedSequence) -> str:
+def whole(renderer: Renderer, document: TokenSequence) -> str:
     return str(renderer.tokenizer.decode(document.input_ids))
 
 
@@ -57,12 +57,12 @@ def test_training_prefixes_are_inference_prompts(name: str, bos: bool) -> None:
     documents = renderer.render(THREE_TURNS)
     for index in (1, 3, 5):
         prompt = renderer.prompt_ids(THREE_TURNS.messages[:index])
-        found = [document for document in documents if document.input_ids[: len(prompt)] == prompt]
+        found = [document for document in documents if document.input_ids[: len(prompt)].tolist() == prompt]
         assert found, f"no document begins with the prompt of message {index}"
         document, at = found[0], len(prompt)
         assert not document.loss_mask[at - 1]
         assert document.loss_mask[at]
-        end = document.loss_mask.index(False, at) if False in document.loss_mask[at:] else len(document.loss_mask)
+        end = [*document.loss_mask, False].index(False, at)
         assert renderer.decode(document.input_ids[at:end]).strip() == THREE_TURNS.messages[index].content.strip()
         assert document.input_ids[end - 1] == renderer.stop_token_ids[0]
 
@@ -115,12 +115,12 @@ def test_a_prompt_that_opens_the_reasoning_is_continued() -> None:
     row = example("Hello", "<think>\nwhy <|im_end|>\n</think>\n\nHi</think>", "you", "<think>hm</think>me")
     first, second = renderer.render(row)
     assert learned(renderer, first) == ["why <|im_end|>\n</think>\n\nHi</think><|im_end|>"]
-    assert first.input_ids.count(IM_END) == 2
-    assert first.input_ids.count(renderer.tokenizer.convert_tokens_to_ids("</think>")) == 1
+    assert first.input_ids.tolist().count(IM_END) == 2
+    assert first.input_ids.tolist().count(renderer.tokenizer.convert_tokens_to_ids("</think>")) == 1
     assert learned(renderer, second) == ["hm\n</think>\n\nme<|im_end|>"]
     for document, index in ((first, 1), (second, 3)):
         prompt = renderer.prompt_ids(row.messages[:index])
-        assert document.input_ids[: len(prompt)] == prompt
+        assert document.input_ids[: len(prompt)].tolist() == prompt
         assert not any(document.loss_mask[: len(prompt)])
 
 
@@ -168,7 +168,7 @@ def test_control_tokens_in_data_stay_text(name: str | None) -> None:
     assert INJECTION in whole(renderer, forged)
     assert learned(renderer, forged)[0].count(INJECTION) == 1
     prompt = renderer.prompt_ids([Message("user", INJECTION)])
-    assert prompt == forged.input_ids[: len(prompt)]
+    assert prompt == forged.input_ids[: len(prompt)].tolist()
 
 
 def test_an_answer_that_merges_with_its_prompt_is_learned_from_the_prompt_s_tokens() -> None:
@@ -177,9 +177,9 @@ def test_an_answer_that_merges_with_its_prompt_is_learned_from_the_prompt_s_toke
     messages = example("Hello", "\n\n\nHi <|im_end|>", "you", "me").messages
     documents = renderer.render(Example("f", 1, messages))
     prompt = renderer.prompt_ids(messages[:1])
-    assert documents[0].input_ids[: len(prompt)] == prompt
+    assert documents[0].input_ids[: len(prompt)].tolist() == prompt
     assert learned(renderer, documents[0]) == ["\n\n\nHi <|im_end|><|im_end|>"]
-    assert documents[0].input_ids.count(IM_END) == 2
+    assert documents[0].input_ids.tolist().count(IM_END) == 2
     assert len(documents) == 2, "its history is tokenised otherwise, so the next answer has a document of its own"
     assert learned(renderer, documents[1]) == ["me<|im_end|>"]
 
@@ -241,9 +241,8 @@ class TestPlain:
         (document,) = renderer.render(example("The quick", " brown fox"))
         assert whole(renderer, document) == "The quick brown fox</s>"
         assert learned(renderer, document) == [" brown fox</s>"]
-        assert (
-            renderer.prompt_ids([Message("user", "The quick")]) == document.input_ids[: document.loss_mask.index(True)]
-        )
+        prompt = document.input_ids[~document.loss_mask].tolist()
+        assert renderer.prompt_ids([Message("user", "The quick")]) == prompt
         assert not renderer.uses_chat_template
 
     def test_plain_ignores_a_template(self) -> None:
@@ -267,12 +266,12 @@ class TestPlain:
         renderer = Renderer(make_tokenizer(template))
         (document,) = renderer.render(Example("f", 1, text="The quick <|im_end|>"))
         assert whole(renderer, document) == "The quick <|im_end|></s>" if template is None else True
-        assert document.loss_mask == [False] + [True] * (len(document.input_ids) - 1)
-        assert document.input_ids.count(IM_END) == (1 if template else 0)
+        assert document.loss_mask.tolist() == [False] + [True] * (len(document) - 1)
+        assert document.input_ids.tolist().count(IM_END) == (1 if template else 0)
 
     def test_an_empty_prompt_without_bos_leaves_the_first_token_out(self) -> None:
         (document,) = Renderer(make_tokenizer()).render(example("", "brown fox"))
-        assert document.loss_mask == [False] + [True] * (len(document.input_ids) - 1)
+        assert document.loss_mask.tolist() == [False] + [True] * (len(document) - 1)
 
 
 def test_system_prompts_that_a_template_drops_are_not_lost_in_silence() -> None:

@@ -50,7 +50,7 @@ TEMPLATES: list[tuple[str | None, Template, list[Example]]] = [
 def test_tokens_change_only_with_the_version() -> None:
     rendered = [
         [
-            [document.input_ids, document.loss_mask]
+            [document.input_ids.tolist(), document.loss_mask.tolist()]
             for document in Renderer(make_tokenizer(template), option).render(row)
         ]
         for template, option, rows in TEMPLATES

@@ -43,7 +43,7 @@ def reply_of(renderer: Renderer, row: Example) -> tuple[str | None, str]:
     """What a model that has learned the row's last answer says, in pieces as in chat and whole as in evaluation."""
     document = renderer.render(row)[-1]
     prompt = renderer.prompt_ids(row.messages[:-1])
-    assert document.input_ids[: len(prompt)] == prompt, "learned after what generation starts from"
+    assert document.input_ids[: len(prompt)].tolist() == prompt, "learned after what generation starts from"
     assert not document.loss_mask[len(prompt) - 1]
     said = document.input_ids[len(prompt) :]
     assert said[-1] in renderer.stop_token_ids

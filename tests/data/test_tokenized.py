@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 
 from lmtune.config.schema import DataConfig
 from lmtune.data import store
-from lmtune.data.rendering import ControlText, RenderedSequence, Renderer
+from lmtune.data.rendering import ControlText, Renderer
 from lmtune.data.store import describe_fates, load_data, split, tokenize, truncated
-from lmtune.data.types import Example, Message
+from lmtune.data.types import Example, Message, TokenSequence
 from lmtune.errors import DataError
 from lmtune.io import atomic
 from tests.tokenizers import CHATML, NO_SYSTEM, QWEN3, make_tokenizer
@@ -44,7 +45,11 @@ def renderer(template: str | None = CHATML, **options: Any) -> Renderer:
     return Renderer(make_tokenizer(template), **options)
 
 
-def no_rendering(self: Renderer, example: Example) -> list[RenderedSequence]:
+def sequence(ids: Iterable[int], flags: str) -> TokenSequence:
+    return TokenSequence(np.array(ids), np.array([flag == "1" for flag in flags]))
+
+
+def no_rendering(self: Renderer, example: Example) -> tuple[TokenSequence, ...]:
     raise AssertionError("rendered again")
 
 
@@ -72,12 +77,11 @@ def test_rows_come_back_as_they_were_rendered() -> None:
         data = tokenize(["a.jsonl", "b.jsonl"], made, config())
         examples = list(_examples(["a.jsonl", "b.jsonl"]))
         assert len(data) == 4
-        assert [data[i].where for i in range(4)] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1"]
+        assert [data[i].location for i in range(4)] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1"]
         for index, example in enumerate(examples):
             expected = made.render(example)
             found = data[index].sequences
-            assert [document.input_ids.tolist() for document in found] == [document.input_ids for document in expected]
-            assert [document.loss_mask.tolist() for document in found] == [document.loss_mask for document in expected]
+            assert found == expected
             assert found[0].input_ids.dtype == np.int32
             assert found[0].loss_mask.dtype == bool
             assert data.num_tokens[index] == sum(len(document.input_ids) for document in expected)
@@ -102,8 +106,8 @@ def test_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_BATCH_ROWS", 7)
     data = tokenize([written("train.jsonl", rows(50))], made := renderer(), config())
     for index, example in enumerate(_examples(["train.jsonl"])):
-        assert data[index].sequences[0].input_ids.tolist() == made.render(example)[0].input_ids
-        assert data[index].where == example.where
+        assert data[index].sequences[0].input_ids.tolist() == made.render(example)[0].input_ids.tolist()
+        assert data[index].location == example.location
 
 
 class TestCache:
@@ -114,7 +118,7 @@ class TestCache:
         second = load_data(config(validation_fraction=0.2), renderer(), 0)
         assert first.key == second.key
         assert first.fates == second.fates
-        assert [row.where for row in first.train] == [row.where for row in second.train]
+        assert [row.location for row in first.train] == [row.location for row in second.train]
 
     @pytest.mark.parametrize(
         "change",
@@ -133,7 +137,7 @@ class TestCache:
         written("b.jsonl", rows(5))
         a, b = (tokenize([name], renderer(), config()) for name in ("a.jsonl", "b.jsonl"))
         assert a.key == b.key
-        assert (a[0].where, b[0].where) == ("a.jsonl:1", "b.jsonl:1")
+        assert (a[0].location, b[0].location) == ("a.jsonl:1", "b.jsonl:1")
 
     def test_damage_is_mended(self) -> None:
         written("train.jsonl", rows(5))
@@ -157,7 +161,7 @@ class TestCache:
         written("train.jsonl", rows(5))
         render = Renderer.render
 
-        def meddling(self: Renderer, example: Example) -> list[RenderedSequence]:
+        def meddling(self: Renderer, example: Example) -> tuple[TokenSequence, ...]:
             written("train.jsonl", rows(6))
             return render(self, example)
 
@@ -172,7 +176,7 @@ class TestTooLong:
 
     def test_drop(self) -> None:
         data = tokenize([self.long_rows()], renderer(), config(max_length=60))
-        assert [row.where for row in data] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:4"]
+        assert [row.location for row in data] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:4"]
         assert data.fates["dropped"] == {"too_long": {"count": 1, "first": ["train.jsonl:3"]}}
         assert (data.fates["rows"], data.fates["kept"]) == (4, 3)
         assert "1 dropped, longer than data.max_length: train.jsonl:3" in describe_fates(data.fates)
@@ -182,8 +186,7 @@ class TestTooLong:
         data = tokenize([self.long_rows()], made, config(max_length=60, too_long="truncate"))
         (document,) = data[2].sequences
         whole = made.render(_examples(["train.jsonl"])[2])[0]
-        assert document.input_ids.tolist() == whole.input_ids[-60:]
-        assert document.loss_mask.tolist() == whole.loss_mask[-60:]
+        assert document == TokenSequence(whole.input_ids[-60:], whole.loss_mask[-60:])
         assert data.fates["truncated"] == {"count": 1, "first": ["train.jsonl:3"]}
 
     def test_error_names_every_line(self) -> None:
@@ -200,16 +203,14 @@ class TestTooLong:
             tokenize(["train.jsonl"], renderer(), config(max_length=8, too_long=too_long))
 
     def test_an_answer_that_lost_its_beginning_is_not_learned(self) -> None:
-        document = RenderedSequence(list(range(10)), [bool(int(flag)) for flag in "0011100011"])
+        document = sequence(range(10), "0011100011")
         assert truncated(document, 10, False) == document
-        assert truncated(document, 9, False) == RenderedSequence(
-            list(range(1, 10)), [bool(int(f)) for f in "011100011"]
-        )
+        assert truncated(document, 9, False) == sequence(range(1, 10), "011100011")
         for length, flags in ((8, "00000011"), (7, "0000011"), (5, "00011"), (3, "011")):
             found = truncated(document, length, False)
-            assert found == RenderedSequence(list(range(10 - length, 10)), [bool(int(flag)) for flag in flags])
+            assert found == sequence(range(10 - length, 10), flags)
         assert truncated(document, 2, False) is None
-        assert truncated(document, 2, True) == RenderedSequence([8, 9], [False, True])
+        assert truncated(document, 2, True) == sequence((8, 9), "01")
 
     def test_a_text_may_begin_anywhere(self) -> None:
         written("train.jsonl", [{"text": "word " * 30}])
@@ -239,7 +240,7 @@ class TestFaultyRows:
 
     def test_they_are_left_out_and_counted(self) -> None:
         data = tokenize([self.faulty()], renderer(), config(faulty_rows="skip"))
-        assert [row.where for row in data] == [f"train.jsonl:{line}" for line in (1, 2, 3, 5)]
+        assert [row.location for row in data] == [f"train.jsonl:{line}" for line in (1, 2, 3, 5)]
         assert (data.fates["rows"], data.fates["kept"], data.fates["faulty"]["count"]) == (6, 4, 2)
         described = describe_fates(data.fates)
         assert "6 rows, 4 kept" in described
@@ -339,7 +340,7 @@ class TestSplit:
         loaded = load_data(config(validation_fraction=0.3), renderer(), 0)
         assert loaded.validation is not None
         assert (len(loaded.train), len(loaded.validation)) == (7, 3)
-        wheres = {row.where for row in loaded.train} | {row.where for row in loaded.validation}
+        wheres = {row.location for row in loaded.train} | {row.location for row in loaded.validation}
         assert len(wheres) == 10
         assert loaded.validation.num_tokens.tolist() == [len(row.sequences[0].input_ids) for row in loaded.validation]
         assert len({loaded.train.key, loaded.validation.key, loaded.key}) == 3

@@ -139,7 +139,7 @@ class TestWeight:
     )
     def test_an_answer_without_weight_is_read_and_not_learned(self, off: dict[str, Any]) -> None:
         row = parsed(QUESTION, answer(content="bad", **off), QUESTION, answer(weight=1))
-        assert [message.learned for message in row.messages] == [True, False, True, True]
+        assert [message.trained for message in row.messages] == [True, False, True, True]
         assert [message.content for message in row.messages] == ["q", "bad", "q", "a"]
         assert not row.ignored_keys
         assert not row.warnings
@@ -153,7 +153,7 @@ class TestWeight:
 
     def test_a_weight_of_a_question_changes_nothing(self) -> None:
         row = parsed({**QUESTION, "weight": 0}, answer())
-        assert all(message.learned for message in row.messages)
+        assert all(message.trained for message in row.messages)
         assert not row.warnings
         assert "changes nothing" in parsed({**QUESTION, "weight": 1}, answer()).warnings[0]
 
@@ -213,12 +213,12 @@ def test_what_a_turn_says_in_another_spelling_is_a_fault(turn: dict[str, Any], w
 @pytest.mark.parametrize("switch", [{"should_train": False}, {"train_on_turn": 0}, {"is_masked": True}, {"skip": True}])
 def test_every_switch_of_the_field_is_honoured(switch: dict[str, Any]) -> None:
     row = parsed(QUESTION, answer(**switch), QUESTION, answer())
-    assert [message.learned for message in row.messages if message.role == "assistant"] == [False, True]
+    assert [message.trained for message in row.messages if message.role == "assistant"] == [False, True]
 
 
 def test_a_switch_that_changes_nothing_is_no_fault() -> None:
     row = parsed({**QUESTION, "skip": False, "include": True}, answer(skip=False, include=True, label="greeting"))
-    assert [message.learned for message in row.messages] == [True, True]
+    assert [message.trained for message in row.messages] == [True, True]
 
 
 def test_a_key_that_is_false_is_named_too() -> None:

@@ -47,7 +47,7 @@ def check(renderer: Renderer, messages: tuple[Message, ...], thinking: bool) -> 
         if message.role != "assistant":
             continue
         prompt = renderer.prompt_ids(messages[:index])
-        document = next(d for d in documents if d.input_ids[: len(prompt)] == prompt and len(d.input_ids) > len(prompt))
+        document = next(d for d in documents if len(d) > len(prompt) and d.input_ids[: len(prompt)].tolist() == prompt)
         assert not document.loss_mask[len(prompt) - 1]
         assert document.loss_mask[len(prompt)]
         end = [*document.loss_mask, False].index(False, len(prompt))
