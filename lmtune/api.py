@@ -171,12 +171,12 @@ class Model:
             ConfigError: an option is out of bounds.
             LmtuneError: the conversation is longer than the model can read.
         """
-        from lmtune.inference.chat import GenerationOptions
+        from lmtune.inference.engine import Sampling
 
         if not isinstance(question, str):
             raise ConfigError(f"question: got {type(question).__name__}; expected a text")
-        options = GenerationOptions(temperature, top_p, max_new_tokens, seed)
-        return self.session(system, history).reply(question, options, use_base=base)
+        sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+        return self.session(system, history).reply(question, sampling, use_base=base)
 
     def session(self, system: str | None = None, history: Sequence[Message] = ()) -> ChatSession:
         """A conversation: `for piece in session.stream("…"): …`; it keeps what was said and its KV cache."""

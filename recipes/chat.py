@@ -42,17 +42,18 @@ def main(
     Example: lmtune chat quickstart --json < questions.txt > answers.jsonl
     """
     with progress("loading PyTorch and the libraries"):
-        from lmtune.inference.chat import ChatSession, GenerationOptions
+        from lmtune.inference.chat import ChatSession
+        from lmtune.inference.engine import Sampling
         from lmtune.inference.load import load_for_inference
         from lmtune.serve.terminal import TerminalChat
 
-    options = GenerationOptions(temperature, top_p, max_new_tokens, seed)
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     loaded = load_for_inference(model, base=base)
     if without_adapter and not loaded.has_adapter:
         raise ConfigError(f"--without-adapter: {model} has no adapter, so it is the base already; leave it out")
     if loaded.date_note:
         err.print(f"[dim]{escape(loaded.date_note)}[/]")
-    chat = TerminalChat(ChatSession(loaded, system), options, without_adapter)
+    chat = TerminalChat(ChatSession(loaded, system), sampling, without_adapter)
     if sys.stdin.isatty() and not as_json:
         chat.run_interactive()
     else:

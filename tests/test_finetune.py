@@ -277,14 +277,16 @@ def test_an_overfit_model_answers_exactly(overfit: Path) -> None:
 def test_an_overfit_model_stops_by_itself(overfit: Path) -> None:
     """Within the budget, by the stop token, in lmtune's own generation and in plain transformers'."""
     from lmtune.data.types import Message
-    from lmtune.inference.engine import generate_batch
+    from lmtune.inference.engine import Sampling
 
     with inside(overfit):
         loaded = load_for_inference("trial")
         tuned = loaded.model.generation_config.__class__.from_pretrained("runs/trial/adapter")
     for n in range(4):
         prompt = loaded.renderer.prompt_ids([Message("user", f"Question {n}?")])
-        (given,) = generate_batch(loaded.model, loaded.tokenizer, [prompt], loaded.renderer.stop_token_ids, 200)
+        (given,) = loaded.engine.generate(
+            [prompt], Sampling(max_new_tokens=200, stop_token_ids=loaded.renderer.stop_token_ids)
+        )
         assert len(given) < 60
         ids = torch.tensor([prompt])
         plain = loaded.model.generate(

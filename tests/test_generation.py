@@ -16,8 +16,8 @@ from lmtune.data.rendering import Renderer, Template
 from lmtune.data.replies import is_still_reasoning, split_reply
 from lmtune.data.types import Example, Message
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.inference.chat import AnswerInfo, ChatSession, GenerationOptions
-from lmtune.inference.engine import PieceDecoder, Sampler, generate_batch
+from lmtune.inference.chat import AnswerInfo, ChatSession, Detokenizer
+from lmtune.inference.engine import Sampler, Sampling, TransformersEngine
 from lmtune.inference.load import LoadedModel
 from lmtune.kernels.attention import packed_attention
 from tests.chat_models import chat_model, never_stops, parrot, random_model
@@ -25,8 +25,8 @@ from tests.tokenizers import CHANNELS, CHAT_TEMPLATES, EMPTY_THOUGHT_FIELD, QWEN
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
 
-WARM = GenerationOptions(temperature=1.0, top_p=0.9, max_new_tokens=24, seed=5)
-SHORT = GenerationOptions(max_new_tokens=24)
+WARM = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=24, seed=5)
+SHORT = Sampling(max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,18 @@ def generated(loaded: LoadedModel, prompt: list[int], max_new_tokens: int, use_b
         )  # fmt: skip
     new = output[0, len(prompt) :].tolist()
     return new[:-1] if new[-1] in loaded.renderer.stop_token_ids else new
+
+
+def batch(
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    stops: list[int] | None = None,
+    max_new_tokens: int = 20,
+    **limits: int,
+) -> list[list[int]]:
+    """What the engine generates for all prompts together."""
+    sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(stops or loaded.renderer.stop_token_ids))
+    return TransformersEngine(loaded.model, loaded.has_adapter, **limits).generate(prompts, sampling)
 
 
 def spy_on_reading(loaded: LoadedModel) -> list[list[int]]:
@@ -62,17 +74,17 @@ def spy_on_reading(loaded: LoadedModel) -> list[list[int]]:
     [
         {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": "hot"},
         {"temperature": True}, {"top_p": 0.0}, {"top_p": 1.01}, {"top_p": math.nan}, {"max_new_tokens": 0},
-        {"max_new_tokens": 8193}, {"max_new_tokens": 1.5}, {"seed": -1}, {"seed": 2**32}, {"seed": None},
+        {"max_new_tokens": 1.5}, {"seed": -1}, {"seed": 2**32}, {"seed": None},
     ],
 )  # fmt: skip
 def test_an_option_out_of_bounds_is_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}: got .*; should be "):
-        GenerationOptions(**wrong)
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}: .*; expected "):
+        Sampling(**wrong)
 
 
 def test_all_wrong_options_are_named_at_once() -> None:
     with pytest.raises(ConfigError, match=r"3 options are wrong\n.*temperature.*\n.*top_p.*\n.*seed"):
-        GenerationOptions(temperature=-1, top_p=2, seed=-1)
+        Sampling(temperature=-1, top_p=2, seed=-1)
 
 
 # --- the prompt
@@ -88,7 +100,7 @@ def test_what_is_read_is_what_training_put_before_the_answer(name: str) -> None:
         document = loaded.renderer.render(Example("a", 1, (*asked, Message("assistant", "Rome."))))[-1]
         session = ChatSession(loaded, "Be brief.", turns[: count - 1])
         seen = spy_on_reading(loaded)
-        session.reply(turns[count - 1].content, GenerationOptions(max_new_tokens=1))
+        session.reply(turns[count - 1].content, Sampling(max_new_tokens=1))
         first_trained = len(document.loss_mask) - document.loss_mask[::-1].index(False)
         assert seen[-1] == document.input_ids[:first_trained]
 
@@ -96,9 +108,9 @@ def test_what_is_read_is_what_training_put_before_the_answer(name: str) -> None:
 def test_training_s_system_prompt_is_used_where_the_user_gives_none() -> None:
     loaded = chat_model(system="Be brief.")
     seen = spy_on_reading(loaded)
-    ChatSession(loaded).reply("Hello", GenerationOptions(max_new_tokens=1))
-    ChatSession(loaded, system="Be brief.").reply("Hello", GenerationOptions(max_new_tokens=1))
-    ChatSession(loaded, system="Be long.").reply("Hello", GenerationOptions(max_new_tokens=1))
+    ChatSession(loaded).reply("Hello", Sampling(max_new_tokens=1))
+    ChatSession(loaded, system="Be brief.").reply("Hello", Sampling(max_new_tokens=1))
+    ChatSession(loaded, system="Be long.").reply("Hello", Sampling(max_new_tokens=1))
     assert seen[0] == seen[1] != seen[2]
 
 
@@ -112,18 +124,18 @@ def test_without_a_chat_template_every_question_stands_alone() -> None:
 
 def test_a_conversation_too_long_for_the_model_is_refused_and_the_question_taken_back() -> None:
     session = ChatSession(chat_model(positions=64))
-    session.reply("Hello", GenerationOptions(max_new_tokens=4))
+    session.reply("Hello", Sampling(max_new_tokens=4))
     before = session.messages
     with pytest.raises(LmtuneError, match=r"tokens long, and random reads at most 64; clear it, or shorten"):
         session.reply("the dog " * 60)
     assert session.messages == before
-    session.reply("a", GenerationOptions(max_new_tokens=2))
+    session.reply("a", Sampling(max_new_tokens=2))
 
 
 def test_an_answer_ends_where_the_model_ends() -> None:
     session = ChatSession(chat_model(positions=64))
     seen = spy_on_reading(session.model)
-    session.reply("Hello", GenerationOptions(max_new_tokens=8192, temperature=1.0))
+    session.reply("Hello", Sampling(max_new_tokens=8192, temperature=1.0))
     assert sum(map(len, seen)) <= 64
 
 
@@ -146,7 +158,7 @@ def test_temperature_0_is_transformers_greedy_generation(seed: int, dora: bool, 
     for question in ("What is the capital of France?", "the lazy dog"):
         prompt = loaded.renderer.prompt_ids([*session.messages, Message("user", question)])
         wanted = generated(loaded, prompt, 40, use_base)
-        said = session.reply(question, GenerationOptions(max_new_tokens=40), use_base)
+        said = session.reply(question, Sampling(max_new_tokens=40), use_base)
         assert said == loaded.renderer.decode(wanted).rstrip("\ufffd")
 
 
@@ -156,20 +168,20 @@ def test_sampling_follows_the_warped_distribution() -> None:
         weights = (logits / temperature).softmax(-1)
         kept = torch.tensor([weights[:index].sum() < top_p for index in range(4)])
         wanted = torch.where(kept, weights, 0.0)
-        draws = torch.tensor([Sampler(temperature, top_p, seed)(logits) for seed in range(1500)])
+        draws = torch.tensor([Sampler(Sampling(temperature, top_p, seed=seed))(logits) for seed in range(1500)])
         shares = torch.bincount(draws, minlength=4) / 1500
         assert torch.allclose(shares, wanted / wanted.sum(), atol=0.04)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e300])
 def test_no_temperature_overflows(temperature: float) -> None:
-    token = Sampler(temperature, 0.5, 0)(torch.tensor([1.0, 9.0, 3.0]))
+    token = Sampler(Sampling(temperature, 0.5))(torch.tensor([1.0, 9.0, 3.0]))
     assert token == 1 if temperature < 1 else token in (0, 1, 2)
 
 
 def test_equal_seeds_give_equal_answers_whoever_else_is_speaking(model: LoadedModel) -> None:
     alone = ChatSession(model).reply("Hello", WARM)
-    assert ChatSession(model).reply("Hello", GenerationOptions(1.0, 0.9, 24, seed=6)) != alone
+    assert ChatSession(model).reply("Hello", Sampling(1.0, 0.9, 24, seed=6)) != alone
     first, second = ChatSession(model), ChatSession(model)
     streams = [first.stream("Hello", WARM), second.stream("Hello", WARM, use_base=True)]
     pieces: list[list[str]] = [[], []]
@@ -227,11 +239,11 @@ def test_a_broken_model_is_said_to_be_broken() -> None:
 def test_training_s_attention_is_put_aside_for_the_time(model: LoadedModel) -> None:
     wanted = ChatSession(model).reply("Hello", SHORT)
     prompt = model.renderer.prompt_ids([Message("user", "Hello")])
-    batch = generate_batch(model.model, model.tokenizer, [prompt], model.renderer.stop_token_ids, 24)
+    wanted_batch = batch(model, [prompt], None, 24)
     with packed_attention(model.model):
         before = model.model.config._attn_implementation
         assert ChatSession(model).reply("Hello", SHORT) == wanted
-        assert generate_batch(model.model, model.tokenizer, [prompt], model.renderer.stop_token_ids, 24) == batch
+        assert batch(model, [prompt], None, 24) == wanted_batch
         assert model.model.config._attn_implementation == before
 
 
@@ -267,7 +279,7 @@ def test_retry_with_the_same_seed_says_the_same_and_reads_nothing_again() -> Non
     seen = spy_on_reading(session.model)
     assert "".join(session.retry(WARM)) == said
     assert [len(ids) for ids in seen] == [1] * len(seen)
-    assert "".join(session.retry(GenerationOptions(1.0, 0.9, 24, seed=9))) != said
+    assert "".join(session.retry(Sampling(1.0, 0.9, 24, seed=9))) != said
     assert [message.role for message in session.messages] == ["user", "assistant"]
     assert "".join(session.retry(WARM, use_base=True)) == ChatSession(session.model).reply("Hello", WARM, use_base=True)
 
@@ -315,11 +327,11 @@ def test_release_frees_what_was_read_and_changes_nothing(model: LoadedModel) -> 
 
 def test_an_answer_knows_who_gave_it_and_how_it_ended() -> None:
     narrow = ChatSession(parrot(positions=90))
-    narrow.reply("count", GenerationOptions(max_new_tokens=300))
+    narrow.reply("count", Sampling(max_new_tokens=300))
     assert narrow.turns[1][1] == AnswerInfo("parrot", False, "context")
     session = ChatSession(parrot())
     session.reply("Hello")
-    session.reply("count", GenerationOptions(max_new_tokens=5), use_base=True)
+    session.reply("count", Sampling(max_new_tokens=5), use_base=True)
     stream = session.stream("Hello", SHORT)
     next(stream)
     assert session.turns[-1][1] == AnswerInfo("parrot", False, None)
@@ -341,12 +353,12 @@ def test_an_answer_knows_who_gave_it_and_how_it_ended() -> None:
 @pytest.mark.parametrize("use_base", [False, True])
 def test_a_cut_answer_goes_on_as_if_it_had_not_been_cut(use_base: bool) -> None:
     loaded = never_stops(chat_model())
-    whole = ChatSession(loaded).reply("Hello", GenerationOptions(max_new_tokens=23), use_base)
+    whole = ChatSession(loaded).reply("Hello", Sampling(max_new_tokens=23), use_base)
     session = ChatSession(loaded)
-    session.reply("Hello", GenerationOptions(max_new_tokens=8), use_base)
+    session.reply("Hello", Sampling(max_new_tokens=8), use_base)
     for more in (1, 14):
         assert session.can_continue
-        "".join(session.continue_answer(GenerationOptions(max_new_tokens=more)))
+        "".join(session.continue_answer(Sampling(max_new_tokens=more)))
     assert session.messages == [Message("user", "Hello"), Message("assistant", whole)]
     assert session.num_answer_tokens == 23
 
@@ -390,7 +402,7 @@ def test_how_far_a_long_prompt_is_read() -> None:
 
 def test_stop_from_another_thread_ends_the_answer_and_keeps_what_was_said(model: LoadedModel) -> None:
     session = ChatSession(model)
-    stream = session.stream("Hello", GenerationOptions(temperature=1.0, max_new_tokens=300))
+    stream = session.stream("Hello", Sampling(temperature=1.0, max_new_tokens=300))
     said = next(stream) + next(stream)
     stopper = threading.Thread(target=session.stop)
     stopper.start()
@@ -453,7 +465,7 @@ def test_edit_replaces_a_question_and_drops_what_followed(model: LoadedModel) ->
 def test_only_questions_can_be_edited(model: LoadedModel, index: int) -> None:
     session = ChatSession(model)
     session.reply("Hello", SHORT)
-    with pytest.raises(LmtuneError, match=f"message {index} is no question"):
+    with pytest.raises(LmtuneError, match=f"message {index} is not a question"):
         session.edit(index, "x")
 
 
@@ -470,7 +482,7 @@ def test_retry_before_any_question_is_refused(model: LoadedModel) -> None:
 def test_pieces_are_whole_characters_and_make_the_text(text: str) -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    decoder = PieceDecoder(lambda some: str(tokenizer.decode(some)))
+    decoder = Detokenizer(lambda some: str(tokenizer.decode(some)))
     pieces = [decoder.add(token) for token in ids]
     assert all("\ufffd" not in piece for piece in pieces)
     assert "".join(pieces) + decoder.finish() == text
@@ -479,10 +491,10 @@ def test_pieces_are_whole_characters_and_make_the_text(text: str) -> None:
 def test_a_character_cut_off_by_the_end_is_dropped_and_what_is_no_utf8_does_not_pile_up() -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer.encode("ab😀", add_special_tokens=False)
-    decoder = PieceDecoder(lambda some: str(tokenizer.decode(some)))
+    decoder = Detokenizer(lambda some: str(tokenizer.decode(some)))
     said = "".join(decoder.add(token) for token in ids[:-1])
     assert said + decoder.finish() == "ab"
-    decoder = PieceDecoder(lambda some: str(tokenizer.decode(some)))
+    decoder = Detokenizer(lambda some: str(tokenizer.decode(some)))
     said = "".join(decoder.add(ids[-1]) for _ in range(100))
     assert said.count("\ufffd") > 90
 
@@ -498,7 +510,7 @@ def test_stop_tokens_are_never_said() -> None:
         return output
 
     loaded.model.register_forward_hook(stop_at_the_fifth)
-    pieces = list(ChatSession(loaded).stream("Hello", GenerationOptions(max_new_tokens=50)))
+    pieces = list(ChatSession(loaded).stream("Hello", Sampling(max_new_tokens=50)))
     assert len(calls) == 5
     assert "<|im_end|>" not in "".join(pieces)
 
@@ -509,21 +521,19 @@ def test_stop_tokens_are_never_said() -> None:
 def test_a_batch_says_what_each_prompt_alone_would(model: LoadedModel) -> None:
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     prompts = [model.renderer.prompt_ids([Message("user", " ".join(words[:count]))]) for count in (9, 1, 5, 3)]
-    stops = model.renderer.stop_token_ids
-    answers = generate_batch(model.model, model.tokenizer, prompts, stops, 20)
+    stops = list(model.renderer.stop_token_ids)
+    answers = batch(model, prompts, stops, 20)
     assert answers == [generated(model, prompt, 20) for prompt in prompts]
-    assert generate_batch(model.model, model.tokenizer, prompts, stops, 20, batch_tokens=1) == answers
-    assert generate_batch(model.model, model.tokenizer, [], stops, 20) == []
+    assert batch(model, prompts, stops, 20, batch_tokens=1) == answers
+    assert batch(model, [], stops, 20) == []
 
 
 def test_a_batch_ends_each_answer_at_its_first_stop_token(model: LoadedModel) -> None:
     prompts = [model.renderer.prompt_ids([Message("user", text)]) for text in ("a", "the lazy dog")]
-    whole = generate_batch(model.model, model.tokenizer, prompts, [511], 20)
+    whole = batch(model, prompts, [511], 20)
     stops = [whole[0][3], whole[1][7]]
     cut = [next((i for i, token in enumerate(answer) if token in stops), 20) for answer in whole]
-    assert generate_batch(model.model, model.tokenizer, prompts, stops, 20) == [
-        answer[:end] for answer, end in zip(whole, cut, strict=True)
-    ]
+    assert batch(model, prompts, stops, 20) == [answer[:end] for answer, end in zip(whole, cut, strict=True)]
 
 
 @pytest.mark.parametrize("adapter", [True, False])
@@ -535,22 +545,22 @@ def test_a_model_s_own_generation_settings_change_a_batch_no_more_than_a_chat(
 ) -> None:
     loaded = chat_model(seed=3, adapter=adapter)
     prompt = loaded.renderer.prompt_ids([Message("user", "the lazy dog")])
-    stops = loaded.renderer.stop_token_ids
-    (plain,) = generate_batch(loaded.model, loaded.tokenizer, [prompt], stops, 20)
+    stops = list(loaded.renderer.stop_token_ids)
+    (plain,) = batch(loaded, [prompt], stops, 20)
     end = plain[3]
-    (cut,) = generate_batch(loaded.model, loaded.tokenizer, [prompt], [end], 20)
+    (cut,) = batch(loaded, [prompt], [end], 20)
     config = loaded.model.generation_config
     for key, value in own.items():
         setattr(config, key, plain[:1] if value == "said" else value)
-    assert generate_batch(loaded.model, loaded.tokenizer, [prompt], stops, 20) == [plain]
-    assert generate_batch(loaded.model, loaded.tokenizer, [prompt], [end], 20) == [cut]
+    assert batch(loaded, [prompt], stops, 20) == [plain]
+    assert batch(loaded, [prompt], [end], 20) == [cut]
     assert loaded.model.generation_config is config, "what the model came with is put back"
 
 
 def test_a_prompt_that_fills_the_model_is_refused() -> None:
     loaded = chat_model(positions=32)
-    with pytest.raises(LmtuneError, match="prompt 1 is 40 tokens long, and the model reads at most 32"):
-        generate_batch(loaded.model, loaded.tokenizer, [[5], [5] * 40], [2], 4)
+    with pytest.raises(LmtuneError, match="prompt 1: 40 tokens; expected fewer than the model reads, 32"):
+        batch(loaded, [[5], [5] * 40], [2], 4)
 
 
 # --- replies with reasoning and channels
@@ -595,7 +605,7 @@ def test_a_reply_is_its_answer_after_its_reasoning(
 ) -> None:
     loaded = scripted(template, option, said)
     session = ChatSession(loaded)
-    pieces = list(session.stream("Where is item 5?", GenerationOptions(max_new_tokens=64)))
+    pieces = list(session.stream("Where is item 5?", Sampling(max_new_tokens=64)))
     assert split_reply("".join(pieces)) == (reasoning, answer)
     assert session.messages[-1].content == "".join(pieces)
     assert len(pieces) > 3, "it is streamed"
@@ -609,7 +619,7 @@ def test_a_reply_is_its_answer_after_its_reasoning(
 def test_a_reply_that_is_cut_while_it_reasons_has_no_answer(said: str, shown: str) -> None:
     opened = "<pad>" not in said
     loaded = scripted(R1 if opened else CHANNELS, "thinking", said)
-    cut = GenerationOptions(max_new_tokens=len(loaded.tokenizer.encode(shown)) + (0 if opened else 6))
+    cut = Sampling(max_new_tokens=len(loaded.tokenizer.encode(shown)) + (0 if opened else 6))
     reply = ChatSession(loaded).reply("Hello", cut)
     assert split_reply(reply)[1] == ""
     assert is_still_reasoning(reply)

@@ -39,15 +39,14 @@ def answers(
         max_new_tokens: where an answer that does not stop is cut.
         who: answers, for the progress that is shown.
     """
-    from lmtune.inference.engine import generate_batch
+    from lmtune.inference.engine import Sampling, TransformersEngine
 
     prompts, wanted = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
     training = model.training
     model.eval()
     with progress(f"letting {who} answer", len(rows), "rows") as shown:
-        given = generate_batch(
-            model, renderer.tokenizer, list(prompts), renderer.stop_token_ids, max_new_tokens, advance=shown.advance
-        )
+        sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(renderer.stop_token_ids))
+        given = TransformersEngine(model).generate(prompts, sampling, shown.advance)
     model.train(training)
     return [
         Answer(row, _question(renderer, prompt), *(split_reply(renderer.decode(ids))[1] for ids in (right, said)))

@@ -1,120 +1,313 @@
-"""One token after another: what a model has read, which token comes next, and the text of the tokens so far.
+"""The engine: token ids in, token ids out. It knows no tokenizer, no text and no conversation.
 
-`ReadTokens` holds token ids with their KV cache and reads on from wherever a new prompt departs from the old;
-`Sampler` chooses among the logits; `PieceDecoder` lets text out as soon as it is whole, in the manner of Hugging Face's
-text-generation-inference: a token that ends inside a UTF-8 character waits for the next. `lmtune.inference.chat` makes
-conversations of these.
+    engine = TransformersEngine(model)
+    for token in engine.submit(prompt_ids, Sampling(temperature=0.7, stop_token_ids=(2,))):
+        ...
+    answers = engine.generate(prompts, Sampling(stop_token_ids=(2,)))
+
+`submit` streams the answer to one prompt, one forward pass at a time under a lock, so that any number of prompts take
+turns token by token, some with the adapter and some without. A `PromptCache` that the caller keeps makes the next
+prompt cheap where it begins alike. `generate` answers many prompts greedily in batches, as an evaluation needs it. Of a
+model's own generation settings neither uses any, so that both answer alike. That an engine should not know about
+tokenization is an idea of nanochat's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from lmtune.data.replies import ReplyParser
-from lmtune.errors import LmtuneError
-from lmtune.inference.load import LoadedModel
-from lmtune.kernels.attention import NAME as BY_DOCUMENT
+from lmtune.errors import ConfigError, LmtuneError
+from lmtune.io.text import format_list, is_finite_number
+from lmtune.kernels.attention import NAME as PACKED_ATTENTION
 from lmtune.models.structure import base_of, max_positions
 
-_PREFILL_TOKENS = 512  # read at once, so that a long prompt can be stopped and lets other conversations in
-_PENDING_TOKENS = 8  # no character is longer; what is still incomplete then is no UTF-8 and is shown as it is
-_MIN_TEMPERATURE = 1e-6  # below it fp32 would divide by zero, and the likeliest token has all the weight anyway
+if TYPE_CHECKING:
+    from transformers import Cache
+
+_PREFILL_TOKENS = 512  # in one forward pass, so that a long prompt can be stopped and lets other prompts in
+_MIN_TEMPERATURE = 1e-6  # below it fp32 divides by zero, and the most probable token has all the weight anyway
+
+FinishReason = Literal["stop", "length", "context", "stopped"]
 
 
-class ReadTokens:
-    """What one model, with or without its adapter, has read in one conversation.
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen, and where it ends.
+
+    Attributes:
+        temperature: 0 is greedy; 1 is the model's own distribution.
+        top_p: nucleus sampling threshold: sample only among the most probable tokens that together have this
+            probability; 1 is all.
+        max_new_tokens: where an answer that does not stop is cut.
+        seed: equal seeds give equal answers.
+        stop_token_ids: each ends the answer and is not part of it.
+
+    Raises:
+        ConfigError: naming every value that is out of bounds.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not is_finite_number(self.temperature) or self.temperature < 0:
+            wrong.append(f"temperature: {self.temperature!r}; expected a number, 0 or more")
+        if not is_finite_number(self.top_p) or not 0 < self.top_p <= 1:
+            wrong.append(f"top_p: {self.top_p!r}; expected a number above 0 and at most 1")
+        if not is_finite_number(self.max_new_tokens, integer=True) or self.max_new_tokens < 1:
+            wrong.append(f"max_new_tokens: {self.max_new_tokens!r}; expected an integer, 1 or more")
+        if not is_finite_number(self.seed, integer=True) or not 0 <= self.seed < 2**32:
+            wrong.append(f"seed: {self.seed!r}; expected an integer from 0 to {2**32 - 1}")
+        if wrong:
+            raise ConfigError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} options are wrong\n{format_list(wrong)}")
+
+
+class Generation(Iterator[int]):
+    """The answer to one prompt, token by token; stop tokens are not given out.
+
+    Attributes:
+        num_prompt_tokens: of the prompt.
+        num_read: how many of them are in the cache by now.
+        finish_reason: `stop` at a stop token, `length` at `max_new_tokens`, `context` where the model reads no
+            further, `stopped` by `cancel` or `close`; None while it goes on.
+    """
+
+    def __init__(self, num_prompt_tokens: int, decode: Callable[[Generation], Iterator[int]]) -> None:
+        self.num_prompt_tokens, self.num_read = num_prompt_tokens, 0
+        self.finish_reason: FinishReason | None = None
+        self.is_cancelled = False
+        self._tokens = decode(self)
+
+    def __next__(self) -> int:
+        return next(self._tokens)
+
+    def cancel(self) -> None:
+        """End it at its next token; may be called from any thread."""
+        self.is_cancelled = True
+
+
+class PromptCache:
+    """What a model has read: token ids with their keys and values. It serves one generation at a time.
 
     Attributes:
         token_ids: the tokens that the cache holds.
-        is_whole: false while a forward pass is at work; an interrupted one leaves half a cache, to be thrown away.
+        is_whole: False while a forward pass is at work; one that is interrupted leaves half a cache, to be thrown away.
     """
 
-    def __init__(self, model: LoadedModel, use_base: bool) -> None:
-        self.model, self.use_base = model, use_base
+    def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.is_whole = True
-        self._cache: Any = None
-        self._prompt: tuple[list[int], torch.Tensor] | None = None
-        self._keeps = "logits_to_keep" in inspect.signature(base_of(model.model).forward).parameters
+        self.key_values: Cache | None = None
+        self.prompt: tuple[list[int], torch.Tensor] | None = None  # the last one, and its logits[V]
 
-    def read_prompt(self, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Read `prompt` in parts, but for what it shares with the tokens read before; yields logits[V] of each part.
+    def crop(self, length: int) -> bool:
+        """Keep the first `length` tokens. False: this kind of cache cannot be cropped, and it is empty now."""
+        extra = len(self.token_ids) - length
+        if extra == 0:
+            return True
+        if self.key_values is not None and extra > 0 and getattr(self.key_values, "is_croppable", False):
+            # A sliding window that has moved on no longer holds what it should go back to, and raises.
+            with contextlib.suppress(RuntimeError):
+                self.key_values.crop(-extra)
+                if self.key_values.get_seq_length() == length:
+                    self.token_ids = self.token_ids[:length]
+                    return True
+        self.key_values, self.token_ids = None, []
+        return False
+
+
+class Engine(Protocol):
+    """What generates tokens: the model of this process, or whatever else serves one."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest prompt with its answer, in tokens; None without a limit."""
+        ...
+
+    def submit(
+        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None,
+        cache: PromptCache | None = None,
+    ) -> Generation:  # fmt: skip
+        """Stream the answer to a prompt that is shorter than `max_positions`.
+
+        Args:
+            prompt_ids: token ids, at least one.
+            sampling: how tokens are chosen, and what ends the answer.
+            adapter: the adapter that answers; None is the base model.
+            cache: what an earlier prompt to the same adapter has left; it is filled for the next one.
+
+        Raises:
+            LmtuneError: from the iterator, where the logits are not finite.
+        """
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, advance: Callable[[int], None] | None = None
+    ) -> list[list[int]]:
+        """Answer many prompts greedily, with the adapter that is active on the model.
+
+        Args:
+            prompts: token ids, none empty.
+            sampling: at temperature 0.
+            advance: is called with the number of answers after each batch.
+
+        Returns:
+            The new tokens of each prompt, in the order of the prompts, without the stop token.
+
+        Raises:
+            LmtuneError: a prompt leaves no room for an answer.
+        """
+        ...
+
+
+class TransformersEngine:
+    """An `Engine` over a transformers model, or a PEFT model over one.
+
+    Args:
+        model: in evaluation mode.
+        has_adapter: `model` has an active adapter, which is left out for `adapter=None`.
+        lock: held during a forward pass; PEFT tells its layers by hooks which adapter to use.
+        batch_tokens: prompts and answers of one batch hold at most so many tokens, padding included.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, has_adapter: bool = False,
+        lock: contextlib.AbstractContextManager[Any] | None = None, batch_tokens: int = 16_384,
+    ) -> None:  # fmt: skip
+        self._model: Any = model
+        self._has_adapter, self._lock, self._batch_tokens = has_adapter, lock or threading.RLock(), batch_tokens
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+
+    @property
+    def max_positions(self) -> int | None:
+        """See `Engine`."""
+        return max_positions(self._model)
+
+    def submit(
+        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None,
+        cache: PromptCache | None = None,
+    ) -> Generation:  # fmt: skip
+        """See `Engine`."""
+        prompt, read = list(prompt_ids), cache or PromptCache()
+        return Generation(len(prompt), lambda generation: self._decode(prompt, sampling, adapter, read, generation))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, advance: Callable[[int], None] | None = None
+    ) -> list[list[int]]:
+        """See `Engine`. Equal to `submit` for each prompt, to rounding."""
+        assert sampling.temperature == 0
+        limit = self.max_positions
+        for index, prompt in enumerate(prompts):
+            if limit is not None and len(prompt) >= limit:
+                raise LmtuneError(f"prompt {index}: {len(prompt)} tokens; expected fewer than the model reads, {limit}")
+        answers: list[list[int]] = [[] for _ in prompts]
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+        while by_length:
+            longest = len(prompts[by_length[0]])
+            room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - longest)
+            rows = max(1, self._batch_tokens // (longest + room))
+            batch, by_length = by_length[:rows], by_length[rows:]
+            generated = _generate_batch(self._model, [prompts[index] for index in batch], sampling.stop_token_ids, room)
+            for index, new in zip(batch, generated, strict=True):
+                end = next((place for place, token in enumerate(new) if token in sampling.stop_token_ids), len(new))
+                answers[index] = new[:end]
+            if advance is not None:
+                advance(len(batch))
+        return answers
+
+    def _decode(
+        self, prompt: list[int], sampling: Sampling, adapter: str | None, cache: PromptCache, generation: Generation
+    ) -> Iterator[int]:
+        sampler = Sampler(sampling)
+        try:
+            for logits in self._prefill(prompt, adapter, cache):  # noqa: B007 - the last is used below
+                generation.num_read = len(cache.token_ids)
+                if generation.is_cancelled:
+                    return
+            limit = self.max_positions
+            room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(prompt))
+            for left in range(room, 0, -1):
+                token = sampler(logits)
+                if generation.is_cancelled:
+                    return
+                if token in sampling.stop_token_ids:
+                    generation.finish_reason = "stop"
+                    return
+                yield token
+                if left > 1:
+                    logits = self._read([token], adapter, cache)
+            generation.finish_reason = "context" if limit is not None and room == limit - len(prompt) else "length"
+        finally:
+            generation.finish_reason = generation.finish_reason or "stopped"
+
+    def _prefill(self, prompt: list[int], adapter: str | None, cache: PromptCache) -> Iterator[torch.Tensor]:
+        """Read the part of `prompt` that is not in the cache, piece by piece; yields logits[V] after each piece.
 
         The same prompt again, as another try has it, takes the logits of the first time, so that an equal seed gives
         an equal answer to the last bit.
         """
-        prompt = list(prompt)
-        before, self._prompt = self._prompt, None
-        if before is not None and before[0] == prompt and self._crop(len(prompt)):
-            self._prompt = before
+        before, cache.prompt = cache.prompt, None
+        if before is not None and before[0] == prompt and cache.crop(len(prompt)):
+            cache.prompt = before
             yield before[1]
             return
-        self._crop(_num_shared(self.token_ids, prompt[:-1]))
-        rest = prompt[len(self.token_ids) :]
+        pairs = zip(cache.token_ids, prompt[:-1], strict=False)
+        shared = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+        cache.crop(min(len(cache.token_ids), len(prompt) - 1) if shared is None else shared)
+        rest = prompt[len(cache.token_ids) :]
         for start in range(0, len(rest), _PREFILL_TOKENS):
-            logits = self.read(rest[start : start + _PREFILL_TOKENS])
+            logits = self._read(rest[start : start + _PREFILL_TOKENS], adapter, cache)
             if start + _PREFILL_TOKENS >= len(rest):
-                self._prompt = prompt, logits
+                cache.prompt = prompt, logits
             yield logits
 
-    def read(self, token_ids: Sequence[int]) -> torch.Tensor:
+    def _read(self, token_ids: list[int], adapter: str | None, cache: PromptCache) -> torch.Tensor:
         """Read further tokens; returns fp32 logits[V] after the last.
 
         Raises:
             LmtuneError: the logits are not finite.
         """
-        model = self.model.model
-        after = [*self.token_ids, *token_ids]
+        after = [*cache.token_ids, *token_ids]
         # A model that hands back no cache reads everything again at each token.
-        fed = after if self._cache is None else list(token_ids)
-        input_ids = torch.tensor([fed], device=model.device)
-        arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keeps else {}
-        if self.use_base:
+        input_ids = torch.tensor([after if cache.key_values is None else token_ids], device=self._model.device)
+        arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
+        if self._has_adapter and adapter is None:
             # Not `disable_adapter`, which looks through the whole model at each switch: half the speed of a small one.
             arguments["adapter_names"] = ["__base__"]
-        self.is_whole = False
-        # The lock, because PEFT tells its layers by hooks which adapter to use.
-        with self.model.lock, torch.no_grad(), ordinary_attention(model):
-            output = model(input_ids=input_ids, past_key_values=self._cache, use_cache=True, **arguments)
-        self._cache, self.token_ids = getattr(output, "past_key_values", None), after
-        self.is_whole = True
+        cache.is_whole = False
+        with self._lock, torch.no_grad(), unpacked_attention(self._model):
+            output = self._model(input_ids=input_ids, past_key_values=cache.key_values, use_cache=True, **arguments)
+        cache.key_values, cache.token_ids = getattr(output, "past_key_values", None), after
+        cache.is_whole = True
         logits: torch.Tensor = output.logits[0, -1].float()
         if not torch.isfinite(logits.max()):
-            raise LmtuneError(f"{self.model.name} answers with NaN or infinity; its weights or adapter are damaged")
+            raise LmtuneError("logits: NaN or infinity; expected finite numbers; the weights or adapter are damaged")
         return logits
-
-    def _crop(self, length: int) -> bool:
-        """Forget all but the first `length` tokens. False: this cache cannot, and everything is forgotten."""
-        extra = len(self.token_ids) - length
-        if extra == 0:
-            return True
-        if extra > 0 and getattr(self._cache, "is_croppable", False):
-            # A sliding window that has moved on no longer holds what it should go back to, and says so.
-            with contextlib.suppress(RuntimeError):
-                self._cache.crop(-extra)
-                if self._cache.get_seq_length() == length:
-                    self.token_ids = self.token_ids[:length]
-                    return True
-        self._cache, self.token_ids = None, []
-        return False
 
 
 class Sampler:
     """Chooses tokens with transformers' own warpers and a random generator that no other answer shares."""
 
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+    def __init__(self, sampling: Sampling) -> None:
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-        self._greedy, self._seed = temperature == 0, seed
+        self._greedy, self._seed = sampling.temperature == 0, sampling.seed
         self._generator: torch.Generator | None = None
-        self._warp = LogitsProcessorList([TemperatureLogitsWarper(max(float(temperature), _MIN_TEMPERATURE))])
-        if top_p < 1:
-            self._warp.append(TopPLogitsWarper(float(top_p)))
+        temperature = max(float(sampling.temperature), _MIN_TEMPERATURE)
+        self._warp = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if sampling.top_p < 1:
+            self._warp.append(TopPLogitsWarper(float(sampling.top_p)))
 
     def __call__(self, logits: torch.Tensor) -> int:
         """The next token after logits[V]."""
@@ -127,59 +320,32 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
-class PieceDecoder:
-    """Turns tokens into pieces of text as they come, never cut inside a character.
+def _generate_batch(
+    model: Any, prompts: Sequence[Sequence[int]], stop_token_ids: Sequence[int], max_new_tokens: int
+) -> list[list[int]]:
+    """One batch through `model.generate`, padded on the left; what follows each prompt, padding included."""
+    from transformers import GenerationConfig
 
-    Args:
-        decode: text of token ids, for example `Renderer.marked_text`.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._context: list[int] = []  # tokens whose text is out; some tokenizers need them to place a space
-        self._pending: list[int] = []
-
-    def add(self, token: int) -> str:
-        """What can be shown now, maybe nothing."""
-        self._pending.append(token)
-        text = self._new_text()
-        if text and not text.endswith("\ufffd"):
-            self._context, self._pending = self._pending, []
-            return text
-        if len(self._pending) < _PENDING_TOKENS:
-            return ""
-        self._context, self._pending = [], []
-        return text
-
-    def finish(self) -> str:
-        """What was held back, less a character that was never completed."""
-        return self._new_text().rstrip("\ufffd") if self._pending else ""
-
-    def _new_text(self) -> str:
-        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
-
-
-class ReplyDecoder:
-    """Turns tokens into pieces of a reply in the form of `lmtune.data.replies`."""
-
-    def __init__(self, pieces: PieceDecoder, parser: ReplyParser) -> None:
-        self._pieces, self._parser = pieces, parser
-
-    def add(self, token: int) -> str:
-        """What can be shown now, maybe nothing."""
-        return self._parser.feed(self._pieces.add(token))
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._parser.feed(self._pieces.finish()) + self._parser.finish()
+    stops = sorted(set(stop_token_ids))
+    pad, width = next(iter(stops), 0), len(prompts[0])  # padding is masked, so that any token serves
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad,
+        use_cache=True,
+    )  # fmt: skip
+    with torch.no_grad(), unpacked_attention(model), _no_generation_config(model):
+        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+    new: list[list[int]] = output[:, width:].tolist()
+    return new
 
 
 @contextlib.contextmanager
-def ordinary_attention(model: Any) -> Iterator[None]:
-    """Run the block with an attention that knows KV caches and padding, whatever training has switched to."""
+def unpacked_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block the model's attention knows KV caches and padding, whatever training has switched to."""
     base = base_of(model)
     before = base.config._attn_implementation
-    if before != BY_DOCUMENT:
+    if before != PACKED_ATTENTION:
         yield
         return
     base.set_attn_implementation("sdpa")
@@ -187,79 +353,6 @@ def ordinary_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation(before)
-
-
-def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from the start."""
-    for index, (ours, theirs) in enumerate(zip(first, second, strict=False)):
-        if ours != theirs:
-            return index
-    return min(len(first), len(second))
-
-
-def generate_batch(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    stop_token_ids: Sequence[int],
-    max_new_tokens: int,
-    batch_tokens: int = 16_384,
-    advance: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """Greedy answers to many prompts, as a `ChatSession` at temperature 0 would give them, to rounding.
-
-    Args:
-        model: a causal language model in evaluation mode, with or without adapter.
-        tokenizer: gives the padding token.
-        prompts: token ids, none empty.
-        stop_token_ids: what ends an answer.
-        max_new_tokens: where an answer that does not stop is cut.
-        batch_tokens: prompts and answers of one batch hold at most so many tokens, padding included.
-        advance: is told after each batch how many answers it gave.
-
-    Returns:
-        The new tokens of each prompt, in the order of the prompts, without the stop token.
-
-    Raises:
-        LmtuneError: a prompt leaves no room for an answer.
-    """
-    stops = sorted(set(stop_token_ids))
-    limit = max_positions(model)
-    for index, prompt in enumerate(prompts):
-        if limit is not None and len(prompt) >= limit:
-            raise LmtuneError(f"prompt {index} is {len(prompt)} tokens long, and the model reads at most {limit}")
-    answers: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    while by_length:
-        longest = len(prompts[by_length[0]])
-        room = max_new_tokens if limit is None else min(max_new_tokens, limit - longest)
-        rows = max(1, batch_tokens // (longest + room))
-        batch, by_length = by_length[:rows], by_length[rows:]
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-        generated = _generate(model, [list(prompts[index]) for index in batch], stops, room, pad)
-        for index, new in zip(batch, generated, strict=True):
-            end = next((place for place, token in enumerate(new) if token in stops), len(new))
-            answers[index] = new[:end]
-        if advance is not None:
-            advance(len(batch))
-    return answers
-
-
-def _generate(model: Any, prompts: list[list[int]], stops: list[int], max_new_tokens: int, pad: int) -> list[list[int]]:
-    """One batch through `model.generate`, padded on the left; what follows each prompt, padding included."""
-    from transformers import GenerationConfig
-
-    width = len(prompts[0])
-    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad,
-        use_cache=True,
-    )  # fmt: skip
-    with torch.no_grad(), ordinary_attention(model), _no_generation_config(model):
-        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
-    new: list[list[int]] = output[:, width:].tolist()
-    return new
 
 
 @contextlib.contextmanager

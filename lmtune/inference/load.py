@@ -9,6 +9,7 @@ The template, system prompt and stop tokens are those of training: an adapter fo
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 import threading
@@ -23,6 +24,7 @@ from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization
 from lmtune.data.rendering import Renderer, Template
 from lmtune.errors import ConfigError, LmtuneError, ModelError, is_failure
+from lmtune.inference.engine import TransformersEngine
 from lmtune.io.console import err, escape
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer, resolve_name
 from lmtune.models.locate import adapter_base, run_config, shareable_name
@@ -75,6 +77,11 @@ class LoadedModel:
     trained_at: str | None = None
     run: RunDirectory | None = None
     lock: contextlib.AbstractContextManager[bool] = field(default_factory=threading.RLock, repr=False)
+
+    @functools.cached_property
+    def engine(self) -> TransformersEngine:
+        """Generates tokens with this model, for any number of conversations."""
+        return TransformersEngine(self.model, self.has_adapter, self.lock)
 
     @property
     def date_note(self) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmtune.errors import LmtuneError
-from lmtune.inference.chat import GenerationOptions
+from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
 from lmtune.serve.studio.conversation import MODES, Mode, Settings
 
@@ -32,7 +32,7 @@ def settings_of(values: Sequence[Any], models: Sequence[LoadedModel]) -> Setting
         text = text_of(seed, "seed").strip()
         is_number = text.isdecimal() and len(text) <= 10  # Python refuses to read numbers of over 4,300 digits
         number = random.randrange(2**32) if not text else int(text) if is_number else text[:60]
-    options = GenerationOptions(temperature, top_p, _integral(max_new_tokens), number)
+    options = Sampling(temperature, top_p, _integral(max_new_tokens), number)
     return Settings(index, chosen, text_of(system, "system prompt"), options)
 
 
@@ -91,5 +91,5 @@ def text_of(value: Any, name: str) -> str:
 
 
 def _integral(value: Any) -> Any:
-    """Sliders send 256.0 for 256; anything else is for `GenerationOptions` to refuse."""
+    """Sliders send 256.0 for 256; anything else is for `Sampling` to refuse."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

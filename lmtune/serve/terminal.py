@@ -25,7 +25,8 @@ from typing import Any, BinaryIO
 
 from lmtune.data.replies import is_still_reasoning, split_reply
 from lmtune.errors import DataError, LmtuneError
-from lmtune.inference.chat import ChatSession, GenerationOptions
+from lmtune.inference.chat import ChatSession
+from lmtune.inference.engine import Sampling
 from lmtune.io.console import err, escape
 from lmtune.io.text import format_list
 
@@ -47,8 +48,8 @@ _LEAVE = ("/exit", "/quit")
 class TerminalChat:
     """A conversation, and the commands that steer it."""
 
-    def __init__(self, session: ChatSession, options: GenerationOptions, use_base: bool = False) -> None:
-        self.session, self.options, self.use_base = session, options, use_base
+    def __init__(self, session: ChatSession, sampling: Sampling, use_base: bool = False) -> None:
+        self.session, self.sampling, self.use_base = session, sampling, use_base
         self._tries, self._told_full = 0, False
         self._commands: dict[str, Callable[[], None]] = {
             "/retry": self._retry, "/clear": self._clear, "/base": lambda: self._choose(True),
@@ -120,7 +121,7 @@ class TerminalChat:
             return False
         if not self._command(line):
             self._tries = 0
-            self._say(self.session.stream(line, self.options, self.use_base))
+            self._say(self.session.stream(line, self.sampling, self.use_base))
         return True
 
     def _command(self, line: str, alone: bool = False) -> bool:
@@ -144,7 +145,7 @@ class TerminalChat:
             self._make_room(line)
         else:
             self.session.clear()
-        pieces = self.session.stream(line, self.options, self.use_base)
+        pieces = self.session.stream(line, self.sampling, self.use_base)
         if not as_json:
             self._say(pieces)
             return
@@ -161,7 +162,10 @@ class TerminalChat:
     def _make_room(self, question: str) -> None:
         """Leave out the oldest turns of the conversation until an answer of full length fits behind `question`."""
         session, messages = self.session, self.session.messages
-        while messages and session.remembers and session.room_for_answer(question) < self.options.max_new_tokens:
+        while messages and session.remembers:
+            room = session.room_for_answer(question)
+            if room is None or room >= self.sampling.max_new_tokens:
+                break
             messages = messages[2:]
             session = ChatSession(session.model, session.system, messages)
         if session is not self.session and not self._told_full:
@@ -188,8 +192,8 @@ class TerminalChat:
 
     def _retry(self) -> None:
         self._tries += 1
-        seed = (self.options.seed + self._tries) % 2**32
-        self._say(self.session.retry(replace(self.options, seed=seed), self.use_base))
+        seed = (self.sampling.seed + self._tries) % 2**32
+        self._say(self.session.retry(replace(self.sampling, seed=seed), self.use_base))
 
     def _clear(self) -> None:
         self.session.clear()

@@ -16,7 +16,7 @@ from lmtune.config.schema import FinetuneConfig, ModelConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.types import Message
 from lmtune.demo import support_data, support_heldout, tiny_path
-from lmtune.inference.engine import generate_batch
+from lmtune.inference.engine import Sampling, TransformersEngine
 from lmtune.models.base import load_model, load_tokenizer
 from lmtune.training.pretrain_config import PretrainConfig
 
@@ -41,7 +41,9 @@ def renderer(tokenizer: Any) -> Renderer:
 
 def answer_ids(model: Any, renderer: Renderer, tokenizer: Any, questions: list[str]) -> list[list[int]]:
     prompts = [renderer.prompt_ids([Message("user", question)]) for question in questions]
-    return generate_batch(model, tokenizer, prompts, renderer.stop_token_ids, 40)
+    return TransformersEngine(model).generate(
+        prompts, Sampling(max_new_tokens=40, stop_token_ids=renderer.stop_token_ids)
+    )
 
 
 def test_it_is_small_and_says_what_it_is() -> None:

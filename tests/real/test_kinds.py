@@ -36,7 +36,8 @@ KINDS: dict[str, tuple[str, str | None, Template, str, str]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from lmtune.inference.chat import ChatSession, GenerationOptions
+    from lmtune.inference.chat import ChatSession
+    from lmtune.inference.engine import Sampling
     from lmtune.inference.load import load_for_inference
     from lmtune.recipes.evaluate import main as evaluate
     from lmtune.recipes.finetune import main as finetune
@@ -75,7 +76,7 @@ def test_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
     loaded = load_for_inference("runs/run")
     session = ChatSession(loaded)
-    options = GenerationOptions(max_new_tokens=40)
+    options = Sampling(max_new_tokens=40)
     assert split_reply(session.reply(questions[0], options)) == split_reply(answers[0])
     session.reply(questions[1], options)  # with an answer as history
     capsys.readouterr()

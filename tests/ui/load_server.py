@@ -12,33 +12,40 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmtune.inference.chat import ChatSession, GenerationOptions
+from lmtune.inference.engine import Generation, Sampling
 from lmtune.inference.load import load_for_inference
 from lmtune.serve.server import Address, launch
-from lmtune.serve.studio import conversation
 from tests.chat_models import never_stops, parrot
 
 TOKEN_SECONDS = 0.01
 
 
-class CountingSession(ChatSession):
-    """A conversation with the stub: all of the real one but the model."""
+class CountingEngine:
+    """Says the question's last words and then numbers, without a model."""
 
-    def _prompt(self, history: Any) -> list[int]:
-        return [0]
+    max_positions = None
 
-    def _pieces(self, prompt: list[int], memory: Any, options: GenerationOptions, turn: Any) -> Iterator[str]:
-        begin, words = time.monotonic(), [*self._history[-1].content.split(), *map(str, range(1, 10_000))]
-        for number in range(options.max_new_tokens):
-            time.sleep(max(0.0, begin + number * TOKEN_SECONDS - time.monotonic()))
-            if turn.stopped.is_set():
-                return
-            turn.num_tokens += 1
-            yield f"{words[number]} "
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def submit(self, prompt_ids: Sequence[int], sampling: Sampling, *_: Any) -> Generation:
+        question = self._tokenizer.decode(prompt_ids).rpartition("user\n")[2].partition("<|im_end|>")[0]
+        text = " ".join([question, *map(str, range(1, 10_000))])
+
+        def count(generation: Generation) -> Iterator[int]:
+            begin, ids = time.monotonic(), self._tokenizer.encode(text, add_special_tokens=False)
+            for number in range(sampling.max_new_tokens):
+                time.sleep(max(0.0, begin + number * TOKEN_SECONDS - time.monotonic()))
+                if generation.is_cancelled:
+                    return
+                yield ids[number]
+            generation.finish_reason = "length"
+
+        return Generation(len(prompt_ids), count)
 
 
 def tell(path: Path) -> None:
@@ -56,8 +63,10 @@ def tell(path: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2] == "stub":
-        conversation.ChatSession = CountingSession  # type: ignore[misc]
-    model = parrot() if sys.argv[2] == "stub" else never_stops(load_for_inference("tiny"))
+        model = parrot()
+        model.__dict__["engine"] = CountingEngine(model.tokenizer)
+    else:
+        model = never_stops(load_for_inference("tiny"))
     if len(sys.argv) > 3:
         threading.Thread(target=tell, args=(Path(sys.argv[3]),), daemon=True).start()
     launch(model, Address(port=int(sys.argv[1])))

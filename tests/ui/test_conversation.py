@@ -12,7 +12,7 @@ import pytest
 
 from lmtune.data.types import Message
 from lmtune.errors import LmtuneError
-from lmtune.inference.chat import GenerationOptions
+from lmtune.inference.engine import Sampling
 from lmtune.serve.studio import conversation as module
 from lmtune.serve.studio.conversation import Activity, Conversation, Mode, Settings, Tabs
 from lmtune.serve.studio.display import label
@@ -20,7 +20,7 @@ from tests.chat_models import parrot
 
 
 def settings(mode: Mode = "tuned", system: str = "", model: int = 0, max_new_tokens: int = 3000) -> Settings:
-    return Settings(model, mode, system, GenerationOptions(max_new_tokens=max_new_tokens))
+    return Settings(model, mode, system, Sampling(max_new_tokens=max_new_tokens))
 
 
 def finish(answer: AsyncIterator[None]) -> int:
@@ -280,8 +280,8 @@ def test_the_tab_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) 
     for talk in talks.values():
         finish(talk.send("Hello", settings()))
     tabs.of(("", "a"))
-    assert not talks["b"].columns[0]._memories
-    assert talks["a"].columns[0]._memories
+    assert not talks["b"].columns[0]._caches
+    assert talks["a"].columns[0]._caches
     assert said(talks["b"]) == ["Hello", "You asked: Hello"]
     tabs.of(("", "d"))
     assert len(tabs) == 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmtune.inference.chat import GenerationOptions
+from lmtune.inference.engine import Sampling
 from lmtune.serve.studio import saved as module
 from lmtune.serve.studio.conversation import Activity, Conversation, Mode, Settings
 from lmtune.serve.studio.saved import bring_back, to_text
@@ -19,7 +19,7 @@ MODELS = [parrot(name="shop"), parrot(name="plain", adapter=False)]
 
 def ask(talk: Conversation, text: str, mode: Mode, model: int = 0) -> None:
     async def run() -> None:
-        async for _ in talk.send(text, Settings(model, mode, "", GenerationOptions(max_new_tokens=30))):
+        async for _ in talk.send(text, Settings(model, mode, "", Sampling(max_new_tokens=30))):
             pass
 
     asyncio.run(run())

@@ -18,14 +18,15 @@ from pathlib import Path
 import pytest
 
 from lmtune.errors import DataError, LmtuneError
-from lmtune.inference.chat import ChatSession, GenerationOptions
+from lmtune.inference.chat import ChatSession
+from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
 from lmtune.serve.terminal import TerminalChat
 from tests.chat_models import chat_model, parrot
 from tests.test_generation import scripted
 from tests.tokenizers import R1
 
-OPTIONS = GenerationOptions(max_new_tokens=12)
+OPTIONS = Sampling(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,12 @@ def test_a_pipe_gets_answers_only(model: LoadedModel, capsys: pytest.CaptureFixt
 
 
 def test_commands(model: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
-    warm = GenerationOptions(temperature=1.0, max_new_tokens=12, seed=3)
+    warm = Sampling(temperature=1.0, max_new_tokens=12, seed=3)
     chat = TerminalChat(ChatSession(model), warm)
     piped(chat, b"Hello\n/retry\n/base\nHello\n/tuned\n/clear\nHello\n/help\n/rety\n/exit\nnever asked\n")
     session = ChatSession(model)
     wanted = [session.reply("Hello", warm)]
-    wanted.append("".join(session.retry(GenerationOptions(1.0, 1.0, 12, seed=4))))
+    wanted.append("".join(session.retry(Sampling(1.0, 1.0, 12, seed=4))))
     wanted.append(ChatSession(model).reply("Hello", warm, use_base=True))
     wanted.append(wanted[0])
     captured = capsys.readouterr()
@@ -104,7 +105,7 @@ def test_many_questions_get_as_many_answers(capsys: pytest.CaptureFixture[str]) 
     questions = [f"Which shelf holds the box with the number {index}?" for index in range(12)]
     text = "\n".join(questions).encode()
     for conversation in (False, True):
-        TerminalChat(ChatSession(small), GenerationOptions(max_new_tokens=100)).run_piped(
+        TerminalChat(ChatSession(small), Sampling(max_new_tokens=100)).run_piped(
             io.BytesIO(text), conversation, as_json=True
         )
         captured = capsys.readouterr()
@@ -125,15 +126,13 @@ def test_a_conversation_through_a_pipe_remembers_until_it_is_full(
 
 
 def test_a_cut_answer_is_told_in_json(capsys: pytest.CaptureFixture[str]) -> None:
-    TerminalChat(ChatSession(parrot()), GenerationOptions(max_new_tokens=5)).run_piped(
-        io.BytesIO(b"count\n"), as_json=True
-    )
+    TerminalChat(ChatSession(parrot()), Sampling(max_new_tokens=5)).run_piped(io.BytesIO(b"count\n"), as_json=True)
     row = json.loads(capsys.readouterr().out)
     assert (row["line"], row["question"], row["tokens"], row["finish_reason"]) == (1, "count", 5, "length")
 
 
 def test_the_system_prompt_is_set_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    chat = TerminalChat(ChatSession(parrot(), "Be brief."), GenerationOptions())
+    chat = TerminalChat(ChatSession(parrot(), "Be brief."), Sampling())
     for line in (
         "/system",
         "system",
@@ -150,7 +149,7 @@ def test_the_system_prompt_is_set_and_shown(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_question_in_a_pipe_may_begin_with_a_slash(capsys: pytest.CaptureFixture[str]) -> None:
-    piped(TerminalChat(ChatSession(parrot()), GenerationOptions()), b"/usr holds what?\n")
+    piped(TerminalChat(ChatSession(parrot()), Sampling()), b"/usr holds what?\n")
     assert capsys.readouterr().out == "You asked: /usr holds what?\n"
 
 
@@ -159,10 +158,11 @@ class Terminal:
 
     _PROGRAM = """
 import sys
-from lmtune.inference.chat import ChatSession, GenerationOptions
+from lmtune.inference.chat import ChatSession
+from lmtune.inference.engine import Sampling
 from lmtune.serve.terminal import TerminalChat
 from tests.chat_models import chat_model, never_stops
-options = GenerationOptions(temperature=1.0, max_new_tokens=8000)
+options = Sampling(temperature=1.0, max_new_tokens=8000)
 TerminalChat(ChatSession(never_stops(chat_model(positions=10000), 0.01)), options).run_interactive()
 """
 
@@ -237,7 +237,7 @@ def test_ctrl_d_leaves(terminal: Terminal) -> None:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_pipe_gets_the_answer_without_its_reasoning(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = scripted(R1, "thinking", "why</think>\n\n  Item 5.<|im_end|>")
-    whole = GenerationOptions(max_new_tokens=64)
+    whole = Sampling(max_new_tokens=64)
     TerminalChat(ChatSession(loaded), whole).run_piped(io.BytesIO(b"Hello\n"), as_json=as_json)
     captured = capsys.readouterr()
     if as_json:
@@ -245,7 +245,7 @@ def test_a_pipe_gets_the_answer_without_its_reasoning(as_json: bool, capsys: pyt
         assert (told["reasoning"], told["answer"], told["finish_reason"]) == ("why", "  Item 5.", "stop")
     else:
         assert captured.out == "  Item 5.\n"
-    cut = GenerationOptions(max_new_tokens=1)
+    cut = Sampling(max_new_tokens=1)
     TerminalChat(ChatSession(loaded), cut).run_piped(io.BytesIO(b"Hello\n"))
     captured = capsys.readouterr()
     assert captured.out == "\n"

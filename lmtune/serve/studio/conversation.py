@@ -23,7 +23,8 @@ from typing import Literal
 
 from lmtune.data.types import Message
 from lmtune.errors import LmtuneError
-from lmtune.inference.chat import AnswerInfo, ChatSession, GenerationOptions
+from lmtune.inference.chat import AnswerInfo, ChatSession
+from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
 
 Mode = Literal["tuned", "base", "both"]
@@ -44,13 +45,13 @@ class Settings:
         model: index of the model.
         mode: with the adapter, without it, or both side by side.
         system: system prompt; empty is that of training.
-        options: how an answer is chosen.
+        sampling: how an answer is chosen.
     """
 
     model: int
     mode: Mode
     system: str
-    options: GenerationOptions
+    sampling: Sampling
 
 
 class Conversation:
@@ -72,22 +73,22 @@ class Conversation:
         Raises:
             LmtuneError: from the iterator, whatever went wrong in answering.
         """
-        return self._follow(settings, lambda session, base: session.stream(text, settings.options, base))
+        return self._follow(settings, lambda session, base: session.stream(text, settings.sampling, base))
 
     def retry(self, settings: Settings) -> AsyncIterator[None]:
         """Answer the last question anew."""
-        return self._follow(settings, lambda session, base: session.retry(settings.options, base))
+        return self._follow(settings, lambda session, base: session.retry(settings.sampling, base))
 
     def edit(self, index: int, text: str, settings: Settings) -> AsyncIterator[None]:
         """Put `text` in place of the question at `index` of the messages, and answer it."""
-        return self._follow(settings, lambda session, base: session.edit(index, text, settings.options, base))
+        return self._follow(settings, lambda session, base: session.edit(index, text, settings.sampling, base))
 
     def continue_answers(self, settings: Settings) -> AsyncIterator[None]:
         """Go on with the answers that were cut at the limit of tokens."""
 
         def ask(session: ChatSession, base: bool) -> Iterator[str]:
             cut = session.can_continue or not any(column.can_continue for column in self.columns)
-            return session.continue_answer(settings.options) if cut else iter(())
+            return session.continue_answer(settings.sampling) if cut else iter(())
 
         return self._follow(settings, ask)
 

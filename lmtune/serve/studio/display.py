@@ -26,7 +26,8 @@ from typing import Any
 
 from lmtune.data.replies import is_still_reasoning, split_reply
 from lmtune.data.types import Message
-from lmtune.inference.chat import AnswerInfo, FinishReason
+from lmtune.inference.chat import AnswerInfo
+from lmtune.inference.engine import FinishReason
 from lmtune.serve.studio.conversation import Turn
 
 _JOINER = "\u2060"

@@ -21,7 +21,7 @@ from typing import Any
 import gradio as gr
 
 from lmtune.errors import LmtuneError
-from lmtune.inference.chat import MAX_NEW_TOKENS, GenerationOptions
+from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
 from lmtune.io.console import err, escape
 from lmtune.models.structure import base_of, max_positions
@@ -34,6 +34,7 @@ _MODE_LABELS = {"tuned": "Tuned", "base": "Base", "both": "Both"}
 _COLUMN_LABELS = {"tuned": "Tuned", "base": "Base model", "both": "Tuned"}
 _QUEUE_SIZE = 256
 _ANSWERS_AT_ONCE = 64
+_MOST_NEW_TOKENS = 8192
 _SAVE_SECONDS = 2.0  # how often the browser's copy is renewed during an answer
 
 
@@ -112,7 +113,7 @@ class _Page:
         return f"**{plain(self.models[index].name)}** is ready"
 
     def _lay_out_settings(self) -> None:
-        longest = min(MAX_NEW_TOKENS, *(max_positions(model.model) or MAX_NEW_TOKENS for model in self.models))
+        longest = min(_MOST_NEW_TOKENS, *(max_positions(model.model) or _MOST_NEW_TOKENS for model in self.models))
         names = [(f"{model.name}", index) for index, model in enumerate(self.models)]
         self.model = gr.Dropdown(names, value=0, label="Model", visible=len(names) > 1, elem_id="model")
         self.mode = gr.Radio(
@@ -310,7 +311,7 @@ class _Page:
                     saved_at = time.monotonic() if is_due else saved_at
                     yield gr.skip(), *self._columns(talk, _waiting_for(talk), answering=True, keep=is_due)
                 seconds = time.monotonic() - begin
-                line = status(_figures(talk, seconds, settings.options, is_retry))
+                line = status(_figures(talk, seconds, settings.sampling, is_retry))
             except Exception as error:
                 line = status(_explain(error), is_error=True)
                 box = {"value": _printable(typed_text)} if typed_text is not None else {}
@@ -389,12 +390,12 @@ def _taking_up(talk: Conversation) -> str:
     return status("; ".join(lines) + "; New chat begins without them") if lines else ""
 
 
-def _figures(talk: Conversation, seconds: float, options: GenerationOptions, is_retry: bool) -> str:
+def _figures(talk: Conversation, seconds: float, sampling: Sampling, is_retry: bool) -> str:
     """How long the answer was, why it ended, and what it takes to have it again, or another."""
     num_tokens = talk.num_tokens()
     rate = f", {num_tokens / seconds:.0f} a second" if num_tokens > 1 and seconds > 0 else ""
-    again = f" · seed {options.seed}" if options.temperature > 0 else ""
-    hint = " · for another answer raise the temperature" if is_retry and options.temperature == 0 else ""
+    again = f" · seed {sampling.seed}" if sampling.temperature > 0 else ""
+    hint = " · for another answer raise the temperature" if is_retry and sampling.temperature == 0 else ""
     ended = {info.finish_reason for *_, (_, info) in (session.turns for session in talk.columns) if info is not None}
     cut = ""
     if "length" in ended:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from lmtune.data.types import Message
-from lmtune.inference.chat import AnswerInfo, FinishReason
+from lmtune.inference.chat import AnswerInfo
+from lmtune.inference.engine import FinishReason
 from lmtune.inference.load import LoadedModel
 from lmtune.serve.studio.conversation import Conversation, Mode, Speaker, Turn
 
