@@ -55,7 +55,7 @@ def test_questions_are_offered_where_they_can_be_answered(tmp_path: Path) -> Non
         (["-m", "lmtune", "app", "--share"], "add --auth user:password"),
         (["-m", "lmtune", "app", "--port", "99999"], "--port: got 99999"),
         (["-m", "lmtune", "app", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
-        (["-m", "lmtune", "chat", "tiny", "--temperature", "nan"], "temperature: got nan"),
+        (["-m", "lmtune", "chat", "tiny", "--temperature", "nan"], "temperature: nan"),
         (["recipes/chat.py", "./nowhere"], "./nowhere"),
     ],
 )

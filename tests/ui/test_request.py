@@ -16,15 +16,15 @@ from tests.ui.client import GOOD
     ("place", "value", "said"),
     [
         (2, "\ud83d", "system prompt: holds half a character"),
-        (3, float("nan"), "temperature: got nan; should be a number, 0 or more"),
-        (3, float("inf"), "temperature: got inf"),
-        (3, 10**400, "temperature: got 1000"),
-        (4, -(10**400), "top_p: got -1000"),
-        (4, float("nan"), "top_p: got nan"),
-        (5, float("nan"), "max_new_tokens: got nan"),
+        (3, float("nan"), "temperature: nan"),
+        (3, float("inf"), "temperature: inf"),
+        (3, 10**400, "temperature: 1000"),
+        (4, -(10**400), "top_p: -1000"),
+        (4, float("nan"), "top_p: nan"),
+        (5, float("nan"), "max_new_tokens: nan"),
         (6, "\ud83d", "seed: holds half a character"),
-        (6, "1" * 5000, "seed: got '1{60}'; should be a whole number from 0 to 4294967295"),  # found by the long search
-        (6, "99999999999", "seed: got '99999999999'; should be"),
+        (6, "1" * 5000, "seed: '1{60}'"),  # found by the long search
+        (6, "99999999999", "seed: '99999999999'"),
     ],
 )
 def test_what_is_no_number_or_no_text_is_named(place: int, value: Any, said: str) -> None:
