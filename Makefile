@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two tests at once, each on one thread; `make test WORKERS=` runs them one after the other.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: quickstart test test-fast test-long test-real check bench clean
+.PHONY: quickstart test test-fast test-long test-real check bench docs clean
 
 quickstart: .venv/installed
 	$(BIN)/lmtune quickstart
@@ -33,6 +33,13 @@ check: .venv/installed-check
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks.compare
 
+# The site in build/site, every link checked.
+docs: .venv/installed-docs
+	$(BIN)/python .ci/settings_page.py
+	$(BIN)/python .ci/docs_site.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "the site: build/site/index.html"
+
 # An editable install, so that the checkout is what runs. Each stamp is renewed when the requirements change.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -55,6 +62,10 @@ bench: .venv/installed-bench
 
 .venv/installed-check: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[check]"
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:

@@ -1,0 +1,129 @@
+"""What the pages name exists: links and anchors, commands and their options, settings, files, layers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import typer
+
+from lmtune.cli import VERBS
+from lmtune.config.json_schema import settings
+from lmtune.config.schema import FinetuneConfig
+from lmtune.training.pretrain_config import PretrainConfig
+from tests.test_imports import LAYERS
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [*(ROOT / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md")), *(ROOT / "docs").glob("*.md")]
+}
+SECTIONS = "model|data|adapter|tuning|objective|train|evaluation|parallel|run"
+KEYS = {*settings(FinetuneConfig), *settings(PretrainConfig)}
+each_page = pytest.mark.parametrize("page", sorted(PAGES))
+
+
+def prose(page: str) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+
+
+def code(page: str) -> list[str]:
+    """What stands between backticks, and the lines of fenced shell blocks and YAML blocks."""
+    blocks = re.findall(r"^```(?:sh|yaml)\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    return [*re.findall(r"`([^`\n]+)`", prose(page)), *(line for block in blocks for line in block.splitlines())]
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them of plain words."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / path if path else ROOT / page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found.read_text(encoding="utf-8")), target
+
+
+@each_page
+def test_every_command_and_option_exists(page: str) -> None:
+    for text in code(page):
+        for verb, rest in re.findall(r"(?<!--arms )\blmtune ([a-z]+)\b([^|;]*)", text):
+            assert verb in VERBS, text
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= options(verb), text
+
+
+def options(verb: str) -> set[str]:
+    """The long options of a command."""
+    app = typer.Typer()
+    app.command()(importlib.import_module(f"lmtune.recipes.{verb}").main)
+    return {name for option in typer.main.get_command(app).params for name in option.opts} | {"--help"}
+
+
+@each_page
+def test_every_setting_exists(page: str) -> None:
+    named = re.compile(rf"(?<![\w./-])({SECTIONS})\.([a-z]\w*)(?![\w(/])")
+    for text in code(page):
+        for section, key in named.findall(text):
+            if key not in ("json", "jsonl", "yaml", "md", "py"):
+                assert f"{section.replace('tuning', 'adapter')}.{key}" in KEYS, text
+
+
+@each_page
+def test_every_file_exists(page: str) -> None:
+    for text in code(page):
+        if re.fullmatch(r"[\w./-]+(\.py|/)(::\w+)?", text) and not text.startswith(("runs/", "checkpoints/", ".venv/")):
+            path = text.partition("::")[0]
+            places = [path, f"lmtune/{path}", f"tests/faults/{path}", f"runs/NAME/{path}"]
+            made = path in ("adapter/", "merged/")  # by a run
+            assert made or any((ROOT / place).exists() for place in places), text
+
+
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/reliability.md"])
+def test_every_test_named_exists(page: str) -> None:
+    for file, function in re.findall(r"`([\w/]+\.py)::(\w+)`", PAGES[page]):
+        path = ROOT / file if "/" in file else ROOT / "tests" / "faults" / file
+        assert function in {node.name for node in ast.parse(path.read_text()).body if hasattr(node, "name")}, function
+
+
+def test_the_tree_of_the_readme_names_what_is_there() -> None:
+    tree = re.search(r"## The source tree\n\n```\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    assert tree
+    folders: list[str] = []
+    named = set()
+    for line in tree[1].splitlines():
+        if match := re.match(r"( *)([\w.-]+/?)(?=  |$)", line):
+            depth = len(match[1]) // 2
+            folders[depth:] = [match[2].rstrip("/")]
+            path = "/".join(folders)
+            assert (ROOT / path).exists(), path
+            named.add(path)
+    rooms = {f"lmtune/{path.stem}" for path in (ROOT / "lmtune").iterdir() if path.suffix == ".py" or path.is_dir()}
+    unnamed = rooms - {path.removesuffix(".py") for path in named}
+    assert unnamed <= {"lmtune/__init__", "lmtune/__main__", "lmtune/__pycache__"}
+
+
+def test_the_layers_are_those_of_the_imports() -> None:
+    block = re.search(r"## Layers.*?```text\n(.*?)```", PAGES["docs/architecture.md"], re.DOTALL)
+    assert block
+    shown = [set(re.split(", ", re.split(r"  +", line)[0])) for line in block[1].splitlines()]
+    assert shown == [names - {"__init__", "__main__"} for names in LAYERS]
+
+
+def test_the_settings_page_is_in_step() -> None:
+    generated = runpy.run_path(str(ROOT / ".ci" / "settings_page.py"))["page"]
+    page = PAGES["docs/settings.md"]
+    assert generated(page) == page, "run: python .ci/settings_page.py"
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [page for page in PAGES if page.startswith("docs/") and f" {Path(page).name}\n" not in navigation]
