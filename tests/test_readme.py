@@ -1,6 +1,6 @@
-"""Every command in the README runs, in the order in which a reader meets them, and every shipped YAML trains.
+"""Every command in the README and two pages runs, in the order in which a reader meets them; every shipped YAML trains.
 
-The commands are taken from the README itself. Only what this machine cannot have is exchanged: the embedded model
+The commands are taken from the pages themselves. Only what this machine cannot have is exchanged: the embedded model
 stands in for the one on the Hub, a Hub on this machine for the real one, CPU processes for GPUs; steps are few.
 """
 
@@ -21,6 +21,7 @@ from tests import processes
 from tests.hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/several-gpus.md", "docs/sharing.md")
 SMALL = (
     "model.name=tiny", "train.max_steps=3", "train.batch_size=4", "evaluation.exact_match_rows=2",
     "evaluation.max_new_tokens=8",
@@ -29,9 +30,10 @@ ROWS = "".join(f'{{"prompt": "What is {i} and {i}?", "completion": "It is {2 * i
 
 
 def shell_commands() -> list[str]:
-    """The commands in the README's `sh` blocks, in order."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    """The commands in the pages' `sh` blocks, in order, each once."""
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+    blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
+    return list(dict.fromkeys(line for block in blocks for line in block.splitlines() if line.strip()))
 
 
 def named_commands() -> list[str]:
@@ -62,7 +64,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 def adjusted(command: str) -> list[str]:
     """The command's words as they can run here."""
-    words = shlex.split(command.replace("user/name", "me/name").partition(" < ")[0])
+    words = shlex.split(command.replace("user/name", "me/name").replace("user--name", "me--name").partition(" < ")[0])
     if words[0] == "lmtune":
         words[:1] = [sys.executable, "-m", "lmtune"]
     if words[0] == "accelerate":
