@@ -38,7 +38,7 @@ docs: .venv/installed-docs
 	$(BIN)/python .ci/settings_page.py
 	$(BIN)/python .ci/docs_site.py build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
-	@echo "the site: build/site/index.html"
+	@echo "built: build/site; to read and search it: python3 -m http.server -d build/site"
 
 # An editable install, so that the checkout is what runs. Each stamp is renewed when the requirements change.
 .venv/installed: pyproject.toml constraints.txt
