@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lmtune.evaluation.scoring import Evaluation, Scores
     from lmtune.inference.chat import ChatSession
     from lmtune.inference.load import LoadedModel
-    from lmtune.models.merge import Into
+    from lmtune.models.tuning.adapter_files import Into
     from lmtune.runs.log import StepRecord
 
 __all__ = ["Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config"]

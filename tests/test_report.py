@@ -31,7 +31,7 @@ from tests.sample_run import DATA, SUMMARY, write_records
 
 MERGE = {
     "into": "trained", "dtype": "bfloat16", "rows": 16, "tokens": 300, "logits_difference": 0.0012, "bound": 0.02,
-    "same_first_choice": 0.9975, "difference_to_trained": None,
+    "top1_agreement": 0.9975, "difference_to_trained": None,
 }  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_merged_card_tells_how_the_merge_was_checked() -> None:
     head = front_matter(card)
     assert (head["library_name"], head["base_model_relation"]) == ("transformers", "finetune")
     assert "| Largest difference of a logit, as a share of the largest logit | 0.0012 |" in card
-    assert "| Tokens with the same first choice | 99.75 % |" in card
+    assert "| Top-1 agreement | 99.75 % |" in card
     assert "| Weights merged into | the weights that were trained over, dequantised |" in card
     assert "base_model_relation" not in yaml.safe_load(merged_card(settings("tiny"), {}, {}).split("---")[1])
 

@@ -14,7 +14,8 @@ from lmtune.io.text import pluralize
 from lmtune.runs.store import RunDirectory, checkpoint_folders, require_possible
 
 if TYPE_CHECKING:
-    from lmtune.models.merge import Into, MergeReport
+    from lmtune.models.tuning.adapter_files import Into
+    from lmtune.models.verify import MergeReport
 
 
 def merge_run(
@@ -97,6 +98,6 @@ def _merge(
         f"verified on {pluralize(report['rows'])}, as a share of the largest logit:\n"
         f"  {report['logits_difference']:.1e} from the adapter over the same weights (bound {report['bound']:.0e})\n"
         f"  {report['difference_to_trained']:.1e} from the model as trained ({bound}; "
-        f"first choice equal for {report['same_first_choice']:.1%} of tokens)"
+        f"top-1 agreement {report['top1_agreement']:.1%})"
     )
     return report

@@ -28,7 +28,7 @@ from lmtune.inference.engine import TransformersEngine
 from lmtune.io.console import err, escape
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer, resolve_name
 from lmtune.models.locate import adapter_base, run_config, shareable_name
-from lmtune.models.published import GENERATION, read_tree, write_adapter_texts
+from lmtune.models.model_folder import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
 from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, Metadata
 from lmtune.models.tuning.lora import Tensors, attach_adapter, load_adapter, save_adapter

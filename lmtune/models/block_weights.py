@@ -1,8 +1,8 @@
-"""A base with an adapter, held as it is stored, and computed with or merged one block at a time.
+"""A base with an adapter in the memory of its stored dtype: one block at a time is dequantized, computed or merged.
 
     held = BlockWeights(peft_model)
-    with held.in_dtype(torch.float32, dense=True): ...   # each decoder layer is fp32 while it runs, and only then
-    for name, weight in held.merged(): ...               # what the adapter changes, in fp32, block by block
+    with held.in_dtype(torch.float32, dequantize=True): ...   # each decoder layer is fp32 while it runs, and only then
+    for weights in held.merged(): ...                         # what the adapter changes, in fp32, block by block
 
 A block is a decoder layer, or a module outside of them that has weights of its own (embedding, last norm, head). So a
 model in 16 or 4 bit takes the memory of 16 or 4 bit and of one block in fp32.
@@ -13,14 +13,18 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lmtune.errors import LmtuneError
 from lmtune.kernels.lora_linear import BaseWeight
+from lmtune.models.structure import base_of
 
-_QUANTISED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers, and PEFT's around them
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers, and PEFT's around them
 _ADAPTERS = re.compile(r"(^|\.)lora_")  # names of the adapter's own weights, which are always fp32
 
 
@@ -29,22 +33,23 @@ class BlockWeights:
 
     Attributes:
         base: the transformers model inside.
+        blocks: each block, and whether the modules below it belong to it.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         """
         Args:
             model: a PeftModel in evaluation mode, or a transformers model.
         """
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base: PreTrainedModel = base_of(model)
         for module in self.base.modules():
             if hasattr(module, "lmtune_weight"):
-                module.lmtune_weight.keep = False  # no dense copies beside the quantised weights
-        _put_alone(self.base)
+                module.lmtune_weight.keep = False  # no dense copies beside the quantized weights
+        _make_replaceable(self.base)
         self._names = {module: name.replace(".base_layer", "") for name, module in self.base.named_modules()}
-        self._quantised = {f"{name}.weight" for module, name in self._names.items() if _is_quantised(module)}
+        self._quantized = {f"{name}.weight" for module, name in self._names.items() if _is_quantized(module)}
         self._dtype: torch.dtype | None = None
-        self._dense = False
+        self._dequantize = False
         self._restore: list[contextlib.ExitStack] = []
         self.blocks = list(_blocks(self.base))
         for block, whole in self.blocks:
@@ -52,22 +57,22 @@ class BlockWeights:
             block.register_forward_hook(lambda *_: self._leave(), always_call=True)
 
     @contextlib.contextmanager
-    def in_dtype(self, dtype: torch.dtype | None, dense: bool = False) -> Iterator[None]:
-        """Compute with every weight in `dtype`; None is as it is held.
+    def in_dtype(self, dtype: torch.dtype | None, dequantize: bool = False) -> Iterator[None]:
+        """Compute with every weight in `dtype`; None keeps the dtype that it is held in.
 
         Args:
             dtype: of the weights of a block while it runs.
-            dense: quantised weights too, turned back into numbers.
+            dequantize: whether quantized weights are too.
         """
-        before = self._dtype, self._dense
-        self._dtype, self._dense = dtype, dense
+        before = self._dtype, self._dequantize
+        self._dtype, self._dequantize = dtype, dequantize
         try:
             yield
         finally:
-            self._dtype, self._dense = before
+            self._dtype, self._dequantize = before
 
     def free_layers(self) -> None:
-        """Let go of the layers, where only the head is needed any more."""
+        """Free the layers; only the head can run after it."""
         for module in self.base.modules():
             if isinstance(module, torch.nn.ModuleList):
                 for index in range(len(module)):
@@ -76,20 +81,19 @@ class BlockWeights:
         self._names.clear()
 
     def weight_names(self) -> list[str]:
-        """The weights that merging changes, in the order of the model, by the names that they have without adapter."""
+        """The weights that merging changes, in the order of the model, by their names without adapter."""
         return [name for block, whole in self.blocks for name, _ in self._changed(block, whole)]
 
-    def empty(self, name: str) -> torch.Tensor:
-        """A tensor without memory in the shape of one weight of the base, as it is without quantisation."""
+    def meta(self, name: str) -> torch.Tensor:
+        """One weight of the base on the meta device, in its shape without quantization."""
         module = self._module(name.rpartition(".")[0])
-        if self.is_quantised(name):
+        if self.is_quantized(name):
             return torch.empty(module.out_features, module.in_features, device="meta")
         return torch.empty(getattr(module, name.rpartition(".")[2]).shape, device="meta")
 
     @torch.no_grad()
     def merged(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What the adapter changes and what was quantised, in fp32, a dict for each block; PEFT checks that it is
-        finite. Only one block's weights are held at a time.
+        """What the adapter changes and what was quantized, in fp32: a dict for each block, one block at a time.
 
         Raises:
             LmtuneError: a merged weight is not finite.
@@ -98,29 +102,25 @@ class BlockWeights:
             names = [name for name, _ in self._changed(block, whole)]
             if not names:
                 continue
-            with self._materialised(block, whole, torch.float32, dense=True):
+            with self._materialised(block, whole, torch.float32, dequantize=True):
                 self._merge(block)
-                yield {name: self.weight(name) for name in names}
+                yield {name: self.parameter(name).data for name in names}
 
-    def parameter(self, name: str) -> Any:
+    def parameter(self, name: str) -> torch.nn.Parameter:
         """A weight of the base by its name without adapter, as it is held at this moment."""
         owner, _, last = name.rpartition(".")
-        return getattr(self._module(owner), last)
+        found: torch.nn.Parameter = getattr(self._module(owner), last)
+        return found
 
-    def weight(self, name: str) -> torch.Tensor:
-        """Its numbers."""
-        tensor: torch.Tensor = self.parameter(name).data
-        return tensor
-
-    def is_quantised(self, name: str) -> bool:
-        """Whether a weight of this name is held in 4 or 8 bit, outside of the blocks that are at work."""
-        return name in self._quantised
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight of this name is held in 4 or 8 bit while its block does not run."""
+        return name in self._quantized
 
     def _module(self, name: str) -> Any:
-        """The module of the base that has this name without adapter: inside what PEFT has put around it."""
+        """The base's module of this name, without the layers that PEFT put around it."""
         module: Any = self.base
         for part in name.split(".") if name else ():
-            module = _innermost(getattr(module, part))
+            module = _unwrapped(getattr(module, part))
         return module
 
     def _changed(self, block: Any, whole: bool) -> Iterator[tuple[str, Any]]:
@@ -130,10 +130,10 @@ class BlockWeights:
         found = set()
         for module in block.modules() if whole else (block,):
             if isinstance(module, LoraLayer):
-                base = _innermost(module)
+                base = _unwrapped(module)
                 parts = [getattr(module, "parameter_name", "weight")]
                 parts += ["bias"] * any(getattr(module, "lora_bias", {}).values())
-            elif _is_quantised(module):
+            elif _is_quantized(module):
                 base, parts = module, ["weight"]
             else:
                 continue
@@ -143,7 +143,7 @@ class BlockWeights:
                     yield name, base
 
     def _merge(self, block: Any) -> None:
-        """Let PEFT add each adapter's product to the weights of a block that is held in fp32."""
+        """Let PEFT add B A to the weights of a block in fp32; PEFT checks that the sum is finite."""
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora.layer import Linear
 
@@ -151,7 +151,7 @@ class BlockWeights:
             if not isinstance(module, LoraLayer) or module.merged:
                 continue
             try:
-                if any(kind.__name__ in _QUANTISED for kind in type(module).__mro__):
+                if any(kind.__name__ in _QUANTIZED for kind in type(module).__mro__):
                     Linear.merge(module, safe_merge=True)  # the layer's own method would quantise the sum again
                 else:
                     module.merge(safe_merge=True)
@@ -165,28 +165,26 @@ class BlockWeights:
             finally:
                 module.merged_adapters.clear()  # the weights are put back
 
-    # --- a block in another dtype
-
     def _enter(self, block: Any, whole: bool) -> None:
         stack = contextlib.ExitStack()
         self._restore.append(stack)
         if self._dtype is not None:
-            stack.enter_context(self._materialised(block, whole, self._dtype, self._dense))
+            stack.enter_context(self._materialised(block, whole, self._dtype, self._dequantize))
 
     def _leave(self) -> None:
         self._restore.pop().close()
 
     @contextlib.contextmanager
-    def _materialised(self, block: Any, whole: bool, dtype: torch.dtype, dense: bool) -> Iterator[None]:
+    def _materialised(self, block: Any, whole: bool, dtype: torch.dtype, dequantize: bool) -> Iterator[None]:
         """The block's base weights in `dtype` inside, and as they were afterwards."""
         kept, layers = [], []
-        if dense:
+        if dequantize:
             for parent in block.modules() if whole else ():
                 for name, child in parent.named_children():
-                    if _is_quantised(child):
+                    if _is_quantized(child):
                         layers.append((parent, name, child))
             for parent, name, child in layers:
-                setattr(parent, name, dense_layer(child, self.base.dtype, dtype))
+                setattr(parent, name, _dequantized(child, self.base.dtype, dtype))
         for name, tensor in (*block.named_parameters(recurse=whole), *block.named_buffers(recurse=whole)):
             if tensor.is_floating_point() and not _ADAPTERS.search(name):
                 kept.append((tensor, tensor.data))
@@ -201,19 +199,19 @@ class BlockWeights:
                 setattr(parent, name, child)
 
 
-def dense_layer(layer: Any, trained: torch.dtype, dtype: torch.dtype) -> torch.nn.Linear:
-    """A plain layer in `dtype` with the numbers of a quantised one, which was trained over in `trained`."""
+def _dequantized(layer: Any, compute_dtype: torch.dtype, dtype: torch.dtype) -> torch.nn.Linear:
+    """A plain layer in `dtype` with the weights of a quantized one, which was trained over in `compute_dtype`."""
     with torch.device("meta"):
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    weight = BaseWeight(layer).dense(trained).to(dtype)
+    weight = BaseWeight(layer).dense(compute_dtype).to(dtype)
     plain.weight = torch.nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
         plain.bias = torch.nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
     return plain
 
 
-def keep_fp32_buffers(model: Any) -> None:
-    """Make what a model computes of its config anew in fp32: read in 16 bit it is rounded, in a plain fp32 load not."""
+def recompute_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that are not stored, such as rotary frequencies, in fp32: a load in 16 bit rounds them."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -227,50 +225,50 @@ def keep_fp32_buffers(model: Any) -> None:
                 module._buffers[last] = exact.to(held.device)
 
 
-def _is_quantised(module: Any) -> bool:
-    """Whether a linear layer is bitsandbytes', its weight codes and no numbers."""
-    return type(module).__name__ in _QUANTISED and not _is_tuner(module)
+def _is_quantized(module: Any) -> bool:
+    """Whether a linear layer is bitsandbytes' own: its weight holds codes."""
+    return type(module).__name__ in _QUANTIZED and not _is_tuner(module)
 
 
-def _innermost(module: Any) -> Any:
+def _unwrapped(module: Any) -> Any:
     """The base's module inside PEFT's layers around it."""
-    while _is_tuner(module) or isinstance(module, _Alone):
+    while _is_tuner(module) or isinstance(module, _Replaceable):
         module = module.base_layer
     return module
 
 
 def _is_tuner(module: Any) -> bool:
-    """Whether it is a layer of PEFT's around one of the base's."""
+    """Whether it is PEFT's layer around one of the base's."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return isinstance(module, BaseTunerLayer)
 
 
-class _Alone(torch.nn.Module):
-    """A quantised layer outside of the decoder's, so that a dense one can take its place while it runs."""
+class _Replaceable(torch.nn.Module):
+    """Around a quantized layer outside of the decoder layers, so that a dense one can replace it while it runs."""
 
     def __init__(self, base_layer: torch.nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer gives."""
+        """As the layer."""
         return self.base_layer(*args, **kwargs)
 
 
-def _put_alone(module: Any) -> None:
+def _make_replaceable(module: Any) -> None:
     for name, child in list(module.named_children()):
         if isinstance(module, torch.nn.ModuleList) or _is_tuner(child):
             continue
-        if _is_quantised(child):
-            setattr(module, name, _Alone(child))
+        if _is_quantized(child):
+            setattr(module, name, _Replaceable(child))
         else:
-            _put_alone(child)
+            _make_replaceable(child)
 
 
 def _blocks(module: Any) -> Iterator[tuple[Any, bool]]:
-    """(block, whether all below it belongs to it), each weight of the model in one."""
-    if _is_tuner(module) or isinstance(module, _Alone):
+    """(block, whether all below it belongs to it); each weight of the model is in one."""
+    if _is_tuner(module) or isinstance(module, _Replaceable):
         yield module, True
         return
     if any(True for own in (module.parameters, module.buffers) for _ in own(recurse=False)):

@@ -297,15 +297,15 @@ def _merge_part(merge: Mapping[str, Any]) -> str:
     names = {
         "into": "Weights merged into", "dtype": "Stored as", "rows": "Held-out rows compared",
         "logits_difference": "Largest difference of a logit, as a share of the largest logit",
-        "bound": "Allowed difference", "same_first_choice": "Tokens with the same first choice",
+        "bound": "Allowed difference", "top1_agreement": "Top-1 agreement",
         "difference_to_trained": "Difference to the quantised model that was trained",
-        "tokens_routed_otherwise": "Tokens that rounding sent to other experts, or that follow one",
-        "difference_routed_otherwise": "Largest difference among those",
+        "rerouted_tokens": "Tokens that rounding sent to other experts, or that follow one",
+        "rerouted_difference": "Largest difference among those",
     }  # fmt: skip
     known = {"trained": "the weights that were trained over, dequantised", "original": "the base as published"}
     merge = {**merge, "into": known.get(str(merge.get("into")), merge.get("into"))}
-    if not merge.get("tokens_routed_otherwise"):
-        merge.pop("tokens_routed_otherwise", None)
+    if not merge.get("rerouted_tokens"):
+        merge.pop("rerouted_tokens", None)
     rows = [(name, _measure(key, merge[key])) for key, name in names.items() if merge.get(key) is not None]
     lead = "The logits of the merged model were compared with those of base and adapter:"
     kept = "They differ by more than allowed, and the model was kept on request." if merge.get("accepted") else ""
@@ -315,7 +315,7 @@ def _merge_part(merge: Mapping[str, Any]) -> str:
 
 def _measure(key: str, value: object) -> str:
     if isinstance(value, float):
-        return f"{100 * value:.2f} %" if key == "same_first_choice" else f"{value:.2g}"
+        return f"{100 * value:.2f} %" if key == "top1_agreement" else f"{value:.2g}"
     return str(value)
 
 

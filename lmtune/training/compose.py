@@ -30,8 +30,8 @@ from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import base_fingerprint, check_bitsandbytes, compute_dtype, load_model, load_tokenizer
 from lmtune.models.device import dense_weights_fit, free_memory
 from lmtune.models.locate import shareable_name
+from lmtune.models.model_folder import write_adapter_texts
 from lmtune.models.parameters import Parameters, count_parameters
-from lmtune.models.published import write_adapter_texts
 from lmtune.models.tuning.lora import Tensors, attach_adapter, attach_saved, initial_tensors, save_adapter
 from lmtune.runs.log import Accuracies
 from lmtune.runs.store import RunDirectory

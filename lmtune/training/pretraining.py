@@ -22,7 +22,7 @@ from lmtune.io.atomic import name_disk_errors, new_folder
 from lmtune.models.base import DTYPES, compute_dtype
 from lmtune.models.device import default_device
 from lmtune.models.libraries import quiet_libraries
-from lmtune.models.published import make_readable
+from lmtune.models.model_folder import make_readable
 from lmtune.parallel.signals import StopSignals
 from lmtune.runs.store import home_expanded
 from lmtune.training.corpus import TURN_END, Blocks, TokenStream, num_blocks, take_blocks

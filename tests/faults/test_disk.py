@@ -97,11 +97,11 @@ SAVING: dict[str, tuple[Trouble, str]] = {
         "runs/trial/adapter/adapter_config.json: No space left on device",
     ),
     "the tokenizer": (
-        at_call("lmtune.models.published", "make_readable", full),
+        at_call("lmtune.models.model_folder", "make_readable", full),
         "runs/trial/adapter: No space left on device",
     ),
     "the generation config": (
-        at_call("lmtune.models.published", "generation_config", full),
+        at_call("lmtune.models.model_folder", "generation_config", full),
         "runs/trial/adapter: No space left on device",
     ),
     "the flush": (

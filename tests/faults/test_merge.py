@@ -29,8 +29,8 @@ def when_replacing(module: str, function: str, count: int = 1) -> Trouble:
 
 
 KILLS = {
-    "before the weights are written": at_call("lmtune.models.merge", "_write", KILL),
-    "when the weights are written": at_call("lmtune.models.merge", "_plain", KILL),
+    "before the weights are written": at_call("lmtune.models.merge", "_write_weights", KILL),
+    "when the weights are written": at_call("lmtune.models.verify", "_load_plain", KILL),
     "before the card is written": at_call("lmtune.runs.cards", "merged_card", KILL),
     "before it is flushed": when_replacing("os", "fsync"),
     "before the earlier one goes": when_replacing("os", "rename", 1),
@@ -64,7 +64,9 @@ def test_26_a_second_merge_at_the_same_time_is_refused_and_the_first_is_not_dist
     model = place / "runs/trial/merged"
     whole = written_files(model)
     staging = model.with_name(".staging-merged")
-    first = start(place, "merge", "trial", trouble=at_call("lmtune.models.merge", "_plain", partial(time.sleep, 12)))
+    first = start(
+        place, "merge", "trial", trouble=at_call("lmtune.models.verify", "_load_plain", partial(time.sleep, 12))
+    )
     while not (staging / "tokenizer_config.json").exists():  # among the last to be written
         assert first.is_alive()
         time.sleep(0.05)
@@ -88,8 +90,8 @@ def test_a_refused_merge_leaves_no_folder_behind(merged: Path, tmp_path: Path) -
 
 
 FULL: dict[str, tuple[Trouble, str]] = {
-    "the weights": (at_call("lmtune.models.merge", "_write", partial(limit_files, 20_000)), ": File too large"),
-    "a config": (at_call("lmtune.models.merge", "_write", partial(limit_files, 100)), ": File too large"),
+    "the weights": (at_call("lmtune.models.merge", "_write_weights", partial(limit_files, 20_000)), ": File too large"),
+    "a config": (at_call("lmtune.models.merge", "_write_weights", partial(limit_files, 100)), ": File too large"),
     "the flush": (
         at_call("lmtune.io.atomic", "replace_folder", full_when_flushed), ": No space left on device",
     ),

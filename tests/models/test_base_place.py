@@ -16,7 +16,7 @@ from lmtune.inference.load import build_renderer, load_for_inference, run_metada
 from lmtune.io.atomic import write_json
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer
 from lmtune.models.locate import adapter_base, local_paths, run_config, shareable_name
-from lmtune.models.published import write_adapter_texts
+from lmtune.models.model_folder import write_adapter_texts
 from lmtune.models.tuning.lora import save_adapter
 from lmtune.runs.store import RunDirectory
 from tests.tiny import adapted, save_tiny

@@ -15,7 +15,7 @@ from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.export.merged import merge_run
 from lmtune.inference.load import load_for_inference
 from lmtune.models import base, merge
-from lmtune.models.merge import MergeReport
+from lmtune.models.verify import MergeReport, require_bounds
 from lmtune.recipes.merge import main
 from lmtune.runs.store import RunDirectory
 from tests.tiny import save_tiny
@@ -198,7 +198,7 @@ def test_an_earlier_merge_is_replaced(places: dict[str, Path]) -> None:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Make the merge go wrong: one of the written weights is another one."""
-    real = merge._write
+    real = merge._write_weights
 
     def corrupted(source: Any, folder: Path) -> bool:
         untied = real(source, folder)
@@ -208,7 +208,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         return untied
 
-    monkeypatch.setattr(merge, "_write", corrupted)
+    monkeypatch.setattr(merge, "_write_weights", corrupted)
 
 
 @pytest.mark.parametrize("how", ["embedding", "norm"])
@@ -229,11 +229,11 @@ def test_a_merge_that_is_not_the_trained_model_is_refused_and_nothing_is_left(
 
 def test_a_merge_whose_logits_are_no_numbers_is_refused() -> None:
     fine = MergeReport("trained", "float32", 1, 1, 0.0, 1e-4, 0.0, 1e-4, 1.0)
-    merge._require_bounds(fine)
+    require_bounds(fine)
     for bad in ({"logits_difference": float("nan")}, {"difference_to_trained": 1e-3}):
         with pytest.raises(LmtuneError, match="nothing was kept"):
-            merge._require_bounds(dataclasses.replace(fine, **bad))  # type: ignore[arg-type]
-    merge._require_bounds(dataclasses.replace(fine, difference_to_trained=9.0, bound_to_trained=None))
+            require_bounds(dataclasses.replace(fine, **bad))  # type: ignore[arg-type]
+    require_bounds(dataclasses.replace(fine, difference_to_trained=9.0, bound_to_trained=None))
 
 
 def test_a_merge_that_is_cut_off_leaves_nothing_half_made(

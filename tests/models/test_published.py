@@ -16,7 +16,7 @@ from lmtune.data.rendering import Renderer
 from lmtune.data.types import Example, Message
 from lmtune.export.merged import merge_run
 from lmtune.models.base import load_tokenizer
-from lmtune.models.published import (
+from lmtune.models.model_folder import (
     TOKENIZER_FILES,
     generation_config,
     merged_config,

@@ -25,9 +25,9 @@ from lmtune.inference.load import load_for_inference
 from lmtune.models import merge
 from lmtune.models.base import load_model, weight_files
 from lmtune.models.block_weights import BlockWeights
-from lmtune.models.comparing import Comparison, Reader, Routing, compare
-from lmtune.models.stored import Layout, StoredWeights
+from lmtune.models.model_folder import Layout, StoredWeights
 from lmtune.models.structure import empty_model
+from lmtune.models.verify import Comparison, LogitsReader, Routing, compare
 from lmtune.runs.store import RunDirectory
 from tests.tiny import SAVED_VOCABULARY, adapted, save_tiny, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer
@@ -208,7 +208,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(LmtuneError, match="the merged weights are not finite"):
         list(BlockWeights(model).merged())
     with pytest.raises(LmtuneError, match=r"head: the merged weight is not finite in float16"):
-        merge._finite("head", torch.tensor([1.0, 70000.0]).half())
+        merge._require_finite("head", torch.tensor([1.0, 70000.0]).half())
 
 
 # --- names in the files
@@ -248,7 +248,7 @@ def test_joined_experts_are_parted_as_the_file_has_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_logits_of_some_positions_are_those_of_the_whole_row(kind: str) -> None:
     model = tiny_model(kind)
-    reader = Reader(model, torch.no_grad)
+    reader = LogitsReader(model, torch.no_grad)
     reader.read(0, IDS)
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor([IDS])).logits[0]
@@ -258,18 +258,18 @@ def test_logits_of_some_positions_are_those_of_the_whole_row(kind: str) -> None:
 
 def test_the_head_runs_over_a_quarter_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny_model(max_position_embeddings=1024), []
-    real = Reader.logits
+    real = LogitsReader.logits
 
-    def counted(self: Reader, ids: Any, begin: int, end: int) -> torch.Tensor:
+    def counted(self: LogitsReader, ids: Any, begin: int, end: int) -> torch.Tensor:
         sizes.append(end - begin)
         return real(self, ids, begin, end)
 
-    monkeypatch.setattr(Reader, "logits", counted)
+    monkeypatch.setattr(LogitsReader, "logits", counted)
     rows = [[5] * 512, [6] * 40]
-    one, two = Reader(model, torch.no_grad), Reader(model, torch.no_grad)
+    one, two = LogitsReader(model, torch.no_grad), LogitsReader(model, torch.no_grad)
     (result,) = compare(rows, one, [(two, 1e-4)])
     assert sizes == [128] * 8 + [40] * 2
-    assert (result.tokens, result.difference, result.same_top1) == (552, 0.0, 1.0)
+    assert (result.tokens, result.difference, result.top1_agreement) == (552, 0.0, 1.0)
 
 
 def test_a_difference_that_is_no_number_is_not_lost() -> None:
@@ -300,7 +300,7 @@ def test_only_a_choice_that_rounding_explains_is_counted_apart() -> None:
     result = Comparison()
     result.begin_row(1)
     result.add(0, torch.ones(3, 4), torch.ones(3, 4) + torch.tensor([0.0, 0.5, 0.25])[:, None])
-    assert (result.difference, result.routed_otherwise, result.routed_difference) == (0.0, 2, 0.5)
+    assert (result.difference, result.rerouted, result.rerouted_difference) == (0.0, 2, 0.5)
     result = Comparison()
     result.begin_row(0)
     result.add(0, torch.ones(3, 4), torch.ones(3, 4) + 0.5)
@@ -314,7 +314,7 @@ def test_a_router_that_rounding_decides_is_said_and_a_larger_difference_is_kept_
     place = make_workplace(tmp_path)
     save_mixture(place / "base", "mixtral")
     finetune(place, train__max_steps=2)
-    real = merge._write
+    real = merge._write_weights
 
     def corrupted(source: Any, folder: Path) -> bool:
         from safetensors.torch import save_file
@@ -325,14 +325,14 @@ def test_a_router_that_rounding_decides_is_said_and_a_larger_difference_is_kept_
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         return untied
 
-    monkeypatch.setattr(merge, "_write", corrupted)
+    monkeypatch.setattr(merge, "_write_weights", corrupted)
     with pytest.raises(LmtuneError, match="--accept-difference keeps such a model"):
         merged(place)
     assert not (place / "merged").exists()
     report = merged(place, accept_difference=True)
     assert report["accepted"]
     assert report["logits_difference"] > report["bound"]
-    assert "it is kept, as --accept-difference asks" in " ".join(capsys.readouterr().err.split())
+    assert "kept, because of --accept-difference" in " ".join(capsys.readouterr().err.split())
     assert json.loads((place / "merged" / "merge.json").read_text()) == report
     assert "more than allowed" in (place / "merged" / "README.md").read_text()
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lmtune.config.schema import Quantization
 from lmtune.data.rendering import Template
@@ -23,6 +23,7 @@ from lmtune.io.text import format_list, is_finite_number, shorten
 from lmtune.models.validate import read_object, weights_problem
 
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
+Into = Literal["trained", "original"]  # the base weights that a merge adds to: dequantized, or as published
 Check = Callable[[Any], bool]
 
 
@@ -99,7 +100,7 @@ class Metadata:
     stop_token_ids: tuple[int, ...] = ()
     stop_tokens: tuple[str, ...] = ()
     rendered_at: str | None = None
-    merged: str | None = None
+    merged: Into | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Metadata:
@@ -128,6 +129,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "quantization": get_args(Quantization),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "template": get_args(Template),
+    "merged": get_args(Into),
 }
 _LISTS = {"stop_token_ids": (int, "token ids"), "stop_tokens": (str, "tokens")}
 

@@ -109,7 +109,7 @@ def save_adapter(model: Any, folder: Path, metadata: Metadata, weights: Tensors 
         weights: trainable parameters by name to save instead of the model's own.
 
     Raises:
-        OSError: name_disk_errors the file that could not be written.
+        OSError: naming the file that could not be written.
     """
     from peft import get_peft_model_state_dict
 
