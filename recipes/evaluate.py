@@ -37,7 +37,7 @@ def main(
     check_data(paths)
 
     with progress("loading PyTorch and the libraries"):
-        from lmtune.data.report import describe_fates
+        from lmtune.data.report import describe_part
         from lmtune.evaluation.scoring import evaluate_loaded
         from lmtune.inference.load import load_for_inference
         from lmtune.runs.cards import describe_scores, scores_table
@@ -48,11 +48,11 @@ def main(
     if scored.trained_rows:
         warn(f"{scored.trained_rows} of {tuned['rows']} rows were trained on; their scores say nothing of new ones")
     if as_json:
-        known = {"standard_errors": errors, "trained_rows": scored.trained_rows, "data": scored.fates}
+        known = {"standard_errors": errors, "trained_rows": scored.trained_rows, "data": scored.report.to_dict()}
         answers = [{"question": a.question, "reference": a.wanted, "answer": a.given} for a in scored.answers]
         print_json({"base": before, "tuned": tuned, **known, "answers": answers})
         return
-    out.print(escape(describe_fates(scored.fates)))
+    out.print(escape("\n".join(describe_part(scored.report))))
     out.print(scores_table(before, tuned))
     for line in describe_scores(before, tuned, errors):
         out.print(escape(line))

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from lmtune.cli import run
-from lmtune.data.report import describe_rows
+from lmtune.data.report import describe_report
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.console import err, escape, out, print_json
 from lmtune.runs.history import (
@@ -92,8 +92,8 @@ def print_run(chosen: RunDirectory, as_json: bool = False) -> None:
         if type(value) in (int, float) and key != "format":
             out.print(f"{escape(key.replace('_', ' '))}: {value:,}")
     out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")
-    if described := describe_rows(chosen):
-        out.print(f"\n[bold]data[/]\n{escape(described)}")
+    if report := chosen.read_data_report():
+        out.print(f"\n[bold]data[/]\n{escape(describe_report(report))}")
 
 
 def print_steps(chosen: RunDirectory, as_json: bool = False) -> None:

@@ -26,7 +26,8 @@ SUMMARY = {
 DATA = {
     "template": "plain",
     "train": {
-        "formats": {"private-customers.jsonl": "prompt"}, "files": ["private-customers.jsonl"], "rows": 483,
+        "formats": {"private-customers.jsonl": "prompt"}, "files": ["private-customers.jsonl"],
+        "sha256": ["0"], "rows": 483,
         "kept": 480, "tokens": 9000, "trained_tokens": 3000, "longest_row_tokens": 77,
         "dropped": {"too_long": {"count": 3, "first": ["private-customers.jsonl:7"]}},
         "truncated": {"count": 0, "first": []}, "duplicates": {"count": 0, "first": []}, "warnings": [],

@@ -15,28 +15,23 @@ from typing import Any
 from lmtune.config.load import data_paths
 from lmtune.config.schema import DataConfig
 from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
-from lmtune.data.report import Survey, Tally, describe_faulty, shown_first
+from lmtune.data.report import ContentReport, DuplicateIndex, RowCounter, describe_files, describe_shared, typed
 from lmtune.data.sources import DataFile, find_files, unread_entries
 from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, key_of
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
-_VERSION = 2
+_VERSION = 3
 _KEPT = 100  # results, of a few KB
 
 
-@dataclass(frozen=True)
-class PartCheck:
-    """What one part of the data, training or validation, holds."""
+@dataclass(frozen=True, kw_only=True)
+class PartCheck(ContentReport):
+    """What one part of the data, training or validation, holds; `characters` are of a row."""
 
     num_rows: int
-    formats: dict[str, str]  # file name -> format
     rows_by_file: dict[str, int]
-    duplicates: dict[str, Any]  # count, first
-    same_prompt: dict[str, Any]  # rows whose prompt an earlier row answers differently
     characters: dict[str, int]
-    warnings: list[str]
-    faulty: dict[str, Any]  # rows that `data.faulty_rows: skip` leaves out: count, reasons
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class DataCheck:
 
     train: PartCheck
     validation: PartCheck | None
-    also_in_train: dict[str, Any]
+    also_in_train: RowCounter
     report: ReadReport = field(default_factory=ReadReport)
 
     def raise_for_faults(self, faulty_rows: FaultyChoice | None) -> None:
@@ -92,13 +87,11 @@ def check_data(
         check = _inspect(train_files, validation_files)
         check.raise_for_faults(faulty_rows)
         found.append(check)
-        tree = {"train": asdict(check.train), "validation": check.validation and asdict(check.validation)}
-        tree["also_in_train"] = check.also_in_train
-        (folder / "check.json").write_text(json.dumps(tree), encoding="utf-8")
+        (folder / "check.json").write_text(json.dumps(check_tree(check)), encoding="utf-8")
 
     key = key_of("check", _VERSION, described, faulty_rows == "skip")
     entry = get_or_build(cache_folder() / "checks", key, build, keep=_KEPT)
-    check = found[0] if found else _from_tree(json.loads((entry / "check.json").read_text(encoding="utf-8")))
+    check = found[0] if found else typed(DataCheck, json.loads((entry / "check.json").read_text(encoding="utf-8")))
     return _with_unread(check, paths, validation)
 
 
@@ -119,7 +112,7 @@ def check_tree(check: DataCheck) -> dict[str, Any]:
 
 
 def describe_check(check: DataCheck, skips: bool = False) -> str:
-    """Rows, formats, lengths and oddities, in a few lines; faults are in `check.report.faults`.
+    """Rows, formats, lengths and warnings, in a few lines; faults are in `check.report.faults`.
 
     Args:
         check: the outcome.
@@ -127,58 +120,53 @@ def describe_check(check: DataCheck, skips: bool = False) -> str:
     """
     lines = _describe_part(check.train, skips)
     if check.validation is not None:
-        lines += ["validation:", *_describe_part(check.validation, skips)]
-        if check.also_in_train["count"]:
-            shared = check.also_in_train
-            lines.append(f"  warning: {pluralize(shared['count'])} also in train: {shown_first(shared)}")
+        lines += ["validation:", *_describe_part(check.validation, skips), *describe_shared(check.also_in_train)]
     return "\n".join(lines)
 
 
 def _describe_part(part: PartCheck, skips: bool) -> list[str]:
-    files = [f"{name}: {pluralize(part.rows_by_file[name])}, {format}" for name, format in part.formats.items()]
-    lines = files[:10] + ([f"… and {len(files) - 10} more files"] if len(files) > 10 else [])
-    lines += describe_faulty(part.faulty) if skips else []
+    lines = describe_files(
+        [f"{name}: {pluralize(part.rows_by_file[name])}, {format}" for name, format in part.formats.items()]
+    )
+    lines += part.faulty.describe() if skips else []
     if part.characters:
         lines.append("  characters a row: " + ", ".join(f"{name} {value:,}" for name, value in part.characters.items()))
-    if part.duplicates["count"]:
-        lines.append(
-            f"  {pluralize(part.duplicates['count'])} equal to an earlier one, kept: {shown_first(part.duplicates)}"
-        )
-    if part.same_prompt["count"]:
-        lines.append(
-            f"  {pluralize(part.same_prompt['count'])} with an earlier row's prompt and another answer: "
-            + shown_first(part.same_prompt)
-        )
+    for rows, what in (
+        (part.duplicates, "equal to an earlier one, kept"),
+        (part.same_prompt, "with an earlier row's prompt and another answer"),
+    ):
+        if rows.count:
+            lines.append(f"  {pluralize(rows.count)} {what}: {rows.examples}")
     return lines + [f"  warning: {warning}" for warning in part.warnings]
 
 
 def _inspect(train_files: Sequence[DataFile], validation_files: Sequence[DataFile]) -> DataCheck:
     report = ReadReport()
-    train, train_survey = _inspect_part(train_files, report)
+    train, train_rows = _inspect_part(train_files, report)
     if not validation_files:
-        return DataCheck(train, None, Tally().as_dict(), report)
-    validation, validation_survey = _inspect_part(validation_files, report)
-    return DataCheck(train, validation, validation_survey.shared_with(train_survey).as_dict(), report)
+        return DataCheck(train, None, RowCounter(), report)
+    validation, validation_rows = _inspect_part(validation_files, report)
+    return DataCheck(train, validation, validation_rows.shared_with(train_rows), report)
 
 
-def _inspect_part(files: Sequence[DataFile], report: ReadReport) -> tuple[PartCheck, Survey]:
-    part, survey = ReadReport(), Survey()
+def _inspect_part(files: Sequence[DataFile], report: ReadReport) -> tuple[PartCheck, DuplicateIndex]:
+    part, index = ReadReport(), DuplicateIndex()
     with row_progress("checking") as progress:
         for example in read_examples(files, part):
-            survey.add(example)
-            progress(len(survey))
+            index.add(example)
+            progress(len(index))
     report.include(part)
     check = PartCheck(
-        num_rows=len(survey),
+        num_rows=len(index),
         formats=part.formats,
         rows_by_file={file.name: file.num_rows for file in part.files},
-        duplicates=survey.duplicates().as_dict(),
-        same_prompt=survey.same_prompt().as_dict(),
-        characters=survey.characters(),
+        duplicates=index.duplicates(),
+        same_prompt=index.same_prompt(),
+        characters=index.characters(),
         warnings=part.warnings,
-        faulty=part.faulty.as_dict(),
+        faulty=part.faulty,
     )
-    return check, survey
+    return check, index
 
 
 def _with_unread(check: DataCheck, paths: Sequence[str | Path], validation: Sequence[str | Path]) -> DataCheck:
@@ -188,8 +176,3 @@ def _with_unread(check: DataCheck, paths: Sequence[str | Path], validation: Sequ
     if held_out is not None:
         held_out = replace(held_out, warnings=[*held_out.warnings, *unread_entries(validation)])
     return replace(check, train=train, validation=held_out)
-
-
-def _from_tree(tree: dict[str, Any]) -> DataCheck:
-    validation = PartCheck(**tree["validation"]) if tree["validation"] else None
-    return DataCheck(PartCheck(**tree["train"]), validation, tree["also_in_train"])

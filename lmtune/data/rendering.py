@@ -36,7 +36,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lmtune.data.replies import ReplyFormat, ReplyParser
-from lmtune.data.report import Tally, shown_first
+from lmtune.data.report import RowCounter
 from lmtune.data.templates import ChatTemplate, TemplateFault
 from lmtune.data.types import Example, Message, TokenSequence
 from lmtune.data.values import quoted
@@ -321,7 +321,7 @@ class ControlText:
         odd = sorted(token for token in special if not _SHAPE.fullmatch(token))
         self._odd = re.compile("|".join(map(re.escape, odd))) if odd else None
         self._tokens: dict[str, None] = {}  # in the order of their appearance
-        self._rows = Tally()
+        self._rows = RowCounter()
 
     def add(self, example: Example) -> None:
         """Look at one row."""
@@ -344,7 +344,7 @@ class ControlText:
         hold = "holds" if self._rows.count == 1 else "hold"
         return [
             f"{pluralize(self._rows.count)} {hold} control tokens as text ({shown}): "
-            f"{shown_first(self._rows.as_dict())}; they are learned letter by letter, not as tokens; rows that a chat "
+            f"{self._rows.examples}; they are learned letter by letter, not as tokens; rows that a chat "
             'template rendered before must be messages again: {"messages": [{"role": "user", "content": "…"}, …]}'
         ]
 

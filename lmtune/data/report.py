@@ -1,94 +1,263 @@
-"""The fate of every row, as it is written to a run's `data.json` and told to a person: nothing vanishes in silence."""
+"""What became of every row: typed counts that a run keeps as `data.json` and shows to a person.
+
+    DataReport
+        train        PartReport: rows read, faulty, kept, dropped by reason, truncated, duplicates, tokens
+        validation   PartReport of files of their own, or HeldOut from train, or None
+
+`RowCounter` and `FaultyRows` count rows while they are read. `DuplicateIndex` finds equal rows and equal prompts by
+64-bit hashes, in under 60 bytes a row.
+"""
 
 from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmtune.data.types import Example, content_hash, prompt_hash
-from lmtune.errors import CheckpointError
 from lmtune.io.text import pluralize
-from lmtune.runs.store import RunDirectory
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # NumPy is imported once all rows are read, so that `lmtune check` answers faults at once
     import numpy as np
     import numpy.typing as npt
 
+T = TypeVar("T")
 WHY_DROPPED = {
     "too_long": "longer than data.max_length",
     "answer_too_long": "the answer alone is longer than data.max_length",
 }
+_MAX_LOCATIONS = 5
+_MAX_FILES = 10
+_MAX_REASONS = 20
 
 
-def describe_fates(fates: Mapping[str, Any]) -> str:
-    """What became of the rows, in a few lines; `fates` as `load_data` or `tokenize` returns them."""
-    if "rows" in fates:
-        return "\n".join(_describe_part(fates))
-    lines = _describe_part(fates["train"])
-    validation = fates.get("validation") or {}
-    if "rows" in validation:
-        lines += ["validation:", *_describe_part(validation)]
-        if validation["also_in_train"]["count"]:
-            shared = validation["also_in_train"]
-            lines.append(f"  warning: {pluralize(shared['count'])} of them also in train: {shown_first(shared)}")
-    elif validation and validation["held_out"]:
-        lines.append(f"  {pluralize(validation['held_out'])} of these held out for validation")
-    elif validation:
-        lines.append("  warning: nothing could be held out for validation; that needs two different rows")
+@dataclass
+class RowCounter:
+    """A number of rows, and the locations of the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, location: str) -> None:
+        """Count one row."""
+        self.count += 1
+        if len(self.first) < _MAX_LOCATIONS:
+            self.first.append(location)
+
+    @property
+    def examples(self) -> str:
+        """`a.jsonl:3, a.jsonl:9, …`."""
+        return ", ".join(self.first) + (", …" if self.count > len(self.first) else "")
+
+
+@dataclass
+class FaultyReason(RowCounter):
+    """The faulty rows of one reason."""
+
+    reason: str = ""
+
+
+@dataclass
+class FaultyRows:
+    """Rows that `data.faulty_rows: skip` leaves out. Reasons that differ only in numbers and quotations are one."""
+
+    count: int = 0
+    reasons: list[FaultyReason] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reason_of_kind: dict[str, FaultyReason] = {}
+
+    def add(self, reason: str, location: str) -> None:
+        """Count one row."""
+        self.count += 1
+        kind = re.sub(r'"[^"]*"|\d[\d,.]*', "…", reason)
+        if kind not in self._reason_of_kind and len(self.reasons) >= _MAX_REASONS:
+            kind = reason = "other reasons"
+        if kind not in self._reason_of_kind:
+            self._reason_of_kind[kind] = FaultyReason(reason=reason)
+            self.reasons.append(self._reason_of_kind[kind])
+        self._reason_of_kind[kind].add(location)
+
+    def describe(self) -> list[str]:
+        """A line with the count and a line for each reason; nothing if there are no faulty rows."""
+        if not self.count:
+            return []
+        lines = [f"  warning: {pluralize(self.count, 'faulty row')} left out (data.faulty_rows: skip):"]
+        return lines + [f"    {found.count:,}: {found.reason}: {found.examples}" for found in self.reasons]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentReport:
+    """What the rows of some files hold, whatever model reads them.
+
+    Attributes:
+        formats: the row format of each file, by the file's name.
+        duplicates: rows equal to an earlier row.
+        same_prompt: rows with the prompt of an earlier row and another answer.
+        faulty: rows left out because they cannot be used.
+    """
+
+    formats: dict[str, str] = field(default_factory=dict)
+    duplicates: RowCounter = field(default_factory=RowCounter)
+    same_prompt: RowCounter = field(default_factory=RowCounter)
+    faulty: FaultyRows = field(default_factory=FaultyRows)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartReport(ContentReport):
+    """What became of the rows of one part of the data, training or validation.
+
+    Attributes:
+        files, sha256: names and hashes of the files.
+        rows: rows read, faulty ones included; `kept` of them are used.
+        dropped: rows left out by `data.max_length`, by a key of `WHY_DROPPED`.
+        truncated: rows whose beginning is cut off.
+        tokens, trained_tokens: of the rows kept.
+        longest_row_tokens: of a sequence, before rows are dropped or truncated.
+        also_in_train: validation rows that are training rows too.
+    """
+
+    files: list[str]
+    sha256: list[str]
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, RowCounter] = field(default_factory=dict)
+    truncated: RowCounter = field(default_factory=RowCounter)
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest_row_tokens: int = 0
+    also_in_train: RowCounter | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON."""
+        return asdict(self, dict_factory=_without_missing)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> PartReport:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: the tree is not such a report.
+        """
+        return typed(cls, tree)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation rows that are held out of the training files."""
+
+    held_out: int
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of every row of a run.
+
+    Attributes:
+        template: how rows become tokens, in words.
+        validation: None if `data.validation_fraction` is 0.
+        rendered_at: the time that the template writes into prompts, if it writes one.
+    """
+
+    template: str
+    train: PartReport
+    validation: PartReport | HeldOut | None
+    rendered_at: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as `data.json` holds it."""
+        return asdict(self, dict_factory=_without_missing)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> DataReport:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: the tree is not such a report.
+        """
+        return typed(cls, tree)
+
+
+def typed(cls: type[T], tree: Mapping[str, Any]) -> T:
+    """A dataclass from its JSON tree; keys of other versions are ignored.
+
+    Raises:
+        ValueError: a key is missing, or a value has another type.
+    """
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls).validate_python(tree)
+
+
+def _without_missing(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`data.json` writes `validation: null`, and no other key without a value."""
+    return {key: value for key, value in items if value is not None or key == "validation"}
+
+
+def describe_report(report: DataReport) -> str:
+    """What became of the rows, in a few lines."""
+    lines = describe_part(report.train)
+    validation = report.validation
+    if isinstance(validation, PartReport):
+        lines += ["validation:", *describe_part(validation)]
+    elif validation is not None and validation.held_out:
+        lines.append(f"  {pluralize(validation.held_out)} of these held out for validation")
+    elif validation is not None:
+        lines.append("  warning: no validation rows: a part can be held out only of two or more different rows")
     return "\n".join(lines)
 
 
-def _describe_part(part: Mapping[str, Any]) -> list[str]:
-    lines = [f"{name}: {format}" for name, format in part["formats"].items()][:10]
-    if len(part["formats"]) > 10:
-        lines.append(f"… and {len(part['formats']) - 10} more files")
+def describe_part(part: PartReport) -> list[str]:
+    """The lines about one part."""
+    lines = describe_files([f"{name}: {format}" for name, format in part.formats.items()])
     lines.append(
-        f"  {pluralize(part['rows'])}, {part['kept']:,} kept: {part['tokens']:,} tokens, {part['trained_tokens']:,} of "
-        f"them learned; the longest row has {part['longest_row_tokens']:,}"
+        f"  {pluralize(part.rows)}, {part.kept:,} kept: {part.tokens:,} tokens, {part.trained_tokens:,} of them "
+        f"trained; the longest row has {part.longest_row_tokens:,}"
     )
-    lines += describe_faulty(part["faulty"]) if "faulty" in part else []
-    for reason, tally in part["dropped"].items():
-        lines.append(f"  {tally['count']:,} dropped, {WHY_DROPPED.get(reason, reason)}: {shown_first(tally)}")
-    if part["truncated"]["count"]:
-        lines.append(f"  {part['truncated']['count']:,} cut at their beginning: {shown_first(part['truncated'])}")
-    if part["duplicates"]["count"]:
-        lines.append(f"  {part['duplicates']['count']:,} repeat an earlier row: {shown_first(part['duplicates'])}")
-    lines += [f"  warning: {warning}" for warning in part["warnings"]]
-    return lines
+    lines += part.faulty.describe()
+    for reason, rows in part.dropped.items():
+        lines.append(f"  {rows.count:,} dropped, {WHY_DROPPED.get(reason, reason)}: {rows.examples}")
+    if part.truncated.count:
+        lines.append(f"  {part.truncated.count:,} left-truncated: {part.truncated.examples}")
+    if part.duplicates.count:
+        lines.append(f"  {part.duplicates.count:,} repeat an earlier row: {part.duplicates.examples}")
+    lines += [f"  warning: {warning}" for warning in part.warnings]
+    return lines + describe_shared(part.also_in_train or RowCounter())
 
 
-def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which data files differ in content between two runs' fates, as `section.key: what`; a new name is no difference.
+def describe_files(lines: Sequence[str]) -> list[str]:
+    """The first ten lines, one a file, and how many more there are."""
+    more = len(lines) - _MAX_FILES
+    return [*lines[:_MAX_FILES], *([f"… and {more} more files"] if more > 0 else [])]
 
-    Args:
-        before: of the run as it was begun, from its `data.json`; what cannot be understood of it is passed over.
-        now: of the run as it would go on.
-    """
+
+def describe_shared(also_in_train: RowCounter) -> list[str]:
+    """A warning about validation rows that are training rows too."""
+    return [f"  warning: {pluralize(also_in_train.count)} also in train: {also_in_train.examples}"] * bool(
+        also_in_train.count
+    )
+
+
+def changed_files(before: DataReport, now: DataReport) -> list[str]:
+    """Which data files differ in content between two starts of a run, as `section.key: what`; names may differ."""
     lines = []
-    for part in ("train", "validation"):
-        old, new = _contents(before.get(part)), _contents(now.get(part))
+    for name in ("train", "validation"):
+        old, new = _contents(getattr(before, name)), _contents(getattr(now, name))
         if isinstance(old, dict) and isinstance(new, dict):
-            lines += [f"data.{part}: {what}" for what in [_difference(old, new)] if what]
-        elif old is not None and new is not None and old != new:
-            lines.append(f"data.{part}: was {_named(old)}, now {_named(new)}")
+            lines += [f"data.{name}: {what}" for what in [_difference(old, new)] if what]
+        elif old != new:
+            lines.append(f"data.{name}: was {_named(old)}, now {_named(new)}")
     return lines
 
 
-def _contents(part: Any) -> dict[str, str] | str | None:
-    """Hash by file name, or what there is in place of files, or None for what cannot be understood."""
-    if not part:
-        return "none" if part is None else None
-    if not isinstance(part, dict):
-        return None
-    if "held_out" in part:
-        return "a part of data.train"
-    files, sums = part.get("files"), part.get("sha256")
-    if not isinstance(files, list) or not isinstance(sums, list) or len(files) != len(sums):
-        return None
-    return {str(name): str(digest) for name, digest in zip(files, sums, strict=True)}
+def _contents(part: PartReport | HeldOut | None) -> dict[str, str] | str:
+    """Hash by file name, or what there is in place of files."""
+    if isinstance(part, PartReport):
+        return dict(zip(part.files, part.sha256, strict=False))
+    return "none" if part is None else "a part of data.train"
 
 
 def _difference(old: dict[str, str], new: dict[str, str]) -> str:
@@ -110,70 +279,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-_NUM_SHOWN = 5
-_MAX_REASONS = 20  # of faulty rows that are told apart
-_PIECE_ROWS = 8192  # looked at together
+class DuplicateIndex:
+    """Collects rows one by one, then finds equal ones.
 
-
-@dataclass
-class Tally:
-    """How many rows something happened to, and the first of them."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, where: str) -> None:
-        """Count one row."""
-        self.count += 1
-        if len(self.first) < _NUM_SHOWN:
-            self.first.append(where)
-
-    def as_dict(self) -> dict[str, Any]:
-        """`{"count", "first"}`."""
-        return {"count": self.count, "first": list(self.first)}
-
-
-class FaultyRows:
-    """Rows that were left out, counted by reason; reasons that differ only in numbers and quotations are one."""
+    A row takes 28 bytes while they are collected. A question sorts the hashes of all rows, and takes 20 more.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
-        self._tallies: dict[str, tuple[str, Tally]] = {}  # kind of reason -> the first of its kind, the rows
-
-    def add(self, reason: str, where: str) -> None:
-        """Count one row."""
-        self.count += 1
-        kind = re.sub(r'"[^"]*"|\d[\d,.]*', "…", reason)
-        if kind not in self._tallies and len(self._tallies) >= _MAX_REASONS:
-            kind = reason = "other reasons"
-        self._tallies.setdefault(kind, (reason, Tally()))[1].add(where)
-
-    def as_dict(self) -> dict[str, Any]:
-        """`{"count", "reasons": [{"reason", "count", "first"}]}`."""
-        reasons = [{"reason": reason, **tally.as_dict()} for reason, tally in self._tallies.values()]
-        return {"count": self.count, "reasons": reasons}
-
-
-def describe_faulty(faulty: Mapping[str, Any]) -> list[str]:
-    """How many rows were left out as faulty, and a line for each reason; `faulty` as `FaultyRows.as_dict` gives it."""
-    if not faulty["count"]:
-        return []
-    lines = [f"  warning: {pluralize(faulty['count'], 'faulty row')} left out (data.faulty_rows: skip):"]
-    return lines + [
-        f"    {reason['count']:,}: {reason['reason']}: {shown_first(reason)}" for reason in faulty["reasons"]
-    ]
-
-
-def shown_first(tally: Mapping[str, Any]) -> str:
-    """The first rows of a tally's dict, and an ellipsis if there are more."""
-    return ", ".join(tally["first"]) + (", …" if tally["count"] > len(tally["first"]) else "")
-
-
-class Survey:
-    """Collects rows one by one; the questions below are asked when all are in."""
-
-    def __init__(self) -> None:
-        self._content = array("Q")
+        self._contents = array("Q")
         self._prompts = array("Q")
         self._lengths = array("I")
         self._lines = array("I")
@@ -181,9 +294,9 @@ class Survey:
         self._files: dict[str, int] = {}
 
     def add(self, example: Example) -> int:
-        """Take one row in; returns the hash of its content."""
+        """Take one row; returns the hash of its content."""
         row_hash = content_hash(example)
-        self._content.append(row_hash)
+        self._contents.append(row_hash)
         self._prompts.append(row_hash if example.text is not None else prompt_hash(example))
         self._lengths.append(min(example.num_characters, 2**32 - 1))
         self._lines.append(example.line)
@@ -191,129 +304,62 @@ class Survey:
         return row_hash
 
     def __len__(self) -> int:
-        return len(self._content)
+        return len(self._contents)
 
-    @property
-    def content(self) -> npt.NDArray[np.uint64]:
-        """`[N]`, the hash of each row."""
-        import numpy as np
-
-        return np.frombuffer(self._content, dtype=np.uint64)
-
-    def where(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """`file:line` of a row."""
         return f"{list(self._files)[self._file_of[row]]}:{self._lines[row]}"
 
-    def duplicates(self) -> Tally:
+    def duplicates(self) -> RowCounter:
         """Rows that are equal to an earlier one."""
-        firsts = _Firsts(self.content)
-        tally = Tally(len(self) - firsts.num_different)
-        for start in range(0, len(self), _PIECE_ROWS):
-            if len(tally.first) >= min(_NUM_SHOWN, tally.count):
-                break
-            rows, first = firsts.next_rows(start)
-            again = rows[first != rows]
-            self._show(tally, again, first[again - start], "=")
-        return tally
+        import numpy as np
 
-    def same_prompt(self) -> Tally:
+        first = _first_rows(self._contents)
+        return self._counter(np.flatnonzero(first != np.arange(len(first))), first, "=")
+
+    def same_prompt(self) -> RowCounter:
         """Rows whose prompt an earlier row answers differently."""
         import numpy as np
 
-        contents, prompts = _Firsts(self.content), _Firsts(np.frombuffer(self._prompts, dtype=np.uint64))
-        tally = Tally(contents.num_different - prompts.num_different)  # equal rows have equal prompts
-        for start in range(0, len(self), _PIECE_ROWS):
-            if len(tally.first) >= min(_NUM_SHOWN, tally.count):
-                break
-            rows, first_content = contents.next_rows(start)
-            _, first_prompt = prompts.next_rows(start)
-            again = rows[(first_content == rows) & (first_prompt != rows)]
-            self._show(tally, again, first_prompt[again - start], "as")
-        return tally
+        first = _first_rows(self._prompts)
+        is_new_content = _first_rows(self._contents) == np.arange(len(first))
+        return self._counter(np.flatnonzero(is_new_content & (first != np.arange(len(first)))), first, "as")
 
-    def shared_with(self, other: Survey) -> Tally:
+    def shared_with(self, other: DuplicateIndex) -> RowCounter:
         """Rows that `other` holds too."""
         import numpy as np
 
-        known, tally = np.sort(other.content), Tally()
-        for start in range(0, len(self), _PIECE_ROWS):
-            piece = self.content[start : start + _PIECE_ROWS]
-            shared = np.flatnonzero(_place_in(known, piece)[1]) + start
-            tally.first += [self.where(int(row)) for row in shared[: _NUM_SHOWN - len(tally.first)]]
-            tally.count += len(shared)
-        return tally
+        known, own = np.sort(np.frombuffer(other._contents, np.uint64)), np.frombuffer(self._contents, np.uint64)
+        place = np.searchsorted(known, own)
+        place[place == len(known)] = 0
+        rows = np.flatnonzero(known[place] == own) if len(known) else np.arange(0)
+        return RowCounter(len(rows), [self.location(int(row)) for row in rows[:_MAX_LOCATIONS]])
 
     def characters(self) -> dict[str, int]:
         """Shortest, median, 95 % and longest row, in characters."""
         import numpy as np
 
-        lengths = np.frombuffer(self._lengths, dtype=np.uint32)
-        if not len(lengths):
+        if not self._lengths:
             return {}
-        found = np.quantile(lengths, [0, 0.5, 0.95, 1], method="nearest")
+        found = np.quantile(np.frombuffer(self._lengths, np.uint32), [0, 0.5, 0.95, 1], method="nearest")
         return dict(zip(("shortest", "median", "95 %", "longest"), map(int, found), strict=True))
 
-    def _show(self, tally: Tally, rows: Any, first: Any, word: str) -> None:
-        """Name some rows, each with the row where the same stands first, as far as there is room."""
-        for row, earlier in list(zip(rows, first, strict=True))[: _NUM_SHOWN - len(tally.first)]:
-            tally.first.append(f"{self.where(int(row))} ({word} {self.where(int(earlier))})")
+    def _counter(self, rows: npt.NDArray[np.int64], first: npt.NDArray[np.int32], word: str) -> RowCounter:
+        """`rows`, the first of them named together with the row where the same stands first."""
+        pairs = [(row, int(first[row])) for row in rows[:_MAX_LOCATIONS].tolist()]
+        return RowCounter(len(rows), [f"{self.location(a)} ({word} {self.location(b)})" for a, b in pairs])
 
 
-class _Firsts:
-    """In which row each hash stands first. Only of those that stand more than once a row is kept.
-
-    Attributes:
-        num_different: hashes that differ from all others.
-    """
-
-    def __init__(self, hashes: npt.NDArray[np.uint64]) -> None:
-        import numpy as np
-
-        self._hashes = hashes
-        ordered = np.sort(hashes)
-        same = ordered[1:] == ordered[:-1]
-        self.num_different = len(hashes) - int(np.count_nonzero(same))
-        again = ordered[1:][same]
-        del ordered, same
-        self._values = again[np.flatnonzero(np.diff(again, prepend=~again[:1]))]
-        self._rows = np.full(len(self._values), -1, dtype=np.int64)
-
-    def next_rows(self, start: int) -> tuple[Any, Any]:
-        """The numbers of the rows from `start` on, and where the hash of each stands first; to be asked in order."""
-        import numpy as np
-
-        piece = self._hashes[start : start + _PIECE_ROWS]
-        rows = np.arange(start, start + len(piece))
-        place, found = _place_in(self._values, piece)
-        place, first = place[found], rows.copy()
-        new, index = np.unique(place, return_index=True)
-        unknown = self._rows[new] < 0
-        self._rows[new[unknown]] = rows[found][index[unknown]]
-        first[found] = self._rows[place]
-        return rows, first
-
-
-def _place_in(ordered: npt.NDArray[np.uint64], hashes: npt.NDArray[np.uint64]) -> tuple[Any, Any]:
-    """Where each of `hashes` stands in `ordered`, and whether it does."""
+def _first_rows(hashes: array[int]) -> npt.NDArray[np.int32]:
+    """int32 `[N]`: for each row the first row with the same hash."""
     import numpy as np
 
-    place = np.searchsorted(ordered, hashes)
-    found = np.zeros(len(hashes), dtype=bool)
-    inside = place < len(ordered)
-    found[inside] = ordered[place[inside]] == hashes[inside]
-    return place, found
-
-
-def describe_rows(run: RunDirectory) -> str:
-    """What became of the rows of data, in a few lines; nothing if that was not written yet.
-
-    Raises:
-        CheckpointError: `data.json` is damaged.
-    """
-    from lmtune.data.report import describe_fates
-
-    fates = run.read_json(run.data)
-    try:
-        return describe_fates(fates) if fates else ""
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise CheckpointError(f"{run.data}: damaged: no counts of rows; delete it or restore it") from None
+    values = np.frombuffer(hashes, dtype=np.uint64)
+    order = np.argsort(values, kind="stable").astype(np.int32)
+    ordered = values[order]
+    start = np.arange(len(values), dtype=np.int32)  # of the group of equal hashes, as a place in `ordered`
+    start[1:][ordered[1:] == ordered[:-1]] = 0
+    np.maximum.accumulate(start, out=start)
+    first = np.empty_like(order)
+    first[order] = order[start]
+    return first

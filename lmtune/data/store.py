@@ -1,7 +1,7 @@
 """Data files as rows of tokens, ready to be trained on and kept on disk, so that a second start is quick.
 
     data = load_data(config.data, renderer, seed=0)
-    data.train.num_tokens, data.train[7].sequences, data.validation, data.fates
+    data.train.num_tokens, data.train[7].sequences, data.validation, data.report
 
 The rows are rendered once and stored under the hash of everything they depend on: the files' content, the tokenizer,
 the template and the options. They are read back through a memory map, so memory does not grow with the data.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lmtune.config.load import data_paths
 from lmtune.config.schema import DataConfig
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import ControlText, Renderer, render_all
-from lmtune.data.report import Survey, Tally, describe_fates, shown_first
+from lmtune.data.report import DataReport, DuplicateIndex, HeldOut, PartReport, RowCounter, describe_part
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import DataFile, find_files, unread_entries
 from lmtune.data.types import Example, TokenizedExample, TokenSequence
@@ -33,12 +33,8 @@ from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, hold, key_
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
-__all__ = [
-    "LoadedData", "TokenizedData", "describe_fates", "fit", "load_data", "split", "tokenize", "truncated",
-]  # fmt: skip
-
 _VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
-_STORED = 5  # of the stored form; a new one leaves old entries unused
+_STORED = 6  # of the stored form; a new one leaves old entries unused
 _KEPT = 10  # entries: training and validation rows are two
 
 Int32 = npt.NDArray[np.int32]
@@ -51,19 +47,19 @@ class TokenizedData:
     Attributes:
         key: SHA-256, in hex, of what the rows depend on; not of the files' names.
         signature: SHA-256, in hex, of the rows' tokens, whatever made them.
-        fates: what became of every row read, as it goes into `data.json`.
+        report: what became of every row read.
         num_tokens, num_targets: int32 `[N]`, of each row.
         sequences: tokens of each row's sequences, which are its documents.
         content: uint64 `[N]`, equal for rows of equal content.
     """
 
     def __init__(
-        self, table: TokenTable, key: str, signature: str, fates: dict[str, Any], selected: Rows | None = None
+        self, table: TokenTable, key: str, signature: str, report: PartReport, selected: Rows | None = None
     ) -> None:
         self._table = table
         self._rows = np.arange(len(table)) if selected is None else selected
         self.key, self.signature = key, signature
-        self.fates = fates
+        self.report = report
         self.num_tokens: Int32 = table.num_tokens[self._rows]
         self.num_targets: Int32 = table.num_targets[self._rows]
         self.sequences = table.sequences if selected is None else table.sequences.select(self._rows)
@@ -78,25 +74,28 @@ class TokenizedData:
     def location(self, index: int) -> str:
         """`file:line` of a row."""
         row = int(self._rows[index])
-        return f"{self.fates['files'][self._table.file[row]]}:{self._table.line[row]}"
+        return f"{self.report.files[self._table.file[row]]}:{self._table.line[row]}"
 
     def select(self, indices: Rows) -> TokenizedData:
         """The rows at `indices`, in their order; shares the file."""
         chosen = hashlib.sha256(np.asarray(indices, dtype=np.int64).tobytes()).hexdigest()
         key, signature = key_of(self.key, chosen), key_of(self.signature, chosen)
-        return TokenizedData(self._table, key, signature, self.fates, self._rows[indices])
+        return TokenizedData(self._table, key, signature, self.report, self._rows[indices])
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """The rows to learn, and those to be scored on; `fates` go into `data.json`.
+    """The rows of a run: those to train on, and those to be scored on.
 
-    `key` stands for all that the rows depend on, `signature` for their tokens alone.
+    Attributes:
+        report: what became of every row, for `data.json`.
+        key: hash of all that the rows depend on.
+        signature: hash of their tokens alone.
     """
 
     train: TokenizedData
     validation: TokenizedData | None
-    fates: dict[str, Any]
+    report: DataReport
     key: str
     signature: str
 
@@ -108,24 +107,23 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
         DataError: with every fault found, or no row is left.
     """
     data = tokenize(data_paths(config.train), renderer, config, part="data.train")
-    learned = {**data.fates, "warnings": [*data.fates["warnings"], *_template_warnings(config, renderer)]}
-    fates: dict[str, Any] = {"template": renderer.description, "train": learned, "validation": None}
-    if renderer.rendered_at is not None:
-        fates["rendered_at"] = renderer.rendered_at
     train, validation = data, None
+    held_out: PartReport | HeldOut | None = None
     if config.validation is not None:
         validation = tokenize(data_paths(config.validation), renderer, config, part="data.validation")
         shared = np.flatnonzero(np.isin(validation.content, data.content))
-        tally = Tally(len(shared), [validation.location(int(index)) for index in shared[:5]])
-        fates["validation"] = {**validation.fates, "also_in_train": tally.as_dict()}
+        also = RowCounter(len(shared), [validation.location(int(index)) for index in shared[:5]])
+        held_out = replace(validation.report, also_in_train=also)
     elif config.validation_fraction > 0:
-        kept, held_out = split(data, config.validation_fraction, seed)
-        if len(held_out):
-            train, validation = data.select(kept), data.select(held_out)
-        fates["validation"] = {"held_out": len(held_out)}
+        kept, chosen = split(data, config.validation_fraction, seed)
+        if len(chosen):
+            train, validation = data.select(kept), data.select(chosen)
+        held_out = HeldOut(len(chosen))
+    trained = replace(data.report, warnings=[*data.report.warnings, *_template_warnings(config, renderer)])
+    report = DataReport(renderer.description, trained, held_out, renderer.rendered_at)
     key = key_of(train.key, validation.key if validation is not None else None)
     signature = key_of(train.signature, validation.signature if validation is not None else None)
-    return LoadedData(train, validation, fates, key, signature)
+    return LoadedData(train, validation, report, key, signature)
 
 
 def _template_warnings(config: DataConfig, renderer: Renderer) -> list[str]:
@@ -188,20 +186,21 @@ def tokenize(
     )  # fmt: skip
     table = TokenTable(entry / "rows.arrow")
     hold(entry, table)
-    fates = json.loads((entry / "fates.json").read_text(encoding="utf-8"))
-    fates["warnings"] += unread_entries(paths)  # which the key does not know
+    report = PartReport.from_dict(json.loads((entry / "report.json").read_text(encoding="utf-8")))
+    report.warnings.extend(unread_entries(paths))  # which the key does not know
     signature = json.loads((entry / "tokens.json").read_text(encoding="utf-8"))["sha256"]
-    return TokenizedData(table, key, signature, fates)
+    return TokenizedData(table, key, signature, report)
 
 
 def _build(
     folder: Path, files: Sequence[DataFile], contents: Sequence[str], renderer: Renderer, config: DataConfig, part: str
 ) -> None:
     """Render every row into `folder`."""
-    report, survey, counts, control_text = ReadReport(), Survey(), _Counts(config), ControlText(renderer.tokenizer)
+    report, index, counts = ReadReport(), DuplicateIndex(), _LengthCounts(config)
+    control_text = ControlText(renderer.tokenizer)
     num_bytes = sum(file.path.stat().st_size for file in files)
-    number = {file.portable_name: index for index, file in enumerate(files)}
-    changed: dict[str, Tally] = {}  # by the template, in words
+    number = {file.portable_name: place for place, file in enumerate(files)}
+    changes: dict[str, RowCounter] = {}  # by the template, in words
     with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
         for example, outcome in render_all(read_examples(files, report), renderer, num_bytes):
             if isinstance(outcome, DataError):
@@ -209,43 +208,43 @@ def _build(
                 report.faulty.add(reason, example.location)
                 report.add_fault(example.location, reason)
                 continue
-            content = survey.add(example)
+            content = index.add(example)
             control_text.add(example)
             for change in renderer.changes(example):
-                changed.setdefault(change, Tally()).add(example.location)
+                changes.setdefault(change, RowCounter()).add(example.location)
             try:
-                documents = counts.fit(example, outcome)
+                sequences = counts.fit(example, outcome)
             except DataError as fault:  # `too_long: error` is no matter of `faulty_rows`
                 report.add_fault(example.location, _reason(fault), lasting=True)
                 continue
-            if documents and (config.faulty_rows == "skip" or not report.num_faults):
-                table.append(documents, number[example.source], example.line, content)
-            progress(len(survey))
-    report.raise_for_faults(config.faulty_rows, len(survey))
+            if sequences and (config.faulty_rows == "skip" or not report.num_faults):
+                table.append(sequences, number[example.source], example.line, content)
+            progress(len(index))
+    report.raise_for_faults(config.faulty_rows, len(index))
     for file, content_before in zip(files, contents, strict=True):
         if file_sha256(file.path) != content_before:
             raise DataError(f"{file.name}: changed while it was read; start again when it is complete")
-    fates = {
-        "files": [file.portable_name for file in files],
-        "sha256": list(contents),
-        "formats": report.formats,
-        "rows": len(survey) + report.faulty.count,
-        "faulty": report.faulty.as_dict(),
-        **counts.as_dict(),
-        "duplicates": survey.duplicates().as_dict(),
-        "same_prompt": survey.same_prompt().as_dict(),
-        "warnings": [
-            *report.warnings,
-            *control_text.warnings(),
-            *(
-                f"{pluralize(tally.count)}: {change}: {shown_first(tally.as_dict())}"
-                for change, tally in changed.items()
-            ),
-        ],
-    }
+    changed = [f"{pluralize(rows.count)}: {change}: {rows.examples}" for change, rows in changes.items()]
+    part_report = PartReport(
+        files=[file.portable_name for file in files],
+        sha256=list(contents),
+        formats=report.formats,
+        rows=len(index) + report.faulty.count,
+        faulty=report.faulty,
+        kept=counts.kept,
+        dropped=counts.dropped,
+        truncated=counts.truncated,
+        tokens=counts.tokens,
+        trained_tokens=counts.trained_tokens,
+        longest_row_tokens=counts.longest,
+        duplicates=index.duplicates(),
+        same_prompt=index.same_prompt(),
+        warnings=[*report.warnings, *control_text.warnings(), *changed],
+    )
     if not counts.kept:
-        raise DataError(f"{part}: no row is left; raise data.max_length ({config.max_length})\n{describe_fates(fates)}")
-    write_json(folder / "fates.json", fates)
+        lines = "\n".join(describe_part(part_report))
+        raise DataError(f"{part}: no row is left; raise data.max_length ({config.max_length})\n{lines}")
+    write_json(folder / "report.json", part_report.to_dict())
     write_json(folder / "tokens.json", {"sha256": table.sha256})
 
 
@@ -254,14 +253,14 @@ def _reason(fault: DataError) -> str:
     return str(fault).partition(": ")[2]
 
 
-class _Counts:
+class _LengthCounts:
     """Fits rows to `max_length`, and counts what became of them."""
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
-        self.kept = self._tokens = self._trained = self._longest = 0
-        self._dropped: dict[str, Tally] = {}
-        self._truncated = Tally()
+        self.kept = self.tokens = self.trained_tokens = self.longest = 0
+        self.dropped: dict[str, RowCounter] = {}
+        self.truncated = RowCounter()
 
     def fit(self, example: Example, sequences: tuple[TokenSequence, ...]) -> tuple[TokenSequence, ...]:
         """The sequences to keep; none if the row is dropped.
@@ -270,28 +269,17 @@ class _Counts:
             DataError: the row is too long and `too_long` is `error`.
         """
         longest = max(map(len, sequences))
-        self._longest = max(self._longest, longest)
+        self.longest = max(self.longest, longest)
         if longest > self._config.max_length:
             sequences, reason = fit(example, sequences, self._config)
             if reason is not None:
-                self._dropped.setdefault(reason, Tally()).add(example.location)
+                self.dropped.setdefault(reason, RowCounter()).add(example.location)
                 return ()
-            self._truncated.add(example.location)
+            self.truncated.add(example.location)
         self.kept += 1
-        self._tokens += sum(map(len, sequences))
-        self._trained += sum(sequence.num_targets for sequence in sequences)
+        self.tokens += sum(map(len, sequences))
+        self.trained_tokens += sum(sequence.num_targets for sequence in sequences)
         return sequences
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts, for `data.json`."""
-        return {
-            "kept": self.kept,
-            "dropped": {reason: tally.as_dict() for reason, tally in self._dropped.items()},
-            "truncated": self._truncated.as_dict(),
-            "tokens": self._tokens,
-            "trained_tokens": self._trained,
-            "longest_row_tokens": self._longest,
-        }
 
 
 def fit(
@@ -334,9 +322,9 @@ def truncated(sequence: TokenSequence, max_length: int, is_text: bool) -> TokenS
 
 _SCHEMA = pa.schema(
     [
-        ("input_ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())),
-        ("document_lengths", pa.list_(pa.int32())), ("document_trained", pa.list_(pa.int32())),
-        ("num_trained", pa.int32()), ("file", pa.int32()), ("line", pa.int32()), ("content", pa.uint64()),
+        ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_())),
+        ("sequence_tokens", pa.list_(pa.int32())), ("sequence_targets", pa.list_(pa.int32())),
+        ("num_targets", pa.int32()), ("file", pa.int32()), ("line", pa.int32()), ("content", pa.uint64()),
     ]
 )  # fmt: skip
 _BATCH_ROWS = 4096
@@ -406,10 +394,10 @@ class TokenTable:
         self.content = self._column("content", np.uint64)
         offsets = [batch.column("input_ids").offsets.to_numpy() for batch in self._batches]
         self.num_tokens = self._joined([np.diff(of_batch) for of_batch in offsets], np.int32)
-        self.num_targets = self._column("num_trained", np.int32)
-        counts = [np.diff(batch.column("document_lengths").offsets.to_numpy()) for batch in self._batches]
+        self.num_targets = self._column("num_targets", np.int32)
+        counts = [np.diff(batch.column("sequence_tokens").offsets.to_numpy()) for batch in self._batches]
         self.sequences = SequenceTable(
-            self._values("document_lengths"), self._values("document_trained"),
+            self._values("sequence_tokens"), self._values("sequence_targets"),
             np.concatenate([[0], np.cumsum(self._joined(counts, np.int64))]),
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ import torch
 from lmtune.batching.packing import fill, pack_sequences
 from lmtune.config.load import build_config, load_config
 from lmtune.config.schema import DataConfig, FinetuneConfig
+from lmtune.data.report import PartReport
 from lmtune.data.store import load_data, tokenize
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.generative import Answer, answers, split_prompt
@@ -78,14 +79,14 @@ class Evaluation:
         tuned: scores of the model as it is.
         base: of the same model without its adapter; None for a model that has none.
         answers: the model's generated answers beside the reference, in the order of the rows.
-        fates: what became of every row read.
+        report: what became of every row read.
         trained_rows: how many of the scored rows the model was trained on; None if that is not known.
     """
 
     tuned: Scores
     base: Scores | None
     answers: list[Answer]
-    fates: dict[str, Any]
+    report: PartReport
     trained_rows: int | None = None
 
 
@@ -117,7 +118,7 @@ def evaluate_loaded(
             base = evaluate(*arguments, who="the base")[0]
     known = None if loaded.run is None else _trained_rows(loaded.run, loaded)
     trained = None if known is None else int(np.isin(rows.content, known).sum())
-    return Evaluation(tuned, base, given, rows.fates, trained)
+    return Evaluation(tuned, base, given, rows.report, trained)
 
 
 def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint64] | None:
@@ -126,11 +127,10 @@ def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint
         config = load_config(FinetuneConfig, run.config)
         data = load_data(config.data, loaded.renderer, config.train.seed)
         # by the files' content: the tokenizer beside an adapter may name another end token than the base's
-        begun = run.read_json(run.data)["train"]["sha256"]
-        same = data.fates["train"]["sha256"] == begun
-    except (LmtuneError, OSError, KeyError, TypeError):
+        begun = run.read_data_report()
+    except (LmtuneError, OSError):
         return None
-    return data.train.content if same else None
+    return data.train.content if begun is not None and begun.train.sha256 == data.report.train.sha256 else None
 
 
 def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.config.schema import RunConfig
+from lmtune.data.report import DataReport
 from lmtune.errors import CheckpointError, ConfigError, ModelError
 from lmtune.io.atomic import remove_leftovers, try_lock
 from lmtune.io.text import is_finite_number
@@ -113,6 +114,18 @@ class RunDirectory:
                 f"{path}: damaged: holds {type(tree).__name__}, not an object; delete it or restore it"
             )
         return tree
+
+    def read_data_report(self) -> DataReport | None:
+        """What became of the rows, from `data.json`; None if it is not there yet.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        tree = self.read_json(self.data)
+        try:
+            return DataReport.from_dict(tree) if tree else None
+        except ValueError:
+            raise CheckpointError(f"{self.data}: damaged: no counts of rows; delete it or restore it") from None
 
     def read_summary(self) -> dict[str, Any]:
         """`summary.json`, or `{}` if it is not there yet.

@@ -16,7 +16,7 @@ from lmtune.batching.plan import Plan
 from lmtune.config.load import dump_config, load_config, to_tree
 from lmtune.config.schema import FinetuneConfig
 from lmtune.config.yaml import read_yaml
-from lmtune.data.report import describe_fates
+from lmtune.data.report import describe_report
 from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores
@@ -80,7 +80,7 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
         CheckpointError: the run was begun with other settings, or its checkpoints or records are damaged or gone.
     """
     session.accelerator.wait_for_everyone()  # an earlier run was set aside
-    checkpoint, skipped = find_checkpoint(run, session.identity, session.data.fates)
+    checkpoint, skipped = find_checkpoint(run, session.identity, session.data.report)
     checkpoint, complete, longer = _with_its_length(run, session, checkpoint)
     lost = [] if complete else records_lost(run, checkpoint)
     base = None if complete else _known_scores(run, session)
@@ -100,7 +100,7 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
             write_text(run.config, dump_config(session.config))
             write_json(run.environment, environment(session))
             write_json(run.local, local_paths(run, session.config.model.name))
-            write_json(run.data, session.data.fates)
+            write_json(run.data, session.data.report.to_dict())
             write_json(run.verification, verification_rows(session))
     return checkpoint, complete
 
@@ -119,7 +119,7 @@ def _with_its_length(
     complete, train = _is_complete(run), session.config.train
     before = checkpoint.state["identity"] if checkpoint else _identity_of(run) if complete else {}
     if complete and checkpoint is None:  # they were deleted to save room
-        require_same(run, before, session.identity, session.data.fates)
+        require_same(run, before, session.identity, session.data.report)
     done = checkpoint.step if checkpoint else int(run.read_summary().get("steps") or 0) if complete else 0
     steps = Plan.count_steps(len(session.data.train), train)
     planned = steps_before(before, len(session.data.train), train)
@@ -242,7 +242,7 @@ def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | Non
     err.print(f"{escape(str(run.path))} {where}: {escape(model)} {held}, {pluralize(steps, 'step')}")
     if session.start is not None:
         err.print(escape(f"from the adapter {session.start.name}, with its rank, alpha and layers"))
-    err.print(escape(describe_fates(data.fates)))
+    err.print(escape(describe_report(data.report)))
     err.print(escape(session.renderer.description))
     err.print(f"parameters: {escape(session.parameters.describe())}")
     for warning in evaluation_warnings(config, data.validation is not None, steps):

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from lmtune.batching.plan import Plan
 from lmtune.config.load import load_config, to_tree
 from lmtune.config.schema import FinetuneConfig, RunConfig, TrainConfig
-from lmtune.data.report import changed_files
+from lmtune.data.report import DataReport, changed_files
 from lmtune.errors import CheckpointError
 from lmtune.io.text import format_list
 from lmtune.runs.log import recorded_steps
@@ -64,14 +64,14 @@ def _defaults() -> dict[str, Any]:
 
 
 def find_checkpoint(
-    run: RunDirectory, now: Mapping[str, Any], fates: Mapping[str, Any] | None = None
+    run: RunDirectory, now: Mapping[str, Any], data: DataReport | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from (None at the beginning), and what was wrong with newer ones.
 
     Args:
         run: the run.
         now: the identity asked for.
-        fates: of the rows as they are now, to say which file changed.
+        data: what the data files are now, to say which one changed.
 
     Raises:
         CheckpointError: the run was made with other settings, data or base, or all its checkpoints are damaged.
@@ -79,7 +79,7 @@ def find_checkpoint(
     run.clean()
     checkpoint, skipped = newest_checkpoint(run.checkpoints)
     if checkpoint is not None:
-        require_same(run, checkpoint.state["identity"], now, fates)
+        require_same(run, checkpoint.state["identity"], now, data)
     return checkpoint, skipped
 
 
@@ -105,7 +105,7 @@ def records_lost(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
 
 
 def require_same(
-    run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any], fates: Mapping[str, Any] | None = None
+    run: RunDirectory, before: Mapping[str, Any], now: Mapping[str, Any], data: DataReport | None = None
 ) -> None:
     """Raise CheckpointError with every difference between a run's identity and the one asked for.
 
@@ -119,7 +119,7 @@ def require_same(
     differences = []
     for key in keys:
         if key in (_DATA, _TOKENS):
-            differences += _changed_data(run, fates, alone=len(keys) == 1)
+            differences += _changed_data(run, data, alone=len(keys) == 1)
         else:
             differences.append(
                 f"{key}: was {before.get(key)!r}, now {now.get(key)!r}" if "." in key else f"{key}: changed"
@@ -148,20 +148,20 @@ def require_steps(run: RunDirectory, done: int, steps: int, train: TrainConfig) 
         )
 
 
-def _changed_data(run: RunDirectory, fates: Mapping[str, Any] | None, alone: bool) -> list[str]:
+def _changed_data(run: RunDirectory, data: DataReport | None, alone: bool) -> list[str]:
     """Why the rows of tokens are others than they were, as far as the run's `data.json` tells.
 
     Args:
         run: the run.
-        fates: of the rows as they are now.
+        data: what the data files are now.
         alone: whether nothing else differs, such as `data.max_length`, from which other tokens follow.
     """
     try:
-        begun = run.read_json(run.data)
+        before = run.read_data_report()
     except CheckpointError:
-        begun = {}
-    if not begun or fates is None:
+        before = None
+    if before is None or data is None:
         return [f"{_DATA}: changed"]
-    if files := changed_files(begun, fates):
+    if files := changed_files(before, data):
         return files
     return ["how rows become tokens: changed (the tokenizer, its template, or another version of lmtune)"] * alone

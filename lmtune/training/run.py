@@ -63,7 +63,7 @@ def run_finetune(config: FinetuneConfig, run_directory: RunDirectory) -> Finetun
         if main:
             save_tuned(session, run_directory.adapter, outcome.weights)
             card = adapter_card(
-                to_tree(session.config), summary, session.data.fates, stops=session.renderer.stop_tokens
+                to_tree(session.config), summary, session.data.report.to_dict(), stops=session.renderer.stop_tokens
             )
             write_text(run_directory.adapter / "README.md", card)
             if tuned is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lmtune.data.checking import check_data, describe_check, inspect_data
+from lmtune.data.report import RowCounter
 from lmtune.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -37,11 +38,8 @@ def test_a_good_file(train: Path) -> None:
     check = check_data([train])
     assert check.train.num_rows == 6
     assert check.train.formats == {"train.jsonl": "prompt/completion"}
-    assert check.train.duplicates == {
-        "count": 2,
-        "first": ["train.jsonl:3 (= train.jsonl:1)", "train.jsonl:6 (= train.jsonl:1)"],
-    }
-    assert check.train.same_prompt == {"count": 1, "first": ["train.jsonl:4 (as train.jsonl:2)"]}
+    assert check.train.duplicates == RowCounter(2, [f"train.jsonl:{line} (= train.jsonl:1)" for line in (3, 6)])
+    assert check.train.same_prompt == RowCounter(1, ["train.jsonl:4 (as train.jsonl:2)"])
     assert check.train.characters == {"shortest": 2, "median": 2, "95 %": 100, "longest": 100}
     assert "2 rows equal to an earlier one" in describe_check(check)
 
@@ -49,7 +47,7 @@ def test_a_good_file(train: Path) -> None:
 def test_validation_rows_that_stand_in_train_are_counted(train: Path) -> None:
     validation = written(Path("validation.jsonl"), row("new"), row("b"), row("b", "third"))
     check = check_data([train], [validation])
-    assert check.also_in_train == {"count": 1, "first": ["validation.jsonl:2"]}
+    assert check.also_in_train == RowCounter(1, ["validation.jsonl:2"])
     assert "1 row also in train: validation.jsonl:2" in describe_check(check)
 
 
@@ -77,7 +75,7 @@ def test_faulty_rows_are_left_out_on_request_and_remembered(train: Path) -> None
         file.write('nonsense\n{"prompt": 3, "completion": "c"}\n')
     for _ in range(2):
         check = check_data([train], (), "skip")
-        assert (check.train.num_rows, check.train.faulty["count"]) == (6, 2)
+        assert (check.train.num_rows, check.train.faulty.count) == (6, 2)
     described = describe_check(check, skips=True)
     assert "2 faulty rows left out (data.faulty_rows: skip):" in described
     assert "1: prompt is a number (3); it must be a string: train.jsonl:8" in described
@@ -105,7 +103,7 @@ def test_duplicates_are_found_across_files(tmp_path: Path, monkeypatch: pytest.M
     Path("b.json").write_text(
         json.dumps([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]}])
     )
-    assert check_data(["a.jsonl", "b.json"]).train.duplicates["first"] == ["b.json:1 (= a.jsonl:1)"]
+    assert check_data(["a.jsonl", "b.json"]).train.duplicates.first == ["b.json:1 (= a.jsonl:1)"]
 
 
 def run_check(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -115,7 +115,7 @@ def test_rows_of_an_earlier_day_are_not_taken_from_the_cache(tmp_path: Path, on_
         data = load_data(config, renderer, 0)
         text = renderer.tokenizer.decode(data.train[0].sequences[0].input_ids)
         assert f"Today is 0{day} Jan 2031." in text
-        assert data.fates["rendered_at"] == f"2031-01-0{day} 12:30:00"
+        assert data.report.rendered_at == f"2031-01-0{day} 12:30:00"
 
 
 @pytest.mark.slow

@@ -101,10 +101,9 @@ class TestFaultyRows:
         examples, report = read(written(tmp_path, b"\n".join([GOOD, *self.BAD])))
         assert len(examples) == 1
         report.raise_for_faults("skip", len(examples))
-        faulty = report.faulty.as_dict()
-        assert (faulty["count"], [reason["count"] for reason in faulty["reasons"]]) == (3, [2, 1])
-        assert faulty["reasons"][0]["reason"] == "prompt is a number (1); it must be a string"
-        assert faulty["reasons"][0]["first"] == ["rows.jsonl:2", "rows.jsonl:3"]
+        assert (report.faulty.count, [reason.count for reason in report.faulty.reasons]) == (3, [2, 1])
+        assert report.faulty.reasons[0].reason == "prompt is a number (1); it must be a string"
+        assert report.faulty.reasons[0].first == ["rows.jsonl:2", "rows.jsonl:3"]
 
     def test_lines_that_are_no_rows_are_told_once_and_counted_each(self, tmp_path: Path) -> None:
         lines = [b"# a heading", b"prompt,completion", b"3", b'"text"', b"more,text", GOOD, b"p,c", GOOD]
@@ -114,7 +113,7 @@ class TestFaultyRows:
 
     def test_an_item_of_a_list_is_named_by_its_number(self, tmp_path: Path) -> None:
         _, report = read(written(tmp_path, b"[" + GOOD + b", " + self.BAD[0] + b", " + GOOD + b"]"))
-        assert report.faulty.as_dict()["reasons"][0]["first"] == ["rows.jsonl:1 (item 2)"]
+        assert report.faulty.reasons[0].first == ["rows.jsonl:1 (item 2)"]
 
     def test_a_row_of_another_format_is_told_once_and_counted_each_time(self, tmp_path: Path) -> None:
         _, report = read(written(tmp_path, b"\n".join([GOOD, *[b'{"text": "t"}'] * 3])))

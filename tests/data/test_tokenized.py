@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lmtune.config.schema import DataConfig
 from lmtune.data import store
 from lmtune.data.rendering import ControlText, Renderer
-from lmtune.data.store import describe_fates, load_data, split, tokenize, truncated
+from lmtune.data.report import PartReport, RowCounter, describe_part, describe_report
+from lmtune.data.store import load_data, split, tokenize, truncated
 from lmtune.data.types import Example, Message, TokenSequence
 from lmtune.errors import DataError
 from lmtune.io import atomic
@@ -62,8 +63,8 @@ def test_a_template_that_is_there_but_empty_is_said(template: str | None, settin
     tokenizer = make_tokenizer(None)
     tokenizer.chat_template = template
     settings = config(template=setting)
-    fates = load_data(settings, Renderer(tokenizer, template=settings.template), 0).fates
-    assert ("warning: the base's chat template is empty, so rows are plain text" in describe_fates(fates)) == warned
+    report = load_data(settings, Renderer(tokenizer, template=settings.template), 0).report
+    assert ("warning: the base's chat template is empty, so rows are plain text" in describe_report(report)) == warned
 
 
 def test_rows_come_back_as_they_were_rendered() -> None:
@@ -117,7 +118,7 @@ class TestCache:
         monkeypatch.setattr(Renderer, "render", no_rendering)
         second = load_data(config(validation_fraction=0.2), renderer(), 0)
         assert first.key == second.key
-        assert first.fates == second.fates
+        assert first.report == second.report
         assert [row.location for row in first.train] == [row.location for row in second.train]
 
     @pytest.mark.parametrize(
@@ -177,9 +178,9 @@ class TestTooLong:
     def test_drop(self) -> None:
         data = tokenize([self.long_rows()], renderer(), config(max_length=60))
         assert [row.location for row in data] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:4"]
-        assert data.fates["dropped"] == {"too_long": {"count": 1, "first": ["train.jsonl:3"]}}
-        assert (data.fates["rows"], data.fates["kept"]) == (4, 3)
-        assert "1 dropped, longer than data.max_length: train.jsonl:3" in describe_fates(data.fates)
+        assert data.report.dropped == {"too_long": RowCounter(1, ["train.jsonl:3"])}
+        assert (data.report.rows, data.report.kept) == (4, 3)
+        assert "1 dropped, longer than data.max_length: train.jsonl:3" in "\n".join(describe_part(data.report))
 
     def test_truncate_keeps_the_answer_and_its_end(self) -> None:
         made = renderer()
@@ -187,7 +188,7 @@ class TestTooLong:
         (document,) = data[2].sequences
         whole = made.render(_examples(["train.jsonl"])[2])[0]
         assert document == TokenSequence(whole.input_ids[-60:], whole.loss_mask[-60:])
-        assert data.fates["truncated"] == {"count": 1, "first": ["train.jsonl:3"]}
+        assert data.report.truncated == RowCounter(1, ["train.jsonl:3"])
 
     def test_error_names_every_line(self) -> None:
         written("train.jsonl", [*rows(1), *[{"prompt": "long " * 30, "completion": "a"}] * 2])
@@ -241,8 +242,8 @@ class TestFaultyRows:
     def test_they_are_left_out_and_counted(self) -> None:
         data = tokenize([self.faulty()], renderer(), config(faulty_rows="skip"))
         assert [row.location for row in data] == [f"train.jsonl:{line}" for line in (1, 2, 3, 5)]
-        assert (data.fates["rows"], data.fates["kept"], data.fates["faulty"]["count"]) == (6, 4, 2)
-        described = describe_fates(data.fates)
+        assert (data.report.rows, data.report.kept, data.report.faulty.count) == (6, 4, 2)
+        described = "\n".join(describe_part(data.report))
         assert "6 rows, 4 kept" in described
         assert "2 faulty rows left out (data.faulty_rows: skip):" in described
         assert "1: prompt is a number (1); it must be a string: train.jsonl:4" in described
@@ -254,8 +255,8 @@ class TestFaultyRows:
         written("train.jsonl", [*rows(2), system])
         data = tokenize(["train.jsonl"], renderer(NO_SYSTEM), config(faulty_rows="skip"))
         assert len(data) == 2
-        assert "System role not supported" in data.fates["faulty"]["reasons"][0]["reason"]
-        assert data.fates["faulty"]["reasons"][0]["first"] == ["train.jsonl:3"]
+        assert "System role not supported" in data.report.faulty.reasons[0].reason
+        assert data.report.faulty.reasons[0].first == ["train.jsonl:3"]
 
     def test_none_left_is_an_error_and_so_is_too_long_error(self) -> None:
         written("train.jsonl", [{"prompt": 1, "completion": "c"}] * 3)
@@ -269,7 +270,7 @@ class TestFaultyRows:
 class TestControlText:
     def test_rows_that_were_rendered_before_are_counted_with_their_tokens(self) -> None:
         written("train.jsonl", [{"text": "<|im_start|>user\nq<|im_end|>"}, {"text": "plain <b>text</b> [1]"}] * 3)
-        (warning,) = tokenize(["train.jsonl"], renderer(), config()).fates["warnings"]
+        (warning,) = tokenize(["train.jsonl"], renderer(), config()).report.warnings
         assert warning.startswith('3 rows hold control tokens as text ("<|im_start|>", "<|im_end|>"): train.jsonl:1')
         assert '{"messages": [' in warning
 
@@ -344,7 +345,7 @@ class TestSplit:
         assert len(wheres) == 10
         assert loaded.validation.num_tokens.tolist() == [len(row.sequences[0].input_ids) for row in loaded.validation]
         assert len({loaded.train.key, loaded.validation.key, loaded.key}) == 3
-        assert "3 rows of these held out" in describe_fates(loaded.fates)
+        assert "3 rows of these held out" in describe_report(loaded.report)
         assert loaded.key != load_data(config(validation_fraction=0.3), renderer(), 1).key
 
     def test_one_content_only_cannot_be_split(self) -> None:
@@ -352,7 +353,7 @@ class TestSplit:
         loaded = load_data(config(validation_fraction=0.3), renderer(), 0)
         assert loaded.validation is None
         assert len(loaded.train) == 4
-        assert "nothing could be held out" in describe_fates(loaded.fates)
+        assert "no validation rows" in describe_report(loaded.report)
 
     def test_validation_files_are_read_for_themselves(self) -> None:
         written("train.jsonl", rows(10))
@@ -360,24 +361,22 @@ class TestSplit:
         loaded = load_data(config(validation="validation.jsonl", validation_fraction=0.5), renderer(), 0)
         assert loaded.validation is not None
         assert (len(loaded.train), len(loaded.validation)) == (10, 3)
-        assert loaded.fates["validation"]["also_in_train"] == {"count": 1, "first": ["validation.jsonl:3"]}
-        assert "1 row of them also in train: validation.jsonl:3" in describe_fates(loaded.fates)
+        assert isinstance(loaded.report.validation, PartReport)
+        assert loaded.report.validation.also_in_train == RowCounter(1, ["validation.jsonl:3"])
+        assert "1 row also in train: validation.jsonl:3" in describe_report(loaded.report)
 
 
-def test_fates_are_whole_and_can_be_written_as_json() -> None:
-    extra = {"prompt": "p", "completion": " ", "id": 1}
-    written("train.jsonl", [*rows(3), *rows(1), extra])
+def test_every_row_is_counted() -> None:
+    written("train.jsonl", [*rows(3), *rows(1), {"prompt": "p", "completion": " ", "id": 1}])
     loaded = load_data(config(), renderer(), 0)
-    fates = json.loads(json.dumps(loaded.fates))
-    part = fates["train"]
-    assert part["rows"] == part["kept"] == 5
-    assert part["duplicates"] == {"count": 1, "first": ["train.jsonl:4 (= train.jsonl:1)"]}
-    assert part["tokens"] == int(loaded.train.num_tokens.sum())
-    assert part["trained_tokens"] == int(loaded.train.num_targets.sum())
-    assert part["formats"] == {"train.jsonl": "prompt/completion"}
-    assert len(part["sha256"][0]) == 64
-    assert len(part["warnings"]) == 2
-    described = describe_fates(loaded.fates)
+    part = loaded.report.train
+    assert loaded.report.validation is None
+    assert part.rows == part.kept == 5
+    assert part.duplicates == RowCounter(1, ["train.jsonl:4 (= train.jsonl:1)"])
+    assert (part.tokens, part.trained_tokens) == (loaded.train.num_tokens.sum(), loaded.train.num_targets.sum())
+    assert part.formats == {"train.jsonl": "prompt/completion"}
+    assert len(part.warnings) == 2
+    described = describe_report(loaded.report)
     assert '"id"' in described
     assert "1 repeat an earlier row" in described
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lmtune.data.report import changed_files
+from lmtune.data.report import DataReport, changed_files
 from lmtune.training.checkpoint import checkpoint_folders
 from tests.faults.choosing import few
 from tests.processes import KILL, all_of, at_step, ended, lmtune, said, start
@@ -156,45 +156,44 @@ def test_29_data_that_changes_while_the_run_trains_is_said_at_the_next_start(
     assert "\n  data.train: train.jsonl changed\n" in said(place)
 
 
-def fates(train: dict[str, str], validation: dict[str, str] | int | None = None) -> dict[str, Any]:
-    """What `data.json` holds of these files, by name with their content."""
-    parts: list[Any] = [
+def data(train: dict[str, str], validation: dict[str, str] | int | None = None) -> DataReport:
+    """The report on these files, by name with their content."""
+    parts = [
         {"files": list(part), "sha256": list(part.values())} if isinstance(part, dict)
         else None if part is None else {"held_out": part}
         for part in (train, validation)
     ]  # fmt: skip
-    return {"train": parts[0], "validation": parts[1]}
+    return DataReport.from_dict({"template": "plain text", "train": parts[0], "validation": parts[1]})
 
 
 ONE = {"a.jsonl": "1"}
-BEFORE_AND_NOW: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
-    "nothing": (fates(ONE, 3), fates(ONE, 3), []),
-    "only a name": (fates(ONE), fates({"b.jsonl": "1"}), []),
+BEFORE_AND_NOW: dict[str, tuple[DataReport, DataReport, list[str]]] = {
+    "nothing": (data(ONE, 3), data(ONE, 3), []),
+    "only a name": (data(ONE), data({"b.jsonl": "1"}), []),
     "one of two": (
-        fates({**ONE, "b.jsonl": "2"}, {"v.jsonl": "9"}), fates({**ONE, "b.jsonl": "3"}, {"v.jsonl": "9"}),
+        data({**ONE, "b.jsonl": "2"}, {"v.jsonl": "9"}), data({**ONE, "b.jsonl": "3"}, {"v.jsonl": "9"}),
         ["data.train: b.jsonl changed"],
     ),
     "both parts": (
-        fates(ONE, {"v.jsonl": "8"}), fates({"a.jsonl": "2"}, {"v.jsonl": "9"}),
+        data(ONE, {"v.jsonl": "8"}), data({"a.jsonl": "2"}, {"v.jsonl": "9"}),
         ["data.train: a.jsonl changed", "data.validation: v.jsonl changed"],
     ),
-    "another file": (fates(ONE), fates({"b.jsonl": "2"}), ["data.train: b.jsonl is new, a.jsonl is gone"]),
-    "a file more": (fates(ONE), fates({**ONE, "b.jsonl": "2"}), ["data.train: b.jsonl is new"]),
-    "a file less": (fates({**ONE, "b.jsonl": "2"}), fates(ONE), ["data.train: b.jsonl is gone"]),
-    "the same file twice": (fates(ONE), fates({**ONE, "b.jsonl": "1"}), ["data.train: b.jsonl is new"]),
+    "another file": (data(ONE), data({"b.jsonl": "2"}), ["data.train: b.jsonl is new, a.jsonl is gone"]),
+    "a file more": (data(ONE), data({**ONE, "b.jsonl": "2"}), ["data.train: b.jsonl is new"]),
+    "a file less": (data({**ONE, "b.jsonl": "2"}), data(ONE), ["data.train: b.jsonl is gone"]),
+    "the same file twice": (data(ONE), data({**ONE, "b.jsonl": "1"}), ["data.train: b.jsonl is new"]),
     "many": (
-        fates({f"{n}.jsonl": "1" for n in range(9)}), fates({f"{n}.jsonl": "2" for n in range(9)}),
+        data({f"{n}.jsonl": "1" for n in range(9)}), data({f"{n}.jsonl": "2" for n in range(9)}),
         ["data.train: 0.jsonl, 1.jsonl, 2.jsonl and 6 more changed"],
     ),
     "the order": (
-        fates({"a.jsonl": "1", "b.jsonl": "2"}), fates({"b.jsonl": "2", "a.jsonl": "1"}),
+        data({"a.jsonl": "1", "b.jsonl": "2"}), data({"b.jsonl": "2", "a.jsonl": "1"}),
         ["data.train: the same files in another order"],
     ),
     "held out of train, now a file": (
-        fates(ONE, 3), fates(ONE, {"v.jsonl": "9"}), ["data.validation: was a part of data.train, now v.jsonl"],
+        data(ONE, 3), data(ONE, {"v.jsonl": "9"}), ["data.validation: was a part of data.train, now v.jsonl"],
     ),
-    "a file, now none": (fates(ONE, {"v.jsonl": "9"}), fates(ONE), ["data.validation: was v.jsonl, now none"]),
-    "a record that is no such record": ({"train": {"files": 3}, "validation": []}, fates(ONE), []),
+    "a file, now none": (data(ONE, {"v.jsonl": "9"}), data(ONE), ["data.validation: was v.jsonl, now none"]),
 }  # fmt: skip
 
 
