@@ -1,4 +1,4 @@
-"""Every command in the README and two pages runs, in the order in which a reader meets them; every shipped YAML trains.
+"""Every command in the README and some pages runs, in the order in which a reader meets them; every shipped YAML trains.
 
 The commands are taken from the pages themselves. Only what this machine cannot have is exchanged: the embedded model
 stands in for the one on the Hub, a Hub on this machine for the real one, CPU processes for GPUs; steps are few.
@@ -21,7 +21,7 @@ from tests import processes
 from tests.hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/several-gpus.md", "docs/sharing.md")
+PAGES = ("README.md", "docs/several-gpus.md", "docs/sharing.md", "docs/runs.md", "docs/chat.md")
 SMALL = (
     "model.name=tiny", "train.max_steps=3", "train.batch_size=4", "evaluation.exact_match_rows=2",
     "evaluation.max_new_tokens=8",
