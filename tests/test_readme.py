@@ -1,4 +1,4 @@
-"""Every command in the README and some pages runs, in the order in which a reader meets them; every shipped YAML trains.
+"""Every command in the README and some pages runs, in the order in which a reader meets them; shipped YAML files train.
 
 The commands are taken from the pages themselves. Only what this machine cannot have is exchanged: the embedded model
 stands in for the one on the Hub, a Hub on this machine for the real one, CPU processes for GPUs; steps are few.
