@@ -29,7 +29,7 @@ from lmtune.kernels import label_only_layer
 from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_cross_entropy
 from lmtune.models.device import is_out_of_memory
-from lmtune.models.structure import decoder_layers
+from lmtune.models.structure import base_of, decoder_layers
 
 _TOLERANCE = 5e-2  # relative, in 16 bit; a document that leaks or a wrong position moves outputs by about 1
 _TOLERANCE_FP32 = 1e-4
@@ -64,7 +64,7 @@ class PackedForward:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base_of(model)
         self._keeps = "logits_to_keep" in inspect.signature(self.base.forward).parameters
         self._transform = LogitTransform.of(self.base.config.get_text_config())
         untried = "not tried"
@@ -112,7 +112,7 @@ class PackedForward:
 
     def ready(self) -> contextlib.AbstractContextManager[None]:
         """Hold the model in the attention that forward and backward passes need; outside it is free to generate."""
-        return packed_attention(self.model) if self.packs else contextlib.nullcontext()
+        return packed_attention(self.base) if self.packs else contextlib.nullcontext()
 
     def __call__(self, batch: MicroBatch) -> TokenScores:
         """Score the trained tokens of `batch`, whose tensors are on the model's device; only inside `ready()`.
@@ -217,7 +217,7 @@ class PackedForward:
         second = torch.arange(7, device=ids.device)
         alone = self._outputs(ids[:, 5:], positions[:, 5:], second, None)
         layout = SegmentLayout.of_segments(5, 7)
-        with packed_attention(self.model):
+        with packed_attention(self.base):
             packed = self._outputs(ids, positions, second + 5, layout)
         if problem := window_in_mask_only(self.base.config.get_text_config(), layout.derived.get("window")):
             raise ValueError(problem)
@@ -228,7 +228,7 @@ class PackedForward:
         ids, positions = self._probe(4, 3, 5)
         positions[:, 4:] += 4
         layout = SegmentLayout((4, 3, 5), (None, 0, 0))
-        with packed_attention(self.model):
+        with packed_attention(self.base):
             shared = self._outputs(ids, positions, torch.arange(4, 12, device=ids.device), layout)
             each = []
             for own in (slice(4, 7), slice(7, 12)):
@@ -250,7 +250,7 @@ class PackedForward:
             raise ValueError("the last layer is not found: the model has no single list of layers")
         label_only_layer.install(layers[-1])
         self.layer_reason = "not tried"
-        with packed_attention(self.model):
+        with packed_attention(self.base):
             wanted = self._outputs(ids, positions, keep, layout)
             self.layer_reason = None
             label_only_layer.find_query_linear(layers[-1], lambda: self._outputs(ids, positions, keep, layout, labels))

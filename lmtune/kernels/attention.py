@@ -289,14 +289,13 @@ def _varlen_difference(kernel: Varlen, device: torch.device, dtype: torch.dtype,
 @contextlib.contextmanager
 def packed_attention(model: Any) -> Iterator[None]:
     """Use attention by document inside the block; on leaving, the model's own attention is back (for generation)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.config._attn_implementation
+    before = model.config._attn_implementation
     register()
-    base.set_attn_implementation(NAME)
+    model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        base.set_attn_implementation(before)
+        model.set_attn_implementation(before)
 
 
 def register() -> None:

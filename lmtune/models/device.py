@@ -1,4 +1,4 @@
-"""The device that every verb computes on, decided in one place, and its memory; nothing heavy is imported with it.
+"""The device that every verb computes on, and its free memory. Imports nothing heavy.
 
 A CUDA (or ROCm) GPU if there is one and `ACCELERATE_USE_CPU` does not ask for the CPU, else the CPU. Apple silicon
 computes on its CPU too: nobody has shown yet that a run on `mps` gives the result of the others.
@@ -6,10 +6,10 @@ computes on its CPU too: nobody has shown yet that a run on `mps` gives the resu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lmtune.errors import ConfigError
 
@@ -18,18 +18,14 @@ if TYPE_CHECKING:
 
 USE_CPU = "ACCELERATE_USE_CPU"
 _YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")  # as Accelerate reads it
-
-
-def asks_for_cpu() -> bool:
-    """Whether `ACCELERATE_USE_CPU` asks for the CPU.
-
-    Raises:
-        ConfigError: it is neither true nor false.
-    """
-    value = os.environ.get(USE_CPU, "")
-    if value.lower() not in (*_YES, *_NO):
-        raise ConfigError(f"{USE_CPU}: {value!r}; expected true or false; unset it or set it to one of them")
-    return value.lower() in _YES
+DENSE_SHARE = 0.25  # of the free memory, for quantized weights kept as dense matrices
+# What PyTorch and CUDA's libraries write where they do not raise `torch.OutOfMemoryError`, in lower case
+_SHORT_OF_MEMORY = (
+    "out of memory",  # CUDA's and HIP's runtime, Apple's MPS
+    "alloc_failed", "allocation_failed",  # cuBLAS, cuDNN, cuSPARSE, cuFFT
+    "cublas_status_not_initialized when calling `cublascreate",  # its workspace
+    "can't allocate memory", "not enough memory", "cannot allocate memory",  # the CPU's
+)  # fmt: skip
 
 
 def default_device() -> torch.device:
@@ -45,23 +41,16 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-DENSE_SHARE = 0.25  # of the free memory, for quantised weights kept as dense matrices
-# What PyTorch and CUDA's libraries write where they do not raise `torch.OutOfMemoryError`, in small letters.
-_SHORT_OF_MEMORY = (
-    "out of memory",  # CUDA's and HIP's runtime, Apple's MPS
-    "alloc_failed", "allocation_failed",  # cuBLAS, cuDNN, cuSPARSE, cuFFT
-    "cublas_status_not_initialized when calling `cublascreate",  # its workspace
-    "can't allocate memory", "not enough memory", "cannot allocate memory",  # the CPU's
-)  # fmt: skip
+def asks_for_cpu() -> bool:
+    """Whether `ACCELERATE_USE_CPU` asks for the CPU.
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small: allocators say so by their type or in words, by device and library."""
-    import torch
-
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT_OF_MEMORY)
+    Raises:
+        ConfigError: it is neither true nor false.
+    """
+    value = os.environ.get(USE_CPU, "")
+    if value.lower() not in (*_YES, *_NO):
+        raise ConfigError(f"{USE_CPU}: {value!r}; expected true or false; unset it or set it to one of them")
+    return value.lower() in _YES
 
 
 def free_memory(device: torch.device) -> int:
@@ -71,32 +60,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return _available_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def return_freed_memory() -> None:
-    """Hand what was freed on the CPU back to the system, where the C library can.
-
-    glibc keeps it in case it is wanted again, which for tensors of other sizes in every step it is not.
-    """
-    if (trim := _trim()) is not None:
-        trim(0)
-
-
-@functools.cache
-def _trim() -> Any:
-    """glibc's `malloc_trim`, or None: other C libraries have none."""
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-
-
-def dense_weights_fit(model: Any, device: torch.device) -> bool:
-    """Whether the weights under a model's adapter may be kept as dense matrices: in a quarter of the free memory."""
-    base = model.get_base_model()
-    layers = (m.get_base_layer() for m in base.modules() if hasattr(m, "get_base_layer"))
-    elements = sum(layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features"))
-    return bool(elements * base.dtype.itemsize <= free_memory(device) * DENSE_SHARE)
 
 
 def _available_ram() -> int:
@@ -113,3 +76,31 @@ def _available_ram() -> int:
     except (OSError, ValueError):  # no such limit, or "max"
         pass
     return max(free, 0)
+
+
+def dense_weights_fit(model: torch.nn.Module, device: torch.device) -> bool:
+    """Whether a quarter of the free memory holds the weights under a model's adapter as dense matrices."""
+    from lmtune.models.structure import base_of
+
+    base = base_of(model)
+    layers = (m.get_base_layer() for m in base.modules() if hasattr(m, "get_base_layer"))
+    elements = sum(layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features"))
+    return bool(elements * base.dtype.itemsize <= free_memory(device) * DENSE_SHARE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small: allocators say so by their type or in words, by device and library."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT_OF_MEMORY)
+
+
+def return_freed_memory() -> None:
+    """Return what was freed on the CPU to the system, where the C library is glibc.
+
+    glibc keeps it for the next allocation, which for tensors of other sizes in every step does not fit.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,15 +1,18 @@
-"""Facts about a transformers model, found without knowing its name: layers, linear layers, experts, positions."""
+"""Facts about a transformers model, found without knowing its name: base, layers, linear layers, experts, positions."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def empty_model(path: str | Path, revision: str | None = None) -> Any:
-    """The model that a config.json describes, without memory for its weights."""
+
+def empty_model(path: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """The model that a config.json describes, on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -17,28 +20,28 @@ def empty_model(path: str | Path, revision: str | None = None) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def base_of(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
+def base_of(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def max_positions(model: Any) -> int | None:
+def max_positions(model: torch.nn.Module) -> int | None:
     """The longest sequence that the model was made for, if its config says so."""
     limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 
-def decoder_layers(model: Any) -> Any:
-    """The decoder's list of as many modules as the model has layers, or None where no one list is it."""
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
+    """The list of as many modules as the model has layers, or None where it is not the only one."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     return lists[0] if len(lists) == 1 or (lists and count > 1) else None
 
 
-def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the model's linear layers by full name, the head and quantised ones included.
+def linear_layers(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear layer by full name, the head, quantized layers and GPT-2's `Conv1D` included.
 
-    GPT-2's transposed kind is one too. The model has no adapter.
+    The model has no adapter.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -51,7 +54,7 @@ def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
     return found
 
 
-def expert_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
+def expert_tensors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The 3-D parameters `[E, …, …]` that hold the weights of all `E` experts of a layer, by full name."""
     return {
         f"{name}.{leaf}": parameter

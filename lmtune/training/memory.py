@@ -23,7 +23,7 @@ from lmtune.forward.packed import PackedForward
 from lmtune.kernels.cross_entropy import chunk_rows
 from lmtune.models.device import DENSE_SHARE, is_out_of_memory
 from lmtune.models.parameters import Parameters
-from lmtune.models.structure import decoder_layers
+from lmtune.models.structure import base_of, decoder_layers
 
 GIB = 2**30
 _SHARE = 0.6  # of the free memory, for activations; the rest is for what is not seen beforehand
@@ -111,7 +111,7 @@ def shape_of(model: Any, parameters: Parameters) -> ModelShape:
         model: with or without an adapter, on any device, meta too.
         parameters: counted before the adapter was attached.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     config = base.config.get_text_config()
     layers, hidden, heads = int(config.num_hidden_layers), int(config.hidden_size), int(config.num_attention_heads)
     width = heads * int(getattr(config, "head_dim", None) or hidden // heads)
@@ -267,7 +267,7 @@ def checkpoint_layers(base: Any, count: int) -> None:
     if not count:
         return
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    layers = decoder_layers(base)
+    layers: Any = decoder_layers(base)
     for layer in [] if layers is None else layers[count:]:
         layer.gradient_checkpointing = False
 

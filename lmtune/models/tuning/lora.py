@@ -26,6 +26,7 @@ from lmtune.io.text import format_list
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import check_bitsandbytes
 from lmtune.models.device import dense_weights_fit
+from lmtune.models.structure import base_of
 from lmtune.models.tuning.adapter_files import (
     CONFIG,
     METADATA,
@@ -89,7 +90,7 @@ def initial_tensors(model: Any) -> list[torch.Tensor]:
     made = [parameter.detach() for parameter in trainable(model).values()]
     if (initial := getattr(model, "lmtune_initial_adapter", None)) is not None:
         made += initial.values()
-        layers = [module for module in model.get_base_model().modules() if hasattr(module, "get_base_layer")]
+        layers = [module for module in base_of(model).modules() if hasattr(module, "get_base_layer")]
         made += [layer.get_base_layer().weight.detach() for layer in layers]
     return made
 
