@@ -22,6 +22,7 @@ LAYERS = (
     {"kernels"},
     {"models"},
     {"forward"},
+    {"objectives"},
     {"parallel"},
     {"inference"},
     {"evaluation"},

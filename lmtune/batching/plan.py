@@ -1,11 +1,11 @@
-"""The plan: which examples make each optimizer step, and how they are dealt to processes and micro-batches.
+"""The plan: which examples make each optimizer step, and which rank computes what in which micro-batch.
 
 A step is defined by its examples. The plan is a pure function of the lengths, the settings and the step, so every
-process knows all of it without a word to the others, and a resumed run goes on exactly where it was. What is dealt out
-is the sequence: those of one row may be computed in different micro-batches and processes.
+rank knows all of it without communication, and a resumed run goes on exactly where it was. What is assigned is a unit:
+the sequences of an example that the objective needs in one micro-batch, by default each by itself.
 
-    plan = Plan(data.sequences, train_config, world_size=2, micro_batch_tokens=4096)
-    plan.step(17).shares[rank]      # this process's micro-batches, as lists of sequences
+    planner = Planner(data.sequences, train_config, world_size=2, micro_batch_tokens=4096)
+    planner.step(17).micro_batches[rank]      # lists of units
 """
 
 from __future__ import annotations
@@ -18,31 +18,41 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmtune.batching.packing import fill
-from lmtune.batching.prefixes import Ints, SharedPrefix, find_prefixes
+from lmtune.batching.packing import pack_bins
+from lmtune.batching.prefixes import Ints, SharedPrefix, common_length, find_prefixes
 from lmtune.config.schema import TrainConfig
 from lmtune.data.sequences import SequenceTable
 
 
 @dataclass(frozen=True)
 class TokenCost:
-    """What makes one token dearer than another, as parts of what each costs.
+    """What makes one token more expensive than another, as parts of what each costs.
 
     Attributes:
-        before: for each token before it in its document: attention.
-        trained: if it is trained: the output head.
+        before: for each token before it in its sequence: attention.
+        target: if it is a target: the output head.
     """
 
     before: float = 0.0
-    trained: float = 0.0
+    target: float = 0.0
 
 
 class Unit(NamedTuple):
-    """A sequence of a step: number `document` of row `row`, which is number `example` of the step's examples."""
+    """Sequences that share a micro-batch: some of row `row`, which is number `example` of the step's examples."""
 
     example: int
     row: int
-    document: int
+    sequences: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a step's examples add up to, over all ranks; an objective's denominator is made of these."""
+
+    examples: int
+    sequences: int
+    tokens: int
+    targets: int
 
 
 @dataclass(frozen=True)
@@ -52,42 +62,46 @@ class StepPlan:
     Attributes:
         step: counted from 1.
         epoch: how much of the data was seen after this step, in epochs.
-        rows: the examples of the step, over all processes.
-        num_tokens: tokens of these rows.
-        num_targets: trained tokens of these rows, the loss's denominator.
-        longest: tokens of the longest sequence.
-        shares: for each process, its micro-batches, each a list of sequences; a share may be empty.
+        rows: the examples of the step, over all ranks, as indices into the data.
+        totals: of these examples.
+        longest: tokens of the longest unit.
+        micro_batches: for each rank its micro-batches, each a list of units; a rank may have none.
     """
 
     step: int
     epoch: float
     rows: list[int]
-    num_tokens: int
-    num_targets: int
+    totals: Totals
     longest: int
-    shares: list[list[list[Unit]]]
+    micro_batches: list[list[list[Unit]]]
 
 
-class Plan:
+def each_alone(num_sequences: int) -> Sequence[Sequence[int]]:
+    """Units of one sequence each: what an objective over single sequences needs."""
+    return [(sequence,) for sequence in range(num_sequences)]
+
+
+class Planner:
     """All steps of a run."""
 
     def __init__(
         self, sequences: SequenceTable, train: TrainConfig, world_size: int, micro_batch_tokens: int,
-        beginnings_of: Callable[[int], Sequence[Ints]] | None = None, cost: TokenCost = TokenCost(),
+        shareable_of: Callable[[int], Sequence[Ints]] | None = None, cost: TokenCost = TokenCost(),
+        units_of: Callable[[int], Sequence[Sequence[int]]] = each_alone,
     ) -> None:  # fmt: skip
         """
         Args:
             sequences: of all rows.
             train: batch size, epochs or steps, seed.
-            world_size: processes.
-            micro_batch_tokens: the most tokens in a micro-batch (a longer sequence stands alone).
-            beginnings_of: the tokens with which each sequence of a row may share a prefix with others; None where none
+            world_size: ranks.
+            micro_batch_tokens: the most tokens in a micro-batch (a longer unit stands alone).
+            shareable_of: the tokens with which each sequence of a row may share a prefix with others; None where none
                 are shared.
-            cost: of tokens beside each other, by which sequences are dealt to processes.
+            cost: of tokens beside each other, by which units are assigned to ranks.
+            units_of: which of a row's sequences, of which there are so many, share a micro-batch.
         """
-        self.beginnings_of, self.cost = beginnings_of, cost
-        self.sequences = sequences
-        self.batch_size, self.seed = train.batch_size, train.seed
+        self._shareable_of, self._cost, self._units_of = shareable_of, cost, units_of
+        self.sequences, self.train = sequences, train
         self.world_size, self.micro_batch_tokens = world_size, micro_batch_tokens
         self.steps_per_epoch = math.ceil(sequences.num_rows / train.batch_size)
         self.total_steps = self.count_steps(sequences.num_rows, train)
@@ -98,72 +112,95 @@ class Plan:
         """The optimizer steps of a run over `num_rows` rows; the last step of an epoch may have fewer examples."""
         return train.max_steps or max(1, round(train.epochs * math.ceil(num_rows / train.batch_size)))
 
-    def step(self, step: int) -> StepPlan:
-        """The plan of `step`, counted from 1."""
-        epoch, place = divmod(step - 1, self.steps_per_epoch)
-        rows = self._permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-        members = self.sequences.of_rows(rows)
-        first = self.sequences.first
+    def with_budget(self, micro_batch_tokens: int) -> Planner:
+        """The same steps in micro-batches of another size."""
+        return Planner(
+            self.sequences, self.train, self.world_size, micro_batch_tokens, self._shareable_of, self._cost,
+            self._units_of,
+        )  # fmt: skip
+
+    def step(self, number: int) -> StepPlan:
+        """The plan of step `number`, counted from 1."""
+        epoch, place = divmod(number - 1, self.steps_per_epoch)
+        size, table = self.train.batch_size, self.sequences
+        rows = self._permutation(epoch)[place * size : (place + 1) * size].tolist()
         units = [
-            Unit(example, row, document)
-            for example, row in enumerate(rows.tolist())
-            for document in range(first[row + 1] - first[row])
+            Unit(example, row, tuple(group))
+            for example, row in enumerate(rows)
+            for group in self._units_of(int(table.first[row + 1] - table.first[row]))
         ]
-        lengths, trained = self.sequences.num_tokens[members].tolist(), self.sequences.num_targets[members].tolist()
-        prefixes = (
-            []
-            if self.beginnings_of is None
-            else find_prefixes([beginning for row in rows.tolist() for beginning in self.beginnings_of(row)], lengths)
-        )
-        shares = deal(lengths, trained, self.world_size, prefixes, self.cost)
+        lengths, targets, shareable = self._measure(units)
+        prefixes = [] if shareable is None else find_prefixes(shareable, lengths)
+        shares = assign_to_ranks(lengths, targets, self.world_size, prefixes, self._cost)
+        members = table.of_rows(rows)
         return StepPlan(
-            step=step,
-            epoch=epoch + min(1.0, (place + 1) * self.batch_size / self.sequences.num_rows),
-            rows=rows.tolist(),
-            num_tokens=sum(lengths),
-            num_targets=sum(trained),
+            step=number,
+            epoch=epoch + min(1.0, (place + 1) * size / table.num_rows),
+            rows=rows,
+            totals=Totals(
+                len(rows), len(members), int(table.num_tokens[members].sum()), int(table.num_targets[members].sum())
+            ),
             longest=max(lengths),
-            shares=[self._micro_batches(units, lengths, share, prefixes) for share in shares],
+            micro_batches=[self._bins(units, lengths, share, prefixes) for share in shares],
         )
+
+    def _measure(self, units: Sequence[Unit]) -> tuple[list[int], list[int], list[Ints] | None]:
+        """Tokens and targets of each unit, and what it may share; tokens shared within a unit count once."""
+        table = self.sequences
+        numbers = [[int(table.first[unit.row]) + sequence for sequence in unit.sequences] for unit in units]
+        lengths = [int(table.num_tokens[own].sum()) for own in numbers]
+        targets = [int(table.num_targets[own].sum()) for own in numbers]
+        if self._shareable_of is None:
+            return lengths, targets, None
+        of_row = {row: self._shareable_of(row) for row in dict.fromkeys(unit.row for unit in units)}
+        shareable = []
+        for index, unit in enumerate(units):
+            prefix, *others = [of_row[unit.row][sequence] for sequence in unit.sequences]
+            for other in others:
+                prefix = prefix[: common_length(prefix, other)]
+            lengths[index] -= len(others) * len(prefix)
+            shareable.append(prefix)
+        return lengths, targets, shareable
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         """The order of all rows in `epoch`, from (seed, epoch) alone."""
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.sequences.num_rows)
+            order = np.random.default_rng([self.train.seed, epoch]).permutation(self.sequences.num_rows)
+            self._order = epoch, order
         return self._order[1]
 
-    def _micro_batches(
+    def _bins(
         self, units: Sequence[Unit], lengths: Sequence[int], share: Sequence[int], prefixes: Sequence[SharedPrefix]
     ) -> list[list[Unit]]:
-        """Those of one process's `share` (places among `units`), grouped."""
+        """The micro-batches of one rank's `share` (places among `units`)."""
         place_in_share = {place: index for index, place in enumerate(share)}
         inside = (
             (prefix.length, tuple(place_in_share[place] for place in prefix.members if place in place_in_share))
             for prefix in prefixes
         )
         shared = [SharedPrefix(length, members) for length, members in inside if len(members) > 1]
-        groups = fill([lengths[place] for place in share], self.micro_batch_tokens, shared)
-        return [[units[share[index]] for index in group] for group in groups]
+        bins = pack_bins([lengths[place] for place in share], self.micro_batch_tokens, shared)
+        return [[units[share[index]] for index in members] for members in bins]
 
 
-def deal(
-    lengths: Sequence[int], trained: Sequence[int], world_size: int, prefixes: Sequence[SharedPrefix] = (),
+def assign_to_ranks(
+    lengths: Sequence[int], targets: Sequence[int], world_size: int, prefixes: Sequence[SharedPrefix] = (),
     cost: TokenCost = TokenCost(),
 ) -> list[list[int]]:  # fmt: skip
-    """Split a step's sequences over the processes so that each has about the same to compute.
+    """Split a step's units over the ranks so that each has about the same to compute.
 
-    The dearest first, each to the process that is then the least loaded: Graham's LPT rule, at most a third above
-    the best possible. A shared prefix costs a process once, with the first of its sequences.
+    The most expensive first, each to the rank that is then the least loaded: Graham's LPT rule, at most a third above
+    the best possible. A shared prefix costs a rank once, with the first of its units.
 
     Args:
-        lengths: tokens of each sequence.
-        trained: trained tokens of each.
-        world_size: processes.
+        lengths: tokens of each unit.
+        targets: targets of each.
+        world_size: ranks.
         prefixes: which begin with the same tokens.
         cost: of tokens beside each other.
 
     Returns:
-        For each process the places of its sequences in `lengths`.
+        For each rank the places of its units in `lengths`.
     """
     if world_size == 1:
         return [list(range(len(lengths)))]
@@ -174,9 +211,9 @@ def deal(
     prefix_of = {place: index for index, prefix in enumerate(prefixes) for place in prefix.members}
     first = {index: work(prefix.length) for index, prefix in enumerate(prefixes)}
     own = []
-    for place, (length, labels) in enumerate(zip(lengths, trained, strict=True)):
+    for place, (length, read) in enumerate(zip(lengths, targets, strict=True)):
         shared = prefixes[prefix_of[place]].length if place in prefix_of else 0
-        own.append(work(length - shared, shared) + labels * cost.trained)
+        own.append(work(length - shared, shared) + read * cost.target)
     shares: list[list[int]] = [[] for _ in range(world_size)]
     load, held = [0.0] * world_size, [set[int]() for _ in range(world_size)]
     for place in sorted(range(len(lengths)), key=lambda place: (-own[place], place)):

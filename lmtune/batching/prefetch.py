@@ -3,9 +3,9 @@
 Planning a step, reading its rows from disk, packing them and pinning them for the copy to a GPU take milliseconds that
 nothing should wait for. One thread does them a few micro-batches ahead, across steps too.
 
-    with BatchPrefetcher(plan, rank=0, rows=data.__getitem__) as prefetcher:
+    with BatchPrefetcher(planner, rank=0, data=data) as prefetcher:
         prefetcher.start(step=1)
-        todo = prefetcher.next_step()
+        plan = prefetcher.next_step()
         for batch in prefetcher.batches():
             …
 """
@@ -14,36 +14,53 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
-from lmtune.batching.packing import MicroBatch, pack_sequences
-from lmtune.batching.plan import Plan, StepPlan, Unit
+from lmtune.batching.packing import MicroBatch, pack
+from lmtune.batching.plan import Planner, StepPlan, Unit
+from lmtune.data.types import TokenizedExample
 
 _JOIN_SECONDS = 10.0
 _AHEAD = 3  # micro-batches; each is some kilobytes
 _Item = StepPlan | MicroBatch | BaseException | None  # None: the step has no more
 
 
+class Examples(Protocol):
+    """What is read of a data set."""
+
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+
+
+def pack_units(data: Examples, units: Sequence[Unit], num_examples: int, share_prefixes: bool = False) -> MicroBatch:
+    """The micro-batch of some units of a step of `num_examples` examples; each row is read once."""
+    read = {row: data[row] for row in dict.fromkeys(unit.row for unit in units)}
+    chosen = [(unit, sequence) for unit in units for sequence in unit.sequences]
+    return pack(
+        [read[unit.row].sequences[sequence] for unit, sequence in chosen], [unit.example for unit, _ in chosen],
+        num_examples, share_prefixes, [read[unit.row].values for unit, _ in chosen],
+    )  # fmt: skip
+
+
 class BatchPrefetcher:
-    """The steps of a plan, each followed by its micro-batches of one process.
+    """The steps of a plan, each followed by its micro-batches of one rank.
 
     Attributes:
-        plan: of the run; `start` may bring another one.
+        planner: of the run; `start` may bring another one.
     """
 
     def __init__(
-        self, plan: Plan, rank: int, rows: Callable[[int], Any], share_prefixes: bool = False, pin: bool = False
+        self, planner: Planner, rank: int, data: Examples, share_prefixes: bool = False, pin: bool = False
     ) -> None:
         """
         Args:
-            plan: of the run.
+            planner: of the run.
             rank: this process.
-            rows: gives a row's tokens.
-            share_prefixes: whether a common beginning is laid down once.
+            data: gives a row's tokens.
+            share_prefixes: whether a common beginning is packed once.
             pin: whether tensors go into page-locked memory.
         """
-        self.plan, self._rank, self._rows = plan, rank, rows
+        self.planner, self._rank, self._data = planner, rank, data
         self._share_prefixes, self._pin = share_prefixes, pin
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -51,16 +68,16 @@ class BatchPrefetcher:
     def __enter__(self) -> BatchPrefetcher:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def start(self, step: int, plan: Plan | None = None) -> None:
+    def start(self, step: int, planner: Planner | None = None) -> None:
         """Prepare `step` and those after it, by another plan if one is given; what was prepared before is dropped."""
         self.close()
-        self.plan = plan or self.plan
+        self.planner = planner or self.planner
         self._ready: queue.Queue[_Item] = queue.Queue(_AHEAD)
         self._closed, self._error = threading.Event(), None
-        arguments = (self.plan, step, self._ready, self._closed)
+        arguments = (self.planner, step, self._ready, self._closed)
         self._thread = threading.Thread(target=self._run, args=arguments, name="lmtune-prefetcher", daemon=True)
         self._thread.start()
 
@@ -95,14 +112,7 @@ class BatchPrefetcher:
             self._error = item
         raise self._error  # again too, whoever asks: the thread has ended
 
-    def _batch(self, group: list[Unit], num_examples: int) -> MicroBatch:
-        documents = {row: self._rows(row).sequences for row in dict.fromkeys(unit.row for unit in group)}
-        return pack_sequences(
-            [documents[unit.row][unit.document] for unit in group], [unit.example for unit in group], num_examples,
-            self._share_prefixes,
-        )  # fmt: skip
-
-    def _run(self, plan: Plan, step: int, ready: queue.Queue[_Item], closed: threading.Event) -> None:
+    def _run(self, planner: Planner, step: int, ready: queue.Queue[_Item], closed: threading.Event) -> None:
         def offer(item: _Item) -> None:
             while not closed.is_set():
                 try:
@@ -112,11 +122,11 @@ class BatchPrefetcher:
                     continue
 
         try:
-            while step <= plan.total_steps and not closed.is_set():
-                todo = plan.step(step)
-                offer(todo)
-                for group in todo.shares[self._rank]:
-                    batch = self._batch(group, len(todo.rows))
+            while step <= planner.total_steps and not closed.is_set():
+                plan = planner.step(step)
+                offer(plan)
+                for units in plan.micro_batches[self._rank]:
+                    batch = pack_units(self._data, units, plan.totals.examples, self._share_prefixes)
                     offer(batch.pinned() if self._pin else batch)
                 offer(None)
                 step += 1

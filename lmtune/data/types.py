@@ -10,7 +10,8 @@ message about a row names them.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 if TYPE_CHECKING:  # `lmtune check` needs no NumPy until all rows are read
@@ -103,10 +104,11 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """One row as tokens; `location` is `file:line`."""
+    """One row as tokens; `location` is `file:line`, `values` what an objective has stored beside its tokens."""
 
     location: str
     sequences: tuple[TokenSequence, ...]
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 class ExampleStore(Protocol):
@@ -131,3 +133,6 @@ class ExampleStore(Protocol):
 
     def location(self, index: int) -> str:
         """`file:line` of a row."""
+
+    def with_values(self, name: str, values: npt.NDArray[np.float32]) -> ExampleStore:
+        """The same rows, each with one of `values[N]` beside its tokens."""

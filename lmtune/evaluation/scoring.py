@@ -17,11 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmtune.batching.packing import fill, pack_sequences
+from lmtune.batching.packing import pack_bins
+from lmtune.batching.plan import Unit
+from lmtune.batching.prefetch import pack_units
 from lmtune.config.load import build_config, load_config
 from lmtune.config.schema import DataConfig, FinetuneConfig
+from lmtune.data.rendering import Renderer
 from lmtune.data.report import PartReport
 from lmtune.data.store import load_data, tokenize
+from lmtune.data.types import ExampleStore
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.generative import Answer, answers, split_prompt
 from lmtune.forward.packed import PackedForward
@@ -30,6 +34,7 @@ from lmtune.io.console import progress, warn
 from lmtune.io.text import format_list
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.structure import base_of, max_positions
+from lmtune.parallel.base import Parallel
 from lmtune.runs.store import RunDirectory
 
 
@@ -175,63 +180,62 @@ def _has_position_table(model: Any, limit: int) -> bool:
 
 
 def teacher_forced(
-    forward: PackedForward, data: Any, micro_batch_tokens: int, accelerator: Any = None, who: str = "the model"
-) -> Scores:
+    forward: PackedForward, data: ExampleStore, micro_batch_tokens: int, parallel: Parallel | None = None,
+    who: str = "the model",
+) -> Scores:  # fmt: skip
     """Score every row of `data` without generating.
 
     Args:
         forward: the model.
-        data: rows with `sequences`, and `[i]`.
+        data: the rows.
         micro_batch_tokens: the most tokens in a forward pass; a longer sequence stands alone, and where the memory is
             too small for several they are halved.
-        accelerator: the processes that share the work; None is this one alone.
+        parallel: the ranks that share the work; None is this one alone.
         who: is scored, for the progress that is shown.
 
     Raises:
         LmtuneError: the loss of some rows is not finite; names them.
     """
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
     sequences = data.sequences
     mine = np.arange(rank, len(sequences.num_tokens), world)
-    # loss, tokens and right tokens of each row: on the host, since not every device has 64 bit
+    # loss, targets and right targets of each row: on the host, since not every device has 64 bit
     sums = np.zeros((3, len(data)))
-    device = next(forward.base.parameters()).device
     training = forward.model.training
     forward.model.eval()
-    with torch.no_grad(), forward.ready(), progress(f"scoring {who}", len(mine), "sequences") as shown:
-        groups = deque(fill(sequences.num_tokens[mine].tolist(), micro_batch_tokens))
+    with torch.no_grad(), forward.context(), progress(f"scoring {who}", len(mine), "sequences") as shown:
+        groups = deque(pack_bins(sequences.num_tokens[mine].tolist(), micro_batch_tokens))
         while groups:
             group = groups.popleft()
             rows, places = sequences.row[mine[group]].tolist(), sequences.document[mine[group]].tolist()
-            read = {row: data[row].sequences for row in dict.fromkeys(rows)}
-            documents = [read[row][place] for row, place in zip(rows, places, strict=True)]
-            batch = pack_sequences(documents, rows, len(data), forward.shares_prefixes).to(device)
+            units = [Unit(row, row, (place,)) for row, place in zip(rows, places, strict=True)]
+            batch = pack_units(data, units, len(data), forward.shares_prefixes).to(forward.device)
             try:
-                scores = forward(batch)
+                outputs = forward(batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(group) == 1:
                     raise
                 groups.extendleft((group[len(group) // 2 :], group[: len(group) // 2]))
                 continue
-            row_of = batch.examples.cpu().numpy()
-            losses, correct = scores.losses.cpu().double().numpy(), scores.correct.cpu().double().numpy()
-            for total, values in zip(sums, (losses, np.ones_like(losses), correct), strict=True):
+            row_of = batch.example_of[batch.sequence_of].cpu().numpy()
+            losses, right = -outputs.logprobs.cpu().double().numpy(), outputs.is_top1.cpu().double().numpy()
+            for total, values in zip(sums, (losses, np.ones_like(losses), right), strict=True):
                 np.add.at(total, row_of, values)
             shown.advance(len(group))
     forward.model.train(training)
-    if world > 1:
-        sums = np.sum(accelerator.gather_object([sums]), axis=0)
+    if world > 1 and parallel is not None:
+        sums = np.sum(parallel.gather([sums]), axis=0)
     not_finite = np.flatnonzero(~np.isfinite(sums[0])).tolist()
     if not_finite:
         raise LmtuneError(
             f"the loss of these rows is not finite:\n{format_list([data[row].location for row in not_finite])}\n"
             "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
         )
-    losses, tokens, right = sums  # [rows] each
-    loss, accuracy = float(losses.sum() / tokens.sum()), float(right.sum() / tokens.sum())
+    losses, targets, right = sums  # [rows] each
+    loss, accuracy = float(losses.sum() / targets.sum()), float(right.sum() / targets.sum())
     return Scores(
-        loss, math.exp(min(loss, 700.0)), accuracy, float((right == tokens).mean()), None, len(data), 0,
-        standard_error(losses, tokens), standard_error(right, tokens),
+        loss, math.exp(min(loss, 700.0)), accuracy, float((right == targets).mean()), None, len(data), 0,
+        standard_error(losses, targets), standard_error(right, targets),
     )  # fmt: skip
 
 
@@ -255,19 +259,19 @@ def with_exact_match(scores: Scores, given: Sequence[Answer]) -> Scores:
 
 
 def evaluate(
-    forward: PackedForward, renderer: Any, data: Any, exact_match_rows: int, max_new_tokens: int,
-    micro_batch_tokens: int, accelerator: Any = None, who: str = "the model", known: Scores | None = None,
+    forward: PackedForward, renderer: Renderer, data: ExampleStore, exact_match_rows: int, max_new_tokens: int,
+    micro_batch_tokens: int, parallel: Parallel | None = None, who: str = "the model", known: Scores | None = None,
 ) -> tuple[Scores, list[Answer]]:  # fmt: skip
     """Teacher-forced scores of all rows, and exact match of the first `exact_match_rows`; answers in row order.
 
-    With several processes each scores its share, and all return the same. `who` is named in the progress shown; `known`
+    With several ranks each scores its share, and all return the same. `who` is named in the progress shown; `known`
     are the teacher-forced scores, where these weights were scored before.
     """
-    scores = known or teacher_forced(forward, data, micro_batch_tokens, accelerator, who)
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    scores = known or teacher_forced(forward, data, micro_batch_tokens, parallel, who)
+    rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
     room = max_positions(forward.model) or math.inf
     rows = [row for row in range(min(exact_match_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]
     given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens, who)
-    if world > 1:
-        given = sorted(accelerator.gather_object(given), key=lambda answer: answer.row)
+    if world > 1 and parallel is not None:
+        given = sorted(parallel.gather(given), key=lambda answer: answer.row)
     return with_exact_match(scores, given), given

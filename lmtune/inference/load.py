@@ -31,7 +31,8 @@ from lmtune.models.locate import adapter_base, run_config, shareable_name
 from lmtune.models.model_folder import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
 from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, Metadata
-from lmtune.models.tuning.lora import Tensors, attach_adapter, load_adapter, save_adapter
+from lmtune.models.tuning.base import Tensors
+from lmtune.models.tuning.lora import attach_adapter, load_adapter, save_adapter
 from lmtune.models.validate import tokenizer_problem
 from lmtune.runs.store import (
     ADAPTER,

@@ -7,7 +7,7 @@ registered under a name with transformers' public `AttentionInterface`, so no mo
 it as an extra argument of the model's forward.
 
     with packed_attention(model):
-        model(input_ids=…, position_ids=…, layout=SegmentLayout.of_segments(5, 7))
+        model(input_ids=…, position_ids=…, segments=SegmentLayout.of_segments(5, 7))
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def attention_by_document(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    layout: SegmentLayout | None = None,
+    segments: SegmentLayout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -52,7 +52,7 @@ def attention_by_document(
         key, value: `[1, key_value_heads, T, d]`.
         attention_mask: None; transformers builds no mask for an attention it does not know.
         scaling: of the scores; None is `1 / sqrt(d)`.
-        layout: which tokens belong together.
+        segments: which tokens belong together.
         sliding_window: how many tokens back a token sees, itself included; None is all.
         label_layer: set in the last layer, which takes keys and values first and few queries later; see
             `lmtune.kernels.label_only_layer`.
@@ -65,25 +65,25 @@ def attention_by_document(
     """
     if softcap is not None or s_aux is not None or attention_mask is not None:
         raise NotImplementedError("soft-capped scores, attention sinks and masks need the model's own attention")
-    if layout is None:
+    if segments is None:
         raise NotImplementedError("the model does not hand extra arguments on to its attention")
-    layout.derived["window"] = layout.derived.get("window") or sliding_window
+    segments.derived["window"] = segments.derived.get("window") or sliding_window
     if label_layer is not None:
-        return label_layer.attend(query, key, value, layout, scaling, dropout, sliding_window), None
-    return attend(query, key, value, layout, layout.spans, scaling, dropout, sliding_window), None
+        return label_layer.attend(query, key, value, segments, scaling, dropout, sliding_window), None
+    return attend(query, key, value, segments, segments.spans, scaling, dropout, sliding_window), None
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, spans: Sequence[Span],
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SegmentLayout, spans: Sequence[Span],
     scaling: float | None, dropout: float, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention of each span's queries to its keys, by the quickest way that works here.
 
     Args:
         query: `[1, heads, Q, d]`, the spans' queries one after another.
-        key, value: `[1, key_value_heads, T, d]`, laid out as `layout` says.
-        layout: where the keys lie.
-        spans: `layout.spans`, or `layout.read_spans`.
+        key, value: `[1, key_value_heads, T, d]`, laid out as `segments` says.
+        segments: where the keys lie.
+        spans: `segments.spans`, or `segments.read_spans`.
         scaling, dropout, window: as in `attention_by_document`.
 
     Returns:
@@ -92,12 +92,12 @@ def attend(
     if not dropout and query.device.type != "cpu":
         varlen, _ = find_varlen(query.device, query.dtype, query.shape[-1], query.shape[1] // key.shape[1])
         if varlen is not None:
-            return attend_varlen(varlen, query, key, value, layout, spans, scaling, window)
-    return attend_span_by_span(query, key, value, layout, spans, scaling, dropout, window)
+            return attend_varlen(varlen, query, key, value, segments, spans, scaling, window)
+    return attend_span_by_span(query, key, value, segments, spans, scaling, dropout, window)
 
 
 def attend_span_by_span(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, spans: Sequence[Span],
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SegmentLayout, spans: Sequence[Span],
     scaling: float | None, dropout: float, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """`attend` with one scaled dot product attention for each span."""
@@ -105,10 +105,10 @@ def attend_span_by_span(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     span_queries = torch.split(query, [span.queries for span in spans], 2)
-    keys, values = (torch.split(tensor, list(layout.lengths), 2) for tensor in (key, value))
+    keys, values = (torch.split(tensor, list(segments.lengths), 2) for tensor in (key, value))
     outputs = []
     for q, span in zip(span_queries, spans, strict=True):
-        k, v = keys[span.run], values[span.run]
+        k, v = keys[span.segment], values[span.segment]
         if span.keys < k.shape[2]:
             k, v = k[:, :, : span.keys], v[:, :, : span.keys]
         if span.prefix is not None:
@@ -116,7 +116,7 @@ def attend_span_by_span(
         for queries_of, keys_of in _blocks(q.shape[2], k.shape[2], window):
             some_q, some_k, some_v = q[:, :, queries_of], k[:, :, keys_of], v[:, :, keys_of]
             causal = queries_of == keys_of and (window is None or queries_of.stop <= window)
-            mask = None if causal else _mask(layout, some_q, some_k.shape[2], window)
+            mask = None if causal else _mask(segments, some_q, some_k.shape[2], window)
             outputs.append(
                 F.scaled_dot_product_attention(
                     some_q, some_k, some_v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
@@ -146,19 +146,19 @@ def _blocks(num_q: int, num_k: int, window: int | None) -> Iterator[tuple[slice,
         start = end
 
 
-def _mask(layout: SegmentLayout, query: torch.Tensor, num_k: int, window: int | None) -> torch.Tensor:
+def _mask(segments: SegmentLayout, query: torch.Tensor, num_k: int, window: int | None) -> torch.Tensor:
     """`[q, num_k]`, to be added to the scores of `query[1, heads, q, d]`, the last of which is at the last key.
 
     Made once for all layers and for all blocks of the same size: autograd keeps one of each.
     """
     key = ("mask", query.shape[2], num_k, window, query.dtype, query.device)
-    if key not in layout.derived:
+    if key not in segments.derived:
         places = torch.arange(num_k, device=query.device)
         seen = visible(places[num_k - query.shape[2] :], places, window)
-        layout.derived[key] = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(
+        segments.derived[key] = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(
             ~seen, -torch.inf
         )
-    mask: torch.Tensor = layout.derived[key]
+    mask: torch.Tensor = segments.derived[key]
     return mask
 
 
@@ -177,10 +177,10 @@ def visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> to
 
 def attend_varlen(
     varlen: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    layout: SegmentLayout, spans: Sequence[Span], scaling: float | None, window: int | None,
+    segments: SegmentLayout, spans: Sequence[Span], scaling: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """`attend` with one call of `varlen`, which aligns a span's queries with the last of its keys."""
-    places, edges, longest = _boundaries(layout, spans, query.device)
+    places, edges, longest = _boundaries(segments, spans, query.device)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [tokens, heads, d]
     if places is not None:
         k, v = k.index_select(0, places), v.index_select(0, places)
@@ -191,22 +191,22 @@ def attend_varlen(
     return attended[None]
 
 
-def _boundaries(layout: SegmentLayout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
+def _boundaries(segments: SegmentLayout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
     """Which keys the spans see one after another (None: all, as they lie), where each span's begin, the longest."""
-    known: dict[Any, _Boundaries] = layout.derived  # the same for all layers
-    key = (spans is layout.spans, device)
+    known: dict[Any, _Boundaries] = segments.derived  # the same for all layers
+    key = (spans is segments.spans, device)
     if key not in known:
-        known[key] = _make_boundaries(layout, spans, device)
+        known[key] = _make_boundaries(segments, spans, device)
     return known[key]
 
 
-def _make_boundaries(layout: SegmentLayout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
+def _make_boundaries(segments: SegmentLayout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
     num_q = [span.queries for span in spans]
-    num_k = [span.keys + (0 if span.prefix is None else layout.lengths[span.prefix]) for span in spans]
+    num_k = [span.keys + (0 if span.prefix is None else segments.lengths[span.prefix]) for span in spans]
     places = None
-    if spans is not layout.spans or not layout.is_plain:
-        runs = [np.arange(start, start + n) for start, n in zip(layout.starts, layout.lengths, strict=True)]
-        parts = [p for s in spans for p in ([] if s.prefix is None else [runs[s.prefix]]) + [runs[s.run][: s.keys]]]
+    if spans is not segments.spans or not segments.is_plain:
+        runs = [np.arange(start, start + n) for start, n in zip(segments.starts, segments.lengths, strict=True)]
+        parts = [p for s in spans for p in ([] if s.prefix is None else [runs[s.prefix]]) + [runs[s.segment][: s.keys]]]
         places = _on(device, torch.from_numpy(np.concatenate(parts)))
     edges = [_on(device, torch.tensor(np.cumsum([0, *n]), dtype=torch.int32)) for n in (num_q, num_k)]
     return places, (edges[0], edges[1]), (max(num_q), max(num_k))
@@ -266,18 +266,18 @@ def find_varlen(
 
 def _varlen_difference(kernel: Varlen, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int) -> float:
     """The largest difference of outputs and gradients to the plain way, with and without a window."""
-    layout = SegmentLayout((4, 3, 5), (None, 0, 0), (3, 5, 9, 10))
+    segments = SegmentLayout((4, 3, 5), (None, 0, 0), (3, 5, 9, 10))
     found = 0.0
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for spans, window in ((layout.spans, None), (layout.read_spans, None), (layout.spans, 3)):
+        for spans, window in ((segments.spans, None), (segments.read_spans, None), (segments.spans, 3)):
             generator = torch.Generator().manual_seed(0)
             queries = sum(span.queries for span in spans)
             shapes = ((1, 2 * groups, queries, head_dim), (1, 2, 12, head_dim), (1, 2, 12, head_dim))
             q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
             results = []
             for out in (
-                attend_varlen(kernel, q, k, v, layout, spans, None, window),
-                attend_span_by_span(q, k, v, layout, spans, None, 0.0, window),
+                attend_varlen(kernel, q, k, v, segments, spans, None, window),
+                attend_span_by_span(q, k, v, segments, spans, None, 0.0, window),
             ):
                 results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
             for mine, plain in zip(*results, strict=True):

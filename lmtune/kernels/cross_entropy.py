@@ -1,11 +1,12 @@
-"""Cross-entropy where a token is trained, without ever holding the logits of a whole batch.
+"""Log-probabilities of the targets, without ever holding the logits of a whole batch.
 
-    loss_i = log sum_v exp(z_iv) - z_i,target      with z = hidden @ head.T, scaled and soft-capped as the model does
+    logprob_i = z_i,target - log sum_v exp(z_iv)      with z = hidden @ head.T, scaled and soft-capped as the model does
 
-The logits of a chunk of rows are made, turned into the chunk's losses and at once into the gradient of its hidden
-states, and dropped: the backward pass has nothing left to do but to multiply by the incoming gradient. Memory is one
-chunk's logits instead of several copies of all. The idea of taking the gradient in the forward pass is Liger Kernel's
-(https://arxiv.org/abs/2410.10989); this one also reports each token's loss and whether it was the first choice.
+The logits of a chunk of rows are made, reduced to the chunk's log-probabilities and at once to the gradient of its
+hidden states, and dropped: the backward pass only multiplies by the incoming gradient. Memory is one chunk's logits
+instead of several copies of all. The idea of taking the gradient in the forward pass is Liger Kernel's
+(https://arxiv.org/abs/2410.10989); here each log-probability is differentiable by itself, as objectives over sums of
+them need it, and whether the target is the likeliest token is told too.
 """
 
 from __future__ import annotations
@@ -42,34 +43,35 @@ class LogitTransform:
         return cls(float(scale or 1.0) / float(divisor or 1.0), None if softcap is None else float(softcap))
 
 
-def label_cross_entropy(
+def label_logprobs(
     hidden: torch.Tensor,
     head: torch.Tensor,
-    targets: torch.Tensor,
+    target_ids: torch.Tensor,
     transform: LogitTransform | None = None,
     rows_at_once: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of the losses of N trained tokens.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of N targets, each differentiable by itself.
 
-    A step divides its gradients by its number of tokens at the end, in fp32: in fp16 most of a token's gradient would
-    vanish if that were done here.
+    Rows are independent, so the gradient of each is taken with a weight of 1 in the forward pass, and the backward pass
+    multiplies it with what comes in: a weighted loss, or a loss of sums over sequences, needs no more memory than their
+    plain sum. Only a head that is trained is multiplied again.
 
     Args:
         hidden: `[N, D]`, the last hidden state at the positions that predict them; taken in the head's type, which
             it does not have where autocast leaves the last norm in fp32.
         head: `[V, D]`, the output head's weight; may require a gradient.
-        targets: `[N]`.
+        target_ids: `[N]`.
         transform: what the model does to its logits.
         rows_at_once: rows of logits held at a time; by default `chunk_rows`.
 
     Returns:
-        The sum (a scalar that carries the gradient), `losses[N]` in fp32 and `correct[N]`, both without one.
+        `logprobs[N]` in fp32, in nats, with a gradient, and `is_top1[N]`, whether the target is the likeliest token.
     """
     rows = rows_at_once or chunk_rows(hidden.device.type, len(head))
-    total, losses, correct = _LabelCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.to(head.dtype), head, targets, transform or LogitTransform(), rows, torch.is_grad_enabled()
+    logprobs, is_top1 = _LabelLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden.to(head.dtype), head, target_ids, transform or LogitTransform(), rows, torch.is_grad_enabled()
     )
-    return total, losses, correct
+    return logprobs, is_top1
 
 
 def chunk_rows(device_type: str, vocabulary: int) -> int:
@@ -79,38 +81,50 @@ def chunk_rows(device_type: str, vocabulary: int) -> int:
     return max(_CPU_CHUNK_ROWS, _CPU_CHUNK_ELEMENTS // vocabulary)
 
 
-class _LabelCrossEntropy(torch.autograd.Function):
-    """`label_cross_entropy` with its gradient taken in the forward pass."""
+class _LabelLogprobs(torch.autograd.Function):
+    """`label_logprobs` with its gradient taken in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, target_ids: torch.Tensor,
         transform: LogitTransform, rows: int, grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        head_grad = grad and ctx.needs_input_grad[1]
-        wanted = grad and any(ctx.needs_input_grad[:2])  # not where a model is only scored
-        d_hidden = torch.empty_like(hidden) if wanted else None
-        d_head = torch.zeros_like(head, dtype=torch.float32) if head_grad else None
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if grad and ctx.needs_input_grad[0] else None
         for part in _chunks(len(hidden), rows):
             raw = hidden[part] @ head.t()  # [rows, V]
-            losses[part], correct[part], d_raw = _chunk(raw, targets[part], transform, wanted)
-            if d_raw is None or d_hidden is None:
-                continue
-            d_raw = d_raw.to(hidden.dtype)
-            torch.mm(d_raw, head, out=d_hidden[part])
-            if d_head is not None:
-                d_head += d_raw.t() @ hidden[part]
-        ctx.save_for_backward(d_hidden, d_head)
-        ctx.mark_non_differentiable(losses, correct)
-        return losses.sum(), losses, correct
+            logprobs[part], is_top1[part], d_raw = _chunk(raw, target_ids[part], transform, d_hidden is not None)
+            if d_raw is not None and d_hidden is not None:
+                torch.mm(d_raw.to(hidden.dtype), head, out=d_hidden[part])
+        ctx.save_for_backward(d_hidden, *((hidden, head, target_ids) if grad and ctx.needs_input_grad[1] else ()))
+        ctx.transform, ctx.rows = transform, rows
+        ctx.mark_non_differentiable(is_top1)
+        return logprobs, is_top1
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_hidden, d_head = ctx.saved_tensors
-        d_head = None if d_head is None else d_head * grads[0]
-        return d_hidden * grads[0], d_head, None, None, None, None
+        d_hidden, *of_head = ctx.saved_tensors
+        d_logprobs = grads[0][:, None]  # [N, 1]
+        d_head = None
+        if of_head:
+            hidden, head, target_ids = of_head
+            d_head = _head_gradient(hidden, head, target_ids, d_logprobs, ctx.transform, ctx.rows)
+        scaled = None if d_hidden is None else (d_hidden * d_logprobs).to(d_hidden.dtype)
+        return scaled, d_head, None, None, None, None
+
+
+def _head_gradient(
+    hidden: torch.Tensor, head: torch.Tensor, target_ids: torch.Tensor, d_logprobs: torch.Tensor,
+    transform: LogitTransform, rows: int,
+) -> torch.Tensor:  # fmt: skip
+    """`[V, D]`: the gradient of a head that is trained, whose logits are made again."""
+    d_head = torch.zeros_like(head, dtype=torch.float32)
+    for part in _chunks(len(hidden), rows):
+        _, _, d_raw = _chunk(hidden[part] @ head.t(), target_ids[part], transform, True)
+        assert d_raw is not None
+        d_head += (d_raw * d_logprobs[part]).to(hidden.dtype).t() @ hidden[part]
+    return d_head.to(head.dtype)
 
 
 def _chunks(count: int, most: int) -> list[slice]:
@@ -123,21 +137,21 @@ def _chunks(count: int, most: int) -> list[slice]:
 def _chunk(
     raw: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Losses `[n]`, first choice right `[n]`, and with `grad` the gradient `[n, V]` of their sum by the raw logits."""
+    """Log-probabilities `[n]`, top-1 `[n]`, and with `grad` the gradient `[n, V]` of their sum by the raw logits."""
     logits = transform.apply(raw).float()
     target = targets[:, None]
-    most, choice = logits.max(1, keepdim=True)
+    most, likeliest = logits.max(1, keepdim=True)
     wanted = logits.gather(1, target)
     keep = None if transform.softcap is None or not grad else logits / transform.softcap  # tanh(z / softcap)
     probabilities = logits.sub_(most).exp_()  # in place: the logits themselves are not needed any more
     total = probabilities.sum(1, keepdim=True)
-    losses = (total.log() + most - wanted)[:, 0]
+    logprobs = (total.log() + most - wanted).neg_()[:, 0]
     if not grad:
-        return losses, (choice == target)[:, 0], None
-    gradient = probabilities.div_(total)
-    gradient.scatter_add_(1, target, torch.full_like(wanted, -1.0))
+        return logprobs, (likeliest == target)[:, 0], None
+    gradient = probabilities.div_(total).neg_()
+    gradient.scatter_add_(1, target, torch.full_like(wanted, 1.0))
     if keep is not None:
         gradient.mul_(1 - keep.square_())  # the derivative of softcap * tanh(z / softcap)
     if transform.scale != 1.0:
         gradient.mul_(transform.scale)
-    return losses, (choice == target)[:, 0], gradient
+    return logprobs, (likeliest == target)[:, 0], gradient

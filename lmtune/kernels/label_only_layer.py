@@ -46,17 +46,17 @@ class _Selected:
         self.key, self.value = key, value
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SegmentLayout, scaling: float | None,
-        dropout: float, window: int | None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SegmentLayout,
+        scaling: float | None, dropout: float, window: int | None,
     ) -> torch.Tensor:  # fmt: skip
-        """`[1, P, heads, d]` for the layout's label positions."""
-        return attend(query, self.key, self.value, layout, layout.read_spans, scaling, dropout, window)
+        """`[1, P, heads, d]` for the segments's label positions."""
+        return attend(query, self.key, self.value, segments, segments.read_spans, scaling, dropout, window)
 
 
 def install(layer: Any) -> None:
     """Prepare a model's last decoder layer.
 
-    The layer then takes `read_positions` (`[P]`, the layout's own, ascending) as an extra argument of the model's
+    The layer then takes `read_positions` (`[P]`, the segments's own, ascending) as an extra argument of the model's
     forward, and with it returns `[1, P, D]`; without it, nothing is different.
     """
     if not type(layer).__name__.startswith("LabelOnly"):

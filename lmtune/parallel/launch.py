@@ -13,14 +13,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmtune.errors import ConfigError
 from lmtune.io.atomic import wait_for_lock
 from lmtune.io.console import err
 from lmtune.models.libraries import quiet_libraries
 from lmtune.parallel.signals import stop_signals
-from lmtune.parallel.worker import ASKED, EXIT_CODES, STARTED_BY, _hold_exit_codes, check_world, stop_with_starter
+from lmtune.parallel.worker import EXIT_CODES, NUM_PROCESSES, PARENT_PID, check_world, exit_with_parent, hold_exit_codes
+
+if TYPE_CHECKING:
+    from lmtune.parallel.base import Parallel
 
 _PLAIN_JOB = {
     "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "machine_rank": 0, "num_machines": 1,
@@ -28,28 +31,31 @@ _PLAIN_JOB = {
 }  # fmt: skip
 
 
-def start_accelerator(process_timeout_seconds: float = 1800) -> Any:
-    """This process's `accelerate.Accelerator`; the processes have met when it returns.
+def connect(process_timeout_seconds: float = 1800) -> Parallel:
+    """This process among those of the run, which have found each other when it returns.
 
-    However the process ends, it leaves the group first: gloo's threads abort a process that exits while they run, and
-    the launcher would report a run that ended well as failed.
+    However the process ends, it leaves the group first, or the launcher would report a run that ended well as failed.
 
     Args:
-        process_timeout_seconds: how long processes wait for one that does not come, before all end.
+        process_timeout_seconds: how long a rank may show no sign of life while the others wait for it.
     """
     check_world()
     quiet_libraries()
-    from lmtune.parallel.watchdog import WatchedAccelerator
-
-    _hold_exit_codes()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher started this process, and not a shell that may leave
-        stop_with_starter()
-    accelerator = WatchedAccelerator(process_timeout_seconds)
-    atexit.register(accelerator.end_training)
     running = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != running:
-        raise ConfigError(f"--processes: {running} were started, but Accelerate sees {accelerator.num_processes}")
-    return accelerator
+    hold_exit_codes()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher started this process, and not a shell that may leave
+        exit_with_parent()
+    if running == 1:
+        from lmtune.parallel.single import Single
+
+        return Single()
+    from lmtune.parallel.replicated import Replicated
+
+    parallel = Replicated(process_timeout_seconds)
+    atexit.register(parallel.close)
+    if parallel.world_size != running:
+        raise ConfigError(f"--processes: {running} were started, but Accelerate sees {parallel.world_size}")
+    return parallel
 
 
 def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
@@ -68,8 +74,8 @@ def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
             "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
             "--dynamo_backend", "no", "--main_process_port", str(_free_port()), str(recipe), *arguments,
         ]  # fmt: skip
-        environment = {**os.environ, **_environment(processes), ASKED: str(processes), EXIT_CODES: str(codes)}
-        environment[STARTED_BY] = str(os.getpid())
+        environment = {**os.environ, **_environment(processes), NUM_PROCESSES: str(processes), EXIT_CODES: str(codes)}
+        environment[PARENT_PID] = str(os.getpid())
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)  # a terminal's Ctrl-C comes here
         received = _forward_signals(launcher)
         launcher.wait()

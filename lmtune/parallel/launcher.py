@@ -13,16 +13,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from lmtune.io.console import err
-from lmtune.parallel.worker import STARTED_BY, stop_with_starter
+from lmtune.parallel.worker import PARENT_PID, exit_with_parent
 
 STOP_SECONDS = 7 * 24 * 3600  # for a step that is to be saved; torch's agent would kill its processes after 30
 
 if __name__ == "__main__":
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(STOP_SECONDS)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a launcher that is gone, told in forty lines every second
-    if STARTED_BY in os.environ:
-        stop_with_starter()
-    os.environ[STARTED_BY] = str(os.getpid())
+    if PARENT_PID in os.environ:
+        exit_with_parent()
+    os.environ[PARENT_PID] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         main()

@@ -18,9 +18,9 @@ from lmtune.io.atomic import try_lock
 from lmtune.models.device import asks_for_cpu
 from lmtune.models.libraries import ignore_accelerate_settings
 
-ASKED = "LMTUNE_PROCESSES"  # set by `lmtune finetune --processes N` for the processes that it starts
+NUM_PROCESSES = "LMTUNE_NUM_PROCESSES"  # set by `lmtune finetune --processes N` for the processes that it starts
 EXIT_CODES = "LMTUNE_EXIT_CODES"  # a file where each of these processes notes the exit code it ended with
-STARTED_BY = "LMTUNE_STARTED_BY"  # the process id of the command, for its launcher; of the launcher, for the processes
+PARENT_PID = "LMTUNE_PARENT_PID"  # the process id of the command, for its launcher; of the launcher, for the processes
 _LOOK_SECONDS = 1.0
 # Set by `torchrun`, MPI and SLURM. Without WORLD_SIZE no launcher is at work, but Accelerate would wait for processes.
 _LAUNCHER = ("LOCAL_RANK", "RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -41,7 +41,7 @@ def check_world() -> None:
         for name in _LAUNCHER:
             os.environ.pop(name, None)
     running = int(os.environ.get("WORLD_SIZE", "1"))
-    asked = int(os.environ.get(ASKED, running))
+    asked = int(os.environ.get(NUM_PROCESSES, running))
     if "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
         raise ConfigError(
             "accelerate launch was asked for several processes but started one: its --cpu option does that. Use "
@@ -64,20 +64,20 @@ def note_exit_code(code: int) -> None:
             file.write(f"{code}\n")
 
 
-def stop_with_starter() -> None:
+def exit_with_parent() -> None:
     """From now on stop as for SIGTERM when the process that started this one is gone; nobody else would say so."""
     parent = os.getppid()
-    starter = int(os.environ.get(STARTED_BY, parent))  # it may have gone before this process looked
+    starter = int(os.environ.get(PARENT_PID, parent))  # it may have gone before this process looked
     threading.Thread(target=_follow, args=(parent, starter), name="starter", daemon=True).start()
 
 
 def _follow(parent: int, starter: int) -> None:
-    while os.getppid() == parent and _lives(starter):
+    while os.getppid() == parent and _is_alive(starter):
         time.sleep(_LOOK_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except OSError:
@@ -85,7 +85,7 @@ def _lives(process: int) -> bool:
     return True
 
 
-def _hold_exit_codes() -> None:
+def hold_exit_codes() -> None:
     """Keep the file of exit codes locked, with the other processes, for as long as this one lives."""
     if path := os.environ.get(EXIT_CODES):
         with contextlib.suppress(OSError):

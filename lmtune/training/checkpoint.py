@@ -2,7 +2,7 @@
 
     checkpoints/step-000100/   adapter_model.safetensors  optimizer.safetensors  state.json  manifest.json
 
-A checkpoint is the adapter's weights, AdamW's two moments for each, and a small JSON; data order, dropout and the
+A checkpoint is what is trained, AdamW's two moments for each, and a small JSON; data order, dropout and the
 learning rate follow from the step, so nothing else is needed to go on bit for bit. The manifest (sizes, SHA-256) is
 written last: a folder without one that matches is not a checkpoint. No pickle anywhere.
 """
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,14 +22,46 @@ from safetensors.torch import load_file, save_file
 from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.io.atomic import parse_object, staged_folder
 from lmtune.io.text import format_list
+from lmtune.models.tuning.base import Tensors
 from lmtune.runs.store import ADAPTER, MANIFEST, OPTIMIZER, STATE, checkpoint_folders, fingerprint, problem_of, step_of
+from lmtune.training.state import RunSignature, TrainState
 
 __all__ = [
     "Checkpoint", "checkpoint_folders", "load_checkpoint", "newest_checkpoint", "optimizer_tensors", "problem_of",
     "prune_checkpoints", "restore", "save_checkpoint",
 ]  # fmt: skip
 
-Tensors = dict[str, torch.Tensor]
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """`state.json` of a checkpoint.
+
+    Attributes:
+        train: counters.
+        signature: what must be equal for an exact resume.
+        total_steps: of the run.
+        micro_batch_setting: `train.micro_batch_tokens` as it was asked for.
+    """
+
+    train: TrainState
+    signature: RunSignature
+    total_steps: int
+    micro_batch_setting: int | Literal["auto"] | None
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON."""
+        return {
+            "step": self.train.step, "counters": self.train.to_dict(), "identity": self.signature.to_dict(),
+            "total_steps": self.total_steps, "micro_batch_setting": self.micro_batch_setting,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, tree: Any) -> CheckpointState:
+        """From JSON."""
+        return cls(
+            TrainState.from_dict(tree["counters"]), RunSignature.from_dict(tree["identity"]),
+            int(tree.get("total_steps") or 0), tree.get("micro_batch_setting"),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,16 +69,19 @@ class Checkpoint:
     """What a run needs to go on.
 
     Attributes:
-        step: the last finished step.
-        adapter: trainable parameters by name.
+        weights: what is trained, by name.
         optimizer: `exp_avg.NAME` and `exp_avg_sq.NAME` for each.
         state: counters and what must be equal for an exact resume.
     """
 
-    step: int
-    adapter: Tensors
+    weights: Tensors
     optimizer: Tensors
-    state: dict[str, Any]
+    state: CheckpointState
+
+    @property
+    def step(self) -> int:
+        """The last finished step."""
+        return self.state.train.step
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -60,9 +95,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         return target
     try:
         with staged_folder(target, folder / f".staging-{target.name}") as staging:
-            save_file(checkpoint.adapter, staging / ADAPTER, metadata={"format": "pt"})
-            save_file(checkpoint.optimizer, staging / OPTIMIZER, metadata={"format": "pt"})
-            (staging / STATE).write_text(json.dumps(checkpoint.state, indent=2, allow_nan=False), encoding="utf-8")
+            save_file(dict(checkpoint.weights), staging / ADAPTER, metadata={"format": "pt"})
+            save_file(dict(checkpoint.optimizer), staging / OPTIMIZER, metadata={"format": "pt"})
+            state = json.dumps(checkpoint.state.to_dict(), indent=2, allow_nan=False)
+            (staging / STATE).write_text(state, encoding="utf-8")
             manifest = {name: fingerprint(staging / name) for name in (ADAPTER, OPTIMIZER, STATE)}
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     except Exception as error:
@@ -96,8 +132,8 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint folder, whose manifest was checked."""
-    state = parse_object((path / STATE).read_bytes())
-    return Checkpoint(int(state["step"]), load_file(path / ADAPTER), load_file(path / OPTIMIZER), state)
+    state = CheckpointState.from_dict(parse_object((path / STATE).read_bytes()))
+    return Checkpoint(load_file(path / ADAPTER), load_file(path / OPTIMIZER), state)
 
 
 def prune_checkpoints(folder: Path, keep: int, best_step: int | None, written: int) -> None:
@@ -122,20 +158,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 def restore(
     checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> None:
-    """Put a checkpoint's tensors into the adapter and the optimizer.
+    """Put a checkpoint's tensors into the model and the optimizer.
 
     Raises:
         CheckpointError: they do not fit.
     """
     wanted = {name: parameter.shape for name, parameter in parameters.items()}
-    if wanted != {name: tensor.shape for name, tensor in checkpoint.adapter.items()}:
-        raise CheckpointError(
-            "the checkpoint's adapter has other tensors than this model's; see adapter and model.name"
-        )
+    if wanted != {name: tensor.shape for name, tensor in checkpoint.weights.items()}:
+        raise CheckpointError("the checkpoint has other tensors than this model; see tuning and model.name")
     state = {}
     with torch.no_grad():
         for index, (name, parameter) in enumerate(parameters.items()):
-            parameter.copy_(checkpoint.adapter[name])
+            parameter.copy_(checkpoint.weights[name])
             moments = {kind: checkpoint.optimizer[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
             state[index] = {"step": torch.tensor(float(checkpoint.step)), **moments}
     # PyTorch decides where each tensor lives: a fused AdamW reads `step` on the parameter's device, another on the CPU

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmtune.batching.plan import Plan, TokenCost
+from lmtune.batching.plan import Planner, TokenCost
 from lmtune.config.schema import AdapterConfig, FinetuneConfig, ModelConfig
 from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
@@ -131,7 +131,7 @@ def forecast(
         budget = setting
     if config.train.gradient_checkpointing != "auto":
         checkpointed = shape.num_layers if config.train.gradient_checkpointing else 0
-    steps = Plan.count_steps(rows.num_rows, config.train)
+    steps = Planner.count_steps(rows.num_rows, config.train)
     epochs, all_tokens = steps * config.train.batch_size / rows.num_rows, rows.num_tokens.sum()
     tokens, per_step = int(all_tokens * epochs), int(all_tokens / rows.num_rows * config.train.batch_size)
     micro_batch = min(max(budget, rows.longest), per_step)
@@ -195,14 +195,14 @@ def flop_per_token(shape: ModelShape, trained_share: float, document_tokens: flo
     counted, nor the product of an adapter over experts, which is made once in a pass.
     """
     cost = token_cost(shape)
-    return _plain_flop(shape) * (1 + trained_share * cost.trained + document_tokens / 2 * cost.before)
+    return _plain_flop(shape) * (1 + trained_share * cost.target + document_tokens / 2 * cost.before)
 
 
 def token_cost(shape: ModelShape) -> TokenCost:
     """What attention and the head add to the work of a token, as `flop_per_token` counts it."""
     head = 4 * shape.vocabulary_size * shape.hidden_size
     pair = 14 * shape.attention_width * shape.num_layers  # a query and a key that it sees: half of all in a document
-    return TokenCost(before=pair / _plain_flop(shape), trained=head / _plain_flop(shape))
+    return TokenCost(before=pair / _plain_flop(shape), target=head / _plain_flop(shape))
 
 
 def _plain_flop(shape: ModelShape) -> float:

@@ -1,4 +1,4 @@
-"""A run from its first file to its last: begun, gone on with, interrupted, complete.
+"""A run's files from its beginning to its end: begun, continued, interrupted, failed.
 
 `summary.json` always tells the truth: "running" while it runs, "interrupted" or "failed" when it did not end, with the
 reason; "complete" only when the adapter is saved and scored.
@@ -7,19 +7,16 @@ reason; "complete" only when the adapter is saved and scored.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from lmtune.batching.plan import Plan
+from lmtune.batching.plan import Planner
 from lmtune.config.load import dump_config, load_config, to_tree
 from lmtune.config.schema import FinetuneConfig
 from lmtune.config.yaml import read_yaml
 from lmtune.data.report import describe_report
 from lmtune.errors import CheckpointError, LmtuneError
-from lmtune.evaluation.generative import Answer
-from lmtune.evaluation.scoring import Scores
 from lmtune.io.atomic import name_disk_errors, write_json, write_text
 from lmtune.io.console import err, escape, warn
 from lmtune.io.text import pluralize, without_absolute_paths
@@ -28,49 +25,42 @@ from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interr
 from lmtune.runs.log import Records, read_answers
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import Checkpoint
-from lmtune.training.compose import Session, environment, verification_rows
-from lmtune.training.loop import Outcome
-from lmtune.training.memory import peak_memory_gib
-from lmtune.training.resume import (
-    find_checkpoint,
-    identity,
-    records_lost,
-    require_same,
-    require_steps,
-    steps_before,
-)
+from lmtune.training.compose import Components
+from lmtune.training.environment import environment, verification_rows
+from lmtune.training.resume import check_resumable, find_checkpoint, records_lost, require_steps, steps_before
+from lmtune.training.state import RunSignature
 
 FORMAT = 1
 
 
 @contextlib.contextmanager
-def running(run: RunDirectory, session: Session) -> Iterator[None]:
+def running(run: RunDirectory, parts: Components) -> Iterator[None]:
     """Hold the run's lock, and note in its summary how the block ended; sets an earlier run aside if that is asked.
 
     Raises:
         CheckpointError: another process holds it.
     """
-    if not session.accelerator.is_main_process:
+    if not parts.parallel.is_main:
         yield
         return
     with contextlib.ExitStack() as held:
         held.enter_context(run.locked())
-        if session.config.run.resume == "never" and run.exists():
+        if parts.config.run.resume == "never" and run.exists():
             err.print(f"the earlier run is now {escape(str(run.set_aside()))}")
             held.enter_context(run.locked())  # the lock went with the earlier one
         held.enter_context(sigterm_interrupts())
-        session.accelerator.on_failure = lambda reason: _note_end(run, session, "failed", reason)
+        parts.parallel.on_failure = lambda reason: _note_end(run, parts, "failed", reason)
         try:
             with name_disk_errors(run.path):
                 yield
         except BaseException as error:
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
             with no_more_signals():
-                _note_end(run, session, "interrupted" if stopped else "failed", str(error) or type(error).__name__)
+                _note_end(run, parts, "interrupted" if stopped else "failed", str(error) or type(error).__name__)
             raise
 
 
-def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]:
+def begin(run: RunDirectory, parts: Components) -> tuple[Checkpoint | None, bool]:
     """Make the run's folder, or find where it stopped.
 
     Returns:
@@ -79,34 +69,34 @@ def begin(run: RunDirectory, session: Session) -> tuple[Checkpoint | None, bool]
     Raises:
         CheckpointError: the run was begun with other settings, or its checkpoints or records are damaged or gone.
     """
-    session.accelerator.wait_for_everyone()  # an earlier run was set aside
-    checkpoint, skipped = find_checkpoint(run, session.identity, session.data.report)
-    checkpoint, complete, longer = _with_its_length(run, session, checkpoint)
+    parts.parallel.barrier()  # an earlier run was set aside
+    checkpoint, skipped = find_checkpoint(run, parts.signature, parts.data.report)
+    checkpoint, complete, longer = _with_its_length(run, parts, checkpoint)
     lost = [] if complete else records_lost(run, checkpoint)
-    base = None if complete else _known_scores(run, session)
-    session.accelerator.wait_for_everyone()  # all have looked before the first one writes
-    if session.accelerator.is_main_process:
+    base = None if complete else _known_scores(run, parts)
+    parts.parallel.barrier()  # all have looked before the first one writes
+    if parts.parallel.is_main:
         for problem in (*(f"skipped a damaged checkpoint: {problem}" for problem in skipped), *lost):
             warn(problem)
         if not complete:
-            _say_start(run, session, checkpoint)
+            _say_start(run, parts, checkpoint)
             if longer:
                 err.print(longer)
             errors = {} if base is None else {"standard_errors": run.read_summary().get("standard_errors")}
             write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base, **errors})
-            session.begun = True
+            parts.begun = True
             # before the new settings: records are judged by those that they were made with
             Records(run, enabled=True).begin(0 if checkpoint is None else checkpoint.step)
-            write_text(run.config, dump_config(session.config))
-            write_json(run.environment, environment(session))
-            write_json(run.local, local_paths(run, session.config.model.name))
-            write_json(run.data, session.data.report.to_dict())
-            write_json(run.verification, verification_rows(session))
+            write_text(run.config, dump_config(parts.config))
+            write_json(run.environment, environment(parts))
+            write_json(run.local, local_paths(run, parts.config.model.name))
+            write_json(run.data, parts.data.report.to_dict())
+            write_json(run.verification, verification_rows(parts))
     return checkpoint, complete
 
 
 def _with_its_length(
-    run: RunDirectory, session: Session, checkpoint: Checkpoint | None
+    run: RunDirectory, parts: Components, checkpoint: Checkpoint | None
 ) -> tuple[Checkpoint | None, bool, str]:
     """Whether the run is complete with the number of steps that is asked for now; a higher one trains it on.
 
@@ -116,13 +106,13 @@ def _with_its_length(
     Raises:
         CheckpointError: more steps are done than are asked for, or the steps done are not there to go on from.
     """
-    complete, train = _is_complete(run), session.config.train
-    before = checkpoint.state["identity"] if checkpoint else _identity_of(run) if complete else {}
-    if complete and checkpoint is None:  # they were deleted to save room
-        require_same(run, before, session.identity, session.data.report)
+    complete, train = _is_complete(run), parts.config.train
+    before = checkpoint.state.signature if checkpoint else _signature_of(run) if complete else None
+    if complete and checkpoint is None and before is not None:  # they were deleted to save room
+        check_resumable(run, before, parts.signature, parts.data.report)
     done = checkpoint.step if checkpoint else int(run.read_summary().get("steps") or 0) if complete else 0
-    steps = Plan.count_steps(len(session.data.train), train)
-    planned = steps_before(before, len(session.data.train), train)
+    steps = Planner.count_steps(len(parts.data.train), train)
+    planned = steps_before(before, len(parts.data.train), train)
     require_steps(run, done, steps, train)
     if planned is None or steps == planned or (complete and steps < planned):
         return checkpoint, complete, ""
@@ -132,8 +122,8 @@ def _with_its_length(
             f"one; restore it from a copy, ask for {planned} steps, or begin again with run.resume=never (the old run "
             "is renamed)"
         )
-    counters = {**checkpoint.state["counters"], "evaluations_without_gain": 0}  # patience begins anew
-    checkpoint = replace(checkpoint, state={**checkpoint.state, "counters": counters})
+    patient = replace(checkpoint.state.train, evaluations_without_gain=0)  # patience begins anew
+    checkpoint = replace(checkpoint, state=replace(checkpoint.state, train=patient))
     said = (
         f"{planned} steps become {steps}: from step {done + 1} on the learning rate is that of "
         f"train.schedule={train.schedule} over {steps} steps"
@@ -147,20 +137,20 @@ def _is_complete(run: RunDirectory) -> bool:
     return run.read_summary().get("status") == "complete" and adapter.is_file()
 
 
-def _identity_of(run: RunDirectory) -> dict[str, Any]:
+def _signature_of(run: RunDirectory) -> RunSignature:
     """What a run without checkpoints was begun with."""
     made = run.read_json(run.environment)
     config = load_config(FinetuneConfig, run.config)
-    return identity(
+    return RunSignature.of(
         config, str(made.get("data_sha256")), str(made.get("base_fingerprint")), made.get("tokens_sha256"),
         made.get("starting_adapter_sha256"),
     )  # fmt: skip
 
 
-def _known_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
+def _known_scores(run: RunDirectory, parts: Components) -> dict[str, Any] | None:
     """The base's scores from before, if they were measured as they would be now and its answers are still there."""
     known: dict[str, Any] | None = run.read_summary().get("base")
-    if known is None or not _measures_the_same(run, session.config):
+    if known is None or not _measures_the_same(run, parts.config):
         return None
     return known if len(read_answers(run)) == known.get("exact_match_rows") else None
 
@@ -174,77 +164,18 @@ def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:
     )
 
 
-def base_scores(run: RunDirectory, session: Session) -> dict[str, Any] | None:
-    """What the model scores before training, unless the settings leave that out; from the summary when a resumed run
-    has measured it already.
-
-    The adapter must be as `prepare` made it; one to begin from is left aside.
-    """
-    known: dict[str, Any] | None = run.read_summary().get("base")
-    session.accelerator.place = "scoring before training"
-    session.accelerator.wait_for_everyone()
-    wanted = known is None and session.config.evaluation.score_base
-    errors = run.read_summary().get("standard_errors")
-    with session.base_alone():
-        scored = session.score("the base") if wanted else None
-    if scored is not None:
-        known, errors = scored[0].as_dict(), {"base": scored[0].standard_errors}
-        if session.accelerator.is_main_process:
-            rows = [{"question": a.question, "wanted": a.wanted, "base": a.given} for a in scored[1]]
-            _write_answers(run, rows)
-    if session.accelerator.is_main_process:
-        _update(run, base=known, **({"standard_errors": errors} if errors else {}))
-    return known
-
-
-def add_tuned_answers(run: RunDirectory, given: Sequence[Answer]) -> None:
-    """Put the tuned model's answers beside the base's in `answers.jsonl`, or alone where the base was not asked."""
-    rows = read_answers(run) or [{"question": answer.question, "wanted": answer.wanted} for answer in given]
-    _write_answers(run, [{**row, "tuned": answer.given} for row, answer in zip(rows, given, strict=True)])
-
-
-def _write_answers(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_text(run.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def summarise(
-    session: Session, outcome: Outcome, base: Mapping[str, Any] | None, tuned: Scores | None
-) -> dict[str, Any]:
-    """The finished run's `summary.json`."""
-    counters = outcome.counters
-    return {
-        "format": FORMAT,
-        "name": session.config.run.name,
-        "status": "complete",
-        "base": base,
-        "tuned": None if tuned is None else tuned.as_dict(),
-        "steps": counters.step,
-        "best_step": counters.best_step if session.config.evaluation.keep_best else None,
-        "stopped_early": outcome.stopped_early,
-        "examples": counters.elapsed_examples,
-        "tokens": counters.elapsed_tokens,
-        "train_seconds": round(counters.seconds, 3),
-        "tokens_per_second": round(counters.elapsed_tokens / max(counters.seconds, 1e-9), 1),
-        "peak_memory_gib": round(peak_memory_gib(session.accelerator.device), 3),
-        "micro_batch_tokens": counters.micro_batch_tokens,
-        "trainable_parameters": sum(p.numel() for p in session.forward.model.parameters() if p.requires_grad),
-        "processes": session.accelerator.num_processes,
-        **({"started_from": session.start.name} if session.start is not None else {}),
-    }
-
-
-def _say_start(run: RunDirectory, session: Session, checkpoint: Checkpoint | None) -> None:
-    config, data = session.config, session.data
-    steps = Plan.count_steps(len(data.train), config.train)
+def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | None) -> None:
+    config, data = parts.config, parts.data
+    steps = Planner.count_steps(len(data.train), config.train)
     where = "begins" if checkpoint is None else f"goes on after step {checkpoint.step}"
     model = to_tree(config.model)["name"]
     held = "unquantised" if config.model.quantization == "none" else f"in {config.model.quantization}"
     err.print(f"{escape(str(run.path))} {where}: {escape(model)} {held}, {pluralize(steps, 'step')}")
-    if session.start is not None:
-        err.print(escape(f"from the adapter {session.start.name}, with its rank, alpha and layers"))
+    if parts.start is not None:
+        err.print(escape(f"from the adapter {parts.start.name}, with its rank, alpha and layers"))
     err.print(escape(describe_report(data.report)))
-    err.print(escape(session.renderer.description))
-    err.print(f"parameters: {escape(session.parameters.describe())}")
+    err.print(escape(parts.renderer.description))
+    err.print(f"parameters: {escape(parts.parameters.describe())}")
     for warning in evaluation_warnings(config, data.validation is not None, steps):
         warn(warning)
 
@@ -262,13 +193,13 @@ def evaluation_warnings(config: FinetuneConfig, has_validation: bool, steps: int
     return []
 
 
-def _note_end(run: RunDirectory, session: Session, status: str, reason: str) -> None:
-    """Say in the summary how the run ended, if it is this session's."""
-    if session.begun:
-        _update(run, status=status, reason=without_absolute_paths(reason.splitlines()[0]))
+def _note_end(run: RunDirectory, parts: Components, status: str, reason: str) -> None:
+    """Say in the summary how the run ended, if it is this parts's."""
+    if parts.begun:
+        update_summary(run, status=status, reason=without_absolute_paths(reason.splitlines()[0]))
 
 
-def _update(run: RunDirectory, **values: Any) -> None:
+def update_summary(run: RunDirectory, **values: Any) -> None:
     """Change some keys of the summary."""
     with contextlib.suppress(LmtuneError, OSError):  # never hide the error that is being reported
         write_json(run.summary, {**run.read_json(run.summary), **values})

@@ -12,13 +12,13 @@ import contextlib
 import math
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from lmtune.batching.packing import pack
+from lmtune.batching.packing import MicroBatch, pack
+from lmtune.data.types import TokenSequence
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.cross_entropy import chunk_rows
 from lmtune.models.device import DENSE_SHARE, is_out_of_memory
@@ -111,8 +111,7 @@ def shape_of(model: Any, parameters: Parameters) -> ModelShape:
         model: with or without an adapter, on any device, meta too.
         parameters: counted before the adapter was attached.
     """
-    base = base_of(model)
-    config = base.config.get_text_config()
+    config = base_of(model).config.get_text_config()
     layers, hidden, heads = int(config.num_hidden_layers), int(config.hidden_size), int(config.num_attention_heads)
     width = heads * int(getattr(config, "head_dim", None) or hidden // heads)
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
@@ -254,7 +253,7 @@ def measure_activations(forward: PackedForward, trained_share: float) -> Activat
 def _kept(forward: PackedForward, layers: Any, trained_share: float, tokens: int) -> list[int]:
     """Bytes that autograd keeps of one row: by layer, and last outside the layers."""
     watch = _Watch(forward.model, layers)
-    with watch, forward.ready():
+    with watch, forward.context():
         forward(_random_row(forward, trained_share, tokens))
     return watch.sizes
 
@@ -267,7 +266,7 @@ def checkpoint_layers(base: Any, count: int) -> None:
     if not count:
         return
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    layers: Any = decoder_layers(base)
+    layers = decoder_layers(base)
     for layer in [] if layers is None else layers[count:]:
         layer.gradient_checkpointing = False
 
@@ -313,9 +312,8 @@ class _Watch:
         return tensor
 
 
-def _random_row(forward: PackedForward, trained_share: float, tokens: int) -> Any:
+def _random_row(forward: PackedForward, trained_share: float, tokens: int) -> MicroBatch:
     embedding = forward.base.get_input_embeddings().weight
     ids = np.random.default_rng(0).integers(0, embedding.shape[0], tokens)
     trained = np.arange(tokens) >= tokens - max(1, round(trained_share * tokens))
-    row = SimpleNamespace(sequences=[SimpleNamespace(input_ids=ids, loss_mask=trained)])
-    return pack([row]).to(embedding.device)
+    return pack([TokenSequence(ids.astype(np.int32), trained)], [0], 1).to(embedding.device)

@@ -1,4 +1,4 @@
-"""One fine-tuning run from its settings to its saved adapter: the story that every way to start one tells.
+"""One run from its settings to its saved adapter: the story that every way to start one tells.
 
     result = run_finetune(config, RunDirectory.of(config.run))
     result.summary["tuned"]
@@ -8,18 +8,32 @@ Who starts it (the command, a notebook) has checked the settings and the data, a
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lmtune.config.load import to_tree
 from lmtune.config.schema import FinetuneConfig
-from lmtune.io.atomic import write_json, write_text
-from lmtune.parallel.launch import start_accelerator
+from lmtune.evaluation.generative import Answer
+from lmtune.evaluation.scoring import Scores
+from lmtune.inference.load import run_metadata
+from lmtune.io.atomic import new_folder, write_json, write_text
+from lmtune.models.model_folder import write_adapter_texts
+from lmtune.models.tuning.base import Tensors
+from lmtune.parallel.launch import connect
 from lmtune.runs.cards import adapter_card
+from lmtune.runs.log import Records, read_answers
 from lmtune.runs.store import RunDirectory
-from lmtune.training.compose import prepare, save_tuned
-from lmtune.training.lifecycle import add_tuned_answers, base_scores, begin, running, summarise
-from lmtune.training.loop import train
+from lmtune.training.checkpoint import Checkpoint
+from lmtune.training.compose import Components, compose
+from lmtune.training.hooks import CheckpointHook, EarlyStoppingHook, EvaluationHook, ProgressHook, RecordHook
+from lmtune.training.lifecycle import FORMAT, begin, running, update_summary
+from lmtune.training.loop import StepHook, train
+from lmtune.training.memory import peak_memory_gib
+from lmtune.training.progress import StepProgress
+from lmtune.training.state import TrainResult
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class FinetuneResult:
     is_main_process: bool
 
 
-def run_finetune(config: FinetuneConfig, run_directory: RunDirectory) -> FinetuneResult:
+def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
     """Train, score and save.
 
     Raises:
@@ -45,29 +59,127 @@ def run_finetune(config: FinetuneConfig, run_directory: RunDirectory) -> Finetun
         Interrupted: the run was asked to stop; a checkpoint holds the last step.
         LmtuneError: the run failed.
     """
-    accelerator = start_accelerator(config.run.process_timeout_seconds)
-    session = prepare(config, accelerator)
-    main = bool(accelerator.is_main_process)
-    with running(run_directory, session):
-        checkpoint, complete = begin(run_directory, session)
+    parallel = connect(config.run.process_timeout_seconds)
+    parts = compose(config, parallel)
+    with running(run, parts):
+        checkpoint, complete = begin(run, parts)
         if complete:
-            return FinetuneResult(run_directory.read_summary(), True, main)
-        base = base_scores(run_directory, session)
-        outcome = train(session.job(run_directory, checkpoint))
-        accelerator.place = "scoring and saving the result"
-        tuned = session.score_tuned(outcome)
-        summary = summarise(session, outcome, base, tuned[0] if tuned else None)
+            return FinetuneResult(run.read_summary(), True, parallel.is_main)
+        base = base_scores(run, parts)
+        result = run_loop(run, parts, checkpoint)
+        parallel.phase = "scoring and saving the result"
+        tuned = parts.score_tuned(result)
+        summary = summarize(parts, result, base, tuned[0] if tuned else None)
         if tuned:
-            known = run_directory.read_summary().get("standard_errors") or {}
+            known = run.read_summary().get("standard_errors") or {}
             summary["standard_errors"] = {**known, "tuned": tuned[0].standard_errors}
-        if main:
-            save_tuned(session, run_directory.adapter, outcome.weights)
+        if parallel.is_main:
+            save_tuned(run, parts, result.weights)
             card = adapter_card(
-                to_tree(session.config), summary, session.data.report.to_dict(), stops=session.renderer.stop_tokens
+                to_tree(parts.config), summary, parts.data.report.to_dict(), stops=parts.renderer.stop_tokens
             )
-            write_text(run_directory.adapter / "README.md", card)
+            write_text(run.adapter / "README.md", card)
             if tuned is not None:
-                add_tuned_answers(run_directory, tuned[1])
-            write_json(run_directory.summary, summary)  # last: it says that the run is complete
-        accelerator.wait_for_everyone()  # nobody ends well before the result is saved
-    return FinetuneResult(summary, False, main)
+                add_tuned_answers(run, tuned[1])
+            write_json(run.summary, summary)  # last: it says that the run is complete
+        parallel.barrier()  # nobody ends well before the result is saved
+    return FinetuneResult(summary, False, parallel.is_main)
+
+
+def run_loop(run: RunDirectory, parts: Components, resumed: Checkpoint | None) -> TrainResult:
+    """Make the steps that are left, with the hooks that the settings ask for; the model then holds what to keep."""
+    config, is_main = parts.config, parts.parallel.is_main
+    loop, state = parts.loop(resumed)
+    total_steps = loop.planner.total_steps
+    records = Records(run, enabled=is_main)
+    records.begin(state.step)
+    progress = StepProgress(total_steps, state.step + 1, enabled=is_main)
+    saving = CheckpointHook(run, config, parts.signature, loop, total_steps)
+    hooks: list[StepHook] = [ProgressHook(progress)]
+    if parts.data.validation is not None:
+        hooks.append(EvaluationHook(parts.validate, parts.objective, config.evaluation.every_steps, progress))
+    hooks.append(RecordHook(records))
+    stopped_early = False
+    if config.evaluation.patience is not None:
+        stopping = EarlyStoppingHook(config.evaluation.patience)
+        hooks.append(stopping)
+        stopped_early = stopping.is_due(state)  # a crash after the last step leaves nothing to do
+    hooks.append(saving)
+    with progress:
+        stopped_early = stopped_early or train(loop, hooks, state)
+    return TrainResult(state, saving.best_weights(state), stopped_early)
+
+
+def save_tuned(run: RunDirectory, parts: Components, weights: Tensors | None) -> None:
+    """Write the adapter folder: plain PEFT files, tokenizer with template, generation config with the stop tokens.
+
+    The folder appears complete or not at all; one from before is replaced.
+
+    Args:
+        run: its folder.
+        parts: of the run.
+        weights: the tensors to save, or None for the model's own.
+    """
+    with new_folder(run.adapter) as staging:
+        metadata = run_metadata(parts.config, parts.renderer, parts.fingerprint, run.adapter)
+        parts.tuning.save(parts.model, staging, metadata, weights)
+        write_adapter_texts(parts.config.model, parts.renderer, staging)
+
+
+def base_scores(run: RunDirectory, parts: Components) -> dict[str, Any] | None:
+    """What the model scores before training, unless the settings leave that out; from the summary when a resumed run
+    has measured it already.
+
+    The adapter must be as `prepare` made it; one to begin from is left aside.
+    """
+    known: dict[str, Any] | None = run.read_summary().get("base")
+    parts.parallel.phase = "scoring before training"
+    parts.parallel.barrier()
+    wanted = known is None and parts.config.evaluation.score_base
+    errors = run.read_summary().get("standard_errors")
+    with parts.model.without_adapter() if parts.start is not None else contextlib.nullcontext():
+        scored = parts.score("the base") if wanted else None
+    if scored is not None:
+        known, errors = scored[0].as_dict(), {"base": scored[0].standard_errors}
+        if parts.parallel.is_main:
+            rows = [{"question": a.question, "wanted": a.wanted, "base": a.given} for a in scored[1]]
+            _write_answers(run, rows)
+    if parts.parallel.is_main:
+        update_summary(run, base=known, **({"standard_errors": errors} if errors else {}))
+    return known
+
+
+def add_tuned_answers(run: RunDirectory, given: Sequence[Answer]) -> None:
+    """Put the tuned model's answers beside the base's in `answers.jsonl`, or alone where the base was not asked."""
+    rows = read_answers(run) or [{"question": answer.question, "wanted": answer.wanted} for answer in given]
+    _write_answers(run, [{**row, "tuned": answer.given} for row, answer in zip(rows, given, strict=True)])
+
+
+def _write_answers(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_text(run.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def summarize(
+    parts: Components, result: TrainResult, base: Mapping[str, Any] | None, tuned: Scores | None
+) -> dict[str, Any]:
+    """The finished run's `summary.json`."""
+    state = result.state
+    return {
+        "format": FORMAT,
+        "name": parts.config.run.name,
+        "status": "complete",
+        "base": base,
+        "tuned": None if tuned is None else tuned.as_dict(),
+        "steps": state.step,
+        "best_step": state.best_step if parts.config.evaluation.keep_best else None,
+        "stopped_early": result.stopped_early,
+        "examples": state.elapsed_examples,
+        "tokens": state.elapsed_tokens,
+        "train_seconds": round(state.seconds, 3),
+        "tokens_per_second": round(state.elapsed_tokens / max(state.seconds, 1e-9), 1),
+        "peak_memory_gib": round(peak_memory_gib(parts.parallel.device), 3),
+        "micro_batch_tokens": state.micro_batch_tokens,
+        "trainable_parameters": sum(p.numel() for p in parts.forward.model.parameters() if p.requires_grad),
+        "processes": parts.parallel.world_size,
+        **({"started_from": parts.start.name} if parts.start is not None else {}),
+    }

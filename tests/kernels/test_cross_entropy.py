@@ -1,4 +1,4 @@
-"""Chunked cross-entropy equals PyTorch's on full logits: loss, gradients, first choices."""
+"""Chunked log-probabilities equal PyTorch's on full logits: values, gradients with any weights, top-1."""
 
 import pytest
 import torch
@@ -8,27 +8,27 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmtune.kernels import cross_entropy
-from lmtune.kernels.cross_entropy import LogitTransform, _chunks, chunk_rows, label_cross_entropy
+from lmtune.kernels.cross_entropy import LogitTransform, _chunks, chunk_rows, label_logprobs
 
 PLAIN, CAPPED, SCALED = LogitTransform(), LogitTransform(softcap=5.0), LogitTransform(scale=0.25)
 
 
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED, SCALED, LogitTransform(2.0, 3.0)])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64])
-def test_equals_plain_cross_entropy(transform: LogitTransform, chunk_rows: int) -> None:
+def test_weighted_losses_equal_plain_cross_entropy(transform: LogitTransform, chunk_rows: int) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(33, 24, requires_grad=True)
     head = torch.randn(101, 24, requires_grad=True)
     targets = torch.randint(0, 101, (33,))
     logits = transform.apply(hidden @ head.t())
     each = F.cross_entropy(logits, targets, reduction="none")
-    (each.sum() * 3).backward()
+    weights = torch.rand(33)
+    (each * weights).sum().backward()
     wanted = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None
-    total, losses, correct = label_cross_entropy(hidden, head, targets, transform, chunk_rows)
-    (total * 3).backward()
-    torch.testing.assert_close(losses, each.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(total, each.detach().sum(), atol=1e-5, rtol=1e-5)
+    logprobs, correct = label_logprobs(hidden, head, targets, transform, chunk_rows)
+    (-logprobs * weights).sum().backward()
+    torch.testing.assert_close(-logprobs, each.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(hidden.grad, wanted[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head.grad, wanted[1], atol=1e-5, rtol=1e-5)
     assert torch.equal(correct, logits.argmax(-1) == targets)
@@ -39,9 +39,9 @@ def test_scoring_computes_no_gradient(transform: LogitTransform) -> None:
     """The product with the head is a good part of a small model's forward pass; its gradient is as much again."""
     hidden, head = torch.randn(33, 24, requires_grad=True), torch.randn(101, 24, requires_grad=True)
     targets = torch.randint(0, 101, (33,))
-    wanted = label_cross_entropy(hidden, head, targets, transform, 16)
+    wanted = label_logprobs(hidden, head, targets, transform, 16)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        scored = label_cross_entropy(hidden, head, targets, transform, 16)
+        scored = label_logprobs(hidden, head, targets, transform, 16)
     assert all(torch.equal(one, other) for one, other in zip(scored, wanted, strict=True))
     assert counter.get_total_flops() == 2 * 33 * 24 * 101
 
@@ -59,16 +59,26 @@ def test_chunks_cover_all_rows_in_parts_of_about_one_size(count: int, most: int)
 def test_logits_are_never_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, real = list[tuple[int, ...]](), cross_entropy._chunk
     monkeypatch.setattr(cross_entropy, "_chunk", lambda raw, *rest: seen.append(tuple(raw.shape)) or real(raw, *rest))
-    label_cross_entropy(torch.randn(600, 2), torch.randn(50_000, 2), torch.zeros(600, dtype=torch.long))
+    label_logprobs(torch.randn(600, 2), torch.randn(50_000, 2), torch.zeros(600, dtype=torch.long))
     assert sum(rows for rows, _ in seen) == 600
     assert max(rows for rows, _ in seen) <= chunk_rows("cpu", 50_000) < 200
 
 
+def test_a_backward_pass_needs_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a frozen head, whatever the objective weighs the log-probabilities with."""
+    hidden, head = torch.randn(600, 4, requires_grad=True), torch.randn(5000, 4)
+    logprobs, _ = label_logprobs(hidden, head, torch.zeros(600, dtype=torch.long))
+    monkeypatch.setattr(cross_entropy, "_chunk", lambda *_: pytest.fail("logits are made again"))
+    kept = sum(tensor.numel() for tensor in logprobs.grad_fn.saved_tensors)
+    (logprobs * torch.rand(600)).sum().backward()
+    assert kept == hidden.numel()
+
+
 def test_large_logits_stay_finite() -> None:
     hidden, head = torch.full((2, 4), 100.0, requires_grad=True), torch.randn(9, 4)
-    total, losses, _ = label_cross_entropy(hidden, head, torch.tensor([1, 2]))
-    total.backward()
-    assert torch.isfinite(losses).all()
+    logprobs, _ = label_logprobs(hidden, head, torch.tensor([1, 2]))
+    logprobs.sum().backward()
+    assert torch.isfinite(logprobs).all()
     assert torch.isfinite(hidden.grad).all()
 
 

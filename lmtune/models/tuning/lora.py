@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -36,10 +36,50 @@ from lmtune.models.tuning.adapter_files import (
     check_adapter,
     is_too_slow_to_match,
 )
+from lmtune.models.tuning.base import ParameterGroup, Tensors, TunedModel
 from lmtune.models.tuning.targets import Targets, find_targets, for_peft, use_layers_own_adapter
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ADAPTER = "default"
-Tensors = dict[str, torch.Tensor]
+
+
+class Lora:
+    """A LoRA adapter, new or begun from a saved one."""
+
+    kind: ClassVar[str] = "lora"
+
+    def __init__(self, config: AdapterConfig, start: Path | None = None, fingerprint: str | None = None) -> None:
+        """
+        Args:
+            config: rank, alpha, dropout, target modules, variant.
+            start: the adapter folder that training begins from; None for a new adapter.
+            fingerprint: of the base, compared with that of `start`.
+        """
+        self.config, self.start, self.fingerprint = config, start, fingerprint
+
+    def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
+        """Put the adapter on `base`; `adapter_config.json` will name `base_name`."""
+        if self.start is None:
+            return TunedModel(attach_adapter(base, self.config, seed, base_name))
+        return TunedModel(attach_saved(base, self.start, self.fingerprint or "", self.config, base_name))
+
+    def parameter_groups(self, model: TunedModel, weight_decay: float) -> list[ParameterGroup]:
+        """All of the adapter."""
+        return [{"params": list(model.trainable().values()), "weight_decay": weight_decay}]
+
+    def initial_tensors(self, model: TunedModel) -> list[torch.Tensor]:
+        """The adapter's weights, and with PiSSA those under it and its start."""
+        return initial_tensors(model.module)
+
+    def save(self, model: TunedModel, folder: Path, metadata: Metadata, tensors: Tensors | None = None) -> None:
+        """Write an adapter folder as plain PEFT reads it."""
+        save_adapter(model.module, folder, metadata, tensors)
+
+    def load(self, base: PreTrainedModel, folder: Path, fingerprint: str | None = None) -> TunedModel:
+        """Put a saved adapter on `base`, in evaluation mode."""
+        return TunedModel(load_adapter(base, folder, fingerprint))
 
 
 def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, base_name: str) -> Any:

@@ -1,0 +1,78 @@
+"""What learns: the seam between a model and the parameters that a run trains.
+
+tuning = Lora(config)
+model = tuning.apply(base, seed=0)
+optimizer over tuning.parameter_groups(model, weight_decay)
+tuning.save(model, folder, metadata)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NotRequired, Protocol, TypedDict
+
+import torch
+
+from lmtune.models.structure import base_of
+from lmtune.models.tuning.adapter_files import Metadata
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class ParameterGroup(TypedDict):
+    """A group of an optimizer, as `torch.optim` takes it."""
+
+    params: list[torch.nn.Parameter]
+    weight_decay: NotRequired[float]
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model of which a part learns.
+
+    Attributes:
+        module: what runs: a `PeftModel`, or the transformers model itself.
+    """
+
+    module: torch.nn.Module
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model in it."""
+        return base_of(self.module)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that learn, by name, in the model's order."""
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
+    def without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """The base alone inside the block: the reference of preferences, and what a run is compared with."""
+        disable = getattr(self.module, "disable_adapter", None)
+        return contextlib.nullcontext() if disable is None else disable()
+
+
+class Tuning(Protocol):
+    """Which parameters learn, how they are grouped for the optimizer, and how they are saved and loaded."""
+
+    kind: ClassVar[str]
+
+    def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
+        """Make `base`, which is frozen, learn; what is random depends on `seed` alone."""
+
+    def parameter_groups(self, model: TunedModel, weight_decay: float) -> list[ParameterGroup]:
+        """The parameters that learn, grouped for the optimizer."""
+
+    def initial_tensors(self, model: TunedModel) -> list[torch.Tensor]:
+        """What `apply` computed, which ranks on different hardware may have rounded differently."""
+
+    def save(self, model: TunedModel, folder: Path, metadata: Metadata, tensors: Tensors | None = None) -> None:
+        """Write what was learned, with `tensors` by name in place of the model's own, into an existing folder."""
+
+    def load(self, base: PreTrainedModel, folder: Path, fingerprint: str | None = None) -> TunedModel:
+        """Put what `save` wrote on `base`, in evaluation mode."""

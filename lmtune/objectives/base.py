@@ -1,0 +1,66 @@
+"""What a step minimises: the seam between the step, which knows tokens, and a loss, which knows what they are for.
+
+    class Dpo:                                   # preferences in forty lines: tests/objectives/test_seam.py
+        def loss(self, outputs, batch):
+            return LossSum(total, errors, {"margin": (margins.sum(), count)})
+
+An objective gives a *sum* over its examples and a *denominator* that the plan knows before the step begins; the step
+divides once, at its end. So packing, shared prefixes, exact resume and equality over ranks hold for every objective.
+That a loss is a function of per-token log-probabilities is Tinker's idea (`forward_backward_custom`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+import torch
+
+from lmtune.batching.packing import MicroBatch
+from lmtune.batching.plan import Totals
+from lmtune.data.types import ExampleStore
+from lmtune.forward.packed import Outputs, PackedForward
+from lmtune.models.tuning.base import TunedModel
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """What the examples of one micro-batch add to the step.
+
+    Attributes:
+        total: a scalar, the SUM of their losses, with a gradient; the step divides it by the denominator.
+        errors: `[E]` fp32 without a gradient, of each of the step's examples; added up over all micro-batches and
+            ranks, an example without any counts as right (`sequence_accuracy`).
+        metrics: name -> (sum, count), each a scalar without a gradient; the names are those of `Objective.metrics`.
+    """
+
+    total: torch.Tensor
+    errors: torch.Tensor
+    metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What is learned from an example.
+
+    Attributes:
+        kind: its name in the config.
+        metrics: the names of its metrics, each the quotient of a sum and a count.
+        selection: which score of the validation rows picks the best step, and whether it is the least or the greatest.
+    """
+
+    kind: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+    selection: ClassVar[tuple[str, Literal["min", "max"]]]
+
+    def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
+        """Which of an example's sequences, of which there are so many, share a micro-batch."""
+
+    def denominator(self, totals: Totals) -> float:
+        """What the step's sum is divided by."""
+
+    def precompute(self, model: TunedModel, forward: PackedForward, store: ExampleStore) -> ExampleStore:
+        """The data with what is computed once, before the first step, stored beside the tokens."""
+
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> LossSum:
+        """The loss of a micro-batch from the log-probabilities of its targets."""

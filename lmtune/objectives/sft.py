@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: the cross-entropy of every target, averaged over the targets of the whole step.
+
+loss = -sum of log-probabilities / number of targets in the step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+
+from lmtune.batching.packing import MicroBatch
+from lmtune.batching.plan import Totals, each_alone
+from lmtune.data.types import ExampleStore
+from lmtune.forward.packed import Outputs, PackedForward
+from lmtune.models.tuning.base import TunedModel
+from lmtune.objectives.base import LossSum
+
+
+class Sft:
+    """Answers, or plain text: each sequence by itself, every target alike."""
+
+    kind: ClassVar[str] = "sft"
+    metrics: ClassVar[tuple[str, ...]] = ("token_accuracy",)
+    selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+
+    def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
+        """Each sequence by itself."""
+        return each_alone(num_sequences)
+
+    def denominator(self, totals: Totals) -> float:
+        """The targets of the step: long answers count for their length."""
+        return totals.targets
+
+    def precompute(self, model: TunedModel, forward: PackedForward, store: ExampleStore) -> ExampleStore:
+        """Nothing."""
+        return store
+
+    def loss(self, outputs: Outputs, batch: MicroBatch) -> LossSum:
+        """The negative log-probabilities; an error is a target that is not the likeliest token."""
+        right = outputs.is_top1.sum().float()
+        count = torch.tensor(float(len(outputs.is_top1)), device=right.device)
+        return LossSum(-outputs.logprobs.sum(), wrong_targets(outputs, batch), {"token_accuracy": (right, count)})
+
+
+def wrong_targets(outputs: Outputs, batch: MicroBatch) -> torch.Tensor:
+    """`[E]` fp32: of each of the step's examples, how many targets of this batch are not the likeliest token."""
+    errors = torch.zeros(batch.num_examples, device=outputs.is_top1.device)
+    return errors.index_add_(0, batch.example_of[batch.sequence_of], (~outputs.is_top1).float())

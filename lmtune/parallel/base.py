@@ -1,0 +1,92 @@
+"""Ranks: the seam between a step and the processes that compute it together.
+
+parallel = connect(config.run.process_timeout_seconds)
+parallel.sum_gradients(buffer)          # the one reduction of a step
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class GradientBuffer:
+    """All that a step sums over the ranks, in one flat fp32 tensor, so that one collective does.
+
+    Attributes:
+        flat: `[G + M]`, zeros at first.
+        gradients: the `.grad` of each parameter, views of the first G elements.
+        sums: `[M]`, a view of the rest.
+    """
+
+    flat: torch.Tensor
+    gradients: list[torch.Tensor]
+    sums: torch.Tensor
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, torch.nn.Parameter], num_sums: int) -> GradientBuffer:
+        """A buffer for `parameters`, whose `.grad` becomes a part of it, and `num_sums` numbers."""
+        own = list(parameters.values())
+        for parameter in own:
+            parameter.grad = None
+        size = sum(parameter.numel() for parameter in own)
+        flat = torch.zeros(size + num_sums, device=own[0].device)
+        start, gradients = 0, []
+        for parameter in own:
+            gradients.append(flat[start : start + parameter.numel()].view_as(parameter))
+            parameter.grad = gradients[-1]
+            start += parameter.numel()
+        return cls(flat, gradients, flat[size:])
+
+
+class Parallel(Protocol):
+    """This process among those of the run.
+
+    Attributes:
+        rank, world_size: which process this is, of how many.
+        device: where it computes.
+        equal_passes: whether all ranks must make equally many forward passes.
+        retries_oom: whether a rank that runs out of memory may do its step again.
+        phase: what this process is doing, for the message about one that hangs; `step N` is held to the time limit.
+        on_failure: told the reason when the process is ended from outside its main thread.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    equal_passes: bool
+    retries_oom: bool
+    phase: str
+    on_failure: Callable[[str], None] | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks to a person."""
+
+    def sum_gradients(self, buffer: GradientBuffer) -> None:
+        """Put the sum over all ranks in the place of `buffer.flat`; allocates nothing."""
+
+    def gradient_norm(self, buffer: GradientBuffer) -> float:
+        """The 2-norm of the whole gradient."""
+
+    def barrier(self) -> None:
+        """Go on when every rank is here."""
+
+    def main_first(self) -> contextlib.AbstractContextManager[None]:
+        """Rank 0 runs the block before the others do."""
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all ranks, in their order."""
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Put rank 0's `tensor` in the place of this rank's, bit for bit, whatever its type."""
+
+    def close(self) -> None:
+        """Leave the group."""

@@ -1,0 +1,122 @@
+"""Several processes, each with a replica of the model: gradients are summed, nothing is sharded.
+
+No DistributedDataParallel: what is trained is small, the loss's denominator is global, and ranks may have a different
+number of micro-batches, also none. One explicit all-reduce is simpler than undoing an average.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+
+from lmtune.errors import LmtuneError
+from lmtune.models.device import default_device, is_out_of_memory
+from lmtune.parallel.base import GradientBuffer
+from lmtune.parallel.watchdog import Watchdog
+
+T = TypeVar("T")
+_FOR_EVER = timedelta(days=365)
+
+
+class Replicated:
+    """This rank of several, whose collectives are watched.
+
+    Attributes:
+        works_alone: whether the others know that they wait for this process.
+    """
+
+    equal_passes, retries_oom = False, True
+
+    def __init__(self, timeout_seconds: float) -> None:
+        """
+        Args:
+            timeout_seconds: how long a rank may show no sign of life while the others wait for it.
+        """
+        self.phase, self.works_alone = "start", False
+        self.on_failure: Callable[[str], None] | None = None
+        backend_limit = timedelta(seconds=2 * timeout_seconds + 60)  # for the processes to find each other
+        on_cpu = default_device().type == "cpu"  # Accelerate's own choice may be another: mps, xpu, npu
+        self._accelerator = Accelerator(
+            mixed_precision="no", cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=backend_limit)]
+        )
+        self.rank, self.world_size = int(self._accelerator.process_index), int(self._accelerator.num_processes)
+        self.device: torch.device = self._accelerator.device
+        # From here on the watchdog says when to give up, which knows whether a process works.
+        torch.distributed.distributed_c10d._set_pg_timeout(_FOR_EVER)
+        self._watchdog = Watchdog(self, timeout_seconds)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks to a person."""
+        return self.rank == 0
+
+    def sum_gradients(self, buffer: GradientBuffer) -> None:
+        """Put the sum over all ranks in the place of `buffer.flat`; allocates nothing."""
+        with self._collective():
+            torch.distributed.all_reduce(buffer.flat)
+            self._wait_for_device()
+
+    def gradient_norm(self, buffer: GradientBuffer) -> float:
+        """The 2-norm of the whole gradient, of which every rank has all."""
+        return float(torch.nn.utils.get_total_norm(buffer.gradients))
+
+    def barrier(self) -> None:
+        """Go on when every rank is here."""
+        with self._collective():
+            self._accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others do."""
+        if not self.is_main:
+            self.barrier()
+        self.works_alone = self.is_main
+        try:
+            yield
+        finally:
+            self.works_alone = False
+        if self.is_main:
+            self.barrier()
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all ranks, in their order."""
+        with self._collective():
+            gathered: list[T] = gather_object(items)
+            return gathered
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Put rank 0's `tensor` in the place of this rank's, bit for bit, whatever its type."""
+        with self._collective():
+            given = tensor.contiguous()
+            torch.distributed.broadcast(given.view(torch.uint8), src=0)
+            tensor.copy_(given)
+            self._wait_for_device()
+
+    def close(self) -> None:
+        """Leave the group: gloo's threads abort a process that exits while they run."""
+        self._watchdog.close()
+        self._accelerator.end_training()
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":  # there a collective returns before the others have come
+            torch.cuda.current_stream().synchronize()
+
+    @contextlib.contextmanager
+    def _collective(self) -> Iterator[None]:
+        self._watchdog.enter()
+        try:
+            yield
+        except RuntimeError as error:  # what the backends raise when a process is gone
+            if is_out_of_memory(error):
+                raise
+            self._watchdog.end_if_given_up()
+            raise LmtuneError(
+                f"rank {self.rank}: a peer exited during {self.phase}; the other process, or the launcher, says why"
+            ) from error
+        self._watchdog.leave()

@@ -1,0 +1,187 @@
+"""What a run does between two steps: score the validation rows, stop early, record, save, show progress.
+
+    hooks = [ProgressHook(bar), EvaluationHook(…), EarlyStoppingHook(…), RecordHook(…), CheckpointHook(…)]
+
+Their order matters: the records tell what the evaluation has scored, and a checkpoint follows a stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from lmtune.config.schema import FinetuneConfig
+from lmtune.evaluation.scoring import Scores
+from lmtune.io.console import warn
+from lmtune.models.tuning.base import Tensors
+from lmtune.objectives.base import Objective
+from lmtune.runs.log import Accuracies, Records, StepRecord
+from lmtune.runs.store import RunDirectory
+from lmtune.training.checkpoint import (
+    Checkpoint,
+    CheckpointState,
+    load_checkpoint,
+    optimizer_tensors,
+    problem_of,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from lmtune.training.loop import Action, Loop, StepEvent
+from lmtune.training.progress import StepProgress
+from lmtune.training.state import RunSignature, TrainState
+
+
+class Hook:
+    """A hook that does nothing; the others say what they do instead."""
+
+    def after_step(self, event: StepEvent) -> Action:
+        """Go on."""
+        return "continue"
+
+    def on_failure(self, state: TrainState) -> None:
+        """Nothing is lost."""
+
+
+class ProgressHook(Hook):
+    """Moves the bar."""
+
+    def __init__(self, progress: StepProgress) -> None:
+        self.progress = progress
+
+    def after_step(self, event: StepEvent) -> Action:
+        """One step further."""
+        self.progress.advance(event.plan.step, event.result.loss, event.plan.totals.tokens, event.seconds)
+        return "continue"
+
+
+class EvaluationHook(Hook):
+    """Scores the validation rows every so many steps and after the last, and notes which step is the best so far."""
+
+    def __init__(
+        self, score: Callable[[], Scores], objective: Objective, every_steps: int | None, progress: StepProgress
+    ) -> None:
+        self.score, self.objective, self.every_steps, self.progress = score, objective, every_steps, progress
+
+    def after_step(self, event: StepEvent) -> Action:
+        """Score if it is due."""
+        state, every = event.state, self.every_steps
+        if not (state.step == event.total_steps or (every is not None and state.step % every == 0)):
+            return "continue"
+        event.validation = self.score()
+        name, direction = self.objective.selection
+        value = float(getattr(event.validation, name))
+        best = state.best_loss
+        is_better = best is None or (value < best if direction == "min" else value > best)
+        if is_better:
+            state.best_step, state.best_loss, state.evaluations_without_gain = state.step, value, 0
+        else:
+            state.evaluations_without_gain += 1
+        note = "best so far" if is_better else f"best was {best:.4f} at step {state.best_step}"
+        self.progress.say(f"step {state.step}: validation {name} {value:.4f} ({note})")
+        return "continue"
+
+
+class EarlyStoppingHook(Hook):
+    """Ends the run after `patience` evaluations without a better score."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def after_step(self, event: StepEvent) -> Action:
+        """Stop if none of the last evaluations was better."""
+        return "stop" if self.is_due(event.state) else "continue"
+
+    def is_due(self, state: TrainState) -> bool:
+        """Whether patience is used up."""
+        return state.evaluations_without_gain >= self.patience
+
+
+class RecordHook(Hook):
+    """Writes each step to `metrics.jsonl` and `results.csv`."""
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+
+    def after_step(self, event: StepEvent) -> Action:
+        """Write one line in each file."""
+        plan, result, state = event.plan, event.result, event.state
+        record = StepRecord(
+            plan.step, round(plan.epoch, 6), result.loss, event.learning_rate, result.grad_norm, plan.totals.tokens,
+            plan.totals.targets, plan.totals.examples, round(event.seconds, 6),
+        )  # fmt: skip
+        training = Accuracies(
+            result.loss, result.num_correct / plan.totals.examples, result.metrics.get("token_accuracy", 0.0)
+        )
+        scores = event.validation
+        validation = (
+            None if scores is None else Accuracies(scores.loss, scores.sequence_accuracy, scores.token_accuracy)
+        )
+        self.records.add(record, (state.elapsed_tokens, state.elapsed_examples), training, validation)
+        return "continue"
+
+
+class CheckpointHook(Hook):
+    """Saves what is needed to go on: every so many steps and minutes, after the best step, the last, and a signal."""
+
+    def __init__(
+        self, run: RunDirectory, config: FinetuneConfig, signature: RunSignature, loop: Loop, total_steps: int
+    ) -> None:
+        self.run, self.config, self.signature = run, config, signature
+        self.loop, self.parallel, self.total_steps = loop, loop.parallel, total_steps
+        self._saved_at = time.monotonic()
+
+    def after_step(self, event: StepEvent) -> Action:
+        """Save if it is due."""
+        if event.is_last or event.is_interrupted or self._is_due(event):
+            self.on_failure(event.state)
+            self._saved_at = time.monotonic()
+        return "continue"
+
+    def on_failure(self, state: TrainState) -> None:
+        """Write a checkpoint from rank 0, then drop the oldest; before the first step there is none."""
+        if not self.parallel.is_main or state.step == 0:
+            return
+        self.parallel.phase = f"saving step {state.step}"  # while the others wait in the next one
+        parameters = self.loop.parameters
+        weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
+        setting = self.config.train.micro_batch_tokens
+        saved = CheckpointState(replace(state), self.signature, self.total_steps, setting)
+        save_checkpoint(
+            self.run.checkpoints, Checkpoint(weights, optimizer_tensors(self.loop.optimizer, parameters), saved)
+        )
+        best = state.best_step if self.config.evaluation.keep_best else None
+        prune_checkpoints(self.run.checkpoints, self.config.run.keep_checkpoints, best, state.step)
+
+    def best_weights(self, state: TrainState) -> Tensors | None:
+        """Put the best step's weights back into the model, and return them, if validation found one before the last.
+
+        None is the model's own.
+        """
+        if not self.config.evaluation.keep_best or state.best_step in (None, state.step):
+            return None
+        self.parallel.barrier()
+        path = self.run.checkpoints / f"step-{state.best_step:06d}"
+        if problem := problem_of(path):
+            if self.parallel.is_main:
+                warn(
+                    f"the checkpoint of the best step, {path.name}, is damaged: {problem}; the last step's weights are "
+                    "kept"
+                )
+            state.best_step = None
+            return None
+        best = load_checkpoint(path)
+        with torch.no_grad():
+            for name, parameter in self.loop.parameters.items():
+                parameter.copy_(best.weights[name])
+        return best.weights
+
+    def _is_due(self, event: StepEvent) -> bool:
+        """Whether a checkpoint is to be written. Only rank 0 writes, so the ranks need not have the same clock."""
+        minutes, state = self.config.run.checkpoint_every_minutes, event.state
+        if minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes:
+            return True
+        is_best = event.validation is not None and state.best_step == state.step and self.config.evaluation.keep_best
+        return is_best or state.step % self.config.run.checkpoint_every_steps == 0
