@@ -52,6 +52,7 @@ class Lmtune(Arm):
         micro_batch_tokens: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(work, folder, device, dtype)
+        from lmtune.forward.capabilities import Capabilities
         from lmtune.forward.packed import PackedForward
         from lmtune.kernels.lora_linear import fuse
         from lmtune.models.structure import decoder_layers
@@ -60,42 +61,44 @@ class Lmtune(Arm):
         if "fused LoRA" not in without:
             fuse(self.model, keep_dense="kept dense weights" not in without)
         self.forward = PackedForward(self.model)
-        for technique, attribute in (
-            ("packing", "reason"), ("label cross-entropy", "head_reason"), ("last layer", "layer_reason"),
-            ("shared prefix", "prefix_reason"),
-        ):  # fmt: skip
-            if technique in without:
-                setattr(self.forward, attribute, "left out")
+        disabled = {
+            name: "left out"
+            for technique, name in (
+                ("packing", "packing"), ("label cross-entropy", "fused_head"), ("last layer", "label_only_layer"),
+                ("shared prefix", "shared_prefixes"),
+            )
+            if technique in without
+        }  # fmt: skip
         if "attention by document" in without:  # transformers' own, with a mask of the whole micro-batch
-            self.forward.ready = contextlib.nullcontext  # type: ignore[method-assign]
-            self.forward.layer_reason = self.forward.prefix_reason = "left out"
+            self.forward.context = contextlib.nullcontext  # type: ignore[method-assign]
+            disabled |= {"label_only_layer": "left out", "shared_prefixes": "left out"}
+        if "fused_head" in disabled:
+            disabled["label_only_layer"] = "left out"
+        self.forward.capabilities = self.forward.capabilities.intersect(Capabilities(**disabled))
         if "checkpointing by need" in without:
             checkpoint_layers(self.forward.base, len(decoder_layers(self.forward.base)))
-        if self.forward.head_reason:
-            self.forward.layer_reason = self.forward.layer_reason or self.forward.head_reason
         self.budget = micro_batch_tokens or MOST_TOKENS[self.device.type]
         if "fused optimizer" in without:
             self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, weight_decay=0.0)
 
     def step(self, rows: list[Any]) -> float:
         """Packed micro-batches, with prefixes shared; by default of the size that training has."""
-        from types import SimpleNamespace
-
-        from lmtune.batching.packing import fill, pack_sequences
-        from lmtune.batching.prefixes import beginning, find_prefixes
+        from lmtune.batching.packing import pack, pack_bins
+        from lmtune.batching.plan import Totals
+        from lmtune.batching.prefixes import find_prefixes, shareable_prefix
+        from lmtune.objectives.sft import Sft
+        from lmtune.parallel.single import Single
         from lmtune.training.step import step_gradients
 
         documents = [row.sequences[0] for row in rows]
         shares = self.forward.shares_prefixes
         lengths = [len(d.input_ids) for d in documents]
-        beginnings = [beginning(d.input_ids, d.loss_mask) for d in documents]
-        prefixes = find_prefixes(beginnings, lengths) if shares else []
-        groups = fill(lengths, self.budget, prefixes)
-        batches = [pack_sequences([documents[i] for i in group], group, len(rows), shares) for group in groups]
+        shareable = [shareable_prefix(d.input_ids, d.loss_mask) for d in documents]
+        groups = pack_bins(lengths, self.budget, find_prefixes(shareable, lengths) if shares else [])
+        batches = [pack([documents[i] for i in group], group, len(rows), shares) for group in groups]
         self.computed += sum(batch.input_ids.numel() for batch in batches)
-        trained = sum(int(d.loss_mask.sum()) for d in documents)
-        one = SimpleNamespace(num_processes=1)
-        return step_gradients(self.forward, self.parameters, batches, trained, len(rows), one).loss
+        totals = Totals(len(rows), len(rows), sum(lengths), sum(int(d.loss_mask.sum()) for d in documents))
+        return step_gradients(self.forward, Sft(), self.parameters, batches, totals, Single(self.device)).loss
 
 
 class PlainPadded(Arm):
@@ -129,11 +132,11 @@ class PlainPacked(Arm):
 
     def step(self, rows: list[Any]) -> float:
         """Micro-batches of at most 2,048 tokens."""
-        from lmtune.batching.packing import fill
+        from lmtune.batching.packing import pack_bins
 
         documents = [row.sequences[0] for row in rows]
         trained, total = sum(int(d.loss_mask.sum()) for d in documents), 0.0
-        for group in fill([len(d.input_ids) for d in documents], 2048):
+        for group in pack_bins([len(d.input_ids) for d in documents], 2048):
             some = [documents[i] for i in group]
             ids = torch.cat([torch.as_tensor(d.input_ids) for d in some])[None].to(self.device)
             positions = torch.cat([torch.arange(len(d.input_ids)) for d in some])[None].to(self.device)

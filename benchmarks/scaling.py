@@ -107,8 +107,8 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def _plan_epoch(pipe: Any, path: Path) -> None:
-    from lmtune.batching.plan import Plan
-    from lmtune.batching.prefixes import beginning
+    from lmtune.batching.plan import Planner
+    from lmtune.batching.prefixes import shareable_prefix
     from lmtune.config.schema import TrainConfig
     from lmtune.data.store import TokenizedData, TokenTable
 
@@ -117,10 +117,10 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
     data = TokenizedData(TokenTable(path), "key", "signature", {"files": ["rows.jsonl"]})
 
     def beginnings_of(row: int) -> list[Any]:
-        return [beginning(document.input_ids, document.loss_mask) for document in data[row].sequences]
+        return [shareable_prefix(document.input_ids, document.loss_mask) for document in data[row].sequences]
 
-    plan = Plan(data.sequences, TrainConfig(epochs=1), 1, 4096, beginnings_of)
-    micro_batches = sum(len(plan.step(step).shares[0]) for step in range(1, plan.total_steps + 1))
+    plan = Planner(data.sequences, TrainConfig(epochs=1), 1, 4096, beginnings_of)
+    micro_batches = sum(len(plan.step(step).micro_batches[0]) for step in range(1, plan.total_steps + 1))
     seconds, after = time.perf_counter() - began, _resident()
     pipe.send({
         "seconds": round(seconds, 2), "steps": plan.total_steps, "micro_batches": micro_batches,
@@ -145,7 +145,7 @@ def balance(processes: int) -> dict[str, Any]:
     The work is that of `lmtune.training.estimate`, for a model like Qwen3-0.6B with rank 16; rows have lengths with a
     long tail, and trained shares from nothing to all; 16 rows a process.
     """
-    from lmtune.batching.plan import deal
+    from lmtune.batching.plan import assign_to_ranks
     from lmtune.training.estimate import token_cost
     from lmtune.training.memory import ModelShape
 
@@ -154,9 +154,9 @@ def balance(processes: int) -> dict[str, Any]:
     for _ in range(STEPS):
         lengths = np.clip(generator.lognormal(4.8, 0.8, 16 * processes), 16, 2048).astype(int)
         trained = np.maximum(1, lengths * generator.random(len(lengths))).astype(int)
-        work = lengths * (1 + cost.before * lengths / 2) + trained * cost.trained
+        work = lengths * (1 + cost.before * lengths / 2) + trained * cost.target
         ways = {
-            "dealt": deal(lengths.tolist(), trained.tolist(), processes, cost=cost),
+            "dealt": assign_to_ranks(lengths.tolist(), trained.tolist(), processes, cost=cost),
             "in_order": np.arange(len(lengths)).reshape(processes, -1),
         }
         for way, shares in ways.items():

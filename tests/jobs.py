@@ -3,22 +3,68 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from lmtune.config.load import build_config
 from lmtune.config.schema import FinetuneConfig
+from lmtune.evaluation.scoring import Scores
 from lmtune.forward.packed import PackedForward
-from lmtune.models.tuning.lora import trainable
+from lmtune.models.parameters import count_parameters
+from lmtune.models.tuning.base import TunedModel
+from lmtune.models.tuning.lora import Lora
+from lmtune.objectives.sft import Sft
+from lmtune.parallel.single import Single
 from lmtune.runs.store import RunDirectory
-from lmtune.training.checkpoint import newest_checkpoint
-from lmtune.training.loop import Job, train
-from tests.tiny import OneProcess, adapted, random_rows, tiny_model
+from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
+from lmtune.training.compose import Components
+from lmtune.training.loop import Loop
+from lmtune.training.run import run_loop
+from lmtune.training.state import TrainResult
+from tests.tiny import Rows, adapted, random_rows, tiny_model
 
 
-def job_for(folder: Path, dropout: float = 0.0, resumed: Any = None, validate: Any = None, **settings: Any) -> Job:
+@dataclass
+class Job:
+    """A run's loop over tiny parts.
+
+    Attributes:
+        run: where files go.
+        parts: of the run.
+        resumed: the checkpoint to go on from.
+    """
+
+    run: RunDirectory
+    parts: Components
+    resumed: Checkpoint | None = None
+
+    @property
+    def forward(self) -> PackedForward:
+        return self.parts.forward
+
+    @property
+    def data(self) -> Rows:
+        return self.parts.data.train
+
+    @property
+    def loop(self) -> Loop:
+        """What the loop would work with."""
+        return self.parts.loop()[0]
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return self.parts.model.trainable()
+
+
+def job_for(
+    folder: Path, dropout: float = 0.0, resumed: Checkpoint | None = None,
+    validate: Callable[[], Scores] | None = None, model: Any = None, **settings: Any,
+) -> Job:  # fmt: skip
     """A job of 12 rows, batches of 4, over a tiny model; settings as `section__key`."""
     tree: dict[str, dict[str, Any]] = {
         "model": {"name": "tiny-random", "quantization": "none"}, "data": {"train": "rows.jsonl"},
@@ -29,17 +75,29 @@ def job_for(folder: Path, dropout: float = 0.0, resumed: Any = None, validate: A
         tree[section][name] = value
     config = build_config(FinetuneConfig, tree, "test")
     folder.mkdir(exist_ok=True)
-    forward = PackedForward(adapted(tiny_model(), dropout=dropout))
-    budget = 10**6 if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
-    return Job(
-        RunDirectory(folder), config, forward, random_rows(12), OneProcess(), budget, {"data": "x"}, validate, resumed
-    )
+    tuned = TunedModel(adapted(tiny_model(), dropout=dropout) if model is None else model)
+    parameters = count_parameters(tiny_model(), config.adapter, "none", torch.float32)
+    asked = config.train.micro_batch_tokens
+    rows = random_rows(12)
+    data: Any = SimpleNamespace(train=rows, validation=rows if validate else None, key="x", signature="x")
+    parts = Components(
+        config, Single(), None, data, Lora(config.adapter), Sft(), tuned, PackedForward(tuned.module), "base",
+        parameters, 10**6 if asked == "auto" else asked,
+    )  # fmt: skip
+    if validate is not None:
+        parts.validate = validate
+    return Job(RunDirectory(folder), parts, resumed)
+
+
+def train(job: Job) -> TrainResult:
+    """Make the job's steps."""
+    return run_loop(job.run, job.parts, job.resumed)
 
 
 def final_weights(job: Job) -> dict[str, torch.Tensor]:
-    """Train; the adapter as it is then."""
+    """Train; what is trained as it is then."""
     train(job)
-    return {name: parameter.detach().clone() for name, parameter in trainable(job.forward.model).items()}
+    return {name: parameter.detach().clone() for name, parameter in job.trainable.items()}
 
 
 def resumed_job(folder: Path, **settings: Any) -> Job:

@@ -164,7 +164,7 @@ def at_step(step: int, action: Trouble) -> Trouble:
 
 def after_update(step: int, action: Trouble) -> Trouble:
     """`action` between the update of `step` and its record."""
-    return at_call("lmtune.training.loop", "_count", action, step)
+    return at_call("lmtune.training.loop", "_advance", action, step)
 
 
 def in_checkpoint(count: int, part: int, action: Trouble) -> Trouble:

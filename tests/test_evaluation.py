@@ -1,7 +1,6 @@
 """Evaluation against a loop written by hand; base and tuned on one loaded model; answers the model gives itself."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from lmtune.data.rendering import Renderer
+from lmtune.data.types import TokenizedExample
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.generative import Answer, answers, split_prompt
 from lmtune.evaluation.scoring import check_lengths, evaluate, standard_error, teacher_forced, with_exact_match
 from lmtune.forward.packed import PackedForward
-from tests.tiny import SAVED_VOCABULARY, Row, Rows, adapted, random_rows, tiny_model
+from tests.tiny import SAVED_VOCABULARY, Rows, adapted, random_rows, tiny_model, token_sequence
 from tests.tokenizers import CHATML, make_tokenizer
 
 
@@ -87,10 +87,10 @@ def test_where_memory_is_too_small_for_several_rows_they_are_scored_in_halves(
 def test_long_answers_count_for_their_length() -> None:
     """The mean over tokens, not the mean of the rows' means."""
 
-    def row(length: int, trained: int) -> Row:
+    def row(length: int, trained: int) -> TokenizedExample:
         flags = np.zeros(length, dtype=bool)
         flags[-trained:] = True
-        return Row("x:1", [SimpleNamespace(input_ids=np.arange(3, 3 + length, dtype=np.int32), loss_mask=flags)])
+        return TokenizedExample("x:1", [token_sequence(np.arange(3, 3 + length), flags)])
 
     model = tiny_model()
     short, long = Rows([row(5, 1)]), Rows([row(60, 50)])
@@ -125,9 +125,9 @@ class Share:
     """One of several processes, which keeps what it gives and takes `others` for what the others give."""
 
     def __init__(self, rank: int, world: int, others: tuple[Any, ...] = ()) -> None:
-        self.process_index, self.num_processes, self.others = rank, world, others
+        self.rank, self.world_size, self.others = rank, world, others
 
-    def gather_object(self, items: list[Any]) -> list[Any]:
+    def gather(self, items: list[Any]) -> list[Any]:
         self.given = items
         return [*items, *self.others]
 
@@ -194,14 +194,14 @@ def test_rows_whose_loss_is_no_number_are_named(budget: int) -> None:
 
 
 def test_the_last_turn_is_the_question_that_is_asked() -> None:
-    def row(*flags: int) -> Row:
+    def row(*flags: int) -> TokenizedExample:
         ids = np.arange(10, 10 + len(flags), dtype=np.int32)
-        return Row("x:1", [SimpleNamespace(input_ids=ids, loss_mask=np.array(flags, dtype=bool))])
+        return TokenizedExample("x:1", [token_sequence(ids, flags)])
 
     assert split_prompt(row(0, 0, 1, 1)) == ([10, 11], [12, 13])
     assert split_prompt(row(0, 0, 1, 1, 0, 0, 1)) == ([10, 11, 12, 13, 14, 15], [16])
     assert split_prompt(row(0, 1, 1)) == ([], [10, 11, 12])  # a plain text, learned from its second token on
-    two = Row("x:1", [row(0, 0, 1).sequences[0], row(0, 0, 0, 1).sequences[0]])
+    two = TokenizedExample("x:1", [row(0, 0, 1).sequences[0], row(0, 0, 0, 1).sequences[0]])
     assert split_prompt(two) == ([10, 11, 12], [13])
 
 
@@ -235,10 +235,9 @@ def conversations(count: int) -> tuple[Renderer, Rows]:
     for n in range(count):
         messages = (Message("user", f"What is number {n}?"), Message("assistant", f"It is {n}."))
         documents = [
-            SimpleNamespace(input_ids=np.array(d.input_ids, dtype=np.int32), loss_mask=np.array(d.loss_mask))
-            for d in renderer.render(Example("x", n + 1, messages, None))
+            token_sequence(d.input_ids, d.loss_mask) for d in renderer.render(Example("x", n + 1, messages, None))
         ]
-        rows.append(Row(f"x:{n + 1}", documents))
+        rows.append(TokenizedExample(f"x:{n + 1}", documents))
     return renderer, Rows(rows)
 
 
@@ -265,8 +264,8 @@ def test_answers_are_greedy_in_row_order_with_question_and_right_answer() -> Non
 @pytest.mark.parametrize(("asked", "measured"), [(0, 0), (2, 2), (99, 3)])
 def test_plain_texts_are_scored_but_not_asked(asked: int, measured: int) -> None:
     renderer, rows = conversations(3)
-    text = SimpleNamespace(input_ids=np.array([5, 6, 7], dtype=np.int32), loss_mask=np.array([False, True, True]))
-    both = Rows([*rows.rows, Row("x:9", [text])])
+    text = token_sequence([5, 6, 7], [False, True, True])
+    both = Rows([*rows.rows, TokenizedExample("x:9", [text])])
     model = adapted(tiny_model(vocab_size=SAVED_VOCABULARY))
     scores, given = evaluate(PackedForward(model), renderer, both, asked, 4, 1000)
     assert (scores.rows, scores.exact_match_rows, len(given)) == (4, measured, measured)
@@ -294,7 +293,7 @@ class TestLengths:
     def test_a_row_is_as_long_as_its_longest_document(self) -> None:
         rows = random_rows(20, longest=40)
         longest = max(len(document.input_ids) for row in rows.rows for document in row.sequences)
-        assert rows.num_tokens.max() > longest
+        assert max(sum(len(one.input_ids) for one in row.sequences) for row in rows.rows) > longest
         check_lengths(tiny_model("gpt2", n_positions=longest), [rows], "data.max_length")
         with pytest.raises(ConfigError, match=f"has {longest} tokens, but this model has positions for {longest - 1};"):
             check_lengths(tiny_model("gpt2", n_positions=longest - 1), [rows], "data.max_length")

@@ -12,7 +12,7 @@ import pytest
 from lmtune.errors import CheckpointError
 from lmtune.io.atomic import get_or_build, new_folder, single_flight, try_lock, wait_for_lock
 from lmtune.parallel.launch import _wait_for_workers
-from lmtune.parallel.worker import EXIT_CODES, _hold_exit_codes
+from lmtune.parallel.worker import EXIT_CODES, hold_exit_codes
 from lmtune.runs.history import is_running, overview
 from lmtune.runs.store import RunDirectory
 from tests.sample_run import write_records
@@ -72,7 +72,7 @@ def test_without_locks_the_command_does_not_wait_for_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
-    _hold_exit_codes()
+    hold_exit_codes()
     _wait_for_workers(tmp_path / "codes")
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lmtune.batching.packing import MicroBatch, pack
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.types import TokenizedExample, TokenSequence
+from lmtune.forward.packed import PackedForward
 
 VOCABULARY = 128
 SAVED_VOCABULARY = 448  # at least as many as `tests.tokenizers` makes, and a multiple of 64
@@ -67,31 +70,25 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
-Row = TokenizedExample
-
-
-@dataclass(frozen=True)
+@dataclass
 class Rows:
-    """An `ExampleStore` in memory."""
+    """In-memory training rows, an `ExampleStore`."""
 
     rows: list[TokenizedExample]
-    signature = "random rows"
-    num_tokens: np.ndarray = field(init=False)
-    num_targets: np.ndarray = field(init=False)
+    signature: str = "x"
     sequences: SequenceTable = field(init=False)
 
     def __post_init__(self) -> None:
-        lengths = [sum(len(d.input_ids) for d in row.sequences) for row in self.rows]
-        trained = [sum(int(d.loss_mask.sum()) for d in row.sequences) for row in self.rows]
-        documents = [document for row in self.rows for document in row.sequences]
-        sequences = SequenceTable(
-            np.array([len(document.input_ids) for document in documents], dtype=np.int32),
-            np.array([document.loss_mask.sum() for document in documents], dtype=np.int32),
+        sequences = [sequence for row in self.rows for sequence in row.sequences]
+        self.sequences = SequenceTable(
+            np.array([len(sequence.input_ids) for sequence in sequences], dtype=np.int32),
+            np.array([sequence.loss_mask.sum() for sequence in sequences], dtype=np.int32),
             np.cumsum([0, *(len(row.sequences) for row in self.rows)]),
         )
-        object.__setattr__(self, "sequences", sequences)
-        object.__setattr__(self, "num_tokens", np.array(lengths, dtype=np.int32))
-        object.__setattr__(self, "num_targets", np.array(trained, dtype=np.int32))
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.sequences.num_targets.sum())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,6 +98,28 @@ class Rows:
 
     def location(self, index: int) -> str:
         return self.rows[index].location
+
+    def with_values(self, name: str, values: np.ndarray) -> Rows:
+        pairs = zip(self.rows, values, strict=True)
+        return Rows([replace(row, values={**row.values, name: float(value)}) for row, value in pairs])
+
+
+def token_sequence(ids: Sequence[int] | np.ndarray, mask: Sequence[int] | np.ndarray) -> TokenSequence:
+    """Token ids, and whether each is a target."""
+    return TokenSequence(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
+
+
+def pack_rows(rows: Sequence[TokenizedExample], share_prefixes: bool = False) -> MicroBatch:
+    """All sequences of `rows`, each row an example, as one micro-batch."""
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    example_of = [index for index, row in enumerate(rows) for _ in row.sequences]
+    return pack(sequences, example_of, len(rows), share_prefixes)
+
+
+def losses_of(forward: PackedForward, batch: MicroBatch) -> torch.Tensor:
+    """`[N]`, of each target."""
+    with forward.context():
+        return -forward(batch).logprobs
 
 
 def random_rows(count: int, seed: int = 0, longest: int = 40) -> Rows:
@@ -130,19 +149,6 @@ def adapted(model: Any, seed: int = 1, **settings: Any) -> Any:
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
     return peft_model
-
-
-class OneProcess:
-    """What the training code needs of an Accelerator, for one process without starting one."""
-
-    num_processes, process_index, is_main_process = 1, 0, True
-    device = torch.device("cpu")
-
-    def wait_for_everyone(self) -> None:
-        """Nothing to wait for."""
-
-    def take_from_main(self, tensor: torch.Tensor) -> None:
-        """This is the main process."""
 
 
 def save_tiny(

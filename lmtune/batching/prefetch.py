@@ -78,7 +78,7 @@ class BatchPrefetcher:
         self._ready: queue.Queue[_Item] = queue.Queue(_AHEAD)
         self._closed, self._error = threading.Event(), None
         arguments = (self.planner, step, self._ready, self._closed)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="lmtune-prefetcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="lmtune-prefetch", daemon=True)
         self._thread.start()
 
     def next_step(self) -> StepPlan:

@@ -1,16 +1,15 @@
 """Packing cuts, drops and repeats nothing, holds its budget, and keeps each label at its place."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtune.batching.packing import fill, pack
+from lmtune.batching.packing import pack_bins
 from lmtune.batching.prefixes import SharedPrefix
-from tests.tiny import Row, random_rows
+from lmtune.data.types import TokenizedExample
+from tests.tiny import pack_rows, random_rows, token_sequence
 
 lengths_and_budget = st.tuples(st.lists(st.integers(1, 200), max_size=60), st.integers(1, 400))
 
@@ -18,13 +17,13 @@ lengths_and_budget = st.tuples(st.lists(st.integers(1, 200), max_size=60), st.in
 @given(lengths_and_budget)
 def test_every_item_is_in_exactly_one_group(case: tuple[list[int], int]) -> None:
     lengths, budget = case
-    assert sorted(index for group in fill(lengths, budget) for index in group) == list(range(len(lengths)))
+    assert sorted(index for group in pack_bins(lengths, budget) for index in group) == list(range(len(lengths)))
 
 
 @given(lengths_and_budget)
 def test_a_group_holds_the_budget_unless_it_is_one_long_item(case: tuple[list[int], int]) -> None:
     lengths, budget = case
-    for group in fill(lengths, budget):
+    for group in pack_bins(lengths, budget):
         assert group
         assert len(group) == 1 or sum(lengths[index] for index in group) <= budget
 
@@ -33,39 +32,39 @@ def test_a_group_holds_the_budget_unless_it_is_one_long_item(case: tuple[list[in
 def test_groups_are_few(case: tuple[list[int], int]) -> None:
     """Best-fit decreasing leaves no two groups that would fit into one."""
     lengths, budget = case
-    loads = sorted(sum(lengths[index] for index in group) for group in fill(lengths, budget))
+    loads = sorted(sum(lengths[index] for index in group) for group in pack_bins(lengths, budget))
     assert len(loads) < 2 or loads[0] + loads[1] > budget
 
 
 @given(lengths_and_budget)
 def test_filling_is_deterministic_and_begins_with_the_longest(case: tuple[list[int], int]) -> None:
     lengths, budget = case
-    groups = fill(lengths, budget)
-    assert groups == fill(list(lengths), budget)
+    groups = pack_bins(lengths, budget)
+    assert groups == pack_bins(list(lengths), budget)
     assert all(lengths[group[0]] == max(lengths[index] for index in group) for group in groups)
 
 
 def test_known_cases() -> None:
-    assert fill([], 10) == []
-    assert fill([5, 5, 5], 10) == [[0, 1], [2]]
-    assert fill([3, 9, 7, 1], 10) == [[1, 3], [2, 0]]
-    assert fill([30, 2], 10) == [[0], [1]]
+    assert pack_bins([], 10) == []
+    assert pack_bins([5, 5, 5], 10) == [[0, 1], [2]]
+    assert pack_bins([3, 9, 7, 1], 10) == [[1, 3], [2, 0]]
+    assert pack_bins([30, 2], 10) == [[0], [1]]
 
 
 def test_a_shared_prefix_counts_once_in_each_group() -> None:
     prefix = SharedPrefix(8, (0, 2, 3))
     """And an eighth of it more with each row, for the keys and values that attention keeps."""
-    assert fill([10, 4, 10, 10], 17, [prefix]) == [[0, 2, 3], [1]]
-    assert fill([10, 4, 10, 10], 14, [prefix]) == [[0, 2], [3], [1]]
-    assert fill([10, 3, 10, 10], 14, [prefix]) == [[0, 2], [3, 1]]
-    assert sorted(fill([10, 4, 10, 10], 5, [prefix])) == [[0], [1], [2], [3]]
+    assert pack_bins([10, 4, 10, 10], 17, [prefix]) == [[0, 2, 3], [1]]
+    assert pack_bins([10, 4, 10, 10], 14, [prefix]) == [[0, 2], [3], [1]]
+    assert pack_bins([10, 3, 10, 10], 14, [prefix]) == [[0, 2], [3, 1]]
+    assert sorted(pack_bins([10, 4, 10, 10], 5, [prefix])) == [[0], [1], [2], [3]]
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 20), st.integers(1, 100))
 def test_groups_with_a_prefix_partition_the_items_within_the_budget(own: list[int], shared: int, budget: int) -> None:
     prefix = SharedPrefix(shared, tuple(range(0, len(own), 2)))
     lengths = [n + shared if index % 2 == 0 else n for index, n in enumerate(own)]
-    groups = fill(lengths, budget, [prefix] if len(prefix.members) > 1 else [])
+    groups = pack_bins(lengths, budget, [prefix] if len(prefix.members) > 1 else [])
     assert sorted(index for group in groups for index in group) == list(range(len(own)))
     for group in groups:
         behind = sum(index % 2 == 0 for index in group)
@@ -74,38 +73,36 @@ def test_groups_with_a_prefix_partition_the_items_within_the_budget(own: list[in
 
 
 def test_the_tensors_of_a_pack() -> None:
-    def document(ids: list[int], trained: list[int]) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=np.array(ids, dtype=np.int32), loss_mask=np.array(trained, dtype=bool))
-
     rows = [
-        Row("a:1", [document([11, 12, 13], [0, 0, 1])]),
-        Row("a:2", [document([21, 22], [0, 1]), document([31, 32, 33, 34], [0, 1, 0, 1])]),
+        TokenizedExample("a:1", [token_sequence([11, 12, 13], [0, 0, 1])]),
+        TokenizedExample("a:2", [token_sequence([21, 22], [0, 1]), token_sequence([31, 32, 33, 34], [0, 1, 0, 1])]),
     ]
-    batch = pack(rows)
+    batch = pack_rows(rows)
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 31, 32, 33, 34]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
-    assert batch.layout.lengths == (3, 2, 4)
-    assert batch.targets.tolist() == [13, 22, 32, 34]
+    assert batch.segments.lengths == (3, 2, 4)
+    assert batch.target_ids.tolist() == [13, 22, 32, 34]
     assert batch.predicting.tolist() == [1, 3, 5, 7]
-    assert batch.examples.tolist() == [0, 1, 1, 1]
+    assert batch.sequence_of.tolist() == [0, 1, 2, 2]
+    assert batch.example_of.tolist() == [0, 1, 1]
     assert (batch.num_examples, batch.num_tokens) == (2, 9)
-    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.targets.dtype == torch.int64
+    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.target_ids.dtype == torch.int64
 
 
 @pytest.mark.parametrize("count", [1, 2, 11])
 def test_a_pack_has_no_padding_and_every_label(count: int) -> None:
     rows = random_rows(count)
-    batch = pack(rows.rows)
-    assert batch.num_tokens == rows.num_tokens.sum() == sum(batch.layout.lengths)
-    assert len(batch.targets) == rows.num_targets.sum()
-    assert torch.equal(batch.input_ids[0, batch.predicting + 1], batch.targets)
+    batch = pack_rows(rows.rows)
+    assert batch.num_tokens == rows.sequences.num_tokens.sum() == sum(batch.segments.lengths)
+    assert len(batch.target_ids) == rows.num_targets
+    assert torch.equal(batch.input_ids[0, batch.predicting + 1], batch.target_ids)
     # a predictor is never the last token of another document
-    starts = np.cumsum([0, *batch.layout.lengths[:-1]])
+    starts = np.cumsum([0, *batch.segments.lengths[:-1]])
     assert not set((batch.predicting + 1).tolist()) & set(starts.tolist())
 
 
 def test_moving_a_pack_keeps_it() -> None:
-    batch = pack(random_rows(3).rows)
+    batch = pack_rows(random_rows(3).rows)
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.input_ids, batch.input_ids)
-    assert moved.layout.lengths == batch.layout.lengths
+    assert moved.segments.lengths == batch.segments.lengths

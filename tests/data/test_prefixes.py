@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmtune.batching import prefixes
-from lmtune.batching.prefixes import SharedPrefix, beginning
+from lmtune.batching.prefixes import SharedPrefix, shareable_prefix
 
 SYSTEM, OTHER = np.arange(100, 130), np.arange(200, 260)
 
@@ -49,9 +49,9 @@ def test_a_prefix_that_is_short_beside_its_rows_is_left_alone() -> None:
 
 def test_a_beginning_ends_before_the_first_trained_token_and_leaves_one_token() -> None:
     ids = np.arange(6)
-    assert beginning(ids, np.array([0, 0, 0, 1, 1, 1], dtype=bool)).tolist() == [0, 1, 2]
-    assert beginning(ids, np.array([1, 0, 0, 1, 1, 1], dtype=bool)).tolist() == []
-    assert beginning(ids, np.array([0, 0, 0, 0, 0, 1], dtype=bool)).tolist() == [0, 1, 2, 3, 4]
+    assert shareable_prefix(ids, np.array([0, 0, 0, 1, 1, 1], dtype=bool)).tolist() == [0, 1, 2]
+    assert shareable_prefix(ids, np.array([1, 0, 0, 1, 1, 1], dtype=bool)).tolist() == []
+    assert shareable_prefix(ids, np.array([0, 0, 0, 0, 0, 1], dtype=bool)).tolist() == [0, 1, 2, 3, 4]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(0, 3)), max_size=12))

@@ -29,8 +29,8 @@ class Failpoints:
             wrap(module, function, self._before(function))
         for module, function in WRITES:
             wrap(module, function, self._half_way(function))
-        wrap("lmtune.training.loop", "save_checkpoint", self._arm)
-        wrap("lmtune.training.loop", "prune_checkpoints", self._disarm)
+        wrap("lmtune.training.hooks", "save_checkpoint", self._arm)
+        wrap("lmtune.training.hooks", "prune_checkpoints", self._disarm)
 
     def _arm(self, real: Any, *args: Any) -> Any:
         self.saves += 1
@@ -84,7 +84,7 @@ def killed_in_a_save(folder: Path, save: int, stage: int, **settings: Any) -> in
 
 
 def _train(folder: Path, save: int, stage: int | None, settings: dict[str, Any]) -> None:
-    from lmtune.training.loop import train
+    from tests.jobs import train
 
     points = Failpoints(save, stage)
     train(job_for(folder, **settings))

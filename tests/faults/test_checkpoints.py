@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from lmtune.training.checkpoint import checkpoint_folders, problem_of, prune_checkpoints
-from lmtune.training.loop import train
 from tests.faults.choosing import few
-from tests.jobs import job_for
+from tests.jobs import job_for, train
 from tests.processes import KILL, at_call, at_step, lmtune, said
 from tests.workplace import RESTLESS, checkpoints, lasting, make_workplace, write_config, written_files
 
@@ -120,19 +119,19 @@ def test_15_steps_before_the_first_checkpoint_are_said_to_be_done_again(
     write_config(folder, **RESTLESS)
     assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(2, KILL)) == -signal.SIGKILL
     assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
-    assert "warning: runs/trial: 1 steps were done before and no checkpoint holds them; they are" in said(folder)
+    assert "warning: runs/trial: no checkpoint yet; restarting from step 0 (1 steps lost)" in said(folder)
     assert lasting(folder) == undisturbed
 
 
 def test_15_records_of_an_earlier_start_are_not_judged_by_the_settings_of_a_later_one(tmp_path: Path) -> None:
     """Five steps without a checkpoint were right when they were done; a checkpoint is due earlier now."""
     folder = make_workplace(tmp_path / "work")
-    before_training = at_call("lmtune.training.lifecycle", "base_scores", KILL)
+    before_training = at_call("lmtune.training.run", "base_scores", KILL)
     write_config(folder, run__checkpoint_every_steps=1000)
     assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(6, KILL)) == -signal.SIGKILL
     sooner = ("finetune", "run.yaml", "run.checkpoint_every_steps=2")
     assert lmtune(folder, *sooner, trouble=before_training) == -signal.SIGKILL
-    assert "warning: runs/trial: 5 steps were done before and no checkpoint holds them; they are" in said(folder)
+    assert "warning: runs/trial: no checkpoint yet; restarting from step 0 (5 steps lost)" in said(folder)
     assert lmtune(folder, *sooner) == 0, said(folder)
     assert [line["step"] for line in lasting(folder)["metrics"]] == list(range(1, 9))
 
@@ -190,7 +189,7 @@ def test_30_a_hundred_checkpoints_take_the_room_of_two(tmp_path: Path, monkeypat
         sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("checkpoints/*/*")))
         prune_checkpoints(*args)
 
-    monkeypatch.setattr("lmtune.training.loop.prune_checkpoints", measured)
+    monkeypatch.setattr("lmtune.training.hooks.prune_checkpoints", measured)
     job = job_for(tmp_path / "run", train__max_steps=100, run__checkpoint_every_steps=1, run__keep_checkpoints=2)
     train(job)
     assert len(sizes) == 100

@@ -29,7 +29,7 @@ def limit_files(size: int) -> None:
 
 def in_save(count: int, action: Trouble) -> Trouble:
     """`action` when the checkpoint number `count` is about to be written."""
-    return at_call("lmtune.training.loop", "save_checkpoint", action, count)
+    return at_call("lmtune.training.hooks", "save_checkpoint", action, count)
 
 
 def steps(place: Path) -> list[int]:
@@ -89,7 +89,7 @@ def full_when_flushed() -> None:
 # The output of the command is a file too, so only large files are limited in fact.
 SAVING: dict[str, tuple[Trouble, str]] = {
     "the weights": (
-        at_call("lmtune.training.compose", "save_adapter", partial(limit_files, 20_000)),
+        at_call("lmtune.models.tuning.lora", "save_adapter", partial(limit_files, 20_000)),
         "runs/trial/adapter/adapter_model.safetensors: File too large",
     ),
     "the adapter's config": (

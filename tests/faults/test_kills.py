@@ -65,10 +65,10 @@ KILLS: dict[str, Trouble] = {
     "in the first checkpoint": in_checkpoint(1, 0, KILL),
     "in a later checkpoint": in_checkpoint(2, 1, KILL),
     "before a checkpoint has its name": before_manifest(3, KILL),
-    "while old checkpoints are deleted": at_call("lmtune.training.loop", "prune_checkpoints", KILL),
+    "while old checkpoints are deleted": at_call("lmtune.training.hooks", "prune_checkpoints", KILL),
     "after the last step": at_step(8, KILL),
-    "before the adapter is saved": at_call("lmtune.training.compose", "save_adapter", KILL),
-    "before it is complete": at_call("lmtune.training.lifecycle", "add_tuned_answers", KILL),
+    "before the adapter is saved": at_call("lmtune.models.tuning.lora", "save_adapter", KILL),
+    "before it is complete": at_call("lmtune.training.run", "add_tuned_answers", KILL),
 }
 
 
@@ -163,8 +163,8 @@ def in_gradient(step: int, action: Trouble) -> Trouble:
 
 LATER = {
     "in the middle of the gradient": in_gradient(5, send(signal.SIGTERM)),
-    "when the gradient is there": at_call("lmtune.training.loop", "_update", send(signal.SIGTERM), 5),
-    "when the step is recorded": at_call("lmtune.training.loop", "_out_of_patience", send(signal.SIGTERM), 6),
+    "when the gradient is there": at_call("lmtune.training.loop", "update", send(signal.SIGTERM), 5),
+    "when the step is recorded": at_call("lmtune.training.hooks", "CheckpointHook.after_step", send(signal.SIGTERM), 6),
 }
 
 
@@ -205,7 +205,7 @@ def count_saves() -> None:
             file.write(f"{checkpoint.step}\n")
         return real(folder, checkpoint)
 
-    wrap("lmtune.training.loop", "save_checkpoint", noted)
+    wrap("lmtune.training.hooks", "save_checkpoint", noted)
 
 
 @pytest.mark.parametrize("moment", few(SECOND, "in the same step", "while the summary is written"))

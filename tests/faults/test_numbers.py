@@ -13,10 +13,8 @@ import torch
 from lmtune.errors import LmtuneError
 from lmtune.forward.packed import PackedForward
 from lmtune.models.tuning.lora import trainable
-from lmtune.training import loop
 from lmtune.training.checkpoint import newest_checkpoint
-from lmtune.training.loop import train
-from tests.jobs import final_weights, job_for, records
+from tests.jobs import final_weights, job_for, records, train
 from tests.processes import at_step, lmtune, said, together, wrap
 from tests.workplace import QUESTIONS, lasting, write_rows
 
@@ -28,7 +26,7 @@ def finite(tensors: dict[str, torch.Tensor]) -> bool:
 
 def test_20_a_loss_that_is_no_number_stops_the_run_before_the_update_and_names_the_rows(tmp_path: Path) -> None:
     job = job_for(tmp_path / "run", train__max_steps=3)
-    bad, poison = loop._plan(job, 10**6).step(3).rows[0], 99
+    bad, poison = job.loop.planner.step(3).rows[0], 99
     for row in job.data.rows:  # token 99 makes NaN; only row `bad` holds it
         for document in row.sequences:
             document.input_ids[document.input_ids == poison] = 5
@@ -39,8 +37,8 @@ def test_20_a_loss_that_is_no_number_stops_the_run_before_the_update_and_names_t
     saved, _ = newest_checkpoint(job.run.checkpoints)
     assert saved is not None
     assert saved.step == 2
-    assert finite(saved.adapter)
-    assert all(torch.equal(p, saved.adapter[name]) for name, p in trainable(job.forward.model).items())
+    assert finite(saved.weights)
+    assert all(torch.equal(p, saved.weights[name]) for name, p in trainable(job.forward.model).items())
     assert len(records(job)) == 2
 
 
@@ -56,7 +54,7 @@ def no_loss_for_the_marked() -> None:
     def forward(real: Any, self: PackedForward, batch: Any, *rest: Any) -> Any:
         scores = real(self, batch, *rest)
         holds = bool((batch.input_ids == mark).any())
-        return dataclasses.replace(scores, total=scores.total * float("nan")) if holds else scores
+        return dataclasses.replace(scores, logprobs=scores.logprobs * float("nan")) if holds else scores
 
     wrap("lmtune.forward.packed", "PackedForward.__call__", forward)
 
@@ -74,7 +72,7 @@ def test_20_the_command_names_the_row_and_resumes_when_the_cause_is_gone(place: 
     saved, _ = newest_checkpoint(place / "runs/trial/checkpoints")
     assert saved is not None
     assert saved.step == int(found[1]) - 1 >= 2
-    assert finite(saved.adapter)
+    assert finite(saved.weights)
     assert finite(saved.optimizer)
     assert not (place / "runs/trial/adapter").exists()
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
@@ -116,7 +114,7 @@ def test_21_an_infinite_gradient_on_one_of_two_processes_stops_both(
     saved, _ = newest_checkpoint(place / "runs/trial/checkpoints")
     assert saved is not None
     assert saved.step == 4
-    assert finite(saved.adapter)
+    assert finite(saved.weights)
     assert finite(saved.optimizer)
     assert together(place, "finetune", "run.yaml") == [0, 0]
     assert lasting(place) == undisturbed_pair
@@ -177,7 +175,7 @@ def test_22_out_of_memory_with_a_part_of_the_gradient_there_leaves_nothing_of_it
     small = job_for(tmp_path / "small", **settings, train__micro_batch_tokens=50)
     weights = final_weights(small)
     halved = job_for(tmp_path / "halved", **settings, train__micro_batch_tokens=100)
-    assert len(loop._plan(halved, 100).step(1).shares[0]) >= 2
+    assert len(halved.loop.planner.step(1).micro_batches[0]) >= 2
     run_out_once(halved, batch, backward)
     found = final_weights(halved)
     assert "out of memory at step 1: micro-batches of 50 tokens" in capfd.readouterr().err

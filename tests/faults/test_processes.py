@@ -79,8 +79,7 @@ def test_16_one_process_is_killed_and_the_other_ends(place: Path, undisturbed_pa
     assert time.monotonic() - began < 30
     assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
     assert messages(place, 1 - rank) == [
-        f"another process of this run has ended, and process {1 - rank} cannot go on alone (in step 5); the other "
-        "one, or the launcher, says why"
+        f"rank {1 - rank}: a peer exited during step 5; the other process, or the launcher, says why"
     ]
     assert_goes_on(place, undisturbed_pair)
 
@@ -95,7 +94,7 @@ def test_17_the_cause_in_one_process_is_what_it_says(place: Path, rank: int) -> 
     assert together(place, "finetune", "run.yaml", troubles={rank: at_step(5, fail)}) == [1, 1]
     assert messages(place, rank) == ["ValueError: this is the cause"]
     assert len(messages(place, 1 - rank)) == 1
-    assert "another process of this run has ended" in messages(place, 1 - rank)[0]
+    assert "a peer exited during step" in messages(place, 1 - rank)[0]
     assert "Traceback" not in said(place, "output0") + said(place, "output1")
 
 
@@ -113,7 +112,7 @@ def test_18_a_process_that_hangs_is_named_within_the_limit(
     began = time.monotonic()
     assert together(place, "finetune", "run.yaml", limit, troubles={rank: at_step(5, hang)}) == [1, 1]
     assert time.monotonic() - began < 30
-    wanted = f"process {rank} (in step 5) did not come to where the others wait, for 5 s (run.process_timeout_seconds)"
+    wanted = f"collective timed out after 5 s (run.process_timeout_seconds); missing ranks: {rank} (phase: step 5)"
     assert messages(place, 1 - rank) == [wanted]
     assert messages(place, rank) == []
     assert reason(place) == wanted
@@ -125,7 +124,7 @@ def test_18_a_process_that_hangs_before_the_first_step_is_named_too(place: Path)
     trouble = at_call("lmtune.training.compose", "load_model", hang)
     limit = "run.process_timeout_seconds=5"
     assert together(place, "finetune", "run.yaml", limit, troubles={1: trouble}) == [1, 1]
-    assert messages(place, 0)[0].startswith("process 1 (in the start) did not come to where the others wait")
+    assert messages(place, 0)[0].endswith("missing ranks: 1 (phase: start)")
 
 
 def compute(seconds: float) -> None:
@@ -142,7 +141,7 @@ def test_18_a_process_that_works_longer_than_the_limit_is_waited_for(
     slow = all_of(
         at_call("lmtune.training.compose", "load_data", partial(time.sleep, 5)),
         at_call("lmtune.training.compose", "load_model", partial(compute, 5)),
-        at_call("lmtune.training.loop", "save_checkpoint", partial(compute, 5)),
+        at_call("lmtune.training.hooks", "save_checkpoint", partial(compute, 5)),
         at_step(3, partial(time.sleep, 2)),  # for which the other one has waited since that checkpoint
         at_call("lmtune.training.run", "save_tuned", partial(compute, 5)),
     )
@@ -166,8 +165,7 @@ def test_18_a_process_that_is_dead_while_the_others_wait_for_it_is_named(
     processes = started_together(place, "finetune", "run.yaml", limit, troubles={rank: slow})
     try:
         assert ended(processes[1 - rank]) == 1
-        wanted = f"process {rank} (in the start) did not come to where the others wait"
-        assert messages(place, 1 - rank)[0].startswith(wanted)
+        assert messages(place, 1 - rank)[0].endswith(f"missing ranks: {rank} (phase: start)")
     finally:
         processes[rank].kill()
 
@@ -189,7 +187,7 @@ def test_19_one_process_that_ends_early_with_0_fails_the_other(
 ) -> None:
     codes = together(place, "finetune", "run.yaml", troubles={rank: at_step(5, how)})
     assert (codes[rank], codes[1 - rank]) == (0, 1)
-    assert "another process of this run has ended" in messages(place, 1 - rank)[0]
+    assert "a peer exited during step" in messages(place, 1 - rank)[0]
     assert_goes_on(place, undisturbed_pair)
 
 
@@ -257,11 +255,11 @@ def test_19_a_job_of_which_one_process_left_early_has_failed(place: Path) -> Non
     ("trouble", "code", "first"),
     [
         (send(signal.SIGTERM), 143, "stopped after step 5 of 8, which is saved"),
-        (KILL, 1, "another process of this run has ended|process . was ended by SIGKILL"),
+        (KILL, 1, "a peer exited during step|process . was ended by SIGKILL"),
         (fail, 1, "ValueError: this is the cause"),
-        (hang, 1, r"process . \(in step 5\) did not come to where the others wait"),
-        (leave, 1, "another process of this run has ended"),
-        (vanish, 1, "another process of this run has ended"),
+        (hang, 1, r"missing ranks: . \(phase: step 5\)"),
+        (leave, 1, "a peer exited during step"),
+        (vanish, 1, "a peer exited during step"),
     ],
     ids=["06", "16", "17", "18", "19", "19-vanished"],
 )

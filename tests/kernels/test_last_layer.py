@@ -3,27 +3,26 @@
 import pytest
 import torch
 
-from lmtune.batching.packing import pack
+from lmtune.forward.capabilities import Capabilities
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.tuning.lora import trainable
-from tests.tiny import adapted, random_rows, tiny_model
+from tests.tiny import adapted, pack_rows, random_rows, tiny_model
 
 
 def gradients(forward: PackedForward, share: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
     forward.model.zero_grad()
-    with forward.ready():
-        scores = forward(pack(random_rows(7).rows, share))
-        total = scores.total * 0.01
+    with forward.context():
+        total = forward(pack_rows(random_rows(7).rows, share)).logprobs.sum() * -0.01
         total.backward()
     return total.item(), {name: p.grad.clone() for name, p in trainable(forward.model).items()}
 
 
 def assert_equals_the_whole_layer(forward: PackedForward) -> None:
-    """Every fast way is taken, and without that of the last layer loss and gradients are the same."""
-    assert forward.notes == []
+    """Every optimised path is used, and without that of the last layer loss and gradients are the same."""
+    assert forward.disabled_optimizations == []
     loss, fast = gradients(forward)
-    forward.layer_reason = "switched off"
+    forward.capabilities = Capabilities(label_only_layer="switched off")
     plain_loss, plain = gradients(forward)
     assert loss == pytest.approx(plain_loss, abs=1e-6)
     for name, gradient in plain.items():
@@ -43,8 +42,8 @@ def test_equals_the_whole_layer(kind: str, fused: bool) -> None:
 def test_the_last_mlp_sees_the_trained_positions_alone() -> None:
     forward, seen = PackedForward(adapted(tiny_model())), list[int]()
     forward.base.model.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    batch = pack(random_rows(7).rows)
-    with forward.ready():
+    batch = pack_rows(random_rows(7).rows)
+    with forward.context():
         forward(batch)
     assert seen == [len(batch.read_positions)]
     assert seen[0] < batch.num_tokens / 2
@@ -93,8 +92,8 @@ def test_a_layer_that_does_not_reproduce_the_plain_result_is_not_used(monkeypatc
     real = label_only_layer._Selected.attend
     monkeypatch.setattr(label_only_layer._Selected, "attend", lambda self, *args: real(self, *args) * 1.01)
     forward = PackedForward(adapted(tiny_model()))
-    assert "outputs would differ" in str(forward.layer_reason)
-    assert forward.notes == [forward.layer_reason]
+    assert "outputs differ" in str(forward.capabilities.label_only_layer)
+    assert forward.disabled_optimizations == [forward.capabilities.label_only_layer]
 
 
 def test_generation_and_other_attention_are_untouched() -> None:

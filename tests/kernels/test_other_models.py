@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from lmtune.batching.plan import Totals
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.tuning.lora import trainable
-from tests.tiny import VOCABULARY, OneProcess, adapted, random_rows
+from lmtune.objectives.sft import Sft
+from lmtune.parallel.single import Single
+from lmtune.training.step import step_gradients
+from tests.tiny import VOCABULARY, adapted, pack_rows, random_rows
 from tests.training.test_gradients import by_hand, lmtune_step
 
 SHAPE = {
@@ -61,7 +65,7 @@ def test_gradients_are_those_of_a_plain_loop(name: str, config: dict[str, Any], 
     if why is None:
         assert forward.packs
     else:
-        assert any(why in note for note in forward.notes), forward.notes
+        assert any(why in note for note in forward.disabled_optimizations), forward.disabled_optimizations
     sums = lmtune_step(model, rows, 10**6)
     assert sums.loss == pytest.approx(loss, abs=1e-5)
     for key, parameter in trainable(model).items():
@@ -87,7 +91,7 @@ def test_a_16_bit_head_behind_a_norm_that_autocast_keeps_in_fp32(norms_in_fp32: 
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     forward, rows = PackedForward(model), random_rows(6)
-    assert forward.head_reason is None
+    assert forward.capabilities.fused_head is None
     sums = lmtune_step(model, rows, 10**6)
     assert sums.is_finite
     assert sums.grad_norm > 0
@@ -95,15 +99,14 @@ def test_a_16_bit_head_behind_a_norm_that_autocast_keeps_in_fp32(norms_in_fp32: 
 
 def test_gradients_in_fp16_do_not_vanish_in_a_large_step() -> None:
     """Of 40,000 tokens each counts 1/40,000: in fp16 that leaves few bits unless it is done afterwards."""
-    from lmtune.batching.packing import pack
-    from lmtune.training.step import step_gradients
-
     rows, results = random_rows(6), []
     for dtype in (torch.float32, torch.float16):
         model = adapted(model_of("LlamaForCausalLM", SHAPE).to(dtype)).eval()
         for parameter in trainable(model).values():
             parameter.data = parameter.data.float()
-        step_gradients(PackedForward(model), trainable(model), [pack(rows.rows)], 40_000, 6, OneProcess())
+        step_gradients(
+            PackedForward(model), Sft(), trainable(model), [pack_rows(rows.rows)], Totals(6, 6, 0, 40_000), Single()
+        )
         results.append({name: parameter.grad.clone() for name, parameter in trainable(model).items()})
     for name, wanted in results[0].items():
         assert (results[1][name] - wanted).norm() < 0.02 * wanted.norm(), name

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmtune.batching.packing import pack
-from lmtune.forward.packed import PackedForward, count_wrong_tokens
-from tests.tiny import KINDS, Rows, adapted, random_rows, tiny_model
+from lmtune.forward.capabilities import Capabilities
+from lmtune.forward.packed import Outputs, PackedForward
+from lmtune.objectives.sft import wrong_targets
+from tests.tiny import KINDS, Rows, adapted, losses_of, pack_rows, random_rows, tiny_model
 
 
 def losses_alone(model, rows: Rows) -> torch.Tensor:
@@ -25,32 +26,29 @@ def losses_alone(model, rows: Rows) -> torch.Tensor:
 def test_packed_losses_equal_those_of_documents_alone(kind: str) -> None:
     model, rows = adapted(tiny_model(kind)).eval(), random_rows(7)
     forward = PackedForward(model)
-    assert forward.packs, forward.reason
-    with torch.no_grad(), forward.ready():
-        packed = forward(pack(rows.rows)).losses
-    torch.testing.assert_close(packed, losses_alone(model, rows), atol=1e-5, rtol=1e-5)
+    assert forward.packs, forward.capabilities.packing
+    torch.testing.assert_close(
+        losses_of(forward, pack_rows(rows.rows)), losses_alone(model, rows), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_sliding_window_shorter_than_the_rows() -> None:
     model, rows = adapted(tiny_model("mistral", sliding_window=6)).eval(), random_rows(5)
     forward = PackedForward(model)
-    with torch.no_grad(), forward.ready():
-        packed = forward(pack(rows.rows)).losses
-    torch.testing.assert_close(packed, losses_alone(model, rows), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        losses_of(forward, pack_rows(rows.rows)), losses_alone(model, rows), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_changing_one_document_leaves_the_others_alone() -> None:
     model, rows = adapted(tiny_model()).eval(), random_rows(4)
     forward = PackedForward(model)
-    with torch.no_grad(), forward.ready():
-        before = forward(pack(rows.rows))
-        changed = rows.rows[1].sequences[0]
-        changed.input_ids[:] = 5
-        after = forward(pack(rows.rows))
-    batch = pack(rows.rows)
-    other = batch.examples != 1
-    assert torch.equal(before.losses[other], after.losses[other])
-    assert not torch.equal(before.losses[~other], after.losses[~other])
+    before = losses_of(forward, pack_rows(rows.rows))
+    rows.rows[1].sequences[0].input_ids[:] = 5
+    batch = pack_rows(rows.rows)
+    after, other = losses_of(forward, batch), batch.example_of[batch.sequence_of] != 1
+    assert torch.equal(before[other], after[other])
+    assert not torch.equal(before[~other], after[~other])
 
 
 def test_a_model_that_cannot_pack_runs_document_by_document(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,33 +61,30 @@ def test_a_model_that_cannot_pack_runs_document_by_document(monkeypatch: pytest.
     monkeypatch.setattr("lmtune.kernels.attention.attention_by_document", leaking)
     forward = PackedForward(model)
     assert not forward.packs
-    assert "outputs would differ" in str(forward.reason)
-    with torch.no_grad(), forward.ready():
-        scores = forward(pack(rows.rows))
-    torch.testing.assert_close(scores.losses, losses_alone(model, rows), atol=1e-5, rtol=1e-5)
+    assert "outputs differ" in str(forward.capabilities.packing)
+    torch.testing.assert_close(
+        losses_of(forward, pack_rows(rows.rows)), losses_alone(model, rows), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_generation_finds_the_models_own_attention_again() -> None:
     model = adapted(tiny_model()).eval()
     before = model.get_base_model().config._attn_implementation
     forward = PackedForward(model)
-    with forward.ready():
+    with forward.context():
         assert model.get_base_model().config._attn_implementation != before
     assert model.get_base_model().config._attn_implementation == before
 
 
-def test_wrong_tokens_are_counted_for_each_example() -> None:
-    batch = pack(random_rows(6).rows)
-    correct = torch.ones(len(batch.targets), dtype=torch.bool)
-    assert count_wrong_tokens(correct, batch).tolist() == [0] * 6
-    correct[(batch.examples == 2).nonzero()[0]] = False
-    assert count_wrong_tokens(correct, batch).tolist() == [0, 0, 1, 0, 0, 0]
+def test_wrong_targets_are_counted_for_each_example() -> None:
+    batch = pack_rows(random_rows(6).rows)
+    logprobs, is_top1 = torch.zeros(len(batch.target_ids)), torch.ones(len(batch.target_ids), dtype=torch.bool)
+    assert wrong_targets(Outputs(logprobs, is_top1), batch).tolist() == [0] * 6
+    is_top1[(batch.example_of[batch.sequence_of] == 2).nonzero()[0]] = False
+    assert wrong_targets(Outputs(logprobs, is_top1), batch).tolist() == [0, 0, 1, 0, 0, 0]
 
 
-def test_what_one_process_does_without_all_do_without() -> None:
-    one, other = PackedForward(adapted(tiny_model())), PackedForward(adapted(tiny_model()))
-    other.prefix_reason = "too little memory there"
-    for reasons in (one.reasons, other.reasons):
-        one.disable(reasons)
-    assert one.reasons == (None, None, None, "too little memory there")
-    assert not one.shares_prefixes
+def test_what_one_rank_lacks_none_uses() -> None:
+    one, other = Capabilities(), Capabilities(shared_prefixes="too little memory there")
+    assert one.intersect(other) == other.intersect(one) == other
+    assert Capabilities.none().intersect(one) == Capabilities.none()

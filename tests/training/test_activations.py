@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lmtune.batching.packing import pack
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.tuning.lora import trainable
@@ -14,7 +13,7 @@ from lmtune.training.memory import (
     is_checkpointed_throughout,
     measure_activations,
 )
-from tests.tiny import KINDS, adapted, random_rows, tiny_model
+from tests.tiny import KINDS, adapted, pack_rows, random_rows, tiny_model
 
 
 def kept_bytes(forward: PackedForward, count: int) -> int:
@@ -22,8 +21,8 @@ def kept_bytes(forward: PackedForward, count: int) -> int:
     rows = [row for row in random_rows(60, longest=41).rows if len(row.sequences) == 1][:count]
     watch = _Watch(forward.model, decoder_layers(forward.base))
     forward.model.train()
-    with watch, forward.ready():
-        forward(pack(rows))
+    with watch, forward.context():
+        forward(pack_rows(rows))
     return sum(watch.sizes)
 
 
@@ -68,8 +67,8 @@ def test_the_first_layers_keep_only_their_input_and_the_gradient_is_the_same() -
         assert is_checkpointed_throughout(forward.base) is (count == 4)
         kept.append(kept_bytes(forward, 20))
         forward.model.zero_grad()
-        with forward.ready():
-            forward(pack(random_rows(20).rows)).total.backward()
+        with forward.context():
+            forward(pack_rows(random_rows(20).rows)).logprobs.sum().neg().backward()
         gradients.append({name: p.grad.clone() for name, p in trainable(forward.model).items()})
     assert kept[0] > 1.5 * kept[1] > 2 * kept[2]
     for other in gradients[1:]:

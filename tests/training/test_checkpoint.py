@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.training.checkpoint import (
     Checkpoint,
+    CheckpointState,
     checkpoint_folders,
     load_checkpoint,
     newest_checkpoint,
@@ -18,6 +20,7 @@ from lmtune.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from lmtune.training.state import RunSignature, TrainState
 
 
 def state(step: int) -> Checkpoint:
@@ -25,7 +28,8 @@ def state(step: int) -> Checkpoint:
     generator = torch.Generator().manual_seed(step)
     adapter = {name: torch.randn(4, 8, generator=generator) for name in ("a.lora_A", "a.lora_B")}
     moments = {f"{kind}.{name}": t * 2 for kind in ("exp_avg", "exp_avg_sq") for name, t in adapter.items()}
-    return Checkpoint(step, adapter, moments, {"step": step, "counters": {"step": step}, "identity": {"x": "ä"}})
+    signature = RunSignature({"data.system": "ä"}, "rows", "base")
+    return Checkpoint(adapter, moments, CheckpointState(TrainState(step), signature, step, "auto"))
 
 
 def saved(folder: Path, *steps: int) -> None:
@@ -45,7 +49,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     assert names(path) == ["adapter_model.safetensors", "manifest.json", "optimizer.safetensors", "state.json"]
     loaded, wanted = load_checkpoint(path), state(100)
     assert (loaded.step, loaded.state) == (100, wanted.state)
-    for found, expected in ((loaded.adapter, wanted.adapter), (loaded.optimizer, wanted.optimizer)):
+    for found, expected in ((loaded.weights, wanted.weights), (loaded.optimizer, wanted.optimizer)):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -184,7 +188,7 @@ def test_a_full_disk_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_state_that_json_has_not_is_refused(tmp_path: Path) -> None:
-    bad = Checkpoint(1, state(1).adapter, state(1).optimizer, {"step": 1, "loss": float("nan")})
+    bad = replace(state(1), state=replace(state(1).state, train=TrainState(1, best_loss=float("nan"))))
     with pytest.raises(LmtuneError, match="cannot write the checkpoint"):
         save_checkpoint(tmp_path, bad)
     assert names(tmp_path) == []
@@ -210,7 +214,7 @@ def one_step(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.A
 def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     parameters, optimizer = trained()
     weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    path = save_checkpoint(tmp_path, Checkpoint(3, weights, optimizer_tensors(optimizer, parameters), {"step": 3}))
+    path = save_checkpoint(tmp_path, Checkpoint(weights, optimizer_tensors(optimizer, parameters), state(3).state))
     fresh = {name: torch.nn.Parameter(torch.zeros(3, 2)) for name in parameters}
     again = torch.optim.AdamW(fresh.values(), lr=0.1, weight_decay=0.1)
     restore(load_checkpoint(path), again, fresh)
@@ -225,7 +229,7 @@ def test_what_is_restored_is_where_the_optimizer_looks_for_it(fused: bool) -> No
     """The fused kernel reads `step` through a pointer of the parameter's device; without it a GPU reads host memory."""
     parameters, optimizer = trained()
     weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    checkpoint = Checkpoint(3, weights, optimizer_tensors(optimizer, parameters), {"step": 3})
+    checkpoint = Checkpoint(weights, optimizer_tensors(optimizer, parameters), state(3).state)
     elsewhere = {name: torch.nn.Parameter(torch.zeros(3, 2, device="meta")) for name in parameters}
     again = torch.optim.AdamW(elsewhere.values())
     again.param_groups[0]["fused"] = fused  # the constructor asks for a device that has such a kernel
@@ -244,7 +248,7 @@ def test_a_run_on_a_gpu_goes_on_bit_for_bit() -> None:
     parameters, optimizer = new(1.0)
     one_step(parameters, optimizer)
     weights = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-    checkpoint = Checkpoint(1, weights, optimizer_tensors(optimizer, parameters), {"step": 1})
+    checkpoint = Checkpoint(weights, optimizer_tensors(optimizer, parameters), state(1).state)
     fresh, again = new(0.0)
     restore(checkpoint, again, fresh)
     one_step(parameters, optimizer)
@@ -257,6 +261,6 @@ def test_another_adapter_is_refused(shapes: dict[str, tuple[int, int]]) -> None:
     parameters, optimizer = trained()
     weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     other = {name: torch.nn.Parameter(torch.zeros(*shape)) for name, shape in shapes.items()}
-    checkpoint = Checkpoint(3, weights, optimizer_tensors(optimizer, parameters), {"step": 3})
-    with pytest.raises(CheckpointError, match="other tensors than this model's"):
+    checkpoint = Checkpoint(weights, optimizer_tensors(optimizer, parameters), state(3).state)
+    with pytest.raises(CheckpointError, match="other tensors than this model"):
         restore(checkpoint, torch.optim.AdamW(other.values()), other)

@@ -6,25 +6,25 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmtune.batching.packing import fill, pack, pack_sequences
-from lmtune.batching.plan import Unit
-from lmtune.config.load import build_config
-from lmtune.config.schema import FinetuneConfig
+from lmtune.batching.packing import pack_bins
+from lmtune.batching.plan import Totals, Unit
+from lmtune.batching.prefetch import pack_units
 from lmtune.forward.packed import PackedForward
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.tuning.lora import trainable
-from lmtune.training import loop
+from lmtune.objectives.sft import Sft
+from lmtune.parallel.base import GradientBuffer
+from lmtune.parallel.single import Single
+from lmtune.training.optim import update
 from lmtune.training.step import find_nonfinite_examples, step_gradients
-from tests.tiny import KINDS, OneProcess, Rows, adapted, random_rows, tiny_model
-
-MINIMAL = {"model": {"name": "tiny"}, "data": {"train": "rows.jsonl"}, "run": {"name": "test"}}
+from tests.tiny import KINDS, Rows, adapted, pack_rows, random_rows, tiny_model
 
 
 def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
     """Loss, gradients and their norm of all rows, one document at a time, in plain PyTorch."""
     parameters, base = trainable(model), model.get_base_model()
     model.zero_grad()
-    num_targets, total = int(rows.num_targets.sum()), 0.0
+    num_targets, total = rows.num_targets, 0.0
     for row in rows.rows:
         for document in row.sequences:
             ids = torch.tensor(document.input_ids, dtype=torch.long)
@@ -37,16 +37,21 @@ def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
     return total, gradients, float(torch.cat([g.flatten() for g in gradients.values()]).norm())
 
 
-def lmtune_step(model, rows: Rows, budget: int):
+def totals_of(rows: Rows) -> Totals:
+    """Of a step of all rows."""
+    table = rows.sequences
+    return Totals(len(rows), len(table.num_tokens), int(table.num_tokens.sum()), rows.num_targets)
+
+
+def lmtune_step(model, rows: Rows, budget: int, parallel: Single | None = None):
     """The same through lmtune, in micro-batches of at most `budget` tokens."""
-    forward = PackedForward(model)
-    documents, row_of = [document for row in rows.rows for document in row.sequences], rows.sequences.row.tolist()
+    forward, table = PackedForward(model), rows.sequences
+    units = [Unit(row, row, (place,)) for row, place in zip(table.row.tolist(), table.document.tolist(), strict=True)]
     batches = (
-        pack_sequences([documents[place] for place in group], [row_of[place] for place in group], len(rows),
-                       forward.shares_prefixes)
-        for group in fill(rows.sequences.num_tokens.tolist(), budget)
-    )  # fmt: skip
-    return step_gradients(forward, trainable(model), batches, int(rows.num_targets.sum()), len(rows), OneProcess())
+        pack_units(rows, [units[place] for place in group], len(rows), forward.shares_prefixes)
+        for group in pack_bins(table.num_tokens.tolist(), budget)
+    )
+    return step_gradients(forward, Sft(), trainable(model), batches, totals_of(rows), parallel or Single())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,12 +85,12 @@ def test_a_row_with_an_infinite_loss_is_found() -> None:
     poisoned[:] = 7
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.weight[7] = float("nan")
-    share = [[Unit(row, row, document) for row in range(6) for document in range(len(rows[row].sequences))]]
+    share = [[Unit(row, row, (place,)) for row in range(6) for place in range(len(rows[row].sequences))]]
     sums = lmtune_step(model, rows, 10**6)
     assert not sums.is_finite
-    offenders = find_nonfinite_examples(PackedForward(adapted(tiny_model())), trainable(model), share, rows.__getitem__)
-    assert offenders == []
-    offenders = find_nonfinite_examples(PackedForward(model), trainable(model), share, rows.__getitem__)
+    sound = PackedForward(adapted(tiny_model()))
+    assert find_nonfinite_examples(sound, Sft(), trainable(model), share, rows) == []
+    offenders = find_nonfinite_examples(PackedForward(model), Sft(), trainable(model), share, rows)
     assert "rows.jsonl:4" in offenders
     assert len(offenders) == sum(any(7 in d.input_ids for d in row.sequences) for row in rows.rows)
 
@@ -150,19 +155,19 @@ def test_nothing_large_is_allocated_after_the_micro_batches(monkeypatch: pytest.
 
     watching = Sizes()
 
-    class TwoProcesses(OneProcess):
-        num_processes = 2
+    class TwoRanks(Single):
+        world_size = 2
 
-        def add_over_processes(self, tensor: torch.Tensor) -> None:
-            assert all(p.grad.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for p in
-                       parameters.values())  # fmt: skip
+        def sum_gradients(self, buffer: GradientBuffer) -> None:
+            storages = {p.grad.untyped_storage().data_ptr() for p in parameters.values()}
+            assert storages == {buffer.flat.untyped_storage().data_ptr()}
 
     def batches():
-        yield pack(rows.rows)
+        yield pack_rows(rows.rows)
         watching.__enter__()  # from here on
 
     try:
-        step_gradients(forward, parameters, batches(), int(rows.num_targets.sum()), 4, TwoProcesses())
+        step_gradients(forward, Sft(), parameters, batches(), totals_of(rows), TwoRanks())
     finally:
         watching.__exit__(None, None, None)
     assert max(sizes) < 100 < sum(parameter.numel() for parameter in parameters.values())
@@ -184,7 +189,7 @@ def test_a_step_computes_nothing_in_64_bit() -> None:
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, fused=True)
     with Find64Bit():
         sums = lmtune_step(model, rows, 60)
-        loop._update(optimizer, parameters, 1e-3, sums, build_config(FinetuneConfig, MINIMAL, "test"))
+        update(optimizer, parameters.values(), 1e-3, sums.grad_norm, 1.0)
     assert not found
 
 

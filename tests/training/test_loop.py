@@ -10,18 +10,17 @@ import pytest
 import torch
 
 from lmtune.config.schema import ModelConfig
+from lmtune.data.types import TokenizedExample
 from lmtune.errors import LmtuneError
-from lmtune.forward.packed import PackedForward, TokenScores
+from lmtune.evaluation.scoring import Scores
+from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import load_model
 from lmtune.models.tuning.lora import trainable
-from lmtune.runs.log import Accuracies
-from lmtune.training import loop
-from lmtune.training.checkpoint import checkpoint_folders
-from lmtune.training.loop import Job, train
+from lmtune.training.checkpoint import checkpoint_folders, load_checkpoint
 from lmtune.training.memory import is_checkpointed_throughout
-from tests.jobs import final_weights, job_for, records
-from tests.tiny import Row, Rows, adapted, random_rows, tiny_model
+from tests.jobs import Job, final_weights, job_for, records, train
+from tests.tiny import Rows, adapted, random_rows, tiny_model
 
 
 def test_micro_batches_of_any_size_give_the_same_adapter(tmp_path: Path) -> None:
@@ -37,7 +36,7 @@ def test_resuming_from_any_step_is_bitwise_the_same(tmp_path: Path, dropout: flo
     settings = {"run__checkpoint_every_steps": 1, "run__keep_checkpoints": 10}
     whole = final_weights(job_for(tmp_path / "whole", dropout, **settings))
     for path in checkpoint_folders(tmp_path / "whole" / "checkpoints")[:-1]:
-        resumed = loop.load_checkpoint(path)
+        resumed = load_checkpoint(path)
         folder = tmp_path / f"from{resumed.step}"
         again = final_weights(job_for(folder, dropout, resumed=resumed, **settings))
         assert all(torch.equal(again[name], weight) for name, weight in whole.items()), path.name
@@ -62,10 +61,9 @@ def test_out_of_memory_first_gives_up_dense_copies_of_quantised_weights(
 ) -> None:
     def quantised_job(folder: Path, keep: bool) -> Job:
         base = ModelConfig(name=str(tmp_path / "base"), quantization="nf4")
-        job = job_for(folder, train__max_steps=2)
-        job.forward = PackedForward(adapted(load_model(base, "cpu")))
-        fuse(job.forward.model, keep_dense=keep)
-        return job
+        model = adapted(load_model(base, "cpu"))
+        fuse(model, keep_dense=keep)
+        return job_for(folder, train__max_steps=2, model=model)
 
     def held(forward: PackedForward) -> bool:
         return any(getattr(getattr(m, "lmtune_weight", None), "keep", False) for m in forward.base.modules())
@@ -84,7 +82,7 @@ def test_out_of_memory_first_gives_up_dense_copies_of_quantised_weights(
     freed = final_weights(job)
     assert all(torch.equal(freed[name], weight) for name, weight in whole.items())
     said = " ".join(capsys.readouterr().err.split())
-    assert "out of memory at step 1: no dense copies of quantised weights from here on (same result)" in said
+    assert "out of memory at step 1: no dense copies of quantized weights from here on (same result)" in said
     assert said.count("out of memory") == 1
 
 
@@ -101,8 +99,8 @@ def test_out_of_memory_with_a_single_row_says_what_to_do(tmp_path: Path, monkeyp
 def test_the_best_step_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 1.0])
 
-    def validate() -> Accuracies:
-        return Accuracies(next(losses), 0.5, 0.5)
+    def validate() -> Scores:
+        return Scores(next(losses), 1.0, 0.5, 0.5, None, 1, 0)
 
     job = job_for(
         tmp_path / "run", validate=validate, evaluation__every_steps=1, evaluation__patience=2,
@@ -110,15 +108,15 @@ def test_the_best_step_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None
     )  # fmt: skip
     outcome = train(job)
     assert outcome.stopped_early
-    assert (outcome.counters.step, outcome.counters.best_step) == (4, 2)
-    best = loop.load_checkpoint(job.run.checkpoints / "step-000002")
-    assert all(torch.equal(p, best.adapter[n]) for n, p in trainable(job.forward.model).items())
+    assert (outcome.state.step, outcome.state.best_step) == (4, 2)
+    best = load_checkpoint(job.run.checkpoints / "step-000002")
+    assert all(torch.equal(p, best.weights[n]) for n, p in trainable(job.forward.model).items())
 
 
 def test_every_step_is_recorded_once_even_after_a_resume(tmp_path: Path) -> None:
     job = job_for(tmp_path / "run", run__checkpoint_every_steps=2, run__keep_checkpoints=10)
     train(job)
-    resumed = loop.load_checkpoint(job.run.checkpoints / "step-000004")
+    resumed = load_checkpoint(job.run.checkpoints / "step-000004")
     train(job_for(tmp_path / "run", resumed=resumed))
     metrics = job.run.metrics.read_text().splitlines()
     results = job.run.results.read_text().splitlines()
@@ -130,7 +128,7 @@ def rows_of_many_sequences() -> Rows:
     """Three rows of 8 sequences each, as a template that drops earlier thoughts makes them, and five of one."""
     many = random_rows(24, longest=40)
     documents = [row.sequences[0] for row in many.rows]
-    rows = [Row(f"rows.jsonl:{n + 1}", documents[8 * n : 8 * n + 8]) for n in range(3)]
+    rows = [TokenizedExample(f"rows.jsonl:{n + 1}", documents[8 * n : 8 * n + 8]) for n in range(3)]
     return Rows([*rows, *random_rows(5, seed=1, longest=20).rows])
 
 
@@ -138,7 +136,7 @@ def test_a_row_of_many_sequences_needs_the_memory_of_one(tmp_path: Path, monkeyp
     """Whatever the memory is, the update is the same, and a row counts as right when all its sequences are."""
     settings = {"train__batch_size": 4, "train__max_steps": 3}
     whole = job_for(tmp_path / "whole", **settings)
-    whole.data = rows_of_many_sequences()
+    whole.parts.data.train = rows_of_many_sequences()
     weights = final_weights(whole)
     longest, real, held = whole.data.sequences.longest, PackedForward.__call__, list[int]()
 
@@ -151,7 +149,7 @@ def test_a_row_of_many_sequences_needs_the_memory_of_one(tmp_path: Path, monkeyp
     monkeypatch.setattr(PackedForward, "__call__", limited)
     for budget in (1, 10**6):
         cut = job_for(tmp_path / f"cut{budget}", **settings, train__micro_batch_tokens=budget)
-        cut.data = rows_of_many_sequences()
+        cut.parts.data.train = rows_of_many_sequences()
         found = final_weights(cut)
         for name, weight in weights.items():
             torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
@@ -163,15 +161,14 @@ def test_a_row_of_many_sequences_needs_the_memory_of_one(tmp_path: Path, monkeyp
 def test_a_row_is_right_when_all_its_sequences_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They may be in different micro-batches: here each is in one of its own."""
     job = job_for(tmp_path / "run", train__micro_batch_tokens=1, train__batch_size=4, train__max_steps=1)
-    job.data = Rows(rows_of_many_sequences().rows[:4])
+    job.parts.data.train = Rows(rows_of_many_sequences().rows[:4])
     spoilt = job.data[1].sequences[3].input_ids[:3].tolist()
     real = PackedForward.__call__
 
     def all_but_one_right(self, batch):
-        scores = real(self, batch)
+        outputs = real(self, batch)
         is_spoilt = batch.input_ids[0, :3].tolist() == spoilt
-        correct = torch.full_like(scores.correct, not is_spoilt)
-        return TokenScores(scores.total, scores.losses, correct)
+        return Outputs(outputs.logprobs, torch.full_like(outputs.is_top1, not is_spoilt))
 
     monkeypatch.setattr(PackedForward, "__call__", all_but_one_right)
     train(job)
@@ -193,6 +190,6 @@ def test_a_checkpoint_is_due_after_minutes_too(
 
     monkeypatch.setattr("lmtune.training.loop.seed_step", half_a_minute)
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=perf_counter)
-    monkeypatch.setattr("lmtune.training.loop.time", clock)
+    monkeypatch.setattr("lmtune.training.hooks.time", clock)
     train(job)
     assert [int(path.name[5:]) for path in checkpoint_folders(job.run.checkpoints)] == saved

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtune.batching.plan import Plan, TokenCost, Unit, deal
+from lmtune.batching.plan import Planner, TokenCost, Unit, assign_to_ranks
 from lmtune.batching.prefixes import SharedPrefix
 from lmtune.config.load import build_config
 from lmtune.config.schema import TrainConfig
@@ -17,11 +17,11 @@ def settings(**changes: object) -> TrainConfig:
     return build_config(TrainConfig, {"batch_size": 4, "epochs": 3, **changes}, "test")
 
 
-def plan_of(lengths: list[int], world_size: int = 1, budget: int = 100, **changes: object) -> Plan:
+def plan_of(lengths: list[int], world_size: int = 1, budget: int = 100, **changes: object) -> Planner:
     """A plan of rows of these lengths, a third of each trained."""
     tokens = np.array(lengths, dtype=np.int32)
     trained = np.maximum(1, tokens // 3).astype(np.int32)
-    return Plan(SequenceTable.one_each(tokens, trained), settings(**changes), world_size, budget)
+    return Planner(SequenceTable.one_each(tokens, trained), settings(**changes), world_size, budget)
 
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(1, 90, 23)]
@@ -41,7 +41,7 @@ def test_the_last_step_of_an_epoch_has_the_rest() -> None:
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
-    def order(plan: Plan, epoch: int) -> list[int]:
+    def order(plan: Planner, epoch: int) -> list[int]:
         return [row for step in range(6 * epoch + 1, 6 * epoch + 7) for row in plan.step(step).rows]
 
     plan = plan_of(LENGTHS)
@@ -64,38 +64,38 @@ def test_shares_partition_the_steps_rows_within_the_budget(lengths: list[int], w
     plan = plan_of(lengths, world, budget, batch_size=7)
     for step in range(1, plan.steps_per_epoch + 1):
         todo = plan.step(step)
-        assert len(todo.shares) == world
-        units = [unit for share in todo.shares for group in share for unit in group]
-        assert sorted(units) == [Unit(example, row, 0) for example, row in enumerate(todo.rows)]
-        for group in (group for share in todo.shares for group in share):
+        assert len(todo.micro_batches) == world
+        units = [unit for share in todo.micro_batches for group in share for unit in group]
+        assert sorted(units) == [Unit(example, row, (0,)) for example, row in enumerate(todo.rows)]
+        for group in (group for share in todo.micro_batches for group in share):
             assert len(group) == 1 or sum(lengths[unit.row] for unit in group) <= budget
         assert todo.longest == max(lengths[row] for row in todo.rows)
-        assert todo.num_tokens == sum(lengths[row] for row in todo.rows)
-        assert todo.num_targets == sum(max(1, lengths[row] // 3) for row in todo.rows)
+        assert todo.totals.tokens == sum(lengths[row] for row in todo.rows)
+        assert todo.totals.targets == sum(max(1, lengths[row] // 3) for row in todo.rows)
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=64), st.integers(2, 8))
 def test_shares_are_about_equal(lengths: list[int], world: int) -> None:
     """Graham's bound: 4/3 of the best possible, and the best is at most the mean and one row more."""
-    loads = [sum(lengths[place] for place in share) for share in deal(lengths, [0] * len(lengths), world)]
+    loads = [sum(lengths[place] for place in share) for share in assign_to_ranks(lengths, [0] * len(lengths), world)]
     assert max(loads) <= 4 / 3 * (sum(loads) / world + max(lengths))
     assert max(loads) - min(loads) <= max(lengths)
 
 
 def test_a_long_row_weighs_more_than_its_tokens() -> None:
-    assert deal([100, 60, 50], [0] * 3, 2) == [[0], [1, 2]]
-    assert deal([100, 90, 40, 30], [0] * 4, 2, cost=TokenCost(before=0.04)) == [[0, 3], [1, 2]]
+    assert assign_to_ranks([100, 60, 50], [0] * 3, 2) == [[0], [1, 2]]
+    assert assign_to_ranks([100, 90, 40, 30], [0] * 4, 2, cost=TokenCost(before=0.04)) == [[0, 3], [1, 2]]
 
 
 def test_a_trained_token_weighs_more_than_another() -> None:
-    assert deal([100, 100, 100, 100], [0, 100, 0, 100], 2) == [[0, 2], [1, 3]]
-    assert deal([100, 100, 100, 100], [0, 100, 0, 100], 2, cost=TokenCost(trained=0.5)) == [[1, 0], [3, 2]]
+    assert assign_to_ranks([100, 100, 100, 100], [0, 100, 0, 100], 2) == [[0, 2], [1, 3]]
+    assert assign_to_ranks([100, 100, 100, 100], [0, 100, 0, 100], 2, cost=TokenCost(target=0.5)) == [[1, 0], [3, 2]]
 
 
 def test_rows_behind_one_prefix_go_to_one_process_while_that_is_cheaper() -> None:
     prefix = SharedPrefix(100, (0, 1, 2, 3))
-    assert deal([110, 110, 110, 110, 130], [0] * 5, 2, [prefix]) == [[4], [0, 1, 2, 3]]
-    assert [len(share) for share in deal([300] * 4, [0] * 4, 2, [prefix])] == [2, 2]
+    assert assign_to_ranks([110, 110, 110, 110, 130], [0] * 5, 2, [prefix]) == [[4], [0, 1, 2, 3]]
+    assert [len(share) for share in assign_to_ranks([300] * 4, [0] * 4, 2, [prefix])] == [2, 2]
 
 
 def test_rows_that_share_a_prefix_are_planned_together() -> None:
@@ -104,11 +104,11 @@ def test_rows_that_share_a_prefix_are_planned_together() -> None:
     prefixes = generator.integers(3, 99, (2, 40))
     lengths = np.full(20, 50, dtype=np.int32)
     sequences = SequenceTable.one_each(lengths, lengths // 5)
-    plan = Plan(sequences, settings(batch_size=20), 1, 200, lambda row: [prefixes[row % 2]])
-    (share,) = plan.step(1).shares
+    plan = Planner(sequences, settings(batch_size=20), 1, 200, lambda row: [prefixes[row % 2]])
+    (share,) = plan.step(1).micro_batches
     assert sorted(len(group) for group in share) == [10, 10]
     assert all(len({unit.row % 2 for unit in group}) == 1 for group in share)
-    assert len(plan_of([50] * 20, budget=200, batch_size=20).step(1).shares[0]) == 5
+    assert len(plan_of([50] * 20, budget=200, batch_size=20).step(1).micro_batches[0]) == 5
 
 
 @given(st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=5), min_size=1, max_size=20), st.integers(1, 3))
@@ -117,16 +117,16 @@ def test_a_rows_sequences_are_dealt_one_by_one(rows: list[list[int]], world: int
     tokens = np.array([length for row in rows for length in row], dtype=np.int32)
     trained = np.maximum(1, tokens // 3).astype(np.int32)
     sequences = SequenceTable(tokens, trained, np.cumsum([0, *(len(row) for row in rows)]))
-    plan = Plan(sequences, settings(batch_size=3), world, 1)
+    plan = Planner(sequences, settings(batch_size=3), world, 1)
     for step in range(1, plan.steps_per_epoch + 1):
         todo = plan.step(step)
-        groups = [group for share in todo.shares for group in share]
+        groups = [group for share in todo.micro_batches for group in share]
         assert all(len(group) == 1 for group in groups)
         assert sorted(unit for group in groups for unit in group) == [
-            Unit(example, row, document) for example, row in enumerate(todo.rows) for document in range(len(rows[row]))
+            Unit(example, row, (place,)) for example, row in enumerate(todo.rows) for place in range(len(rows[row]))
         ]
-        assert todo.num_tokens == sum(sum(rows[row]) for row in todo.rows)
-        assert todo.num_targets == sum(max(1, length // 3) for row in todo.rows for length in rows[row])
+        assert todo.totals.tokens == sum(sum(rows[row]) for row in todo.rows)
+        assert todo.totals.targets == sum(max(1, length // 3) for row in todo.rows for length in rows[row])
         assert todo.longest == max(max(rows[row]) for row in todo.rows)
     assert sorted(row for step in range(1, plan.steps_per_epoch + 1) for row in plan.step(step).rows) == list(
         range(len(rows))
@@ -135,7 +135,7 @@ def test_a_rows_sequences_are_dealt_one_by_one(rows: list[list[int]], world: int
 
 def test_more_processes_than_rows_leaves_some_without() -> None:
     todo = plan_of([5, 6], world_size=4).step(1)
-    assert sorted(len(share) for share in todo.shares) == [0, 0, 1, 1]
+    assert sorted(len(share) for share in todo.micro_batches) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_more_processes_than_rows_leaves_some_without() -> None:
     ],
 )
 def test_the_number_of_steps(rows: int, changes: dict[str, object], steps: int) -> None:
-    assert Plan.count_steps(rows, settings(**changes)) == steps
+    assert Planner.count_steps(rows, settings(**changes)) == steps
     assert plan_of([5] * rows, **changes).total_steps == steps
 
 

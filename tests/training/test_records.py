@@ -10,7 +10,7 @@ from lmtune.errors import CheckpointError
 from lmtune.evaluation.generative import Answer
 from lmtune.runs.log import Accuracies, Records, StepRecord, recorded_steps
 from lmtune.runs.store import RunDirectory
-from lmtune.training.lifecycle import add_tuned_answers
+from lmtune.training.run import add_tuned_answers
 
 COLUMNS = (
     "step,elapsed_tokens,elapsed_examples,training_loss,training_sequence_accuracy,training_token_accuracy,"

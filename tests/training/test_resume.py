@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from lmtune.config.schema import DataConfig, FinetuneConfig, ModelConfig
 from lmtune.errors import CheckpointError
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import checkpoint_folders
-from lmtune.training.resume import find_checkpoint, identity, require_same
+from lmtune.training.resume import check_resumable, find_checkpoint
+from lmtune.training.state import RunSignature
 from tests.workplace import config_of, finetune, inside, make_workplace
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
@@ -33,42 +35,42 @@ BINDING = {
 }  # fmt: skip
 
 
-def identity_of(**changes: Any) -> dict[str, Any]:
+def signature_of(**changes: Any) -> RunSignature:
     """What must be equal, with the same data and base."""
-    return identity(config_of(**changes), "data", "base")
+    return RunSignature.of(config_of(**changes), "data", "base")
 
 
 @pytest.mark.parametrize("key", FREE)
 def test_settings_of_speed_and_reporting_are_free(key: str) -> None:
-    assert identity_of(**{key: FREE[key]}) == identity_of()
+    assert signature_of(**{key: FREE[key]}) == signature_of()
 
 
 @pytest.mark.parametrize("key", BINDING)
 def test_settings_of_what_is_learned_are_not(key: str) -> None:
     name = key.replace("__", ".")
-    before, now = identity_of(), identity_of(**{key: BINDING[key]})
-    with pytest.raises(CheckpointError, match="begun differently") as caught:
-        require_same(RunDirectory("runs/trial"), before, now)
-    assert f"  {name}: was {before[name]!r}, now {now[name]!r}\n" in str(caught.value)
+    before, now = signature_of(), signature_of(**{key: BINDING[key]})
+    with pytest.raises(CheckpointError, match="cannot resume: settings changed") as caught:
+        check_resumable(RunDirectory("runs/trial"), before, now)
+    assert f"  {name}: was {before.settings[name]!r}, now {now.settings[name]!r}\n" in str(caught.value)
     assert str(caught.value).count(": was ") == 1
 
 
 def test_all_differences_stand_in_one_message() -> None:
-    now = {**identity_of(train__seed=1, adapter__rank=8), "the data files' content": "x"}
+    now = replace(signature_of(train__seed=1, adapter__rank=8), data="x")
     with pytest.raises(CheckpointError) as caught:
-        require_same(RunDirectory("runs/trial"), identity_of(), now)
+        check_resumable(RunDirectory("runs/trial"), signature_of(), now)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "runs/trial: this run was begun differently, so it cannot go on"
+    assert lines[0] == "runs/trial: this run was cannot resume: settings changed, so it cannot go on"
     assert lines[1:4] == [
         "  adapter.rank: was 4, now 8", "  the data files' content: changed", "  train.seed: was 0, now 1"
     ]  # fmt: skip
     assert "run.resume=never" in lines[4]
 
 
-def test_an_identity_survives_being_written(tmp_path: Path) -> None:
+def test_a_signature_survives_being_written(tmp_path: Path) -> None:
     """A tuple becomes a list in JSON; that is no difference."""
-    now = identity_of(adapter__target_modules=("q_proj", "v_proj"))
-    require_same(RunDirectory(tmp_path), json.loads(json.dumps(now)), now)
+    now = replace(signature_of(adapter__target_modules=("q_proj", "v_proj")), tokens="t", start="s")
+    assert RunSignature.from_dict(json.loads(json.dumps(now.to_dict()))) == now
 
 
 @pytest.mark.parametrize("key", [key for key in BINDING if not key.startswith("model__")])
@@ -77,32 +79,35 @@ def test_a_setting_that_is_new_in_this_version_counts_as_its_default(key: str) -
     name = key.replace("__", ".")
     section, _, field = name.partition(".")
     default = getattr(getattr(FinetuneConfig(model=ModelConfig(name="x"), data=DataConfig(train="x")), section), field)
-    before = {k: v for k, v in identity_of().items() if k != name}
-    require_same(RunDirectory("x"), before, identity_of(**{key: default}))
+    whole = signature_of()
+    before = replace(whole, settings={k: v for k, v in whole.settings.items() if k != name})
+    check_resumable(RunDirectory("x"), before, signature_of(**{key: default}))
     with pytest.raises(CheckpointError, match=rf"{name}: was .*, now "):
-        require_same(RunDirectory("x"), before, identity_of(**{key: BINDING[key]}))
+        check_resumable(RunDirectory("x"), before, signature_of(**{key: BINDING[key]}))
 
 
 def test_a_setting_that_this_version_does_not_know_counts_as_changed() -> None:
+    now = signature_of()
+    before = replace(now, settings={**now.settings, "train.optimizer": "lion"})
     with pytest.raises(CheckpointError, match=r"train\.optimizer: was 'lion', now None"):
-        require_same(RunDirectory("x"), {**identity_of(), "train.optimizer": "lion"}, identity_of())
+        check_resumable(RunDirectory("x"), before, now)
 
 
 def test_rows_count_by_their_tokens_where_both_runs_know_them() -> None:
-    def of(key: str, tokens: str | None) -> dict[str, Any]:
-        return identity(config_of(), key, "base", tokens)
+    def of(key: str, tokens: str | None) -> RunSignature:
+        return RunSignature.of(config_of(), key, "base", tokens)
 
-    require_same(RunDirectory("x"), of("by transformers 5.23.0", "same"), of("by transformers 5.23.1", "same"))
-    require_same(RunDirectory("x"), of("same", None), of("same", "known now"))  # a run of an earlier version
+    check_resumable(RunDirectory("x"), of("by transformers 5.23.0", "same"), of("by transformers 5.23.1", "same"))
+    check_resumable(RunDirectory("x"), of("same", None), of("same", "known now"))  # a run of an earlier version
     for before, now in (
         (of("same", "tokens"), of("same", "others")), (of("one", None), of("another", "tokens")),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match="the data files' content: changed"):
-            require_same(RunDirectory("x"), before, now)
+            check_resumable(RunDirectory("x"), before, now)
 
 
 def test_no_checkpoint_is_a_beginning(tmp_path: Path) -> None:
-    assert find_checkpoint(RunDirectory(tmp_path), {}) == (None, [])
+    assert find_checkpoint(RunDirectory(tmp_path), signature_of()) == (None, [])
 
 
 # --- through the recipe

@@ -1,6 +1,5 @@
 """What a run is made of: every technique is switched on where it can be."""
 
-import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,46 +7,38 @@ from typing import Any
 
 import pytest
 
+from lmtune.batching.prefetch import BatchPrefetcher
 from lmtune.errors import ConfigError
 from lmtune.evaluation import scoring
 from lmtune.evaluation.scoring import evaluate_loaded
 from lmtune.inference.load import load_for_inference
-from lmtune.runs.store import RunDirectory
-from lmtune.training import compose, loop, memory
+from lmtune.parallel.single import Single
+from lmtune.training import compose, memory
 from lmtune.training.estimate import token_cost
 from lmtune.training.lifecycle import evaluation_warnings
-from tests.tiny import OneProcess
 from tests.workplace import QUESTIONS, config_of, finetune, inside, make_workplace, write_rows
 
 SYSTEM = "You work in a shop for garden tools and answer every question of a customer kindly, in one short sentence."
 
 
-class Alone(OneProcess):
-    """One process, which need not wait for another to read the rows."""
-
-    main_process_first = contextlib.nullcontext
-
-
 def test_a_run_has_every_technique(tmp_path: Path) -> None:
     folder = make_workplace(tmp_path / "work")
     with inside(folder):
-        config = config_of(data__system=SYSTEM, model__quantization="nf4")
-        prepared = compose.prepare(config, Alone())
-        job = prepared.job(RunDirectory.of(config.run), None)
-        with loop._feeder(job, prepared.micro_batch_tokens) as prefetcher:
+        parts = compose.compose(config_of(data__system=SYSTEM, model__quantization="nf4"), Single())
+        loop, _ = parts.loop()
+        with BatchPrefetcher(loop.planner, 0, loop.data, parts.forward.shares_prefixes) as prefetcher:
             prefetcher.start(1)
             prefetcher.next_step()
-            shared = [not batch.layout.is_plain for batch in prefetcher.batches()]
-    forward = prepared.forward
-    assert forward.notes == []
-    layers = [module for module in forward.base.modules() if hasattr(module, "base_layer")]
+            shared = [not batch.segments.is_plain for batch in prefetcher.batches()]
+    assert parts.forward.disabled_optimizations == []
+    layers = [module for module in parts.forward.base.modules() if hasattr(module, "base_layer")]
     assert layers
     assert all(type(module).__name__.startswith("Fused") for module in layers)
-    assert all(module.lmtune_weight.keep for module in layers)  # dequantised once
+    assert all(module.lmtune_weight.keep for module in layers)  # dequantized once
     assert shared
-    assert all(shared)  # the system prompt is laid down once
-    assert job.cost == token_cost(memory.shape_of(forward.model, prepared.parameters))
-    assert min(job.cost.before, job.cost.trained) > 0
+    assert all(shared)  # the system prompt is packed once
+    cost = token_cost(memory.shape_of(parts.forward.model, parts.parameters))
+    assert min(cost.before, cost.target) > 0
 
 
 def test_layers_are_computed_twice_where_memory_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +48,8 @@ def test_layers_are_computed_twice_where_memory_is_small(tmp_path: Path, monkeyp
     for free, twice in ((2**34, False), (2**16, True)):
         monkeypatch.setattr(compose, "free_memory", lambda device, free=free: free)
         with inside(folder):
-            prepared = compose.prepare(config_of(), Alone())
-        assert is_checkpointed_throughout(prepared.forward.base) is twice
+            parts = compose.compose(config_of(), Single())
+        assert is_checkpointed_throughout(parts.forward.base) is twice
 
 
 @pytest.mark.parametrize("rows", [[QUESTIONS[0]], [QUESTIONS[0]] * 5])
@@ -70,7 +61,7 @@ def test_patience_without_a_row_to_hold_out_is_refused_before_the_model_is_loade
     monkeypatch.setattr(compose, "load_model", None)
     wanted = r"evaluation\.patience: 2 waits for validation scores.*data\.validation_fraction: 0\.05.*rows are equal"
     with inside(folder), pytest.raises(ConfigError, match=wanted):
-        compose.prepare(config_of(data__validation=None, evaluation__patience=2, evaluation__every_steps=1), Alone())
+        compose.compose(config_of(data__validation=None, evaluation__patience=2, evaluation__every_steps=1), Single())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lmtune.config.yaml import write_yaml
 from lmtune.errors import ConfigError
 from lmtune.models.device import default_device
-from lmtune.parallel.launch import _failure, _stopped, start_accelerator
+from lmtune.parallel.launch import _failure, _stopped, connect
 from lmtune.parallel.worker import check_world, is_worker, note_exit_code
 from tests.workplace import environment, finetune, make_workplace, tree_of
 
@@ -26,14 +26,14 @@ WORLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher's variables."""
-    for name in (*WORLD, "LMTUNE_PROCESSES", "LMTUNE_EXIT_CODES", "LMTUNE_STARTED_BY"):
+    for name in (*WORLD, "LMTUNE_NUM_PROCESSES", "LMTUNE_EXIT_CODES", "LMTUNE_PARENT_PID"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
     "variables",
     [
-        {}, {"LMTUNE_PROCESSES": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "LMTUNE_PROCESSES": "2"},
+        {}, {"LMTUNE_NUM_PROCESSES": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "LMTUNE_NUM_PROCESSES": "2"},
         {"ACCELERATE_USE_CPU": "true"}, {"WORLD_SIZE": "2", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"},
     ],
 )  # fmt: skip
@@ -47,8 +47,8 @@ def test_the_world_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, variables
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"LMTUNE_PROCESSES": "2"}, "--processes: 2 processes were asked for, 1 are running"),
-        ({"LMTUNE_PROCESSES": "2", "WORLD_SIZE": "4"}, "--processes: 2 processes were asked for, 4 are running"),
+        ({"LMTUNE_NUM_PROCESSES": "2"}, "--processes: 2 processes were asked for, 1 are running"),
+        ({"LMTUNE_NUM_PROCESSES": "2", "WORLD_SIZE": "4"}, "--processes: 2 processes were asked for, 4 are running"),
         ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, "its --cpu option does that"),
     ],
 )
@@ -88,7 +88,7 @@ def test_every_verb_computes_on_the_same_device(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(accelerate.state, "is_mps_available", lambda *_, **__: True)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        assert start_accelerator().device == default_device() == torch.device("cpu")
+        assert connect().device == default_device() == torch.device("cpu")
     finally:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -129,13 +129,13 @@ def test_an_exit_code_for_a_command_that_is_gone_is_dropped(tmp_path: Path, monk
     note_exit_code(3)
 
 
-FOLLOWS = "import time; from lmtune.parallel.launch import stop_with_starter; stop_with_starter(); time.sleep(60)"
+FOLLOWS = "import time; from lmtune.parallel.launch import exit_with_parent; exit_with_parent(); time.sleep(60)"
 
 
 def test_a_process_whose_starter_had_gone_before_it_looked_stops_too() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    variables = {**os.environ, "LMTUNE_STARTED_BY": str(gone.pid)}
+    variables = {**os.environ, "LMTUNE_PARENT_PID": str(gone.pid)}
     done = subprocess.run([sys.executable, "-c", FOLLOWS], cwd=ROOT, env=variables, timeout=30, check=False)
     assert done.returncode == -signal.SIGTERM
 
@@ -220,12 +220,12 @@ def test_a_stop_reaches_every_process(tmp_path: Path) -> None:
 LEAVES = """
 import sys, time
 import torch
-from lmtune.parallel.launch import start_accelerator
+from lmtune.parallel.launch import connect
 
-accelerator = start_accelerator()
+parallel = connect()
 for _ in range(20):
     torch.distributed.all_reduce(torch.zeros(1000))
-sys.exit(0 if sys.argv[1] == "well" else accelerator.process_index)
+sys.exit(0 if sys.argv[1] == "well" else parallel.rank)
 """
 
 
