@@ -268,7 +268,7 @@ def checkpoint_layers(base: Any, count: int) -> None:
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     layers = decoder_layers(base)
     for layer in [] if layers is None else layers[count:]:
-        layer.gradient_checkpointing = False
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def is_checkpointed_throughout(base: Any) -> bool:
