@@ -60,7 +60,7 @@ def main(
         check.raise_for_faults("skip")
     elif num_faults:
         what = "fix the lines named above" if num_faults > 1 else "fix the line named above"
-        rest = "" if check.report.lasting else "; what is left without faulty rows: lmtune check --skip-faulty"
+        rest = "" if check.report.fatal else "; what is left without faulty rows: lmtune check --skip-faulty"
         raise DataError(f"{pluralize(num_faults, 'fault')} in the data; {what}{rest}")
     if as_json:
         return

@@ -222,7 +222,7 @@ def _build(
             try:
                 sequences = counts.fit(example, outcome)
             except DataError as fault:  # `too_long: error` is no matter of `faulty_rows`
-                report.add_fault(example.location, _reason(fault), lasting=True)
+                report.add_fault(example.location, _reason(fault), fatal=True)
                 continue
             if sequences and (config.faulty_rows == "skip" or not report.num_faults):
                 table.append(sequences, number[example.source], example.line, content)

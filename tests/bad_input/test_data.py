@@ -58,14 +58,10 @@ REFUSED: dict[str, tuple[bytes, int, list[str]]] = {  # content, line of the fau
     "completion a list": (row(completion="[]"), 1, ["completion is an empty list"]),
     "completion missing": (b'{"prompt": "p", "completions": "c"}', 1, ["completion missing", '"completions"', "meant"]),
     "completion empty": (row(completion='""'), 1, ["completion is empty", "remove the row"]),
-    "NaN": (row(more=', "x": NaN'), 1, ["NaN is not JSON"]),
-    "infinity": (row(more=', "x": -Infinity'), 1, ["-Infinity is not JSON"]),
     "half a character": (row(prompt='"a\\ud83d"'), 1, ["prompt holds half a character", "surrogate"]),
     "NUL written out": (row(prompt='"a\\u0000"'), 1, ["prompt holds a NUL character"]),
     "NUL as it is": (b'{"prompt": "a\x00", "completion": "c"}', 1, ["control character", "0x00"]),
     "5,000 lists in each other": (row(more=', "x": ' + "[" * 5000 + "]" * 5000), 1, ["nested too deep"]),
-    "brackets 101 deep": (row(more=', "x": ' + "[" * 100 + "]" * 100), 1, ["nested too deep"]),
-    "5,000 objects in each other": (b'{"a":' * 5000 + b"1" + b"}" * 5000, 1, ["nested too deep"]),
     "a list that opens for ever": (b"[" * 200_000, 1, ["nested too deep"]),
     "gzip": (gzip.compress(GOOD), 1, ["gzip", "unpack it first"]),
     "a pointer in place of the rows": (
@@ -79,16 +75,6 @@ REFUSED: dict[str, tuple[bytes, int, list[str]]] = {  # content, line of the fau
         ["a web page", "download the file itself"],
     ),
     "a row of 50 MB": (GOOD + b"\n" + row(prompt=f'"{"x" * 50_000_000}"') + b"\n" + GOOD, 2, ["longer than 32 MiB"]),
-    "a row of 50 MB in a list": (
-        b"[" + GOOD + b",\n" + row(prompt=f'"{"x" * 50_000_000}"') + b",\n" + GOOD + b"]",
-        2,
-        ["item 2: the row is longer than 32 MiB"],
-    ),
-    "a row of 40 MB that is 20 million letters in a list": (
-        b"[\n" + row(prompt=f'"{"ä" * 20_000_000}"') + b"]",
-        2,
-        ["item 1: the row is longer than 32 MiB"],
-    ),
     "a bad item of a list on one line": (
         b"[" + GOOD + b", " + row(prompt="null") + b", " + GOOD + b"]",
         1,
@@ -120,9 +106,9 @@ ACCEPTED: dict[str, tuple[bytes, int, list[str]]] = {  # content, rows, what is 
     "blank lines": (b"\n \n" + GOOD + b"\n\n\t\r\n" + GOOD + b"\n\n", 2, []),
     "a list": (b"[\n" + GOOD + b",\n" + GOOD + b"\n]", 2, []),
     "a list behind a mark and blanks": (b"\xef\xbb\xbf\n\t[" + GOOD + b"]", 1, []),
+    "NaN in a key that is not used": (row(more=', "x": [NaN, -Infinity]'), 1, ['these keys are not used: "x"']),
     "a key more": ((row(more=', "id": 1') + b"\n") * 5, 5, ['these keys are not used: "id"']),
     "an answer of white space": (GOOD + b"\n" + row(completion='" \\n"'), 2, ["only white space (1 row: line 2)"]),
-    "brackets 100 deep": (row(more=', "x": ' + "[" * 99 + "]" * 99), 1, ['these keys are not used: "x"']),
 }  # fmt: skip
 
 
@@ -224,18 +210,14 @@ def test_control_tokens_in_user_text_are_shown_as_text(place: Path, command: Com
 # --- size
 
 
-@pytest.mark.parametrize("kind", ["lines", "list"])
 @pytest.mark.parametrize("megabytes", [48, pytest.param(1000, marks=pytest.mark.long)])
-def test_memory_does_not_grow_with_the_file(place: Path, kind: str, megabytes: int) -> None:
+def test_memory_does_not_grow_with_the_file(place: Path, megabytes: int) -> None:
     """A file of 10 kB rows: its own process, its peak measured by the system, against one of a single row."""
-    one = json.dumps({"prompt": "x" * 10_000, "completion": "c"}).encode()
-    before, between, after = (b"", b"\n", b"") if kind == "lines" else (b"[", b",\n", b"]")
+    one = json.dumps({"prompt": "x" * 10_000, "completion": "c"}).encode() + b"\n"
     for name, count in (("small", 1), ("large", megabytes * 100)):
         with open(place / f"{name}.json", "wb") as file:
-            file.write(before)
-            for number in range(count):
-                file.write((between if number else b"") + one)
-            file.write(after)
+            for _ in range(count):
+                file.write(one)
     small, large = (_peak_bytes(place / f"{name}.json") for name in ("small", "large"))
     (place / "large.json").unlink()
     assert large - small < 30_000_000, (small, large)

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from lmtune.config import schema as config_module
 from lmtune.config.load import dump_config, load_config
 from lmtune.config.schema import FinetuneConfig
-from lmtune.data import reading
 from lmtune.data import templates as templates_module
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import Renderer
@@ -105,17 +104,14 @@ def test_any_json_is_read_or_refused(tmp_path: Path, examples: int) -> None:
 
 
 @examples
-def test_any_bytes_are_read_or_refused_in_pieces_of_any_size(
-    tmp_path: Path, examples: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def check(content: bytes, at: int, prefix: bytes, piece: int) -> None:
-        monkeypatch.setattr(reading, "_PIECE_BYTES", piece)
+def test_any_bytes_are_read_or_refused(tmp_path: Path, examples: int) -> None:
+    def check(content: bytes, at: int, prefix: bytes) -> None:
         read(tmp_path / "rows.json", prefix + content)
         read(tmp_path / "rows.json", GOOD[:at] + content + GOOD[at:])
 
     search(
         examples, check, content=st.binary(max_size=60), at=st.integers(0, 60),
-        prefix=st.sampled_from([b"", b"[", GOOD, b"[" + GOOD, b"\xef\xbb\xbf", b"\x0b["]), piece=st.integers(1, 100),
+        prefix=st.sampled_from([b"", b"[", GOOD, b"[" + GOOD, b"\xef\xbb\xbf", b"\x0b["]),
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ def written(folder: Path, content: bytes, name: str = "rows.jsonl") -> Path:
         (b"\n \n" + GOOD + b"\n\n\t\r\n" + GOOD + b"\n\n", [3, 6]),
         (b"  " + GOOD + b"  \n", [1]),
         (b"[" + GOOD + b"]", [1]),
+        (b"[" + GOOD + b",\n]", [1]),
         (b"\xef\xbb\xbf\n[\n" + GOOD + b",\r\n\n" + GOOD + b"\n]\n", [3, 5]),
         (b'[{"prompt": "p",\n "completion": "c"}, ' + GOOD + b"]", [1, 2]),
         ('{"prompt": "é\u2028\u0085 \U0001f600", "completion": "\\ud83d\\ude00"}\n'.encode() + GOOD, [1, 2]),
@@ -59,7 +60,6 @@ def test_good_files(tmp_path: Path, content: bytes, lines: list[int]) -> None:
         (GOOD + b"," + b"\n", 1, ["more text"]),
         (b"prompt,completion\np,c\n", 1, ["not JSON"]),
         (b'{"prompt": "a\x01", "completion": "c"}', 1, ["control character", "0x01"]),
-        (b'{"prompt": "p", "completion": "c", "x": ' + b"9" * 5000 + b"}", 1, ["not readable"]),
         (b'{"a":' * 200_000, 1, ["too deep"]),
         (b'"just a string"', 1, ["must be an object"]),
         (GOOD + b"\n3\n", 2, ["must be an object"]),
@@ -67,7 +67,6 @@ def test_good_files(tmp_path: Path, content: bytes, lines: list[int]) -> None:
         (b"PK\x03\x04rest", 1, ["zip"]),
         (b"PAR1rest", 1, ["Parquet"]),
         (b"[" + GOOD + b",\n" + GOOD, 2, ["missing"]),
-        (b"[" + GOOD + b",\n]", 2, ["comma stands before"]),
         (b"[" + GOOD + b"\n" + GOOD + b"]", 2, ["comma or ]"]),
         (b"[" + GOOD + b"]\n" + GOOD, 2, ["after the list's end"]),
         (b"[" + GOOD + b',\n{"prompt": "p",\n x}]', 3, ["column 2"]),
@@ -156,7 +155,7 @@ def test_a_table_is_named_for_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_list_goes_on_after_a_bad_item(tmp_path: Path) -> None:
-    bad = b'{"prompt": "p", "completion": NaN}'
+    bad = b'{"prompt": "p", "completion": NaN, "score": NaN}'
     examples, report = read(
         written(tmp_path, b"[\n" + b",\n".join([GOOD, bad, b'{"text": 1, "text": 2}', GOOD]) + b"\n]")
     )
@@ -183,29 +182,13 @@ def test_unused_keys_and_blank_answers_warn_once_a_file(tmp_path: Path) -> None:
     assert len(examples) == 5
     assert len(report.warnings) == 2
     assert '"id", "source"' in report.warnings[0]
-    assert "5 rows: line 1, 2, 3, …" in report.warnings[1]
+    assert "5 rows: line 1, 2, 3, 4, 5" in report.warnings[1]
 
 
-def test_a_list_larger_than_a_piece_is_read_whole_with_its_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pieces of every small size cut the text at every place, inside characters, numbers and escapes too."""
-    row = '{"prompt": "é\\u00e9\\ud83d\\ude00", "completion": "c", "n": [1.5e3, -0.25, true, null]}'
-    path = written(tmp_path, f"[\n{row},\n\n{row} ,{row}\n]\n".encode())
-    for size in range(1, 40):
-        monkeypatch.setattr(reading, "_PIECE_BYTES", size)
-        examples, report = read(path)
-        assert report.faults == [], (size, report.faults)
-        assert [example.line for example in examples] == [2, 4, 4]
-        assert examples[0].messages[0].content == "éé😀"
-
-
-def test_columns_in_a_list_count_from_the_line_s_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_in_a_list_count_from_the_line_s_beginning(tmp_path: Path) -> None:
     content = b"[" + b", ".join([GOOD] * 10) + b', {"prompt": x}]'
-    for size in (3, 17, 1000):
-        monkeypatch.setattr(reading, "_PIECE_BYTES", size)
-        _, report = read(written(tmp_path, content))
-        assert f":1: item 11: column {content.index(b'x}') + 1}: " in report.faults[0]
+    _, report = read(written(tmp_path, content))
+    assert f":1: item 11: column {content.index(b'x}') + 1}: " in report.faults[0]
 
 
 def test_a_row_that_is_too_long_is_skipped_without_being_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +198,6 @@ def test_a_row_that_is_too_long_is_skipped_without_being_kept(tmp_path: Path, mo
     examples, report = read(written(tmp_path, GOOD + b"\n" + long + b"\n" + GOOD))
     assert [example.line for example in examples] == [1, 3]
     assert "rows.jsonl:2: the row is longer" in report.faults[0]
-    _, report = read(written(tmp_path, b"[" + GOOD + b",\n" + long + b"]"))
-    assert "rows.jsonl:2: item 2: the row is longer" in report.faults[0]
 
 
 class TestPaths:
