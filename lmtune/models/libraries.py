@@ -1,7 +1,6 @@
-"""What is settled before the libraries are imported: their notes to the terminal, and what others told them.
+"""What is set before transformers, PEFT, bitsandbytes and Accelerate are imported: their logs and their environment.
 
-Every way into lmtune comes here before it imports transformers, PEFT, bitsandbytes or Accelerate: `load_tokenizer`,
-`load_model`, `check_bitsandbytes` and `start_accelerator`. Nothing heavy is imported until then.
+Every entry calls it first: `load_tokenizer`, `load_model`, `check_bitsandbytes` and `start_accelerator`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _QUIET = (
 
 
 def quiet_libraries() -> None:
-    """Switch off the libraries' own progress bars and notes; lmtune says what matters itself."""
+    """Silence the libraries' progress bars and logs; lmtune prints what matters."""
     ignore_accelerate_settings()
     warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # `check_loaded` says it
     # PEFT looks at it whenever an adapter is put on a model
@@ -39,14 +38,14 @@ def quiet_libraries() -> None:
 
 
 def ignore_accelerate_settings() -> None:
-    """Take what `accelerate config` or another project set out of the environment, and warn of what meant something.
+    """Remove the variables of `accelerate config` or another project from the environment; warn of those in effect.
 
-    lmtune uses Accelerate for its processes alone. A variable that is left over would load DeepSpeed, shard or compile
-    the model, or end the program where its value is none that Accelerate knows.
+    lmtune uses Accelerate for its processes only. A variable that is left over would load DeepSpeed, shard or compile
+    the model, or end the program where Accelerate does not know its value.
     """
     names = sorted(name for name in os.environ if name.startswith("ACCELERATE_") and name != USE_CPU)
     meant = [name for name in names if os.environ[name].lower() not in _NEUTRAL]
     for name in names:
         del os.environ[name]
     if meant and os.environ.get("RANK", "0") == "0":
-        warn(f"{', '.join(meant)}: ignored; lmtune's own settings say how it trains; unset what another project left")
+        warn(f"{', '.join(meant)}: ignored; lmtune is configured by its own settings; unset these variables")

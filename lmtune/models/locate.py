@@ -1,11 +1,11 @@
-"""Where the base of a run or an adapter is: named for others by its Hub id, and for this machine by the way to it.
+"""Where is the base of a run or an adapter, and what do files that others get call it?
 
-    base = run_base(RunDirectory("runs/support"))          # the base that config.yaml names, wherever it is called from
-    base = replaced(base, "/models/qwen3")                  # what `--base` does
+    config = run_config(RunDirectory("runs/support"))       # with the base where it is, from every working directory
+    base = adapter_base(Path("adapter"), base="/models/qwen3")   # what `--base` does
 
-A base that is a folder is named by its path from what needs it: from the run's folder in `local.json`, which is never
-uploaded, from the adapter's folder in its `lmtune.json`, and from the folder of the command in `adapter_config.json`,
-for PEFT knows no other. So runs and bases may be moved together, and nothing holds an absolute path.
+A base in a folder is named by a relative path: from the run's folder in `local.json`, which is never uploaded; from the
+adapter's folder in `lmtune.json`; from the working directory in `adapter_config.json`, as PEFT reads it. So runs and
+bases can be moved together, and no file holds an absolute path.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ def is_folder(name: str) -> bool:
 
 
 def shareable_name(name: str, start: Path | None = None) -> str:
-    """A base's name for files that others may get: a Hub id as it is; a folder by its path from `start`, or its last
-    part alone where that path leads over the root, so that it is never taken for a Hub id.
+    """A base's name for files that others get: a Hub id as it is, a folder by its path from `start`.
+
+    Where that path leads over the root it is the last part alone, with `./`, so that it does not look like a Hub id.
 
     Args:
         name: as `model.name` gives it.
-        start: a folder that need not exist; by default the one that the command is called in.
+        start: a folder that need not exist; by default the working directory.
     """
     if not is_folder(name):
         return name
@@ -65,18 +66,10 @@ def run_config(run: RunDirectory, base: str | None = None) -> FinetuneConfig:
     if base is not None:
         return replace(config, model=replaced(config.model, base))
     name, told = config.model.name, run.read_json(run.local).get("base")
-    if isinstance(told, str):
-        if not _is_at(name, told, run.path):
-            return _with_base(config, _found(told, [run.path], str(run.path)))
-    elif name != "tiny" and not is_folder(name):  # a run of an earlier lmtune: most were begun beside `runs`
-        above = run.path.resolve().parent.parent
-        if name.startswith(".") or (above / name).is_dir():
-            return _with_base(config, _found(name, [Path(), above], str(run.path)))
+    if isinstance(told, str) and not _is_at(name, told, run.path):
+        found = _find(told, [run.path], str(run.path))
+        return replace(config, model=replace(config.model, name=found))
     return config
-
-
-def _with_base(config: FinetuneConfig, name: str) -> FinetuneConfig:
-    return replace(config, model=replace(config.model, name=name))
 
 
 def adapter_base(folder: Path, quantization: Quantization | None = None, base: str | None = None) -> ModelConfig:
@@ -111,10 +104,10 @@ def replaced(model: ModelConfig, base: str) -> ModelConfig:
     """The base at another place; its revision was that of the first one.
 
     Raises:
-        ModelError: it is called as a folder is, and there is none.
+        ModelError: the name is a path without a folder.
     """
     if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
-        raise ModelError(f"--base: {base} is no folder; give the base's folder, or its Hub id")
+        raise ModelError(f"--base: {base}: no such folder; give the base's folder, or its Hub id")
     return replace(model, name=base, revision=None)
 
 
@@ -126,12 +119,12 @@ def _adapter_name(folder: Path, name: str) -> str:
             return _from_here(run.path / told)
     if not name.startswith("."):  # a Hub id, or what another tool wrote
         return name
-    # from the folder itself, as lmtune writes it; from where the command is called, as PEFT reads its own
-    return _found(name, [folder, Path()], str(folder))
+    # from the folder itself, as lmtune writes it; from the working directory, as PEFT reads its own
+    return _find(name, [folder, Path()], str(folder))
 
 
-def _found(name: str, starts: Sequence[Path], who: str) -> str:
-    """The folder `name`, looked for from each of `starts`."""
+def _find(name: str, starts: Sequence[Path], who: str) -> str:
+    """The folder `name`, relative to one of `starts`."""
     places = [Path(os.path.normpath(start.resolve() / name)) for start in starts]
     for place in places:
         if place.is_dir():
@@ -139,17 +132,17 @@ def _found(name: str, starts: Sequence[Path], who: str) -> str:
     tried = " or ".join(map(str, dict.fromkeys(places)))
     raise ModelError(
         f"{who}: its adapter was trained over the base model in the folder {name}, and there is no folder {tried}; put "
-        "the base there, or name the folder or Hub id where it is now: --base FOLDER_OR_ID"
+        "the base there, or give its folder or Hub id: --base FOLDER_OR_ID"
     )
 
 
 def _from_here(place: Path) -> str:
-    """A folder by its path from where the command is called."""
+    """A folder by its path from the working directory."""
     relative = os.path.relpath(place)
     return relative if relative.startswith(os.pardir) else f"./{relative}"
 
 
 def _is_at(name: str, told: str, run: Path) -> bool:
-    """Whether `name`, from where the command is called, is the folder that `told` leads to from the run's."""
+    """Whether `name`, from the working directory, is the folder that `told` names from the run's."""
     place = run.resolve() / told
     return place.is_dir() and is_folder(name) and Path(name).samefile(place)

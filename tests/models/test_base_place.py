@@ -15,7 +15,7 @@ from lmtune.export.hub import shared_texts
 from lmtune.inference.load import build_renderer, load_for_inference, run_metadata
 from lmtune.io.atomic import write_json
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer
-from lmtune.models.locate import adapter_base, local_paths, run_config, shareable_name
+from lmtune.models.locate import adapter_base, local_paths, shareable_name
 from lmtune.models.model_folder import write_adapter_texts
 from lmtune.models.tuning.lora import save_adapter
 from lmtune.runs.store import RunDirectory
@@ -114,15 +114,6 @@ def test_no_file_holds_an_absolute_path_and_a_shared_one_no_way(place: Path) -> 
     texts = {name: json.loads(text) for name, text in shared_texts(adapter).items()}
     assert texts["adapter_config.json"]["base_model_name_or_path"] == "./base"
     assert texts["lmtune.json"]["base_model"] == "./base"
-
-
-def test_a_run_of_an_earlier_lmtune_is_looked_up_beside_its_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunDirectory(place / "work/runs/trial")
-    run.local.unlink()
-    monkeypatch.chdir(place / "elsewhere")
-    assert run_config(run).model.name == "../models/base"
-    monkeypatch.chdir(place / "work/runs")
-    assert run_config(run).model.name == "../../models/base"
 
 
 def test_hub_ids_and_the_embedded_model_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from lmtune.config.schema import ModelConfig
-from lmtune.errors import ModelError
 from lmtune.models import base as module
 from lmtune.models.base import base_fingerprint
 from tests.tiny import save_tiny, tiny_model
@@ -31,14 +29,6 @@ def test_it_is_32_hex_digits_and_the_same_in_another_folder_and_quantization(bas
     assert set(found) <= set("0123456789abcdef")
     shutil.copytree(base, tmp_path / "elsewhere")
     assert of(tmp_path / "elsewhere") == of(base, "nf4") == of(base, "int8") == found
-
-
-def test_a_single_changed_weight_changes_it(base: Path) -> None:
-    before = of(base)
-    state = load_file(base / "model.safetensors")
-    state["model.norm.weight"][0] += 1e-3
-    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    assert of(base) != before
 
 
 def test_other_layers_names_or_dtypes_change_it(tmp_path: Path, base: Path) -> None:
@@ -74,8 +64,3 @@ def test_every_shard_counts(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "two", max_shard_size="100KB")
     assert len(list((tmp_path / "one").glob("model-*.safetensors"))) > 1
     assert of(tmp_path / "one") != of(tmp_path / "two")
-
-
-def test_a_base_without_safetensors_has_none(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="lmtune reads safetensors only"):
-        of(tmp_path)

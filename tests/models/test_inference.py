@@ -9,7 +9,7 @@ import torch
 from lmtune.config.load import build_config, dump_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.data.types import Message
-from lmtune.errors import ConfigError, ModelError
+from lmtune.errors import ModelError
 from lmtune.inference.load import (
     adapter_base,
     build_renderer,
@@ -91,11 +91,6 @@ def test_the_base_is_there_without_the_adapter_and_the_adapter_is_back_afterward
         assert torch.equal(logits(plain.model), logits(plain.model))
 
 
-def test_the_base_can_be_held_otherwise(there: Path) -> None:
-    loaded = load_for_inference("trial", quantization="none")
-    assert type(loaded.model.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear"
-
-
 def test_a_plain_folder_is_loaded_whole(there: Path) -> None:
     loaded = load_for_inference("base")
     assert (loaded.has_adapter, loaded.system, loaded.name) == (False, None, "base")
@@ -116,74 +111,12 @@ def test_an_adapter_of_another_tool_is_loaded_over_the_base_that_it_names(there:
 # --- what cannot be loaded
 
 
-def changed(there: Path, folder: Path, **files: str | None) -> str:
-    """A copy of the adapter with other files."""
-    shutil.copytree(there / "runs/trial/adapter", folder)
-    for name, text in files.items():
-        path = folder / name.replace("__", ".")
-        path.unlink() if text is None else path.write_text(text)
-    return str(folder)
-
-
 def test_a_run_without_adapter_says_how_to_finish_it(there: Path) -> None:
     run = RunDirectory("runs/unfinished")
     run.path.mkdir(exist_ok=True)
     run.config.write_text(dump_config(config_of("base")))
     with pytest.raises(ModelError, match="this run has no adapter yet; finish it with the same `lmtune finetune`"):
         load_for_inference("unfinished")
-
-
-def test_an_adapter_whose_base_was_replaced_is_refused(there: Path, tmp_path: Path) -> None:
-    shutil.copytree(there / "runs", tmp_path / "runs")
-    save_tiny(tmp_path / "base", chat_template=CHATML, num_hidden_layers=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        with pytest.raises(ModelError, match="trained over another base model"):
-            load_for_inference("trial")
-
-
-def test_an_adapter_that_names_no_base(there: Path, tmp_path: Path) -> None:
-    config = (there / "runs/trial/adapter/adapter_config.json").read_text().replace('"tiny-random"', "null")
-    target = changed(there, tmp_path / "a", lmtune__json="{}", adapter_config__json=config)
-    with pytest.raises(ModelError, match="no base model"):
-        load_for_inference(target)
-
-
-@pytest.mark.parametrize(
-    ("files", "error"),
-    [
-        ({"lmtune__json": "{"}, ModelError),
-        ({"lmtune__json": '{"base_model": "base", "quantization": "nf5"}'}, ModelError),
-        ({"lmtune__json": '{"base_model": ""}', "adapter_config__json": '{"r": 4}'}, ModelError),
-        ({"lmtune__json": '{"base_model": "base", "template": "none"}'}, ModelError),
-        ({"lmtune__json": '{"base_model": "base", "template": []}'}, ModelError),
-        ({"lmtune__json": '{"base_model": "base", "system": 3}'}, ModelError),
-        ({"adapter_model__safetensors": None}, ModelError),
-        ({"adapter_config__json": None}, ModelError),
-        ({"tokenizer__json": "{"}, ModelError),
-        ({"lmtune__json": '{"base_model": "./gone"}'}, ModelError),
-    ],
-)
-def test_a_damaged_adapter_folder_is_an_error_of_ours(
-    there: Path, tmp_path: Path, files: dict[str, str | None], error: type[Exception]
-) -> None:
-    with pytest.raises((ModelError, ConfigError)) as caught:
-        load_for_inference(changed(there, tmp_path / "adapter", **files))
-    assert isinstance(caught.value, error)
-
-
-def test_what_is_nothing_at_all(there: Path) -> None:
-    with pytest.raises(ModelError, match="check the spelling"):
-        load_for_inference("nobody/nothing")
-
-
-@pytest.mark.parametrize(("typed", "meant"), [("trail", "trial"), ("Trial", "trial"), ("runs/trail", "runs/trial")])
-def test_a_misspelt_run_is_not_looked_for_on_the_hub(
-    there: Path, monkeypatch: pytest.MonkeyPatch, typed: str, meant: str
-) -> None:
-    monkeypatch.setattr("lmtune.inference.load.load_tokenizer", None)
-    with pytest.raises(ModelError, match=rf"{typed}: no such run or folder; did you mean {meant}\?"):
-        load_for_inference(typed)
 
 
 def test_a_model_of_the_hub_is_no_misspelt_run(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,9 +173,3 @@ def test_a_mistyped_run_is_not_looked_for_on_the_hub(
     monkeypatch.chdir(place)
     with pytest.raises(ModelError, match=hint):
         load_for_inference(target)
-
-
-def test_a_base_that_is_not_there_is_the_options_fault(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    with pytest.raises(ModelError, match=r"--base: \./nope is no folder"):
-        load_for_inference("runs/trial", base="./nope")

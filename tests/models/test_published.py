@@ -21,11 +21,10 @@ from lmtune.models.model_folder import (
     generation_config,
     merged_config,
     write_adapter_texts,
-    write_tokenizer,
 )
 from lmtune.runs.store import RunDirectory
 from tests.tiny import save_tiny
-from tests.tokenizers import CHATML, LLAMA2, NO_END, make_tokenizer
+from tests.tokenizers import CHATML, LLAMA2, NO_END
 from tests.workplace import finetune, inside, make_workplace
 
 QUESTION = [Message("user", "What is the capital of France?")]
@@ -109,19 +108,6 @@ def test_what_transformers_5_wrote_is_put_in_words_of_4(tmp_path: Path, template
     assert [Renderer(saved).render(row) for row in rows] == [renderer.render(row) for row in rows]
     assert Renderer(saved).prompt_ids(QUESTION) == renderer.prompt_ids(QUESTION)
     assert sorted(saved.all_special_tokens) == sorted(renderer.tokenizer.all_special_tokens)
-
-
-def test_files_that_do_not_give_the_tokenizer_alone_are_not_copied(tmp_path: Path) -> None:
-    """As where its class is told by the model's config.json alone."""
-    tokenizer = make_tokenizer(CHATML)
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    (tmp_path / "new").mkdir()
-    sources = {name: tmp_path / name for name in files(tmp_path)}
-    write_tokenizer(tokenizer, sources, tmp_path / "new", tokenizer.chat_template, 4)
-    assert AutoTokenizer.from_pretrained(tmp_path / "new").encode("a b <|im_end|>") == tokenizer.encode(
-        "a b <|im_end|>"
-    )
 
 
 @pytest.mark.parametrize(

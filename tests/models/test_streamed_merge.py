@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     Llama4ForCausalLM,
@@ -27,7 +26,7 @@ from lmtune.models.base import load_model, weight_files
 from lmtune.models.block_weights import BlockWeights
 from lmtune.models.model_folder import Layout, StoredWeights
 from lmtune.models.structure import empty_model
-from lmtune.models.verify import Comparison, LogitsReader, Routing, compare
+from lmtune.models.verify import Comparison, LogitsReader, Routing
 from lmtune.runs.store import RunDirectory
 from tests.tiny import SAVED_VOCABULARY, adapted, save_tiny, tiny_model
 from tests.tokenizers import CHATML, make_tokenizer
@@ -256,22 +255,6 @@ def test_logits_of_some_positions_are_those_of_the_whole_row(kind: str) -> None:
     assert "forward" not in model.base_model.__dict__
 
 
-def test_the_head_runs_over_a_quarter_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = tiny_model(max_position_embeddings=1024), []
-    real = LogitsReader.logits
-
-    def counted(self: LogitsReader, ids: Any, begin: int, end: int) -> torch.Tensor:
-        sizes.append(end - begin)
-        return real(self, ids, begin, end)
-
-    monkeypatch.setattr(LogitsReader, "logits", counted)
-    rows = [[5] * 512, [6] * 40]
-    one, two = LogitsReader(model, torch.no_grad), LogitsReader(model, torch.no_grad)
-    (result,) = compare(rows, one, [(two, 1e-4)])
-    assert sizes == [128] * 8 + [40] * 2
-    assert (result.tokens, result.difference, result.top1_agreement) == (552, 0.0, 1.0)
-
-
 def test_a_difference_that_is_no_number_is_not_lost() -> None:
     result = Comparison()
     result.begin_row(None)
@@ -335,11 +318,3 @@ def test_a_router_that_rounding_decides_is_said_and_a_larger_difference_is_kept_
     assert "kept, because of --accept-difference" in " ".join(capsys.readouterr().err.split())
     assert json.loads((place / "merged" / "merge.json").read_text()) == report
     assert "more than allowed" in (place / "merged" / "README.md").read_text()
-
-
-def test_the_names_of_all_tensors_are_as_safetensors_reads_them(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "base")
-    stored = StoredWeights([tmp_path / "base" / "model.safetensors"])
-    with safe_open(tmp_path / "base" / "model.safetensors", framework="pt") as file:
-        assert set(file.keys()) == set(stored.entries)
-        assert all(torch.equal(file.get_tensor(name), entry.read()) for name, entry in stored.entries.items())
