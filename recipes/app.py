@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lmtune.cli import run
+from lmtune.config.load import data_paths, load_config
+from lmtune.config.schema import FinetuneConfig
+from lmtune.errors import LmtuneError
 from lmtune.io.console import err, escape, progress
+from lmtune.runs.store import RunDirectory, find_run
+
+_ABOUT_THE_SHOP = (
+    "Where do customers park their cars?",
+    "When will the delivery come?",
+    "What gift cards can I buy?",
+    "Is the shop closed during lunch?",
+)
+_ABOUT_THE_WORLD = ("Hello!", "What is the opposite of hot?", "What colour is the sky?", "What can you do?")
 
 
 def main(
@@ -39,7 +52,6 @@ def main(
 
     with progress("loading PyTorch and the libraries"):
         from lmtune.inference.load import load_for_inference
-        from lmtune.serve.studio.choice import example_questions, newest_run
 
     targets = models or [newest_run() or "tiny"]
     if not models:
@@ -49,6 +61,29 @@ def main(
         if model.date_note:
             err.print(f"[dim]{escape(model.name)}: {escape(model.date_note)}[/]")
     launch(loaded, address, [example_questions(target) for target in targets])
+
+
+def newest_run(folder: str | Path = "runs") -> str | None:
+    """The path of the run in `folder` whose adapter was saved last; None if there is none."""
+    adapters = [
+        path for path in Path(folder).glob("*/adapter/adapter_config.json") if RunDirectory(path.parents[1]).exists()
+    ]
+    return str(max(adapters, key=lambda path: path.stat().st_mtime).parents[1]) if adapters else None
+
+
+def example_questions(target: str) -> tuple[str, ...]:
+    """Questions that show what `target` can do, where it is a model of the embedded demo; none for other models."""
+    if target == "tiny":
+        return _ABOUT_THE_WORLD
+    run = find_run(target)
+    if run is None:
+        return ()
+    try:
+        config = load_config(FinetuneConfig, run.config)
+    except LmtuneError:  # whoever loads the model says what is wrong with the run
+        return ()
+    learned_the_shop = any(Path(path).name == "support.jsonl" for path in data_paths(config.data.train))
+    return _ABOUT_THE_SHOP if config.model.name == "tiny" and learned_the_shop else ()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
-"""Serving the app: which address, behind the guard, until Ctrl-C or SIGTERM, with answers under way finished first.
+"""The app's server: which address it binds, who may use it, which requests it answers, and how it ends.
 
-The page is mounted on a FastAPI application of ours and run by uvicorn, rather than by `Blocks.launch`: so the guard
-stands before every route of Gradio's, and stopping is ours to order.
+    launch(load_for_inference("runs/support"), Address(port=7860))
+
+One FastAPI application, run by uvicorn, with Gradio's page mounted on it rather than launched by `Blocks.launch`: so
+our middleware stands before every route of Gradio's, and stopping is ours to order. Gradio has routes that a chat never
+uses (uploads, files, a proxy, monitoring), and any website that the user visits can send requests to 127.0.0.1. So a
+request passes only if it names a host of ours (else a foreign name that resolves to 127.0.0.1 could read the page),
+comes from our own page if it says where it comes from, asks for a route on the list, and is small.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -16,17 +23,43 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.inference.load import LoadedModel
 from lmtune.io.console import err, escape, out, progress
-from lmtune.serve.guard import LOOPBACK, Guard
-from lmtune.serve.studio.conversation import Activity
+
+if TYPE_CHECKING:
+    from lmtune.inference.load import LoadedModel
+    from lmtune.serve.studio.conversation import Activity
 
 DEFAULT_PORT = 7860
+MAX_BODY_BYTES = 1_000_000
 _PORTS_TRIED = 100
 _DRAIN_SECONDS = 30.0
 _DELIVERY_SECONDS = 2.0
+
+_ROUTES = {
+    "GET": re.compile(
+        r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|logout)/?"
+        r"|/(assets|static|svelte)/.+"
+        r"|/gradio_api/(info|theme\.css|user|login_check|token|app_id|startup-events|queue/(data|status))/?"
+        r"|/gradio_api/(heartbeat/.+|call/[^/]+/[^/]+/?)"
+    ),
+    "POST": re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|run/predict|call/[^/]+)/?"),
+}
+_ROUTES["HEAD"] = _ROUTES["GET"]
+_FILE_KEYS = frozenset({"path", "url", "meta", "_type"})
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
+    "blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'"
+)
 
 
 @dataclass(frozen=True)
@@ -49,12 +82,10 @@ class Address:
     auth: str | None = None
 
     def __post_init__(self) -> None:
-        if self.auth is not None:
-            user, colon, password = self.auth.partition(":")
-            if not (user and colon and password):
-                raise ConfigError("--auth: should be user:password")
+        if self.auth is not None and not all(self.auth.partition(":")):
+            raise ConfigError("--auth: expected user:password")
         if not 1 <= self.port <= 65535:
-            raise ConfigError(f"--port: got {self.port}; should be from 1 to 65535")
+            raise ConfigError(f"--port: {self.port}; expected 1 to 65535")
         if self.auth is None and self.share:
             raise ConfigError("--share: anyone with the link could use the app; add --auth user:password")
         if self.auth is None and not self.is_local and not in_space():
@@ -65,18 +96,16 @@ class Address:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach the app."""
-        if self.host == "localhost":
-            return True
+        """Whether only this machine can reach the address."""
         try:
-            return ipaddress.ip_address(self.host).is_loopback
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
 
     @property
-    def hosts(self) -> frozenset[str] | None:
-        """The names that a request may call us by; None is any, where we cannot know what others call this machine."""
-        return LOOPBACK | {self.host} if self.is_local and not self.share else None
+    def allowed_hosts(self) -> list[str]:
+        """The names by which a request may call us; any, where we cannot know what others call this machine."""
+        return ["127.0.0.1", "localhost", "[::1]", "::1", self.host] if self.is_local and not self.share else ["*"]
 
 
 def in_space() -> bool:
@@ -84,16 +113,19 @@ def in_space() -> bool:
     return bool(os.environ.get("SPACE_ID")) and bool(os.environ.get("SPACE_HOST"))
 
 
-def launch(
-    models: LoadedModel | Sequence[LoadedModel],
-    address: Address,
-    examples: Sequence[str] | Sequence[Sequence[str]] = (),
-) -> None:
-    """Serve the app until Ctrl-C or SIGTERM.
+def launch(models: Sequence[LoadedModel], address: Address, examples: Sequence[Sequence[str]] = ()) -> None:
+    """Serve the app until Ctrl-C or SIGTERM; answers under way are finished first.
+
+    Args:
+        models: to talk to; the first is the one chosen at first.
+        address: where, and to whom.
+        examples: for each model the questions that an empty conversation offers.
 
     Raises:
         LmtuneError: no port is free, or the server cannot start.
     """
+    from lmtune.serve.studio.conversation import Activity
+
     activity = Activity()
     with progress("building the page"):
         application = build_application(models, address, activity, examples)
@@ -110,36 +142,119 @@ def launch(
 
 
 def build_application(
-    models: LoadedModel | Sequence[LoadedModel],
-    address: Address,
-    activity: Activity,
-    examples: Sequence[str] | Sequence[Sequence[str]] = (),
-) -> Guard:
-    """The page as an ASGI application behind its guard."""
-    from fastapi import FastAPI
+    models: Sequence[LoadedModel], address: Address, activity: Activity, examples: Sequence[Sequence[str]] = ()
+) -> FastAPI:
+    """The page behind its middleware; arguments as of `launch`."""
     from gradio import mount_gradio_app
 
-    from lmtune.serve.calls import Calls
-    from lmtune.serve.studio.page import build_app
-    from lmtune.serve.studio.script import HEAD
-    from lmtune.serve.studio.style import CSS, theme
-    from lmtune.serve.waiting import Waiting
+    from lmtune.serve.studio.page import CSS, HEAD, build_page, theme
 
     place = "Everything stays on this computer." if address.is_local and not address.share else ""
-    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     user, _, password = (address.auth or "").partition(":")
-    page = build_app(models, examples, activity, place)
+    application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     mount_gradio_app(
-        outer, page, path="/", server_name=address.host,
+        application, build_page(models, examples, activity, place), path="/", server_name=address.host,
         server_port=address.port, auth=(user, password) if address.auth else None, footer_links=[], run_history=False,
         max_file_size="1kb", enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, show_error=True,
         theme=theme(), css=CSS, head=HEAD,
     )  # fmt: skip
-    hosts = None if in_space() else address.hosts
-    return Guard(outer, hosts, framed=in_space(), calls=Calls(page), waiting=Waiting(page))
+    hosts = ["*"] if in_space() else address.allowed_hosts
+    application.add_middleware(RequestFilter, framed=in_space())
+    application.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    return application
 
 
-def _serve(application: Guard, listening: socket.socket, activity: Activity, received: list[int]) -> None:
+class RequestFilter:
+    """ASGI middleware: only small requests of our own page to routes that a chat needs, without files.
+
+    What goes back carries a policy that keeps the browser from fetching anything from elsewhere, such as a picture that
+    a model's answer links to.
+
+    Args:
+        app: the application behind it.
+        framed: other sites may show the page in a frame, as a Hub Space needs.
+    """
+
+    def __init__(self, app: ASGIApp, framed: bool = False) -> None:
+        self._app = app
+        self._policy = _POLICY if framed else f"{_POLICY}; frame-ancestors 'none'"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer why not."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["content-security-policy"] = self._policy
+                headers["x-content-type-options"] = "nosniff"
+                headers["referrer-policy"] = "no-referrer"
+            await send(message)
+
+        headers = Headers(scope=scope)
+        origin, route = headers.get("origin"), _ROUTES.get(scope["method"])
+        refusal: tuple[int, str] | None = None
+        if origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower():
+            refusal = 403, "requests from other sites are refused"
+        elif route is None or not route.fullmatch(scope["path"]):
+            refusal = 404, "there is nothing here"
+        elif scope["method"] == "POST":
+            body = await _read_body(receive)
+            is_json = not scope["path"].startswith("/login")
+            refusal = _body_refusal(body, is_json)
+            receive = _replay(body, receive)
+        if refusal is None:
+            await self._app(scope, receive, send_with_headers)
+        else:
+            await PlainTextResponse(f"{refusal[1]}\n", refusal[0])(scope, receive, send_with_headers)
+
+
+async def _read_body(receive: Receive) -> bytes:
+    """The whole body, or as much as shows that it is too large."""
+    body, more = b"", True
+    while more and len(body) <= MAX_BODY_BYTES:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
+
+
+def _body_refusal(body: bytes, is_json: bool) -> tuple[int, str] | None:
+    """Status and reason for a body that is not small JSON without files."""
+    if len(body) > MAX_BODY_BYTES:
+        return 413, f"a request may hold at most {MAX_BODY_BYTES} bytes"
+    try:
+        if is_json:
+            json.loads(body, object_hook=_refuse_files)
+    except LmtuneError as error:
+        return 422, str(error)
+    except (ValueError, RecursionError):
+        return 400, "body: expected JSON"
+    return None
+
+
+def _refuse_files(found: dict[str, Any]) -> None:
+    """Raise LmtuneError for an object that Gradio takes for a file.
+
+    It copies what `path` names, whatever that is, and fetches what `url` names, before a function of ours is called.
+    """
+    if not _FILE_KEYS.isdisjoint(found):
+        raise LmtuneError(f"body: an object with one of {', '.join(sorted(_FILE_KEYS))}; files are not accepted")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """What the application receives: the body that was read, then whatever comes, which is that the client leaves."""
+    rest: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return rest.pop() if rest else await receive()
+
+    return receive_again
+
+
+def _serve(application: ASGIApp, listening: socket.socket, activity: Activity, received: list[int]) -> None:
     """Run `application` until a signal is received; answers under way are finished, or at a second signal stopped.
 
     Raises:
@@ -149,24 +264,16 @@ def _serve(application: Guard, listening: socket.socket, activity: Activity, rec
 
     config = uvicorn.Config(
         application, log_level="error", access_log=False, ws="none", proxy_headers=in_space(), server_header=False,
-        timeout_graceful_shutdown=2, timeout_keep_alive=60,  # a busy server comes late to a connection used again
+        timeout_keep_alive=60,  # a busy server comes late to a connection used again
     )  # fmt: skip
     server = uvicorn.Server(config)
-    # In a thread uvicorn leaves the signals to us.
+    # In a thread uvicorn leaves the signals to us. Open pages keep their streams, so the thread ends with the process.
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="lmtune-server", daemon=True)
     thread.start()
     while not received and thread.is_alive():
         time.sleep(0.1)
     if not received:
         raise LmtuneError("the app's server ended by itself; LMTUNE_TRACEBACK=1 may show why")
-    _drain(activity, received)
-    application.close()
-    server.should_exit = True
-    thread.join(10)
-
-
-def _drain(activity: Activity, received: list[int]) -> None:
-    """Let answers under way come to their end, but not for ever."""
     activity.closing = True
     if activity.num_answering:
         err.print(f"finishing {activity.num_answering} answer(s); Ctrl-C again stops at once")
@@ -175,6 +282,8 @@ def _drain(activity: Activity, received: list[int]) -> None:
     if activity.num_pages_drawing:
         _wait(lambda: activity.num_pages_drawing == 0, _DELIVERY_SECONDS)
         time.sleep(_DELIVERY_SECONDS / 4)  # what was handed to Gradio is on its way to the browser
+    server.should_exit = True
+    thread.join(1)
 
 
 def _wait(until: Callable[[], bool], seconds: float) -> None:
@@ -237,4 +346,4 @@ def _tunnel(port: int) -> str:
     try:
         return str(setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None))
     except Exception as error:
-        raise LmtuneError(f"--share: no public link to be had: {error}") from error
+        raise LmtuneError(f"--share: no public link: {error}") from error

@@ -12,7 +12,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,11 +30,8 @@ from lmtune.data.types import Example, Message
 from lmtune.errors import LmtuneError
 from lmtune.models.tuning.adapter_files import SETTINGS, Metadata
 from lmtune.models.tuning.lora import load_adapter, save_adapter
-from lmtune.serve.calls import Calls, read_body
-from lmtune.serve.request import settings_of
 from tests.tiny import adapted, tiny_model
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
-from tests.ui.client import GOOD as GOOD_VALUES
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
 
@@ -280,43 +276,3 @@ def test_any_adapter_config_is_loaded_whole_or_refused(tmp_path: Path, examples:
 
     search(examples, check, changes=st.dictionaries(adapter_keys, odd | json_values, max_size=3), without=st.lists(
         adapter_keys, max_size=1))  # fmt: skip
-
-
-# --- a request to the app
-
-call_keys = st.sampled_from(["data", "fn_index", "session_hash", "event_data", "trigger_id", "path", "url", "meta"])
-call_values = json_values | st.sampled_from([0, 1, 99, "", "s", [], "1" * 5000, "²", "\ud83d", 1e300])
-send_values = st.dictionaries(st.integers(0, 7), call_values, max_size=2).map(
-    lambda odd: [odd.get(place, value) for place, value in enumerate(["text", *GOOD_VALUES])]
-)
-bodies = st.dictionaries(call_keys, call_values | send_values, max_size=4) | st.builds(
-    lambda data: {"data": data, "fn_index": 0, "session_hash": "s"}, send_values
-)
-paths = st.sampled_from(["queue/join", "call/send", "call/edit", "call/none", "run/predict"])
-
-
-@examples
-def test_any_body_is_a_call_with_settings_or_gets_a_reason(examples: int) -> None:
-    functions = {
-        number: SimpleNamespace(api_name=name, inputs=range(count), collects_event_data=name == "edit")
-        for number, (name, count) in enumerate([("send", 8), ("edit", 7), ("clear", 0)])
-    }
-    calls = Calls(SimpleNamespace(fns=functions))  # type: ignore[arg-type]
-    models: Any = [SimpleNamespace(has_adapter=True)]
-
-    def check(body: Any, raw: bytes | None, path: str) -> None:
-        content = json.dumps(body).encode() if raw is None else raw
-        try:
-            call = read_body(content)
-            refusal = calls.refusal(f"/gradio_api/{path}", call)
-            if refusal is None and isinstance(call.get("data"), list):
-                settings_of(call["data"][-7:] if len(call["data"]) >= 7 else [None] * 7, models)
-        except LmtuneError as error:
-            str(error).encode()
-            return
-        if refusal is not None:
-            assert refusal[0] in (404, 422)
-            refusal[1].encode()
-
-    raw = st.none() | st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()[:-1])
-    search(examples, check, body=bodies | json_values, raw=raw, path=paths)

@@ -10,6 +10,7 @@ import httpx
 
 from tests.ui.conftest import RunningApp
 
+JOIN = "/gradio_api/queue/join"
 GOOD = [0, "tuned", "", 0, 1, 20, ""]  # model, mode, system, temperature, top p, most tokens, seed
 
 
@@ -24,7 +25,7 @@ class Client:
     def join(self, name: str, data: list[Any]) -> httpx.Response:
         body = {"data": data, "fn_index": self.functions[name], "session_hash": self.session}
         headers = {"Content-Type": "application/json"}  # httpx's own JSON has no NaN
-        return self.http.post("/gradio_api/queue/join", content=json.dumps(body), headers=headers)
+        return self.http.post(JOIN, content=json.dumps(body), headers=headers)
 
     def run(self, name: str, data: list[Any]) -> dict[str, Any]:
         """The last message of a call."""

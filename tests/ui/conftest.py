@@ -1,4 +1,4 @@
-"""A running app: the page behind its guard, on a free port, with a parrot for a model."""
+"""A running app: the page behind its middleware, on a free port, with a parrot for a model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class RunningApp:
     Attributes:
         url: where it is.
         activity: the answers under way.
-        page: Gradio's blocks.
     """
 
     url: str
     activity: Any
-    page: Any
 
 
-def start(models: LoadedModel | Sequence[LoadedModel], auth: str | None = None, **changes: Any) -> Iterator[RunningApp]:
+def start(
+    *models: LoadedModel, auth: str | None = None, examples: Sequence[Sequence[str]] = ()
+) -> Iterator[RunningApp]:
     """Serve `models` in a thread until the iterator goes on."""
     import uvicorn
 
@@ -42,14 +42,14 @@ def start(models: LoadedModel | Sequence[LoadedModel], auth: str | None = None, 
     listening.listen(256)
     port = listening.getsockname()[1]
     activity = Activity()
-    application = build_application(models, Address(port=port, auth=auth), activity, **changes)
+    application = build_application(models, Address(port=port, auth=auth), activity, examples)
     config = uvicorn.Config(application, log_level="error", ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.02)
-    yield RunningApp(f"http://127.0.0.1:{port}", activity, application._waiting._blocks)
+    yield RunningApp(f"http://127.0.0.1:{port}", activity)
     server.should_exit = True
     thread.join(10)
     listening.close()
@@ -58,7 +58,7 @@ def start(models: LoadedModel | Sequence[LoadedModel], auth: str | None = None, 
 @pytest.fixture(scope="session")
 def app() -> Iterator[RunningApp]:
     """A tuned parrot that takes 10 ms a token, with two examples."""
-    yield from start(parrot(0.01), examples=["Where do customers park their cars?", "system"])
+    yield from start(parrot(0.01), examples=[["Where do customers park their cars?", "system"]])
 
 
 @pytest.fixture(scope="session")

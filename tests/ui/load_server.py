@@ -69,4 +69,4 @@ if __name__ == "__main__":
         model = never_stops(load_for_inference("tiny"))
     if len(sys.argv) > 3:
         threading.Thread(target=tell, args=(Path(sys.argv[3]),), daemon=True).start()
-    launch(model, Address(port=int(sys.argv[1])))
+    launch([model], Address(port=int(sys.argv[1])))

@@ -441,7 +441,7 @@ def test_several_models_and_one_without_adapter(
     open_tab: Callable[..., Tab], start_app: Callable[..., Iterator[RunningApp]]
 ) -> None:
     models = [parrot(name="first"), parrot(name="second", adapter=False, system="Be kind")]
-    running = start_app(models, examples=[["Only of the first"], []])
+    running = start_app(*models, examples=[["Only of the first"], []])
     tab = open_tab(next(running).url)
     assert tab.page.title() == "first · lmtune"
     expect(tab.page.locator(".answers .example")).to_have_text("Only of the first")

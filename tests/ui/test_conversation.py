@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from lmtune.errors import LmtuneError
 from lmtune.inference.engine import Sampling
 from lmtune.serve.studio import conversation as module
 from lmtune.serve.studio.conversation import Activity, Conversation, Mode, Settings, Tabs
-from lmtune.serve.studio.display import label
+from lmtune.serve.studio.display import speaker_name
 from tests.chat_models import parrot
 
 
@@ -69,7 +70,7 @@ def test_side_by_side_the_base_hears_the_whole_conversation() -> None:
 
 def given_by(talk: Conversation, column: int = 0) -> list[str]:
     """Who gave each answer of a column, as the page says it."""
-    return [label(info) for _, info in talk.columns[column].turns if info is not None]
+    return [speaker_name(info) for _, info in talk.columns[column].turns if info is not None]
 
 
 def test_each_answer_keeps_its_speaker_through_every_switch() -> None:
@@ -103,9 +104,8 @@ def test_a_speaker_comes_back_to_its_own_answers_as_far_as_it_gave_some() -> Non
     talk.choose(0, "both")
     assert said(talk) == ["one", "You asked: one", "two", "Base heard: two"]
     assert said(talk, 1) == ["one", "Base heard: one", "two", "Base heard: two"]
-    (tuned, read_by_tuned), (base, read_by_base) = talk.strangers()
-    assert (label(tuned), [label(info) for info in read_by_tuned]) == ("parrot · tuned", ["parrot · base"])
-    assert (label(base), read_by_base) == ("parrot · base", [])
+    borrowed = [(speaker_name(own), [*map(speaker_name, others)]) for own, others in talk.borrowed_answers()]
+    assert borrowed == [("parrot · tuned", ["parrot · base"]), ("parrot · base", [])]
     talk.choose(0, "tuned")
     finish(talk.edit(0, "new", settings("tuned")))
     talk.choose(0, "base")
@@ -287,3 +287,56 @@ def test_the_tab_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) 
     assert len(tabs) == 3
     assert tabs.of(("", "b")) is not talks["b"]
     assert talks["b"].columns[0].messages == [] != [Message("user", "Hello")]
+
+
+# --- the browser's copy
+
+MODELS = [parrot(name="shop"), parrot(name="plain", adapter=False)]
+
+
+def talked() -> Conversation:
+    talk = Conversation(MODELS, Activity())
+    finish(talk.send("one", settings()))
+    finish(talk.send("two é <b>", settings("both")))
+    return talk
+
+
+def test_a_conversation_comes_back_whole() -> None:
+    talk, again = talked(), Conversation(MODELS, Activity())
+    assert again.restore_json(talk.to_json()) == (0, "both")
+    assert [session.turns for session in again.columns] == [session.turns for session in talk.columns]
+    finish(again.send("three", settings("both")))
+    assert [session.messages[-1].content for session in again.columns] == ["You asked: three", "Base heard: three"]
+    choices: tuple[tuple[Mode, int], ...] = (("base", 0), ("tuned", 1))
+    for mode, model in choices:
+        talk.choose(model, mode)
+        assert again.restore_json(talk.to_json()) == (model, mode)
+        assert again.columns[0].turns == talk.columns[0].turns
+
+
+def test_nothing_is_kept_of_an_empty_conversation_or_one_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Conversation(MODELS, Activity()).to_json() == ""
+    monkeypatch.setattr(module, "_MAX_JSON", 20)
+    assert talked().to_json() == ""
+
+
+GOOD = [1, 1, [["shop", False, [["one"], ["two", "shop", False, "stop"]]]]]
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "", "{", "[" * 100_000, "[]", "{}", [2, *GOOD[1:]], [1, 0, GOOD[2]], [1, 2, GOOD[2]], [1, 2, GOOD[2] * 2],
+        [1, 1, [["other", False, GOOD[2][0][2]]]], [1, 1, [["shop", False, [["one"]]]]], [1, 1, [["shop", False]]],
+        [1, 1, [["shop", False, [["two", "shop", False, "stop"], ["one"]]]]], [1, 1, [[["shop"], False, []]]],
+        [1, 1, [["shop", False, [["one"], ["two", "shop", 7, "stop"]]]]], [1, "1", GOOD[2]],
+        [1, 1, [["shop", False, [["one"], ["two", "shop", False, "gone"]]]]], [1, 1, [["shop", False, "ab"]]],
+        [1, 1, [["shop", False, [["\ud800"], ["two", "shop", False, "stop"]]]]],
+        [1, 1, [["shop", False, [["one"], ["two", {}, False, "stop"]]]]],
+    ],
+)  # fmt: skip
+def test_a_copy_in_another_form_is_left_out(copy: Any) -> None:
+    talk = Conversation(MODELS, Activity())
+    assert talk.restore_json(copy if isinstance(copy, str) else json.dumps(copy)) is None
+    assert talk.columns[0].messages == []
+    assert talk.restore_json(json.dumps(GOOD)) == (0, "tuned")

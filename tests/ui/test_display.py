@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -13,13 +13,18 @@ from markdown_it import MarkdownIt
 
 from lmtune.data.types import Message
 from lmtune.inference.chat import AnswerInfo
-from lmtune.serve.studio.display import MATHS, harmless, notes, origin, plain, shown, status, typed
+from lmtune.serve.studio.conversation import Turn
+from lmtune.serve.studio.display import (
+    MATHS,
+    Entry,
+    escape_markdown,
+    original_text,
+    render_turns,
+    sanitize_markdown,
+    status_line,
+)
 
 JOINER, SEPARATOR = "\u2060", "\u2063"
-
-
-def texts(entries: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(entry["role"], entry["content"][0]["text"]) for entry in entries]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +41,7 @@ def texts(entries: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ],
 )  # fmt: skip
 def test_nothing_outside_code_is_live(text: str, wanted: str) -> None:
-    assert harmless(text) == wanted.replace("*", JOINER)
+    assert sanitize_markdown(text) == wanted.replace("*", JOINER)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +61,7 @@ def test_nothing_outside_code_is_live(text: str, wanted: str) -> None:
     ],
 )  # fmt: skip
 def test_blocks_of_code_keep_every_letter_between_fences_of_one_form(text: str, wanted: str) -> None:
-    assert harmless(text) == wanted.replace("*", JOINER)
+    assert sanitize_markdown(text) == wanted.replace("*", JOINER)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def test_blocks_of_code_keep_every_letter_between_fences_of_one_form(text: str, 
     ],
 )  # fmt: skip
 def test_maths_ends_before_the_next_block_of_code(text: str, wanted: str) -> None:
-    assert harmless(text) == wanted.replace("*", SEPARATOR)
+    assert sanitize_markdown(text) == wanted.replace("*", SEPARATOR)
     assert {delimiter["left"][0] + delimiter["right"][-1] for delimiter in MATHS} == {SEPARATOR * 2}
 
 
@@ -105,7 +110,7 @@ def live(text: str) -> list[str]:
     """What parsers of Markdown take for HTML or a picture in what is shown for `text`, or for a block that is drawn."""
     found = []
     for parser in PARSERS:
-        for token in parser.parse(harmless(text)):
+        for token in parser.parse(sanitize_markdown(text)):
             found += [part.content for part in [token, *(token.children or [])] if part.type in LIVE]
             found += [token.info] * (token.type == "fence" and token.info.lower().startswith("mermaid"))
     return found
@@ -127,20 +132,20 @@ PIECES = [
 @given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
 def test_no_text_is_live(text: str) -> None:
     assert live(text) == []
-    assert harmless(typed(harmless(text))) == harmless(text)
+    assert sanitize_markdown(original_text(sanitize_markdown(text))) == sanitize_markdown(text)
 
 
 @given(st.text(st.sampled_from("ab<>&!`~[]()/#;:$\\ \"'"), max_size=60))
 def test_only_joiners_and_separators_are_added_to_a_line_and_an_edit_takes_them_away(text: str) -> None:
     text = f"a{text}"  # a line that is no fence
-    assert typed(harmless(text)) == text
-    assert typed([{"type": "text", "text": harmless(text)}]) == text
+    assert original_text(sanitize_markdown(text)) == text
+    assert original_text([{"type": "text", "text": sanitize_markdown(text)}]) == text
 
 
 def test_an_answer_under_way_is_only_appended_to() -> None:
     text = "So:\n\n```python\nif a < b & c:\n    print('<b>')\n"
     ends = range(text.index("\n", 5) + 1, len(text) + 1)
-    assert all(harmless(text[:end]) == text[:end] for end in ends)
+    assert all(sanitize_markdown(text[:end]) == text[:end] for end in ends)
 
 
 @pytest.mark.parametrize(
@@ -151,67 +156,67 @@ def test_an_answer_under_way_is_only_appended_to() -> None:
 )  # fmt: skip
 def test_time_is_linear(text: str) -> None:
     begin = time.process_time()
-    harmless(text)
+    sanitize_markdown(text)
     assert time.process_time() - begin < 1
 
 
+INFO = AnswerInfo("shop", False, "stop")
+
+
+def turns_of(*texts: str) -> list[Turn]:
+    """Questions and answers by turns."""
+    turn = [lambda text: (Message("user", text), None), lambda text: (Message("assistant", text), INFO)]
+    return [turn[number % 2](text) for number, text in enumerate(texts)]
+
+
+def shown(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    return [(entry.value["role"], entry.value["content"][0]["text"]) for entry in entries]
+
+
 def test_reasoning_is_an_entry_of_its_own() -> None:
-    asked = Message("user", "Why?")
-    entries = shown([asked, Message("assistant", "<think>\nhm <b>\n</think>\n\nBecause.")])
-    assert texts(entries) == [("user", "Why?"), ("assistant", f"hm <{JOINER}b>"), ("assistant", "Because.")]
-    assert entries[1]["metadata"] == {"title": "Thinking", "status": "done"}
-    pending = shown([asked, Message("assistant", "<think>\nhm")], answering=True)
-    assert texts(pending) == [("user", "Why?"), ("assistant", "hm")]
-    assert pending[1]["metadata"]["status"] == "pending"
-
-
-def test_an_edited_entry_is_found_behind_reasoning() -> None:
-    messages = [
-        Message("user", "a"), Message("assistant", "<think>b</think>c"), Message("user", "d"),
-        Message("assistant", "e"),
+    entries = render_turns(turns_of("Why?", "<think>\nhm <b>\n</think>\n\nBecause.", "    a\n  b"))
+    assert shown(entries) == [
+        ("user", "Why?"), ("assistant", f"hm <{JOINER}b>"), ("assistant", "Because."), ("user", "    a\n  b"),
     ]  # fmt: skip
-    assert [origin(messages, index) for index in range(-1, 6)] == [-1, 0, 1, 1, 2, 3, -1]
+    assert entries[1].value["metadata"] == {"title": "Thinking", "status": "done"}
+    assert [entry.message for entry in entries] == [0, 1, 1, 2]
+    assert [entry.label for entry in entries] == ["", "shop · tuned", "", ""]
+    pending = render_turns(turns_of("Why?", "<think>\nhm"), answering=True)
+    assert shown(pending) == [("user", "Why?"), ("assistant", "hm")]
+    assert pending[1].value["metadata"]["status"] == "pending"
 
 
-def test_an_answer_without_a_word_is_shown_as_such_once_it_is_over() -> None:
-    messages = [Message("user", "a"), Message("assistant", "")]
-    assert texts(shown(messages, answering=True)) == [("user", "a")]
-    assert texts(shown(messages)) == [("user", "a"), ("assistant", "*(no answer)*")]
+def test_an_empty_answer_is_shown_as_such_once_it_is_over() -> None:
+    assert shown(render_turns(turns_of("a", ""), answering=True)) == [("user", "a")]
+    assert shown(render_turns(turns_of("a", ""))) == [("user", "a"), ("assistant", "*(no answer)*")]
 
 
-def test_leading_blanks_of_code_stay() -> None:
-    assert texts(shown([Message("user", "    x = 1\n  y")])) == [("user", "    x = 1\n  y")]
-
-
-def test_each_answer_says_who_gave_it_and_how_it_ended() -> None:
-    asked = (Message("user", "a"), None)
-    turns = [
-        asked, (Message("assistant", "<think>b</think>c"), AnswerInfo("shop", False, "stop")),
-        asked, (Message("assistant", "d"), AnswerInfo("shop", True, "length")),
-        asked, (Message("assistant", "e"), AnswerInfo("plain", None, "stopped")),
-    ]  # fmt: skip
-    above = [line for line, _ in notes(turns)]
-    assert above == [
-        "", "shop · tuned", "", "", "shop · base · cut at the limit", "", "plain · stopped",
-    ]  # fmt: skip
-    assert len(above) == len(shown([message for message, _ in turns]))
+@pytest.mark.parametrize(
+    ("info", "label"),
+    [
+        (AnswerInfo("shop", True, "length"), "shop · base · cut at the limit"),
+        (AnswerInfo("plain", None, "stopped"), "plain · stopped"), (AnswerInfo("shop", False, None), "shop · tuned"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_labelled_with_its_speaker_and_its_end(info: AnswerInfo, label: str) -> None:
+    assert [entry.label for entry in render_turns([(Message("assistant", "a"), info)])] == [label]
 
 
 @pytest.mark.parametrize("text", ["`List<String>` && b", "~~~ C++\na<b>\n~~~\nc\r\nd", "$$a<b$$", "<b>&lt;\n\n![x](y)"])
-def test_what_a_copy_button_gives_is_what_was_said(text: str) -> None:
-    turns = [(Message("user", text), None), (Message("assistant", text), AnswerInfo("shop", False, "stop"))]
-    for entry, (_, original) in zip(shown([message for message, _ in turns]), notes(turns), strict=True):
-        assert (original or re.sub(f"[{JOINER}{SEPARATOR}]", "", entry["content"][0]["text"])) == text
+def test_a_copy_button_gives_the_message(text: str) -> None:
+    for entry in render_turns(turns_of(text, text)):
+        assert (entry.copied or re.sub(f"[{JOINER}{SEPARATOR}]", "", entry.value["content"][0]["text"])) == text
 
 
 def test_a_cut_answer_offers_to_go_on_once_it_is_over() -> None:
-    messages = [Message("user", "a"), Message("assistant", "b")]
-    assert "options" not in shown(messages)[-1]
-    assert "options" not in shown(messages, answering=True, can_continue=True)[-1]
-    assert shown(messages, can_continue=True)[-1]["options"] == [{"label": "Continue", "value": "continue"}]
+    turns = turns_of("a", "b")
+    assert "options" not in render_turns(turns)[-1].value
+    assert "options" not in render_turns(turns, answering=True, can_continue=True)[-1].value
+    options = render_turns(turns, can_continue=True)[-1].value["options"]
+    assert options == [{"label": "Continue", "value": "continue"}]
 
 
 def test_a_status_line_is_plain_text() -> None:
-    assert status("") == ""
-    assert status("<b> *x*", is_error=True) == (f'<div class="error" role="alert">{plain("<b> *x*")}</div>')
-    assert plain("<b> *x*") == "&#60;b&#62; &#42;x&#42;"
+    assert status_line("") == ""
+    assert escape_markdown("<b> *x*") == (text := "&#60;b&#62; &#42;x&#42;")
+    assert status_line("<b> *x*", is_error=True) == f'<div class="error" role="alert">{text}</div>'

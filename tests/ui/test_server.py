@@ -1,8 +1,10 @@
-"""Which address, which port, and how the app ends."""
+"""Who may use the app, which requests it answers, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -11,44 +13,43 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from lmtune.errors import ConfigError
-from lmtune.serve.guard import LOOPBACK
-from lmtune.serve.server import Address, _listen
-
-PROGRAM = """
-import sys
-from lmtune.serve.server import Address, launch
+from lmtune.serve.server import MAX_BODY_BYTES, Address, _listen
 from tests.chat_models import parrot
-launch(parrot(0.01), Address(port=int(sys.argv[1])))
-"""
-SETTINGS = [0, "tuned", "", 0, 1, 200, ""]
+from tests.ui.client import GOOD, JOIN
+from tests.ui.conftest import RunningApp
+
+pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
+
+# --- the address
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"host": "0.0.0.0"}, "--host: at 0.0.0.0 other machines.*--auth"), ({"host": "::"}, "--host: at ::"),
         ({"host": "192.168.1.4"}, "--auth"), ({"host": "my-pc"}, "--auth"), ({"share": True}, "--share.*--auth"),
         ({"auth": "nobody"}, "user:password"), ({"auth": ":secret"}, "user:password"), ({"auth": "me:"}, "--auth"),
-        ({"port": 0}, "--port"), ({"port": 70000}, "--port: got 70000"),
+        ({"port": 0}, "--port"), ({"port": 70000}, "--port: 70000"),
     ],
 )  # fmt: skip
-def test_an_address_that_lets_anyone_in_is_refused(changes: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        Address(**changes)  # type: ignore[arg-type]
+def test_an_address_without_a_password_is_local(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Address(**changes)
 
 
-def test_which_names_an_address_answers_to() -> None:
-    assert Address().hosts == LOOPBACK
-    assert Address(host="127.0.0.9").hosts == LOOPBACK | {"127.0.0.9"}
-    assert Address(host="0.0.0.0", auth="me:secret").hosts is None
-    assert Address(share=True, auth="me:secret").hosts is None
+def test_in_a_space_the_hub_decides_who_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPACE_ID", "me/chat")
+    monkeypatch.setenv("SPACE_HOST", "me-chat.hf.space")
+    assert Address(host="0.0.0.0").auth is None
 
 
-def test_answers_do_not_wait_for_the_client_to_confirm_their_first_half() -> None:
+def test_small_packets_are_sent_at_once() -> None:
     """The kernel holds a second small packet back until the first is confirmed, 40 ms later, unless told otherwise."""
 
     async def option() -> int:
@@ -67,10 +68,114 @@ def test_answers_do_not_wait_for_the_client_to_confirm_their_first_half() -> Non
     assert asyncio.run(option()) != 0
 
 
-def test_in_a_space_the_hub_decides_who_gets_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPACE_ID", "me/chat")
-    monkeypatch.setenv("SPACE_HOST", "me-chat.hf.space")
-    assert Address(host="0.0.0.0").auth is None
+# --- requests
+
+
+@pytest.mark.parametrize(
+    ("host", "is_answered"),
+    [
+        ("127.0.0.1", True), ("localhost", True), ("localhost:9999", True), ("[::1]:7860", True), ("LOCALHOST", True),
+        ("evil.example", False), ("evil.example:7860", False), ("127.0.0.1.evil.example", False), ("", False),
+        ("localhost@evil.example", False), ("evil@127.0.0.1", False), ("localhost#.evil.example", False),
+    ],
+)  # fmt: skip
+def test_only_our_own_host_names_are_answered(app: RunningApp, host: str, is_answered: bool) -> None:
+    answer = httpx.get(f"{app.url}/", headers={"Host": host})
+    assert (answer.status_code == 200) == is_answered
+    if is_answered:
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        assert "connect-src 'self'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "file://", "http://[bad"])
+def test_requests_of_other_sites_are_refused(app: RunningApp, origin: str) -> None:
+    for answer in (
+        httpx.post(app.url + JOIN, json={"data": ["x"], "fn_index": 0}, headers={"Origin": origin}),
+        httpx.get(f"{app.url}/config", headers={"Origin": origin}),
+    ):
+        assert answer.status_code == 403
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/gradio_api/upload"), ("POST", "/upload"), ("GET", "/gradio_api/upload_progress"),
+        ("GET", "/monitoring"), ("GET", "/monitoring/summary"), ("GET", "/gradio_api/proxy=http://evil.example"),
+        ("GET", "/gradio_api/file=/etc/passwd"), ("GET", "/gradio_api/file/etc/passwd"), ("GET", "/openapi.json"),
+        ("POST", "/gradio_api/component_server"), ("POST", "/gradio_api/vibe-edit"), ("POST", "/gradio_api/run/send"),
+        ("POST", "/gradio_api/process_recording"), ("GET", "/docs"), ("GET", "/gradio_api/runs"), ("PUT", "/"),
+        ("DELETE", "/config"), ("OPTIONS", "/config"), ("GET", "//evil.example"), ("GET", "/gradio_api/dev/reload"),
+    ],
+)  # fmt: skip
+def test_routes_that_a_chat_does_not_need_are_closed(app: RunningApp, method: str, path: str) -> None:
+    assert httpx.request(method, app.url + path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/theme.css", "/gradio_api/info", "/gradio_api/app_id"])
+def test_routes_that_it_needs_are_open(app: RunningApp, path: str) -> None:
+    assert httpx.get(app.url + path, headers={"Origin": app.url}).status_code == 200
+
+
+def test_a_large_body_is_refused_with_and_without_its_length(app: RunningApp) -> None:
+    large = b"x" * (MAX_BODY_BYTES + 1)
+    for content in (large, iter([large[: MAX_BODY_BYTES // 2]] * 4)):
+        with contextlib.suppress(httpx.TransportError):  # cut off while it was still sending
+            assert httpx.post(app.url + JOIN, content=content).status_code == 413
+    assert httpx.get(f"{app.url}/config").status_code == 200
+
+
+# What Gradio takes for a file: it copies `path`, or has what `url` names fetched, before a function of ours is called.
+META = {"_type": "gradio.FileData"}
+WRAPPINGS: list[Callable[[Any], Any]] = [
+    lambda file: file, lambda file: [[], [[[file]]]], lambda file: {"a": {"b": [file]}},
+    lambda file: {"path": file["path"]}, lambda file: {**file, "url": "http://127.0.0.1:9/x"},
+    lambda file: [{"role": "user", "content": [{"type": "file", "file": file}]}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS)
+def test_no_file_is_read_for_a_call(app: RunningApp, tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
+    begin, answers = time.monotonic(), set()
+    (tmp_path / "there").write_text("private")
+    for path in (tmp_path / "there", tmp_path / "missing", Path("/dev/zero")):
+        file = wrap({"path": str(path), "meta": META})
+        places: list[dict[str, Any]] = [
+            {"data": [0, file, "", 0, 1, 20, "", ""]}, {"data": ["Hello", *GOOD, file]},
+            {"data": [*GOOD, ""], "event_data": {"index": 0, "value": [file]}}, {"data": GOOD, "session_hash": file},
+        ]  # fmt: skip
+        for place, (route, function) in itertools.product(places, ((JOIN, 0), ("/gradio_api/call/send", 0))):
+            answer = httpx.post(app.url + route, json={"fn_index": function, "session_hash": "f", **place}, timeout=5)
+            answers.add((answer.status_code, answer.text))
+    assert {status for status, _ in answers} == {422}
+    assert len(answers) == 1, "a file that is there is told from one that is not"
+    assert time.monotonic() - begin < 5
+
+
+def test_with_a_password_nothing_is_told_without_it(start_app: Callable[..., Iterator[RunningApp]]) -> None:
+    running = start_app(parrot(name="secret-name"), auth="me:pass:word")
+    app = next(running)
+    with httpx.Client(base_url=app.url) as client:
+        assert client.get("/config").status_code == 401
+        assert client.get("/gradio_api/info").status_code == 401
+        assert client.post(JOIN, json={"data": [], "fn_index": 0, "session_hash": "a"}).status_code == 401
+        assert client.get("/gradio_api/queue/data", params={"session_hash": "a"}).status_code == 401
+        assert "secret-name" not in client.get("/").text
+        assert client.post("/login", data={"username": "me", "password": "pass"}).status_code == 400
+        assert client.post("/login", data={"username": "me", "password": "pass:word"}).status_code == 200
+        assert "secret-name" in client.get("/config").text
+    next(running, None)
+
+
+# --- its end
+
+PROGRAM = """
+import sys
+from lmtune.serve.server import Address, launch
+from tests.chat_models import parrot
+launch([parrot(0.01)], Address(port=int(sys.argv[1])))
+"""
 
 
 class Served:
@@ -86,11 +191,23 @@ class Served:
         assert "lmtune app: " in line, line + self.process.stderr.read()  # type: ignore[union-attr]
         self.url = line.split("lmtune app: ")[1].strip()
 
+    def count(self, max_new_tokens: int) -> Any:
+        """A job that counts, with its first words there."""
+        from gradio_client import Client
+
+        job = Client(self.url, verbose=False).submit("count", *GOOD[:5], max_new_tokens, "", api_name="/send")
+        begin = time.monotonic()
+        while not job.outputs():
+            assert time.monotonic() < begin + 20
+            time.sleep(0.05)
+        return job
+
     def end(self, number: int, seconds: float = 20) -> tuple[int, str]:
-        """Exit code after a signal, and what was said on stderr."""
+        """Exit code after a signal, and stderr."""
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=seconds)
-        return self.process.returncode, said
+        _, stderr = self.process.communicate(timeout=seconds)
+        assert "Traceback" not in stderr
+        return self.process.returncode, stderr
 
 
 @pytest.fixture
@@ -107,51 +224,30 @@ def served() -> Iterator[Callable[[int], Served]]:
         app.process.wait()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.long
 def test_sigterm_lets_an_answer_finish(served: Callable[[int], Served]) -> None:
-    from gradio_client import Client
-
-    app = served(free_port())
-    client = Client(app.url, verbose=False)
-    answer = client.submit("count", *SETTINGS, api_name="/send")
-    begin = time.monotonic()
-    while not answer.outputs():
-        assert time.monotonic() < begin + 20
-        time.sleep(0.05)
-    code, said = app.end(signal.SIGTERM)
-    assert code == 0
-    assert "finishing 1 answer(s)" in said
-    assert "Traceback" not in said
-    shown = answer.outputs()[-1][1]
-    assert shown[-1]["content"][0]["text"].startswith("1 2 3 4 5 6 7 8 9 10")
-    assert "200 tokens" in str(answer.outputs()[-1][3])
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    app = served(port)
+    answer = app.count(200)
+    code, stderr = app.end(signal.SIGTERM)
+    assert (code, "finishing 1 answer(s)" in stderr) == (0, True)
+    output = answer.outputs()[-1]
+    assert output[1][-1]["content"][0]["text"].startswith("1 2 3 4 5 6 7 8 9 10")
+    assert "200 tokens" in str(output[3])
 
 
 @pytest.mark.long
-def test_the_next_port_is_taken_and_said_and_a_second_ctrl_c_stops_at_once(served: Callable[[int], Served]) -> None:
-    from gradio_client import Client
-
+def test_the_next_free_port_is_taken_and_a_second_ctrl_c_stops_at_once(served: Callable[[int], Served]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         app = served(port)
-    assert app.url.startswith("http://127.0.0.1:")
     assert not app.url.endswith(f":{port}")
-    answer = Client(app.url, verbose=False).submit("count", *SETTINGS[:5], 3000, "", api_name="/send")
-    begin = time.monotonic()
-    while not answer.outputs():
-        assert time.monotonic() < begin + 20
-        time.sleep(0.05)
+    app.count(3000)
     app.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert app.process.poll() is None
     begin = time.monotonic()
-    code, said = app.end(signal.SIGINT)
-    assert code == 0
-    assert time.monotonic() - begin < 8
-    assert f"port {port} is taken, so the app is on" in said
-    assert "Traceback" not in said
+    code, stderr = app.end(signal.SIGINT)
+    assert (code, time.monotonic() - begin < 8) == (0, True)
+    assert f"port {port} is taken, so the app is on" in stderr

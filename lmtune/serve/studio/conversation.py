@@ -1,10 +1,9 @@
-"""What the browser tabs of an app talk about, without a line of Gradio: who answers, and how answers are followed.
+"""The conversations of the browser tabs, without a line of Gradio: who answers, how answers are followed, what stays.
 
 A model answers in a thread of its own for each answer, and takes turns with other answers token by token. A tab's
-handler looks a few times a second at what was said, so the page is redrawn at that rate, not at the model's, and with
-many tabs at work more rarely. What a tab has said is kept on the server under the tab's own key: two tabs never see
-each other's text. A page that is loaded again brings back what its own browser kept of it
-(`lmtune.serve.studio.saved`).
+handler looks a few times a second at the answer, so the page is redrawn at that rate, not at the model's, and with many
+tabs at work more rarely. A conversation is kept on the server under the tab's own key: two tabs never see each other's
+text. The browser keeps a copy (`to_json`), with which a page that is loaded again goes on (`restore_json`).
 
 Every speaker, which is a model with or without its adapter, has a session of its own. Another speaker takes up the
 questions as they stand: with its own answers to them where it gave some, else with those that stand there.
@@ -15,36 +14,39 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from lmtune.data.types import Message
 from lmtune.errors import LmtuneError
 from lmtune.inference.chat import AnswerInfo, ChatSession
-from lmtune.inference.engine import Sampling
+from lmtune.inference.engine import FinishReason, Sampling
 from lmtune.inference.load import LoadedModel
 
 Mode = Literal["tuned", "base", "both"]
 Turn = tuple[Message, AnswerInfo | None]
 Speaker = tuple[int, bool]  # index of the model, and whether it answers without its adapter
 MODES: tuple[Mode, ...] = ("tuned", "base", "both")
-MAX_TABS = 1000  # conversations kept; the one unused for longest goes first
-_MAX_CACHES = 16  # of them, how many keep their KV caches; the others read their conversation again when it goes on
+MAX_TABS = 1000  # conversations kept; the least recently used goes first
+_MAX_CACHES = 16  # of them, how many keep their KV caches; the others read their conversation again
+_MAX_JSON = 400_000  # characters; a request may hold a million bytes, and a browser keeps a few million
+_VERSION = 1  # of the copy
 _REDRAW_SECONDS = 0.05
 _REDRAW_SECONDS_EACH = 0.004  # more for each answer under way, so that drawing never crowds out answering
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a tab wants to be answered.
+    """The settings panel of a tab.
 
     Attributes:
         model: index of the model.
         mode: with the adapter, without it, or both side by side.
-        system: system prompt; empty is that of training.
+        system: system prompt; empty stands for that of training.
         sampling: how an answer is chosen.
     """
 
@@ -122,54 +124,76 @@ class Conversation:
         read, whole = zip(*(session.prompt_progress for session in self.columns), strict=True)
         return sum(read), sum(whole)
 
-    def arrange(self, settings: Settings) -> None:
-        """Take up a change of model, mode or system prompt."""
+    def apply(self, settings: Settings) -> None:
+        """Apply a change of model, mode or system prompt."""
         self.choose(settings.model, settings.mode)
         for session in self.columns:
             session.system = settings.system.strip() or None
 
     def choose(self, model: int, mode: Mode) -> None:
-        """Let others answer from here on; an answer under way is stopped, what was said stays."""
-        wanted = [(model, base) for base in {"tuned": [False], "base": [True], "both": [False, True]}[mode]]
-        if wanted == self._shown:
+        """Let others answer from here on; an answer under way is stopped, earlier turns stay."""
+        chosen = [(model, base) for base in {"tuned": [False], "base": [True], "both": [False, True]}[mode]]
+        if chosen == self._shown:
             return
         self.stop()
         before = dict(zip(self._shown, self.columns, strict=True))
-        for speaker in wanted:
+        for speaker in chosen:
             if speaker not in before:
                 same_side = [session for (_, base), session in before.items() if base == speaker[1]]
-                self._sessions[speaker] = self._going_on(speaker, (same_side or [*before.values()])[0].turns)
+                self._sessions[speaker] = self._session_after(speaker, (same_side or [*before.values()])[0].turns)
         for speaker, session in before.items():
-            if speaker not in wanted:
+            if speaker not in chosen:
                 session.release()
-        self._shown = wanted
+        self._shown = chosen
 
-    def strangers(self) -> list[tuple[AnswerInfo, list[AnswerInfo]]]:
-        """Of each column, who answers, and the others whose answers it reads as if they were its own."""
-        found = []
+    def borrowed_answers(self) -> list[tuple[AnswerInfo, list[AnswerInfo]]]:
+        """Of each column, who answers, and the others whose answers it reads as its own."""
+        borrowed = []
         for (index, base), session in zip(self._shown, self.columns, strict=True):
             model = self._models[index]
             own = AnswerInfo(model.name, base if model.has_adapter else None)
             others = [replace(info, finish_reason=None) for _, info in session.turns if info is not None]
-            found.append((own, [info for info in dict.fromkeys(others) if info != own and session.remembers]))
-        return found
+            borrowed.append((own, [info for info in dict.fromkeys(others) if info != own and session.remembers]))
+        return borrowed
 
-    def snapshot(self) -> list[tuple[Speaker, list[Turn]]]:
-        """All that was said: those who answer now first, in the order of their columns."""
+    def to_json(self) -> str:
+        """The conversation as the browser keeps it; nothing of one that is empty, or too long to be sent back."""
         rest = [speaker for speaker in self._sessions if speaker not in self._shown]
-        return [(speaker, self._sessions[speaker].turns) for speaker in (*self._shown, *rest)]
+        sessions = [
+            [self._models[index].name, base, [_turn_to_json(*turn) for turn in self._sessions[index, base].turns]]
+            for index, base in (*self._shown, *rest)
+        ]
+        text = json.dumps([_VERSION, len(self._shown), sessions], separators=(",", ":"))
+        return text if any(turns for *_, turns in sessions) and len(text) <= _MAX_JSON else ""
 
-    def restore(self, snapshot: Sequence[tuple[Speaker, Sequence[Turn]]], num_columns: int) -> None:
-        """Begin with what `snapshot` gave; the first `num_columns` of it are those who answer now."""
-        for speaker, turns in snapshot:
-            self._sessions[speaker] = self._session(speaker, turns)
-        self._shown = [speaker for speaker, _ in snapshot[:num_columns]]
+    def restore_json(self, text: str) -> tuple[int, Mode] | None:
+        """Go on with what `to_json` gave; returns the model and mode of then.
+
+        None, and nothing is changed, if `text` is not in that form or its models are not here.
+        """
+        known = {model.name: index for index, model in enumerate(self._models)}
+        try:
+            version, num_columns, sessions = json.loads(text)
+            found: dict[Speaker, list[Turn]] = {
+                (known[name], bool(base) and self._models[known[name]].has_adapter): _turns_from_json(turns)
+                for name, base, turns in sessions
+                if name in known
+            }
+        except (TypeError, ValueError, LookupError, RecursionError):
+            return None
+        shown = [*found][: num_columns if num_columns in (1, 2) else 0]
+        columns = [(shown[0][0], False), (shown[0][0], True)] if len(shown) == 2 else shown
+        if version != _VERSION or not shown or len(shown) != num_columns or shown != columns:
+            return None
+        self._sessions |= {speaker: self._session(speaker, turns) for speaker, turns in found.items()}
+        self._shown = shown
+        return shown[0][0], "both" if len(shown) == 2 else "base" if shown[0][1] else "tuned"
 
     def _session(self, speaker: Speaker, turns: Sequence[Turn]) -> ChatSession:
         messages, infos = [message for message, _ in turns], [info for _, info in turns]
         return ChatSession(self._models[speaker[0]], messages=messages, infos=infos)
 
-    def _going_on(self, speaker: Speaker, turns: list[Turn]) -> ChatSession:
+    def _session_after(self, speaker: Speaker, turns: list[Turn]) -> ChatSession:
         """The session in which `speaker` goes on after `turns`, with its own answers to the first of the questions."""
         own = self._sessions.get(speaker)
         mine = own.turns if own is not None else []
@@ -183,7 +207,7 @@ class Conversation:
     async def _follow(
         self, settings: Settings, ask: Callable[[ChatSession, bool], Iterator[str]]
     ) -> AsyncIterator[None]:
-        self.arrange(settings)
+        self.apply(settings)
         columns, speakers = list(self.columns), list(self._shown)
         before = [session.turns for session in columns]
         streams = [ask(session, base) for session, (_, base) in zip(columns, speakers, strict=True)]
@@ -203,19 +227,41 @@ class Conversation:
                         answer.result()
             except Exception:
                 if len(columns) > 1:
-                    self._take_back(columns, before)
+                    self._roll_back(columns, before)
                 raise
             finally:
                 for session, answer in zip(columns, answers, strict=True):
                     if not answer.done():
                         session.stop()
 
-    def _take_back(self, columns: list[ChatSession], before: list[list[Turn]]) -> None:
-        """After a question that not all could answer: nobody has heard it."""
+    def _roll_back(self, columns: list[ChatSession], before: list[list[Turn]]) -> None:
+        """Take back a question that not all could answer."""
         for speaker, session in list(self._sessions.items()):
             if session in columns:
                 session.stop()
                 self._sessions[speaker] = self._session(speaker, before[columns.index(session)])
+
+
+def _turn_to_json(message: Message, info: AnswerInfo | None) -> list[Any]:
+    if info is None:
+        return [message.content]
+    return [message.content, info.model, info.use_base, info.finish_reason or "stopped"]
+
+
+def _turns_from_json(turns: Sequence[Sequence[Any]]) -> list[Turn]:
+    """Questions and answers by turns.
+
+    Raises:
+        TypeError, ValueError: they are something else.
+    """
+    found: list[Turn] = []
+    for (question,), (answer, model, use_base, reason) in zip(turns[::2], turns[1::2], strict=True):
+        "".join((question, answer, model)).encode()  # an unpaired surrogate is not text
+        if use_base not in (True, False, None) or reason not in get_args(FinishReason):
+            raise ValueError
+        info = AnswerInfo(model, use_base, reason)
+        found += [(Message("user", question), None), (Message("assistant", answer), info)]
+    return found
 
 
 def _progress(session: ChatSession) -> int:
@@ -224,7 +270,7 @@ def _progress(session: ChatSession) -> int:
 
 
 class Activity:
-    """What is going on in the whole app."""
+    """Which answers are under way in the whole app."""
 
     def __init__(self) -> None:
         self.closing = False
@@ -277,11 +323,11 @@ class Tabs:
     def __init__(self, models: Sequence[LoadedModel], activity: Activity) -> None:
         self._models, self.activity = models, activity
         self._conversations: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
 
     def of(self, key: tuple[str, str]) -> Conversation:
         """The conversation of the tab `key` (user, session), a new one if it is new here."""
-        with self._guard:
+        with self._lock:
             conversation = self._conversations.pop(key, None) or Conversation(self._models, self.activity)
             self._conversations[key] = conversation
             while len(self._conversations) > MAX_TABS:
@@ -292,7 +338,7 @@ class Tabs:
 
     def close(self, key: tuple[str, str]) -> None:
         """Forget a tab that was closed."""
-        with self._guard:
+        with self._lock:
             conversation = self._conversations.pop(key, None)
         if conversation is not None:
             conversation.clear()

@@ -1,19 +1,19 @@
 """From messages to what Gradio's chatbot shows: Markdown, but never live HTML or a picture from somewhere else.
 
-The chatbot turns HTML in a message into HTML on the page. What a model says, and what a user types, should be read as
-it is, so an invisible word joiner (U+2060) is put into whatever would begin a tag, an entity, an image, a link's
-definition or a fence, inline code included: what is code is the page's to say, and it says otherwise than the standard.
+The chatbot turns HTML in a message into HTML on the page. A model's or a user's text should be read as it is, so an
+invisible word joiner (U+2060) is put into whatever would begin a tag, an entity, an image, a link's definition or a
+fence, inline code included: the page finds inline code by its own rules, which differ from the standard's.
 
-Only blocks of code keep every letter. They are found by a strict rule, and written anew in a form that cannot be read
-in two ways: at the margin, between blank lines, with a fence longer than any within, and no language that is drawn.
+Only fenced code keeps every letter. It is found by a strict rule, and written anew in a form that has one reading only:
+at the margin, between blank lines, with a fence longer than any within, and no language that the page draws.
 
-The page would also take maths from one end of the text to the other, and blocks of code with it. So it is told to look
-for maths between other marks than those that are typed: the same, with an invisible separator (U+2063) outside, which
-only maths that ends before the next block of code is given.
+The page would also take maths from one end of the text to the other, and fenced code with it. So it looks for maths
+between other delimiters than those that are typed: the same, with an invisible separator (U+2063) outside, which only
+maths that ends before the next fenced code is given.
 
 An edited question comes back with the joiners and separators, and loses them again; line ends and the form of its
-blocks of code stay as they were shown. On the page `studio.script` takes the joiners out of what is shown and
-copied, where a text can no longer become a tag; a message's copy button gives what was said, letter by letter.
+fences stay as they were shown. On the page `chat.js` takes the joiners out of what is shown and copied, where a text
+can no longer become a tag; a message's copy button gives the message letter by letter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmtune.data.replies import is_still_reasoning, split_reply
-from lmtune.data.types import Message
 from lmtune.inference.chat import AnswerInfo
 from lmtune.inference.engine import FinishReason
 from lmtune.serve.studio.conversation import Turn
@@ -46,52 +45,59 @@ _ENDINGS: dict[FinishReason | None, str] = {
 _BEGINS_MATHS = re.compile(r"\$\$|\\[\[(]")
 
 
-def shown(messages: Sequence[Message], answering: bool = False, can_continue: bool = False) -> list[dict[str, Any]]:
-    """`messages` for `gr.Chatbot`; reasoning becomes an entry of its own, folded away.
+@dataclass(frozen=True)
+class Entry:
+    """What the chatbot shows as one: a message, or the reasoning before an answer.
+
+    Attributes:
+        message: index of the message that it shows, or a part of.
+        value: as the chatbot takes it.
+        label: what stands above it, may be empty.
+        copied: what its copy button gives, where that is not the shown text; else empty.
+    """
+
+    message: int
+    value: dict[str, Any]
+    label: str
+    copied: str
+
+
+def render_turns(turns: Sequence[Turn], answering: bool = False, can_continue: bool = False) -> list[Entry]:
+    """What the chatbot shows of a conversation; reasoning is an entry of its own, folded away.
 
     Args:
-        messages: turns of user and assistant.
-        answering: the last one is still being said.
+        turns: questions, and answers with who gave them.
+        answering: the last answer is under way.
         can_continue: offer to go on with the last one.
     """
-    entries = [entry.value for entry in _entries(messages, answering)]
+    entries: list[Entry] = []
+    for index, (message, info) in enumerate(turns):
+        is_answer = message.role == "assistant"
+        under_way = answering and is_answer and index == len(turns) - 1
+        label = "" if info is None else speaker_name(info) + _ENDINGS.get(info.finish_reason, "")
+        reasoning, text = split_reply(message.content) if is_answer else (None, message.content)
+        if reasoning is not None:
+            state = "pending" if under_way and is_still_reasoning(message.content) else "done"
+            value = {**_value("assistant", reasoning), "metadata": {"title": "Thinking", "status": state}}
+            entries.append(Entry(index, value, label, "" if answering else reasoning))
+            label = ""
+        if under_way and not text.strip():  # the line under the chat says what goes on
+            continue
+        value = _value(message.role, text if text.strip() or not is_answer else "*(no answer)*")
+        is_shown_as_it_is = _INVISIBLE.sub("", value["content"][0]["text"]) == text
+        entries.append(Entry(index, value, label, "" if answering or is_shown_as_it_is else text))
     if entries and can_continue and not answering:
-        entries[-1]["options"] = [{"label": "Continue", "value": "continue"}]
+        entries[-1].value["options"] = [{"label": "Continue", "value": "continue"}]
     return entries
 
 
-def notes(turns: Sequence[Turn], answering: bool = False) -> list[list[str]]:
-    """For each entry of `shown`, what stands above it and what its copy button should give where it would give another
-    text; both may be empty.
-
-    Args:
-        turns: the messages, each answer with who gave it and how it ended.
-        answering: the last one is still being said.
-    """
-    found: list[list[str]] = []
-    labelled: set[int] = set()
-    for entry in _entries([message for message, _ in turns], answering):
-        info = turns[entry.number][1]
-        above = "" if info is None or entry.number in labelled else label(info) + _ENDINGS.get(info.finish_reason, "")
-        labelled.add(entry.number)
-        found.append([above, "" if answering or _is_copied_well(entry) else entry.source])
-    return found
-
-
-def origin(messages: Sequence[Message], index: int) -> int:
-    """Which of `messages` the entry `index` of `shown(messages)` shows; -1 for none."""
-    origins = [entry.number for entry in _entries(messages, False)]
-    return origins[index] if 0 <= index < len(origins) else -1
-
-
-def label(info: AnswerInfo) -> str:
+def speaker_name(info: AnswerInfo) -> str:
     """Who gave an answer: the run's or model's name, and whether with its adapter."""
-    side = {True: " · base", False: " · tuned", None: ""}[info.use_base]
-    return f"{info.model}{side}"
+    return info.model + {True: " · base", False: " · tuned", None: ""}[info.use_base]
 
 
 @functools.lru_cache(maxsize=1024)
-def harmless(text: str) -> str:
+def sanitize_markdown(text: str) -> str:
     """`text` as Markdown in which HTML and images are text."""
     shown_lines: list[str] = []
     for lines in _parts(_INVISIBLE.sub("", text).replace("\r\n", "\n").replace("\r", "\n")):
@@ -101,27 +107,27 @@ def harmless(text: str) -> str:
     return "\n".join(shown_lines)
 
 
-def typed(value: Any) -> str:
+def original_text(value: Any) -> str:
     """What the user wrote, from the value of an edit event: a text, or a list of parts."""
     parts = value if isinstance(value, list) else [value]
     texts = [part.get("text", "") if isinstance(part, dict) else str(part) for part in parts]
     return _INVISIBLE.sub("", "".join(texts))
 
 
-def plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """`text` as Markdown that shows it letter by letter."""
     return re.sub(r"[!-/:-@\[-`{-~]", lambda found: f"&#{ord(found[0])};", text)
 
 
-def status(text: str, is_error: bool = False, is_busy: bool = False) -> str:
+def status_line(text: str, is_error: bool = False, is_busy: bool = False) -> str:
     """A line under the chat, as Markdown; one that moves while something is `is_busy`."""
     role = "alert" if is_error else "status"
     kind = "error" if is_error else "note busy" if is_busy else "note"
-    return f'<div class="{kind}" role="{role}">{plain(text)}</div>' if text else ""
+    return f'<div class="{kind}" role="{role}">{escape_markdown(text)}</div>' if text else ""
 
 
 def _parts(text: str) -> Iterator[list[str]]:
-    """The lines of `text`, by turns those outside of blocks of code and those of one, as they are to be shown."""
+    """The lines of `text` as they are shown, by turns those outside and those of fenced code."""
     outside: list[str] = []
     lines = iter(text.split("\n"))
     for line in lines:
@@ -130,15 +136,15 @@ def _parts(text: str) -> Iterator[list[str]]:
             outside.append(line)
             continue
         if outside:
-            yield _broken_up(outside)
+            yield _neutralize(outside)
             outside = []
         yield _fenced(opening, lines)
     if outside:
-        yield _broken_up(outside)
+        yield _neutralize(outside)
 
 
 def _fenced(opening: re.Match[str], lines: Iterator[str]) -> list[str]:
-    """The block of code that `opening` begins and `lines` go on with; it stays open if they end before it does."""
+    """The fenced code that `opening` begins and `lines` go on with; it stays open if they end before it does."""
     content: list[str] = []
     is_closed = False
     marks, indent = opening["marks"], len(opening["indent"])
@@ -155,22 +161,22 @@ def _fenced(opening: re.Match[str], lines: Iterator[str]) -> list[str]:
 
 
 def _closes(line: str, marks: str) -> bool:
-    """Whether `line` ends a block of code that `marks` began."""
+    """Whether `line` ends fenced code that `marks` began."""
     begun = line.lstrip(" ")
     return len(line) - len(begun) <= 3 and begun.startswith(marks) and not begun.rstrip(" \t").strip("`~")
 
 
-def _broken_up(lines: list[str]) -> list[str]:
-    """Lines outside of blocks of code, with joiners in what would be live, and separators around maths."""
-    return _with_maths(_LIVE.sub(_joined, "\n".join(lines))).split("\n")
+def _neutralize(lines: list[str]) -> list[str]:
+    """Lines outside of fenced code, with joiners in what would be live, and separators around maths."""
+
+    def join(found: re.Match[str]) -> str:
+        return _JOINER.join(found[0]) if len(found[0]) > 1 else found[0] + _JOINER
+
+    return _mark_maths(_LIVE.sub(join, "\n".join(lines))).split("\n")
 
 
-def _joined(found: re.Match[str]) -> str:
-    return _JOINER.join(found[0]) if len(found[0]) > 1 else found[0] + _JOINER
-
-
-def _with_maths(text: str) -> str:
-    """`text` with separators around its maths; each search goes on where the last ended, so that time is linear."""
+def _mark_maths(text: str) -> str:
+    """`text` with separators around its maths; each search goes on where the last ended, in linear time."""
     parts, end = [], 0
     unending: set[str] = set()
     for found in _BEGINS_MATHS.finditer(text):
@@ -186,48 +192,5 @@ def _with_maths(text: str) -> str:
     return "".join([*parts, text[end:]])
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """What the chatbot shows as one.
-
-    Attributes:
-        number: of the message that it is, or is of.
-        source: the text that was said.
-        value: as the chatbot takes it.
-    """
-
-    number: int
-    source: str
-    value: dict[str, Any]
-
-
-def _entries(messages: Sequence[Message], answering: bool) -> list[_Entry]:
-    entries: list[_Entry] = []
-    for number, message in enumerate(messages):
-        under_way = answering and number == len(messages) - 1 and message.role == "assistant"
-        text = message.content
-        reasoning, answer = split_reply(text) if message.role == "assistant" else (None, text)
-        if reasoning is not None:
-            state = "pending" if under_way and is_still_reasoning(text) else "done"
-            entries.append(_Entry(number, reasoning, _value("assistant", reasoning, "Thinking", state)))
-            text = answer
-        source = text
-        if not text.strip() and message.role == "assistant":
-            if under_way:  # the line under the chat says what goes on
-                continue
-            text = "*(no answer)*"
-        entries.append(_Entry(number, source, _value(message.role, text)))
-    return entries
-
-
-def _is_copied_well(entry: _Entry) -> bool:
-    """Whether the page's own copy button gives what was said, once the invisible characters are gone."""
-    text: str = entry.value["content"][0]["text"]
-    return "metadata" not in entry.value and _INVISIBLE.sub("", text) == entry.source
-
-
-def _value(role: str, text: str, title: str | None = None, state: str = "done") -> dict[str, Any]:
-    value: dict[str, Any] = {"role": role, "content": [{"type": "text", "text": harmless(text)}]}
-    if title is not None:
-        value["metadata"] = {"title": title, "status": state}
-    return value
+def _value(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": sanitize_markdown(text)}]}

@@ -1,9 +1,10 @@
-"""The app's page: a chat, a box to type in, and a panel of settings; what happens at each click.
+"""The chat page: a chat, a box to type in, a panel of settings; and what happens at each click.
 
-    app = build_app(load_for_inference("runs/support"))
+    page = build_page([load_for_inference("runs/support")])
 
-The page only draws. What was said lives in `studio.conversation`, under the key of each browser tab, and the browser
-keeps a copy for when the page is loaded again.
+The page only draws. A conversation lives in `studio.conversation`, under the key of its browser tab, and the browser
+keeps a copy for when the page is loaded again. `chat.css` says how the page looks, `chat.js` what it does in the
+browser itself.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import base64
 import hashlib
 import json
 import os
+import random
 import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -24,43 +27,68 @@ from lmtune.errors import LmtuneError
 from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
 from lmtune.io.console import err, escape
-from lmtune.models.structure import base_of, max_positions
-from lmtune.serve.request import MAX_CHARACTERS, index_of, mode_of, place_of, settings_of, text_of
+from lmtune.models.structure import base_of
 from lmtune.serve.studio.conversation import MAX_TABS, MODES, Activity, Conversation, Mode, Settings, Tabs
-from lmtune.serve.studio.display import MATHS, label, notes, origin, plain, shown, status, typed
-from lmtune.serve.studio.saved import bring_back, to_text
+from lmtune.serve.studio.display import (
+    MATHS,
+    escape_markdown,
+    original_text,
+    render_turns,
+    speaker_name,
+    status_line,
+)
 
+CSS = (Path(__file__).parent / "chat.css").read_text(encoding="utf-8")
+HEAD = f"<script>\n{(Path(__file__).parent / 'chat.js').read_text(encoding='utf-8')}</script>"
 _MODE_LABELS = {"tuned": "Tuned", "base": "Base", "both": "Both"}
 _COLUMN_LABELS = {"tuned": "Tuned", "base": "Base model", "both": "Tuned"}
 _QUEUE_SIZE = 256
 _ANSWERS_AT_ONCE = 64
-_MOST_NEW_TOKENS = 8192
+_MAX_CHARACTERS = 100_000
+_MAX_NEW_TOKENS = 8192
 _SAVE_SECONDS = 2.0  # how often the browser's copy is renewed during an answer
+_SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+_MONO = ("ui-monospace", "SFMono-Regular", "Consolas", "monospace")
+
+Updates = AsyncIterator[tuple[Any, ...]]
+Ask = Callable[[Conversation, Settings], AsyncIterator[None]]
 
 
-def build_app(
-    models: LoadedModel | Sequence[LoadedModel],
-    examples: Sequence[str] | Sequence[Sequence[str]] = (),
-    activity: Activity | None = None,
+def build_page(
+    models: Sequence[LoadedModel], examples: Sequence[Sequence[str]] = (), activity: Activity | None = None,
     place: str = "Everything stays on this computer.",
-) -> gr.Blocks:
-    """The app for one or several loaded models.
+) -> gr.Blocks:  # fmt: skip
+    """The page for one or several loaded models.
 
     Args:
         models: the first is the one chosen at first.
-        examples: questions offered in an empty conversation; for several models a list of them for each.
+        examples: for each model the questions that an empty conversation offers.
         activity: shared with a server that wants to know when answers are under way.
         place: a sentence on where the conversation goes.
     """
-    loaded = [models] if isinstance(models, LoadedModel) else list(models)
-    for_all = [examples] * len(loaded) if all(isinstance(one, str) for one in examples) else examples
-    return _Page(loaded, [[str(one) for one in each] for each in for_all], activity or Activity(), place).blocks
+    return _Page(models, examples or [()] * len(models), activity or Activity(), place).blocks
+
+
+def theme() -> Any:
+    """Gradio's plain theme with one accent, and less of borders and boxes."""
+    return gr.themes.Base(
+        primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_SANS, font_mono=_MONO, radius_size="lg"
+    ).set(
+        body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
+        block_background_fill="white", block_background_fill_dark="*neutral_900",
+        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
+        block_border_width="0px", block_shadow="none",
+        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+    )  # fmt: skip
 
 
 class _Page:
     """The components, and what they do."""
 
-    def __init__(self, models: list[LoadedModel], examples: list[list[str]], activity: Activity, place: str) -> None:
+    def __init__(
+        self, models: Sequence[LoadedModel], examples: Sequence[Sequence[str]], activity: Activity, place: str
+    ) -> None:
         self.models, self.examples, self.place = models, examples, place
         self.tabs = Tabs(models, activity)
         names = "\0".join(model.name for model in models)  # what was said to others stays away
@@ -74,29 +102,27 @@ class _Page:
                 self.clear = gr.Button("New chat", size="md", elem_id="clear", scale=0)
             with gr.Row(equal_height=False, elem_id="columns"):
                 with gr.Column(scale=3, min_width=300, elem_id="talk"):
-                    self._lay_out_chat()
+                    self._build_chat()
                 with gr.Column(scale=1, min_width=240, elem_id="settings"):
-                    self._lay_out_settings()
+                    self._build_settings()
             # Between the page's script and the server: what stands above answers and what the browser is to keep; and,
             # when the page is loaded, what it kept.
             self.notes = gr.Markdown(_for_script({"key": self.key, "columns": []}), elem_id="notes", visible="hidden")
             self.kept = gr.Textbox("", elem_id="kept", visible="hidden")
             self._connect()
         self.blocks.state_session_capacity = MAX_TABS  # each takes 70 kB; Gradio would keep those of 10,000 visitors
-        self.blocks.max_threads = (
-            _ANSWERS_AT_ONCE  # of the queue too; else no more than 40 questions are taken up at once
-        )
+        self.blocks.max_threads = _ANSWERS_AT_ONCE  # of the queue too; else only 40 questions are taken up at once
         self.blocks.queue(api_open=False, max_size=_QUEUE_SIZE, default_concurrency_limit=_ANSWERS_AT_ONCE)
 
     # --- what is on the page
 
-    def _lay_out_chat(self) -> None:
+    def _build_chat(self) -> None:
         with gr.Row(equal_height=True, elem_id="chats"):
             self.answers = self._chatbot(self.examples[0], visible=True)
             self.base_answers = self._chatbot((), visible=False)
         self.question = gr.Textbox(
             placeholder="Ask something", show_label=False, label="Question", lines=1, max_lines=8, autofocus=True,
-            submit_btn=True, elem_id="question", max_length=MAX_CHARACTERS,
+            submit_btn=True, elem_id="question", max_length=_MAX_CHARACTERS,
         )  # fmt: skip
         self.status = gr.Markdown("", elem_id="status")
 
@@ -105,15 +131,15 @@ class _Page:
             label=_COLUMN_LABELS["tuned" if visible else "base"], show_label=not visible, visible=visible,
             elem_classes=["answers"], height=None, editable="user", buttons=["copy"], sanitize_html=True,
             allow_tags=False, feedback_options=None, layout="bubble", latex_delimiters=MATHS, min_width=200,
-            placeholder=self._greeting(0), allow_file_downloads=False, examples=_offered(examples),
+            placeholder=self._greeting(0), allow_file_downloads=False, examples=_examples(examples),
             group_consecutive_messages=False,
         )  # fmt: skip
 
     def _greeting(self, index: int) -> str:
-        return f"**{plain(self.models[index].name)}** is ready"
+        return f"**{escape_markdown(self.models[index].name)}** is ready"
 
-    def _lay_out_settings(self) -> None:
-        longest = min(_MOST_NEW_TOKENS, *(max_positions(model.model) or _MOST_NEW_TOKENS for model in self.models))
+    def _build_settings(self) -> None:
+        longest = min(_MAX_NEW_TOKENS, *(model.engine.max_positions or _MAX_NEW_TOKENS for model in self.models))
         names = [(f"{model.name}", index) for index, model in enumerate(self.models)]
         self.model = gr.Dropdown(names, value=0, label="Model", visible=len(names) > 1, elem_id="model")
         self.mode = gr.Radio(
@@ -121,7 +147,7 @@ class _Page:
             visible=self.can_switch, elem_id="mode",
         )  # fmt: skip
         self.system = gr.Textbox(
-            label="System prompt", lines=2, max_lines=8, elem_id="system", max_length=MAX_CHARACTERS,
+            label="System prompt", lines=2, max_lines=8, elem_id="system", max_length=_MAX_CHARACTERS,
             placeholder=self.models[0].system or "none", info=_about_system(self.models[0]),
         )  # fmt: skip
         self.temperature = gr.Slider(
@@ -149,8 +175,8 @@ class _Page:
         what = f"{amount} parameters{' with its LoRA adapter' if model.has_adapter else ''}"
         device = "on the GPU" if base.device.type == "cuda" else "on the CPU"
         alone = "" if model.renderer.uses_chat_template else " Each question stands alone."
-        line = plain(f"{what}, {device}. {self.place}{alone}")
-        return f"<h1>{plain(model.name)} <span>· lmtune</span></h1><p>{line}</p>"
+        line = escape_markdown(f"{what}, {device}. {self.place}{alone}")
+        return f"<h1>{escape_markdown(model.name)} <span>· lmtune</span></h1><p>{line}</p>"
 
     # --- what happens
 
@@ -185,55 +211,37 @@ class _Page:
             chatbot.undo(self.on_undo, None, outputs, **at_once)
         self.blocks.unload(self.on_unload)
 
-    async def on_send(
-        self, text: Any, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any,
-        seed: Any, request: gr.Request,
-    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+    async def on_send(self, request: gr.Request, text: Any, *values: Any) -> Updates:
         """Answer what is in the box."""
-        values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
-        async for update in self._answer(request, values, self._sending(text), typed_text=text):
+        async for update in self._answer(request, values, _send(text), typed=text):
             yield update
 
-    async def on_example(
-        self, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any, seed: Any,
-        request: gr.Request, event: gr.EventData,
-    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+    async def on_example(self, request: gr.Request, event: gr.EventData, *values: Any) -> Updates:
         """Ask the example that was clicked."""
-        value = getattr(event, "value", None)
-        text = value.get("text", "") if isinstance(value, dict) else value
-        values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
-        async for update in self._answer(request, values, self._sending(text), typed_text=text):
+        text = event.value.get("text", "")
+        async for update in self._answer(request, values, _send(text), typed=text):
             yield update
 
-    async def on_retry(
-        self, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any, seed: Any,
-        request: gr.Request,
-    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+    async def on_retry(self, request: gr.Request, *values: Any) -> Updates:
         """Answer the last question anew."""
-        values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
-        async for update in self._answer(request, values, lambda talk, how: talk.retry(how), is_retry=True):
+        async for update in self._answer(
+            request, values, lambda conversation, how: conversation.retry(how), is_retry=True
+        ):
             yield update
 
-    async def on_continue(
-        self, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any, seed: Any,
-        request: gr.Request,
-    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+    async def on_continue(self, request: gr.Request, *values: Any) -> Updates:
         """Go on with an answer that was cut."""
-        values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
-        async for update in self._answer(request, values, lambda talk, how: talk.continue_answers(how)):
+        async for update in self._answer(request, values, lambda conversation, how: conversation.continue_answers(how)):
             yield update
 
-    async def on_edit(
-        self, model: Any, mode: Any, system: Any, temperature: Any, top_p: Any, max_new_tokens: Any, seed: Any,
-        request: gr.Request, event: gr.EventData,
-    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+    async def on_edit(self, request: gr.Request, event: gr.EventData, *values: Any) -> Updates:
         """Answer a question that was changed; what came after it is dropped."""
 
-        def ask(talk: Conversation, how: Settings) -> AsyncIterator[None]:
-            text = text_of(typed(getattr(event, "value", None)), "question")
-            return talk.edit(origin(talk.columns[0].messages, place_of(getattr(event, "index", None))), text, how)
+        def ask(conversation: Conversation, settings: Settings) -> AsyncIterator[None]:
+            index = event.index[0] if isinstance(event.index, list) else event.index
+            entry = render_turns(conversation.columns[0].turns)[index]
+            return conversation.edit(entry.message, _text(original_text(event.value)), settings)
 
-        values = (model, mode, system, temperature, top_p, max_new_tokens, seed)
         async for update in self._answer(request, values, ask):
             yield update
 
@@ -243,40 +251,36 @@ class _Page:
 
     def on_clear(self, request: gr.Request) -> tuple[Any, ...]:
         """Begin anew."""
-        talk = self._conversation(request)
-        talk.clear()
-        return gr.update(submit_btn=True, stop_btn=False), *self._drawn(talk)
+        conversation = self._conversation(request)
+        conversation.clear()
+        return gr.update(submit_btn=True, stop_btn=False), *self._drawn(conversation)
 
     def on_undo(self, request: gr.Request) -> tuple[Any, ...]:
         """Take the last question back into the box."""
-        talk = self._conversation(request)
-        question = talk.undo()
-        return gr.update(value=question, submit_btn=True, stop_btn=False), *self._drawn(talk)
+        conversation = self._conversation(request)
+        question = conversation.undo()
+        return gr.update(value=question, submit_btn=True, stop_btn=False), *self._drawn(conversation)
 
-    def on_mode(self, model: Any, mode: Any, request: gr.Request) -> tuple[Any, ...]:
+    def on_mode(self, model: int, mode: Mode, request: gr.Request) -> tuple[Any, ...]:
         """Show those who answer from here on, and what they take up."""
-        try:
-            index, wanted = index_of(model, len(self.models)), mode_of(mode)
-        except LmtuneError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        talk = self._conversation(request)
-        talk.choose(index, wanted if self.models[index].has_adapter else "tuned")
-        return self._chosen(talk, index, wanted)
+        conversation = self._conversation(request)
+        conversation.choose(model, mode if self.models[model].has_adapter else "tuned")
+        return self._chosen(conversation, model, mode)
 
-    def on_kept(self, kept: Any, request: gr.Request) -> tuple[Any, ...]:
+    def on_kept(self, kept: str, request: gr.Request) -> tuple[Any, ...]:
         """Bring back what this browser kept of the conversation."""
-        talk = self._conversation(request)
-        if talk.columns[0].messages:
+        conversation = self._conversation(request)
+        if conversation.columns[0].messages:
             return (gr.skip(),) * 8
-        index, mode = bring_back(kept, talk, self.models) or (0, "tuned")
-        return index, *self._chosen(talk, index, mode)
+        index, mode = conversation.restore_json(kept) or (0, "tuned")
+        return index, *self._chosen(conversation, index, mode)
 
-    def _chosen(self, talk: Conversation, index: int, mode: Mode) -> tuple[Any, ...]:
+    def _chosen(self, conversation: Conversation, index: int, mode: Mode) -> tuple[Any, ...]:
         """The page for these who answer: header, mode, system prompt, and what `_drawn` gives."""
         model = self.models[index]
         can_switch = model.has_adapter
-        first, second, line, *rest = self._drawn(talk, _taking_up(talk))
-        shared = {"placeholder": self._greeting(index), "examples": _offered(self.examples[index])}
+        first, second, line, *rest = self._drawn(conversation, _describe_borrowed(conversation))
+        shared = {"placeholder": self._greeting(index), "examples": _examples(self.examples[index])}
         name = _COLUMN_LABELS[mode]
         return (
             self._header(index), gr.update(value=mode, visible=can_switch),
@@ -290,55 +294,52 @@ class _Page:
         """Forget a tab that was closed."""
         self.tabs.close(_key(request))
 
-    def _sending(self, text: Any) -> Callable[[Conversation, Settings], AsyncIterator[None]]:
-        return lambda talk, how: talk.send(text_of(text, "question"), how)
-
     async def _answer(
-        self, request: gr.Request, values: Sequence[Any], ask: Callable[[Conversation, Settings], AsyncIterator[None]],
-        typed_text: Any = None, is_retry: bool = False,
-    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+        self, request: gr.Request, values: Sequence[Any], ask: Ask, typed: Any = None, is_retry: bool = False
+    ) -> Updates:
         """Stream an answer to the page; whatever goes wrong becomes a line under the chat."""
-        talk, begin = self._conversation(request), time.monotonic()
-        emptied = {"value": ""} if typed_text is not None else {}
+        conversation, begin = self._conversation(request), time.monotonic()
+        emptied = {} if typed is None else {"value": ""}
         with self.tabs.activity.drawing():
-            yield gr.update(submit_btn=False, stop_btn=True, **emptied), *self._columns(talk)
+            yield gr.update(submit_btn=False, stop_btn=True, **emptied), *self._columns(conversation)
             box: dict[str, Any] = {}
             saved_at = begin
             try:
-                settings = settings_of(values, self.models)
-                async for _ in ask(talk, settings):
+                settings = _settings(values, self.models)
+                async for _ in ask(conversation, settings):
                     is_due = time.monotonic() - saved_at > _SAVE_SECONDS
                     saved_at = time.monotonic() if is_due else saved_at
-                    yield gr.skip(), *self._columns(talk, _waiting_for(talk), answering=True, keep=is_due)
+                    yield (
+                        gr.skip(),
+                        *self._columns(conversation, _progress_line(conversation), answering=True, keep=is_due),
+                    )
                 seconds = time.monotonic() - begin
-                line = status(_figures(talk, seconds, settings.sampling, is_retry))
+                line = status_line(_describe_answer(conversation, seconds, settings.sampling, is_retry))
             except Exception as error:
-                line = status(_explain(error), is_error=True)
-                box = {"value": _printable(typed_text)} if typed_text is not None else {}
-            yield gr.update(submit_btn=True, stop_btn=False, **box), *self._columns(talk, line)
+                line = status_line(_explain(error), is_error=True)
+                box = {} if typed is None else {"value": _text(typed)}
+            yield gr.update(submit_btn=True, stop_btn=False, **box), *self._columns(conversation, line)
 
     def _columns(
-        self, talk: Conversation, line: str = "", answering: bool = False, keep: bool = True
+        self, conversation: Conversation, line: str = "", answering: bool = False, keep: bool = True
     ) -> tuple[Any, ...]:
         """What `_drawn` gives, as plain values in Gradio's own form.
 
         For an update, `gr.skip()` too, Gradio makes the component anew: 3.5 ms for a chat, ten times as long as all
         else that it does to redraw a page.
         """
-        first, second, *rest = self._drawn(talk, line, answering, keep)
+        first, second, *rest = self._drawn(conversation, line, answering, keep)
         return *(self.answers.postprocess(column).model_dump() for column in (first, second)), *rest
 
-    def _drawn(self, talk: Conversation, line: str = "", answering: bool = False, keep: bool = True) -> tuple[Any, ...]:
+    def _drawn(
+        self, conversation: Conversation, line: str = "", answering: bool = False, keep: bool = True
+    ) -> tuple[Any, ...]:
         """What the two chats show, the line below, and for the script what stands above answers and what to keep."""
-        turns = [session.turns for session in talk.columns]
-        columns = [
-            shown([message for message, _ in said], answering, session.can_continue)
-            for said, session in zip(turns, talk.columns, strict=True)
-        ]
-        for_script: dict[str, Any] = {"columns": [notes(said, answering) for said in turns]}
+        columns = [render_turns(session.turns, answering, session.can_continue) for session in conversation.columns]
+        for_script: dict[str, Any] = {"columns": [[[one.label, one.copied] for one in entries] for entries in columns]}
         if keep:
-            for_script |= {"key": self.key, "kept": to_text(talk, self.models)}
-        first, second = columns if len(columns) == 2 else (columns[0], [])
+            for_script |= {"key": self.key, "kept": conversation.to_json()}
+        first, second, *_ = [[entry.value for entry in entries] for entries in [*columns, []]]
         return first, second, line, _for_script(for_script)
 
     def _conversation(self, request: gr.Request) -> Conversation:
@@ -349,12 +350,30 @@ def _key(request: gr.Request) -> tuple[str, str]:
     return str(getattr(request, "username", None) or ""), str(request.session_hash or "")
 
 
-def _printable(text: Any) -> str:
-    """What was typed, for the box it came from; a program may have sent what no browser can."""
-    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
+def _settings(values: Sequence[Any], models: Sequence[LoadedModel]) -> Settings:
+    """The values of the settings panel.
+
+    Raises:
+        LmtuneError: naming a value that is out of bounds.
+    """
+    model, mode, system, temperature, top_p, max_new_tokens, seed = values
+    text = _text(seed).strip()
+    is_number = text.isdecimal() and len(text) <= 10
+    number: Any = int(text) if is_number else text or random.randrange(2**32)
+    sampling = Sampling(temperature, top_p, max_new_tokens, number)
+    return Settings(model, mode if models[model].has_adapter else "tuned", _text(system), sampling)
 
 
-def _offered(questions: Sequence[str]) -> list[dict[str, str]]:
+def _send(text: Any) -> Ask:
+    return lambda conversation, settings: conversation.send(_text(text), settings)
+
+
+def _text(value: Any) -> str:
+    """What was typed, without halves of characters, which no file and no tokenizer can hold."""
+    return "" if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def _examples(questions: Sequence[str]) -> list[dict[str, str]]:
     """Examples as the chatbot takes them."""
     return [{"text": question} for question in questions]
 
@@ -368,35 +387,37 @@ def _about_system(model: LoadedModel) -> str | None:
     return "Empty: the one of training." if model.system else None
 
 
-def _waiting_for(talk: Conversation) -> str:
+def _progress_line(conversation: Conversation) -> str:
     """The line under the chat until the first word comes."""
-    if talk.num_tokens():
+    if conversation.num_tokens():
         return ""
-    read, whole = talk.prompt_progress()
+    read, whole = conversation.prompt_progress()
     if not whole:
-        return status("Waiting for the model", is_busy=True)
+        return status_line("Waiting for the model", is_busy=True)
     if read >= whole:
-        return status("Writing", is_busy=True)
-    return status(f"Reading the prompt, {100 * read // whole} %" if read else "Reading the prompt", is_busy=True)
+        return status_line("Writing", is_busy=True)
+    return status_line(f"Reading the prompt, {100 * read // whole} %" if read else "Reading the prompt", is_busy=True)
 
 
-def _taking_up(talk: Conversation) -> str:
+def _describe_borrowed(conversation: Conversation) -> str:
     """A line for those who go on after answers that are not theirs."""
     lines = [
-        f"{label(own)} goes on with the answers of {' and '.join(map(label, others))} above as if they were its own"
-        for own, others in talk.strangers()
+        f"{speaker_name(own)} goes on with the answers of {' and '.join(map(speaker_name, others))} above"
+        for own, others in conversation.borrowed_answers()
         if others
     ]
-    return status("; ".join(lines) + "; New chat begins without them") if lines else ""
+    return status_line("; ".join(lines) + "; New chat begins without them") if lines else ""
 
 
-def _figures(talk: Conversation, seconds: float, sampling: Sampling, is_retry: bool) -> str:
+def _describe_answer(conversation: Conversation, seconds: float, sampling: Sampling, is_retry: bool) -> str:
     """How long the answer was, why it ended, and what it takes to have it again, or another."""
-    num_tokens = talk.num_tokens()
+    num_tokens = conversation.num_tokens()
     rate = f", {num_tokens / seconds:.0f} a second" if num_tokens > 1 and seconds > 0 else ""
     again = f" · seed {sampling.seed}" if sampling.temperature > 0 else ""
     hint = " · for another answer raise the temperature" if is_retry and sampling.temperature == 0 else ""
-    ended = {info.finish_reason for *_, (_, info) in (session.turns for session in talk.columns) if info is not None}
+    ended = {
+        info.finish_reason for *_, (_, info) in (session.turns for session in conversation.columns) if info is not None
+    }
     cut = ""
     if "length" in ended:
         cut = " · cut at the limit (Max new tokens): Continue goes on"

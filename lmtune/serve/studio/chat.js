@@ -1,15 +1,10 @@
-"""What the page does in the browser itself: a few lines of JavaScript, where Gradio has no setting for it.
-
-Each answer gets its speaker's name above it; Escape stops an answer; buttons without words get a name for those who
-hear the page; the title follows the model; and what is shown and copied loses the joiners of `studio.display`. They
-keep a text from becoming HTML while it is read as Markdown; in the page's text nodes, which are read no more, and on
-the clipboard they would only be in the way. The conversation is kept in the browser's local storage, and sent back when
-the page is loaded again.
-"""
-
-from __future__ import annotations
-
-HEAD = r"""<script>
+// What the page does in the browser itself, where Gradio has no setting for it.
+//
+// Each answer gets its speaker's name above it; Escape stops an answer; buttons without words get a name for those who
+// hear the page; the title follows the model; the conversation is kept in the browser's local storage, and sent back
+// when the page is loaded again; and shown and copied text loses the invisible joiners of display.py. They keep a text
+// from becoming HTML while it is read as Markdown; in the page's text nodes, which are read no more, and on the
+// clipboard they would only be in the way.
 (() => {
   const JOINER = /\u2060/g, INVISIBLE = /[\u2060\u2063]/g;
   const without = text => text.replace(INVISIBLE, "");
@@ -124,4 +119,3 @@ HEAD = r"""<script>
     else if (!inside) open(false);
   });
 })();
-</script>"""

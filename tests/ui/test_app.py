@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.serve.studio.choice import example_questions, newest_run
+from lmtune.recipes.app import example_questions, newest_run
 from tests import processes
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_questions_are_offered_where_they_can_be_answered(tmp_path: Path) -> Non
     [
         (["app.py", "tiny", "--host", "0.0.0.0"], "add --auth user:password"),
         (["-m", "lmtune", "app", "--share"], "add --auth user:password"),
-        (["-m", "lmtune", "app", "--port", "99999"], "--port: got 99999"),
+        (["-m", "lmtune", "app", "--port", "99999"], "--port: 99999"),
         (["-m", "lmtune", "app", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
         (["-m", "lmtune", "chat", "tiny", "--temperature", "nan"], "temperature: nan"),
         (["recipes/chat.py", "./nowhere"], "./nowhere"),
