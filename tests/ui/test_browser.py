@@ -267,7 +267,7 @@ def test_what_is_wrong_is_said_on_the_page_and_the_question_kept(open_tab: Calla
     tab.ask("Hello", "You asked: Hello")
 
 
-def test_what_is_said_is_never_live(open_tab: Callable[..., Tab]) -> None:
+def test_model_output_is_never_html(open_tab: Callable[..., Tab]) -> None:
     tab = open_tab()
     evil = '<img src="http://evil.example/a.png" onerror="document.title=1"> <script>document.title=2</script> '
     evil += (
