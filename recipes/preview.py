@@ -1,4 +1,4 @@
-"""Show the exact tokens that a model will see of each row, and which of them it learns.
+"""Show the exact tokens that a model will see of each row, and which of them are trained.
 
 lmtune preview train.jsonl --config qwen3_0.6b --rows 5
 lmtune preview train.jsonl --model Qwen/Qwen3-0.6B
@@ -33,7 +33,7 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document: model, template, rows.")] = False,
 ) -> None:
-    """Show the tokens of the first rows, the learned ones coloured, or in brackets where there is no colour.
+    """Show the tokens of the first rows, trained ones coloured, or in brackets without colour.
 
     Example: lmtune preview train.jsonl --config qwen3_0.6b
     """
@@ -41,7 +41,7 @@ def main(
     model_config, data_config, paths = settings.model, settings.data, data_paths(settings.data.train)
 
     with progress("loading PyTorch and the libraries"):
-        from lmtune.data.preview import document_tree, show_tokens
+        from lmtune.data.preview import sequence_tree, show_tokens
         from lmtune.data.reading import ReadReport, read_examples
         from lmtune.data.rendering import ControlText
         from lmtune.data.report import WHY_DROPPED
@@ -60,18 +60,16 @@ def main(
     for example in islice(read_examples(files, report), rows):
         control_text.add(example)
         changed.update(renderer.changes(example))
-        documents, dropped = fit(example, whole := renderer.render(example), data_config)
+        kept, dropped = fit(example, whole := renderer.render(example), data_config)
         if as_json:
-            found = [document_tree(tokenizer, document) for document in documents or whole]
+            found = [sequence_tree(tokenizer, sequence) for sequence in kept or whole]
             shown.append({"where": example.location, "dropped": dropped and WHY_DROPPED[dropped], "documents": found})
             continue
-        for number, document in enumerate(documents or whole, start=1):
-            part = f" (document {number})" if len(whole) > 1 else ""
-            counts = f"{len(document.input_ids):,} tokens, {document.num_targets:,} learned"
+        for number, sequence in enumerate(kept or whole, start=1):
+            part = f" (sequence {number})" if len(whole) > 1 else ""
+            counts = f"{len(sequence):,} tokens, {sequence.num_targets:,} trained"
             out.print(f"\n[bold]{escape(example.location)}[/]{part}: {counts}")
-            out.print(
-                show_tokens(tokenizer, document.input_ids, document.loss_mask, out.is_terminal and not out.no_color)
-            )
+            out.print(show_tokens(tokenizer, sequence, out.is_terminal and not out.no_color))
         if dropped:
             out.print(f"[yellow]this row will be dropped: {WHY_DROPPED[dropped]} ({data_config.max_length})[/]")
     told = [f"{pluralize(number)} of these: {change}" for change, number in changed.items()]

@@ -103,8 +103,8 @@ def parse_row(row: Mapping[str, Any], format: Format) -> ParsedRow:
     """The row's messages or text.
 
     Raises:
-        RowFault: a value is missing, of the wrong type, empty where it is learned, roles are out of order, or the row
-            says more than would be learned.
+        RowFault: a value is missing, of the wrong type, empty where it is trained, roles are out of order, or the row
+            says more than would be trained.
     """
     required, optional = _KEYS[format]
     known, parsed = (*required, *optional), ParsedRow()
@@ -119,8 +119,8 @@ def parse_row(row: Mapping[str, Any], format: Format) -> ParsedRow:
     if problems:
         raise RowFault("; ".join(problems))
     if further:
-        learned = parsed.text or "\n".join(m.content for m in parsed.messages if m.role == "assistant")
-        warned = further_warnings(row, known, learned)
+        trained = parsed.text or "\n".join(m.content for m in parsed.messages if m.role == "assistant")
+        warned = further_warnings(row, known, trained)
         parsed.warnings += warned.values()
         parsed.ignored_keys |= {key for key in further - warned.keys() if row[key] is False or is_filled(row[key])}
     for message in parsed.messages:
@@ -155,7 +155,7 @@ def _one_more_turn(row: Mapping[str, Any], question: str, answer: str) -> Parsed
 def _text(row: Mapping[str, Any]) -> ParsedRow:
     (text,) = strings(row, "text", filled="text")
     if given := [key for key in SYSTEM_KEYS if is_filled(row.get(key))]:
-        raise RowFault(f"{given[0]} beside text, which is learned as it stands; write the row as prompt and completion")
+        raise RowFault(f"{given[0]} beside text, which is trained as it stands; write the row as prompt and completion")
     warnings = [] if text.strip() else ["a text holds only white space"]
     return ParsedRow(text=text, warnings=warnings)
 
@@ -190,18 +190,18 @@ PREFERENCE_KEYS = (
 _REFUSED: tuple[tuple[tuple[str, ...], str], ...] = (  # keys, and what would be lost and what to do
     (
         ("tools", "functions", "available_tools", "tool_definitions", "function_definitions"),
-        "these would be in the prompt, and tool calls (tool_calls) are not learned yet; remove the row, or the key if "
-        "no tool is to be used",
+        "these would be in the prompt, and tool calls (tool_calls) are not supported yet; remove the row, or the key "
+        "if no tool is to be used",
     ),
     (CALL_KEYS, CALL_FAULT),
-    (PREFERENCE_KEYS, "preferences are not learned yet; remove the key to learn the row's own answer alone"),
+    (PREFERENCE_KEYS, "preferences are not supported yet; remove the key to train on the row's own answer alone"),
     (
         (*REASONING_KEYS, *OTHER_THOUGHT_KEYS, "complex_cot"),
         "this reasoning would be lost; write it into the answer as <think>…</think> with data.template: thinking",
     ),
     (
         tuple(key for key in MEDIA_KEYS if key not in ("file", "files")),  # of a row, those say where it comes from
-        "only text is learned; remove the row, or the key if the text stands alone",
+        "only text is trained; remove the row, or the key if the text stands alone",
     ),
     (
         ("sys_prompt", "system_instruction", "system_instructions", "developer", "developer_prompt"),
@@ -214,10 +214,10 @@ _REFUSED: tuple[tuple[tuple[str, ...], str], ...] = (  # keys, and what would be
     ),
     (("documents",), "these would be lost; write them into the question, or remove the key"),
     ((HISTORY_KEY,), "earlier turns would be lost; write them as turns of the conversation, or remove the key"),
-    (("mask_history",), "to learn the last answer only, give each earlier one weight: 0 instead"),
+    (("mask_history",), "to train on the last answer only, give each earlier one weight: 0 instead"),
     (
         ("train_on_input", "train_on_inputs", "train_on_prompt"),
-        "only answers are learned, never questions; remove the key",
+        "only answers are trained, never questions; remove the key",
     ),
 )
 _ADVICE = {plain(key): advice for keys, advice in _REFUSED for key in keys}
@@ -251,31 +251,31 @@ def further_problems(row: Mapping[str, Any], known: tuple[str, ...], is_text: bo
             advice = "remove the row" if value == 0 else "weights of rows are not used yet; set 1 or remove the key"
             found.append(f"{key} is {kind_of(value)}; {advice}")
         elif name in _SWITCHES and value is _SWITCHES[name]:
-            found.append(f"{key} is {kind_of(value)}: the row should not be learned; remove it")
-        elif name in _LABELS and value is not None and (is_text or value in (0, 1)):  # a truth, or a class of a text
+            found.append(f"{key} is {kind_of(value)}: the row should not be trained; remove it")
+        elif name in _LABELS and value is not None and (is_text or value in (0, 1)):
             found.append(
-                f"{key} is {kind_of(value)}: labels are not learned yet; remove the row if the answer is a bad one, "
+                f"{key} is {kind_of(value)}: labels are not supported yet; remove the row if the answer is a bad one, "
                 "else the key"
             )
         elif is_text and _is_lost_answer(name, value, row["text"]):
             found.append(
-                f"{key} beside text would not be learned; rename text to prompt and {key} to completion, or remove "
+                f"{key} beside text would not be trained; rename text to prompt and {key} to completion, or remove "
                 f"{key}"
             )
     return sorted(found)
 
 
-def _is_lost_answer(name: str, value: object, learned: object) -> bool:
-    return name in _ANSWERS and isinstance(value, str) and is_filled(value) and value.strip() not in str(learned)
+def _is_lost_answer(name: str, value: object, trained: object) -> bool:
+    return name in _ANSWERS and isinstance(value, str) and is_filled(value) and value.strip() not in str(trained)
 
 
-def further_warnings(row: Mapping[str, Any], known: tuple[str, ...], learned: str) -> dict[str, str]:
-    """What may be lost with keys that are not used, by key; `learned` is the row's text or answers."""
+def further_warnings(row: Mapping[str, Any], known: tuple[str, ...], trained: str) -> dict[str, str]:
+    """What may be lost with keys that are not used, by key; `trained` is the row's text or answers."""
     return {
-        key: f"{key} is neither in the question nor learned; write it into one of them if it belongs there"
+        key: f"{key} is neither in the question nor trained; write it into one of them if it belongs there"
         for key in row
         if key not in known and is_filled(row[key])
-        if plain(key) in _WARNED or _is_lost_answer(plain(key), row[key], learned)
+        if plain(key) in _WARNED or _is_lost_answer(plain(key), row[key], trained)
     }
 
 
@@ -283,7 +283,7 @@ def system_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """The row's own system prompt as a message, or none.
 
     Raises:
-        RowFault: it is no text, or given twice.
+        RowFault: it is not text, or given twice.
     """
     given = [key for key in SYSTEM_KEYS if is_filled(row.get(key))]
     if problems := [f"{key} {problem}" for key in given if (problem := text_problem(row[key]))]:
@@ -309,10 +309,10 @@ def with_system(row: Mapping[str, Any], messages: tuple[Message, ...], key: str 
 
 
 def earlier_turns(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The turns in `history`, a list of [question, answer] pairs, as LLaMA-Factory writes them; all are learned.
+    """The turns in `history`, a list of [question, answer] pairs, as LLaMA-Factory writes them; all are trained.
 
     Raises:
-        RowFault: it is no such list.
+        RowFault: it is not such a list.
     """
     history = row.get(HISTORY_KEY)
     if not is_filled(history):
@@ -333,6 +333,6 @@ def preference_fault(row: Mapping[str, Any]) -> str | None:
     if len(pair) < 2:
         return None
     return (
-        f"the row is a preference ({listed_keys(pair)}), which is not learned yet; to learn the better answer alone, "
-        "write it as prompt and completion"
+        f"the row is a preference ({listed_keys(pair)}), which is not supported yet; to train on the better answer "
+        "alone, write it as prompt and completion"
     )

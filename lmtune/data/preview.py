@@ -1,6 +1,6 @@
-"""Rows as the model will see them: token by token, with the learned ones marked.
+"""Rows as the model sees them: token by token, with the targets of the loss marked.
 
-On a terminal learned tokens are green and underlined; without colour they stand in [brackets] and a blank follows each
+On a terminal targets are green and underlined; without colour they stand in [brackets] and a blank follows each
 other, so a page piped into a file says the same. Blanks, line ends and control characters are made visible. A
 character of several tokens is shown as itself, with their number: 歷{3}.
 """
@@ -8,40 +8,45 @@ character of several tokens is shown as itself, with their number: 歷{3}.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-_LEARNED = ("green underline", "bright_green underline")
+from lmtune.data.types import TokenSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TARGET = ("green underline", "bright_green underline")
 _OTHER = ("dim", "")
 _VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _MAX_PARTS = 8  # tokens; no character has more, with a blank before it
 
 
-def show_tokens(tokenizer: Any, input_ids: Sequence[int], trained: Sequence[bool], colour: bool) -> Text:
-    """The tokens `input_ids[T]` in order, those that are `trained[T]` marked as learned."""
+def show_tokens(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence, colour: bool) -> Text:
+    """The tokens of a sequence in order, its targets marked."""
     shown = Text()
-    for index, (text, count, learned) in enumerate(_pieces(tokenizer, input_ids, trained)):
+    for index, (text, count, is_target) in enumerate(_pieces(tokenizer, sequence)):
         number = f"{{{count}}}" if count > 1 else ""
         if colour:  # neighbours in different shades, so that one sees where a token ends
-            shown.append(text, style=(_LEARNED if learned else _OTHER)[index % 2]).append(number, style="dim")
+            shown.append(text, style=(_TARGET if is_target else _OTHER)[index % 2]).append(number, style="dim")
         else:
             bare, newline = (text[:-1], "\n") if text.endswith("\n") else (text, "")
-            shown.append((f"[{bare}]{number}" if learned else f"{bare}{number} ") + newline)
+            shown.append((f"[{bare}]{number}" if is_target else f"{bare}{number} ") + newline)
     return shown
 
 
-def document_tree(tokenizer: Any, document: Any) -> dict[str, Any]:
-    """A document as `lmtune preview --json` gives it: text, input_ids `[T]`, tokens `[T]`, trained `[T]`."""
-    ids = [int(token) for token in document.input_ids]
+def sequence_tree(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> dict[str, Any]:
+    """A sequence as `lmtune preview --json` gives it: text, input_ids `[T]`, tokens `[T]`, trained `[T]`."""
+    ids = sequence.input_ids.tolist()
     return {
         "text": tokenizer.decode(ids), "input_ids": ids, "tokens": [token_text(tokenizer, token) for token in ids],
-        "trained": [bool(flag) for flag in document.loss_mask],
+        "trained": sequence.loss_mask.tolist(),
     }  # fmt: skip
 
 
-def token_text(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """One token, with white space and what has no glyph made visible."""
     piece, text = str(tokenizer.convert_ids_to_tokens(token)), _decoded(tokenizer, [token])
     if "\N{LOWER ONE EIGHTH BLOCK}" in piece:  # SentencePiece's blank, which decoding alone drops
@@ -51,27 +56,24 @@ def token_text(tokenizer: Any, token: int) -> str:
     return _visible(text)
 
 
-def _pieces(
-    tokenizer: Any, input_ids: Sequence[int], trained: Sequence[bool]
-) -> Iterator[tuple[str, int, bool]]:  # fmt: skip
-    """(text, number of tokens, whether learned) of each token; those that share a character come together."""
-    ids = [int(token) for token in input_ids]
+def _pieces(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Iterator[tuple[str, int, bool]]:
+    """(text, number of tokens, whether targets) of each token; those that share a character come together."""
+    ids, mask = sequence.input_ids.tolist(), sequence.loss_mask.tolist()
     start = 0
     while start < len(ids):
-        count, learned = 1, bool(trained[start])
-        text = token_text(tokenizer, ids[start])
+        count, text = 1, token_text(tokenizer, ids[start])
         if _INCOMPLETE in _decoded(tokenizer, ids[start : start + 1]):
             for end in range(start + 2, min(start + _MAX_PARTS, len(ids)) + 1):
-                if bool(trained[end - 1]) != learned:
+                if mask[end - 1] != mask[start]:
                     break
                 if _INCOMPLETE not in (together := _decoded(tokenizer, ids[start:end])):
                     text, count = _visible(together), end - start
                     break
-        yield text, count, learned
+        yield text, count, mask[start]
         start += count
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 

@@ -1,8 +1,8 @@
-"""From a conversation to the tokens that the model sees, and which of them it learns. One mechanism for all templates:
+"""From a conversation to the tokens that the model sees, and which are targets. One mechanism for all templates:
 
     p = tokens(messages before an answer, with the generation prompt)      what inference feeds the model
     f = tokens(messages up to and with the answer)
-    learned = f after p, up to and with the token that ends the turn
+    trained = f after p, up to and with the token that ends the turn
 
 So what training puts before an answer is by construction what chat and evaluation put there: `prompt_ids` is `p`. Marks
 inside the template ({% generation %}) are not needed, and most templates have none. A conversation of several answers
@@ -13,7 +13,7 @@ Inference reads the tokens back the same way: `decode` gives a reply without wha
 and with its reasoning set apart (`lmtune.data.replies`).
 
 Without a template: prompt, completion and the end token, encoded apart, because generation starts after the prompt's
-own tokens. Every document ends in a learned token that generation stops at. Masking is by position, never by id, so a
+own tokens. Every document ends in a trained token that generation stops at. Masking is by position, never by id, so a
 tokenizer that pads with its end token learns to stop all the same.
 """
 
@@ -46,7 +46,7 @@ from lmtune.io.text import pluralize
 Template = Literal["auto", "chat", "plain", "thinking"]
 RENDERING_VERSION = 2  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
 _TRIMMED = {
-    "assistant": "the chat template trims answers; these are learned with the white space at their ends, as written",
+    "assistant": "the chat template trims answers; these are trained with the white space at their ends, as written",
     "user": "the chat template trims questions, in training and in chat alike; these lose white space at their ends",
     "system": "the chat template trims system prompts, in training and in chat alike; these lose white space",
 }
@@ -344,7 +344,7 @@ class ControlText:
         hold = "holds" if self._rows.count == 1 else "hold"
         return [
             f"{pluralize(self._rows.count)} {hold} control tokens as text ({shown}): "
-            f"{self._rows.examples}; they are learned letter by letter, not as tokens; rows that a chat "
+            f"{self._rows.examples}; they are trained letter by letter, not as tokens; rows that a chat "
             'template rendered before must be messages again: {"messages": [{"role": "user", "content": "…"}, …]}'
         ]
 

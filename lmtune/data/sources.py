@@ -140,7 +140,7 @@ def _some_names(names: Sequence[str]) -> str:
 
 
 def shown_name(name: str | Path) -> str:
-    """A file's name as it may be printed: bytes that are no UTF-8 are replaced, control characters written out."""
+    """A file's name as it may be printed: bytes that are not UTF-8 are replaced, control characters written out."""
     text = os.fsencode(name).decode("utf-8", "replace")
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
 
@@ -169,7 +169,7 @@ def _portable_names(names: Sequence[str]) -> list[str]:
 
 
 def _unusable(path: Path, name: str) -> str | None:
-    """Why `path`, given as `name`, is no readable plain file, or None."""
+    """Why `path`, given as `name`, is not a readable file, or None."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -192,7 +192,7 @@ _ELSEWHERE = re.compile(f"^{_ADDRESS}|{_PATTERN}")
 
 
 def _not_local(name: str) -> str:
-    """What to do about a name that is none of a file here, but of something elsewhere; else nothing."""
+    """What to do about a name of something that is not a local file; else nothing."""
     only = "; only local files and folders are read"
     if re.match(_ADDRESS, name):
         return f"{only}: download the rows first, and name the file"
@@ -228,7 +228,7 @@ _COMMON_HANZI = frozenset(
 
 
 def encoding_advice(sample: bytes) -> str:
-    """` (it looks like …: iconv …)` for the first bytes of a file that is no UTF-8; empty where nothing can be said.
+    """` (it looks like …: iconv …)` for the first bytes of a file that is not UTF-8; empty where nothing can be said.
 
     Lines of good UTF-8 beyond ASCII speak for a damaged file, not for another encoding.
     """

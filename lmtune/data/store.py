@@ -142,10 +142,10 @@ def _template_warnings(config: DataConfig, renderer: Renderer) -> list[str]:
 
 
 def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Row numbers to learn and to hold out, both ascending; the same for the same content and seed.
+    """Row numbers to train on and to hold out, both ascending; the same for the same content and seed.
 
-    Rows of equal content stay together, so what is held out is not learned under another line number. At least one row
-    is held out if that is possible at all, and at least one is left to learn.
+    Rows of equal content stay together, so what is held out is not trained under another line number. At least one row
+    is held out if that is possible at all, and at least one is left to train on.
     """
     _, group_of, sizes = np.unique(data.content, return_inverse=True, return_counts=True)
     wanted = max(1, round(fraction * len(data))) if fraction > 0 else 0
@@ -221,7 +221,7 @@ def _build(
                 changes.setdefault(change, RowCounter()).add(example.location)
             try:
                 sequences = counts.fit(example, outcome)
-            except DataError as fault:  # `too_long: error` is no matter of `faulty_rows`
+            except DataError as fault:  # `faulty_rows: skip` does not skip what `too_long: error` refuses
                 report.add_fault(example.location, _reason(fault), fatal=True)
                 continue
             if sequences and (config.faulty_rows == "skip" or not report.num_faults):
@@ -315,8 +315,8 @@ def fit(
 def truncated(sequence: TokenSequence, max_length: int, is_text: bool) -> TokenSequence | None:
     """The last `max_length` tokens of a sequence, or None if they hold no target.
 
-    The rest of an answer that lost its beginning or its prompt is no target: it follows from nothing. A plain text may
-    begin anywhere.
+    The rest of an answer that lost its beginning or its prompt is not a target: it follows from nothing. A plain
+    text may begin anywhere.
     """
     start = len(sequence) - max_length
     if start <= 0:

@@ -7,7 +7,7 @@ are. A template that ends answers with no token at all ("### Response: …") is 
 written after every answer, because a model that never sees an end never stops.
 
 An answer is what the template writes after the prompt: its tokens where they continue the prompt's, and else what
-stands around it in the template's text, encoded apart. So a row is learned as it is written even where the template
+stands around it in the template's text, encoded apart. So a row is trained as it is written even where the template
 trims answers, and where the prompt ends in something (an empty thought) that the rendered answer has not.
 """
 
@@ -132,10 +132,10 @@ class ChatTemplate:
             self._check_reasoning_kept(messages)
         if answer not in self._tokenizer.decode(ids[num_prompt:]) and answer not in self._text(messages):
             return self._answer_by_text(messages)
-        learned = [*ids[num_prompt:], *([self.end_token_id] if self._end_opens_next_turn else [])]
-        if self.end_token_id not in learned:
+        trained = [*ids[num_prompt:], *([self.end_token_id] if self._end_opens_next_turn else [])]
+        if self.end_token_id not in trained:
             raise TemplateFault(f"the template does not end this answer with {self._end}")
-        return learned[: learned.index(self.end_token_id) + 1]
+        return trained[: trained.index(self.end_token_id) + 1]
 
     def sample_prompts(self) -> list[str]:
         """The text before an answer, without and with a system prompt; what changes by itself, as a date, is in it."""
@@ -231,7 +231,7 @@ class ChatTemplate:
         if not _squeezed(whole).startswith(_squeezed(rendered)):
             if OPENING in content:
                 self._check_reasoning_kept(messages)
-            raise TemplateFault("the template rewrites this answer, so it cannot be learned as it is written")
+            raise TemplateFault("the template rewrites this answer, so it cannot be trained as it is written")
         if reasoning is None:
             return self._encode([answer], [], lead, tail)
         return self._encode([reasoning, answer], [between], lead, tail)

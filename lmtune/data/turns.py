@@ -17,7 +17,7 @@ from lmtune.data.values import RowFault, is_filled, kind_of, listed_keys, plain,
 SPELLINGS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls")
-CALL_FAULT = "tool calls are not learned yet, and without them the answer is not whole; remove the row"
+CALL_FAULT = "tool calls are not supported yet, and without them the answer is not whole; remove the row"
 MEDIA_KEYS = (
     "image", "images", "image_url", "image_urls", "video", "videos", "audio", "audios", "file", "files", "attachments",
     "media", "img", "imgs",
@@ -36,7 +36,7 @@ _LEARN_KEYS = (
     "weight", "train", "training", "trainable", "learn", "loss", "loss_weight", "loss_scale", "should_train",
     "do_train", "is_train", "train_on_turn", "compute_loss", "supervised",
 )  # fmt: skip
-_MASK_KEYS = ("mask", "masked", "is_masked", "no_train", "skip", "ignore", "exclude")  # these say what is not learned
+_MASK_KEYS = ("mask", "masked", "is_masked", "no_train", "skip", "ignore", "exclude")  # these say what is not trained
 _UNCLEAR_KEYS = (  # these may say so too, each program in its own way
     "loss_mask", "weights", "train_detail", "training_detail", "train_details",
 )  # fmt: skip
@@ -60,7 +60,7 @@ class Turns:
 
 
 def parse_turns(turns: Any, key: str) -> Turns:
-    """The messages of the list under `key`, up to the last answer that is learned.
+    """The messages of the list under `key`, up to the last answer that is trained.
 
     Raises:
         RowFault: a turn cannot be read, says what would be lost, or stands where it may not.
@@ -78,13 +78,13 @@ def parse_turns(turns: Any, key: str) -> Turns:
     check_order([message.role for message in messages], key)
     answers = [index for index, message in enumerate(messages) if message.role == "assistant" and message.trained]
     if not answers:
-        raise RowFault(f"every answer in {key} is marked as not learned, so there is nothing to learn; remove the row")
-    found.messages = tuple(messages[: answers[-1] + 1])  # what follows has no influence on what is learned
+        raise RowFault(f"every answer in {key} is marked as not trained; remove the row")
+    found.messages = tuple(messages[: answers[-1] + 1])  # what follows has no influence on what is trained
     return found
 
 
 _USED = {*_PLAIN, *REASONING_KEYS, *_LEARN_KEYS, *_MASK_KEYS}
-_LOST = {plain(key): "only text is learned; remove the row, or {key} if the text stands alone" for key in MEDIA_KEYS}
+_LOST = {plain(key): "only text is trained; remove the row, or {key} if the text stands alone" for key in MEDIA_KEYS}
 _LOST |= {plain(key): CALL_FAULT for key in (*CALL_KEYS, "tools", "functions")}
 _LOST |= {
     plain(key): "this reasoning would be lost; write it into the answer as <think>…</think>" for key in _LOST_THOUGHTS
@@ -93,7 +93,7 @@ _LOST |= {
     plain(key): "this would be lost; write it into the text, or remove {key}"
     for key in ("context", "contexts", "document", "documents")
 }
-_LOST["refusal"] = "this would not be learned; write what the assistant says as its content"
+_LOST["refusal"] = "this would not be trained; write what the assistant says as its content"
 _THOUGHTS = {plain(key) for key in _LOST_THOUGHTS}
 _UNCLEAR, _OFF = {plain(key) for key in _UNCLEAR_KEYS}, {plain(key) for key in _OFF_KEYS}
 _OWN_SPELLING = {plain(key): key for key in _USED}
@@ -104,18 +104,18 @@ def _message(turn: Mapping[str, Any], where: str, spelling: tuple[str, str], fou
     if further:
         _check_further(turn, where)
     role = _role(turn, where, spelling)
-    learned = not further or _is_learned(turn, where, role, found)
+    trained = not further or _is_trained(turn, where, role, found)
     content_key = _spelt(turn, where, ("content", "value"), spelling[1])
     content = _text_of(turn[content_key], f"{where}.{content_key}")
-    filled = content_key if role == "assistant" and learned else None
+    filled = content_key if role == "assistant" and trained else None
     (content,) = strings({content_key: content}, content_key, prefix=f"{where}.", filled=filled)
     if further:
         content = _with_reasoning(turn, where, role, content, found)
-    return Message(role, content, learned or role != "assistant")
+    return Message(role, content, trained or role != "assistant")
 
 
 def _check_further(turn: Mapping[str, Any], where: str) -> None:
-    """Raise a `RowFault` for what the turn says besides its text, and would not be learned."""
+    """Raise a `RowFault` for what the turn says besides its text, and would not be trained."""
     thinks = any(is_filled(turn.get(key)) for key in REASONING_KEYS)  # of which others are a copy
     for key in turn.keys() - _USED:
         name, value = plain(key), turn[key]
@@ -125,7 +125,7 @@ def _check_further(turn: Mapping[str, Any], where: str) -> None:
             raise RowFault(f"{where}.{key}: {_LOST[name].format(key=key)}")
         if (name in _UNCLEAR and value is not None) or (name in _OFF and value in (False, 0)):
             raise RowFault(
-                f"{where}.{key} is {kind_of(value)}; whether a turn is learned is said by weight: 0 or 1, so use that, "
+                f"{where}.{key} is {kind_of(value)}; whether a turn is trained is said by weight: 0 or 1, so use that, "
                 "or remove the key"
             )
 
@@ -184,7 +184,7 @@ def _text_of(content: Any, where: str) -> Any:
             texts.append(part["text"])
         elif isinstance(part, dict) and kind not in _TEXT_PARTS:
             advice = "write it as <think>…</think> in the text" if kind in REASONING_KEYS else "remove the row"
-            raise RowFault(f"{place} is of type {quoted(str(kind))}; only parts of text are learned; {advice}")
+            raise RowFault(f"{place} is of type {quoted(str(kind))}; only parts of text are trained; {advice}")
         else:
             raise RowFault(
                 f'{place} is {kind_of(part)}; a part of text is an object like {{"type": "text", "text": "…"}}'
@@ -192,24 +192,24 @@ def _text_of(content: Any, where: str) -> Any:
     return "".join(texts)
 
 
-def _is_learned(turn: Mapping[str, Any], where: str, role: Role, found: Turns) -> bool:
-    """Whether the turn is learned, as `weight` (OpenAI) and its relatives say; questions never are."""
-    learned = True
+def _is_trained(turn: Mapping[str, Any], where: str, role: Role, found: Turns) -> bool:
+    """Whether the turn is trained, as `weight` (OpenAI) and its relatives say; questions never are."""
+    trained = True
     for key in (*_LEARN_KEYS, *_MASK_KEYS):
         value = turn.get(key)
         if value is None:
             continue
         if isinstance(value, str) or value not in (0, 1):
-            raise RowFault(f"{where}.{key} is {kind_of(value)}; it must be 0 or 1 (false or true), learned or not")
+            raise RowFault(f"{where}.{key} is {kind_of(value)}; it must be 0 or 1 (false or true), trained or not")
         asked = bool(value) != (key in _MASK_KEYS)
-        learned &= asked
+        trained &= asked
         if role != "assistant" and asked and value is True:
-            raise RowFault(f"{where}.{key} is true, but only the assistant's turns are learned; remove {key} there")
+            raise RowFault(f"{where}.{key} is true, but only the assistant's turns are trained; remove {key} there")
         if role != "assistant" and asked and key not in _MASK_KEYS:
             found.warnings.append(
-                f"{key} {value} on a turn of {role} changes nothing: only the assistant's are learned"
+                f"{key} {value} on a turn of {role} changes nothing: only the assistant's are trained"
             )
-    return learned
+    return trained
 
 
 def _with_reasoning(turn: Mapping[str, Any], where: str, role: Role, content: str, found: Turns) -> str:
@@ -234,7 +234,7 @@ def _with_reasoning(turn: Mapping[str, Any], where: str, role: Role, content: st
     if "<think>" in content or "</think>" in content or "</think>" in thought:
         raise RowFault(f"{where} holds reasoning both in {key} and as <think>…</think>; keep one")
     found.warnings.append(
-        f"{key} is learned before the answer as <think>…</think>; data.template: thinking is for models that think"
+        f"{key} is trained before the answer as <think>…</think>; data.template: thinking is for models that think"
     )
     return f"<think>\n{thought}\n</think>\n\n{content}"
 
@@ -262,6 +262,6 @@ def check_order(roles: Sequence[Role], key: str) -> None:
             )
     if roles[-1] != "assistant":
         raise RowFault(
-            f"{key} ends with {roles[-1]}; the last turn must be the assistant's, which is what is learned: add it, or "
+            f"{key} ends with {roles[-1]}; the last turn must be the assistant's, which is what is trained: add it, or "
             "remove the turns after the last answer"
         )

@@ -13,7 +13,7 @@ class RowFault(Exception):
 
     Attributes:
         once: faults with this name are told once a file, where they begin.
-        ends_file: the file's other rows cannot be read either, so this is no single row that could be left out.
+        ends_file: the file's other rows cannot be read either, so it is not a single row that can be skipped.
     """
 
     def __init__(self, reason: str, once: str | None = None, ends_file: bool = False) -> None:
@@ -35,22 +35,22 @@ def strings(row: Mapping[str, Any], *names: str, prefix: str = "", filled: str |
         elif problem := text_problem(row[name]):
             problems.append(f"{prefix}{name} {problem}")
         elif name == filled and not row[name]:
-            problems.append(f"{prefix}{name} is empty; there is nothing to learn, remove the row")
+            problems.append(f"{prefix}{name} is empty; there is nothing to train on, remove the row")
     if problems:
         raise RowFault("; ".join(problems))
     return [row[name] for name in names]
 
 
 def text_problem(value: Any) -> str | None:
-    """Why `value` is no text that can be learned, as the end of a sentence; None if it is one."""
+    """What is wrong with `value` as text, as the end of a sentence; None if nothing."""
     if not isinstance(value, str):
         return f"is {kind_of(value)}; it must be a string"
     if "\0" in value:
-        return "holds a NUL character (\\u0000); remove it"
+        return "contains a NUL character (\\u0000); remove it"
     try:
         value.encode()
     except UnicodeEncodeError:
-        return "holds half a character (a lone surrogate such as \\ud83d); rewrite it"
+        return "contains an unpaired surrogate (such as \\ud83d); rewrite it"
     return None
 
 

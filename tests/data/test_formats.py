@@ -174,9 +174,9 @@ def test_a_key_that_may_matter_warns_by_line_and_others_are_named_once() -> None
         ({"available_tools": [{"name": "f"}]}, ["tool"]),
         ({"Weight": 0}, ["Weight is a number (0)", "remove the row"]),
         ({"Complex_CoT": "r"}, ["reasoning would be lost"]),
-        ({"kto_tag": True}, ["labels are not learned"]),
-        ({"kto_label": False}, ["labels are not learned"]),
-        ({"is_valid": False}, ["should not be learned"]),
+        ({"kto_tag": True}, ["labels are not supported"]),
+        ({"kto_label": False}, ["labels are not supported"]),
+        ({"is_valid": False}, ["should not be trained"]),
     ],
 )
 def test_a_key_that_matters_is_known_in_any_spelling(further: dict[str, Any], words: list[str]) -> None:

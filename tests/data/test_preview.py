@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.text import Text
 
 from lmtune.data.preview import show_tokens, token_text
+from lmtune.data.types import TokenSequence
 from lmtune.errors import ConfigError, DataError
 from lmtune.recipes.preview import main
 from tests.tokenizers import CHATML, make_tokenizer
 
 
-def test_learned_tokens_are_marked_with_and_without_colour() -> None:
+def shown(ids: list[int], targets: list[bool], colour: bool = False) -> Text:
+    return show_tokens(make_tokenizer(CHATML), TokenSequence(np.array(ids), np.array(targets)), colour)
+
+
+def test_targets_are_marked_with_and_without_colour() -> None:
     tokenizer = make_tokenizer(CHATML)
     ids = [3, *tokenizer.encode("is is\n"), 4]
     trained = [False] * (len(ids) - 2) + [True] * 2
-    plain = show_tokens(tokenizer, ids, trained, colour=False).plain
+    plain = shown(ids, trained).plain
     assert plain.startswith("<|im_start|> i")
     assert "|" not in plain.replace("<|im_start|>", "").replace("<|im_end|>", ""), "a bar stands beside <|im_end|>"
     assert plain.endswith("[⏎]\n[<|im_end|>]")
-    coloured = show_tokens(tokenizer, ids, trained, colour=True)
+    coloured = shown(ids, trained, colour=True)
     assert coloured.plain.endswith("is·is⏎\n<|im_end|>")
-    learned = [coloured.plain[span.start : span.end] for span in coloured.spans if "underline" in str(span.style)]
-    assert learned == ["⏎\n", "<|im_end|>"]
+    targets = [coloured.plain[span.start : span.end] for span in coloured.spans if "underline" in str(span.style)]
+    assert targets == ["⏎\n", "<|im_end|>"]
 
 
 def test_what_has_no_glyph_is_spelt_out() -> None:
@@ -36,30 +43,22 @@ def test_what_has_no_glyph_is_spelt_out() -> None:
 
 
 @pytest.mark.parametrize("text", ["歷史", "naïve 😀 ok", "при​вет", "한국어"])
-@pytest.mark.parametrize("learned", [False, True])
-def test_a_character_of_several_tokens_is_shown_as_itself(text: str, learned: bool) -> None:
+@pytest.mark.parametrize("is_target", [False, True])
+def test_a_character_of_several_tokens_is_shown_as_itself(text: str, is_target: bool) -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False)
     for colour in (False, True):
-        shown = show_tokens(tokenizer, ids, [learned] * len(ids), colour).plain
-        for character in text:
-            if character.isprintable() and character != " ":
-                assert character in shown
-        for token in ids:
-            piece = tokenizer.convert_ids_to_tokens(token)
-            if "\ufffd" in tokenizer.decode([token]):
-                assert piece not in shown, "the bytes' stand-ins say nothing to a person"
-    count = len(tokenizer.encode("歷", add_special_tokens=False))
-    bare = show_tokens(tokenizer, tokenizer.encode("歷", add_special_tokens=False), [True] * count, False).plain
-    assert bare == f"[歷]{{{count}}}"
+        plain = shown(ids, [is_target] * len(ids), colour).plain
+        assert all(character in plain for character in text if character.isprintable() and character != " ")
+        parts = [tokenizer.convert_ids_to_tokens(token) for token in ids if "\ufffd" in tokenizer.decode([token])]
+        assert not any(part in plain for part in parts), "the bytes' stand-ins say nothing to a person"
 
 
-def test_bytes_that_make_no_character_are_spelt_out() -> None:
-    tokenizer = make_tokenizer()
-    ids = tokenizer.encode("歷", add_special_tokens=False)[:2]
-    assert show_tokens(tokenizer, [*ids, 4], [False, False, True], colour=False).plain == "\\xe6 \\xad [<|im_end|>]"
-    split = show_tokens(tokenizer, tokenizer.encode("歷", add_special_tokens=False), [False, False, True], False).plain
-    assert split == "\\xe6 \\xad [\\xb7]", "a character whose tokens are learned in part is shown in parts"
+def test_parts_of_a_character_are_shown_as_bytes() -> None:
+    ids = make_tokenizer().encode("歷", add_special_tokens=False)
+    assert shown(ids, [True] * 3).plain == "[歷]{3}"
+    assert shown([*ids[:2], 4], [False, False, True]).plain == "\\xe6 \\xad [<|im_end|>]"
+    assert shown(ids, [False, False, True]).plain == "\\xe6 \\xad [\\xb7]", "only a part of the character is trained"
 
 
 @pytest.fixture
@@ -75,11 +74,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_command_shows_the_rows_of_a_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(config=Path("c.yaml"), rows=3)
-    shown = capsys.readouterr()
-    assert "train.jsonl:1: 15 tokens, 4 learned" in shown.out
-    assert "[<|im_end|>]" in shown.out
-    assert shown.out.count("will be dropped: longer than data.max_length (64)") == 2
-    assert "answers end in <|im_end|> (4)" in shown.err
+    printed = capsys.readouterr()
+    assert "train.jsonl:1: 15 tokens, 4 trained" in printed.out
+    assert "[<|im_end|>]" in printed.out
+    assert printed.out.count("will be dropped: longer than data.max_length (64)") == 2
+    assert "answers end in <|im_end|> (4)" in printed.err
 
 
 def test_the_command_takes_any_file_and_model_and_tells_faults(folder: Path) -> None:

@@ -70,7 +70,7 @@ CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "
     ("turns", "words"),
     [
         # calls, whatever the text beside them is
-        ([QUESTION, answer(tool_calls=CALL)], ["messages[1].tool_calls", "not learned yet", "remove the row"]),
+        ([QUESTION, answer(tool_calls=CALL)], ["messages[1].tool_calls", "not supported yet", "remove the row"]),
         ([QUESTION, answer(content="", tool_calls=CALL)], ["messages[1].tool_calls"]),
         ([QUESTION, answer(content=None, tool_calls=CALL)], ["messages[1].tool_calls"]),
         ([QUESTION, {"role": "assistant", "tool_calls": CALL}], ["messages[1].tool_calls"]),
@@ -195,7 +195,7 @@ class TestSystem:
         ({"tools": CALL}, ["tool calls"]),
         ({"lossMask": 0}, ["lossMask is a number (0)", "weight: 0 or 1"]),
         ({"train_detail": [{"begin_offset": 0}]}, ["weight: 0 or 1"]),
-        ({"skip": True}, ["marked as not learned"]),
+        ({"skip": True}, ["marked as not trained"]),
         ({"include": False}, ["include is false", "weight: 0 or 1"]),
         ({"label": False}, ["label is false"]),
         ({"chain_of_thought": "r"}, ["reasoning would be lost"]),
