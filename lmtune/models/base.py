@@ -41,7 +41,7 @@ from lmtune.models.validate import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -91,7 +91,7 @@ def load_tokenizer(model: ModelConfig, alone: bool = False) -> PreTrainedTokeniz
     return tokenizer
 
 
-def load_model(model: ModelConfig, device: torch.device | str | None = None) -> Any:
+def load_model(model: ModelConfig, device: torch.device | str | None = None) -> PreTrainedModel:
     """The base model with frozen weights, in evaluation mode.
 
     Args:
@@ -139,12 +139,12 @@ def compute_dtype(device: torch.device, setting: str = "auto") -> torch.dtype:
 
 def _from_pretrained(
     path: str, revision: str | None, dtype: torch.dtype, device: torch.device, quantization: Any
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and which weights were missing."""
     from transformers import AutoModelForCausalLM
 
     settings = {} if quantization is None else {"quantization_config": quantization}  # None would undo the stored one
-    loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         path, revision=revision, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True,
         ignore_mismatched_sizes=True, output_loading_info=True, **settings,  # which `check_loaded` names
     )  # fmt: skip
@@ -179,7 +179,9 @@ def _disable_cpu_repacking(model: torch.nn.Module) -> None:
 # --- the cache of quantized bases
 
 
-def _load_cached_or_quantize(model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_cached_or_quantize(
+    model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """The base from the cache, or quantized now; of processes that start at once, one does it for all."""
     key = _cache_key(model, dtype, device)
     kept = _from_cache(key, dtype, device) if key else None
@@ -221,7 +223,7 @@ def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     return key_of(base_fingerprint(model), written, texts, _quantization(model, dtype).to_dict(), str(dtype), versions)
 
 
-def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> Any | None:
+def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | None:
     """The quantized base, or None: another process may just have made room there."""
     if (folder := lookup(cache_folder() / _CACHE, key)) is None:
         return None
@@ -235,7 +237,7 @@ def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> Any | Non
     return loaded
 
 
-def _store(loaded: Any, key: str) -> None:
+def _store(loaded: PreTrainedModel, key: str) -> None:
     try:
         get_or_build(cache_folder() / _CACHE, key, loaded.save_pretrained, keep=_CACHED_MODELS)
     except Exception as error:  # a full disk, or a config that transformers reads but does not write

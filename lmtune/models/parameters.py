@@ -1,21 +1,24 @@
-"""How many parameters a run trains, freezes and quantises, and in which precision the rest stays: one line to say it.
+"""How many parameters a run trains, freezes and quantizes, and the precision of the rest, in one line.
 
     parameters: 20,512 trained (LoRA r=4 on 9 modules and 2 expert tensors); 2.9 M frozen, of these 2.1 M in nf4, the
     rest in float32; not adapted: router
 
-Counted on a loaded base or on one without memory, with the same result.
+The count is the same for a loaded base and for one on the meta device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lmtune.config.schema import AdapterConfig
 from lmtune.models.structure import expert_tensors, linear_layers
 from lmtune.models.tuning.targets import ALL_LINEAR, Targets, adapter_parameters, find_targets, other_parts, routers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _GIB = 2**30
 
@@ -37,7 +40,7 @@ class Parameters:
         dtype: of the others, as `bfloat16`.
         adapted_linear, adapted_experts: of those under the adapter.
         num_experts: in a tensor of experts, 0 without such.
-        left: what could be adapted and is not, in words.
+        not_adapted: what could be adapted and is not, in words.
     """
 
     trained: int
@@ -53,7 +56,7 @@ class Parameters:
     adapted_linear: int
     adapted_experts: int
     num_experts: int
-    left: tuple[str, ...]
+    not_adapted: tuple[str, ...]
 
     @property
     def frozen(self) -> int:
@@ -73,18 +76,20 @@ class Parameters:
             each: int = getattr(torch, self.dtype).itemsize
             share, size = self.experts / self.frozen, self.experts * each / _GIB
             held += f": experts ({share:.0%} of the weights) stay in {each * 8} bit: {size_text(size)}"
-        left = f"; not adapted: {', '.join(self.left)}" if self.left else ""
+        left = f"; not adapted: {', '.join(self.not_adapted)}" if self.not_adapted else ""
         return f"{self.trained:,} trained (LoRA r={self.rank} on {' and '.join(on)}); {held}{left}"
 
 
-def count_parameters(model: Any, adapter: AdapterConfig, quantization: str, dtype: torch.dtype) -> Parameters:
+def count_parameters(
+    model: PreTrainedModel, adapter: AdapterConfig, quantization: str, dtype: torch.dtype
+) -> Parameters:
     """Count what is there and what will be attached.
 
     Args:
-        model: the base without an adapter, loaded or without memory.
+        model: the base without an adapter, loaded or on the meta device.
         adapter: rank and targets.
-        quantization: asked for; a loaded model tells itself which layers are quantised.
-        dtype: of the weights that are not quantised.
+        quantization: asked for; a loaded model shows which layers are quantized.
+        dtype: of the weights that are not quantized.
 
     Raises:
         ConfigError: a target names nothing in the model.
@@ -108,11 +113,13 @@ def count_parameters(model: Any, adapter: AdapterConfig, quantization: str, dtyp
         adapted_linear=sum(a * b for name, (a, b) in layers.items() if name in found.modules),
         adapted_experts=sum(tensors[name].numel() for name in found.experts),
         num_experts=max((len(tensor) for tensor in tensors.values()), default=0),
-        left=tuple(_left(model, adapter, found, set(body), sum(body.values()) + experts + other)),
+        not_adapted=tuple(_not_adapted(model, adapter, found, set(body), sum(body.values()) + experts + other)),
     )  # fmt: skip
 
 
-def _left(model: Any, adapter: AdapterConfig, found: Targets, body: set[str], total: int) -> list[str]:
+def _not_adapted(
+    model: PreTrainedModel, adapter: AdapterConfig, found: Targets, body: set[str], total: int
+) -> list[str]:
     """What has no adapter: linear layers by the last part of their names, experts, routers, other matrices."""
     choosing, tensors, others = routers(model), expert_tensors(model), other_parts(model)
     left = set(others.values())

@@ -23,7 +23,7 @@ from lmtune.io.console import warn
 from lmtune.io.text import format_list
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -192,7 +192,7 @@ def _types_of(path: Path) -> dict[str, str]:
 # --- after loading
 
 
-def check_loaded(model: ModelConfig, loaded: Any, info: Mapping[str, Any]) -> None:
+def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Refuse what transformers only warns of; warn of what it does not mention.
 
     Args:
@@ -247,7 +247,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
     )
 
 
-def _stored_quantization(loaded: Any) -> str:
+def _stored_quantization(loaded: PreTrainedModel) -> str:
     if (quantizer := getattr(loaded, "hf_quantizer", None)) is None:
         return "none"
     settings = quantizer.quantization_config.to_dict()

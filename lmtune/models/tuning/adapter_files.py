@@ -120,7 +120,7 @@ class Metadata:
         known: dict[str, Any] = {f.name: tree[f.name] for f in fields(cls) if tree.get(f.name) is not None}
         return cls(**known | {key: tuple(known[key]) for key in _LISTS if key in known})
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `lmtune.json`; `rendered_at` and `merged` only where they are set."""
         return {k: v for k, v in asdict(self).items() if v is not None or k not in ("rendered_at", "merged")}
 

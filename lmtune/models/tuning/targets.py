@@ -1,12 +1,14 @@
-"""Which weights an adapter is put on, found alike in a loaded model and in one without memory, as `lmtune plan` has it.
+"""Which weights get an adapter; the same answer for a loaded model and for one on the meta device (`lmtune plan`).
 
-`all-linear` is every linear layer but the head, and every tensor of fused experts; what chooses among the experts (the
-router) is not adapted. Since transformers 5 most mixtures of experts hold all experts of a layer in one 3-D parameter,
-`gate_up_proj[E, 2 I, D]`, where their files have a layer for each expert. PEFT adapts such a parameter through
-`target_parameters`, and rewrites `target_modules` for some of these models by itself: it takes every name that a
-layer of an expert once had for the experts, so that dense layers and shared experts of the same name are left out, and
-the router is adapted. So lmtune names what it wants exactly: a layer whose name PEFT would take for the experts' is
-named by its weight, among `target_parameters`.
+    found = find_targets(model, "all-linear")          # full names of layers and of experts' tensors
+    LoraConfig(**for_peft(model, "all-linear", found)) # in PEFT's words
+
+`all-linear` is every linear layer but the head, and every tensor of fused experts; routers are not adapted. Since
+transformers 5 most mixtures of experts hold all experts of a layer in one 3-D parameter, `gate_up_proj[E, 2 I, D]`,
+where their files have a layer for each expert. PEFT adapts such a parameter through `target_parameters`, and rewrites
+`target_modules` for some of these models by itself: it applies every name of an expert's layer in the files to the
+experts, so that dense layers and shared experts of the same name get no adapter, and the router gets one. So lmtune is
+exact: a layer with such a name is listed by its weight, in `target_parameters`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -23,6 +25,10 @@ from lmtune.errors import ConfigError
 from lmtune.io.text import shorten
 from lmtune.models.structure import expert_tensors, linear_layers
 from lmtune.models.tuning.adapter_files import is_too_slow_to_match, pattern_problems
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
 
@@ -35,8 +41,15 @@ class Targets:
     experts: tuple[str, ...]
 
 
-def routers(model: Any) -> set[str]:
-    """Full names of the modules that choose among fused experts: beside them, with one output an expert."""
+class PeftTargets(TypedDict):
+    """The two settings of a `LoraConfig`."""
+
+    target_modules: str | list[str]
+    target_parameters: list[str] | None
+
+
+def routers(model: PreTrainedModel) -> set[str]:
+    """Full names of the routers of fused experts: beside the experts, with one output for each."""
     blocks = {}
     for name, tensor in expert_tensors(model).items():
         blocks[name.rpartition(".")[0].rpartition(".")[0] + "."] = len(tensor)
@@ -45,14 +58,14 @@ def routers(model: Any) -> set[str]:
         for name, module in model.named_modules()
         for block, experts in blocks.items()
         if name.startswith(block) and getattr(module, "weight", None) is not None
-        and module.weight.dim() == 2 and _outputs(module) == experts
+        and module.weight.dim() == 2 and (getattr(module, "out_features", None) or len(module.weight)) == experts
     }  # fmt: skip
 
 
-def other_parts(model: Any) -> dict[str, str]:
-    """Linear layers that text does not pass, by full name, each with the part it is in: `vision_tower`, a projector.
+def other_parts(model: PreTrainedModel) -> dict[str, str]:
+    """Linear layers outside the text decoder and its head, by full name, with their part: `vision_tower`, a projector.
 
-    Empty for a model of text alone. The head belongs to the text.
+    Empty for a model of text only.
     """
     config = model.config
     if config.get_text_config() is config or not hasattr(model, "get_decoder"):
@@ -67,8 +80,8 @@ def other_parts(model: Any) -> dict[str, str]:
     }
 
 
-def find_targets(model: Any, targets: str | Sequence[str]) -> Targets:
-    """What `target_modules` names in `model`, which has no adapter and may be without memory.
+def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> Targets:
+    """What `target_modules` names in `model`, which has no adapter and may be on the meta device.
 
     Args:
         model: a causal language model.
@@ -101,7 +114,7 @@ def find_targets(model: Any, targets: str | Sequence[str]) -> Targets:
     return Targets(tuple(filter(named, layers)), tuple(experts))
 
 
-def for_peft(model: Any, targets: str | Sequence[str], found: Targets) -> dict[str, Any]:
+def for_peft(model: PreTrainedModel, targets: str | Sequence[str], found: Targets) -> PeftTargets:
     """`target_modules` and `target_parameters` with which PEFT adapts what was found, no more and no less.
 
     They are what the user wrote, unless PEFT would take it for other things: in a model of more than text, and in one
@@ -120,7 +133,7 @@ def for_peft(model: Any, targets: str | Sequence[str], found: Targets) -> dict[s
     }
 
 
-def use_layers_own_adapter(config: Any) -> None:
+def use_layers_own_adapter(config: LoraConfig) -> None:
     """Let a `LoraConfig` that names the weight of a linear layer adapt the layer as if it were named itself.
 
     The numbers are the same and so are the saved tensors, but the layer may be quantised, and nothing of the weight's
@@ -137,22 +150,18 @@ def use_layers_own_adapter(config: Any) -> None:
     config._register_custom_module({torch.nn.Linear: create})
 
 
-def adapter_parameters(model: Any, found: Targets, rank: int, use_dora: bool = False) -> int:
+def adapter_parameters(model: PreTrainedModel, found: Targets, rank: int, use_dora: bool = False) -> int:
     """How many parameters an adapter of `rank` over `found` has."""
     layers, tensors = linear_layers(model), expert_tensors(model)
     in_layers = sum(rank * sum(layers[name]) + use_dora * layers[name][1] for name in found.modules)
     return in_layers + sum(rank * len(tensors[name]) * sum(tensors[name].shape[1:]) for name in found.experts)
 
 
-def _head(model: Any) -> Any:
+def _head(model: PreTrainedModel) -> torch.nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def _outputs(module: Any) -> int:
-    return int(getattr(module, "out_features", None) or len(module.weight))
-
-
-def _stored_parts(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def _stored_parts(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """For each experts' tensor, the full names that the layers it is made of have in the model's files, less numbers.
 
     `…mlp.experts.gate_up_proj` is made of `…mlp.experts.gate_proj` and `…mlp.experts.up_proj`.
@@ -164,7 +173,7 @@ def _stored_parts(model: Any, tensors: Iterable[str]) -> dict[str, tuple[str, ..
     return found
 
 
-def _fused_from(model: Any) -> dict[str, list[str]]:
+def _fused_from(model: PreTrainedModel) -> dict[str, list[str]]:
     """Last parts of names: of parameters that transformers makes of several stored ones, with the names of those."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -177,7 +186,7 @@ def _fused_from(model: Any) -> dict[str, list[str]]:
     }
 
 
-def _matcher(target: str) -> Callable[[str], Any]:
+def _matcher(target: str) -> Callable[[str], object]:
     return lambda name: name == target or name.endswith("." + target)
 
 
