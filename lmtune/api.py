@@ -90,11 +90,11 @@ class Run:
         from lmtune.evaluation.scoring import Scores
 
         summary = self._directory.read_summary()
-        base, tuned = (Scores.from_dict(scores) if scores else None for scores in map(summary.get, ("base", "tuned")))
+        base, tuned = (Scores.from_dict(dict(scores)) if scores else None for scores in (summary.base, summary.tuned))
         return RunScores(base, tuned)
 
     @property
-    def answers(self) -> list[dict[str, Any]]:
+    def answers(self) -> list[dict[str, str]]:
         """Held-out questions with the reference, the base's and the tuned model's answer."""
         from lmtune.runs.log import read_answers
 

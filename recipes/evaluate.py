@@ -40,7 +40,7 @@ def main(
         from lmtune.data.report import describe_part
         from lmtune.evaluation.scoring import evaluate_loaded
         from lmtune.inference.load import load_for_inference
-        from lmtune.runs.cards import describe_scores, scores_table
+        from lmtune.runs.tables import describe_scores, scores_table
 
     scored = evaluate_loaded(load_for_inference(target, base=base), paths, exact_match_rows, max_new_tokens, max_length)
     errors = {"base": scored.base and scored.base.standard_errors, "tuned": scored.tuned.standard_errors}

@@ -7,7 +7,7 @@ accelerate launch recipes/finetune.py recipes/configs/support.yaml
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ from lmtune.data.checking import check_config
 from lmtune.io.console import command, err, escape, out, progress
 from lmtune.parallel.launch import launch
 from lmtune.parallel.worker import check_world, is_worker
-from lmtune.runs.store import RunDirectory
+from lmtune.runs.store import RunDirectory, Summary
 
 
 def main(
@@ -51,11 +51,11 @@ def main(
     finetune(config, run_directory)
 
 
-def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers: int = 3) -> dict[str, Any]:
+def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers: int = 3) -> Summary:
     """Train, show scores and some answers; returns the summary. What is heavy is imported here, after the checks."""
     with progress("loading PyTorch and the libraries"):
-        from lmtune.runs.cards import answers_shown, describe_scores, scores_table
         from lmtune.runs.log import read_answers
+        from lmtune.runs.tables import answers_shown, describe_scores, scores_table
         from lmtune.training.run import run_finetune
 
     result = run_finetune(config, run_directory)
@@ -64,10 +64,10 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers:
         if result.was_complete:
             err.print(f"{shown} is complete already; give run.name=… for a new run, or run.resume=never")
         else:
-            base, tuned = result.summary["base"], result.summary["tuned"]
+            base, tuned = result.summary.base, result.summary.tuned
             if tuned is not None:
                 out.print(scores_table(base, tuned))
-                lines = [escape(line) for line in describe_scores(base, tuned, result.summary.get("standard_errors"))]
+                lines = [escape(line) for line in describe_scores(base, tuned, result.summary.standard_errors)]
                 out.print("\n".join([*lines, *answers_shown(read_answers(run_directory), shown_answers)]))
             talk = escape(command("chat", run_directory.path))
             err.print(f"the adapter is in {escape(str(run_directory.adapter))}; talk to it: {talk}")

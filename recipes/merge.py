@@ -10,7 +10,7 @@ import typer
 
 from lmtune.cli import run
 from lmtune.export.merged import merge_run
-from lmtune.runs.history import choose_run
+from lmtune.runs.store import choose_run
 
 
 def main(

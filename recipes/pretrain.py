@@ -12,7 +12,7 @@ from lmtune.cli import run
 from lmtune.config.load import load_config
 from lmtune.errors import ConfigError
 from lmtune.io.console import command, err, escape, out, progress
-from lmtune.runs.store import home_expanded, require_possible
+from lmtune.runs.store import expand_home, require_possible
 from lmtune.training.pretrain_config import PretrainConfig
 
 
@@ -31,7 +31,7 @@ def main(
     Example: lmtune pretrain pretrain_tiny output.dir=my-tiny
     """
     config = load_config(PretrainConfig, config_file, overrides or [])
-    folder = home_expanded(config.output.dir, "output.dir")
+    folder = expand_home(config.output.dir, "output.dir")
     require_possible(folder, "output.dir")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise ConfigError(f"output.dir: {folder} is there already; choose another folder, or replace it: --overwrite")

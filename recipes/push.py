@@ -9,7 +9,7 @@ import typer
 
 from lmtune.cli import run
 from lmtune.io.console import err, escape, out
-from lmtune.runs.history import choose_run
+from lmtune.runs.store import choose_run
 
 
 def main(

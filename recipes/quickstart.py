@@ -44,7 +44,7 @@ def main(
     run_directory = RunDirectory.of(config.run)
     checked = check_config(config.data)
     out.print(escape(describe_check(checked)))
-    if run_directory.read_summary().get("status") == "complete":
+    if run_directory.read_summary().status == "complete":
         err.print(f"replacing the earlier {escape(str(run_directory.path))}")
         shutil.rmtree(run_directory.path)
 
@@ -52,7 +52,7 @@ def main(
     from lmtune.recipes.finetune import finetune
 
     summary = finetune(config, run_directory, SHOWN_ANSWERS)
-    if summary["status"] != "complete":
+    if summary.status != "complete":
         raise LmtuneError(f"{run_directory.path}: not complete; the same command goes on with it")
     merge_run(run_directory, run_directory.merged, "trained")
     out.print(f"\nAll done in {time.monotonic() - began:.0f} s. Next:")

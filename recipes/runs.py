@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -18,16 +19,9 @@ from lmtune.cli import run
 from lmtune.data.report import describe_report
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.console import err, escape, out, print_json
-from lmtune.runs.history import (
-    choose_run,
-    follow_steps,
-    list_runs,
-    overview,
-    overview_tree,
-    results_tree,
-    run_tree,
-)
-from lmtune.runs.store import RunDirectory
+from lmtune.runs.history import list_runs, overview, overview_tree, results_tree, run_tree
+from lmtune.runs.log import follow_steps
+from lmtune.runs.store import RunDirectory, choose_run
 
 
 class Action(StrEnum):
@@ -62,7 +56,7 @@ def main(
 
 def print_list(runs_dir: Path, as_json: bool = False) -> None:
     """One line a run, the one written to last first."""
-    from lmtune.runs.cards import runs_table
+    from lmtune.runs.tables import runs_table
 
     runs = list_runs(runs_dir)
     if as_json:
@@ -75,22 +69,21 @@ def print_list(runs_dir: Path, as_json: bool = False) -> None:
 
 def print_run(chosen: RunDirectory, as_json: bool = False) -> None:
     """Scores, figures, settings and what became of the rows."""
-    from lmtune.runs.cards import describe_scores, scores_table
+    from lmtune.runs.tables import describe_scores, scores_table
 
     if as_json:
         print_json(run_tree(chosen))
         return
     item, summary = overview(chosen), chosen.read_summary()
     out.print(f"[bold]{escape(item.name)}[/]  {escape(item.status)}  {item.changed:%Y-%m-%d %H:%M}")
-    if reason := summary.get("reason"):
-        out.print(escape(str(reason)))
-    if summary.get("tuned") or summary.get("base"):
-        out.print(scores_table(summary.get("base"), summary.get("tuned") or {}))
-        for line in describe_scores(summary.get("base"), summary.get("tuned") or {}, summary.get("standard_errors")):
+    if summary.reason:
+        out.print(escape(summary.reason))
+    if summary.tuned or summary.base:
+        out.print(scores_table(summary.base, summary.tuned or {}))
+        for line in describe_scores(summary.base, summary.tuned or {}, summary.standard_errors):
             out.print(escape(line))
-    for key, value in summary.items():
-        if type(value) in (int, float) and key != "format":
-            out.print(f"{escape(key.replace('_', ' '))}: {value:,}")
+    for key, value in summary.figures.items():
+        out.print(f"{escape(key.replace('_', ' '))}: {value:,}")
     out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")
     if report := chosen.read_data_report():
         out.print(f"\n[bold]data[/]\n{escape(describe_report(report))}")
@@ -101,11 +94,11 @@ def print_steps(chosen: RunDirectory, as_json: bool = False) -> None:
     try:
         for step in follow_steps(chosen):
             if as_json:
-                sys.stdout.write(json.dumps(step) + "\n")
+                sys.stdout.write(json.dumps(asdict(step)) + "\n")
                 sys.stdout.flush()
                 continue
-            rate = step["tokens"] / max(1e-9, step["seconds"])
-            out.print(f"step {step['step']} · epoch {step['epoch']:.2f} · loss {step['loss']:.4f} · {rate:,.0f} tok/s")
+            rate = step.tokens / max(1e-9, step.seconds)
+            out.print(f"step {step.step} · epoch {step.epoch:.2f} · loss {step.loss:.4f} · {rate:,.0f} tok/s")
     except KeyboardInterrupt:
         err.print("left; the run itself goes on")
         return

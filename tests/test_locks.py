@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-from lmtune.errors import CheckpointError
 from lmtune.io.atomic import get_or_build, new_folder, single_flight, try_lock, wait_for_lock
 from lmtune.parallel.launch import _wait_for_workers
 from lmtune.parallel.worker import EXIT_CODES, hold_exit_codes
-from lmtune.runs.history import is_running, overview
-from lmtune.runs.store import RunDirectory
+from lmtune.runs.history import overview
 from tests.sample_run import write_records
 
 KEY = "ab" * 32
@@ -46,12 +44,12 @@ def test_without_locks_a_run_can_start_and_is_not_running_for_ever(tmp_path: Pat
     run = write_records(tmp_path / "runs" / "support")
     run.summary.write_text(json.dumps({"status": "running"}))
     with run.locked():
-        assert is_running(run)
+        assert run.is_running()
         assert overview(run).status == "running"
-    assert not is_running(run)
+    assert not run.is_running()
     assert overview(run).status == "interrupted"
     (run.path / ".lock").write_text("999999999")  # of a process that was killed
-    assert not is_running(run)
+    assert not run.is_running()
 
 
 @pytest.mark.usefixtures("no_locks")
@@ -74,13 +72,3 @@ def test_without_locks_the_command_does_not_wait_for_its_processes(
     monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
     hold_exit_codes()
     _wait_for_workers(tmp_path / "codes")
-
-
-def test_a_run_that_ended_names_no_process(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "trial")
-    with run.locked():
-        assert (run.path / ".lock").read_text() == str(os.getpid())
-        with pytest.raises(CheckpointError, match="in use"), RunDirectory(run.path).locked():
-            pass
-        assert (run.path / ".lock").read_text() == str(os.getpid())
-    assert (run.path / ".lock").read_text() == ""

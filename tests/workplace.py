@@ -86,7 +86,7 @@ def finetune(folder: Path, **changes: Any) -> tuple[RunDirectory, dict[str, Any]
     with inside(folder):
         run = RunDirectory.of(config.run)
         summary = recipe(config, run)
-    return RunDirectory(folder / run.path), summary
+    return RunDirectory(folder / run.path), dict(summary.tree)
 
 
 def lasting(folder: Path, name: str = "trial") -> dict[str, Any]:

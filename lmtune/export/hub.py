@@ -19,18 +19,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lmtune import __version__
-from lmtune.config.yaml import read_yaml
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.io.console import HUB_TOKEN, warn
 from lmtune.io.text import format_list
 from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata, check_adapter
 from lmtune.models.validate import read_object
-from lmtune.runs.cards import adapter_card, is_hub_id, section
+from lmtune.runs.cards import adapter_card, is_hub_id
 from lmtune.runs.store import RunDirectory, require_possible
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -65,18 +66,17 @@ def prepare_push(run: RunDirectory, repository: str) -> Upload:
     """
     checked_repository(repository)
     names, kept_here = outgoing_files(run.adapter)
-    config, summary = read_yaml(run.config), run.read_summary()
-    model = dict(section(config, "model"))
+    config, summary = load_config(FinetuneConfig, run.config), run.read_summary()
     if "base" in run.read_json(run.local):  # a folder, wherever the command is called
-        config = {**config, "model": {**model, "name": f"./{Path(str(model.get('name'))).name}"}}
-    card = adapter_card(config, summary, run.read_json(run.data), repository, stated_stops(run.adapter))
+        config = replace(config, model=replace(config.model, name=f"./{Path(config.model.name).name}"))
+    card = adapter_card(config, summary, run.read_data_report(), repository, stated_stops(run.adapter))
     check_outgoing(run.adapter, [*names, *([] if CARD in names else [CARD])], card, _token())
     check_usable(run.adapter)
-    base = str(section(config, "model").get("name"))
+    base = config.model.name
     if base != "tiny" and not is_hub_id(base):
         warn(f"the base model {Path(base).name} is a folder of yours: others need that very model to use the adapter")
-    if summary.get("status") != "complete":
-        warn(f"{run.path} is {summary.get('status', 'not complete')}: the card tells only what was measured so far")
+    if summary.status != "complete":
+        warn(f"{run.path} is {summary.status}: the card tells only what was measured so far")
     texts = shared_texts(run.adapter)
     sizes = {name: (run.adapter / name).stat().st_size for name in names} | {CARD: len(card.encode())}
     sizes |= {name: len(text) for name, text in texts.items()}

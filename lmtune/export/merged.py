@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmtune.config.load import to_tree
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.atomic import write_json, write_text
 from lmtune.io.console import escape, out
@@ -85,13 +84,13 @@ def _merge(
         )
         write_json(folder / "lmtune.json", merged.as_dict())
         write_json(folder / "merge.json", report.as_dict())
-        write_text(folder / "README.md", merged_card(to_tree(config), summary, report.as_dict(), stops=names))
+        write_text(folder / "README.md", merged_card(config, summary, report.as_dict(), stops=names))
 
     report = merge(
         config.model, adapter, output, into, sequences, tokenizer, stops, describe, accept_difference
     ).as_dict()
-    if output == run_directory.merged and summary.get("status") == "complete":  # else it is the run's own to write
-        write_json(run_directory.summary, {**summary, "merge": report})
+    if output == run_directory.merged and summary.status == "complete":  # else it is the run's own to write
+        write_json(run_directory.summary, {**summary.tree, "merge": report})
     out.print(f"merged into {escape(str(output))} ({report['dtype']}, {into} weights)")
     bound = "said only" if report["bound_to_trained"] is None else f"bound {report['bound_to_trained']:.0e}"
     out.print(

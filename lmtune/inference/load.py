@@ -310,7 +310,7 @@ def usable_adapter(run: RunDirectory, base: str | None = None) -> Iterator[Path]
     """
     status = None
     with contextlib.suppress(LmtuneError):  # a summary that is damaged says nothing about the adapter
-        status = run.read_summary().get("status", "running")
+        status = run.read_summary().status
     has_adapter = (run.adapter / CONFIG).is_file() and (run.adapter / WEIGHTS).is_file()
     saved = None if has_adapter and status in ("complete", None) else newest_saved(run)
     if saved is None:

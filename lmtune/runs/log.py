@@ -1,7 +1,8 @@
-"""What a run writes of each step: `metrics.jsonl` for programs, `results.csv` for a spreadsheet.
+"""What a run writes of each step, and how it is read back: `metrics.jsonl` for programs, `results.csv` for a
+spreadsheet, `answers.jsonl` with the held-out rows.
 
-One line a step in both. On resuming, lines after the checkpoint are cut, so that a step never stands there twice. What
-is there from before is looked at first: a run is not gone on with over records that it could not have written.
+One line a step. On resuming, lines after the checkpoint are cut, so that a step never stands there twice; damaged
+records are refused. Who only looks at a run (`last_steps`, `follow_steps`) passes over what is half written now.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lmtune.errors import CheckpointError
-from lmtune.io.atomic import keep_lines, name_disk_errors
+from lmtune.io.atomic import keep_lines, name_disk_errors, parse_object
+from lmtune.io.text import is_finite_number
 from lmtune.runs.store import RunDirectory
 
 COLUMNS = (
@@ -23,6 +27,7 @@ COLUMNS = (
     "training_token_accuracy", "validation_loss", "validation_sequence_accuracy", "validation_token_accuracy",
 )  # fmt: skip
 T = TypeVar("T")
+_TAIL_BYTES = 65_536  # holds the last lines of metrics.jsonl many times over
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,19 @@ class StepRecord:
     trained_tokens: int
     examples: int
     seconds: float
+
+    @classmethod
+    def parse(cls, line: bytes) -> StepRecord:
+        """The step in a line of JSON.
+
+        Raises:
+            ValueError: a run writes no such line.
+        """
+        tree = parse_object(line)
+        values = {field.name: tree.get(field.name) for field in fields(cls)}
+        if not all(map(is_finite_number, values.values())) or not isinstance(values["step"], int):
+            raise ValueError("not the record of a step")
+        return cls(**values)  # type: ignore[arg-type] # numbers
 
 
 @dataclass(frozen=True)
@@ -62,8 +80,8 @@ class Records:
         """Keep the lines of the first `done_steps` steps and start both files if they are new."""
         if not self.enabled:
             return
-        for path, step_of in ((self.run.metrics, _metrics_step), (self.run.results, _results_step)):
-            keep_lines(path, sum(step <= done_steps for step in _read(path, step_of)))
+        keep_lines(self.run.metrics, sum(record.step <= done_steps for record in step_records(self.run)))
+        keep_lines(self.run.results, sum(step <= done_steps for step in _read(self.run.results, _results_step)))
         if not self.run.results.is_file() or not self.run.results.stat().st_size:
             self._append(self.run.results, ",".join(COLUMNS))
         self.run.metrics.touch()
@@ -95,66 +113,98 @@ class Records:
             file.write(line + "\n")
 
 
-def recorded_steps(run: RunDirectory) -> list[int]:
-    """The steps that `metrics.jsonl` tells of; the files of records beside it are looked at too.
+def step_records(run: RunDirectory) -> list[StepRecord]:
+    """Every step of `metrics.jsonl`; empty before the first.
 
     Raises:
-        CheckpointError: one of them is not what a run writes; names the line.
+        CheckpointError: a line is damaged; names it.
+    """
+    return _read(run.metrics, StepRecord.parse)
+
+
+def read_answers(run: RunDirectory) -> list[dict[str, str]]:
+    """The rows of `answers.jsonl`: question, reference and each model's answer; empty if it is not there.
+
+    Raises:
+        CheckpointError: a line is damaged; names it.
+    """
+    return _read(run.answers, parse_object)
+
+
+def recorded_steps(run: RunDirectory) -> list[int]:
+    """The steps that `metrics.jsonl` tells of, if none of the three files is damaged.
+
+    Raises:
+        CheckpointError: a line is damaged; names it.
     """
     _read(run.results, _results_step)
     read_answers(run)
-    return _read(run.metrics, _metrics_step)
+    return [record.step for record in step_records(run)]
 
 
-def step_records(run: RunDirectory) -> list[StepRecord]:
-    """Every step of `metrics.jsonl`; none before the first.
+def last_steps(run: RunDirectory, count: int) -> list[StepRecord]:
+    """The last `count` whole lines of `metrics.jsonl`, oldest first; reads the file's end only."""
+    try:
+        with run.metrics.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]  # after the last newline comes nothing, or half a line
+    except OSError:
+        return []
+    return list(_whole_records(lines[-count - 1 :]))[-count:]
 
-    Raises:
-        CheckpointError: a line is not what a run writes.
+
+def follow_steps(
+    run: RunDirectory, poll_seconds: float = 0.5, wait: Callable[[float], None] = time.sleep
+) -> Iterator[StepRecord]:
+    """Every step of the run: those done, then each new one, until no process writes to the run any more.
+
+    A resumed run replaces the file by one that ends at its checkpoint; the steps done again are then told again.
     """
-    names = {field.name for field in fields(StepRecord)}
-    return _read(run.metrics, lambda line: StepRecord(**{k: v for k, v in _object(line).items() if k in names}))
+    inode, offset, told = 0, 0, 0
+    while True:
+        running = run.is_running()  # asked before reading, so that the last lines are not missed
+        lines = list[bytes]()
+        if run.metrics.is_file():
+            with run.metrics.open("rb") as file:
+                now = os.fstat(file.fileno())
+                replaced = now.st_ino != inode or now.st_size < offset
+                file.seek(0 if replaced else offset)
+                lines = file.read().split(b"\n")
+                inode, offset = now.st_ino, file.tell() - len(lines.pop())  # a last line half written waits
+            count = len(lines)
+            lines, told = (lines[told:], count) if replaced else (lines, told + count)
+        yield from _whole_records(lines)
+        if not running:
+            return
+        wait(poll_seconds)
 
 
-def read_answers(run: RunDirectory) -> list[dict[str, Any]]:
-    """The rows of `answers.jsonl`; none if it is not there.
-
-    Raises:
-        CheckpointError: it is not what a run writes; names the line.
-    """
-    return _read(run.answers, _object)
+def _whole_records(lines: list[bytes]) -> Iterator[StepRecord]:
+    """The lines that a run writes; others are passed over."""
+    for line in lines:
+        try:
+            record = StepRecord.parse(line)
+        except ValueError:
+            continue
+        yield record
 
 
 def _read(path: Path, parse: Callable[[bytes], T]) -> list[T]:
     """Each whole line of a file, parsed; a last one that a crash left half written is passed over."""
-    if not path.exists():
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
         return []
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is no file, so nothing can be recorded there; remove it")
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             found.append(parse(line))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except ValueError:
             raise CheckpointError(
-                f"{path}:{number}: damaged, for a run writes no such line; restore the file from a copy, or delete it "
-                "if you can do without"
+                f"{path}:{number}: damaged: corrupt line; restore the file from a copy, or delete it if you can do "
+                "without"
             ) from None
     return found
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    tree = json.loads(line.decode("utf-8"))
-    if not isinstance(tree, dict):
-        raise ValueError("no object")
-    return tree
-
-
-def _metrics_step(line: bytes) -> int:
-    step = _object(line)["step"]
-    if type(step) is not int:
-        raise ValueError("no step")
-    return step
 
 
 def _results_step(line: bytes) -> int:

@@ -1,4 +1,4 @@
-"""The run directory: where a run's files are, and who may write there.
+"""The run directory: where a run's files are, who may write there, and how the run went.
 
     runs/NAME/  config.yaml  environment.json  data.json  metrics.jsonl  results.csv  summary.json
                 answers.jsonl  verification.json  checkpoints/  adapter/  merged/
@@ -11,22 +11,80 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, cast, get_args
 
 from lmtune.config.schema import RunConfig
 from lmtune.data.report import DataReport
 from lmtune.errors import CheckpointError, ConfigError, ModelError
-from lmtune.io.atomic import remove_leftovers, try_lock
-from lmtune.io.text import is_finite_number
+from lmtune.io.atomic import parse_object, remove_leftovers, try_lock
+from lmtune.io.text import is_finite_number, shorten
 
-STATUSES = ("running", "interrupted", "failed", "complete")  # what `summary.json` may say
-_MAX_NAME_BYTES = 255  # of a file or folder, on every common file system
+Status = Literal["running", "interrupted", "failed", "complete"]
+ScoreValues = Mapping[str, float | None]  # by the names of `lmtune.evaluation.scoring.Scores`; None is not measured
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary.json` says of a run.
+
+    Attributes:
+        status: how it ended; "running" also for a run that was killed.
+        base, tuned: scores before and after training; None where they were not measured.
+        standard_errors: of the scores, for `base` and `tuned`.
+        steps: that were done; None before the end.
+        reason: why it was interrupted or has failed.
+        started_from: the adapter that it began from.
+        figures: every number, by its key.
+        tree: the JSON object.
+    """
+
+    status: Status = "running"
+    base: ScoreValues | None = None
+    tuned: ScoreValues | None = None
+    standard_errors: Mapping[str, ScoreValues] = field(default_factory=dict)
+    steps: int | None = None
+    reason: str = ""
+    started_from: str | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    tree: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, tree: Mapping[str, object]) -> Summary:
+        """The summary in a JSON object.
+
+        Raises:
+            ValueError: a run writes no such summary; says why.
+        """
+        status, steps, start = tree.get("status", "running"), tree.get("steps"), tree.get("started_from")
+        if status not in get_args(Status):
+            raise ValueError(f"status: got {shorten(status)}; expected {' or '.join(get_args(Status))}")
+        if steps is not None and not is_finite_number(steps, integer=True):
+            raise ValueError(f"steps: got {shorten(steps)}; expected a number")
+        errors = tree.get("standard_errors") or {}
+        if not isinstance(errors, Mapping):
+            raise ValueError(f"standard_errors: got {shorten(errors)}; expected scores")
+        known_errors = {key: scores for key in errors if (scores := _scores(errors, key)) is not None}
+        figures = {key: value for key, value in tree.items() if is_finite_number(value) and key != "format"}
+        return cls(
+            cast(Status, status), _scores(tree, "base"), _scores(tree, "tuned"), known_errors,
+            cast("int | None", steps), str(tree.get("reason") or ""), start if isinstance(start, str) else None,
+            cast("dict[str, float]", figures), tree,
+        )  # fmt: skip
+
+
+def _scores(tree: Mapping[str, object], key: str) -> ScoreValues | None:
+    scores = tree.get(key)
+    if scores is None:
+        return None
+    if isinstance(scores, Mapping) and all(value is None or is_finite_number(value) for value in scores.values()):
+        return scores
+    raise ValueError(f"{key}: got {shorten(scores)}; expected scores, each a number or null")
 
 
 class RunDirectory:
@@ -52,30 +110,15 @@ class RunDirectory:
         """The directory `run.dir/run.name`.
 
         Raises:
-            ConfigError: the run has no name; or its folder is a link, holds one, lies outside `run.dir`, or holds a
-                folder where a run writes a file.
+            ConfigError: the run has no name, or no folder can be there.
         """
         if run.name is None:
             raise ConfigError("run.name: missing; name the run, for example run.name=support")
-        parent = home_expanded(run.dir, "run.dir")
-        path = parent / run.name
+        path = expand_home(run.dir, "run.dir") / run.name
         require_possible(path, "run.dir")
-        if path.is_symlink() or not path.resolve().is_relative_to(parent.resolve()):
-            raise ConfigError(f"run.name: {path} leads out of {parent}; a run is a plain folder in run.dir")
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run.name: {path} is a file; choose another run.name")
-        if path.is_dir() and (links := sorted(inner for inner in path.iterdir() if inner.is_symlink())):
-            raise ConfigError(f"run.name: {links[0]} is a link, which a run writes to no other place; remove it")
-        made = cls(path)
-        files = (made.config, made.environment, made.data, made.metrics, made.results, made.summary, made.answers)
-        for file in (*files, made.verification, made.local, path / ".lock"):
-            if file.exists() and not file.is_file():
-                what = "a folder" if file.is_dir() else "no plain file"
-                raise ConfigError(f"run.name: {file} is {what}, where a run writes a file; remove it")
-        for folder in (made.checkpoints, made.adapter):
-            if folder.is_file():
-                raise ConfigError(f"run.name: {folder} is a file, where a run writes a folder; remove it")
-        return made
+        return cls(path)
 
     @property
     def name(self) -> str:
@@ -90,30 +133,22 @@ class RunDirectory:
         """The time that the template wrote in the run's rows; None for one that writes none, or that is not known."""
         try:
             told = self.read_json(self.data).get("rendered_at")
-            return None if told is None else datetime.fromisoformat(told).isoformat(" ")
-        except (CheckpointError, ValueError, TypeError):  # a damaged file is told where the run is resumed
+            return None if told is None else datetime.fromisoformat(cast(str, told)).isoformat(" ")
+        except (CheckpointError, ValueError, TypeError):  # a damaged file is named where the run is resumed
             return None
 
-    def read_json(self, path: Path) -> dict[str, Any]:
+    def read_json(self, path: Path) -> dict[str, object]:
         """One of the run's JSON files, or `{}` if it is not there yet.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        if not path.exists():
-            return {}
-        if not path.is_file():
-            raise CheckpointError(f"{path}: damaged: is no plain file; delete it or restore it")
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            json.dumps(tree, ensure_ascii=False).encode("utf-8")  # not half a character, which cannot be printed
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error}); delete it or restore it") from None
-        if not isinstance(tree, dict):
-            raise CheckpointError(
-                f"{path}: damaged: holds {type(tree).__name__}, not an object; delete it or restore it"
-            )
-        return tree
+            return dict(parse_object(path.read_bytes()))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: damaged: {error}; delete it or restore it") from None
 
     def read_data_report(self) -> DataReport | None:
         """What became of the rows, from `data.json`; None if it is not there yet.
@@ -127,36 +162,36 @@ class RunDirectory:
         except ValueError:
             raise CheckpointError(f"{self.data}: damaged: no counts of rows; delete it or restore it") from None
 
-    def read_summary(self) -> dict[str, Any]:
-        """`summary.json`, or `{}` if it is not there yet.
-
-        Its status is a known one, its scores are numbers or null, and all its numbers can be computed with.
+    def read_summary(self) -> Summary:
+        """`summary.json`; that of a run which has just begun if it is not there yet.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        summary = self.read_json(self.summary)
-        if fault := _summary_fault(summary):
-            raise CheckpointError(f"{self.summary}: damaged: {fault}; delete it or restore it")
-        return summary
+        try:
+            return Summary.parse(self.read_json(self.summary))
+        except ValueError as error:
+            raise CheckpointError(f"{self.summary}: damaged: {error}; delete it or restore it") from None
 
-    def read_verification(self, vocabulary: int) -> list[list[int]]:
-        """The tokens of the rows on which a merge is verified, for a model that knows `vocabulary` tokens.
+    def read_verification(self, vocabulary_size: int) -> list[list[int]]:
+        """The token ids of the rows on which a merge is verified.
 
         Raises:
-            ModelError: `verification.json` is missing, or holds anything else.
+            ModelError: `verification.json` is missing.
+            CheckpointError: it is damaged, or holds an id beyond the vocabulary.
         """
-        file = self.verification
-        if not file.exists():
+        if not self.verification.exists():
             raise ModelError(f"{self.path}: no verification.json, the rows to compare on; run it again to make it")
-        rows: Any = self.read_json(file).get("sequences")
+        rows = self.read_json(self.verification).get("sequences")
         if not (isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)):
-            raise ModelError(f"{file}: damaged: sequences is no list of rows of tokens; restore it from a copy")
+            raise CheckpointError(
+                f"{self.verification}: damaged: sequences: got {shorten(rows)}; expected rows of token ids; restore it"
+            )
         for number, row in enumerate(rows, start=1):
-            if not all(type(token) is int and 0 <= token < vocabulary for token in row):
-                raise ModelError(
-                    f"{file}: damaged: row {number} of sequences holds what is no token, a whole number from 0 to "
-                    f"{vocabulary - 1:,}; restore it from a copy"
+            if not all(is_finite_number(token, integer=True) and 0 <= token < vocabulary_size for token in row):
+                raise CheckpointError(
+                    f"{self.verification}: damaged: row {number} contains an invalid token id; expected 0 to "
+                    f"{vocabulary_size - 1:,}; restore it"
                 )
         return rows
 
@@ -190,14 +225,11 @@ class RunDirectory:
             finally:
                 file.truncate(0)  # where there are no locks, the number is all that says who runs
 
-    def is_held(self) -> bool:
+    def is_running(self) -> bool:
         """Whether a process is writing to this run now; without locks, whether the last one that did still lives."""
-        lock = self.path / ".lock"
-        if not lock.is_file():  # a pipe would wait for who writes into it
-            return False
-        with contextlib.suppress(OSError), open(lock, encoding="utf-8") as file:
-            held = try_lock(file, shared=True)  # let go again when the file is closed
-            return not held if held is not None else _lives(file.read(20).strip())
+        with contextlib.suppress(OSError), open(self.path / ".lock", encoding="utf-8") as file:
+            locked = try_lock(file, shared=True)  # let go again when the file is closed
+            return _is_alive(file.read(20).strip()) if locked is None else not locked
         return False
 
     def clean(self) -> None:
@@ -205,7 +237,7 @@ class RunDirectory:
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
 
-    def set_aside(self) -> Path:
+    def archive(self) -> Path:
         """Rename this run to the first free `NAME-old-N`, so that a new one can begin; returns the new path."""
         number = 1
         while (target := self.path.with_name(f"{self.name}-old-{number}")).exists():
@@ -214,11 +246,11 @@ class RunDirectory:
         return target
 
 
-def home_expanded(path: str | Path, setting: str) -> Path:
+def expand_home(path: str | Path, setting: str) -> Path:
     """`path` with a `~` at its beginning as the home folder that a shell would make of it.
 
     Raises:
-        ConfigError: there is no such person; names `setting`.
+        ConfigError: there is no such user; names `setting`.
     """
     try:
         return Path(path).expanduser()
@@ -228,19 +260,16 @@ def home_expanded(path: str | Path, setting: str) -> Path:
 
 def require_possible(path: Path, setting: str) -> None:
     """Raise ConfigError, naming `setting`, if no folder can be at `path`: too long a name, or a file in the way."""
-    try:
-        too_long = any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in path.parts)
-        if not too_long:
-            os.lstat(path)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting}: {path}: {getattr(error, 'strerror', None) or error}; choose another") from None
-    if too_long:
-        raise ConfigError(f"{setting}: {path}: a name of over {_MAX_NAME_BYTES} bytes; choose a shorter one")
+    for place in (path, Path(path.name)):  # a name too long is also found where the folder above is not there yet
+        try:
+            os.lstat(place)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{setting}: {path}: {error.strerror}; choose another") from None
 
 
-def _lives(process: str) -> bool:
+def _is_alive(process: str) -> bool:
     """Whether the process of this number runs on this machine."""
     try:
         os.kill(int(process), 0)
@@ -251,44 +280,29 @@ def _lives(process: str) -> bool:
     return True
 
 
-def _summary_fault(summary: dict[str, Any]) -> str | None:
-    """What in a summary no run writes, or None."""
-    if (status := summary.get("status", "running")) not in STATUSES:
-        found = repr(status[:60]) if isinstance(status, str) else type(status).__name__
-        return f"status is {found}; should be {' or '.join(STATUSES)}"
-    for key, value in summary.items():
-        if not all(map(is_finite_number, _numbers_in(value))):
-            return f"{key[:60]} is, or holds, a number that is not finite or too large"
-    for key in ("base", "tuned"):
-        scores = summary.get(key)
-        if scores is not None and not (isinstance(scores, dict) and all(map(_is_score, scores.values()))):
-            return f"{key} holds no scores"
-    return None if isinstance(summary.get("steps", 0), int) else "steps is no number"
-
-
-def _numbers_in(tree: object) -> Iterator[int | float]:
-    """Every number in a JSON tree, however deep."""
-    waiting = [tree]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, (dict, list)):
-            waiting += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield value
-
-
-def _is_score(value: object) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+# --- finding runs ----------------------------------------------------------------------------------------------------
 
 
 def find_run(target: str | Path, runs_dir: str | Path = "runs") -> RunDirectory | None:
-    """The run that `target` names, as a path or as a name in `runs_dir`; None if it is no run."""
+    """The run that `target` names, as a path or as a name in `runs_dir`; None if there is none."""
     composed = unicodedata.normalize("NFC", str(target))  # as run names are
     for path in (Path(target), Path(runs_dir) / str(target), Path(runs_dir) / composed):
         run = RunDirectory(path)
         if run.exists():
             return run
     return None
+
+
+def choose_run(target: str, runs_dir: str | Path = "runs") -> RunDirectory:
+    """As `find_run`, for a command.
+
+    Raises:
+        ModelError: there is no such run; names the nearest ones.
+    """
+    run = find_run(target, runs_dir)
+    if run is None:
+        raise ModelError(f"{target}: no such run; {run_hint(target, runs_dir)}")
+    return run
 
 
 def run_folders(runs_dir: str | Path = "runs") -> list[Path]:
@@ -300,7 +314,7 @@ def run_folders(runs_dir: str | Path = "runs") -> list[Path]:
 def similar_runs(target: str, runs_dir: str | Path = "runs") -> list[str]:
     """The names of runs that `target` may be a misspelling of, the nearest first.
 
-    `user/name` is none, where there is no folder `user`: that is how models of the Hub are called.
+    None for `user/name` where there is no folder `user`: that is how models of the Hub are called.
     """
     parent, name = os.path.split(target)
     if parent and not os.path.isdir(parent):
@@ -316,22 +330,27 @@ def near_runs(target: str, runs_dir: str | Path = "runs") -> list[str]:
 
 
 def run_hint(target: str, runs_dir: str | Path = "runs") -> str:
-    """What to say of a run that is not there: which ones are."""
+    """What to say where there is no run of that name: which runs there are."""
     names = [path.name for path in run_folders(runs_dir)]
-    if (
-        near := similar_runs(target, runs_dir)
-        or near_runs(target, runs_dir)
-        or difflib.get_close_matches(Path(target).name, names, n=3, cutoff=0.5)
-    ):
+    if near := similar_runs(target, runs_dir) or similar_runs(Path(target).name, runs_dir):
         return f"did you mean {' or '.join(near)}?"
     if names:
         return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
     return f"{runs_dir}/ holds no run yet; `lmtune quickstart` makes one, or give another folder with --dir"
 
 
+# --- checkpoint folders ----------------------------------------------------------------------------------------------
+
 ADAPTER, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors", "optimizer.safetensors", "state.json", "manifest.json",
 )  # fmt: skip
+
+
+class Fingerprint(TypedDict):
+    """What a manifest says of a file: its size and SHA-256."""
+
+    bytes: int
+    sha256: str
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -347,13 +366,11 @@ def step_of(path: Path) -> int:
 def problem_of(path: Path) -> str | None:
     """Why a checkpoint folder cannot be used, or None."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_object((path / MANIFEST).read_bytes())
     except FileNotFoundError:
         return f"no {MANIFEST}"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} is damaged ({error})"
-    if not isinstance(manifest, dict):
-        return f"{MANIFEST} is damaged (no mapping)"
     for name in (ADAPTER, OPTIMIZER, STATE):
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -362,7 +379,7 @@ def problem_of(path: Path) -> str | None:
     return None
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file: its size and SHA-256."""
+def fingerprint(path: Path) -> Fingerprint:
+    """What a manifest says of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -23,7 +23,7 @@ from lmtune.io.text import pluralize, without_absolute_paths
 from lmtune.models.locate import local_paths
 from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interrupts
 from lmtune.runs.log import Records, read_answers
-from lmtune.runs.store import RunDirectory
+from lmtune.runs.store import RunDirectory, ScoreValues
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components
 from lmtune.training.environment import environment, verification_rows
@@ -46,7 +46,7 @@ def running(run: RunDirectory, parts: Components) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         held.enter_context(run.locked())
         if parts.config.run.resume == "never" and run.exists():
-            err.print(f"the earlier run is now {escape(str(run.set_aside()))}")
+            err.print(f"the earlier run is now {escape(str(run.archive()))}")
             held.enter_context(run.locked())  # the lock went with the earlier one
         held.enter_context(sigterm_interrupts())
         parts.parallel.on_failure = lambda reason: _note_end(run, parts, "failed", reason)
@@ -82,7 +82,7 @@ def begin(run: RunDirectory, parts: Components) -> tuple[Checkpoint | None, bool
             _say_start(run, parts, checkpoint)
             if longer:
                 err.print(longer)
-            errors = {} if base is None else {"standard_errors": run.read_summary().get("standard_errors")}
+            errors = {} if base is None else {"standard_errors": run.read_summary().standard_errors}
             write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base, **errors})
             parts.begun = True
             # before the new settings: records are judged by those that they were made with
@@ -110,7 +110,7 @@ def _with_its_length(
     before = checkpoint.state.signature if checkpoint else _signature_of(run) if complete else None
     if complete and checkpoint is None and before is not None:  # they were deleted to save room
         check_resumable(run, before, parts.signature, parts.data.report)
-    done = checkpoint.step if checkpoint else int(run.read_summary().get("steps") or 0) if complete else 0
+    done = checkpoint.step if checkpoint else run.read_summary().steps or 0 if complete else 0
     steps = Planner.count_steps(len(parts.data.train), train)
     planned = steps_before(before, len(parts.data.train), train)
     require_steps(run, done, steps, train)
@@ -134,7 +134,7 @@ def _with_its_length(
 def _is_complete(run: RunDirectory) -> bool:
     """Whether the run ended well and its adapter is still there."""
     adapter = run.adapter / "adapter_model.safetensors"
-    return run.read_summary().get("status") == "complete" and adapter.is_file()
+    return run.read_summary().status == "complete" and adapter.is_file()
 
 
 def _signature_of(run: RunDirectory) -> RunSignature:
@@ -142,14 +142,14 @@ def _signature_of(run: RunDirectory) -> RunSignature:
     made = run.read_json(run.environment)
     config = load_config(FinetuneConfig, run.config)
     return RunSignature.of(
-        config, str(made.get("data_sha256")), str(made.get("base_fingerprint")), made.get("tokens_sha256"),
-        made.get("starting_adapter_sha256"),
+        config, str(made.get("data_sha256")), str(made.get("base_fingerprint")),
+        *(None if made.get(key) is None else str(made[key]) for key in ("tokens_sha256", "starting_adapter_sha256")),
     )  # fmt: skip
 
 
-def _known_scores(run: RunDirectory, parts: Components) -> dict[str, Any] | None:
+def _known_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
     """The base's scores from before, if they were measured as they would be now and its answers are still there."""
-    known: dict[str, Any] | None = run.read_summary().get("base")
+    known = run.read_summary().base
     if known is None or not _measures_the_same(run, parts.config):
         return None
     return known if len(read_answers(run)) == known.get("exact_match_rows") else None

@@ -24,7 +24,7 @@ from lmtune.models.device import default_device
 from lmtune.models.libraries import quiet_libraries
 from lmtune.models.model_folder import make_readable
 from lmtune.parallel.signals import StopSignals
-from lmtune.runs.store import home_expanded
+from lmtune.runs.store import expand_home
 from lmtune.training.corpus import TURN_END, Blocks, TokenStream, num_blocks, take_blocks
 from lmtune.training.optim import learning_rate
 from lmtune.training.pretrain_config import PretrainConfig, ShapeConfig
@@ -146,7 +146,7 @@ def save_pretrained(model: Any, tokenizer: Any, card: str, config: PretrainConfi
     Returns:
         The folder `output.dir`, replaced if it was there.
     """
-    folder = home_expanded(config.output.dir, "output.dir")
+    folder = expand_home(config.output.dir, "output.dir")
     with new_folder(folder) as staging, name_disk_errors(folder):
         model.to("cpu", DTYPES[config.output.dtype]).save_pretrained(staging)
         tokenizer.model_max_length = config.model.max_position_embeddings

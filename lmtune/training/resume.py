@@ -64,10 +64,10 @@ def records_lost(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
     if checkpoint is not None:
         missing = checkpoint.step - len({step for step in steps if 1 <= step <= checkpoint.step})
         return [f"{run.metrics}: {missing} of the {checkpoint.step} steps done are no longer recorded"] * bool(missing)
-    done = max([*steps, summary.get("steps") or 0])
+    done = max([*steps, summary.steps or 0])
     due = (load_config(FinetuneConfig, run.config).run if run.exists() else RunConfig()).checkpoint_every_steps
     # The first one itself may have been what could not be written.
-    if done > due or (done and summary.get("status") == "complete"):
+    if done > due or (done and summary.status == "complete"):
         raise CheckpointError(
             f"{run.checkpoints}: no checkpoint is there, though {done} steps are recorded; restore the folder from a "
             "copy, or begin again with run.resume=never (the old run is renamed)"

@@ -1,7 +1,7 @@
 """One run from its settings to its saved adapter: the story that every way to start one tells.
 
     result = run_finetune(config, RunDirectory.of(config.run))
-    result.summary["tuned"]
+    result.summary.tuned
 
 Who starts it (the command, a notebook) has checked the settings and the data, and shows the result.
 """
@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmtune.config.load import to_tree
 from lmtune.config.schema import FinetuneConfig
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores
@@ -25,7 +24,7 @@ from lmtune.models.tuning.base import Tensors
 from lmtune.parallel.launch import connect
 from lmtune.runs.cards import adapter_card
 from lmtune.runs.log import Records, read_answers
-from lmtune.runs.store import RunDirectory
+from lmtune.runs.store import RunDirectory, ScoreValues, Summary
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components, compose
 from lmtune.training.hooks import CheckpointHook, EarlyStoppingHook, EvaluationHook, ProgressHook, RecordHook
@@ -46,7 +45,7 @@ class FinetuneResult:
         is_main_process: whether this process is the one that tells a person.
     """
 
-    summary: dict[str, Any]
+    summary: Summary
     was_complete: bool
     is_main_process: bool
 
@@ -71,19 +70,19 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
         tuned = parts.score_tuned(result)
         summary = summarize(parts, result, base, tuned[0] if tuned else None)
         if tuned:
-            known = run.read_summary().get("standard_errors") or {}
+            known = run.read_summary().standard_errors
             summary["standard_errors"] = {**known, "tuned": tuned[0].standard_errors}
         if parallel.is_main:
             save_tuned(run, parts, result.weights)
             card = adapter_card(
-                to_tree(parts.config), summary, parts.data.report.to_dict(), stops=parts.renderer.stop_tokens
+                parts.config, Summary.parse(summary), parts.data.report, stops=parts.renderer.stop_tokens
             )
             write_text(run.adapter / "README.md", card)
             if tuned is not None:
                 add_tuned_answers(run, tuned[1])
             write_json(run.summary, summary)  # last: it says that the run is complete
         parallel.barrier()  # nobody ends well before the result is saved
-    return FinetuneResult(summary, False, parallel.is_main)
+    return FinetuneResult(Summary.parse(summary), False, parallel.is_main)
 
 
 def run_loop(run: RunDirectory, parts: Components, resumed: Checkpoint | None) -> TrainResult:
@@ -126,17 +125,17 @@ def save_tuned(run: RunDirectory, parts: Components, weights: Tensors | None) ->
         write_adapter_texts(parts.config.model, parts.renderer, staging)
 
 
-def base_scores(run: RunDirectory, parts: Components) -> dict[str, Any] | None:
+def base_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
     """What the model scores before training, unless the settings leave that out; from the summary when a resumed run
     has measured it already.
 
     The adapter must be as `prepare` made it; one to begin from is left aside.
     """
-    known: dict[str, Any] | None = run.read_summary().get("base")
+    known = run.read_summary().base
     parts.parallel.phase = "scoring before training"
     parts.parallel.barrier()
     wanted = known is None and parts.config.evaluation.score_base
-    errors = run.read_summary().get("standard_errors")
+    errors = run.read_summary().standard_errors
     with parts.model.without_adapter() if parts.start is not None else contextlib.nullcontext():
         scored = parts.score("the base") if wanted else None
     if scored is not None:

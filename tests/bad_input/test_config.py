@@ -144,19 +144,19 @@ PLACES: dict[str, tuple[tuple[str, ...], str]] = {  # arguments, what is said
     "data to check": (("check", LONG), f"{LONG}: cannot be opened (File name too long)"),
     "data to learn": (("finetune", "trial.yaml", f"data.train={LONG}"), "cannot be opened (File name too long)"),
     "data to preview": (("preview", LONG, "--model", "tiny"), "cannot be opened (File name too long)"),
-    "runs": (("finetune", "trial.yaml", f"run.dir={LONG}"), f"run.dir: {LONG}/trial: a name of over 255 bytes"),
+    "runs": (("finetune", "trial.yaml", f"run.dir={LONG}"), f"run.dir: {LONG}/trial: File name too long"),
     "runs below a folder to be made": (
-        ("finetune", "trial.yaml", f"run.dir=new/{LONG}"), f"run.dir: new/{LONG}/trial: a name of over 255 bytes",
+        ("finetune", "trial.yaml", f"run.dir=new/{LONG}"), f"run.dir: new/{LONG}/trial: File name too long",
     ),
     "runs below a file": (("finetune", "trial.yaml", "run.dir=trial.yaml/x"), "run.dir: trial.yaml/x/trial: Not a dir"),
     "runs of nobody": (("finetune", "trial.yaml", "run.dir=~no-such-person/x"), "run.dir: ~no-such-person/x: "),
     "a run to merge": (("merge", LONG), f"{LONG}: no such run"),
     "a run to show": (("runs", "show", LONG), f"{LONG}: no such run"),
     "a folder of runs": (("runs", "show", "x", "--dir", LONG), "holds no run yet"),
-    "a merged model": (("merge", "done", "--output", LONG), f"--output: {LONG}: a name of over 255 bytes"),
+    "a merged model": (("merge", "done", "--output", LONG), f"--output: {LONG}: File name too long"),
     "a merged model below a device": (("merge", "done", "--output", "/dev/null/x"), "--output: /dev/null/x: Not a dir"),
-    "an adapter to pull": (("pull", "a/b", "--output", LONG), f"--output: {LONG}: a name of over 255 bytes"),
-    "a model to make": (("pretrain", "new.yaml", f"output.dir={LONG}"), f"output.dir: {LONG}: a name of over"),
+    "an adapter to pull": (("pull", "a/b", "--output", LONG), f"--output: {LONG}: File name too long"),
+    "a model to make": (("pretrain", "new.yaml", f"output.dir={LONG}"), f"output.dir: {LONG}: File name too long"),
     "text to learn": (("pretrain", "new.yaml", f"data.path={LONG}", "data.world_documents=null"), "not found"),
 }  # fmt: skip
 
@@ -176,19 +176,6 @@ def test_a_tilde_is_the_home_folder(place: Path, monkeypatch: pytest.MonkeyPatch
     """Which a shell makes of it only at the beginning of an argument."""
     monkeypatch.setenv("HOME", str(place / "home"))
     assert RunDirectory.of(RunConfig(dir="~/x", name="trial")).path == place / "home/x/trial"
-
-
-@pytest.mark.parametrize("link", ["runs/trial", "runs/trial/adapter", "runs/trial/summary.json", "runs/trial/merged"])
-def test_an_output_folder_that_is_a_link_or_holds_one_is_refused(
-    place: Path, refused: Callable[..., Outcome], link: str
-) -> None:
-    """`run.dir` itself may be one: that is how people put their runs on a larger disk."""
-    (place / "elsewhere").mkdir()
-    (place / "runs").symlink_to(place / "elsewhere")
-    (place / link).parent.mkdir(exist_ok=True)
-    (place / link).symlink_to(place / "outside")
-    (place / "trial.yaml").write_text(LEAST)
-    assert re.search(r"run\.name: runs/trial.* (leads out of|is a link)", refused("finetune", "trial.yaml").err)
 
 
 def test_merging_into_a_link_is_refused(place: Path, refused: Callable[..., Outcome]) -> None:

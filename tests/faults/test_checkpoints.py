@@ -150,10 +150,10 @@ def test_records_that_are_gone_are_said(place: Path, undisturbed: dict[str, Any]
 
 
 DAMAGED_RECORDS: dict[str, tuple[bytes, str]] = {
-    "metrics.jsonl": (b'{"step": 1, "loss": 1}\n\xff\xfe\n', "runs/trial/metrics.jsonl:2: damaged"),
+    "metrics.jsonl": (b'{"step": 1, "loss": 1}\n', "runs/trial/metrics.jsonl:1: damaged"),
     "results.csv": (b"step,\n1\xff,2\n", "runs/trial/results.csv:2: damaged"),
     "answers.jsonl": (b'"\xff"\n', "runs/trial/answers.jsonl:1: damaged"),
-    "summary.json": (b'{"status": "running", "base": 3}', "runs/trial/summary.json: damaged: base holds no scores"),
+    "summary.json": (b'{"status": "running", "base": 3}', "runs/trial/summary.json: damaged: base: got 3"),
     "config.yaml": (b"model: {name: \xe9}\n", "runs/trial/config.yaml: not UTF-8"),
 }  # fmt: skip
 

@@ -90,17 +90,18 @@ def test_lines_after_the_checkpoint_are_cut_by_their_step_not_their_number(tmp_p
     assert [line.split(",")[0] for line in run.results.read_text().splitlines()] == ["step", *"567"]
 
 
+STEP = b'{"step": 1, "epoch": 1, "loss": 1, "learning_rate": 1, "grad_norm": 1, "tokens": 1, "trained_tokens": 1, '
+STEP += b'"examples": 1, "seconds": 1}\n'
 DAMAGED: dict[str, tuple[str, bytes]] = {
-    "no UTF-8": ("metrics.jsonl:2", b'{"step": 1}\n\xff\n'),
-    "no JSON": ("metrics.jsonl:1", b"step 1\n"),
-    "no object": ("metrics.jsonl:1", b"[1]\n"),
-    "no step": ("metrics.jsonl:1", b'{"loss": 1}\n'),
-    "a step that is no number": ("metrics.jsonl:1", b'{"step": "1"}\n'),
+    "not UTF-8": ("metrics.jsonl:2", STEP + b"\xff\n"),
+    "not JSON": ("metrics.jsonl:1", b"step 1\n"),
+    "not an object": ("metrics.jsonl:1", b"[1]\n"),
+    "a step without its loss": ("metrics.jsonl:2", STEP + b'{"step": 2}\n'),
+    "a step that is a word": ("metrics.jsonl:1", STEP.replace(b'"step": 1', b'"step": "1"')),
     "brackets without end": ("metrics.jsonl:1", b"[" * 100_000 + b"\n"),
-    "results: no UTF-8": ("results.csv:2", b"step,\n1\xff,2\n"),
-    "results: no step": ("results.csv:2", b"step,\nx,2\n"),
-    "answers: no UTF-8": ("answers.jsonl:1", b'{"question": "\xff"}\n'),
-}  # fmt: skip
+    "results: not a step": ("results.csv:2", b"step,\nx,2\n"),
+    "answers: not UTF-8": ("answers.jsonl:1", b'{"question": "\xff"}\n'),
+}
 
 
 @pytest.mark.parametrize("what", DAMAGED)

@@ -1,0 +1,147 @@
+"""What a terminal shows of runs: scores with their 95 % intervals, some answers, a line for each run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from lmtune.io.console import escape
+from lmtune.io.text import is_finite_number, pluralize
+from lmtune.runs.history import Overview
+from lmtune.runs.store import ScoreValues
+
+# key in summary.json: (name, the Hub's metric type)
+SCORES = {
+    "loss": ("Loss", "loss"),
+    "perplexity": ("Perplexity", "perplexity"),
+    "token_accuracy": ("Token accuracy", "accuracy"),
+    "sequence_accuracy": ("Sequence accuracy", "accuracy"),
+    "exact_match": ("Exact match", "exact_match"),
+}
+FEW_ROWS = 30  # of fewer held-out rows scores say little
+NOT_MEASURED = "not measured"
+_95 = 1.959964  # standard errors on each side of a 95 % interval
+
+
+def format_score(key: str, value: object) -> str:
+    """One score for people: shares in percent, `not measured` for what is absent or not a finite number."""
+    if not isinstance(value, (int, float)) or not is_finite_number(value):
+        return NOT_MEASURED
+    if key in ("loss", "perplexity"):
+        return f"{value:.4f}" if value < 1000 else f"{value:.4g}"
+    return f"{100 * value:.1f} %"
+
+
+def scores_table(base: ScoreValues | None, tuned: ScoreValues) -> Table:
+    """The scores of a tuned model beside those of its base, by the keys of `SCORES`; no base leaves its column out."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    if base is not None:
+        table.add_column("base", justify="right", no_wrap=True)
+    table.add_column("score" if base is None else "tuned", justify="right", no_wrap=True, style="bold")
+    for key, (name, _) in SCORES.items():
+        both = [tuned] if base is None else [base, tuned]
+        table.add_row(name, *(format_score(key, scores.get(key)) for scores in both))
+    return table
+
+
+def describe_scores(
+    base: ScoreValues | None, tuned: ScoreValues, errors: Mapping[str, ScoreValues] | None = None
+) -> list[str]:
+    """On how many rows scores were measured, and their 95 % intervals.
+
+    Shares of rows have Wilson's interval; loss and token accuracy are taken over rows, since the tokens of a row are
+    not independent.
+
+    Args:
+        base: scores of the base, if they are known.
+        tuned: scores of the model itself.
+        errors: standard errors, of `base` and `tuned`.
+    """
+    num_rows = tuned.get("rows")
+    if not isinstance(num_rows, int) or num_rows < 1:
+        return []
+    lines = [f"over {pluralize(num_rows)}; 95 % intervals{', base and tuned' if base else ''}:"]
+    for key, (name, _) in SCORES.items():
+        both = [("base", base), ("tuned", tuned)] if base else [("tuned", tuned)]
+        found = [interval(key, scores, (errors or {}).get(part) or {}) for part, scores in both]
+        if all(found):
+            shown = [f"{format_score(key, low)} to {format_score(key, high)}" for low, high in filter(None, found)]
+            lines.append(f"  {name.lower()}: {', '.join(shown)}")
+    if num_rows < FEW_ROWS:
+        lines.append(f"  fewer than {FEW_ROWS} rows: a difference may be chance; hold out more (data.validation)")
+    return lines
+
+
+def interval(key: str, scores: ScoreValues, errors: ScoreValues) -> tuple[float, float] | None:
+    """The 95 % interval of one of the `SCORES`, of which some need their standard error; None if it is not known."""
+    value, num_rows = scores.get(key), scores.get("exact_match_rows" if key == "exact_match" else "rows")
+    if value is None or not num_rows:
+        return None
+    if key in ("exact_match", "sequence_accuracy"):
+        return wilson(value, num_rows)
+    error, loss = errors.get("loss" if key == "perplexity" else key), scores.get("loss")
+    if error is None or loss is None:
+        return None
+    if key == "token_accuracy":  # as of so many independent tokens as would have this standard error
+        return wilson(value, value * (1 - value) / error**2 if error else num_rows)
+    low, high = max(0.0, loss - _95 * error), loss + _95 * error
+    return (low, high) if key == "loss" else (math.exp(min(low, 700.0)), math.exp(min(high, 700.0)))
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that was found in `count` independent trials.
+
+    Source: https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval#Wilson_score_interval
+    """
+    square = _95**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = _95 * math.sqrt(share * (1 - share) / count + square / count / 4) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def answers_shown(rows: Sequence[Mapping[str, str]], count: int) -> list[str]:
+    """Some held-out questions, evenly spread, with reference, base's and tuned model's answer; lines with markup."""
+    lines = list[str]()
+    for row in rows[:: max(1, len(rows) // count)][:count] if count else ():
+        lines.append(f"\n[bold]{escape(row.get('question', '').strip())}[/]")
+        reference = row.get("wanted", "").strip()
+        for name, key in (("reference", "wanted"), ("base", "base"), ("tuned", "tuned")):
+            if key in row:
+                said = escape(row[key].strip() or "(nothing)")
+                mark = "  [green]✓[/]" if key != "wanted" and row[key].strip() == reference else ""
+                lines.append(f"  {name + ':':<10} {said if key != 'base' else f'[dim]{said}[/]'}{mark}")
+    return lines
+
+
+def runs_table(runs: Sequence[Overview], width: int) -> Table:
+    """A line for each run; the training loss is the mean of the last 20 steps, for one step's rows may be odd.
+
+    Args:
+        runs: as `list_runs` gives them.
+        width: columns of the terminal; a narrow one gets the most important things only.
+    """
+
+    table = Table(box=None, pad_edge=False)
+    columns = [
+        ("run", 0), ("status", 0), ("model", 90), ("quantization", 90), ("steps", 0), ("train loss", 0),
+        ("held-out loss", 130), ("exact match", 0), ("last change", 90),
+    ]  # fmt: skip # title, and the least width that shows it
+    for title, least in columns:
+        is_text = title in ("run", "status", "model", "quantization")
+        if width >= least:
+            table.add_column(title, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    for run in runs:
+        scores = (run.base_exact_match, run.tuned_exact_match)
+        base, tuned = ("?" if share is None else f"{100 * share:.1f}" for share in scores)
+        cells = [
+            escape(run.name), escape(run.status), escape(run.model), escape(run.quantization),
+            "" if run.steps is None else str(run.steps),
+            "" if run.recent_loss is None else f"{run.recent_loss:.4f}",
+            "" if run.validation_loss is None else f"{run.validation_loss:.4f}",
+            "" if scores == (None, None) else f"{base} → {tuned} %", f"{run.changed:%Y-%m-%d %H:%M}",
+        ]  # fmt: skip
+        table.add_row(*(cell for cell, (_, least) in zip(cells, columns, strict=True) if width >= least))
+    return table
