@@ -180,8 +180,7 @@ def _unusable(path: Path, name: str) -> str | None:
     except (OSError, ValueError) as error:
         return f"cannot be opened ({getattr(error, 'strerror', None) or error})"
     if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-        return f"is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file; write the rows to a file first"
+        return "not a regular file; write the rows to a file first"
     if not os.access(path, os.R_OK):
         return "may not be read; check its permissions"
     return None
