@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import lmtune
 from lmtune.cli import VERBS
 from lmtune.config.json_schema import settings
 from lmtune.config.schema import FinetuneConfig
@@ -127,3 +129,10 @@ def test_the_settings_page_is_in_step() -> None:
 def test_every_page_is_in_the_sites_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert not [page for page in PAGES if page.startswith("docs/") and f" {Path(page).name}\n" not in navigation]
+
+
+def test_the_python_page_names_what_is_public() -> None:
+    for name, parameters in re.findall(r"^\| `(\w+)\(([^)]*)\)`", PAGES["docs/python.md"], re.MULTILINE):
+        signature = inspect.signature(getattr(lmtune, name)).parameters
+        named = {parameter.strip("* ") for parameter in parameters.split(",")} - {""}
+        assert named == set(signature), name

@@ -105,7 +105,7 @@ def test_every_command_of_the_readme_runs(folder: Path, environment: dict[str, s
 
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs(folder: Path, environment: dict[str, str]) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/python.md"))
     blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import lmtune" in block]
     assert blocks
     (folder / "heldout.jsonl").write_text(ROWS, encoding="utf-8")
