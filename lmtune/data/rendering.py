@@ -6,14 +6,14 @@
 
 So what training puts before an answer is by construction what chat and evaluation put there: `prompt_ids` is `p`. Marks
 inside the template ({% generation %}) are not needed, and most templates have none. A conversation of several answers
-is one document as long as each p continues the document so far; a template that renders earlier answers differently
-once they are history (Qwen3 drops their reasoning) begins a new document for each answer instead.
+is one sequence as long as each p continues the sequence so far; a template that renders earlier answers differently
+once they are history (Qwen3 drops their reasoning) begins a new sequence for each answer instead.
 
 Inference reads the tokens back the same way: `decode` gives a reply without what the template writes before an answer,
 and with its reasoning set apart (`lmtune.data.replies`).
 
 Without a template: prompt, completion and the end token, encoded apart, because generation starts after the prompt's
-own tokens. Every document ends in a trained token that generation stops at. Masking is by position, never by id, so a
+own tokens. Every sequence ends in a trained token that generation stops at. Masking is by position, never by id, so a
 tokenizer that pads with its end token learns to stop all the same.
 """
 
@@ -31,7 +31,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection, get_context, parent_process
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -42,6 +42,9 @@ from lmtune.data.types import Example, Message, TokenSequence
 from lmtune.data.values import quoted
 from lmtune.errors import DataError, LmtuneError, ModelError
 from lmtune.io.text import pluralize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "plain", "thinking"]
 RENDERING_VERSION = 2  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
@@ -63,7 +66,7 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: Any, template: Template = "auto", system: str | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto", system: str | None = None,
         eos_token_ids: Sequence[int] = (), now: str | None = None,
     ) -> None:  # fmt: skip
         """
@@ -314,7 +317,7 @@ _MOST_SHOWN = 5
 class ControlText:
     """Counts the rows that hold the text of a control token, of `tokenizer` or of a well-known template."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {token.content for token in added if token.special and token.content.strip()}
         self._known = (special | _WELL_KNOWN) - {"<think>", "</think>"}  # which answers may hold
@@ -359,7 +362,7 @@ _renderer: Renderer | None = None  # a worker's own
 def render_all(
     examples: Iterable[Example], renderer: Renderer, num_bytes: int, num_processes: int | None = None
 ) -> Iterator[tuple[Example, Outcome]]:
-    """Each example with its documents, or with the `DataError` that says why there are none; in order.
+    """Each example with its sequences, or with the `DataError` that says why it has none; in order.
 
     Args:
         examples: read as needed.

@@ -49,7 +49,7 @@ class TokenizedData:
         signature: SHA-256, in hex, of the rows' tokens, whatever made them.
         report: what became of every row read.
         num_tokens, num_targets: int32 `[N]`, of each row.
-        sequences: tokens of each row's sequences, which are its documents.
+        sequences: tokens of each row's sequences, S over all rows.
         content: uint64 `[N]`, equal for rows of equal content.
     """
 
@@ -350,7 +350,7 @@ class TableWriter:
 
     @property
     def sha256(self) -> str:
-        """Of all rows so far, in hex: their tokens, which of them are labels, and where documents end."""
+        """Of all rows so far, in hex: their tokens, which of them are targets, and where sequences end."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> TableWriter:
@@ -387,7 +387,7 @@ class TokenTable:
 
     Attributes:
         num_tokens, num_targets: int32 `[N]`.
-        sequences: the documents of all rows, in numbers.
+        sequences: lengths of the sequences of all rows.
         file, line: int32 `[N]`; content: uint64 `[N]`.
     """
 

@@ -18,12 +18,15 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmtune.data.replies import CLOSING, OPENING, ReplyFormat, is_still_reasoning, split_reply
 from lmtune.data.types import Message, Role
 from lmtune.errors import ModelError
 from lmtune.io.sandbox import TemplateLimitError, probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SYSTEM, _QUESTION, _ANSWER, _REASONING = "probe system", "probe question", "probe answer", "probe reasoning"
 _INSIDE = "a  b\t\n\n\n  c <d> & \"e\" 'é'"
@@ -51,7 +54,9 @@ class ChatTemplate:
         own_words: what the template writes before a question by itself, such as a system prompt; maybe empty.
     """
 
-    def __init__(self, tokenizer: Any, thinking: bool, eos_token_ids: Sequence[int], now: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, thinking: bool, eos_token_ids: Sequence[int], now: str | None = None
+    ) -> None:
         """
         Args:
             tokenizer: a transformers tokenizer with a chat template.

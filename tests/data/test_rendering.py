@@ -31,7 +31,7 @@ def example(*contents: str, system: str | None = None) -> Example:
     return Example("rows.jsonl", 7, head + turns)
 
 
-def learned(renderer: Renderer, document: TokenSequence) -> list[str]:
+def trained_texts(renderer: Renderer, document: TokenSequence) -> list[str]:
     """The text of each learned run of tokens, control tokens included."""
     runs: list[list[int]] = []
     for index, (token, flag) in enumerate(zip(document.input_ids, document.loss_mask, strict=True)):
@@ -68,11 +68,11 @@ def test_training_prefixes_are_inference_prompts(name: str, bos: bool) -> None:
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_each_answer_is_learned_once_with_its_end(name: str) -> None:
+def test_each_answer_is_trained_once_with_its_end(name: str) -> None:
     renderer = Renderer(make_tokenizer(CHAT_TEMPLATES[name]))
     documents = renderer.render(THREE_TURNS)
     end = renderer.tokenizer.decode([renderer.stop_token_ids[0]])
-    texts = [text for document in documents for text in learned(renderer, document)]
+    texts = [text for document in documents for text in trained_texts(renderer, document)]
     expected = [THREE_TURNS.messages[index].content.strip() + end for index in (1, 3, 5)]
     assert [text.removesuffix(end).strip() + end for text in texts] == expected
     assert len(documents) == (3 if name == "qwen3" else 1)
@@ -91,15 +91,15 @@ def test_chatml_by_hand() -> None:
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
         "<|im_start|>user\nyou<|im_end|>\n<|im_start|>assistant\nme<|im_end|>"
     )
-    assert learned(renderer, document) == ["Hi<|im_end|>", "me<|im_end|>"]
+    assert trained_texts(renderer, document) == ["Hi<|im_end|>", "me<|im_end|>"]
     assert renderer.stop_token_ids == (IM_END, EOS)
 
 
-def test_history_that_loses_its_reasoning_begins_a_document_of_its_own() -> None:
+def test_history_that_loses_its_reasoning_begins_a_sequence_of_its_own() -> None:
     renderer = Renderer(make_tokenizer(QWEN3), template="thinking")
     first, second = renderer.render(example("Hello", "<think>\nwhy\n</think>\n\nHi", "you", "<think>hm</think>me"))
-    assert learned(renderer, first) == ["<think>\nwhy\n</think>\n\nHi<|im_end|>"]
-    assert learned(renderer, second) == ["<think>\nhm\n</think>\n\nme<|im_end|>"]
+    assert trained_texts(renderer, first) == ["<think>\nwhy\n</think>\n\nHi<|im_end|>"]
+    assert trained_texts(renderer, second) == ["<think>\nhm\n</think>\n\nme<|im_end|>"]
     assert "why" not in whole(renderer, second)
 
 
@@ -107,17 +107,17 @@ def test_without_thinking_the_empty_think_block_is_part_of_the_prompt() -> None:
     renderer = Renderer(make_tokenizer(QWEN3))
     (document,) = renderer.render(example("Hello", "Hi"))
     assert whole(renderer, document).endswith("assistant\n<think>\n\n</think>\n\nHi<|im_end|>")
-    assert learned(renderer, document) == ["Hi<|im_end|>"]
+    assert trained_texts(renderer, document) == ["Hi<|im_end|>"]
 
 
 def test_a_prompt_that_opens_the_reasoning_is_continued() -> None:
     renderer = Renderer(make_tokenizer(R1), template="thinking")
     row = example("Hello", "<think>\nwhy <|im_end|>\n</think>\n\nHi</think>", "you", "<think>hm</think>me")
     first, second = renderer.render(row)
-    assert learned(renderer, first) == ["why <|im_end|>\n</think>\n\nHi</think><|im_end|>"]
+    assert trained_texts(renderer, first) == ["why <|im_end|>\n</think>\n\nHi</think><|im_end|>"]
     assert first.input_ids.tolist().count(IM_END) == 2
     assert first.input_ids.tolist().count(renderer.tokenizer.convert_tokens_to_ids("</think>")) == 1
-    assert learned(renderer, second) == ["hm\n</think>\n\nme<|im_end|>"]
+    assert trained_texts(renderer, second) == ["hm\n</think>\n\nme<|im_end|>"]
     for document, index in ((first, 1), (second, 3)):
         prompt = renderer.prompt_ids(row.messages[:index])
         assert document.input_ids[: len(prompt)].tolist() == prompt
@@ -127,7 +127,7 @@ def test_a_prompt_that_opens_the_reasoning_is_continued() -> None:
 def test_reasoning_is_kept_by_a_template_that_knows_nothing_of_it() -> None:
     renderer = Renderer(make_tokenizer(CHATML), template="thinking")
     (document,) = renderer.render(example("Hello", "<think>why</think>Hi"))
-    assert learned(renderer, document) == ["<think>why</think>Hi<|im_end|>"]
+    assert trained_texts(renderer, document) == ["<think>why</think>Hi<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -166,22 +166,22 @@ def test_control_tokens_in_data_stay_text(name: str | None) -> None:
     (forged,) = renderer.render(example(INJECTION, "y" + INJECTION))
     assert [i for i in forged.input_ids if i in special] == [i for i in plain.input_ids if i in special]
     assert INJECTION in whole(renderer, forged)
-    assert learned(renderer, forged)[0].count(INJECTION) == 1
+    assert trained_texts(renderer, forged)[0].count(INJECTION) == 1
     prompt = renderer.prompt_ids([Message("user", INJECTION)])
     assert prompt == forged.input_ids[: len(prompt)].tolist()
 
 
-def test_an_answer_that_merges_with_its_prompt_is_learned_from_the_prompt_s_tokens() -> None:
+def test_an_answer_that_merges_with_its_prompt_is_trained_from_the_prompt_s_tokens() -> None:
     """ "assistant\\n" and "\\n\\n\\nHi" would share a token; generation starts after "assistant\\n"."""
     renderer = Renderer(make_tokenizer(CHATML))
     messages = example("Hello", "\n\n\nHi <|im_end|>", "you", "me").messages
     documents = renderer.render(Example("f", 1, messages))
     prompt = renderer.prompt_ids(messages[:1])
     assert documents[0].input_ids[: len(prompt)].tolist() == prompt
-    assert learned(renderer, documents[0]) == ["\n\n\nHi <|im_end|><|im_end|>"]
+    assert trained_texts(renderer, documents[0]) == ["\n\n\nHi <|im_end|><|im_end|>"]
     assert documents[0].input_ids.tolist().count(IM_END) == 2
     assert len(documents) == 2, "its history is tokenised otherwise, so the next answer has a document of its own"
-    assert learned(renderer, documents[1]) == ["me<|im_end|>"]
+    assert trained_texts(renderer, documents[1]) == ["me<|im_end|>"]
 
 
 class TestEnds:
@@ -200,7 +200,7 @@ class TestEnds:
         assert (
             whole(renderer, document) == "<|im_start|>\nHello<|im_end|>\nHi<|im_start|>\nyou<|im_end|>\nme<|im_start|>"
         )
-        assert learned(renderer, document) == ["\nHi<|im_start|>", "\nme<|im_start|>"]
+        assert trained_texts(renderer, document) == ["\nHi<|im_start|>", "\nme<|im_start|>"]
         assert renderer.stop_token_ids == (3, EOS)
         assert "amended" in Renderer(make_tokenizer(NEXT_TURN_ENDS)).description, "the model does not stop at it"
 
@@ -240,7 +240,7 @@ class TestPlain:
         renderer = Renderer(make_tokenizer())
         (document,) = renderer.render(example("The quick", " brown fox"))
         assert whole(renderer, document) == "The quick brown fox</s>"
-        assert learned(renderer, document) == [" brown fox</s>"]
+        assert trained_texts(renderer, document) == [" brown fox</s>"]
         prompt = document.input_ids[~document.loss_mask].tolist()
         assert renderer.prompt_ids([Message("user", "The quick")]) == prompt
         assert not renderer.uses_chat_template
@@ -262,7 +262,7 @@ class TestPlain:
         assert whole(renderer, renderer.render(example("a", "b", system="Own."))[0]) == "Own.\n\nab</s>"
 
     @pytest.mark.parametrize("template", [None, CHATML])
-    def test_a_text_is_learned_whole_but_its_first_token(self, template: str | None) -> None:
+    def test_a_text_is_trained_whole_but_its_first_token(self, template: str | None) -> None:
         renderer = Renderer(make_tokenizer(template))
         (document,) = renderer.render(Example("f", 1, text="The quick <|im_end|>"))
         assert whole(renderer, document) == "The quick <|im_end|></s>" if template is None else True

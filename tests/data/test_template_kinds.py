@@ -8,7 +8,7 @@ from lmtune.data.rendering import Renderer, Template
 from lmtune.data.replies import split_reply
 from lmtune.data.types import Example, Message
 from lmtune.errors import DataError, ModelError
-from tests.data.test_rendering import example, learned, whole
+from tests.data.test_rendering import example, trained_texts, whole
 from tests.tokenizers import (
     CHANNELS,
     CHATML,
@@ -96,13 +96,13 @@ def reply_of(renderer: Renderer, row: Example) -> tuple[str | None, str]:
         (turns("(message['content'].split() | join(' '))"), "auto", " a\n  b ", " a\n  b <|im_end|>", None, " a\n  b "),
     ],
 )  # fmt: skip
-def test_an_answer_is_learned_as_it_is_written_and_read_back(
+def test_an_answer_is_trained_as_it_is_written_and_read_back(
     template: str, option: Template, row: str, learns: str, reasoning: str | None, answer: str
 ) -> None:
     renderer = renderer_of(template, option)
     asked = example("Hello", row)
     document = renderer.render(asked)[-1]
-    assert learned(renderer, document) == [learns]
+    assert trained_texts(renderer, document) == [learns]
     assert reply_of(renderer, asked) == (reasoning, answer)
     later = example("Hello", row, "you", row)
     assert reply_of(renderer, later) == (reasoning, answer)
@@ -126,7 +126,7 @@ def test_an_answer_is_learned_as_it_is_written_and_read_back(
         (EMPTY_THINK_ONLY, "thinking", THOUGHT, "empty <think> part before every answer"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_learned_as_it_is_written_is_refused(
+def test_what_cannot_be_trained_as_it_is_written_is_refused(
     template: str, option: Template, row: str, words: str
 ) -> None:
     if "upper" in template:
@@ -136,12 +136,12 @@ def test_what_cannot_be_learned_as_it_is_written_is_refused(
     assert words in str(error.value)
 
 
-def test_an_answer_in_history_may_begin_another_document() -> None:
+def test_an_answer_in_history_may_begin_another_sequence() -> None:
     """The template trims answers in history, so what follows one with white space stands on other tokens."""
     renderer = renderer_of(TRIMS)
     first, second = renderer.render(example("Hello", "  Hi", "you", "me"))
-    assert learned(renderer, first) == ["  Hi<|im_end|>"]
-    assert learned(renderer, second) == ["me<|im_end|>"]
+    assert trained_texts(renderer, first) == ["  Hi<|im_end|>"]
+    assert trained_texts(renderer, second) == ["me<|im_end|>"]
     assert "assistant\nHi<|im_end|>" in whole(renderer, second)
     assert len(renderer.render(example("Hello", "Hi", "you", "me"))) == 1
 

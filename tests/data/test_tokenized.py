@@ -1,4 +1,4 @@
-"""Rows of tokens: kept on disk, cut or dropped as asked, split without a leak, every fate counted."""
+"""Rows of tokens: kept on disk, cut or dropped as asked, split without a leak, every row counted."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class TestCache:
         assert a.key == b.key
         assert (a[0].location, b[0].location) == ("a.jsonl:1", "b.jsonl:1")
 
-    def test_damage_is_mended(self) -> None:
+    def test_damage_is_rebuilt(self) -> None:
         written("train.jsonl", rows(5))
         before = tokenize(["train.jsonl"], renderer(), config())
         (arrow,) = atomic.cache_folder().rglob("rows.arrow")
@@ -203,7 +203,7 @@ class TestTooLong:
         with pytest.raises(DataError, match=r"no row is left(.|\n)*max_length(.|\n)*the longest row has"):
             tokenize(["train.jsonl"], renderer(), config(max_length=8, too_long=too_long))
 
-    def test_an_answer_that_lost_its_beginning_is_not_learned(self) -> None:
+    def test_an_answer_that_lost_its_beginning_is_not_trained(self) -> None:
         document = sequence(range(10), "0011100011")
         assert truncated(document, 10, False) == document
         assert truncated(document, 9, False) == sequence(range(1, 10), "011100011")
