@@ -1,6 +1,6 @@
 """The chat app: `python app.py [RUN_OR_MODEL…]`, the same as `lmtune app`, and what a Hub Space runs.
 
-The work is in `recipes/app.py` (which model, at which address) and `lmtune/ui/` (the page, and who may use it).
+The work is in `recipes/app.py` (which model, at which address) and `lmtune/serve/` (the page, and who may use it).
 """
 
 from __future__ import annotations

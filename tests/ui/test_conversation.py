@@ -159,15 +159,6 @@ def test_a_question_that_one_of_two_cannot_answer_was_heard_by_nobody() -> None:
     assert (said(talk), said(talk, 1)) == (["one", "You asked: one"], ["one", "Base heard: one"])
 
 
-def test_another_model_goes_on_with_the_conversation() -> None:
-    models = [parrot(), parrot(name="other", adapter=False)]
-    talk = Conversation(models, Activity())
-    finish(talk.send("one", settings()))
-    finish(talk.send("two", settings(model=1)))
-    assert talk.columns[0].model is models[1]
-    assert said(talk) == ["one", "You asked: one", "two", "You asked: two"]
-
-
 def test_a_system_prompt_counts_from_the_next_answer_on_and_empty_is_that_of_training() -> None:
     talk = Conversation([parrot(system="Trained")], Activity())
     answers = []
@@ -175,20 +166,6 @@ def test_a_system_prompt_counts_from_the_next_answer_on_and_empty_is_that_of_tra
         finish(talk.send("system", settings(system=system)))
         answers.append(said(talk)[-1])
     assert answers == ["Trained", "Be brief.", "Trained"]
-
-
-def test_stop_keeps_what_was_said() -> None:
-    talk = Conversation([parrot(0.002)], Activity())
-
-    async def run() -> None:
-        async for _ in talk.send("count", settings()):
-            talk.stop()
-
-    asyncio.run(run())
-    answer = said(talk)[-1]
-    assert answer
-    assert len(answer) < 500
-    wait_for_no_answers()
 
 
 def test_an_abandoned_answer_is_stopped() -> None:

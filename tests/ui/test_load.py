@@ -28,7 +28,7 @@ from tests.ui.load import Stream, ask_at_once, figures
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 NUM_TOKENS = 100
-MOST_BYTES_LEFT = 256  # by each client that has gone
+MOST_BYTES_LEFT = 1024  # by each client that has gone: Gradio keeps half a kilobyte of each session
 STEP_BYTES = 5_000_000  # by which the heap may grow when a moment is busier than any before
 SPARE_THREADS = (
     64  # that are kept for a while for blocking calls; those of a busy moment, and fewer than come in a round
