@@ -20,7 +20,7 @@ from lmtune.config.schema import AdapterConfig, FinetuneConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.inference.load import usable_adapter
 from lmtune.io.text import format_list
-from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, check_adapter
+from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, LoraSettings, check_adapter
 from lmtune.runs.store import RunDirectory, find_run, run_hint
 
 _DEFAULT = AdapterConfig()
@@ -84,13 +84,13 @@ def with_starting_adapter(config: FinetuneConfig) -> FinetuneConfig:
         return config if start is None else replace(config, adapter=start.settings)
 
 
-def _settings(asked: AdapterConfig, saved: dict[str, Any], target: str) -> AdapterConfig:
+def _settings(asked: AdapterConfig, saved: LoraSettings, target: str) -> AdapterConfig:
     """The settings of a saved adapter, with `dropout` and the like as asked.
 
     Raises:
         ConfigError: with every setting that contradicts it.
     """
-    theirs = {
+    theirs: dict[str, Any] = {
         "rank": saved["r"], "alpha": float(saved["lora_alpha"]), "use_rslora": bool(saved.get("use_rslora")),
         "use_dora": bool(saved.get("use_dora")), "target_modules": _targets(saved),
     }  # fmt: skip
@@ -104,7 +104,7 @@ def _settings(asked: AdapterConfig, saved: dict[str, Any], target: str) -> Adapt
     return replace(asked, **theirs)
 
 
-def _targets(saved: dict[str, Any]) -> str | tuple[str, ...]:
+def _targets(saved: LoraSettings) -> str | tuple[str, ...]:
     """What an adapter is on: its modules, and the layers and tensors that it names by their weights."""
     modules, parameters = saved.get("target_modules") or [], saved.get("target_parameters") or []
     if isinstance(modules, str) and not parameters:

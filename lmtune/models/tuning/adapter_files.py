@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Required, TypedDict, cast, get_args
 
 from lmtune.config.schema import Quantization
 from lmtune.data.rendering import Template
@@ -27,7 +27,19 @@ Into = Literal["trained", "original"]  # the base weights that a merge adds to: 
 Check = Callable[[Any], bool]
 
 
-def check_adapter(folder: Path) -> dict[str, Any]:
+class LoraSettings(TypedDict, total=False):
+    """The keys of `adapter_config.json` that lmtune reads; PEFT reads more of them (`SETTINGS`)."""
+
+    r: Required[int]
+    lora_alpha: Required[float]
+    target_modules: Required[str | list[str]]
+    target_parameters: list[str] | None
+    use_rslora: bool
+    use_dora: bool
+    base_model_name_or_path: str | None
+
+
+def check_adapter(folder: Path) -> LoraSettings:
     """The content of `adapter_config.json`, after every file was checked.
 
     Raises:
@@ -56,7 +68,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         problems += [f"{WEIGHTS}: {problem}" for problem in _tensor_problems(folder / WEIGHTS)]
     if problems:
         raise ModelError(f"lmtune cannot use this adapter\n{format_list(problems)}")
-    return config
+    return cast(LoraSettings, config)
 
 
 def _tensor_problems(path: Path) -> Iterator[str]:
@@ -205,7 +217,7 @@ _IGNORED = ("peft_version", "megatron_core", "qalora_group_size", "eva_config", 
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def config_problems(config: Mapping[str, object]) -> Iterator[str]:
     """What keeps PEFT's `config` from being that of a plain LoRA adapter."""
     if config.get("peft_type") != "LORA":
         yield f"peft_type: {shorten(config.get('peft_type'))}; expected LORA"
@@ -231,24 +243,25 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
 # --- its regular expressions
 
 
-def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _patterns(config: Mapping[str, object]) -> Iterator[tuple[str, str, str]]:
     """(key, text, expression as PEFT matches it against the name of every module)."""
     for key in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(key), str):
-            yield key, config[key], config[key]
+        if isinstance(text := config.get(key), str):
+            yield key, text, text
     for key in ("rank_pattern", "alpha_pattern"):
-        yield from ((key, name, rf"(.*\.)?({name})$") for name in config.get(key) or {})
-    layers = config.get("layers_pattern") or []
-    names = [layers] if isinstance(layers, str) else layers
+        if isinstance(names := config.get(key), dict):
+            yield from ((key, name, rf"(.*\.)?({name})$") for name in names)
+    layers = config.get("layers_pattern")
+    names = [layers] if isinstance(layers, str) else layers if isinstance(layers, list) else []
     yield from (("layers_pattern", name, rf".*\.{name}\.(\d+)\.") for name in names)
 
 
-def is_too_slow_to_match(config: Mapping[str, Any], names: Sequence[str]) -> bool:
+def is_too_slow_to_match(config: Mapping[str, object], names: Sequence[str]) -> bool:
     """Whether the expressions in an adapter's config take too long over these names of modules."""
     return match_too_slowly([pattern for *_, pattern in _patterns(config)], names)
 
 
-def pattern_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def pattern_problems(config: Mapping[str, object]) -> Iterator[str]:
     """What in an adapter's config is not a regular expression, or is one that Python cannot compile."""
     for key, text, pattern in _patterns(config):
         try:

@@ -32,6 +32,7 @@ from lmtune.models.tuning.adapter_files import (
     METADATA,
     SETTINGS,
     WEIGHTS,
+    LoraSettings,
     Metadata,
     check_adapter,
     is_too_slow_to_match,
@@ -244,7 +245,7 @@ def _with_saved(
     return peft_model
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], Tensors]:
+def read_adapter(folder: Path) -> tuple[LoraSettings, Tensors]:
     """`adapter_config.json` and the tensors of an adapter folder, after `check_adapter`.
 
     Raises:
