@@ -183,7 +183,7 @@ class TransformersEngine:
 
     def __init__(
         self, model: torch.nn.Module, has_adapter: bool = False,
-        lock: contextlib.AbstractContextManager[Any] | None = None, batch_tokens: int = 16_384,
+        lock: contextlib.AbstractContextManager[object] | None = None, batch_tokens: int = 16_384,
     ) -> None:  # fmt: skip
         self._model: Any = model
         self._has_adapter, self._lock, self._batch_tokens = has_adapter, lock or threading.RLock(), batch_tokens

@@ -8,7 +8,7 @@ In a pipe each line is asked alone, as if it were the first; with `conversation`
 oldest turns are left out where it outgrows the model. A line that cannot be answered does not keep the others from it.
 
 In a terminal Ctrl-C ends the answer under way; with none under way it leaves, as Ctrl-D and /exit do. Answers go to
-stdout and everything else to stderr, so a pipe gets answers only. What a model says may hold any character; control
+stdout and everything else to stderr, so a pipe gets answers only. A model may generate any character; control
 characters, with which a text can take over a terminal, are not passed on to one.
 """
 
@@ -57,7 +57,7 @@ class TerminalChat:
         }  # fmt: skip
 
     def run_interactive(self) -> None:
-        """Ask at a prompt until the user leaves; what goes wrong is said, and the chat goes on."""
+        """Ask at a prompt until the user leaves; an error is printed, and the chat goes on."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() a history and line editing
         self._greet()
@@ -133,7 +133,7 @@ class TerminalChat:
         elif name == "/system":
             self._set_system(rest.strip())
         elif re.fullmatch(r"/\w+" if alone else r"/\w+( .*)?", line) and line not in _LEAVE:
-            err.print(f"no command {escape(name)}; /help lists them all")
+            err.print(f"{escape(name)}: unknown command; /help lists all")
         elif line:
             return False
         return True
@@ -176,7 +176,7 @@ class TerminalChat:
     def _set_system(self, text: str) -> None:
         session = self.session
         if not text:
-            err.print(escape(session.system or session.model.system or "no system prompt; /system TEXT sets one"))
+            err.print(escape(session.system or session.model.system or "system prompt: not set; /system TEXT sets one"))
             return
         session.system = text
         session.clear()
@@ -201,7 +201,7 @@ class TerminalChat:
 
     def _choose(self, base: bool) -> None:
         if not self.session.model.has_adapter:
-            err.print("this model has no adapter, so there is nothing to switch")
+            err.print("this model has no adapter to switch off or on")
             return
         self.use_base = base
         err.print(f"[dim]answers {'without' if base else 'with'} the adapter from now on[/]")

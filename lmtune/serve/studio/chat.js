@@ -71,7 +71,7 @@
         const found = walker.currentNode;
         if (found.data.includes("\u2060")) found.data = found.data.replace(JOINER, "");
       }
-      for (const said of all("[aria-label]", part)) said.setAttribute("aria-label", without(said.ariaLabel));
+      for (const named of all("[aria-label]", part)) named.setAttribute("aria-label", without(named.ariaLabel));
     }
   }
 
@@ -82,26 +82,26 @@
     subtree: true, childList: true, characterData: true,
   });
 
-  // A message's copy button gives what was said, not the form in which it is shown.
-  let said = null;
+  // A message's copy button gives the message, not the form in which it is shown.
+  let copied = null;
   document.addEventListener("click", event => {
     const panel = event.target.closest?.(".answers .message-buttons");
-    said = null;
+    copied = null;
     if (!panel) return;
     const chat = panel.closest(".answers"), row = panel.previousElementSibling;
     const place = all(".message-row", chat).indexOf(row), column = all(".answers").indexOf(chat);
-    said = notes.columns[column]?.[place]?.[1] || null;
-    setTimeout(() => { said = null; });
+    copied = notes.columns[column]?.[place]?.[1] || null;
+    setTimeout(() => { copied = null; });
   }, true);
   if (navigator.clipboard) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
-    navigator.clipboard.writeText = text => write(said ?? without(text));
+    navigator.clipboard.writeText = text => write(copied ?? without(text));
   }
   document.addEventListener("copy", event => {
     const field = event.target.closest?.("textarea, input");
     if (field) {
       const text = field.value.slice(field.selectionStart, field.selectionEnd);
-      event.clipboardData.setData("text/plain", said ?? without(text));
+      event.clipboardData.setData("text/plain", copied ?? without(text));
       event.preventDefault();
     }
   });

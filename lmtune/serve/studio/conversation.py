@@ -105,7 +105,7 @@ class Conversation:
             session.stop()
 
     def clear(self) -> None:
-        """Forget everything said."""
+        """Forget all turns."""
         for session in self.columns:
             session.clear()
         self._sessions = {speaker: self._sessions[speaker] for speaker in self._shown}

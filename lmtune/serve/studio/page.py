@@ -91,7 +91,7 @@ class _Page:
     ) -> None:
         self.models, self.examples, self.place = models, examples, place
         self.tabs = Tabs(models, activity)
-        names = "\0".join(model.name for model in models)  # what was said to others stays away
+        names = "\0".join(model.name for model in models)  # conversations with other models stay apart
         self.key = f"lmtune-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
         self.can_switch = any(model.has_adapter for model in models)
         title = f"{models[0].name} · lmtune"
