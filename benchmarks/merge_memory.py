@@ -49,7 +49,7 @@ def make_run(folder: Path, options: Any) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lmtune.config.load import build_config, dump_config
-    from lmtune.config.schema import AdapterConfig, FinetuneConfig
+    from lmtune.config.schema import FinetuneConfig, LoraConfig
     from lmtune.data.rendering import Renderer
     from lmtune.demo import tiny_path
     from lmtune.inference.load import run_metadata
@@ -77,7 +77,7 @@ def make_run(folder: Path, options: Any) -> None:
     run = RunDirectory(folder / "run")
     run.adapter.mkdir(parents=True)
     run.config.write_text(dump_config(config), encoding="utf-8")
-    adapted = attach_adapter(model.float(), AdapterConfig(rank=4, alpha=8), 0, "./base")
+    adapted = attach_adapter(model.float(), LoraConfig(rank=4, alpha=8), 0, "./base")
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)

@@ -76,12 +76,12 @@ def job_for(
     config = build_config(FinetuneConfig, tree, "test")
     folder.mkdir(exist_ok=True)
     tuned = TunedModel(adapted(tiny_model(), dropout=dropout) if model is None else model)
-    parameters = count_parameters(tiny_model(), config.adapter, "none", torch.float32)
+    parameters = count_parameters(tiny_model(), config.tuning, "none", torch.float32)
     asked = config.train.micro_batch_tokens
     rows = random_rows(12)
     data: Any = SimpleNamespace(train=rows, validation=rows if validate else None, key="x", signature="x")
     parts = Components(
-        config, Single(), None, data, Lora(config.adapter), Sft(), tuned, PackedForward(tuned.module), "base",
+        config, Single(), None, data, Lora(config.tuning), Sft(), tuned, PackedForward(tuned.module), "base",
         parameters, 10**6 if asked == "auto" else asked,
     )  # fmt: skip
     if validate is not None:

@@ -45,7 +45,7 @@ def write_records(folder: Path, base: str = "lab/base") -> RunDirectory:
     """The run's text files, without an adapter."""
     tree = {
         "model": {"name": base, "quantization": "none"}, "data": {"train": "private-customers.jsonl"},
-        "adapter": {"rank": 4, "alpha": 8}, "run": {"name": folder.name},
+        "tuning": {"rank": 4, "alpha": 8}, "run": {"name": folder.name},
     }  # fmt: skip
     run = RunDirectory(folder)
     folder.mkdir(parents=True)

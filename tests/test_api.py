@@ -183,6 +183,6 @@ def test_a_wrong_target_is_said() -> None:
 
 def test_a_run_may_begin_from_a_run(folder: Path) -> None:
     first = lmtune.finetune(model="tiny", data=ROWS, overrides=SETTINGS, progress=False, name="first")
-    more = {**SETTINGS, "adapter.adapter": first}
+    more = {**SETTINGS, "tuning.adapter": first}
     second = lmtune.finetune(model="tiny", data=ROWS, overrides=more, progress=False, name="second")
     assert second.status == "complete"

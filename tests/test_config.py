@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtune.config import schema as config_module
-from lmtune.config.load import build_config, dump_config, load_config, to_tree
+from lmtune.config.load import build_config, command_config, dump_config, load_config, to_tree
 from lmtune.config.schema import FinetuneConfig, ModelConfig, RunConfig
 from lmtune.config.yaml import read_yaml, read_yaml_value
 from lmtune.errors import ConfigError
@@ -19,7 +19,7 @@ from lmtune.training.pretrain_config import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 LEAST = "model: {name: tiny}\ndata: {train: rows.jsonl}\n"
-SECTIONS = ("model", "adapter", "data", "train", "evaluation", "run")
+SECTIONS = ("model", "tuning", "objective", "data", "train", "evaluation", "parallel", "run")
 
 
 def written(folder: Path, text: str, name: str = "trial.yaml") -> Path:
@@ -55,8 +55,8 @@ def test_a_key_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_a_key_of_another_section_is_pointed_to(tmp_path: Path) -> None:
-    text = message_of(tmp_path, LEAST + "adapter: {learning_rate: 1.0e-3}\n")
-    assert "adapter.learning_rate: unknown key; did you mean train.learning_rate?" in text
+    text = message_of(tmp_path, LEAST + "tuning: {learning_rate: 1.0e-3}\n")
+    assert "tuning.learning_rate: unknown key; did you mean train.learning_rate?" in text
 
 
 def test_a_misspelt_section_names_the_right_one(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_all_mistakes_stand_in_one_message(tmp_path: Path) -> None:
         ("evaluation.keep_best=1", r"evaluation\.keep_best: got 1; should be a valid boolean"),
         ("data.train=[]", r"data\.train: got \[\]; should be .*at least 1 item"),
         ("data.train=null", r"data\.train: got None"),
-        ("adapter.target_modules=[q_proj, 3]", r"adapter\.target_modules"),
-        ("adapter.dropout=1", r"adapter\.dropout: got 1; should be less than 1"),
+        ("tuning.target_modules=[q_proj, 3]", r"tuning\.target_modules"),
+        ("tuning.dropout=1", r"tuning\.dropout: got 1; should be less than 1"),
         ("data.max_length=7", r"data\.max_length: got 7; should be greater than or equal to 8"),
         ("model.revision=12e4567", r"model\.revision: got inf; should be a valid string \(put it in quotes"),
         ("model.revision=1234567", r"model\.revision: got 1234567; should be a valid string \(put it in quotes"),
@@ -130,9 +130,9 @@ def test_numbers_and_dates_are_read_as_written(tmp_path: Path) -> None:
 
 
 def test_overrides_replace_and_add(tmp_path: Path) -> None:
-    overrides = ["train.epochs=0.5", "data.train=[a.jsonl, b.jsonl]", "adapter.rank=4", "run.name=x", "data.system="]
+    overrides = ["train.epochs=0.5", "data.train=[a.jsonl, b.jsonl]", "tuning.rank=4", "run.name=x", "data.system="]
     config = load_config(FinetuneConfig, written(tmp_path, LEAST + "train: {epochs: 9}\n"), overrides)
-    assert (config.train.epochs, config.adapter.rank, config.run.name) == (0.5, 4, "x")
+    assert (config.train.epochs, config.tuning.rank, config.run.name) == (0.5, 4, "x")
     assert config.data.train == ("a.jsonl", "b.jsonl")
     assert config.data.system is None
 
@@ -196,30 +196,35 @@ def test_a_run_name_is_composed_however_it_was_typed(tmp_path: Path) -> None:
     assert load_config(FinetuneConfig, written(tmp_path, LEAST, "客服.yaml")).run.name == "客服"
 
 
-@pytest.mark.parametrize("overrides", [(), ("tuning.kind=lora", "tuning.alpha=8"), ("adapter.method=lora",)])
-def test_tuning_is_another_name_of_adapter(tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    text = LEAST + "tuning: {kind: lora, rank: 4, adapter: runs/first}\n"
+@pytest.mark.parametrize("overrides", [(), ("tuning.kind=lora", "tuning.alpha=8"), ("tuning.kind=lora",)])
+def test_adapter_is_the_old_name_of_tuning(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    text = LEAST + "adapter: {method: lora, rank: 4, adapter: runs/first}\n"
     config = load_config(FinetuneConfig, written(tmp_path, text), overrides)
-    assert (config.adapter.method, config.adapter.rank, config.adapter.adapter) == ("lora", 4, "runs/first")
-    assert config.adapter.alpha == (8 if "tuning.alpha=8" in overrides else 32)
-    assert "tuning" not in dump_config(config)
-    assert load_config(FinetuneConfig, written(tmp_path, LEAST), ["tuning.rank=4"]).adapter.rank == 4
-    assert (
-        load_config(FinetuneConfig, written(tmp_path, LEAST + "adapter: {rank: 2}\n"), ["tuning.rank=4"]).adapter.rank
-        == 4
-    )
-    assert build_config(FinetuneConfig, {**read_yaml_value(LEAST, "x"), "tuning": {"rank": 3}}, "x").adapter.rank == 3
+    assert (config.tuning.kind, config.tuning.rank, config.tuning.adapter) == ("lora", 4, "runs/first")
+    assert config.tuning.alpha == (8 if "tuning.alpha=8" in overrides else 32)
+    assert "adapter:\n" not in dump_config(config)
+    assert load_config(FinetuneConfig, written(tmp_path, LEAST), ["tuning.rank=4"]).tuning.rank == 4
+    both = written(tmp_path, LEAST + "tuning: {rank: 2}\n")
+    assert load_config(FinetuneConfig, both, ["tuning.rank=4"]).tuning.rank == 4
+    assert build_config(FinetuneConfig, {**read_yaml_value(LEAST, "x"), "tuning": {"rank": 3}}, "x").tuning.rank == 3
+
+
+def test_the_old_name_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command_config(written(tmp_path, LEAST + "adapter: {rank: 2}\n"))
+    assert " ".join(capsys.readouterr().err.split()).count("the section adapter is called tuning now") == 1
+    command_config(written(tmp_path, LEAST + "tuning: {rank: 2}\n"))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("tuning: {rank: 4}\nadapter: {alpha: 8}\n", "tuning and adapter: two names of one section"),
-        ("tuning: {kind: lora, method: lora}\n", "adapter.kind and adapter.method: two names of one setting"),
-        ("tuning: {kind: full}\n", "adapter.method: got 'full'"),
+        ("tuning: {kind: lora, method: lora}\n", "tuning.kind and tuning.kind: two names of one setting"),
+        ("tuning: {kind: full}\n", "tuning.kind: got 'full'"),
         (
             "tuning: {adapter: x, init_lora_weights: pissa}\n",
-            "adapter.adapter: x gives the initial weights, and so does",
+            "tuning.adapter: x gives the initial weights, and so does",
         ),
     ],
 )
@@ -238,10 +243,10 @@ def test_a_config_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"model": {"quantization": "nf4"}, "adapter": {"init_lora_weights": "pissa"}}, "pissa rewrites the base"),
+        ({"model": {"quantization": "nf4"}, "tuning": {"init_lora_weights": "pissa"}}, "pissa rewrites the base"),
         (
-            {"model": {"quantization": "none"}, "adapter": {"init_lora_weights": "pissa", "use_dora": True}},
-            "adapter.use_dora: cannot be combined",
+            {"model": {"quantization": "none"}, "tuning": {"init_lora_weights": "pissa", "use_dora": True}},
+            "tuning.use_dora: cannot be combined",
         ),
         ({"evaluation": {"patience": 2}}, "evaluation.patience: needs evaluation.every_steps"),
         (
@@ -259,7 +264,7 @@ def test_settings_that_do_not_go_together(tree: dict[str, dict[str, Any]], messa
 FULL = {
     "model": {"name": "tiny", "quantization": "none"},
     "data": {"train": ["a.jsonl", "b.jsonl"], "validation": "c.jsonl", "system": "Be brief: yes, no.\n\"1e-4\" #"},
-    "adapter": {"target_modules": ["q_proj"], "alpha": 8, "use_dora": True},
+    "tuning": {"target_modules": ["q_proj"], "alpha": 8, "use_dora": True},
     "train": {"max_steps": 7, "learning_rate": 1e-5, "max_grad_norm": None, "micro_batch_tokens": 64},
     "evaluation": {"every_steps": 5, "patience": 2},
     "run": {"name": "1e-4"},
@@ -267,9 +272,9 @@ FULL = {
 
 
 def test_a_system_prompt_that_looks_like_a_path_stays_as_it_is() -> None:
-    tree = {"model": {"name": "tiny"}, "data": {"train": "/", "system": "/"}, "adapter": {"target_modules": ["/"]}}
+    tree = {"model": {"name": "tiny"}, "data": {"train": "/", "system": "/"}, "tuning": {"target_modules": ["/"]}}
     plain = to_tree(build_config(FinetuneConfig, tree, "test"))
-    assert (plain["data"]["system"], plain["adapter"]["target_modules"]) == ("/", ["/"])
+    assert (plain["data"]["system"], plain["tuning"]["target_modules"]) == ("/", ["/"])
     assert plain["data"]["train"] != "/"
 
 
@@ -318,8 +323,8 @@ def test_the_sections_are_those_of_the_design_and_small() -> None:
 @pytest.mark.parametrize(("section", "key"), every_field())
 def test_every_setting_is_used_somewhere(section: str, key: str) -> None:
     """A field without a consumer is a promise that nobody keeps: `….key` is read outside of config/schema.py."""
-    if (section, key) == ("adapter", "method"):
-        return  # only `lora` so far: it tells a reader of config.yaml what the section is about
+    if key == "kind":
+        return  # it tells the types of a section apart, by which the parts of a run are chosen
     used = re.compile(rf"\.{key}\b")
     sources = [*(ROOT / "lmtune").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]
     assert any(used.search(path.read_text()) for path in sources if path.name != "config/schema.py"), f"{section}.{key}"

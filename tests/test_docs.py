@@ -76,7 +76,7 @@ def test_every_setting_exists(page: str) -> None:
     for text in code(page):
         for section, key in named.findall(text):
             if key not in ("json", "jsonl", "yaml", "md", "py"):
-                assert f"{section.replace('tuning', 'adapter')}.{key}" in KEYS, text
+                assert f"{section.replace('adapter', 'tuning')}.{key}" in KEYS, text
 
 
 @each_page

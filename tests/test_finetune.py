@@ -206,7 +206,7 @@ def test_a_stop_outside_of_training_ends_at_once_and_is_told(tmp_path: Path, num
 
 def test_a_failure_is_told_in_the_summary(tmp_path: Path) -> None:
     folder = make_workplace(tmp_path / "work")
-    write_config(folder, train__learning_rate=10.0, train__max_grad_norm=None, adapter__alpha=1e30)
+    write_config(folder, train__learning_rate=10.0, train__max_grad_norm=None, tuning__alpha=1e30)
     assert lmtune(folder, "finetune", "run.yaml") == 1
     assert "is not finite. The adapter was not changed by this step" in said(folder)
     assert "train.jsonl:" in said(folder)
@@ -220,7 +220,7 @@ def test_a_failure_is_told_in_the_summary(tmp_path: Path) -> None:
 
 WRONG = {
     "model.name=./none": "model.name: ./none is no folder",
-    "adapter.target_modules=[qq]": "adapter.target_modules: nothing in this model is named qq",
+    "tuning.target_modules=[qq]": "tuning.target_modules: nothing in this model is named qq",
     "data.max_length=8": "data.train: no row is left; raise data.max_length (8)",
     "data.template=thinking": "data.template",
     "run.name=../x": "run.name: got '../x'",
@@ -240,8 +240,8 @@ def test_wrong_input_is_code_2_and_nothing_is_written(tmp_path: Path, override: 
 def test_a_second_start_of_the_command(done: Path) -> None:
     assert lmtune(done, "finetune", "run.yaml", "model.quantization=nf4") == 0
     assert "runs/trial is complete already" in said(done)
-    assert lmtune(done, "finetune", "run.yaml", "model.quantization=nf4", "adapter.rank=2") == 2
-    assert "adapter.rank: was 4, now 2" in said(done)
+    assert lmtune(done, "finetune", "run.yaml", "model.quantization=nf4", "tuning.rank=2") == 2
+    assert "tuning.rank: was 4, now 2" in said(done)
 
 
 # --- it learns, and stops by itself
@@ -259,8 +259,8 @@ def overfit(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     rows = [{"prompt": f"Question {n}?", "completion": answer} for n, answer in enumerate(answers)]
     write_rows(folder / "train.jsonl", rows)
     _, summary = finetune(
-        folder, data__validation="train.jsonl", train__max_steps=90, train__learning_rate=2e-2, adapter__rank=16,
-        adapter__alpha=32, evaluation__exact_match_rows=4, evaluation__max_new_tokens=60,
+        folder, data__validation="train.jsonl", train__max_steps=90, train__learning_rate=2e-2, tuning__rank=16,
+        tuning__alpha=32, evaluation__exact_match_rows=4, evaluation__max_new_tokens=60,
         run__checkpoint_every_steps=1000,
     )  # fmt: skip
     assert summary["tuned"]["loss"] < 0.05
@@ -305,11 +305,11 @@ def test_an_overfit_model_stops_by_itself(overfit: Path) -> None:
     "changes",
     [
         {"model__quantization": "int8"},
-        {"adapter__use_dora": True},
-        {"adapter__use_dora": True, "model__quantization": "nf4"},
-        {"adapter__init_lora_weights": "pissa"},
-        {"adapter__use_rslora": True, "adapter__target_modules": ("q_proj", "v_proj")},
-        {"train__gradient_checkpointing": True, "adapter__dropout": 0.1},
+        {"tuning__use_dora": True},
+        {"tuning__use_dora": True, "model__quantization": "nf4"},
+        {"tuning__init_lora_weights": "pissa"},
+        {"tuning__use_rslora": True, "tuning__target_modules": ("q_proj", "v_proj")},
+        {"train__gradient_checkpointing": True, "tuning__dropout": 0.1},
         {"data__validation": None, "data__validation_fraction": 0.0},
     ],
     ids=lambda changes: ",".join(f"{key.split('__')[1]}={value}" for key, value in changes.items()),

@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "nf4": {"model__quantization": "nf4"},
     "int8": {"model__quantization": "int8"},
-    "dropout": {"adapter__dropout": 0.3, "evaluation__every_steps": 3, "train__micro_batch_tokens": 96},
+    "dropout": {"tuning__dropout": 0.3, "evaluation__every_steps": 3, "train__micro_batch_tokens": 96},
     "two": {"train__micro_batch_tokens": 96},
 }
 

@@ -67,8 +67,8 @@ def test_card_tells_scores_settings_and_counts() -> None:
     for line in (
         "| Exact match | 2.5 % | 92.5 % |",
         "| Loss | 3.5000 | 0.0200 |",
-        "| `adapter.rank` | `16` |",
-        "| `adapter.target_modules` | `.*(q\\|v)_proj` |",  # no text breaks the table
+        "| `tuning.rank` | `16` |",
+        "| `tuning.target_modules` | `.*(q\\|v)_proj` |",  # no text breaks the table
         "| train: kept | 480 |",
         "| train: dropped, too long | 3 |",
         "| validation: held out | 40 |",

@@ -140,10 +140,10 @@ def random_rows(count: int, seed: int = 0, longest: int = 40) -> Rows:
 
 def adapted(model: Any, seed: int = 1, **settings: Any) -> Any:
     """`model` with an adapter whose B is not zero, so that every gradient is."""
-    from lmtune.config.schema import AdapterConfig
+    from lmtune.config.schema import LoraConfig
     from lmtune.models.tuning.lora import attach_adapter, trainable
 
-    peft_model = attach_adapter(model, AdapterConfig(**{"rank": 4, "alpha": 8, **settings}), seed, "tiny-random")
+    peft_model = attach_adapter(model, LoraConfig(**{"rank": 4, "alpha": 8, **settings}), seed, "tiny-random")
     torch.manual_seed(seed)
     for name, parameter in trainable(peft_model).items():
         if "lora_B" in name:

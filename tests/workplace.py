@@ -24,14 +24,14 @@ HELDOUT = [{"prompt": f"Say number {n}!", "completion": f"It is {7 * n % 10}."} 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"name": "base", "quantization": "none"},
     "data": {"train": "train.jsonl", "validation": "validation.jsonl", "max_length": 128},
-    "adapter": {"rank": 4, "alpha": 8},
+    "tuning": {"rank": 4, "alpha": 8},
     "train": {"max_steps": 8, "batch_size": 4, "learning_rate": 1e-2},
     "evaluation": {"exact_match_rows": 3, "max_new_tokens": 8},
     "run": {"name": "trial", "checkpoint_every_steps": 3},
 }  # fmt: skip
 # Dropout, an evaluation and a checkpoint now and then: whatever a run can do between two steps.
 RESTLESS: dict[str, Any] = {
-    "adapter__dropout": 0.3, "evaluation__every_steps": 2, "run__checkpoint_every_steps": 3,
+    "tuning__dropout": 0.3, "evaluation__every_steps": 2, "run__checkpoint_every_steps": 3,
     "train__micro_batch_tokens": 64,
 }  # fmt: skip
 

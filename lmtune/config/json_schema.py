@@ -24,7 +24,7 @@ from lmtune.config.yaml import read_yaml_value, write_yaml
 from lmtune.errors import ConfigError
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-_ORDER = ("model", "adapter", "data", "train", "evaluation", "run")  # of the sections in a file
+_ORDER = ("model", "tuning", "objective", "data", "train", "evaluation", "parallel", "run")  # of the sections in a file
 REQUIRED = MISSING  # the default of a setting that has none
 
 

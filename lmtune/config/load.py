@@ -20,6 +20,7 @@ from lmtune.config.files import find_config, is_override, run_name, shipped_conf
 from lmtune.config.schema import FinetuneConfig, T, _counted, _describe_all
 from lmtune.config.yaml import read_yaml, read_yaml_value, write_yaml
 from lmtune.errors import ConfigError
+from lmtune.io.console import warn
 from lmtune.io.text import format_list
 
 Overrides = Mapping[str, object] | Sequence[str]  # values by `section.key`, or `section.key=value` with YAML's values
@@ -59,9 +60,11 @@ def command_config(
     """
     if isinstance(target, str) and is_override(target):
         overrides, target = [target, *overrides], None
-    sections = [*(field.name for field in fields(FinetuneConfig)), "tuning"]
+    sections = [*(field.name for field in fields(FinetuneConfig)), "adapter"]
     path = None if target is None else find_config(target, sections, verb)
     tree: dict[str, Any] = {} if path is None else _read(path)
+    if path is not None and "adapter" in read_yaml(path):
+        warn(f"{path}: the section adapter is called tuning now, and tuning.kind tuning.kind; both names are read")
     given = {
         **({"model.name": model} if model else {}),
         **({"data.train": [str(path) for path in data]} if data else {}),
@@ -99,7 +102,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The tree in a config file; examples that a shipped one names are found where lmtune is installed."""
-    tree = one_adapter_section(read_yaml(path), str(path))
+    tree = with_tuning_section(read_yaml(path), str(path))
     if path in shipped_configs().values() and isinstance(data := tree.get("data"), dict):
         for key in ("train", "validation"):
             if isinstance(data.get(key), str):
@@ -136,27 +139,27 @@ def with_overrides(config: FinetuneConfig | str | os.PathLike[str] | None, overr
     return tree
 
 
-def one_adapter_section(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`tree` with `tuning: {kind: …}`, the other name of `adapter: {method: …}`, under this one.
+def with_tuning_section(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`tree` with `adapter: {method: …}`, the old name of `tuning: {kind: …}`, under the new one.
 
     Raises:
         ConfigError: both names are there.
     """
     if "tuning" in tree and "adapter" in tree:
-        raise ConfigError(f"{where}: tuning and adapter: two names of one section; put its settings under one of them")
-    tree = {"adapter" if key == "tuning" else key: value for key, value in tree.items()}
-    section = tree.get("adapter")
-    if isinstance(section, Mapping) and "kind" in section:
-        if "method" in section:
-            raise ConfigError(f"{where}: adapter.kind and adapter.method: two names of one setting; keep one")
-        tree["adapter"] = {"method" if key == "kind" else key: value for key, value in section.items()}
+        raise ConfigError(f"{where}: tuning and adapter: two names of one section; put its settings under tuning")
+    tree = {"tuning" if key == "adapter" else key: value for key, value in tree.items()}
+    section = tree.get("tuning")
+    if isinstance(section, Mapping) and "method" in section:
+        if "kind" in section:
+            raise ConfigError(f"{where}: tuning.kind and tuning.kind: two names of one setting; keep kind")
+        tree["tuning"] = {"kind" if key == "method" else key: value for key, value in section.items()}
     return tree
 
 
 def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
     """The checked config of a plain nested mapping; `where` begins the error message."""
     if schema is FinetuneConfig:
-        tree = one_adapter_section(tree, where)
+        tree = with_tuning_section(tree, where)
     if problems := [f"{key}: holds a NUL character; remove it" for key in _with_nul(tree)]:
         raise ConfigError(f"{where}: {_counted(problems)}\n{format_list(problems)}")
     try:
@@ -214,8 +217,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(key.strip().split(".")):
         raise ConfigError(f"{override!r}: an override is written section.key=value, for example train.epochs=1")
     section, *rest = key.strip().split(".")
-    if section == "tuning":
-        section, rest = "adapter", ["method" if part == "kind" else part for part in rest]
+    if section == "adapter":
+        section, rest = "tuning", ["kind" if part == "method" else part for part in rest]
     _set(tree, ".".join([section, *rest]), read_yaml_value(text, where=key))
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a fine-tuning run: six small frozen sections, checked whole before anything is loaded.
+"""The configuration of a fine-tuning run: eight small frozen sections, checked whole before anything is loaded.
 
     config = load_config(FinetuneConfig, "recipes/configs/quickstart.yaml", ["train.epochs=1"])
     config.train.batch_size
@@ -93,10 +93,10 @@ class ModelConfig:
 
 
 @section
-class AdapterConfig:
-    """The LoRA adapter; names and meanings are PEFT's."""
+class LoraConfig:
+    """What learns: a LoRA adapter; names and meanings are PEFT's."""
 
-    method: Literal["lora"] = "lora"  # https://arxiv.org/abs/2106.09685
+    kind: Literal["lora"] = "lora"  # https://arxiv.org/abs/2106.09685
     # a run or an adapter folder to begin from; its rank, alpha, layers and variant hold where these are left at default
     adapter: Annotated[str, Field(min_length=1)] | None = None
     rank: Annotated[int, Field(ge=1, le=4096)] = 16  # more learns more, with more memory
@@ -106,6 +106,13 @@ class AdapterConfig:
     use_rslora: bool = False  # scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
     use_dora: bool = False  # https://arxiv.org/abs/2402.09353
     init_lora_weights: Literal["default", "pissa"] = "default"  # PiSSA: https://arxiv.org/abs/2404.02948
+
+
+@section
+class SftConfig:
+    """What is minimised over the rows."""
+
+    kind: Literal["sft"] = "sft"  # supervised fine-tuning: the cross-entropy of every answer token
 
 
 @section
@@ -152,6 +159,13 @@ class EvaluationConfig:
 
 
 @section
+class ReplicatedConfig:
+    """How several processes share the work."""
+
+    kind: Literal["replicated"] = "replicated"  # each holds the whole model; gradients are summed
+
+
+@section
 class RunConfig:
     """Where the run lives on disk, and how often it is saved."""
 
@@ -171,25 +185,27 @@ class FinetuneConfig:
 
     model: ModelConfig
     data: DataConfig
-    adapter: AdapterConfig = AdapterConfig()
+    tuning: LoraConfig = LoraConfig()
+    objective: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ReplicatedConfig = ReplicatedConfig()
     run: RunConfig = RunConfig()
 
     def problems(self) -> list[str]:
         """What is wrong between settings that are each right alone."""
         found = []
-        if self.adapter.init_lora_weights == "pissa" and self.model.quantization != "none":
+        if self.tuning.init_lora_weights == "pissa" and self.model.quantization != "none":
             found.append(
-                f"adapter.init_lora_weights: pissa rewrites the base weights, which {self.model.quantization} cannot "
+                f"tuning.init_lora_weights: pissa rewrites the base weights, which {self.model.quantization} cannot "
                 "hold; set model.quantization: none, or init_lora_weights: default"
             )
-        if self.adapter.init_lora_weights == "pissa" and self.adapter.use_dora:
-            found.append("adapter.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
-        if self.adapter.adapter is not None and self.adapter.init_lora_weights != "default":
+        if self.tuning.init_lora_weights == "pissa" and self.tuning.use_dora:
+            found.append("tuning.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
+        if self.tuning.adapter is not None and self.tuning.init_lora_weights != "default":
             found.append(
-                f"adapter.adapter: {self.adapter.adapter} gives the initial weights, and so does "
-                f"adapter.init_lora_weights: {self.adapter.init_lora_weights}; choose one"
+                f"tuning.adapter: {self.tuning.adapter} gives the initial weights, and so does "
+                f"tuning.init_lora_weights: {self.tuning.init_lora_weights}; choose one"
             )
         if self.evaluation.patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")

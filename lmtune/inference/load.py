@@ -348,10 +348,10 @@ def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | Non
     tokenizer = load_tokenizer(config.model)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
     metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.adapter)
-    if config.adapter.init_lora_weights == "pissa":  # which takes a part of the base's weights
+    if config.tuning.init_lora_weights == "pissa":  # which takes a part of the base's weights
         model = load_model(config.model)
     else:
         model = empty_model(resolve_name(config.model.name), config.model.revision)
-    adapted = attach_adapter(model, config.adapter, config.train.seed, shareable_name(config.model.name))
+    adapted = attach_adapter(model, config.tuning, config.train.seed, shareable_name(config.model.name))
     save_adapter(adapted, folder, metadata, saved.adapter)
     write_adapter_texts(config.model, renderer, folder)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lmtune.config.schema import AdapterConfig
+from lmtune.config.schema import LoraConfig
 from lmtune.models.structure import expert_tensors, linear_layers
 from lmtune.models.tuning.targets import ALL_LINEAR, Targets, adapter_parameters, find_targets, other_parts, routers
 
@@ -80,21 +80,19 @@ class Parameters:
         return f"{self.trained:,} trained (LoRA r={self.rank} on {' and '.join(on)}); {held}{left}"
 
 
-def count_parameters(
-    model: PreTrainedModel, adapter: AdapterConfig, quantization: str, dtype: torch.dtype
-) -> Parameters:
+def count_parameters(model: PreTrainedModel, tuning: LoraConfig, quantization: str, dtype: torch.dtype) -> Parameters:
     """Count what is there and what will be attached.
 
     Args:
         model: the base without an adapter, loaded or on the meta device.
-        adapter: rank and targets.
+        tuning: rank and targets.
         quantization: asked for; a loaded model shows which layers are quantized.
         dtype: of the weights that are not quantized.
 
     Raises:
         ConfigError: a target names nothing in the model.
     """
-    found, layers, tensors = find_targets(model, adapter.target_modules), linear_layers(model), expert_tensors(model)
+    found, layers, tensors = find_targets(model, tuning.target_modules), linear_layers(model), expert_tensors(model)
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
     body = {name: ins * outs for name, (ins, outs) in layers.items() if modules[name] is not head}
@@ -105,26 +103,24 @@ def count_parameters(
     if not in_few_bits and quantization != "none":
         in_few_bits = set(body)
     return Parameters(
-        trained=adapter_parameters(model, found, adapter.rank, adapter.use_dora),
-        trained_on_experts=adapter_parameters(model, Targets((), found.experts), adapter.rank),
-        rank=adapter.rank, targets=found,
+        trained=adapter_parameters(model, found, tuning.rank, tuning.use_dora),
+        trained_on_experts=adapter_parameters(model, Targets((), found.experts), tuning.rank),
+        rank=tuning.rank, targets=found,
         linear=sum(body.values()), experts=experts, other=other, quantized=sum(body[name] for name in in_few_bits),
         quantization=quantization, dtype=str(dtype).removeprefix("torch."),
         adapted_linear=sum(a * b for name, (a, b) in layers.items() if name in found.modules),
         adapted_experts=sum(tensors[name].numel() for name in found.experts),
         num_experts=max((len(tensor) for tensor in tensors.values()), default=0),
-        not_adapted=tuple(_not_adapted(model, adapter, found, set(body), sum(body.values()) + experts + other)),
+        not_adapted=tuple(_not_adapted(model, tuning, found, set(body), sum(body.values()) + experts + other)),
     )  # fmt: skip
 
 
-def _not_adapted(
-    model: PreTrainedModel, adapter: AdapterConfig, found: Targets, body: set[str], total: int
-) -> list[str]:
+def _not_adapted(model: PreTrainedModel, tuning: LoraConfig, found: Targets, body: set[str], total: int) -> list[str]:
     """What has no adapter: linear layers by the last part of their names, experts, routers, other matrices."""
     choosing, tensors, others = routers(model), expert_tensors(model), other_parts(model)
     left = set(others.values())
     known = {f"{name}.weight" for name in (*body, *choosing)} | tensors.keys()
-    if adapter.target_modules != ALL_LINEAR:
+    if tuning.target_modules != ALL_LINEAR:
         left |= {
             name.rpartition(".")[2]
             for name in body

@@ -23,7 +23,7 @@ from lmtune.runs.store import ScoreValues, Summary
 from lmtune.runs.tables import NOT_MEASURED, SCORES, format_score
 
 _QUANTIZATIONS = {"none": "not quantised", "nf4": "4-bit NF4 (bitsandbytes)", "int8": "8-bit (bitsandbytes)"}
-_PRIVATE_KEYS = ("data.train", "data.validation", "data.system", "adapter.adapter")  # names and words of the user's own
+_PRIVATE_KEYS = ("data.train", "data.validation", "data.system", "tuning.adapter")  # names and words of the user's own
 
 
 def adapter_card(
@@ -185,7 +185,7 @@ def _settings_part(config: FinetuneConfig) -> str:
     tree = to_tree(config)
     rows = [
         (f"`{part}.{key}`", f"`{', '.join(map(str, value)) if isinstance(value, list) else value}`")
-        for part in ("adapter", "data", "train")
+        for part in ("tuning", "data", "train")
         for key, value in tree[part].items()
         if value is not None and f"{part}.{key}" not in _PRIVATE_KEYS
     ]

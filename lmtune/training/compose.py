@@ -6,14 +6,15 @@ parts.loop(resumed)                     # what `lmtune.training.loop.train` work
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from pathlib import Path
 
 import torch
 
 from lmtune.batching.plan import Planner
 from lmtune.batching.prefixes import Ints, shareable_prefix
-from lmtune.config.schema import FinetuneConfig
+from lmtune.config.schema import FinetuneConfig, LoraConfig, SftConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.store import LoadedData, load_data
 from lmtune.errors import ConfigError
@@ -42,7 +43,9 @@ from lmtune.training.optim import adamw
 from lmtune.training.start_adapter import StartingAdapter, starting_adapter
 from lmtune.training.state import RunSignature, TrainResult, TrainState
 
-T = TypeVar("T")
+# What a section of the config stands for, by its type.
+TUNINGS: dict[type, Callable[[LoraConfig, Path | None, str | None], Tuning]] = {LoraConfig: Lora}
+OBJECTIVES: dict[type, Callable[[], Objective]] = {SftConfig: Sft}
 
 
 @dataclass
@@ -149,8 +152,8 @@ def compose(config: FinetuneConfig, parallel: Parallel) -> Components:
         if start is None:
             return _compose(config, parallel, None)
         if len(set(parallel.gather([start.sha256]))) > 1:
-            raise ConfigError(f"adapter.adapter: {start.name} changes while it is read; wait until that run has ended")
-        return _compose(replace(config, adapter=start.settings), parallel, start)
+            raise ConfigError(f"tuning.adapter: {start.name} changes while it is read; wait until that run has ended")
+        return _compose(replace(config, tuning=start.settings), parallel, start)
 
 
 def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter | None) -> Components:
@@ -165,8 +168,8 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     parts = [part for part in (data.train, data.validation) if part is not None]
     check_lengths(base, parts, "data.max_length", tell=parallel.is_main)
     fingerprint = base_fingerprint(config.model)
-    parameters = count_parameters(base, config.adapter, config.model.quantization, base.dtype)
-    tuning = Lora(config.adapter, None if start is None else start.folder, fingerprint)
+    parameters = count_parameters(base, config.tuning, config.model.quantization, base.dtype)
+    tuning = TUNINGS[type(config.tuning)](config.tuning, None if start is None else start.folder, fingerprint)
     with progress("preparing the adapter and the kernels"):
         model = tuning.apply(base, config.train.seed, shareable_name(config.model.name))
         for tensor in tuning.initial_tensors(model):
@@ -181,7 +184,18 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     with progress("measuring how much fits in memory"):
         budget = _choose_micro_batch(config, forward, data, parallel, parameters)
     return Components(
-        config, parallel, renderer, data, tuning, Sft(), model, forward, fingerprint, parameters, budget, start
+        config,
+        parallel,
+        renderer,
+        data,
+        tuning,
+        OBJECTIVES[type(config.objective)](),
+        model,
+        forward,
+        fingerprint,
+        parameters,
+        budget,
+        start,
     )
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from lmtune.batching.plan import Planner, TokenCost
-from lmtune.config.schema import AdapterConfig, FinetuneConfig, ModelConfig
+from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig
 from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
 from lmtune.models.base import compute_dtype, resolve_name
@@ -116,7 +116,7 @@ def forecast(
         ConfigError: the adapter's targets do not fit the model.
     """
     dtype, quantization = compute_dtype(device, config.model.dtype), config.model.quantization
-    shape, parameters = planned_shape(config.model, config.adapter, dtype)
+    shape, parameters = planned_shape(config.model, config.tuning, dtype)
     share = float(rows.num_targets.sum() / rows.num_tokens.sum())
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
     left = max(0.0, free - memory.base_weights(shape, quantization, dtype))
@@ -210,7 +210,7 @@ def _plain_flop(shape: ModelShape) -> float:
     return float(4 * shape.active_parameters + 6 * (shape.adapter_parameters - shape.adapter_on_experts))
 
 
-def planned_shape(model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype) -> tuple[ModelShape, Parameters]:
+def planned_shape(model: ModelConfig, tuning: LoraConfig, dtype: torch.dtype) -> tuple[ModelShape, Parameters]:
     """The shape of `model` with `adapter`, and what is adapted and quantised, from its config alone.
 
     Raises:
@@ -221,8 +221,8 @@ def planned_shape(model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype
         empty = empty_model(resolve_name(model.name), model.revision)
     except Exception as error:
         raise ModelError(f"model.name: cannot read the config of {model.name}: {error}") from error
-    parameters = count_parameters(empty, adapter, model.quantization, dtype)
-    check_variant(empty, adapter, parameters.targets)
+    parameters = count_parameters(empty, tuning, model.quantization, dtype)
+    check_variant(empty, tuning, parameters.targets)
     return memory.shape_of(empty, parameters), parameters
 
 
@@ -260,7 +260,7 @@ def _advice(
         )
         found.append(f"it does not fit the {free_gib:.1f} GiB that are free: try {smaller}, or a lower data.max_length")
         if shape.adapted_experts and part.total - part.expert_copies - part.adapter_and_optimizer < free_gib:
-            found.append("most of it is the adapter of the experts: adapter.target_modules without them needs less")
+            found.append("most of it is the adapter of the experts: tuning.target_modules without them needs less")
     elif checkpointed:
         found.append("some layers are computed twice to save memory; a lower data.max_length may avoid it")
     if device.type == "cpu" and part.base_weights > 2:

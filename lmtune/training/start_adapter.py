@@ -1,6 +1,6 @@
 """A run that begins from an existing adapter: which one, and what its settings are.
 
-    with starting_adapter(config) as start:       # None without `adapter.adapter`
+    with starting_adapter(config) as start:       # None without `tuning.adapter`
         …                                         # start.settings, start.folder
 
 Settings that the config leaves at their default are the adapter's; one that says something else is refused, for rank,
@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmtune.config.schema import AdapterConfig, FinetuneConfig
+from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.inference.load import usable_adapter
 from lmtune.io.text import format_list
 from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, LoraSettings, check_adapter
 from lmtune.runs.store import RunDirectory, find_run, run_hint
 
-_DEFAULT = AdapterConfig()
+_DEFAULT = LoraConfig()
 _NOT_TRAINED = (
     "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
@@ -42,49 +42,49 @@ class StartingAdapter:
 
     folder: Path
     name: str
-    settings: AdapterConfig
+    settings: LoraConfig
     sha256: str
 
 
 @contextlib.contextmanager
 def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]:
-    """The adapter that `adapter.adapter` names, as long as the block lasts; None where it names none.
+    """The adapter that `tuning.adapter` names, as long as the block lasts; None where it names none.
 
     Raises:
         ConfigError: there is none, it is this very run, or the config contradicts it.
         ModelError: it is damaged.
     """
-    target = config.adapter.adapter
+    target = config.tuning.adapter
     if target is None:
         yield None
         return
     run = find_run(target, config.run.dir)
     if run is not None and config.run.name and run.path.resolve() == RunDirectory.of(config.run).path.resolve():
         raise ConfigError(
-            f"adapter.adapter: {target} is this very run; to train on, raise train.epochs or train.max_steps; to begin "
+            f"tuning.adapter: {target} is this very run; to train on, raise train.epochs or train.max_steps; to begin "
             "from it, give the new run another run.name"
         )
     with contextlib.ExitStack() as held:
         folder = held.enter_context(usable_adapter(run)) if run is not None else Path(target)
         if not (folder / CONFIG).is_file():
-            raise ConfigError(f"adapter.adapter: {target}: no such run or adapter folder; {run_hint(target)}")
+            raise ConfigError(f"tuning.adapter: {target}: no such run or adapter folder; {run_hint(target)}")
         try:
             saved = check_adapter(folder)
         except ModelError as error:
-            raise ModelError(f"adapter.adapter: {target}: {error}") from None
+            raise ModelError(f"tuning.adapter: {target}: {error}") from None
         with (folder / WEIGHTS).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         name = run.name if run is not None else folder.resolve().name
-        yield StartingAdapter(folder, name, _settings(config.adapter, saved, target), sha256)
+        yield StartingAdapter(folder, name, _settings(config.tuning, saved, target), sha256)
 
 
 def with_starting_adapter(config: FinetuneConfig) -> FinetuneConfig:
     """`config` with the settings of the adapter that it begins from."""
     with starting_adapter(config) as start:
-        return config if start is None else replace(config, adapter=start.settings)
+        return config if start is None else replace(config, tuning=start.settings)
 
 
-def _settings(asked: AdapterConfig, saved: LoraSettings, target: str) -> AdapterConfig:
+def _settings(asked: LoraConfig, saved: LoraSettings, target: str) -> LoraConfig:
     """The settings of a saved adapter, with `dropout` and the like as asked.
 
     Raises:
@@ -100,7 +100,7 @@ def _settings(asked: AdapterConfig, saved: LoraSettings, target: str) -> Adapter
         if wanted not in (getattr(_DEFAULT, key), value) and not _same_names(wanted, value):
             problems.append(f"adapter.{key}: {_shown(wanted)}; expected {_shown(value)}, as {target} has it")
     if problems:
-        raise ConfigError(f"adapter.adapter: {target} cannot be trained in this way\n{format_list(problems)}")
+        raise ConfigError(f"tuning.adapter: {target} cannot be trained in this way\n{format_list(problems)}")
     return replace(asked, **theirs)
 
 

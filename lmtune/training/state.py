@@ -12,7 +12,7 @@ from lmtune.models.tuning.base import Tensors
 # Settings that change speed, memory or reporting; what is learned they change only as far as dropout is drawn anew.
 _FREE = {
     "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.score_base",
-    "evaluation.exact_match_rows", "evaluation.max_new_tokens", "data.train", "data.validation", "adapter.adapter",
+    "evaluation.exact_match_rows", "evaluation.max_new_tokens", "data.train", "data.validation", "tuning.adapter",
 }  # fmt: skip
 _DATA, _TOKENS = "the data files' content", "the rows' tokens"
 _BASE, _START = "the base model's weights", "the starting adapter's weights"
@@ -86,7 +86,7 @@ class RunSignature:
         flat = {
             f"{section}.{key}": value
             for section, values in to_tree(config).items()
-            if section != "run"
+            if section not in ("run", "parallel")
             for key, value in values.items()
         }
         return cls(without_free_settings(flat), data, base, tokens, start)
@@ -99,7 +99,7 @@ class RunSignature:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> RunSignature:
         """The signature in a checkpoint."""
-        settings = {key: value for key, value in values.items() if "." in key}
+        settings = {_today(key): value for key, value in values.items() if "." in key}
         text = {key: str(value) for key, value in values.items() if "." not in key}
         return cls(
             without_free_settings(settings), text.get(_DATA, ""), text.get(_BASE, ""), text.get(_TOKENS),
@@ -110,3 +110,9 @@ class RunSignature:
 def without_free_settings(settings: Mapping[str, object]) -> dict[str, object]:
     """Those of which what is learned depends."""
     return {key: value for key, value in settings.items() if key not in _FREE}
+
+
+def _today(key: str) -> str:
+    """The name of a setting in this version: `tuning` was `adapter`."""
+    section, _, name = key.partition(".")
+    return f"tuning.{'kind' if name == 'method' else name}" if section == "adapter" else key

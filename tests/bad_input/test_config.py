@@ -44,10 +44,10 @@ REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
     "a merge": ("train: {<<: {epochs: 1}}", r"trial\.yaml:3: .*merging \(<<\) is not supported"),
     "a rate that is no number": ("train: {learning_rate: .nan}", r"train\.learning_rate: got nan; should be a finite"),
     "a rate below 0": ("train: {learning_rate: -1e-4}", r"train\.learning_rate: got -0\.0001; should be greater"),
-    "rank 0": ("adapter: {rank: 0}", r"adapter\.rank: got 0; should be greater than or equal to 1"),
-    "rank 1e9": ("adapter: {rank: 1e9}", r"adapter\.rank: got 1000000000\.0; should be a valid integer"),
-    "rank 1000000000": ("adapter: {rank: 1000000000}", r"adapter\.rank: got 1000000000; should be less than"),
-    "an alpha that overflows": ("adapter: {alpha: 1e308}", r"adapter\.alpha: got 1e\+308; should be less than"),
+    "rank 0": ("adapter: {rank: 0}", r"tuning\.rank: got 0; should be greater than or equal to 1"),
+    "rank 1e9": ("adapter: {rank: 1e9}", r"tuning\.rank: got 1000000000\.0; should be a valid integer"),
+    "rank 1000000000": ("adapter: {rank: 1000000000}", r"tuning\.rank: got 1000000000; should be less than"),
+    "an alpha that overflows": ("adapter: {alpha: 1e308}", r"tuning\.alpha: got 1e\+308; should be less than"),
     "a run name that climbs": ("run: {name: ../x}", r"run\.name: got '\.\./x'; should be one folder name"),
     "a run name that is a path": ("run: {name: /tmp/x}", r"run\.name: got '/tmp/x'; should be one folder name"),
     "a hexadecimal number of 4,000 digits": (f"train: {{seed: 0x{'f' * 4000}}}", r"trial\.yaml:3: .*of 4,002 char"),
@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
     "one under a key that is unknown": (f"x: 0x{'f' * 4000}", r"trial\.yaml:3: .*a number of 4,002 characters"),
     "one that is a key": (f"? 0x{'f' * 4000}\n: 1", r"trial\.yaml:3: .*a number of 4,002 characters"),
     "NUL in a folder": ('run: {dir: "a\\0b"}', r"run\.dir: holds a NUL character; remove it"),
-    "NUL in a list": ('adapter: {target_modules: [q, "a\\0b"]}', r"adapter\.target_modules: holds a NUL character"),
+    "NUL in a list": ('adapter: {target_modules: [q, "a\\0b"]}', r"tuning\.target_modules: holds a NUL character"),
     "NUL under a key that is unknown": ('x: {y: "\\0"}', r"x\.y: holds a NUL character"),
     "a token for a name": (f"run: {{name: hf_{'a1B2' * 8}}}", r"run\.name: looks like a token of the Hub"),
     "epochs without end": ("train: {epochs: 1e300}", r"train\.epochs: got 1e\+300; should be less than or equal to"),
@@ -87,7 +87,7 @@ def test_wrong_values_are_all_told_at_once(place: Path, refused: Callable[..., O
     said = refused("finetune", "trial.yaml").err
     assert "8 settings are wrong" in said
     for key in ("model.name", "model.quantization", "data.train", "data.max_length", "train.epochs",
-                "train.batch_size", "train.seed", "adapter.use_dora"):  # fmt: skip
+                "train.batch_size", "train.seed", "tuning.use_dora"):  # fmt: skip
         assert f"  {key}: got " in said
 
 
@@ -206,7 +206,7 @@ def test_targets_that_match_nothing_or_partly(
         f"adapter: {{target_modules: {targets}}}\n"
     )
     said = refused("finetune", "trial.yaml").err
-    assert "adapter.target_modules: " in said
+    assert "tuning.target_modules: " in said
     assert unknown in said
 
 

@@ -276,8 +276,8 @@ def test_no_name_at_all(place: Path, refused: Callable[..., Outcome], arguments:
 def test_targets_that_are_not_a_regular_expression(place: Path, refused: Callable[..., Outcome], verb: str) -> None:
     make_workplace(place)
     (place / "trial.yaml").write_text(TRIAL)
-    said = refused(verb, "trial.yaml", "adapter.target_modules=(q").err
-    assert "error: adapter.target_modules: '(q' is not a regular expression: " in said
+    said = refused(verb, "trial.yaml", "tuning.target_modules=(q").err
+    assert "error: tuning.target_modules: '(q' is not a regular expression: " in said
 
 
 # --- adapters, as `lmtune chat` meets them

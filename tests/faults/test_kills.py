@@ -107,7 +107,7 @@ def test_02_killed_at_every_stage_of_a_checkpoints_writing(tmp_path: Path) -> No
         newest = max(int(path.name[5:]) for path in left if problem_of(path) is None)
         assert newest in (2, 3), name
         again = job_for(folder, **SAVING)
-        again.resumed, skipped = find_checkpoint(again.run, again.identity)
+        again.resumed, skipped = find_checkpoint(again.run, again.parts.signature)
         assert again.resumed is not None
         assert (again.resumed.step, skipped) == (newest, []), name
         assert not list(again.run.checkpoints.glob(".*")), name

@@ -52,7 +52,7 @@ def test_24_a_second_run_on_the_same_folder_is_refused(place: Path, undisturbed:
     first = start(place, "finetune", "run.yaml", trouble=at_step(5, pause), output="first")
     assert appears(place / "here")
     before = kept(place)
-    for arguments in ((), ("run.resume=never",), ("adapter.rank=2",)):
+    for arguments in ((), ("run.resume=never",), ("tuning.rank=2",)):
         assert lmtune(place, "finetune", "run.yaml", *arguments) == 2
         assert f"error: runs/trial is in use by another lmtune process (pid {first.pid}); wait for it" in said(place)
         assert "Traceback" not in said(place)
@@ -89,7 +89,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "base": (
         lambda place: save_tiny(place / "base", chat_template=CHATML, seed=7), "the base model's weights: changed"
     ),
-    "rank": (lambda place: write_config(place, **RESTLESS, adapter__rank=2), "adapter.rank: was 4, now 2"),
+    "rank": (lambda place: write_config(place, **RESTLESS, tuning__rank=2), "tuning.rank: was 4, now 2"),
     "seed": (lambda place: write_config(place, **RESTLESS, train__seed=5), "train.seed: was 0, now 5"),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lmtune.config.schema import AdapterConfig, ModelConfig
+from lmtune.config.schema import LoraConfig, ModelConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.models.base import load_model
 from lmtune.models.tuning.adapter_files import Metadata
@@ -39,9 +39,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 IDS = torch.arange(3, 35).view(2, 16)
 
 
-def settings(**changes: Any) -> AdapterConfig:
+def settings(**changes: Any) -> LoraConfig:
     """A small adapter."""
-    return AdapterConfig(**{"rank": 4, "alpha": 8, **changes})
+    return LoraConfig(**{"rank": 4, "alpha": 8, **changes})
 
 
 def attached(seed: int = 1, base: Any = None, **changes: Any) -> Any:
@@ -170,7 +170,7 @@ def test_the_config_is_sorted_and_names_no_path_of_this_machine(tmp_path: Path, 
 def test_a_target_that_matches_nothing_lists_what_exists(targets: Any, unknown: str) -> None:
     with pytest.raises(ConfigError) as caught:
         attached(target_modules=targets)
-    assert f"adapter.target_modules: nothing in this model is named {unknown}; " in str(caught.value)
+    assert f"tuning.target_modules: nothing in this model is named {unknown}; " in str(caught.value)
     assert "down_proj, gate_proj, k_proj, " in str(caught.value)
     assert "v_proj" in str(caught.value)
 
@@ -198,9 +198,7 @@ def test_gpt2s_own_kind_of_linear_layer_can_be_named() -> None:
 
 def test_dora_over_int8_on_a_cpu_is_refused_before_it_fails(tmp_path: Path) -> None:
     base = ModelConfig(name=str(save_tiny(tmp_path / "base")), quantization="int8")
-    message = (
-        r"adapter\.use_dora: PEFT cannot run DoRA over an int8 base on a CPU; set model\.quantization: nf4 or none"
-    )
+    message = r"tuning\.use_dora: PEFT cannot run DoRA over an int8 base on a CPU; set model\.quantization: nf4 or none"
     with pytest.raises(ConfigError, match=message):
         attached(base=load_model(base, "cpu"), use_dora=True)
     whole = attached(base=load_model(dataclasses.replace(base, quantization="none"), "cpu"), use_dora=True)
@@ -239,7 +237,7 @@ def test_plain_pefts_own_adapter_loads(tmp_path: Path) -> None:
 def test_a_process_with_the_first_ones_weights_computes_what_that_one_does(init: str, use_dora: bool) -> None:
     """Whatever its own hardware made of the adapter, and of the base where PiSSA took the adapter from it."""
     first, other = (
-        attach_adapter(tiny_model(), AdapterConfig(rank=4, alpha=8, init_lora_weights=init, use_dora=use_dora), 0, "x")
+        attach_adapter(tiny_model(), LoraConfig(rank=4, alpha=8, init_lora_weights=init, use_dora=use_dora), 0, "x")
         for _ in range(2)
     )
     with torch.no_grad():

@@ -39,10 +39,10 @@ def test_what_a_library_says_while_it_is_imported_is_not_shown(tmp_path: Path, e
 @pytest.mark.slow
 def test_an_adapter_is_put_on_a_model_without_a_word(tmp_path: Path) -> None:
     code = """
-from lmtune.config.schema import AdapterConfig, ModelConfig
+from lmtune.config.schema import LoraConfig, ModelConfig
 from lmtune.models.tuning.lora import attach_adapter
 from lmtune.models.base import load_model
-attach_adapter(load_model(ModelConfig(name="tiny", quantization="nf4"), "cpu"), AdapterConfig(), 1, "tiny")
+attach_adapter(load_model(ModelConfig(name="tiny", quantization="nf4"), "cpu"), LoraConfig(), 1, "tiny")
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=False

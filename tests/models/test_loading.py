@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.config.schema import AdapterConfig, ModelConfig
+from lmtune.config.schema import LoraConfig, ModelConfig
 from lmtune.errors import ModelError
 from lmtune.io import atomic
 from lmtune.io.atomic import lookup, single_flight
@@ -242,7 +242,7 @@ def test_bitsandbytes_that_cannot_be_imported(
     assert "model.quantization=none" in text
     model = load_model(config_of(base), "cpu")
     with pytest.raises(ModelError, match=r"bitsandbytes cannot be imported .*, and PEFT imports it"):
-        attach_adapter(model, AdapterConfig(), 0, "base")
+        attach_adapter(model, LoraConfig(), 0, "base")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])

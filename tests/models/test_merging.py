@@ -136,9 +136,9 @@ def test_the_dtype_is_kept(places: dict[str, Path], stored: str) -> None:
         ("llama", {"model__dtype": "float16", "model__quantization": "nf4"}),
         ("gpt2", {"model__quantization": "nf4"}),
         ("gpt2", {"model__quantization": "int8"}),
-        ("llama", {"model__quantization": "int8", "adapter__target_modules": ["q_proj"]}),
-        ("qwen3", {"model__quantization": "nf4", "adapter__use_dora": True}),
-        ("llama", {"adapter__init_lora_weights": "pissa"}),
+        ("llama", {"model__quantization": "int8", "tuning__target_modules": ["q_proj"]}),
+        ("qwen3", {"model__quantization": "nf4", "tuning__use_dora": True}),
+        ("llama", {"tuning__init_lora_weights": "pissa"}),
     ],
 )
 def test_whatever_was_trained_can_be_merged(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ def test_whatever_was_trained_can_be_merged(tmp_path: Path, kind: str, changes: 
     with inside(place):
         trained = load_for_inference("trial")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    bound = 0.08 if {"model__dtype", "adapter__target_modules"} & changes.keys() else 1e-4
+    bound = 0.08 if {"model__dtype", "tuning__target_modules"} & changes.keys() else 1e-4
     assert difference(logits(plain), logits(trained.model)) <= bound
     assert report["logits_difference"] <= report["bound"] == merge.BOUNDS[torch.float32]
 

@@ -31,7 +31,7 @@ def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
 
 
 # Rank and alpha of the first run are taken over where they are left at their default.
-SECOND: dict[str, Any] = {"run__name": "second", "adapter__rank": 16, "adapter__alpha": 32, "adapter__adapter": "trial"}
+SECOND: dict[str, Any] = {"run__name": "second", "tuning__rank": 16, "tuning__alpha": 32, "tuning__adapter": "trial"}
 
 
 def test_training_begins_from_it_and_says_so(place: Path) -> None:
@@ -56,7 +56,7 @@ def test_training_begins_from_it_and_says_so(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"adapter__adapter": "runs/trial/adapter"}, {"adapter__adapter": "trial", "adapter__dropout": 0.1}]
+    "changes", [{"tuning__adapter": "runs/trial/adapter"}, {"tuning__adapter": "trial", "tuning__dropout": 0.1}]
 )
 def test_it_learns_from_there(place: Path, changes: dict[str, Any]) -> None:
     _, summary = finetune(place, **{**SECOND, **changes}, run__resume="never", train__max_steps=4)
@@ -67,14 +67,14 @@ def test_it_learns_from_there(place: Path, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter__rank": 8}, r"adapter\.rank: 8; expected 4, as trial has it"),
-        ({"adapter__alpha": 9}, r"adapter\.alpha: 9; expected 8"),
-        ({"adapter__use_dora": True}, r"adapter\.use_dora: True; expected False"),
-        ({"adapter__use_rslora": True}, r"adapter\.use_rslora: True; expected False"),
-        ({"adapter__target_modules": ["q_proj"]}, r"adapter\.target_modules: \[q_proj\]; expected \[.*v_proj\]"),
-        ({"adapter__adapter": "trail"}, "adapter.adapter: trail: no such run or adapter folder; did you mean trial?"),
-        ({"adapter__adapter": "base"}, "adapter.adapter: base: no such run or adapter folder"),
-        ({"run__name": "trial"}, "adapter.adapter: trial is this very run; to train on, raise train.epochs"),
+        ({"tuning__rank": 8}, r"tuning\.rank: 8; expected 4, as trial has it"),
+        ({"tuning__alpha": 9}, r"tuning\.alpha: 9; expected 8"),
+        ({"tuning__use_dora": True}, r"tuning\.use_dora: True; expected False"),
+        ({"tuning__use_rslora": True}, r"tuning\.use_rslora: True; expected False"),
+        ({"tuning__target_modules": ["q_proj"]}, r"tuning\.target_modules: \[q_proj\]; expected \[.*v_proj\]"),
+        ({"tuning__adapter": "trail"}, "tuning.adapter: trail: no such run or adapter folder; did you mean trial?"),
+        ({"tuning__adapter": "base"}, "tuning.adapter: base: no such run or adapter folder"),
+        ({"run__name": "trial"}, "tuning.adapter: trial is this very run; to train on, raise train.epochs"),
     ],
 )
 def test_what_contradicts_it_is_refused_by_name(place: Path, changes: dict[str, Any], message: str) -> None:
@@ -97,17 +97,17 @@ def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
     )
     shutil.copytree(place / "runs/trial/adapter", other / "first")
     with pytest.raises(ModelError, match="this adapter was trained over another base model"):
-        finetune(other, **{**SECOND, "adapter__adapter": "first"})
+        finetune(other, **{**SECOND, "tuning__adapter": "first"})
 
 
 def test_a_run_goes_on_only_from_the_same_adapter(place: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     shutil.copytree(place / "runs/trial/adapter", first)
-    settings = {**SECOND, "adapter__adapter": str(first), "run__name": "third"}
+    settings = {**SECOND, "tuning__adapter": str(first), "run__name": "third"}
     run, _ = finetune(place, **settings, run__checkpoint_every_steps=1, run__keep_checkpoints=99)
     assert str(tmp_path) not in run.config.read_text()
     first.rename(tmp_path / "moved")
-    moved = {**settings, "adapter__adapter": str(tmp_path / "moved")}
+    moved = {**settings, "tuning__adapter": str(tmp_path / "moved")}
     finetune(place, **moved)  # where it lies is not what it is
     file = tmp_path / "moved" / "adapter_model.safetensors"
     save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})

@@ -93,7 +93,7 @@ def test_shards_keep_their_names_and_what_did_not_change_is_copied_bit_for_bit(
     model = load_model(ModelConfig(name=str(base), quantization="none"), "cpu").to(dtype)
     (base / "model.safetensors").unlink()
     model.save_pretrained(base, max_shard_size="100KB")
-    finetune(place, train__max_steps=2, adapter__target_modules=["q_proj"])
+    finetune(place, train__max_steps=2, tuning__target_modules=["q_proj"])
     merged(place)
     folder = place / "merged"
     assert sorted(p.name for p in folder.glob("*.safetensors*")) == sorted(p.name for p in base.glob("*.safetensors*"))
@@ -146,7 +146,7 @@ def test_a_head_that_was_tied_becomes_a_weight_of_its_own(tmp_path: Path, kind: 
     save_tiny(place / "base", kind, chat_template=CHATML, tie_word_embeddings=True)
     before = raw(place / "base")
     assert "lm_head.weight" not in before
-    finetune(place, train__max_steps=4, adapter__target_modules=["lm_head", "c_attn" if kind == "gpt2" else "q_proj"],
+    finetune(place, train__max_steps=4, tuning__target_modules=["lm_head", "c_attn" if kind == "gpt2" else "q_proj"],
              **changes)  # fmt: skip
     report = merged(place)
     assert report["difference_to_trained"] <= 1e-5

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from lmtune.config.schema import AdapterConfig
+from lmtune.config.schema import LoraConfig
 from lmtune.errors import ConfigError
 from lmtune.models.parameters import count_parameters
 from lmtune.models.tuning.adapter_files import Metadata
@@ -20,9 +20,9 @@ from tests.tiny import EXPERT_KINDS, KINDS, VOCABULARY, adapted, tiny_model
 IDS = torch.arange(3, 35).view(2, 16)
 
 
-def settings(**changes: Any) -> AdapterConfig:
+def settings(**changes: Any) -> LoraConfig:
     """A small adapter."""
-    return AdapterConfig(**{"rank": 4, "alpha": 8, **changes})
+    return LoraConfig(**{"rank": 4, "alpha": 8, **changes})
 
 
 def adapted_names(model: Any) -> set[str]:
@@ -156,15 +156,15 @@ def test_experts_are_named_as_tensors_or_as_the_layers_of_their_files(kind: str,
 def test_a_name_that_is_not_there_says_what_is(kind: str, targets: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_targets(tiny_model(kind), targets)
-    assert str(caught.value).startswith(f"adapter.target_modules: {message}")
+    assert str(caught.value).startswith(f"tuning.target_modules: {message}")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dropout": 0.1}, "adapter.dropout: 0.1; expected 0 where the experts"),
-        ({"use_dora": True}, "adapter.use_dora: true; expected false where the experts"),
-        ({"init_lora_weights": "pissa"}, "adapter.init_lora_weights: pissa; expected default where the experts"),
+        ({"dropout": 0.1}, "tuning.dropout: 0.1; expected 0 where the experts"),
+        ({"use_dora": True}, "tuning.use_dora: true; expected false where the experts"),
+        ({"init_lora_weights": "pissa"}, "tuning.init_lora_weights: pissa; expected default where the experts"),
     ],
 )
 def test_variants_that_experts_cannot_have(changes: dict[str, Any], message: str) -> None:

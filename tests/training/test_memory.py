@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmtune.config.schema import AdapterConfig, ModelConfig
+from lmtune.config.schema import LoraConfig, ModelConfig
 from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
 from lmtune.models.base import load_model
@@ -45,7 +45,7 @@ def test_the_shape_counts_every_weight_once(kind: str, changes: dict[str, bool])
 
 def counted(model: Any, **settings: Any) -> Parameters:
     """What an adapter of rank 4 over the model has."""
-    return count_parameters(model, AdapterConfig(**{"rank": 4, "alpha": 8, **settings}), "none", torch.float32)
+    return count_parameters(model, LoraConfig(**{"rank": 4, "alpha": 8, **settings}), "none", torch.float32)
 
 
 def all_of(model: Any) -> int:
@@ -66,7 +66,7 @@ def test_a_token_passes_through_some_of_the_experts() -> None:
 @pytest.mark.parametrize("targets", ["all-linear", r".*(up_proj|c_fc)"])
 def test_the_planned_shape_is_the_loaded_ones(tmp_path: Path, kind: str, targets: str) -> None:
     """From config.json alone, as `lmtune plan` has it."""
-    settings = AdapterConfig(rank=4, alpha=8, target_modules=targets)
+    settings = LoraConfig(rank=4, alpha=8, target_modules=targets)
     base = ModelConfig(name=str(save_tiny(tmp_path, kind)), quantization="nf4")
     planned, parameters = planned_shape(base, settings, torch.float32)
     model = load_model(base, "cpu")
@@ -210,7 +210,7 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
 def test_a_base_whose_config_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"model\.name: cannot read the config of"):
-        planned_shape(ModelConfig(name=str(tmp_path)), AdapterConfig(), torch.float32)
+        planned_shape(ModelConfig(name=str(tmp_path)), LoraConfig(), torch.float32)
 
 
 def test_a_forecast_has_scoring_and_answers_beside_training(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ FREE = {
     "evaluation__max_new_tokens": 4, "run__checkpoint_every_steps": 7, "run__keep_checkpoints": 5,
 }  # fmt: skip
 BINDING = {
-    "model__name": "other", "model__quantization": "nf4", "model__dtype": "float32", "adapter__rank": 8,
-    "adapter__alpha": 9, "adapter__dropout": 0.1, "adapter__target_modules": ("q_proj",), "adapter__use_rslora": True,
-    "adapter__use_dora": True, "data__max_length": 64, "data__too_long": "error", "data__system": "Be brief.",
+    "model__name": "other", "model__quantization": "nf4", "model__dtype": "float32", "tuning__rank": 8,
+    "tuning__alpha": 9, "tuning__dropout": 0.1, "tuning__target_modules": ("q_proj",), "tuning__use_rslora": True,
+    "tuning__use_dora": True, "data__max_length": 64, "data__too_long": "error", "data__system": "Be brief.",
     "data__template": "chat", "train__batch_size": 8, "train__seed": 1,
     "train__learning_rate": 2e-2, "train__schedule": "linear", "train__warmup_ratio": 0.5,
     "train__weight_decay": 0.1, "train__max_grad_norm": None, "evaluation__every_steps": 2,
@@ -56,20 +56,20 @@ def test_settings_of_what_is_learned_are_not(key: str) -> None:
 
 
 def test_all_differences_stand_in_one_message() -> None:
-    now = replace(signature_of(train__seed=1, adapter__rank=8), data="x")
+    now = replace(signature_of(train__seed=1, tuning__rank=8), data="x")
     with pytest.raises(CheckpointError) as caught:
         check_resumable(RunDirectory("runs/trial"), signature_of(), now)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "runs/trial: this run was cannot resume: settings changed, so it cannot go on"
+    assert lines[0] == "runs/trial: cannot resume: settings changed since this run started"
     assert lines[1:4] == [
-        "  adapter.rank: was 4, now 8", "  the data files' content: changed", "  train.seed: was 0, now 1"
+        "  tuning.rank: was 4, now 8", "  the data files' content: changed", "  train.seed: was 0, now 1"
     ]  # fmt: skip
     assert "run.resume=never" in lines[4]
 
 
 def test_a_signature_survives_being_written(tmp_path: Path) -> None:
     """A tuple becomes a list in JSON; that is no difference."""
-    now = replace(signature_of(adapter__target_modules=("q_proj", "v_proj")), tokens="t", start="s")
+    now = replace(signature_of(tuning__target_modules=("q_proj", "v_proj")), tokens="t", start="s")
     assert RunSignature.from_dict(json.loads(json.dumps(now.to_dict()))) == now
 
 
@@ -222,16 +222,16 @@ def test_a_run_that_patience_ended_is_trained_on_when_more_steps_are_asked_for(p
 def test_a_changed_setting_is_refused_by_its_key_and_nothing_is_touched(place: Path) -> None:
     run, _ = finetune(place)
     before = times(run)
-    with pytest.raises(CheckpointError, match=r"adapter\.rank: was 4, now 2"):
-        finetune(place, adapter__rank=2)
+    with pytest.raises(CheckpointError, match=r"tuning\.rank: was 4, now 2"):
+        finetune(place, tuning__rank=2)
     assert times(run) == before
 
 
 def test_a_refused_start_leaves_the_summary_of_a_killed_run_alone(place: Path) -> None:
     run = cut_off(place, 3)
     before = run.summary.read_bytes()
-    with pytest.raises(CheckpointError, match=r"adapter\.rank: was 4, now 2"):
-        finetune(place, adapter__rank=2)
+    with pytest.raises(CheckpointError, match=r"tuning\.rank: was 4, now 2"):
+        finetune(place, tuning__rank=2)
     assert run.summary.read_bytes() == before
 
 

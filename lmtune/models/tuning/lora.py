@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lmtune.config.schema import AdapterConfig
+from lmtune.config.schema import LoraConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.atomic import name_disk_errors
 from lmtune.io.text import format_list
@@ -51,7 +51,7 @@ class Lora:
 
     kind: ClassVar[str] = "lora"
 
-    def __init__(self, config: AdapterConfig, start: Path | None = None, fingerprint: str | None = None) -> None:
+    def __init__(self, config: LoraConfig, start: Path | None = None, fingerprint: str | None = None) -> None:
         """
         Args:
             config: rank, alpha, dropout, target modules, variant.
@@ -83,12 +83,12 @@ class Lora:
         return TunedModel(load_adapter(base, folder, fingerprint))
 
 
-def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, base_name: str) -> Any:
+def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_name: str) -> Any:
     """Wrap `model` in a PeftModel with a new adapter; its weights are fp32 and depend on `seed` alone.
 
     Args:
         model: the frozen base.
-        adapter: rank, alpha, dropout, target modules, variant.
+        tuning: rank, alpha, dropout, target modules, variant.
         seed: of the adapter's random initial weights.
         base_name: what `adapter_config.json` names as the base; never an absolute path.
 
@@ -97,15 +97,16 @@ def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, ba
         ModelError: bitsandbytes is installed but broken.
     """
     check_bitsandbytes("none")  # whether one that is there works: PEFT imports it
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
 
-    found = find_targets(model, adapter.target_modules)
-    check_variant(model, adapter, found)
-    config = LoraConfig(
-        r=adapter.rank, lora_alpha=_whole(adapter.alpha), lora_dropout=adapter.dropout, use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora, init_lora_weights="pissa" if adapter.init_lora_weights == "pissa" else True,
+    found = find_targets(model, tuning.target_modules)
+    check_variant(model, tuning, found)
+    config = PeftLoraConfig(
+        r=tuning.rank, lora_alpha=_whole(tuning.alpha), lora_dropout=tuning.dropout, use_rslora=tuning.use_rslora,
+        use_dora=tuning.use_dora, init_lora_weights="pissa" if tuning.init_lora_weights == "pissa" else True,
         fan_in_fan_out=_is_transposed(model), task_type="CAUSAL_LM",
-        **for_peft(model, adapter.target_modules, found),
+        **for_peft(model, tuning.target_modules, found),
     )  # fmt: skip
     use_layers_own_adapter(config)
     with torch.random.fork_rng(devices=[]):
@@ -117,7 +118,7 @@ def attach_adapter(model: torch.nn.Module, adapter: AdapterConfig, seed: int, ba
     peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
     for parameter in trainable(peft_model).values():
         parameter.data = parameter.data.float()
-    if adapter.init_lora_weights == "pissa":
+    if tuning.init_lora_weights == "pissa":
         # PiSSA moves the initial product out of the base; it is needed again to save a plain LoRA for the whole base
         peft_model.lmtune_initial_adapter = {n: p.detach().clone() for n, p in trainable(peft_model).items()}
     return peft_model
@@ -189,31 +190,31 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     return peft_model.eval()
 
 
-def attach_saved(model: torch.nn.Module, folder: Path, fingerprint: str, adapter: AdapterConfig, base_name: str) -> Any:
+def attach_saved(model: torch.nn.Module, folder: Path, fingerprint: str, tuning: LoraConfig, base_name: str) -> Any:
     """As `attach_adapter`, but with the weights of a saved adapter, to be trained further.
 
     Args:
         model: the frozen base.
         folder: an adapter folder, ours or plain PEFT's.
         fingerprint: the base's, compared with that of the adapter's.
-        adapter: the settings; those that an adapter cannot change are its own.
+        tuning: the settings; those that an adapter cannot change are its own.
         base_name: what `adapter_config.json` names as the base; never an absolute path.
 
     Raises:
-        ConfigError: `adapter.target_modules` are others than the adapter's.
+        ConfigError: `tuning.target_modules` are others than the adapter's.
         ModelError: a file is missing or damaged, or the tensors do not fit this base exactly.
     """
-    check_variant(model, adapter, find_targets(model, adapter.target_modules))
-    peft_model = _with_saved(model, folder, fingerprint, _trained(adapter))
+    check_variant(model, tuning, find_targets(model, tuning.target_modules))
+    peft_model = _with_saved(model, folder, fingerprint, _trained(tuning))
     peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
     for parameter in trainable(peft_model).values():
         parameter.data = parameter.data.float()
     return peft_model
 
 
-def _trained(adapter: AdapterConfig) -> dict[str, Any]:
+def _trained(tuning: LoraConfig) -> dict[str, Any]:
     """What a saved adapter's config does not decide when it is trained further."""
-    return {"lora_dropout": adapter.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
+    return {"lora_dropout": tuning.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
 
 
 def _with_saved(
@@ -221,7 +222,8 @@ def _with_saved(
 ) -> Any:
     """`model` with a saved adapter, some of whose settings are changed."""
     check_bitsandbytes("none")
-    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import PeftModel, set_peft_model_state_dict
 
     config, state = read_adapter(folder)
     trained_on = Metadata.read(folder).base_fingerprint
@@ -232,10 +234,12 @@ def _with_saved(
     _check_dora(model, bool(config.get("use_dora")))
     if is_too_slow_to_match(config, [name for name, _ in model.named_modules()]):
         raise ModelError(f"{folder}: {CONFIG}: a regular expression is too slow (possible catastrophic backtracking)")
-    used = {k: v for k, v in config.items() if v is not None and k in SETTINGS and k in LoraConfig.__dataclass_fields__}
+    used = {
+        k: v for k, v in config.items() if v is not None and k in SETTINGS and k in PeftLoraConfig.__dataclass_fields__
+    }
     try:
         own = {"init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)}
-        lora = LoraConfig(**{**used, **own, **(changes or {})})
+        lora = PeftLoraConfig(**{**used, **own, **(changes or {})})
         use_layers_own_adapter(lora)
         peft_model = PeftModel(model, lora)  # type: ignore[arg-type, unused-ignore]
     except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
@@ -261,27 +265,27 @@ def read_adapter(folder: Path) -> tuple[LoraSettings, Tensors]:
     return config, state
 
 
-def check_variant(model: torch.nn.Module, adapter: AdapterConfig, found: Targets) -> None:
+def check_variant(model: torch.nn.Module, tuning: LoraConfig, found: Targets) -> None:
     """Raise ConfigError for a variant that PEFT cannot run over this base.
 
     Args:
         model: the base, which may be without memory.
-        adapter: dropout, DoRA, PiSSA.
+        tuning: dropout, DoRA, PiSSA.
         found: what is adapted.
     """
-    _check_dora(model, adapter.use_dora)
-    if not for_peft(model, adapter.target_modules, found)["target_parameters"]:
+    _check_dora(model, tuning.use_dora)
+    if not for_peft(model, tuning.target_modules, found)["target_parameters"]:
         return
     wrong = {
-        f"dropout: {adapter.dropout:g}; expected 0": adapter.dropout > 0,
-        "use_dora: true; expected false": adapter.use_dora,
-        "init_lora_weights: pissa; expected default": adapter.init_lora_weights == "pissa",
+        f"dropout: {tuning.dropout:g}; expected 0": tuning.dropout > 0,
+        "use_dora: true; expected false": tuning.use_dora,
+        "init_lora_weights: pissa; expected default": tuning.init_lora_weights == "pissa",
     }
     for setting, is_set in wrong.items():
         if is_set:
             raise ConfigError(
                 f"adapter.{setting} where the experts of a mixture are adapted: PEFT has no such adapter for a tensor "
-                "of experts; or name adapter.target_modules outside the experts, such as [q_proj, k_proj, v_proj, "
+                "of experts; or name tuning.target_modules outside the experts, such as [q_proj, k_proj, v_proj, "
                 "o_proj]"
             )
 
@@ -297,7 +301,7 @@ def _check_dora(model: torch.nn.Module, use_dora: bool) -> None:
     """Raise ConfigError for what PEFT fails at with its second forward pass: it moves the int8 weights away."""
     if use_dora and any(type(m).__name__ == "Linear8bitLt" and m.weight.device.type == "cpu" for m in model.modules()):
         raise ConfigError(
-            "adapter.use_dora: PEFT cannot run DoRA over an int8 base on a CPU; set model.quantization: nf4 or none"
+            "tuning.use_dora: PEFT cannot run DoRA over an int8 base on a CPU; set model.quantization: nf4 or none"
         )
 
 

@@ -195,7 +195,7 @@ def _check_patterns(targets: str | Sequence[str], names: Sequence[str]) -> None:
         raise ConfigError(f"adapter.{problem}; name layers, or write all-linear")
     if is_too_slow_to_match({"target_modules": targets}, names):
         raise ConfigError(
-            f"adapter.target_modules: {shorten(targets)}: this regular expression is too slow (possible catastrophic "
+            f"tuning.target_modules: {shorten(targets)}: this regular expression is too slow (possible catastrophic "
             "backtracking); write it more simply"
         )
 
@@ -212,7 +212,7 @@ def _nothing_named(
     where = f" (inside the experts it is a part of {last(inside)}, which can be named as a whole)" if inside else ""
     experts = f"; the tensors of its experts are {last(parts)}" if parts else ""
     return (
-        f"adapter.target_modules: nothing in this model is named {', '.join(missing)}{where}; "
+        f"tuning.target_modules: nothing in this model is named {', '.join(missing)}{where}; "
         f"its linear layers are {last(layers)}{experts} (or all-linear)"
     )
 
