@@ -368,7 +368,7 @@ class TableWriter:
         loss_mask = np.concatenate([sequence.loss_mask for sequence in sequences])
         lengths, targets = [len(sequence) for sequence in sequences], [sequence.num_targets for sequence in sequences]
         for numbers in (lengths, input_ids, loss_mask):
-            self._digest.update(np.array([len(numbers), *numbers], dtype=np.int32).tobytes())
+            self._digest.update(np.int32(len(numbers)).tobytes() + np.asarray(numbers, dtype=np.int32).tobytes())
         self._rows.append((input_ids, loss_mask, lengths, targets, sum(targets), file, line, content))
         self._num_tokens += len(input_ids)
         if len(self._rows) >= _BATCH_ROWS or self._num_tokens >= _BATCH_TOKENS:
