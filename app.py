@@ -5,8 +5,8 @@ The work is in `recipes/app.py` (which model, at which address) and `lmtune/serv
 
 from __future__ import annotations
 
-from lmtune.cli import run
 from lmtune.recipes.app import main
+from lmtune.run import run
 
 if __name__ == "__main__":
     run(main)

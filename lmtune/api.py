@@ -242,10 +242,10 @@ def finetune(
         raise ConfigError(f"finetune: {' and '.join(missing)} missing; give a config, or model=… and data=…")
     settings = build_config(FinetuneConfig, tree, where="lmtune.finetune")
 
-    from lmtune.training.run import run_finetune
-
     directory = RunDirectory.of(settings.run)
     with quiet(progress=progress, enabled=not verbose), _naming_rows(files):
+        from lmtune.training.run import run_finetune
+
         check_config(settings.data)
         run_finetune(settings, directory)
     return Run(directory.path)
@@ -265,9 +265,9 @@ def load(
     Raises:
         ModelError: it is none of these, or damaged.
     """
-    from lmtune.inference.load import load_for_inference
-
     with quiet():
+        from lmtune.inference.load import load_for_inference
+
         return Model(load_for_inference(_target(target), quantization, None if base is None else os.fspath(base)))
 
 

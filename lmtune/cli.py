@@ -1,29 +1,18 @@
-"""The `lmtune` command: each verb runs the recipe of that name, and this is where errors become text and exit codes.
+"""The `lmtune` command: each verb runs the recipe of that name.
 
-    lmtune finetune CONFIG        is        accelerate launch recipes/finetune.py CONFIG
-
-Exit codes: 0 done; 1 failed while running; 2 the usage, config, data or model is wrong (one message, nothing
-written); 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. `LMTUNE_TRACEBACK=1` shows the traceback of any error.
+lmtune finetune CONFIG        is        accelerate launch recipes/finetune.py CONFIG
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
-import os
-import re
-import sys
-import traceback
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from lmtune import __version__
-from lmtune.errors import LmtuneError, is_failure
-from lmtune.io.console import err, escape, keep_without_stderr, program
-from lmtune.parallel.worker import note_exit_code
+from lmtune.run import run_app
 
 VERBS = (
     "quickstart", "init", "check", "preview", "plan", "finetune", "evaluate", "merge", "chat", "app", "push", "pull",
@@ -50,9 +39,6 @@ class _Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-
-
 def main() -> NoReturn:
     """The console script."""
     app = typer.Typer(
@@ -70,56 +56,4 @@ def main() -> NoReturn:
     for verb in VERBS:
         recipe = importlib.import_module(f"lmtune.recipes.{verb}")
         app.command(verb)(recipe.main)
-    _exit_with(app)
-
-
-def run(recipe: Callable[..., None]) -> NoReturn:
-    """Run one recipe's `main` on the command line's arguments, as `python recipes/VERB.py …` does."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(recipe)
-    _exit_with(app)
-
-
-def _exit_with(app: typer.Typer) -> NoReturn:
-    """Call `app`, and end the process with the exit code that its outcome stands for."""
-    keep_without_stderr()
-    code = _outcome(app)
-    note_exit_code(code)
-    sys.exit(code)
-
-
-def _outcome(app: typer.Typer) -> int:
-    try:
-        app(standalone_mode=True)
-    except SystemExit as exit_:  # how typer ends, also for usage errors and where the reader of a pipe went away
-        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except LmtuneError as error:
-        _show(error, str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        err.print("stopped")
-        return 130
-    except OSError as error:
-        _show(error, _about_file(error))
-        return 1
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        _show(error, f"{type(error).__name__}: {error}\n  (LMTUNE_TRACEBACK=1 shows where)")
-        return 1
-    return 0
-
-
-def _about_file(error: OSError) -> str:
-    """What is wrong with which file, where the disk is full or must not be written."""
-    if error.filename is None or error.errno not in _DISK:
-        return f"{type(error).__name__}: {error}\n  (LMTUNE_TRACEBACK=1 shows where)"
-    return f"{error.filename}: {error.strerror}; make room or permit it, then start the same command again"
-
-
-def _show(error: BaseException, message: str) -> None:
-    if os.environ.get("LMTUNE_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    called = program()
-    named = re.sub(rf"`lmtune (?={'|'.join(VERBS)})", lambda _: f"`{called} ", message)
-    err.print(f"[bold red]error:[/] {escape(named)}")
+    run_app(app)

@@ -1,4 +1,4 @@
-"""What works on this machine, found by trying it, and how to mend what does not.
+"""What works on this machine, found by trying it, and how to fix what does not.
 
     for finding in examine():
         print(finding.level, finding.name, finding.text)
@@ -48,13 +48,13 @@ class Finding:
         name: what.
         level: `ok`; `warn`: something is missing that the main job does not need; `fail`: it needs it.
         text: what was found.
-        mend: what to do about it.
+        fix: what to do about it.
     """
 
     name: str
     level: Level
     text: str
-    mend: str = ""
+    fix: str = ""
 
     def as_json(self) -> str:
         """One line, as `lmtune.doctor` hands it over."""
@@ -144,12 +144,12 @@ def run_probes(command: Sequence[str], seconds: float) -> Iterator[Finding]:
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1][:300]
     if child.returncode != 0:
-        mend = "the parts after it were not tried; install with the versions of constraints.txt, which are tested"
+        fix = "the parts after it were not tried; install with the versions of constraints.txt, which are tested"
         why = f"no end after {seconds:.0f} s" if late.is_set() else _how_it_ended(child.returncode, last)
-        yield Finding(part, "fail", why, mend)
+        yield Finding(part, "fail", why, fix)
 
 
-def check_folder(name: str, folder: Path, level: Level, mend: str) -> Finding:
+def check_folder(name: str, folder: Path, level: Level, fix: str) -> Finding:
     """Whether a file can be made in `folder`, or the nearest folder above it that exists."""
     shown = _shown(folder)
     place = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
@@ -157,7 +157,7 @@ def check_folder(name: str, folder: Path, level: Level, mend: str) -> Finding:
         with tempfile.TemporaryFile(dir=place):
             return Finding(name, "ok", f"{shown} can be written")
     except OSError as error:
-        return Finding(name, level, f"{shown} cannot be written ({error.strerror or error})", mend)
+        return Finding(name, level, f"{shown} cannot be written ({error.strerror or error})", fix)
 
 
 def check_disk(folder: Path) -> Finding:
@@ -230,8 +230,8 @@ def main() -> None:
                 print(finding.as_json(), flush=True)
         except Exception as error:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            level, mend = _ON_FAILURE[name]
-            print(Finding(name, level, text, mend).as_json(), flush=True)  # type: ignore[arg-type]
+            level, fix = _ON_FAILURE[name]
+            print(Finding(name, level, text, fix).as_json(), flush=True)  # type: ignore[arg-type]
 
 
 def find_processor() -> Iterator[Finding]:
@@ -243,8 +243,8 @@ def find_processor() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads, {_cpu_capability()}")
     free = free_memory(torch.device("cpu")) / _PROBE_GIB
-    mend = "little for training; close other programs" if free < 2 else ""
-    yield Finding("memory", "warn" if mend else "ok", f"{free:.1f} GiB free", mend)
+    fix = "little for training; close other programs" if free < 2 else ""
+    yield Finding("memory", "warn" if fix else "ok", f"{free:.1f} GiB free", fix)
 
 
 def find_gpus() -> Iterator[Finding]:
@@ -254,11 +254,11 @@ def find_gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
         if driver and torch.version.cuda is None:
-            mend = "install torch's CUDA build; pytorch.org says how"
-            yield Finding("GPU", "warn", "there is an NVIDIA driver, but torch is a build for CPUs", mend)
+            fix = "install torch's CUDA build; pytorch.org says how"
+            yield Finding("GPU", "warn", "there is an NVIDIA driver, but torch is a build for CPUs", fix)
         elif driver:
-            mend = "its driver may be too old for this torch, or CUDA_VISIBLE_DEVICES hides it"
-            yield Finding("GPU", "warn", "there is an NVIDIA driver, but torch finds no GPU", mend)
+            fix = "its driver may be too old for this torch, or CUDA_VISIBLE_DEVICES hides it"
+            yield Finding("GPU", "warn", "there is an NVIDIA driver, but torch finds no GPU", fix)
         else:
             yield Finding("GPU", "ok", "none; small models can be tuned on the CPU")
         return
@@ -270,8 +270,8 @@ def find_gpus() -> Iterator[Finding]:
         if about.major >= 8 or torch.version.hip:  # older ones only emulate bf16
             yield Finding(f"GPU {index}", "ok", f"{text}, bf16")
         else:
-            mend = "set model.dtype=float16 or float32, and compare the loss"
-            yield Finding(f"GPU {index}", "warn", f"{text}, no bf16 of its own", mend)
+            fix = "set model.dtype=float16 or float32, and compare the loss"
+            yield Finding(f"GPU {index}", "warn", f"{text}, no bf16 of its own", fix)
 
 
 def try_quantization(kind: str) -> Iterator[Finding]:
@@ -317,14 +317,14 @@ def try_attention() -> Iterator[Finding]:
     owner = torch.tensor([0] * 40 + [1] * 56, device=device)
     mask = (owner[:, None] == owner) & torch.ones(96, 96, dtype=torch.bool, device=device).tril()
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    got, _ = attention_by_document(torch.nn.Module(), q, k, v, None, layout=SegmentLayout.of_segments(40, 56))
+    got, _ = attention_by_document(torch.nn.Module(), q, k, v, None, segments=SegmentLayout.of_segments(40, 56))
     difference = float((got.transpose(1, 2) - wanted).abs().max())
     if not difference < 1e-3:
         raise ArithmeticError(f"attention by document differs by {difference:.2g} from masked attention")
     kernels = _working_kernels(*(tensor.to(compute_dtype(device)) for tensor in (q, k, v)))
     yield Finding("attention", "ok", f"by document on {device.type}; kernels: {', '.join(kernels)}")
     if device.type == "cuda" and not {"flash", "cudnn"} & set(kernels):
-        yield Finding("attention", "warn", "no flash kernel for this GPU", "long rows are slower; nothing to mend")
+        yield Finding("attention", "warn", "no flash kernel for this GPU", "long rows are slower; nothing to fix")
 
 
 def try_processes() -> Iterator[Finding]:

@@ -7,7 +7,7 @@
     └── CheckpointError    a checkpoint cannot be resumed     exit code 2
 
 The message is for the person who can fix it: what is wrong, where (`file:line` or `section.key`), what was found,
-and what to do. Only the outermost layer (`lmtune.cli.run`) turns an error into text and an exit code. The tree is
+and what to do. Only the outermost layer (`lmtune.run`) turns an error into text and an exit code. The tree is
 drawn after httpx's `_exceptions.py`.
 """
 

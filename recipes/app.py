@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.config.load import data_paths, load_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import LmtuneError
 from lmtune.io.console import err, escape, progress
+from lmtune.run import run
 from lmtune.runs.store import RunDirectory, find_run
 
 _ABOUT_THE_SHOP = (

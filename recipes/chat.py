@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.errors import ConfigError
 from lmtune.io.console import err, escape, progress
+from lmtune.run import run
 
 
 def main(

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.config.files import split_data
 from lmtune.config.load import command_config, data_paths
 from lmtune.data.checking import check_tree, describe_check, inspect_data
 from lmtune.errors import ConfigError, DataError
 from lmtune.io.console import command, escape, out, print_json
 from lmtune.io.text import pluralize
+from lmtune.run import run
 
 
 def main(

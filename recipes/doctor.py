@@ -1,4 +1,4 @@
-"""What works on this machine, and how to mend the rest.
+"""What works on this machine, and how to fix the rest.
 
 lmtune doctor
 """
@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.doctor import examine
 from lmtune.io.console import err, escape, out, print_json, progress
 from lmtune.io.text import pluralize
+from lmtune.run import run
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -37,12 +37,12 @@ def main(
             break
         count[finding.level] += 1
         if as_json:
-            shown = {"name": finding.name, "level": finding.level, "text": finding.text, "fix": finding.mend or None}
+            shown = {"name": finding.name, "level": finding.level, "text": finding.text, "fix": finding.fix or None}
             found.append(shown)
             continue
         out.print(f"[{COLOURS[finding.level]}]{finding.level:<4}[/]  {finding.name:<15} {escape(finding.text)}")
-        if finding.mend:
-            out.print(f"      → {escape(finding.mend)}")
+        if finding.fix:
+            out.print(f"      → {escape(finding.fix)}")
     if as_json:
         print_json({"works": not count["fail"], "findings": found})
     if count["fail"]:

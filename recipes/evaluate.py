@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.data.checking import check_data
 from lmtune.io.console import escape, out, print_json, progress, warn
+from lmtune.run import run
 
 
 def main(

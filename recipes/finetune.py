@@ -11,13 +11,13 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.config.load import command_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.data.checking import check_config
 from lmtune.io.console import command, err, escape, out, progress
 from lmtune.parallel.launch import launch
 from lmtune.parallel.worker import check_world, is_worker
+from lmtune.run import run
 from lmtune.runs.store import RunDirectory, Summary
 
 

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.config.files import run_name
 from lmtune.config.json_schema import commented_yaml
 from lmtune.config.load import load_config
@@ -22,6 +21,7 @@ from lmtune.io.console import command, err, escape, out, progress
 from lmtune.io.questions import ask, choose
 from lmtune.io.text import format_list
 from lmtune.proposal import described, known_model, propose, propose_quantization, require_new, this_machine
+from lmtune.run import run
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "nf4", "int8")
 MODEL = "Qwen/Qwen3-0.6B"  # what is suggested: small, and good for its size

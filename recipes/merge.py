@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lmtune.cli import run
 from lmtune.export.merged import merge_run
+from lmtune.run import run
 from lmtune.runs.store import choose_run
 
 

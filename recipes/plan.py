@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from lmtune.cli import run
 from lmtune.config.load import command_config
 from lmtune.data.checking import check_config
 from lmtune.io.console import out, print_json, progress
+from lmtune.run import run
 
 
 def main(

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.config.load import load_config
 from lmtune.errors import ConfigError
 from lmtune.io.console import command, err, escape, out, progress
+from lmtune.run import run
 from lmtune.runs.store import expand_home, require_possible
 from lmtune.training.pretrain_config import PretrainConfig
 

@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.config.files import split_data
 from lmtune.config.load import command_config, data_paths
 from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError
 from lmtune.io.console import err, escape, out, print_json, progress
+from lmtune.run import run
 
 
 def main(

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.io.console import command, err, escape, out, progress
+from lmtune.run import run
 
 
 def main(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.io.console import err, escape, out
+from lmtune.run import run
 from lmtune.runs.store import choose_run
 
 

@@ -14,7 +14,6 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
 from lmtune.config.files import shipped_configs
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig
@@ -22,6 +21,7 @@ from lmtune.data.checking import check_config, describe_check
 from lmtune.demo import support_data, support_heldout
 from lmtune.errors import LmtuneError
 from lmtune.io.console import command, err, escape, out, program
+from lmtune.run import run
 from lmtune.runs.store import RunDirectory
 
 SHOWN_ANSWERS = 5

@@ -15,10 +15,9 @@ from typing import Annotated
 
 import typer
 
-from lmtune.cli import run
-from lmtune.data.report import describe_report
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.console import err, escape, out, print_json
+from lmtune.run import run
 from lmtune.runs.history import list_runs, overview, overview_tree, results_tree, run_tree
 from lmtune.runs.log import follow_steps
 from lmtune.runs.store import RunDirectory, choose_run
@@ -51,7 +50,20 @@ def main(
     if name is None:
         raise ConfigError(f"which run? Write lmtune runs {action.value} NAME; `lmtune runs list` shows the names")
     chosen = choose_run(name, runs_dir)
-    {Action.show: print_run, Action.follow: print_steps, Action.results: print_results}[action](chosen, as_json)
+    if action is Action.show and as_json:
+        print_json(run_tree(chosen))
+    elif action is Action.show:
+        from lmtune.runs.tables import print_run
+
+        print_run(chosen)
+    elif action is Action.follow:
+        print_steps(chosen, as_json)
+    elif not chosen.results.is_file():
+        raise ModelError(f"{chosen.path}: no results yet; they come with the first step")
+    elif as_json:
+        print_json(results_tree(chosen))
+    else:
+        typer.echo(chosen.results.read_bytes(), nl=False)
 
 
 def print_list(runs_dir: Path, as_json: bool = False) -> None:
@@ -65,28 +77,6 @@ def print_list(runs_dir: Path, as_json: bool = False) -> None:
         out.print(runs_table(runs, out.width), soft_wrap=False)
     else:
         err.print(f"no runs in {escape(str(runs_dir))}/; `lmtune quickstart` makes one, or give a folder with --dir")
-
-
-def print_run(chosen: RunDirectory, as_json: bool = False) -> None:
-    """Scores, figures, settings and what became of the rows."""
-    from lmtune.runs.tables import describe_scores, scores_table
-
-    if as_json:
-        print_json(run_tree(chosen))
-        return
-    item, summary = overview(chosen), chosen.read_summary()
-    out.print(f"[bold]{escape(item.name)}[/]  {escape(item.status)}  {item.changed:%Y-%m-%d %H:%M}")
-    if summary.reason:
-        out.print(escape(summary.reason))
-    if summary.tuned or summary.base:
-        out.print(scores_table(summary.base, summary.tuned or {}))
-        for line in describe_scores(summary.base, summary.tuned or {}, summary.standard_errors):
-            out.print(escape(line))
-    for key, value in summary.figures.items():
-        out.print(f"{escape(key.replace('_', ' '))}: {value:,}")
-    out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")
-    if report := chosen.read_data_report():
-        out.print(f"\n[bold]data[/]\n{escape(describe_report(report))}")
 
 
 def print_steps(chosen: RunDirectory, as_json: bool = False) -> None:
@@ -104,16 +94,6 @@ def print_steps(chosen: RunDirectory, as_json: bool = False) -> None:
         return
     item = overview(chosen)
     err.print(f"{escape(item.name)} is {escape(item.status)}" + (f" at step {item.steps}" if item.steps else ""))
-
-
-def print_results(chosen: RunDirectory, as_json: bool = False) -> None:
-    """`results.csv` as it is, or as a list of rows."""
-    if not chosen.results.is_file():
-        raise ModelError(f"{chosen.path}: no results yet; they come with the first step")
-    if as_json:
-        print_json(results_tree(chosen))
-    else:
-        typer.echo(chosen.results.read_bytes(), nl=False)
 
 
 if __name__ == "__main__":

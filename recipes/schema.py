@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from lmtune.cli import run
 from lmtune.config.json_schema import REQUIRED, json_schema, settings
 from lmtune.io.console import escape, out
+from lmtune.run import run
 
 
 def main(

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.cli import VERBS, main, run
+from lmtune.cli import VERBS, main
 from lmtune.errors import CheckpointError, ConfigError, DataError, LmtuneError, ModelError
 from lmtune.io.text import format_list
+from lmtune.run import run
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
@@ -117,7 +118,7 @@ def test_the_exit_code_is_noted_for_the_launcher(outcome, tmp_path: Path, monkey
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:
-    code = "from lmtune.cli import run\ndef recipe():\n for _ in range(100_000): print('a line of output')\nrun(recipe)"
+    code = "from lmtune.run import run\ndef recipe():\n for _ in range(100_000): print('a line of output')\nrun(recipe)"
     command = f'{sys.executable} -c "$CODE" | head -n 1; echo ${{PIPESTATUS[0]}}'
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, check=False, env={**os.environ, "CODE": code}

@@ -112,7 +112,7 @@ def test_a_value_of_the_wrong_kind_says_what_it_should_be(tmp_path: Path, overri
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (LEAST + "model: {name: other}\n", "trial.yaml:3: not valid YAML: the key 'model' stands here a second time"),
+        (LEAST + "model: {name: other}\n", "trial.yaml:3: not valid YAML: duplicate key 'model'"),
         ("model: &m {name: tiny}\ndata: *m\n", "aliases"),
         ("model: !!python/name:os.system\n", "not valid YAML"),
     ],

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lmtune.io import console
-from lmtune.io.console import err, escape, keep_without_stderr, out, warn
+from lmtune.io.console import err, escape, out, tolerate_closed_stderr, warn
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_without_a_reader_of_stderr_the_work_goes_on(monkeypatch: pytest.MonkeyP
     reading, writing = os.pipe()
     os.close(reading)
     monkeypatch.setattr(sys, "stderr", open(writing, "w", buffering=1))  # noqa: SIM115
-    keep_without_stderr()  # else Rich ends the program
+    tolerate_closed_stderr()  # else Rich ends the program
     for _ in range(3):
         err.print("nobody")
         print("nobody", file=sys.stderr, flush=True)

@@ -38,11 +38,11 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
-    assert check_folder("runs", tmp_path / "new" / "runs", "fail", "mend").level == "ok"
+    assert check_folder("runs", tmp_path / "new" / "runs", "fail", "fix").level == "ok"
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
-    found = check_folder("runs", tmp_path / "file" / "runs", "fail", "mend")
-    assert (found.level, found.mend) == ("fail", "mend")
+    found = check_folder("runs", tmp_path / "file" / "runs", "fail", "fix")
+    assert (found.level, found.fix) == ("fail", "fix")
     assert "cannot be written" in found.text
 
 
@@ -123,7 +123,7 @@ def test_one_failing_trial_does_not_stop_the_next(
     found = {line["name"]: line for line in lines if "level" in line}
     assert (found["nf4"]["level"], found["int8"]["level"], found["CPU"]["level"]) == ("fail", "warn", "ok")
     assert found["nf4"]["text"] == "RuntimeError: no kernel for this"
-    assert "model.quantization=none" in found["nf4"]["mend"]
+    assert "model.quantization=none" in found["nf4"]["fix"]
 
 
 @pytest.mark.slow

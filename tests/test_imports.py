@@ -28,7 +28,7 @@ LAYERS = (
     {"evaluation"},
     {"training"},
     {"export", "serve", "doctor", "proposal"},
-    {"api"},
+    {"api", "run"},
     {"recipes", "cli", "app", "__main__"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

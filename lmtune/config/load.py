@@ -64,18 +64,16 @@ def command_config(
     path = None if target is None else find_config(target, sections, verb)
     tree: dict[str, Any] = {} if path is None else _read(path)
     if path is not None and "adapter" in read_yaml(path):
-        warn(f"{path}: the section adapter is called tuning now, and tuning.kind tuning.kind; both names are read")
-    given = {
-        **({"model.name": model} if model else {}),
-        **({"data.train": [str(path) for path in data]} if data else {}),
-    }
-    for key, value in given.items():
-        _set(tree, key, value[0] if isinstance(value, list) and len(value) == 1 else value)
+        warn(f"{path}: the section adapter is called tuning now, and adapter.method tuning.kind; both names are read")
+    if model:
+        _set(tree, "model.name", model)
+    if data:
+        _set(tree, "data.train", str(data[0]) if len(data) == 1 else [str(path) for path in data])
     _apply(tree, overrides)
     if path is None:
         _require_model_and_data(tree, verb)
-    first = next(iter(_listed(_get(tree, "data", "train"))), None)
-    name = path.stem if path is not None else run_name(str(first))
+    train = _get(tree, "data", "train")
+    name = path.stem if path is not None else run_name(str(train[0] if isinstance(train, list) and train else train))
     return _checked(FinetuneConfig, tree, (), str(path or f"lmtune {verb}"), name)
 
 
@@ -94,10 +92,6 @@ def _get(tree: Any, *keys: str) -> Any:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -160,8 +154,6 @@ def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
     """The checked config of a plain nested mapping; `where` begins the error message."""
     if schema is FinetuneConfig:
         tree = with_tuning_section(tree, where)
-    if problems := [f"{key}: holds a NUL character; remove it" for key in _with_nul(tree)]:
-        raise ConfigError(f"{where}: {_counted(problems)}\n{format_list(problems)}")
     try:
         # Through JSON, where strict means what it should: a list is a tuple, a mapping a section, "3" no number.
         config = TypeAdapter(schema).validate_json(json.dumps(tree, default=str))
@@ -233,12 +225,3 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {part} is not a section, so it has no keys to set")
     node[last] = value
-
-
-def _with_nul(value: Any, key: str = "") -> list[str]:
-    """The keys of all values that hold a NUL, which no path may and no model has learned."""
-    if isinstance(value, str):
-        return [key] * ("\0" in value)
-    if isinstance(value, Mapping):
-        return [k for name, item in value.items() for k in _with_nul(item, f"{key}.{name}".lstrip("."))]
-    return [k for item in value for k in _with_nul(item, key)] if isinstance(value, (list, tuple)) else []

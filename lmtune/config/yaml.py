@@ -1,8 +1,8 @@
 """YAML read strictly: plain data only, every key once, numbers as a person writes them.
 
-PyYAML's safe loader keeps the last of two equal keys, reads `1e-4` as a string and `2024-01-01` as a date, and expands
-aliases without limit (a small file can then fill the memory). Here a repeated key, an alias, a merge (`<<`) and a tag
-(`!!name`) are errors with their line, `1e-4` is a number, and a date stays a string.
+PyYAML's safe loader keeps the last of two equal keys, reads `1e-4` as a string, `2024-01-01` as a date, `010` as 8 and
+`1:30` as 90, and expands aliases without limit (a small file can then fill the memory). Here `1e-4` is a number, the
+other three stay text, and a repeated key, an alias and a tag (`!!name`) are errors with their line.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ import yaml
 from lmtune.errors import ConfigError
 
 _MAX_BYTES = 1_000_000  # a config is a page of text; a larger file is a mistake
-_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]")  # of base eight, as 1:30 is of base sixty
-_MAX_DIGITS = 200  # of a number; Python takes minutes for some of a million, and does not print those over 4,300
+_INT = r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"
+_FLOAT = (
+    r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+)
+_PLAIN = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:bool")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader without aliases, tags and dates, with `1e-4` as a float and repeated keys as an error."""
+    """SafeLoader without aliases and tags, with plain numbers only and repeated keys as an error."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -43,34 +47,17 @@ class _StrictLoader(yaml.SafeLoader):
         try:
             return text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
-            raise _fault(node.start_mark, "half a character (a lone surrogate such as \\ud83d); rewrite it") from None
-
-    def construct_number(self, node: Any) -> int | float:
-        """A number, in any base and with any separators that YAML knows."""
-        if len(node.value) > _MAX_DIGITS:
-            raise _fault(node.start_mark, f"a number of {len(node.value):,} characters; {_MAX_DIGITS} are the most")
-        real = node.tag == "tag:yaml.org,2002:float"
-        number: int | float = self.construct_yaml_float(node) if real else self.construct_yaml_int(node)
-        if ":" in node.value or (not real and _LEADING_ZERO.match(node.value)):
-            raise _fault(node.start_mark, f"{node.value} is {number} to YAML; write that, or quotes around a text")
-        return number
+            raise _fault(node.start_mark, "unpaired surrogate such as \\ud83d; rewrite the text") from None
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _fault(key_node.start_mark, "a key must be a plain word")
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                raise _fault(key_node.start_mark, "merging (<<) is not supported; write it out")
-            if key in seen:
-                raise _fault(key_node.start_mark, f"the key {key!r} stands here a second time")
-            seen.add(key)
+            if key_node.value in seen:
+                raise _fault(key_node.start_mark, f"duplicate key {key_node.value!r}; remove one")
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
-
-
-for _tag in ("int", "float"):
-    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _StrictLoader.construct_number)
 
 
 class _StrictDumper(yaml.SafeDumper):
@@ -83,12 +70,9 @@ class _StrictDumper(yaml.SafeDumper):
 
 
 _StrictDumper.add_representer(str, _StrictDumper.represent_str)
-
-
 for _class in (_StrictLoader, _StrictDumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INT), list("-+0123456789"))
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
 def _fault(mark: Any, problem: str) -> yaml.MarkedYAMLError:
@@ -111,16 +95,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections like `model: {{name: tiny}}`, got {type(tree).__name__}")
+        raise ConfigError(f"{path}: got {type(tree).__name__}; expected sections like `model: {{name: tiny}}`")
     return tree
 
 
 def read_yaml_value(text: str, where: str) -> Any:
-    """The value of a command line override, written as in YAML; what is none but holds a `*` or `?` stays text."""
+    """The value of a command line override, written as in YAML; a pattern of file names (`*.jsonl`) stays text."""
     try:
         return _parse(text, where)
     except ConfigError:
-        if "*" in text or "?" in text:  # a pattern of file names, which is told so where it is used
+        if "*" in text or "?" in text:
             return text
         raise
 

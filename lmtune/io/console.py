@@ -221,13 +221,13 @@ def plain_bars() -> bool:
     return _plain_bars
 
 
-def keep_without_stderr() -> None:
+def tolerate_closed_stderr() -> None:
     """From here on work goes on when nobody reads stderr any more, as `lmtune … 2>&1 | tee log` after Ctrl-C."""
-    if sys.stderr is not None and not isinstance(sys.stderr, _Forgiving):
-        sys.stderr = _Forgiving(sys.stderr)
+    if sys.stderr is not None and not isinstance(sys.stderr, BrokenPipeTolerantStream):
+        sys.stderr = BrokenPipeTolerantStream(sys.stderr)
 
 
-class _Forgiving:
+class BrokenPipeTolerantStream:
     """A text stream that forgets what it cannot write."""
 
     def __init__(self, stream: Any) -> None:

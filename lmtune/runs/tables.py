@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from lmtune.io.console import escape
+from lmtune.data.report import describe_report
+from lmtune.io.console import escape, out
 from lmtune.io.text import is_finite_number, pluralize
-from lmtune.runs.history import Overview
-from lmtune.runs.store import ScoreValues
+from lmtune.runs.history import Overview, overview
+from lmtune.runs.store import RunDirectory, ScoreValues
 
 # key in summary.json: (name, the Hub's metric type)
 SCORES = {
@@ -145,3 +146,24 @@ def runs_table(runs: Sequence[Overview], width: int) -> Table:
         ]  # fmt: skip
         table.add_row(*(cell for cell, (_, least) in zip(cells, columns, strict=True) if width >= least))
     return table
+
+
+def print_run(chosen: RunDirectory) -> None:
+    """Show one run: scores, figures, settings and what became of the rows.
+
+    Raises:
+        LmtuneError: a file of the run is damaged.
+    """
+    item, summary = overview(chosen), chosen.read_summary()
+    out.print(f"[bold]{escape(item.name)}[/]  {escape(item.status)}  {item.changed:%Y-%m-%d %H:%M}")
+    if summary.reason:
+        out.print(escape(summary.reason))
+    if summary.tuned or summary.base:
+        out.print(scores_table(summary.base, summary.tuned or {}))
+        for line in describe_scores(summary.base, summary.tuned or {}, summary.standard_errors):
+            out.print(escape(line))
+    for key, value in summary.figures.items():
+        out.print(f"{escape(key.replace('_', ' '))}: {value:,}")
+    out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")
+    if report := chosen.read_data_report():
+        out.print(f"\n[bold]data[/]\n{escape(describe_report(report))}")

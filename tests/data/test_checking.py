@@ -110,7 +110,7 @@ def run_check(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`lmtune check` as a user runs it; the modules it loaded stand in the last line of stderr."""
     program = (
         "import atexit, sys; atexit.register(lambda: print(' '.join(sys.modules), file=sys.stderr));"
-        "from lmtune.cli import run; from lmtune.recipes.check import main; run(main)"
+        "from lmtune.run import run; from lmtune.recipes.check import main; run(main)"
     )
     return subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=cwd, timeout=60

@@ -6,8 +6,8 @@ TROUBLE is a pickled trouble in hexadecimal digits, RANK_IN_TROUBLE the process 
 import os
 import pickle
 
-from lmtune.cli import run
 from lmtune.recipes.finetune import main
+from lmtune.run import run
 
 if os.environ.get("RANK") == os.environ["RANK_IN_TROUBLE"]:
     pickle.loads(bytes.fromhex(os.environ["TROUBLE"]))()

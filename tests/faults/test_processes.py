@@ -243,7 +243,7 @@ def test_16_a_job_with_a_killed_process_ends_within_half_a_minute(place: Path) -
 @pytest.mark.long
 def test_19_a_job_of_which_one_process_left_early_has_failed(place: Path) -> None:
     """After the last meeting, so that only the launcher can notice: it counts who finished."""
-    trouble = at_call("lmtune.cli", "note_exit_code", partial(marked, vanish))
+    trouble = at_call("lmtune.run", "note_exit_code", partial(marked, vanish))
     done, _ = launched(place, 1, trouble)
     assert done.returncode == 1
     assert "error: 1 of 2 processes ended before their work" in done.stderr

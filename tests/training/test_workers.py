@@ -156,7 +156,7 @@ def test_a_run_that_ended_well_has_ended_well_though_it_was_to_stop(
 RECIPE = """
 import os, signal, sys, time
 from pathlib import Path
-from lmtune.cli import run
+from lmtune.run import run
 from lmtune.errors import DataError
 from lmtune.parallel.launch import check_world
 
