@@ -16,12 +16,20 @@ DEMO = ROOT / "lmtune" / "demo"  # its sentences are data: what the embedded mod
 RETIRED = {
     r"read in an afternoon": "(nothing: it is not true)",
     r"fp8": "(nothing: it is gone)",
+    r"fates?": "data report",
+    r"dealt|deals? out|dealing": "assign",
+    r"laid down|lay(s|ing)? down|laid once": "pack",
+    r"meetings?": "collective",
+    r"fast ways?": "optimized path",
+    r"dear(er|est)": "more expensive",
+    r"gone on with": "continue, resume",
+    r"(is|are) no number": "is not a number",
 }
 
 
 @pytest.mark.parametrize("word", RETIRED)
 def test_nobody_uses(word: str) -> None:
-    pattern = re.compile(rf"\b({word})\b|\b({word[0].upper()}{word[1:]})\b")
+    pattern = re.compile(rf"\b({word})\b", re.IGNORECASE)
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
         for path in FILES
