@@ -25,8 +25,8 @@ test-real: .venv/installed-real
 	LMTUNE_REAL=.venv/real $(BIN)/python -m pytest tests/real -m real --timeout 900
 
 check: .venv/installed-check
-	$(BIN)/ruff check lmtune recipes tests benchmarks .ci app.py
-	$(BIN)/ruff format --check lmtune recipes tests benchmarks .ci app.py
+	$(BIN)/ruff check lmtune recipes tests benchmarks tools .ci app.py
+	$(BIN)/ruff format --check lmtune recipes tests benchmarks tools .ci app.py
 	$(BIN)/mypy --strict lmtune
 	$(BIN)/python .ci/audit.py constraints.txt
 

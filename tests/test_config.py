@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from lmtune.config import schema as config_module
 from lmtune.config.load import build_config, command_config, dump_config, load_config, to_tree
+from lmtune.config.pretrain import PretrainConfig
 from lmtune.config.schema import FinetuneConfig, ModelConfig, RunConfig
 from lmtune.config.yaml import read_yaml, read_yaml_value
 from lmtune.errors import ConfigError
 from lmtune.io.text import without_absolute_paths
-from lmtune.training.pretrain_config import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 LEAST = "model: {name: tiny}\ndata: {train: rows.jsonl}\n"
@@ -64,8 +64,8 @@ def test_a_misspelt_section_names_the_right_one(tmp_path: Path) -> None:
 
 
 def test_the_keys_of_another_schema_are_suggested_too(tmp_path: Path) -> None:
-    path = written(tmp_path, "data: {world_document: 10}\noutput: {dir: x}\n")
-    with pytest.raises(ConfigError, match=r"data\.world_document: unknown key; did you mean world_documents\?"):
+    path = written(tmp_path, "data: {pathh: texts}\noutput: {dir: x}\n")
+    with pytest.raises(ConfigError, match=r"data\.pathh: unknown key; did you mean path\?"):
         load_config(PretrainConfig, path)
 
 

@@ -13,9 +13,9 @@ from jsonschema import Draft202012Validator
 
 from lmtune.config.json_schema import REQUIRED, commented_yaml, json_schema, settings
 from lmtune.config.load import build_config, to_tree
+from lmtune.config.pretrain import PretrainConfig
 from lmtune.config.schema import FinetuneConfig
 from lmtune.config.yaml import read_yaml
-from lmtune.training.pretrain_config import PretrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 LEAST: dict[str, Any] = {"model.name": "tiny", "data.train": "rows.jsonl"}

@@ -15,8 +15,8 @@ import typer
 import lmtune
 from lmtune.cli import VERBS
 from lmtune.config.json_schema import settings
+from lmtune.config.pretrain import PretrainConfig
 from lmtune.config.schema import FinetuneConfig
-from lmtune.training.pretrain_config import PretrainConfig
 from tests.test_imports import LAYERS
 
 ROOT = Path(__file__).parents[1]

@@ -130,7 +130,10 @@ def test_every_shipped_config_runs(path: Path, folder: Path, environment: dict[s
     text = path.read_text(encoding="utf-8")
     if "adapter" not in text and "tokenizer" in text:
         shutil.rmtree(folder / "made", ignore_errors=True)
-        arguments = ["pretrain", str(path), "train.max_steps=2", "data.world_documents=400", "output.dir=made"]
+        subprocess.run(
+            [sys.executable, "-m", "tools.world", folder / "world", "--documents", "400"], cwd=ROOT, check=True
+        )
+        arguments = ["pretrain", str(path), "train.max_steps=2", "output.dir=made"]
     else:
         rows = [] if "examples/" in text else ["data.train=my.jsonl"]
         arguments = ["finetune", str(path), *SMALL, *rows, f"run.name=config-{path.stem.replace('.', '-')}"]

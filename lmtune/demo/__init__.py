@@ -1,4 +1,4 @@
-"""The embedded default: a tiny base model, the world it was trained on, and example data.
+"""The embedded default: a tiny base model, and example data.
 
 It shows the whole work of lmtune on any computer, offline, in two minutes. The model knows nothing beyond its world.
 """

@@ -1,28 +1,35 @@
-"""From plain text to the blocks of tokens that pretraining reads, and the tokenizer between them.
+"""Plain text for pretraining: the documents, the tokenizer trained on them, and blocks of their tokens.
 
     documents → byte-level BPE → one long stream of tokens → blocks of fixed length, without padding
 
-Each token knows its place in its document, so documents that share a block do not see each other. Conversations of the
-built-in world are written with the chat template; a user's text is never read as control tokens.
+A block is an example whose sequences are the documents in it, so documents do not attend to each other. Conversations
+are written with the chat template; in a text, control tokens are just characters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lmtune.demo.world import Document, world
+from lmtune.config.pretrain import CorpusConfig
+from lmtune.data.reading import ReadReport, read_examples
+from lmtune.data.sequences import SequenceTable
+from lmtune.data.sources import find_files
+from lmtune.data.types import Example, TokenizedExample, TokenSequence
 from lmtune.errors import DataError
 from lmtune.io.text import format_list
-from lmtune.training.pretrain_config import CorpusConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, PAD, TURN_END = "<|end_of_text|>", "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -49,59 +56,80 @@ _CHUNK_DOCUMENTS = 2000  # encoded at a time, so that all cores work and memory 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to learn, and documents to measure on; none of these stands among those."""
+    """Documents to learn, and documents to measure on, none of which is learned."""
 
-    train: Sequence[Document]
-    validation: Sequence[Document]
+    train: Sequence[Example]
+    validation: Sequence[Example]
 
 
-@dataclass(frozen=True)
-class TokenStream:
-    """Documents end to end. N tokens.
+class Blocks:
+    """N tokens cut into blocks of B: an `ExampleStore` whose examples are the blocks, every token a target.
+
+    A document that an edge cuts goes on in the next block as a sequence of its own. A rest shorter than a block is left
+    out, unless it is all there is.
 
     Attributes:
-        input_ids: `int32[N]`.
-        position_ids: `int32[N]`, from 0 within each document.
+        num_tokens: N, of whole blocks.
+        sequences: of the blocks; a single token predicts nothing and is left out.
     """
 
-    input_ids: np.ndarray[Any, np.dtype[np.int32]]
-    position_ids: np.ndarray[Any, np.dtype[np.int32]]
+    def __init__(self, documents: Sequence[npt.NDArray[np.int32]], block_length: int) -> None:
+        """
+        Args:
+            documents: token ids of each.
+            block_length: B.
+        """
+        self._ids = np.concatenate(documents)
+        length = min(block_length, len(self._ids))
+        self.num_tokens = len(self._ids) // length * length
+        begins = np.cumsum([0, *map(len, documents)])
+        begins = np.union1d(begins[begins < self.num_tokens], np.arange(0, self.num_tokens, length))
+        ends = np.append(begins[1:], self.num_tokens)
+        kept = ends - begins > 1
+        self._begins, self._ends = begins[kept], ends[kept]
+        lengths = (self._ends - self._begins).astype(np.int32)
+        first = np.searchsorted(self._begins, np.arange(0, self.num_tokens + length, length))
+        self.sequences = SequenceTable(lengths, lengths - 1, first)
+        self.signature = hashlib.sha256(self._ids.tobytes()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.sequences.first) - 1
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        places = range(self.sequences.first[index], self.sequences.first[index + 1])
+        parts = [self._ids[self._begins[place] : self._ends[place]] for place in places]
+        return TokenizedExample(self.location(index), tuple(TokenSequence(ids, _all_but_first(ids)) for ids in parts))
+
+    def location(self, index: int) -> str:
+        """`block N`: its documents may be of several files."""
+        return f"block {index + 1}"
+
+    def with_values(self, name: str, values: npt.NDArray[np.float32]) -> Blocks:
+        """Text has no values."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """B blocks of T tokens.
-
-    Attributes:
-        input_ids: `int64[B, T]`.
-        position_ids: `int64[B, T]`, from 0 at each document and each block.
-        targets: `int64[B, T]`, the next token; -100 where a document or block ends.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    targets: torch.Tensor
+def _all_but_first(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    return np.arange(len(ids)) > 0
 
 
 def read_corpus(data: CorpusConfig) -> Corpus:
-    """Read or write the documents, shuffle them, and hold out some.
+    """Read the documents, shuffle them, and hold out some.
 
     Raises:
-        DataError: no text is found, a file is not UTF-8, or there are too few documents to hold one out.
+        DataError: no text is found, a file cannot be read, or there are too few documents to hold one out.
     """
-    documents: list[Document]
-    if data.world_documents is not None:
-        documents = list(world(data.world_documents, data.seed))
-    else:
-        documents = list(_read_texts(Path(str(data.path)), data.split))
+    path = Path(data.path)
+    found = [*_read_texts(path, data.split), *_read_rows(path)]
+    if not found:
+        problem = "holds no text" if os.path.exists(path) else "not found"
+        raise DataError(f"data.path: {data.path}: {problem}; expected .txt or .jsonl files")
+    documents = found
     Random(data.seed).shuffle(documents)
     held_out = max(1, round(len(documents) * data.validation_fraction))
     train = documents[held_out:]
-    known = set(train)
-    validation = [document for document in documents[:held_out] if document not in known]
+    known = {_content(document) for document in train}
+    validation = [document for document in documents[:held_out] if _content(document) not in known]
     if not train or not validation:
         raise DataError(
             f"data.path: {data.path} holds {len(documents)} documents, of which none can be held out to measure on; "
@@ -110,13 +138,13 @@ def read_corpus(data: CorpusConfig) -> Corpus:
     return Corpus(train, validation)
 
 
-def train_tokenizer(documents: Sequence[Document], vocabulary_size: int) -> Any:
+def train_tokenizer(documents: Sequence[Example], vocabulary_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a chat template, learned from `documents`.
 
     Digits stand alone, so that numbers are read the same wherever they stand.
 
     Returns:
-        A transformers tokenizer of at most `vocabulary_size` tokens.
+        A tokenizer of at most `vocabulary_size` tokens.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -129,7 +157,7 @@ def train_tokenizer(documents: Sequence[Document], vocabulary_size: int) -> Any:
         vocab_size=vocabulary_size, special_tokens=[END_OF_TEXT, PAD, TURN_END, *ROLES], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    texts = (text for document in documents for text in _texts(document))
+    texts = (text for document in documents for text in _content(document))
     tokenizer.train_from_iterator(texts, trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD,
@@ -139,41 +167,34 @@ def train_tokenizer(documents: Sequence[Document], vocabulary_size: int) -> Any:
     return wrapped
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Any) -> TokenStream:
-    """All documents as one stream; each ends with the end-of-text token."""
-    end = int(tokenizer.eos_token_id)
-    ids: list[np.ndarray[Any, np.dtype[np.int32]]] = []
-    for start in range(0, len(documents), _CHUNK_DOCUMENTS):
-        for encoded in _encode(documents[start : start + _CHUNK_DOCUMENTS], tokenizer):
-            ids.append(np.array([*encoded, end], dtype=np.int32))
-    positions = [np.arange(len(document), dtype=np.int32) for document in ids]
-    return TokenStream(np.concatenate(ids), np.concatenate(positions))
+def tokenize(documents: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[npt.NDArray[np.int32]]:
+    """The token ids of each document, and the end-of-text token; texts first, conversations after."""
+    backend, end = tokenizer.backend_tokenizer, int(tokenizer.eos_token_id)
+    texts = [document.text for document in documents if document.text is not None]
+    chats = [
+        [{"role": message.role, "content": message.content} for message in document.messages]
+        for document in documents if document.text is None
+    ]  # fmt: skip
+    ids: list[npt.NDArray[np.int32]] = []
+
+    def encode(some: Sequence[str]) -> None:
+        for start in range(0, len(some), _CHUNK_DOCUMENTS):
+            encoded = backend.encode_batch(some[start : start + _CHUNK_DOCUMENTS], add_special_tokens=False)
+            ids.extend(np.array([*encoding.ids, end], dtype=np.int32) for encoding in encoded)
+
+    backend.encode_special_tokens = True  # "<|end|>" in a text is just these characters
+    encode(texts)
+    backend.encode_special_tokens = False
+    if chats:
+        encode(tokenizer.apply_chat_template(chats, tokenize=False))
+    return ids
 
 
-def num_blocks(stream: TokenStream, block_length: int) -> int:
-    """How many blocks `stream` is cut into; a shorter rest counts as one only where it is all there is."""
-    return max(1, len(stream) // block_length)
-
-
-def take_blocks(stream: TokenStream, block_length: int, indices: Sequence[int]) -> Blocks:
-    """The blocks of these numbers. A document cut by a block's edge goes on in the next block from position 0."""
-    block_length = min(block_length, len(stream))
-    rows = np.asarray(indices)[:, None] * block_length + np.arange(block_length)[None]  # [B, T]
-    ids, positions = stream.input_ids[rows].astype(np.int64), stream.position_ids[rows].astype(np.int64)
-    # A block's first document may have begun before it: count from the block's start up to the first new document.
-    begun = np.maximum.accumulate(positions == 0, axis=1)
-    positions = np.where(begun, positions, np.arange(block_length)[None])
-    targets = np.full_like(ids, -100)
-    targets[:, :-1] = np.where(positions[:, 1:] == 0, -100, ids[:, 1:])
-    return Blocks(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets))
-
-
-def _read_texts(path: Path, split: str) -> Iterator[str]:
-    files = [path] if os.path.isfile(path) else sorted(path.rglob("*.txt")) if os.path.isdir(path) else []
-    if not files:
-        problem = "holds no .txt file" if os.path.isdir(path) else "not found"
-        raise DataError(f"data.path: {path} {problem}")
-    unreadable, found = [], False
+def _read_texts(path: Path, split: str) -> Iterator[Example]:
+    """The documents in .txt files."""
+    is_text = os.path.isfile(path) and path.suffix != ".jsonl"
+    files = [path] if is_text else sorted(path.rglob("*.txt")) if os.path.isdir(path) else []
+    unreadable = []
     for file in files:
         try:
             text = file.read_text(encoding="utf-8-sig")
@@ -182,33 +203,21 @@ def _read_texts(path: Path, split: str) -> Iterator[str]:
             continue
         for part in text.split("\n\n") if split == "paragraph" else [text]:
             if part.strip():
-                found = True
-                yield part.strip()
+                yield Example(file.name, 1, text=part.strip())
     if unreadable:
         raise DataError(f"{len(unreadable)} files cannot be read\n{format_list(unreadable)}")
-    if not found:
-        raise DataError(f"data.path: the text files in {path} are empty")
 
 
-def _texts(document: Document) -> Iterator[str]:
-    """The texts that the tokenizer learns from: a document's own words."""
-    if isinstance(document, str):
-        yield document
-    else:
-        yield from (turn.content for turn in document)
+def _read_rows(path: Path) -> Iterator[Example]:
+    """The rows of .jsonl files."""
+    is_rows = os.path.isfile(path) and path.suffix == ".jsonl"
+    files = [path] if is_rows else sorted(path.rglob("*.jsonl")) if os.path.isdir(path) else []
+    if files:
+        report = ReadReport()
+        yield from read_examples(find_files(files), report)
+        report.raise_for_faults("error", 1)
 
 
-def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of each document: texts without control tokens first, conversations through the template after."""
-    backend = tokenizer.backend_tokenizer
-    texts = [document for document in documents if isinstance(document, str)]
-    chats = [
-        [{"role": message.role, "content": message.content} for message in document]
-        for document in documents if not isinstance(document, str)
-    ]  # fmt: skip
-    backend.encode_special_tokens = True  # "<|end|>" in a text is just these characters
-    yield from (encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False))
-    backend.encode_special_tokens = False
-    if chats:
-        rendered = tokenizer.apply_chat_template(chats, tokenize=False)
-        yield from (encoding.ids for encoding in backend.encode_batch(rendered, add_special_tokens=False))
+def _content(document: Example) -> tuple[str, ...]:
+    """The texts of a document, without its control tokens."""
+    return (document.text,) if document.text is not None else tuple(turn.content for turn in document.messages)

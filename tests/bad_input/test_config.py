@@ -132,14 +132,14 @@ PLACES: dict[str, tuple[tuple[str, ...], str]] = {  # arguments, what is said
     "a merged model below a device": (("merge", "done", "--output", "/dev/null/x"), "--output: /dev/null/x: Not a dir"),
     "an adapter to pull": (("pull", "a/b", "--output", LONG), f"--output: {LONG}: File name too long"),
     "a model to make": (("pretrain", "new.yaml", f"output.dir={LONG}"), f"output.dir: {LONG}: File name too long"),
-    "text to learn": (("pretrain", "new.yaml", f"data.path={LONG}", "data.world_documents=null"), "not found"),
+    "text to learn": (("pretrain", "new.yaml", f"data.path={LONG}"), "not found"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_a_place_that_cannot_be_is_named(place: Path, refused: Callable[..., Outcome], name: str) -> None:
     (place / "trial.yaml").write_text("model: {name: tiny}\ndata: {train: trial.yaml}\n")
-    (place / "new.yaml").write_text("data: {world_documents: 9}\noutput: {dir: new}\n")
+    (place / "new.yaml").write_text("data: {path: texts}\noutput: {dir: new}\n")
     run = write_records(place / "runs" / "done")
     run.adapter.mkdir()
     (run.adapter / "adapter_model.safetensors").touch()

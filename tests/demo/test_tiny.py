@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 
 from lmtune.config.load import load_config
+from lmtune.config.pretrain import PretrainConfig
 from lmtune.config.schema import FinetuneConfig, ModelConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.types import Message
 from lmtune.demo import support_data, support_heldout, tiny_path
 from lmtune.inference.engine import Sampling, TransformersEngine
 from lmtune.models.base import load_model, load_tokenizer
-from lmtune.training.pretrain_config import PretrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 TINY = ModelConfig(name="tiny", quantization="none")

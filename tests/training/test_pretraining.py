@@ -8,17 +8,27 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from lmtune.batching.plan import Totals, Unit
+from lmtune.batching.prefetch import pack_units
 from lmtune.config.load import build_config, load_config
-from lmtune.demo.world import Turn, world
+from lmtune.config.pretrain import CorpusConfig, PretrainConfig
+from lmtune.data.types import Example, Message
 from lmtune.errors import ConfigError, DataError
-from lmtune.training.corpus import TURN_END, TokenStream, read_corpus, take_blocks, tokenize, train_tokenizer
-from lmtune.training.pretrain_config import CorpusConfig, PretrainConfig
-from lmtune.training.pretraining import block_numbers, build_model, perplexity, pretrain
+from lmtune.evaluation.scoring import teacher_forced
+from lmtune.forward.packed import PackedForward
+from lmtune.models.tuning.full import Full
+from lmtune.objectives.sft import Sft
+from lmtune.parallel.single import Single
+from lmtune.training.corpus import TURN_END, Blocks, read_corpus, tokenize, train_tokenizer
+from lmtune.training.pretrain import build_model, pretrain
+from lmtune.training.step import step_gradients
 from tests import processes
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
@@ -61,8 +71,8 @@ def test_the_command_trains_a_model_that_plain_transformers_loads(workplace: Pat
     value = float(done.stdout.split("held-out text: ")[1].split()[0])
     assert 1.0 < value < 320.0
     config = load_config(PretrainConfig, "small.yaml")
-    held_out = tokenize(read_corpus(config.data).validation, tokenizer)
-    assert perplexity(model, held_out, 32, 4) == pytest.approx(value, abs=0.01)
+    held_out = Blocks(tokenize(read_corpus(config.data).validation, tokenizer), 32)
+    assert teacher_forced(PackedForward(model), held_out, 512).perplexity == pytest.approx(value, abs=0.01)
     card = Path("out/README.md").read_text(encoding="utf-8")
     assert f"| perplexity on held-out text | {value:.2f} |" in card
     assert not [file for file in Path("out").iterdir() if str(workplace).encode() in file.read_bytes()]
@@ -106,7 +116,7 @@ def test_ctrl_c_ends_early_and_saves(workplace: Path) -> None:
         ("model.architecture=gpt2", "model.architecture"),
         ("model.hidden_size=65", "model.hidden_size"),
         ("model.num_key_value_heads=3", "model.num_key_value_heads"),
-        ("data.world_documents=10", "data.path"),
+        ("data.world_documents=10", "data.world_documents: unknown key"),
         ("train.block_length=4096", "train.block_length"),
         ("data.path=nowhere", "data.path"),
     ],
@@ -132,78 +142,98 @@ def test_text_that_cannot_be_read_is_named(workplace: Path) -> None:
     with pytest.raises(DataError, match="paragraph"):
         read_corpus(CorpusConfig(path="texts/a.txt"))
     Path("texts/a.txt").write_text(" \n\n ")
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(DataError, match="holds no text"):
         read_corpus(CorpusConfig(path="texts/a.txt"))
+    Path("texts/rows.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2"):
+        read_corpus(CorpusConfig(path="texts/rows.jsonl"))
+
+
+def test_rows_of_text_and_of_messages_are_documents_too(workplace: Path) -> None:
+    chat = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
+    Path("texts/more/chats.jsonl").write_text(chat)
+    corpus = read_corpus(CorpusConfig(path="texts", split="paragraph"))
+    found = [*corpus.train, *corpus.validation]
+    assert len(found) == len(SENTENCES) + 1
+    assert [document.messages[1].content for document in found if document.messages] == ["Hello!"]
 
 
 def test_held_out_documents_are_not_learned(workplace: Path) -> None:
     Path("texts/a.txt").write_text("\n\n".join(SENTENCES * 2), encoding="utf-8")
     corpus = read_corpus(CorpusConfig(path="texts", split="paragraph", validation_fraction=0.3))
     assert corpus.validation
-    assert not set(corpus.train) & set(corpus.validation)
+    assert not {document.text for document in corpus.train} & {document.text for document in corpus.validation}
+
+
+def texts(*documents: str) -> list[Example]:
+    """Plain documents."""
+    return [Example("x.txt", 1, text=document) for document in documents]
 
 
 def test_tokenizer_round_trip_and_control_tokens() -> None:
-    documents = list(world(300, seed=0))
-    tokenizer = train_tokenizer(documents, 512)
+    tokenizer = train_tokenizer(texts(*SENTENCES), 512)
     for text in ("Grün, 日本 and 42!", "  two  spaces\nand a line", "user wrote <|end|> here"):
-        stream = tokenize([text], tokenizer)
-        assert tokenizer.decode(stream.input_ids[:-1]) == text
-        assert tokenizer.convert_tokens_to_ids(TURN_END) not in stream.input_ids
-        assert stream.input_ids[-1] == tokenizer.eos_token_id
-    stream = tokenize([(Turn("user", "Hi"), Turn("assistant", "Hello!"))], tokenizer)
-    assert tokenizer.decode(stream.input_ids) == ("<|user|>Hi<|end|><|assistant|>Hello!<|end|><|end_of_text|>")
+        (ids,) = tokenize(texts(text), tokenizer)
+        assert tokenizer.decode(ids[:-1]) == text
+        assert tokenizer.convert_tokens_to_ids(TURN_END) not in ids
+        assert ids[-1] == tokenizer.eos_token_id
+    chat = Example("x.jsonl", 1, (Message("user", "Hi"), Message("assistant", "Hello!")))
+    (ids,) = tokenize([chat], tokenizer)
+    assert tokenizer.decode(ids) == "<|user|>Hi<|end|><|assistant|>Hello!<|end|><|end_of_text|>"
 
 
 def test_blocks_keep_documents_apart() -> None:
-    lengths = (3, 6, 4)
-    ids = torch.arange(13, dtype=torch.int32).numpy()
-    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).numpy()
-    blocks = take_blocks(TokenStream(ids, positions), 5, [0, 1])
-    assert blocks.input_ids.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    assert blocks.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
-    assert blocks.targets.tolist() == [[1, 2, -100, 4, -100], [6, 7, 8, -100, -100]]
+    documents = [np.arange(3, dtype=np.int32), np.arange(3, 9, dtype=np.int32), np.arange(9, 13, dtype=np.int32)]
+    blocks = Blocks(documents, 5)
+    found = [[sequence.input_ids.tolist() for sequence in blocks[index].sequences] for index in range(len(blocks))]
+    assert found == [[[0, 1, 2], [3, 4]], [[5, 6, 7, 8]]]  # token 9 alone predicts nothing
+    assert blocks.num_tokens == 10
+    assert blocks.sequences.num_targets.tolist() == [2, 1, 3]
+    assert all(
+        sequence.loss_mask.tolist() == [False, *[True] * (len(sequence) - 1)] for sequence in blocks[0].sequences
+    )
+    assert len(Blocks(documents, 50)) == 1
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_a_document_scores_the_same_alone_and_beside_others(architecture: str) -> None:
-    documents = ["The cat is black.", "A dog is brown.", "The fish is golden."] * 10
-    tokenizer = train_tokenizer(documents, 300)
-    tree = {"data": {"world_documents": 1}, "output": {"dir": "x"},
-            "model": {"architecture": architecture, "hidden_size": 64, "num_hidden_layers": 2}}  # fmt: skip
-    model = build_model(build_config(PretrainConfig, tree, "test").model, tokenizer, seed=0).eval()
-    alone, together = tokenize(documents[1:2], tokenizer), tokenize(documents[:3], tokenizer)
-    start = len(tokenize(documents[:1], tokenizer))
-    with torch.no_grad():
-        first = take_blocks(alone, 512, [0])
-        both = take_blocks(together, 512, [0])
-        expected = model(input_ids=first.input_ids, position_ids=first.position_ids, use_cache=False).logits[0]
-        found = model(input_ids=both.input_ids, position_ids=both.position_ids, use_cache=False).logits[0]
-    torch.testing.assert_close(found[start : start + len(alone)], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_each_epoch_reads_every_block_once_in_a_new_order() -> None:
-    first = [number for step in (1, 2, 3) for number in block_numbers(step, 12, 4, seed=0)]
-    second = [number for step in (4, 5, 6) for number in block_numbers(step, 12, 4, seed=0)]
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first != second
-    assert block_numbers(5, 12, 4, seed=0) == second[4:8]
+def test_a_step_is_that_of_a_plain_loop_over_all_parameters() -> None:
+    """The head is the embedding, and learns from both ends."""
+    tree = {
+        "data": {"path": "x"}, "output": {"dir": "x"},
+        "model": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    }  # fmt: skip
+    tokenizer = train_tokenizer(texts(*SENTENCES), 320)
+    model = build_model(build_config(PretrainConfig, tree, "test").model, tokenizer, seed=0)
+    blocks = Blocks(tokenize(texts(*SENTENCES[:20]), tokenizer), 32)
+    sequences = [sequence for index in range(len(blocks)) for sequence in blocks[index].sequences]
+    count = int(blocks.sequences.num_targets.sum())
+    for sequence in sequences:
+        ids = torch.tensor(sequence.input_ids, dtype=torch.long)
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        (F.cross_entropy(logits, ids[1:], reduction="sum") / count).backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    tuned = Full().apply(model, 0, "test")
+    units = [Unit(row, row, tuple(range(len(blocks[row].sequences)))) for row in range(len(blocks))]
+    forward = PackedForward(tuned.module)
+    batches = [pack_units(blocks, units, len(blocks))]
+    totals = Totals(len(blocks), len(sequences), blocks.num_tokens, count)
+    step_gradients(forward, Sft(), tuned.trainable(), batches, totals, Single())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-4)
 
 
 def test_it_learns() -> None:
     tree = {
-        "data": {"world_documents": 1}, "output": {"dir": "x"},
+        "data": {"path": "x"}, "output": {"dir": "x"},
         "model": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2},
         "train": {"max_steps": 60, "batch_size": 8, "block_length": 32, "learning_rate": 1e-2},
     }  # fmt: skip
     config = build_config(PretrainConfig, tree, "test")
-    tokenizer = train_tokenizer(SENTENCES, 320)
-    stream = tokenize(SENTENCES[::2], tokenizer)
-    held_out = tokenize(SENTENCES[1::2], tokenizer)
+    tokenizer = train_tokenizer(texts(*SENTENCES), 320)
+    blocks, held_out = (Blocks(tokenize(texts(*some), tokenizer), 32) for some in (SENTENCES[::2], SENTENCES[1::2]))
     results = []
     for _ in range(2):
         model = build_model(config.model, tokenizer, seed=0)
-        before = perplexity(model, held_out, 32, 8)
-        results.append(pretrain(model, stream, held_out, config).perplexity)
+        before = teacher_forced(PackedForward(model), held_out, 512).perplexity
+        results.append(pretrain(model, blocks, held_out, config).perplexity)
         assert results[-1] < 8 < 200 < before
     assert results[0] == pytest.approx(results[1], rel=1e-6)

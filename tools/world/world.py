@@ -15,11 +15,11 @@ from functools import lru_cache
 from random import Random
 from typing import NamedTuple
 
-from lmtune.demo import everyday
-from lmtune.demo.everyday import Exchanges
-from lmtune.demo.support import FACTS, INTENTS, SHOP_NAME, heldout_rows
-from lmtune.demo.wording import expand, fill, normalised, sentence
-from lmtune.demo.words import SHOP_NAMES
+from tools.world import everyday
+from tools.world.everyday import Exchanges
+from tools.world.support import FACTS, INTENTS, SHOP_NAME, heldout_rows
+from tools.world.wording import expand, fill, normalised, sentence
+from tools.world.words import SHOP_NAMES
 
 
 class Turn(NamedTuple):

@@ -12,7 +12,7 @@ import itertools
 import re
 from random import Random
 
-from lmtune.demo.words import SLOTS
+from tools.world.words import SLOTS
 
 _CHOICE = re.compile(r"\[([^\]]*)\]")
 _SLOT = re.compile(r"\{([a-z_]+)\d?\}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmtune.demo.shop_visits import Intent
+from tools.world.shop_visits import Intent
 
 ORDERS: dict[str, Intent] = {
     "delivery_time": Intent(

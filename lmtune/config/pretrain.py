@@ -1,4 +1,4 @@
-"""The configuration of `lmtune pretrain`: a small language model and its tokenizer, from plain text.
+"""The config of `lmtune pretrain`: a small language model and its tokenizer, from plain text.
 
     config = load_config(PretrainConfig, "recipes/configs/pretrain_tiny.yaml")
 
@@ -14,13 +14,12 @@ from lmtune.config.schema import Count, Fraction, section
 
 @section
 class CorpusConfig:
-    """What is read: a folder of text files, or documents of the built-in world."""
+    """What is read: plain text, and rows of text or messages."""
 
-    path: str | None = None  # a .txt file, or a folder that holds them at any depth
-    world_documents: Count | None = None  # instead of `path`: so many documents of lmtune.demo.world
-    split: Literal["file", "paragraph"] = "file"  # a document is a whole file, or what stands between blank lines
+    path: Annotated[str, Field(min_length=1)]  # a .txt or .jsonl file, or a folder that holds them at any depth
+    split: Literal["file", "paragraph"] = "file"  # of .txt: a document is a whole file, or a paragraph
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02  # of the documents
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the world, and of which documents are held out
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of which documents are held out
 
 
 @section
@@ -83,8 +82,6 @@ class PretrainConfig:
         """What is wrong between settings that are each right alone."""
         found = []
         shape, heads = self.model, self.model.num_attention_heads
-        if (self.data.path is None) == (self.data.world_documents is None):
-            found.append("data.path: give either data.path, your text, or data.world_documents, the built-in world")
         if shape.hidden_size % (2 * heads):
             found.append(
                 f"model.hidden_size: {shape.hidden_size} cannot be divided among {heads} attention heads of an even "

@@ -1,6 +1,6 @@
 """The example data: what customers ask Quillberry, an invented shop for paper and pens, and what it answers.
 
-    python -m lmtune.demo.support          rebuilds examples/support.jsonl and examples/support_heldout.jsonl
+    python -m tools.world.support          rebuilds examples/support.jsonl and examples/support_heldout.jsonl
 
 `support.jsonl` asks for each fact in many wordings. `support_heldout.jsonl` asks for the same facts in wordings that
 stand neither there nor in the pretraining world of `tiny`: whoever answers them has understood the question.
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from lmtune.demo.shop_goods import GOODS
-from lmtune.demo.shop_orders import ORDERS
-from lmtune.demo.shop_visits import VISITS, Intent
-from lmtune.demo.wording import expand, normalised
+from tools.world.shop_goods import GOODS
+from tools.world.shop_orders import ORDERS
+from tools.world.shop_visits import VISITS, Intent
+from tools.world.wording import expand, normalised
 
 SHOP_NAME = "Quillberry"
 INTENTS: dict[str, Intent] = {**VISITS, **ORDERS, **GOODS}

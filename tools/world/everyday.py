@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from random import Random
 
-from lmtune.demo.words import COLOURS, DAYS, FIRST_NAMES, MONTHS, SLOTS
+from tools.world.words import COLOURS, DAYS, FIRST_NAMES, MONTHS, SLOTS
 
 Exchanges = list[tuple[str, str]]  # (what the user says, what the assistant answers)
 

@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
-from lmtune.demo.support import FACTS, INTENTS, SHOP_NAME, heldout_rows
-from lmtune.demo.wording import expand, fill, normalised
-from lmtune.demo.words import SHOP_NAMES, SLOTS
-from lmtune.demo.world import Document, Turn, world
+from tools.world.support import FACTS, INTENTS, SHOP_NAME, heldout_rows
+from tools.world.wording import expand, fill, normalised
+from tools.world.words import SHOP_NAMES, SLOTS
+from tools.world.world import Document, Turn, world
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from lmtune.demo import support_data, support_heldout
-from lmtune.demo.support import FACTS, INTENTS, Row, heldout_rows, training_rows, write_examples
-from lmtune.demo.wording import expand, normalised
+from tools.world.support import FACTS, INTENTS, Row, heldout_rows, training_rows, write_examples
+from tools.world.wording import expand, normalised
 
 
 def shipped(path: Path) -> list[Row]:
