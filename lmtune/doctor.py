@@ -409,3 +409,7 @@ _ON_FAILURE = {
     "attention": ("fail", _TORCH),
     "processes": ("warn", f"one process works all the same; for more {_TORCH}"),
 }
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
-import os
 import re
 import shutil
 import sys
@@ -27,8 +26,9 @@ from lmtune import __version__
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError, LmtuneError, ModelError
+from lmtune.io.atomic import new_folder
 from lmtune.io.console import HUB_TOKEN, warn
-from lmtune.io.text import format_list
+from lmtune.io.text import format_list, one_line
 from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata, check_adapter
 from lmtune.models.validate import read_object
 from lmtune.runs.cards import adapter_card, is_hub_id
@@ -145,33 +145,25 @@ def pull(repository: str, revision: str | None = None, output: Path | None = Non
     checked_repository(repository)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; delete it, or give another folder with --output")
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         with _told(repository, "download", revision):
             from huggingface_hub import snapshot_download
 
             info = _api().model_info(repository, revision=revision)
             _require_adapter(repository, [str(file.rfilename) for file in info.siblings or []])
-            staging.mkdir(parents=True)
-            snapshot_download(repository, revision=info.sha, local_dir=staging, allow_patterns=list(ADAPTER_FILES))
-        shutil.rmtree(staging / ".cache", ignore_errors=True)  # huggingface_hub's notes about the download
-        for warning in _checked(staging, repository):
-            warn(warning)
-        if folder.is_dir():
-            folder.rmdir()
-        staging.rename(folder)
+        with new_folder(folder) as staging:
+            with _told(repository, "download", revision):
+                snapshot_download(repository, revision=info.sha, local_dir=staging, allow_patterns=list(ADAPTER_FILES))
+            shutil.rmtree(staging / ".cache", ignore_errors=True)  # huggingface_hub's notes about the download
+            try:
+                warnings = check_incoming(staging)
+            except ModelError as error:
+                raise ModelError(f"{repository}: {error}") from None
+            for warning in warnings:
+                warn(warning)
     except OSError as error:
         raise LmtuneError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
-
-
-def _checked(folder: Path, repository: str) -> list[str]:
-    try:
-        return check_incoming(folder)
-    except ModelError as error:
-        raise ModelError(f"{repository}: {error}") from None
 
 
 def _require_adapter(repository: str, names: list[str]) -> None:
@@ -260,10 +252,8 @@ def _http_message(repository: str, action: str, error: Any) -> str:
 
 def _short(error: Exception) -> str:
     """An exception's text in one line of moderate length, the token cut out of it."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if token := _token():
-        text = text.replace(token, "***")
-    return text if len(text) <= 300 else text[:299] + "…"
+    token = _token()
+    return one_line(ValueError(str(error).replace(token, "***")) if token and str(error) else error)
 
 
 CARD = "README.md"
