@@ -24,6 +24,8 @@ RETIRED = {
     r"dear(er|est)": "more expensive",
     r"gone on with": "continue, resume",
     r"(is|are) no number": "is not a number",
+    r"mend(s|ed|ing)?": "fix",
+    r"half a character": "unpaired surrogate",
 }
 
 
