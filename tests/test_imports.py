@@ -2,9 +2,10 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -185,3 +186,31 @@ def test_every_module_says_what_it_is() -> None:
         if path.read_text(encoding="utf-8").strip() and not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert not silent
+
+
+TYPED = ("batching", "forward", "objectives", "parallel", "models/tuning", "inference", "runs")
+
+
+def public_annotations(body: Iterable[ast.stmt], owner: str = "") -> Iterator[tuple[str, ast.expr]]:
+    """(name, annotation) of the public functions, methods and fields in a module or class."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if not node.name.startswith("_") or node.name in ("__init__", "__call__"):
+                arguments = [each for each in ast.walk(node.args) if isinstance(each, ast.arg)]
+                found = [node.returns, *(argument.annotation for argument in arguments)]
+                yield from ((owner + node.name, each) for each in found if each is not None)
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_annotations(node.body, f"{owner}{node.name}.")
+        elif isinstance(node, ast.AnnAssign) and not ast.unparse(node.target).startswith("_"):
+            yield owner + ast.unparse(node.target), node.annotation
+
+
+@pytest.mark.parametrize("folder", TYPED)
+def test_public_signatures_hold_no_any(folder: str) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{annotation.lineno} {name}: {ast.unparse(annotation)}"
+        for path in sorted((ROOT / "lmtune" / folder).rglob("*.py"))
+        for name, annotation in public_annotations(ast.parse(path.read_text(encoding="utf-8")).body)
+        if re.search(r"\bAny\b", ast.unparse(annotation))
+    ]
+    assert not found, "\n".join(found)

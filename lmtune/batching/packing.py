@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,25 @@ class Span:
     prefix: int | None
     segment: int
     keys: int
+
+
+# which keys the spans see one after another (None: all in their order), where each span's begin, the most of a span
+Boundaries = tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor], tuple[int, int]]
+
+
+@dataclass
+class Derived:
+    """What attention kernels make of a layout: made once, used in every layer.
+
+    Attributes:
+        masks: by their size, window, type and device.
+        boundaries: by whether every token is a query, and the device.
+        window: the sliding window that a layer asked for, if any did.
+    """
+
+    masks: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
+    boundaries: dict[tuple[bool, torch.device], Boundaries] = field(default_factory=dict)
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,9 +111,9 @@ class SegmentLayout:
         )
 
     @cached_property
-    def derived(self) -> dict[Any, Any]:
-        """What kernels derive from this layout, kept with it so that each does so once."""
-        return {}
+    def derived(self) -> Derived:
+        """What kernels make of this layout."""
+        return Derived()
 
     @property
     def is_plain(self) -> bool:
@@ -147,9 +166,9 @@ class MicroBatch:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         changes: dict[str, Any] = {
-            field.name: change(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
+            own.name: change(value)
+            for own in fields(self)
+            if isinstance(value := getattr(self, own.name), torch.Tensor)
         }
         return replace(self, **changes, values={name: change(value) for name, value in self.values.items()})
 

@@ -126,7 +126,7 @@ def _compare_packing(forward: Paths) -> float:
     segments = SegmentLayout.of_segments(5, 7)
     with packed_attention(forward.base):
         packed = forward.logits(ids, positions, second + 5, segments)
-    if problem := window_in_mask_only(config, segments.derived.get("window")):
+    if problem := window_in_mask_only(config, segments.derived.window):
         raise ValueError(problem)
     return _difference(packed, alone)
 

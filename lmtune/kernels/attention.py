@@ -21,12 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lmtune.batching.packing import SegmentLayout, Span
+from lmtune.batching.packing import Boundaries, SegmentLayout, Span
 from lmtune.batching.prefixes import MASKED_BLOCK
 
 NAME = "lmtune_by_document"
 _VARLEN_TOLERANCE = 3e-2  # relative, in 16 bit; a wrong alignment moves outputs by about 1
-_Boundaries = tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor], tuple[int, int]]
 
 
 def attention_by_document(
@@ -67,7 +66,7 @@ def attention_by_document(
         raise NotImplementedError("soft-capped scores, attention sinks and masks need the model's own attention")
     if segments is None:
         raise NotImplementedError("the model does not hand extra arguments on to its attention")
-    segments.derived["window"] = segments.derived.get("window") or sliding_window
+    segments.derived.window = segments.derived.window or sliding_window
     if label_layer is not None:
         return label_layer.attend(query, key, value, segments, scaling, dropout, sliding_window), None
     return attend(query, key, value, segments, segments.spans, scaling, dropout, sliding_window), None
@@ -152,14 +151,12 @@ def _mask(segments: SegmentLayout, query: torch.Tensor, num_k: int, window: int 
     Made once for all layers and for all blocks of the same size: autograd keeps one of each.
     """
     key = ("mask", query.shape[2], num_k, window, query.dtype, query.device)
-    if key not in segments.derived:
+    masks = segments.derived.masks
+    if key not in masks:
         places = torch.arange(num_k, device=query.device)
         seen = visible(places[num_k - query.shape[2] :], places, window)
-        segments.derived[key] = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(
-            ~seen, -torch.inf
-        )
-    mask: torch.Tensor = segments.derived[key]
-    return mask
+        masks[key] = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+    return masks[key]
 
 
 def visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -191,16 +188,15 @@ def attend_varlen(
     return attended[None]
 
 
-def _boundaries(segments: SegmentLayout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
-    """Which keys the spans see one after another (None: all, as they lie), where each span's begin, the longest."""
-    known: dict[Any, _Boundaries] = segments.derived  # the same for all layers
+def _boundaries(segments: SegmentLayout, spans: Sequence[Span], device: torch.device) -> Boundaries:
+    known = segments.derived.boundaries
     key = (spans is segments.spans, device)
     if key not in known:
         known[key] = _make_boundaries(segments, spans, device)
     return known[key]
 
 
-def _make_boundaries(segments: SegmentLayout, spans: Sequence[Span], device: torch.device) -> _Boundaries:
+def _make_boundaries(segments: SegmentLayout, spans: Sequence[Span], device: torch.device) -> Boundaries:
     num_q = [span.queries for span in spans]
     num_k = [span.keys + (0 if span.prefix is None else segments.lengths[span.prefix]) for span in spans]
     places = None

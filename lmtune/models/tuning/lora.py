@@ -41,6 +41,7 @@ from lmtune.models.tuning.base import ParameterGroup, Tensors, TunedModel
 from lmtune.models.tuning.targets import Targets, find_targets, for_peft, use_layers_own_adapter
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
@@ -83,7 +84,7 @@ class Lora:
         return TunedModel(load_adapter(base, folder, fingerprint))
 
 
-def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_name: str) -> Any:
+def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_name: str) -> PeftModel:
     """Wrap `model` in a PeftModel with a new adapter; its weights are fp32 and depend on `seed` alone.
 
     Args:
@@ -124,7 +125,7 @@ def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_n
     return peft_model
 
 
-def initial_tensors(model: Any) -> list[torch.Tensor]:
+def initial_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
     """What `attach_adapter` computed: the adapter's weights, and with PiSSA those under it and its start.
 
     Processes that computed them on different hardware may differ in the last bits, or in the sign of a singular vector.
@@ -142,7 +143,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_adapter(model: Any, folder: Path, metadata: Metadata, weights: Tensors | None = None) -> None:
+def save_adapter(model: PeftModel, folder: Path, metadata: Metadata, weights: Tensors | None = None) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and `lmtune.json` as plain PEFT reads them.
 
     Args:
@@ -171,7 +172,7 @@ def save_adapter(model: Any, folder: Path, metadata: Metadata, weights: Tensors 
             (folder / name).write_text(json.dumps(tree, indent=2, default=_plain) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None = None) -> Any:
+def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None = None) -> PeftModel:
     """Put a saved adapter on `model`; returns a PeftModel in evaluation mode.
 
     Args:
@@ -190,7 +191,9 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     return peft_model.eval()
 
 
-def attach_saved(model: torch.nn.Module, folder: Path, fingerprint: str, tuning: LoraConfig, base_name: str) -> Any:
+def attach_saved(
+    model: torch.nn.Module, folder: Path, fingerprint: str, tuning: LoraConfig, base_name: str
+) -> PeftModel:
     """As `attach_adapter`, but with the weights of a saved adapter, to be trained further.
 
     Args:
@@ -212,14 +215,14 @@ def attach_saved(model: torch.nn.Module, folder: Path, fingerprint: str, tuning:
     return peft_model
 
 
-def _trained(tuning: LoraConfig) -> dict[str, Any]:
+def _trained(tuning: LoraConfig) -> dict[str, object]:
     """What a saved adapter's config does not decide when it is trained further."""
     return {"lora_dropout": tuning.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
 
 
 def _with_saved(
-    model: torch.nn.Module, folder: Path, fingerprint: str | None, changes: Mapping[str, Any] | None = None
-) -> Any:
+    model: torch.nn.Module, folder: Path, fingerprint: str | None, changes: Mapping[str, object] | None = None
+) -> PeftModel:
     """`model` with a saved adapter, some of whose settings are changed."""
     check_bitsandbytes("none")
     from peft import LoraConfig as PeftLoraConfig
@@ -305,7 +308,7 @@ def _check_dora(model: torch.nn.Module, use_dora: bool) -> None:
         )
 
 
-def _check_tensors(peft_model: Any, state: Tensors, folder: Path) -> None:
+def _check_tensors(peft_model: PeftModel, state: Tensors, folder: Path) -> None:
     """Raise ModelError with every tensor that is missing, unexpected, of another shape, or not finite."""
     from peft import get_peft_model_state_dict
 
@@ -339,6 +342,6 @@ def _whole(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """JSON for what `LoraConfig.to_dict` holds beyond plain types; sets sorted: equal runs write equal files."""
     return sorted(value) if isinstance(value, set) else str(value)
