@@ -94,11 +94,11 @@ class Run:
         return RunScores(base, tuned)
 
     @property
-    def answers(self) -> list[dict[str, str]]:
+    def predictions(self) -> list[dict[str, str]]:
         """Held-out questions with the reference, the base's and the tuned model's answer."""
-        from lmtune.runs.log import read_answers
+        from lmtune.runs.log import read_predictions
 
-        return read_answers(self._directory)
+        return read_predictions(self._directory)
 
     def load(self, quantization: Quantization | None = None) -> Model:
         """The tuned model, ready to answer."""

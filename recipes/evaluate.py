@@ -49,7 +49,7 @@ def main(
         warn(f"{scored.trained_rows} of {tuned['rows']} rows were trained on; their scores say nothing of new ones")
     if as_json:
         known = {"standard_errors": errors, "trained_rows": scored.trained_rows, "data": scored.report.to_dict()}
-        answers = [{"question": a.question, "reference": a.wanted, "answer": a.given} for a in scored.answers]
+        answers = [{"question": a.question, "reference": a.reference, "answer": a.prediction} for a in scored.answers]
         print_json({"base": before, "tuned": tuned, **known, "answers": answers})
         return
     out.print(escape("\n".join(describe_part(scored.report))))

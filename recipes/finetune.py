@@ -54,8 +54,8 @@ def main(
 def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers: int = 3) -> Summary:
     """Train, show scores and some answers; returns the summary. What is heavy is imported here, after the checks."""
     with progress("loading PyTorch and the libraries"):
-        from lmtune.runs.log import read_answers
-        from lmtune.runs.tables import answers_shown, describe_scores, scores_table
+        from lmtune.runs.log import read_predictions
+        from lmtune.runs.tables import describe_scores, predictions_shown, scores_table
         from lmtune.training.run import run_finetune
 
     result = run_finetune(config, run_directory)
@@ -68,7 +68,7 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers:
             if tuned is not None:
                 out.print(scores_table(base, tuned))
                 lines = [escape(line) for line in describe_scores(base, tuned, result.summary.standard_errors)]
-                out.print("\n".join([*lines, *answers_shown(read_answers(run_directory), shown_answers)]))
+                out.print("\n".join([*lines, *predictions_shown(read_predictions(run_directory), shown_answers)]))
             talk = escape(command("chat", run_directory.path))
             err.print(f"the adapter is in {escape(str(run_directory.adapter))}; talk to it: {talk}")
     return result.summary

@@ -52,7 +52,7 @@ def test_a_run_from_rows_in_memory(folder: Path, capfd: pytest.CaptureFixture[st
     assert run.scores.base is not None
     assert run.scores.tuned is not None
     assert run.scores.tuned.rows == 1
-    assert len(run.answers) == 1
+    assert len(run.predictions) == 1
     assert (run.adapter / "adapter_model.safetensors").is_file()
     assert run.config.model.name == "tiny"
     # equal rows are the same run, however they are held

@@ -82,7 +82,7 @@ def holding(files: dict[str, bytes], secret: str) -> list[str]:
 def test_the_commands_wrote_what_a_canary_could_sit_in(place: Path, hub: HubServer) -> None:
     names = set(written(place))
     parts = [
-        "config.yaml", "environment.json", "data.json", "metrics.jsonl", "summary.json", "answers.jsonl",
+        "config.yaml", "environment.json", "data.json", "metrics.jsonl", "summary.json", "predictions.jsonl",
         "adapter/adapter_config.json", "adapter/README.md", "merged/config.json", "merged/README.md",
     ]  # fmt: skip
     for part in parts:
@@ -124,7 +124,7 @@ def test_no_absolute_path_is_written_when_a_run_fails(place: Path) -> None:
 
 def test_rows_stay_in_the_files_that_are_there_to_hold_them(place: Path, hub: HubServer) -> None:
     assert holding(written(place), TRAINED) == []
-    assert holding(written(place), HELD_OUT) == ["runs/trial/answers.jsonl"]
+    assert holding(written(place), HELD_OUT) == ["runs/trial/predictions.jsonl"]
     for row in (TRAINED, HELD_OUT, "train.jsonl"):
         assert holding(sent(hub), row) == []
     for row in (TRAINED, HELD_OUT):

@@ -249,7 +249,7 @@ def test_answers_are_greedy_in_row_order_with_question_and_right_answer() -> Non
     assert model.training
     assert [answer.row for answer in given] == [2, 0, 3]
     assert [answer.question for answer in given] == [f"What is number {n}?" for n in (2, 0, 3)]
-    assert [answer.wanted for answer in given] == [f"It is {n}." for n in (2, 0, 3)]
+    assert [answer.reference for answer in given] == [f"It is {n}." for n in (2, 0, 3)]
     prompt = split_prompt(rows[2])[0]
     model.eval()
     for _ in range(6):
@@ -257,7 +257,7 @@ def test_answers_are_greedy_in_row_order_with_question_and_right_answer() -> Non
             prompt.append(int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax()))
         if prompt[-1] in renderer.stop_token_ids:
             break
-    assert given[0].given == renderer.decode(prompt[len(split_prompt(rows[2])[0]) :])
+    assert given[0].prediction == renderer.decode(prompt[len(split_prompt(rows[2])[0]) :])
     assert answers(model, renderer, rows, [], 6) == []
 
 

@@ -38,7 +38,7 @@ from tests.workplace import (
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
 
 FILES = {
-    "config.yaml", "environment.json", "data.json", "metrics.jsonl", "results.csv", "summary.json", "answers.jsonl",
+    "config.yaml", "environment.json", "data.json", "metrics.jsonl", "results.csv", "summary.json", "predictions.jsonl",
     "verification.json",
     "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/lmtune.json", "adapter/README.md",
     "adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja",
@@ -99,8 +99,8 @@ def test_the_summary_has_the_scores_before_and_after(done: Path) -> None:
     assert (summary["steps"], summary["examples"], summary["processes"]) == (8, 32, 1)
     assert summary["tokens_per_second"] > 0
     assert 0.1 < summary["peak_memory_gib"] < 10
-    answers = [json.loads(line) for line in (done / "runs/trial/answers.jsonl").read_text().splitlines()]
-    assert [list(answer) for answer in answers] == [["question", "wanted", "base", "tuned"]] * 3
+    answers = [json.loads(line) for line in (done / "runs/trial/predictions.jsonl").read_text().splitlines()]
+    assert [list(answer) for answer in answers] == [["question", "reference", "base", "tuned"]] * 3
     assert [answer["question"] for answer in answers] == [f"Say number {n}!" for n in range(3)]
 
 

@@ -17,7 +17,15 @@ from lmtune.data.report import DataReport
 from lmtune.runs.cards import adapter_card, is_hub_id, merged_card
 from lmtune.runs.history import list_runs
 from lmtune.runs.store import Summary
-from lmtune.runs.tables import answers_shown, describe_scores, format_score, interval, runs_table, scores_table, wilson
+from lmtune.runs.tables import (
+    describe_scores,
+    format_score,
+    interval,
+    predictions_shown,
+    runs_table,
+    scores_table,
+    wilson,
+)
 from tests.sample_run import DATA as DATA_TREE
 from tests.sample_run import SUMMARY, write_records
 
@@ -195,10 +203,10 @@ def test_few_rows_are_said_to_be_few() -> None:
 
 
 def test_some_answers_are_shown_with_their_reference() -> None:
-    rows = [{"question": f"Q{n} [x]", "wanted": "W", "base": "", "tuned": "W" if n else "T"} for n in range(10)]
-    lines = answers_shown(rows, 3)
+    rows = [{"question": f"Q{n} [x]", "reference": "W", "base": "", "tuned": "W" if n else "T"} for n in range(10)]
+    lines = predictions_shown(rows, 3)
     assert len(lines) == 12
     assert lines[0] == "\n[bold]Q0 \\[x][/]"
     assert "(nothing)" in lines[2]
     assert lines[7].endswith("W  [green]✓[/]")
-    assert answers_shown(rows, 0) == answers_shown([], 3) == []
+    assert predictions_shown(rows, 0) == predictions_shown([], 3) == []

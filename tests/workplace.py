@@ -98,7 +98,7 @@ def lasting(folder: Path, name: str = "trial") -> dict[str, Any]:
         "adapter": written_files(run / "adapter"),
         "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
         "results": (run / "results.csv").read_text(),
-        "answers": (run / "answers.jsonl").read_text(),
+        "answers": (run / "predictions.jsonl").read_text(),
         "scores": [summary[key] for key in ("status", "base", "tuned", "steps", "best_step", "tokens", "examples")],
     }
 

@@ -13,17 +13,17 @@ from lmtune.io.console import progress
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer beside the right one, for row `row` of the data; reasoning before them is left out."""
+    """A generated answer (`prediction`) beside the right one, for row `row` of the data; reasoning is left out."""
 
     row: int
     question: str
-    wanted: str
-    given: str
+    reference: str
+    prediction: str
 
     @property
     def matches(self) -> bool:
         """Whether they are the same text, but for white space at the ends."""
-        return self.wanted.strip() == self.given.strip()
+        return self.reference.strip() == self.prediction.strip()
 
 
 def answers(
@@ -41,16 +41,16 @@ def answers(
     """
     from lmtune.inference.engine import Sampling, TransformersEngine
 
-    prompts, wanted = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
+    prompts, references = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
     training = model.training
     model.eval()
     with progress(f"letting {who} answer", len(rows), "rows") as shown:
         sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(renderer.stop_token_ids))
-        given = TransformersEngine(model).generate(prompts, sampling, shown.advance)
+        generated = TransformersEngine(model).generate(prompts, sampling, shown.advance)
     model.train(training)
     return [
-        Answer(row, _question(renderer, prompt), *(split_reply(renderer.decode(ids))[1] for ids in (right, said)))
-        for row, prompt, right, said in zip(rows, prompts, wanted, given, strict=True)
+        Answer(row, _question(renderer, prompt), *(split_reply(renderer.decode(ids))[1] for ids in (reference, said)))
+        for row, prompt, reference, said in zip(rows, prompts, references, generated, strict=True)
     ]
 
 

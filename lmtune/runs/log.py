@@ -1,5 +1,5 @@
 """What a run writes of each step, and how it is read back: `metrics.jsonl` for programs, `results.csv` for a
-spreadsheet, `answers.jsonl` with the held-out rows.
+spreadsheet, `predictions.jsonl` with the held-out rows.
 
 One line a step. On resuming, lines after the checkpoint are cut, so that a step never stands there twice; damaged
 records are refused. Who only looks at a run (`last_steps`, `follow_steps`) passes over what is half written now.
@@ -122,13 +122,19 @@ def step_records(run: RunDirectory) -> list[StepRecord]:
     return _read(run.metrics, StepRecord.parse)
 
 
-def read_answers(run: RunDirectory) -> list[dict[str, str]]:
-    """The rows of `answers.jsonl`: question, reference and each model's answer; empty if it is not there.
+def read_predictions(run: RunDirectory) -> list[dict[str, str]]:
+    """The rows of `predictions.jsonl`: question, reference and each model's answer; empty if it is not there.
 
     Raises:
         CheckpointError: a line is damaged; names it.
     """
-    return _read(run.answers, parse_object)
+    return _read(run.predictions, parse_object) if run.predictions.is_file() else _older_predictions(run)
+
+
+def _older_predictions(run: RunDirectory) -> list[dict[str, str]]:
+    """The rows of a run that an older lmtune wrote: `answers.jsonl`, where the reference is `wanted`."""
+    rows = _read(run.path / "answers.jsonl", parse_object)
+    return [{"reference" if key == "wanted" else key: text for key, text in row.items()} for row in rows]
 
 
 def recorded_steps(run: RunDirectory) -> list[int]:
@@ -138,7 +144,7 @@ def recorded_steps(run: RunDirectory) -> list[int]:
         CheckpointError: a line is damaged; names it.
     """
     _read(run.results, _results_step)
-    read_answers(run)
+    read_predictions(run)
     return [record.step for record in step_records(run)]
 
 

@@ -103,16 +103,16 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def answers_shown(rows: Sequence[Mapping[str, str]], count: int) -> list[str]:
+def predictions_shown(rows: Sequence[Mapping[str, str]], count: int) -> list[str]:
     """Some held-out questions, evenly spread, with reference, base's and tuned model's answer; lines with markup."""
     lines = list[str]()
     for row in rows[:: max(1, len(rows) // count)][:count] if count else ():
         lines.append(f"\n[bold]{escape(row.get('question', '').strip())}[/]")
-        reference = row.get("wanted", "").strip()
-        for name, key in (("reference", "wanted"), ("base", "base"), ("tuned", "tuned")):
+        reference = row.get("reference", "").strip()
+        for name, key in (("reference", "reference"), ("base", "base"), ("tuned", "tuned")):
             if key in row:
                 said = escape(row[key].strip() or "(nothing)")
-                mark = "  [green]✓[/]" if key != "wanted" and row[key].strip() == reference else ""
+                mark = "  [green]✓[/]" if key != "reference" and row[key].strip() == reference else ""
                 lines.append(f"  {name + ':':<10} {said if key != 'base' else f'[dim]{said}[/]'}{mark}")
     return lines
 

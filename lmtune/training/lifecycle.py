@@ -22,7 +22,7 @@ from lmtune.io.console import err, escape, warn
 from lmtune.io.text import pluralize, without_absolute_paths
 from lmtune.models.locate import local_paths
 from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interrupts
-from lmtune.runs.log import Records, read_answers
+from lmtune.runs.log import Records, read_predictions
 from lmtune.runs.store import RunDirectory, ScoreValues
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components
@@ -148,11 +148,11 @@ def _signature_of(run: RunDirectory) -> RunSignature:
 
 
 def _known_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
-    """The base's scores from before, if they were measured as they would be now and its answers are still there."""
+    """The base's scores from before, if they were measured as they would be now and its predictions are still there."""
     known = run.read_summary().base
     if known is None or not _measures_the_same(run, parts.config):
         return None
-    return known if len(read_answers(run)) == known.get("exact_match_rows") else None
+    return known if len(read_predictions(run)) == known.get("exact_match_rows") else None
 
 
 def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:

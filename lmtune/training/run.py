@@ -23,7 +23,7 @@ from lmtune.models.model_folder import write_adapter_texts
 from lmtune.models.tuning.base import Tensors
 from lmtune.parallel.launch import connect
 from lmtune.runs.cards import adapter_card
-from lmtune.runs.log import Records, read_answers
+from lmtune.runs.log import Records, read_predictions
 from lmtune.runs.store import RunDirectory, ScoreValues, Summary
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components, compose
@@ -79,7 +79,7 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
             )
             write_text(run.adapter / "README.md", card)
             if tuned is not None:
-                add_tuned_answers(run, tuned[1])
+                add_tuned_predictions(run, tuned[1])
             write_json(run.summary, summary)  # last: it says that the run is complete
         parallel.barrier()  # nobody ends well before the result is saved
     return FinetuneResult(Summary.parse(summary), False, parallel.is_main)
@@ -141,21 +141,21 @@ def base_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
     if scored is not None:
         known, errors = scored[0].as_dict(), {"base": scored[0].standard_errors}
         if parts.parallel.is_main:
-            rows = [{"question": a.question, "wanted": a.wanted, "base": a.given} for a in scored[1]]
-            _write_answers(run, rows)
+            rows = [{"question": a.question, "reference": a.reference, "base": a.prediction} for a in scored[1]]
+            _write_predictions(run, rows)
     if parts.parallel.is_main:
         update_summary(run, base=known, **({"standard_errors": errors} if errors else {}))
     return known
 
 
-def add_tuned_answers(run: RunDirectory, given: Sequence[Answer]) -> None:
-    """Put the tuned model's answers beside the base's in `answers.jsonl`, or alone where the base was not asked."""
-    rows = read_answers(run) or [{"question": answer.question, "wanted": answer.wanted} for answer in given]
-    _write_answers(run, [{**row, "tuned": answer.given} for row, answer in zip(rows, given, strict=True)])
+def add_tuned_predictions(run: RunDirectory, answers: Sequence[Answer]) -> None:
+    """Put the tuned model's answers beside the base's in `predictions.jsonl`, or alone where the base was not asked."""
+    rows = read_predictions(run) or [{"question": answer.question, "reference": answer.reference} for answer in answers]
+    _write_predictions(run, [{**row, "tuned": answer.prediction} for row, answer in zip(rows, answers, strict=True)])
 
 
-def _write_answers(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_text(run.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _write_predictions(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_text(run.predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def summarize(

@@ -140,7 +140,7 @@ def test_15_records_of_an_earlier_start_are_not_judged_by_the_settings_of_a_late
 def test_records_that_are_gone_are_said(place: Path, undisturbed: dict[str, Any]) -> None:
     """And answers that are gone are given again."""
     (place / "runs/trial/metrics.jsonl").write_text("")
-    (place / "runs/trial/answers.jsonl").unlink()
+    (place / "runs/trial/predictions.jsonl").unlink()
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
     assert "warning: runs/trial/metrics.jsonl: 6 of the 6 steps done are no longer recorded" in said(place)
     result = lasting(place)
@@ -152,7 +152,7 @@ def test_records_that_are_gone_are_said(place: Path, undisturbed: dict[str, Any]
 DAMAGED_RECORDS: dict[str, tuple[bytes, str]] = {
     "metrics.jsonl": (b'{"step": 1, "loss": 1}\n', "runs/trial/metrics.jsonl:1: damaged"),
     "results.csv": (b"step,\n1\xff,2\n", "runs/trial/results.csv:2: damaged"),
-    "answers.jsonl": (b'"\xff"\n', "runs/trial/answers.jsonl:1: damaged"),
+    "predictions.jsonl": (b'"\xff"\n', "runs/trial/predictions.jsonl:1: damaged"),
     "summary.json": (b'{"status": "running", "base": 3}', "runs/trial/summary.json: damaged: base: got 3"),
     "config.yaml": (b"model: {name: \xe9}\n", "runs/trial/config.yaml: not UTF-8"),
 }  # fmt: skip

@@ -68,7 +68,7 @@ KILLS: dict[str, Trouble] = {
     "while old checkpoints are deleted": at_call("lmtune.training.hooks", "prune_checkpoints", KILL),
     "after the last step": at_step(8, KILL),
     "before the adapter is saved": at_call("lmtune.models.tuning.lora", "save_adapter", KILL),
-    "before it is complete": at_call("lmtune.training.run", "add_tuned_answers", KILL),
+    "before it is complete": at_call("lmtune.training.run", "add_tuned_predictions", KILL),
 }
 
 

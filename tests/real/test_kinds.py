@@ -66,8 +66,8 @@ def test_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     finetune(Path("run.yaml"))
     summary = json.loads(Path("runs/run/summary.json").read_text())
     assert summary["tuned"]["token_accuracy"] == 1.0
-    lines = [json.loads(line) for line in Path("runs/run/answers.jsonl").read_text().splitlines()]
-    assert [line["wanted"].strip() for line in lines] == [split_reply(answer)[1].strip() for answer in answers]
+    lines = [json.loads(line) for line in Path("runs/run/predictions.jsonl").read_text().splitlines()]
+    assert [line["reference"].strip() for line in lines] == [split_reply(answer)[1].strip() for answer in answers]
     assert summary["tuned"]["exact_match"] == 1.0, [line["tuned"] for line in lines]
 
     capsys.readouterr()

@@ -8,9 +8,9 @@ import pytest
 
 from lmtune.errors import CheckpointError
 from lmtune.evaluation.generative import Answer
-from lmtune.runs.log import Accuracies, Records, StepRecord, recorded_steps
+from lmtune.runs.log import Accuracies, Records, StepRecord, read_predictions, recorded_steps
 from lmtune.runs.store import RunDirectory
-from lmtune.training.run import add_tuned_answers
+from lmtune.training.run import add_tuned_predictions
 
 COLUMNS = (
     "step,elapsed_tokens,elapsed_examples,training_loss,training_sequence_accuracy,training_token_accuracy,"
@@ -100,7 +100,7 @@ DAMAGED: dict[str, tuple[str, bytes]] = {
     "a step that is a word": ("metrics.jsonl:1", STEP.replace(b'"step": 1', b'"step": "1"')),
     "brackets without end": ("metrics.jsonl:1", b"[" * 100_000 + b"\n"),
     "results: not a step": ("results.csv:2", b"step,\nx,2\n"),
-    "answers: not UTF-8": ("answers.jsonl:1", b'{"question": "\xff"}\n'),
+    "predictions: not UTF-8": ("predictions.jsonl:1", b'{"question": "\xff"}\n'),
 }
 
 
@@ -115,7 +115,17 @@ def test_a_record_that_no_run_writes_is_named(tmp_path: Path, what: str) -> None
 def test_answers_may_hold_any_line_break(tmp_path: Path) -> None:
     """Python takes more characters for the end of a line than JSON lines do."""
     run = RunDirectory(tmp_path)
-    run.answers.write_text('{"question": "a\u2028b\x85c", "base": "x"}\n', encoding="utf-8")
-    add_tuned_answers(run, [Answer(0, "a", "b", "given")])
-    row = json.loads(run.answers.read_text(encoding="utf-8"))
+    run.predictions.write_text('{"question": "a\u2028b\x85c", "base": "x"}\n', encoding="utf-8")
+    add_tuned_predictions(run, [Answer(0, "a", "b", "given")])
+    row = json.loads(run.predictions.read_text(encoding="utf-8"))
     assert row == {"question": "a\u2028b\x85c", "base": "x", "tuned": "given"}
+
+
+def test_the_answers_of_an_older_run_are_read_where_it_has_no_predictions(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert read_predictions(run) == []
+    (tmp_path / "answers.jsonl").write_text('{"question": "q", "wanted": "w", "base": "b"}\n')
+    assert read_predictions(run) == [{"question": "q", "reference": "w", "base": "b"}]
+    add_tuned_predictions(run, [Answer(0, "q", "w", "t")])
+    (tmp_path / "answers.jsonl").write_text("damaged\n")
+    assert read_predictions(run) == [{"question": "q", "reference": "w", "base": "b", "tuned": "t"}]

@@ -257,8 +257,8 @@ def test_free_settings_may_change_in_the_middle_and_take_effect(place: Path) -> 
     assert summary["status"] == "complete"
     assert summary["micro_batch_tokens"] == 64
     assert summary["tuned"]["exact_match_rows"] == summary["base"]["exact_match_rows"] == 2
-    answers = [json.loads(line) for line in run.answers.read_text().splitlines()]
-    assert [sorted(answer) for answer in answers] == [["base", "question", "tuned", "wanted"]] * 2
+    answers = [json.loads(line) for line in run.predictions.read_text().splitlines()]
+    assert [sorted(answer) for answer in answers] == [["base", "question", "reference", "tuned"]] * 2
 
 
 def test_a_halved_micro_batch_stays_halved_if_the_setting_is_the_same(place: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_run_that_was_begun_again_is_held_like_any_other(place: Path, monkeypa
         except CheckpointError:
             held.append(True)
 
-    monkeypatch.setattr("lmtune.training.run.add_tuned_answers", try_to_take)
+    monkeypatch.setattr("lmtune.training.run.add_tuned_predictions", try_to_take)
     finetune(place, run__resume="never")
     assert held == [True]
 
@@ -345,7 +345,7 @@ def test_a_run_is_complete_only_when_everything_is_written(place: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lmtune.training.run.add_tuned_answers", full)
+        patch.setattr("lmtune.training.run.add_tuned_predictions", full)
         with pytest.raises(OSError, match="No space left"):
             finetune(place)
     with inside(place):
@@ -355,7 +355,7 @@ def test_a_run_is_complete_only_when_everything_is_written(place: Path, monkeypa
     assert "No space left" in summary["reason"]
     run, summary = finetune(place)
     assert summary["status"] == "complete"
-    assert all("tuned" in json.loads(line) for line in run.answers.read_text().splitlines())
+    assert all("tuned" in json.loads(line) for line in run.predictions.read_text().splitlines())
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(place: Path) -> None:

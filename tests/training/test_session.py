@@ -98,7 +98,7 @@ def test_no_weights_are_scored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert passes == ["validation"] * (1 if every is None else 2)
     assert summary["best_step"] == (4 if every is None else 2)
     assert summary["base"] is None
-    assert list(json.loads(run.answers.read_text().splitlines()[0])) == ["question", "wanted", "tuned"]
+    assert list(json.loads(run.predictions.read_text().splitlines()[0])) == ["question", "reference", "tuned"]
     with inside(folder):
         scored = evaluate_loaded(load_for_inference(str(run.path)), ["validation.jsonl"], 0, 1, 128).tuned
     for key in ("loss", "token_accuracy", "sequence_accuracy"):

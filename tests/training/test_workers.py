@@ -277,7 +277,7 @@ def assert_same_run(folder: Path, name: str) -> None:
     assert (first["processes"], second["processes"]) == (1, 2)
     for part in ("base", "tuned"):
         assert second[part] == pytest.approx(first[part], abs=1e-5)
-    answers = [(folder / "runs" / run / "answers.jsonl").read_text() for run in ("one", name)]
+    answers = [(folder / "runs" / run / "predictions.jsonl").read_text() for run in ("one", name)]
     assert answers[0] == answers[1]
 
 
