@@ -332,7 +332,9 @@ def near_runs(target: str, runs_dir: str | Path = "runs") -> list[str]:
 def run_hint(target: str, runs_dir: str | Path = "runs") -> str:
     """What to say where there is no run of that name: which runs there are."""
     names = [path.name for path in run_folders(runs_dir)]
-    if near := similar_runs(target, runs_dir) or similar_runs(Path(target).name, runs_dir):
+    if near := (
+        similar_runs(target, runs_dir) or near_runs(target, runs_dir) or similar_runs(Path(target).name, runs_dir)
+    ):
         return f"did you mean {' or '.join(near)}?"
     if names:
         return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"

@@ -105,7 +105,7 @@ SAVING: dict[str, tuple[Trouble, str]] = {
         "runs/trial/adapter: No space left on device",
     ),
     "the flush": (
-        at_call("lmtune.training.compose", "write_adapter_texts", full_when_flushed),
+        at_call("lmtune.training.run", "write_adapter_texts", full_when_flushed),
         "runs/trial/adapter: No space left on device",
     ),
 }  # fmt: skip

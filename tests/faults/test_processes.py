@@ -195,7 +195,7 @@ def test_19_the_first_process_may_not_leave_before_the_result_is_saved(place: Pa
     """When no step is left to meet for."""
     codes = together(place, "finetune", "run.yaml", troubles={0: at_call("lmtune.runs.cards", "adapter_card", leave)})
     assert codes == [0, 1]
-    assert "(in scoring and saving the result)" in messages(place, 1)[0]
+    assert "during scoring and saving the result" in messages(place, 1)[0]
 
 
 # --- through the launcher

@@ -101,7 +101,7 @@ def test_25_a_run_whose_data_base_or_settings_changed_is_refused_by_name(cut_off
     before = kept(cut_off)
     assert lmtune(cut_off, "finetune", "run.yaml") == 2
     text = said(cut_off)
-    assert f"error: runs/trial: this run was begun differently, so it cannot go on\n  {message}\n" in text
+    assert f"error: runs/trial: cannot resume: settings changed since this run started\n  {message}\n" in text
     assert "put these back, or choose a new run.name, or begin again with run.resume=never" in text
     assert "Traceback" not in text
     assert kept(cut_off) == before

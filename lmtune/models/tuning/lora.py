@@ -287,7 +287,7 @@ def check_variant(model: torch.nn.Module, tuning: LoraConfig, found: Targets) ->
     for setting, is_set in wrong.items():
         if is_set:
             raise ConfigError(
-                f"adapter.{setting} where the experts of a mixture are adapted: PEFT has no such adapter for a tensor "
+                f"tuning.{setting} where the experts of a mixture are adapted: PEFT has no such adapter for a tensor "
                 "of experts; or name tuning.target_modules outside the experts, such as [q_proj, k_proj, v_proj, "
                 "o_proj]"
             )
