@@ -161,6 +161,14 @@ def test_columns_of_dates_are_no_obstacle_and_what_is_none_is_named(tmp_path: Pa
         rows_file([ROWS[0], {**ROWS[1], "photo": b"x"}], tmp_path)
 
 
+@pytest.mark.parametrize("kind", [None, "numpy", "pandas", "arrow"])
+def test_a_dataset_gives_its_rows_in_any_format(kind: str | None) -> None:
+    dataset = datasets.Dataset.from_list([{**row, "score": 0.1} for row in ROWS])
+    columns = list(ROWS[0])
+    assert paths_or_rows(dataset.with_format(kind, columns=columns)) == ROWS
+    assert paths_or_rows(dataset.select_columns(columns).to_iterable_dataset().with_format(kind)) == ROWS
+
+
 @pytest.mark.parametrize(
     ("question", "history", "message"),
     [

@@ -51,6 +51,8 @@ def paths_or_rows(data: Data, name: str = "data") -> tuple[str, ...] | list[Row]
         raise DataError(
             f"{name}: a mapping with the keys {keys}; expected rows; give one part of it, as {name}['train']"
         )
+    if any(part.__module__.startswith("datasets.") for part in type(data).__mro__):
+        data = _python_rows(data)
     rows = data.to_dict(orient="records") if isinstance(data, Table) else data
     if not isinstance(rows, Iterable):
         raise DataError(f"{name}: {type(data).__name__}; expected a path, a list of dicts, a DataFrame or a Dataset")
@@ -79,6 +81,17 @@ def rows_file(rows: Iterable[Row], folder: Path, name: str = "data") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     return path
+
+
+def _python_rows(data: Any) -> Any:
+    """A Dataset that yields dicts of Python values, whatever it is formatted as; anything else as it is."""
+    from datasets import Dataset, IterableDataset  # whoever has such an object has imported the library
+
+    if isinstance(data, IterableDataset):
+        return data.with_format(None)
+    if isinstance(data, Dataset) and data.format["type"] != "custom":  # a transform stays
+        return data.with_format(None, columns=data.format["columns"])
+    return data
 
 
 def _lines(rows: Iterable[Row], name: str) -> Iterator[str]:
