@@ -23,7 +23,7 @@ from lmtune.parallel.single import Single
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
 from lmtune.training.compose import Components
-from lmtune.training.loop import Loop
+from lmtune.training.loop import TrainingJob
 from lmtune.training.run import run_loop
 from lmtune.training.state import TrainResult
 from tests.tiny import Rows, adapted, random_rows, tiny_model
@@ -52,9 +52,9 @@ class Job:
         return self.parts.data.train
 
     @property
-    def loop(self) -> Loop:
+    def loop(self) -> TrainingJob:
         """What the loop would work with."""
-        return self.parts.loop()[0]
+        return self.parts.job()[0]
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:

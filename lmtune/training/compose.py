@@ -1,7 +1,7 @@
 """A config composed to the parts of a run: what is loaded before the first step.
 
 parts = compose(config, parallel)       # tokenizer, rows, model with what learns, forward pass, objective
-parts.loop(resumed)                     # what `lmtune.training.loop.train` works with
+parts.job(resumed)                     # what `lmtune.training.loop.train` works with
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lmtune.runs.store import RunDirectory
 from lmtune.training import memory
 from lmtune.training.checkpoint import Checkpoint, restore
 from lmtune.training.estimate import token_cost
-from lmtune.training.loop import Loop
+from lmtune.training.loop import TrainingJob
 from lmtune.training.memory import checkpoint_layers, measure_activations
 from lmtune.training.optim import adamw
 from lmtune.training.start_adapter import StartingAdapter, starting_adapter
@@ -89,7 +89,7 @@ class Components:
         start = self.start.sha256 if self.start is not None else None
         return RunSignature.of(self.config, self.data.key, self.fingerprint, self.data.signature, start)
 
-    def loop(self, resumed: Checkpoint | None = None) -> tuple[Loop, TrainState]:
+    def job(self, resumed: Checkpoint | None = None) -> tuple[TrainingJob, TrainState]:
         """What the loop works with, and where it begins; the tensors of `resumed` are in the model and the optimizer.
 
         The micro-batch budget goes on as it was, perhaps halved, unless another one is asked for now.
@@ -112,8 +112,8 @@ class Components:
             shareable_of if self.forward.shares_prefixes else None,
             token_cost(memory.shape_of(self.model.module, self.parameters)), self.objective.units,
         )  # fmt: skip
-        loop = Loop(planner, data, self.forward, self.objective, self.model, optimizer, self.parallel, train)
-        return loop, state
+        job = TrainingJob(planner, data, self.forward, self.objective, self.model, optimizer, self.parallel, train)
+        return job, state
 
     def validate(self) -> Scores:
         """Teacher-forced scores of the validation rows."""

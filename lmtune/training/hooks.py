@@ -29,7 +29,7 @@ from lmtune.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from lmtune.training.loop import Action, Loop, StepEvent
+from lmtune.training.loop import Action, StepEvent, TrainingJob
 from lmtune.training.progress import StepProgress
 from lmtune.training.state import RunSignature, TrainState
 
@@ -127,10 +127,10 @@ class CheckpointHook(Hook):
     """Saves what is needed to go on: every so many steps and minutes, after the best step, the last, and a signal."""
 
     def __init__(
-        self, run: RunDirectory, config: FinetuneConfig, signature: RunSignature, loop: Loop, total_steps: int
+        self, run: RunDirectory, config: FinetuneConfig, signature: RunSignature, job: TrainingJob, total_steps: int
     ) -> None:
         self.run, self.config, self.signature = run, config, signature
-        self.loop, self.parallel, self.total_steps = loop, loop.parallel, total_steps
+        self.job, self.parallel, self.total_steps = job, job.parallel, total_steps
         self._saved_at = time.monotonic()
 
     def after_step(self, event: StepEvent) -> Action:
@@ -145,12 +145,12 @@ class CheckpointHook(Hook):
         if not self.parallel.is_main or state.step == 0:
             return
         self.parallel.phase = f"saving step {state.step}"  # while the others wait in the next one
-        parameters = self.loop.parameters
+        parameters = self.job.parameters
         weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
         setting = self.config.train.micro_batch_tokens
         saved = CheckpointState(replace(state), self.signature, self.total_steps, setting)
         save_checkpoint(
-            self.run.checkpoints, Checkpoint(weights, optimizer_tensors(self.loop.optimizer, parameters), saved)
+            self.run.checkpoints, Checkpoint(weights, optimizer_tensors(self.job.optimizer, parameters), saved)
         )
         best = state.best_step if self.config.evaluation.keep_best else None
         prune_checkpoints(self.run.checkpoints, self.config.run.keep_checkpoints, best, state.step)
@@ -174,7 +174,7 @@ class CheckpointHook(Hook):
             return None
         best = load_checkpoint(path)
         with torch.no_grad():
-            for name, parameter in self.loop.parameters.items():
+            for name, parameter in self.job.parameters.items():
                 parameter.copy_(best.weights[name])
         return best.weights
 

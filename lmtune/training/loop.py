@@ -1,6 +1,6 @@
 """The training loop: one explicit function from the first step to the last, for every objective, tuning and rank.
 
-    result = train(Loop(planner, data, forward, objective, model, optimizer, parallel, config.train), hooks, state)
+    stopped_early = train(TrainingJob(planner, data, forward, objective, model, optimizer, …), hooks, state)
 
 Each step: the plan says which examples; their gradients are summed over micro-batches and ranks; if anything is not
 finite the run stops before the update and names the examples; else clip and AdamW. What is done between two steps
@@ -80,7 +80,7 @@ class StepHook(Protocol):
 
 
 @dataclass
-class Loop:
+class TrainingJob:
     """What the loop works with.
 
     Attributes:
@@ -108,11 +108,11 @@ class Loop:
         self.parameters = self.model.trainable()
 
 
-def train(loop: Loop, hooks: Sequence[StepHook], state: TrainState) -> bool:
+def train(job: TrainingJob, hooks: Sequence[StepHook], state: TrainState) -> bool:
     """Make all steps that are left, and change `state` with each.
 
     Args:
-        loop: what it works with.
+        job: what it works with.
         hooks: told of every step in this order.
         state: where to begin.
 
@@ -123,22 +123,22 @@ def train(loop: Loop, hooks: Sequence[StepHook], state: TrainState) -> bool:
         LmtuneError: loss or gradient was not finite, or memory does not suffice for a single sequence.
         Interrupted: the run was asked to stop.
     """
-    parallel, total_steps, is_stopped = loop.parallel, loop.planner.total_steps, False
-    pin, shares = loop.forward.device.type == "cuda", loop.forward.shares_prefixes
-    loop.forward.model.train()
-    with StopSignals() as signals, BatchPrefetcher(loop.planner, parallel.rank, loop.data, shares, pin) as prefetcher:
+    parallel, total_steps, is_stopped = job.parallel, job.planner.total_steps, False
+    pin, shares = job.forward.device.type == "cuda", job.forward.shares_prefixes
+    job.forward.model.train()
+    with StopSignals() as signals, BatchPrefetcher(job.planner, parallel.rank, job.data, shares, pin) as prefetcher:
         prefetcher.start(state.step + 1)
         while state.step < total_steps and not is_stopped:
             started = time.perf_counter()
             plan = prefetcher.next_step()
             parallel.phase = f"step {plan.step}"
-            plan, result = _gradients(loop, prefetcher, plan, signals)
+            plan, result = _gradients(job, prefetcher, plan, signals)
             if not result.is_finite:
                 for hook in hooks:
                     hook.on_failure(state)
-                raise _not_finite(loop, plan, result)
-            rate = learning_rate(plan.step, total_steps, loop.train)
-            update(loop.optimizer, loop.parameters.values(), rate, result.grad_norm, loop.train.max_grad_norm)
+                raise _not_finite(job, plan, result)
+            rate = learning_rate(plan.step, total_steps, job.train)
+            update(job.optimizer, job.parameters.values(), rate, result.grad_norm, job.train.max_grad_norm)
             seconds = time.perf_counter() - started
             _advance(state, plan, seconds, prefetcher.planner.micro_batch_tokens)
             stop = result.interrupted or (parallel.world_size == 1 and signals.asked())
@@ -162,34 +162,34 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _gradients(
-    loop: Loop, prefetcher: BatchPrefetcher, plan: StepPlan, signals: StopSignals
+    job: TrainingJob, prefetcher: BatchPrefetcher, plan: StepPlan, signals: StopSignals
 ) -> tuple[StepPlan, StepResult]:
     """The step's gradient; out of memory halves the micro-batches and makes the same step again."""
     while True:
-        seed_step(loop.train.seed, plan.step, loop.parallel.rank)
+        seed_step(job.train.seed, plan.step, job.parallel.rank)
         result = step_gradients(
-            loop.forward, loop.objective, loop.parameters, prefetcher.batches(), plan.totals, loop.parallel,
+            job.forward, job.objective, job.parameters, prefetcher.batches(), plan.totals, job.parallel,
             signals.asked,
         )  # fmt: skip
         if not result.out_of_memory:
             return plan, result
-        prefetcher.start(plan.step, _reduce_memory(loop, prefetcher.planner, plan))
+        prefetcher.start(plan.step, _reduce_memory(job, prefetcher.planner, plan))
         plan = prefetcher.next_step()
 
 
-def _reduce_memory(loop: Loop, planner: Planner, plan: StepPlan) -> Planner:
+def _reduce_memory(job: TrainingJob, planner: Planner, plan: StepPlan) -> Planner:
     """A plan that needs less memory: without dense copies of quantised weights, then with half the micro-batch, and
     when units stand alone already, with activation checkpointing.
 
     The step's examples, and so its update, stay the same.
     """
-    base, is_main = loop.forward.base, loop.parallel.is_main
+    base, is_main = job.forward.base, job.parallel.is_main
 
     def say(change: str) -> None:
         if is_main:
             warn(f"out of memory at step {plan.step}: {change} from here on (same result)")
 
-    has_dropped = drop_dense(loop.forward.model)
+    has_dropped = drop_dense(job.forward.model)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if has_dropped:
@@ -199,7 +199,7 @@ def _reduce_memory(loop: Loop, planner: Planner, plan: StepPlan) -> Planner:
         smaller = planner.with_budget(max(plan.longest, planner.micro_batch_tokens // 2))
         say(f"micro-batches of {smaller.micro_batch_tokens} tokens")
         return smaller
-    if loop.train.gradient_checkpointing == "auto" and not is_checkpointed_throughout(base):
+    if job.train.gradient_checkpointing == "auto" and not is_checkpointed_throughout(base):
         say("activation checkpointing for all layers, which is slower,")
         checkpoint_layers(base, base.config.get_text_config().num_hidden_layers)
         return planner
@@ -209,13 +209,13 @@ def _reduce_memory(loop: Loop, planner: Planner, plan: StepPlan) -> Planner:
     )
 
 
-def _not_finite(loop: Loop, plan: StepPlan, result: StepResult) -> LmtuneError:
+def _not_finite(job: TrainingJob, plan: StepPlan, result: StepResult) -> LmtuneError:
     """An error that names the examples that made the loss or gradient infinite or NaN, on whichever rank they were."""
-    seed_step(loop.train.seed, plan.step, loop.parallel.rank)
+    seed_step(job.train.seed, plan.step, job.parallel.rank)
     offenders = find_nonfinite_examples(
-        loop.forward, loop.objective, loop.parameters, plan.micro_batches[loop.parallel.rank], loop.data
+        job.forward, job.objective, job.parameters, plan.micro_batches[job.parallel.rank], job.data
     )
-    offenders = loop.parallel.gather(offenders)
+    offenders = job.parallel.gather(offenders)
     rows = format_list(sorted(set(offenders))) if offenders else "  no single row alone; the step as a whole"
     return LmtuneError(
         f"step {plan.step}: the loss ({result.loss}) or the gradient (norm {result.grad_norm}) is not finite. The "

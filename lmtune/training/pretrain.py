@@ -32,7 +32,7 @@ from lmtune.parallel.single import Single
 from lmtune.runs.store import expand_home
 from lmtune.training.corpus import TURN_END, Blocks
 from lmtune.training.hooks import ProgressHook
-from lmtune.training.loop import Loop, train
+from lmtune.training.loop import TrainingJob, train
 from lmtune.training.memory import MOST_TOKENS
 from lmtune.training.optim import adamw
 from lmtune.training.progress import StepProgress
@@ -111,11 +111,11 @@ def pretrain(model: PreTrainedModel, blocks: Blocks, validation: Blocks, config:
     budget = MOST_TOKENS[parallel.device.type]
     planner = Planner(blocks.sequences, rates, 1, budget)
     optimizer = adamw(tuning.parameter_groups(tuned, settings.weight_decay), betas=(0.9, 0.95))
-    loop = Loop(planner, blocks, forward, objective, tuned, optimizer, parallel, rates)
+    job = TrainingJob(planner, blocks, forward, objective, tuned, optimizer, parallel, rates)
     state, exit_code = TrainState(), 0
     with StepProgress(planner.total_steps, 1) as progress:
         try:
-            train(loop, [ProgressHook(progress)], state)
+            train(job, [ProgressHook(progress)], state)
         except Interrupted as stopped:
             exit_code = stopped.exit_code
     scores = teacher_forced(forward, validation, budget, who="the model")

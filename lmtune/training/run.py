@@ -88,12 +88,12 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
 def run_loop(run: RunDirectory, parts: Components, resumed: Checkpoint | None) -> TrainResult:
     """Make the steps that are left, with the hooks that the settings ask for; the model then holds what to keep."""
     config, is_main = parts.config, parts.parallel.is_main
-    loop, state = parts.loop(resumed)
-    total_steps = loop.planner.total_steps
+    job, state = parts.job(resumed)
+    total_steps = job.planner.total_steps
     records = Records(run, enabled=is_main)
     records.begin(state.step)
     progress = StepProgress(total_steps, state.step + 1, enabled=is_main)
-    saving = CheckpointHook(run, config, parts.signature, loop, total_steps)
+    saving = CheckpointHook(run, config, parts.signature, job, total_steps)
     hooks: list[StepHook] = [ProgressHook(progress)]
     if parts.data.validation is not None:
         hooks.append(EvaluationHook(parts.validate, parts.objective, config.evaluation.every_steps, progress))
@@ -105,7 +105,7 @@ def run_loop(run: RunDirectory, parts: Components, resumed: Checkpoint | None) -
         stopped_early = stopping.is_due(state)  # a crash after the last step leaves nothing to do
     hooks.append(saving)
     with progress:
-        stopped_early = stopped_early or train(loop, hooks, state)
+        stopped_early = stopped_early or train(job, hooks, state)
     return TrainResult(state, saving.best_weights(state), stopped_early)
 
 

@@ -25,8 +25,8 @@ def test_a_run_has_every_technique(tmp_path: Path) -> None:
     folder = make_workplace(tmp_path / "work")
     with inside(folder):
         parts = compose.compose(config_of(data__system=SYSTEM, model__quantization="nf4"), Single())
-        loop, _ = parts.loop()
-        with BatchPrefetcher(loop.planner, 0, loop.data, parts.forward.shares_prefixes) as prefetcher:
+        job, _ = parts.job()
+        with BatchPrefetcher(job.planner, 0, job.data, parts.forward.shares_prefixes) as prefetcher:
             prefetcher.start(1)
             prefetcher.next_step()
             shared = [not batch.segments.is_plain for batch in prefetcher.batches()]
