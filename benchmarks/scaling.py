@@ -94,7 +94,7 @@ def planned(count: int) -> dict[str, Any]:
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Tokenised rows of about `ROW_TOKENS` tokens, the last third trained."""
+    """Tokenized rows of about `ROW_TOKENS` tokens, the last third trained."""
     from lmtune.data.store import TableWriter
     from lmtune.data.types import TokenSequence
 

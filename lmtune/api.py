@@ -112,7 +112,7 @@ class Run:
 
         Args:
             output: the folder to write; `merged` in the run's if not given.
-            into: `trained`: the weights that were trained over, dequantised. `original`: as published.
+            into: `trained`: the weights that were trained over, dequantized. `original`: as published.
             accept_difference: keep the merged model even where its logits differ by more than rounding explains.
             base: where the base model is now, a folder or Hub id, if it was moved.
 

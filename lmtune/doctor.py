@@ -172,7 +172,7 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_caches() -> Iterator[Finding]:
-    """The folders where tokenised rows and downloaded models are kept."""
+    """The folders where tokenized rows and downloaded models are kept."""
     from lmtune.io.atomic import cache_folder
 
     yield check_folder("row cache", cache_folder(), "fail", "name another folder in LMTUNE_CACHE")

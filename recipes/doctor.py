@@ -13,7 +13,7 @@ from lmtune.io.console import err, escape, out, print_json, progress
 from lmtune.io.text import pluralize
 from lmtune.run import run
 
-COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def main(
@@ -40,7 +40,7 @@ def main(
             shown = {"name": finding.name, "level": finding.level, "text": finding.text, "fix": finding.fix or None}
             found.append(shown)
             continue
-        out.print(f"[{COLOURS[finding.level]}]{finding.level:<4}[/]  {finding.name:<15} {escape(finding.text)}")
+        out.print(f"[{COLORS[finding.level]}]{finding.level:<4}[/]  {finding.name:<15} {escape(finding.text)}")
         if finding.fix:
             out.print(f"      → {escape(finding.fix)}")
     if as_json:

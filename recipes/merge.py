@@ -18,7 +18,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Folder to write; RUN/merged if not given.")] = None,
     into: Annotated[
         Literal["trained", "original"],
-        typer.Option(help="trained: the weights that were trained over, dequantised. original: as published."),
+        typer.Option(help="trained: the weights that were trained over, dequantized. original: as published."),
     ] = "trained",
     base: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")

@@ -33,7 +33,7 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document: model, template, rows.")] = False,
 ) -> None:
-    """Show the tokens of the first rows, trained ones coloured, or in brackets without colour.
+    """Show the tokens of the first rows, trained ones colored, or in brackets without color.
 
     Example: lmtune preview train.jsonl --config qwen3_0.6b
     """

@@ -142,7 +142,7 @@ def test_merged_card_tells_how_the_merge_was_checked() -> None:
     assert (head["library_name"], head["base_model_relation"]) == ("transformers", "finetune")
     assert "| Largest difference of a logit, as a share of the largest logit | 0.0012 |" in card
     assert "| Top-1 agreement | 99.75 % |" in card
-    assert "| Weights merged into | the weights that were trained over, dequantised |" in card
+    assert "| Weights merged into | the weights that were trained over, dequantized |" in card
     assert "base_model_relation" not in yaml.safe_load(merged_card(settings("tiny"), RUN, MERGE).split("---")[1])
 
 

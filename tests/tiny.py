@@ -65,7 +65,7 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
             "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM), "gpt_oss": (GptOssConfig, GptOssForCausalLM),
         }[kind]  # fmt: skip
         model = model_class(config_class(**{**common, **_EXPERTS.get(kind, {}), **changes}))
-    for parameter in model.parameters():  # the stock initialisation is too small for differences to show
+    for parameter in model.parameters():  # the stock initialization is too small for differences to show
         parameter.data.normal_(0, 0.08) if parameter.dim() > 1 else None
     return model.requires_grad_(False).eval()
 

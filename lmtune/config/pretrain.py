@@ -46,7 +46,7 @@ class ShapeConfig:
 
 @section
 class PretrainTrainConfig:
-    """The optimisation: AdamW over blocks of text, cosine with warm-up."""
+    """The optimization: AdamW over blocks of text, cosine with warm-up."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 1
     max_steps: Count | None = None  # overrules `epochs`

@@ -110,7 +110,7 @@ class LoraConfig:
 
 @section
 class SftConfig:
-    """What is minimised over the rows."""
+    """What is minimized over the rows."""
 
     kind: Literal["sft"] = "sft"  # supervised fine-tuning: the cross-entropy of every answer token
 
@@ -131,7 +131,7 @@ class DataConfig:
 
 @section
 class TrainConfig:
-    """The optimisation. One optimizer step learns `batch_size` examples, summed over all processes."""
+    """The optimization. One optimizer step learns `batch_size` examples, summed over all processes."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 3  # times that each row is learned
     max_steps: Count | None = None  # overrules `epochs`

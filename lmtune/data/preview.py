@@ -1,6 +1,6 @@
 """Rows as the model sees them: token by token, with the targets of the loss marked.
 
-On a terminal targets are green and underlined; without colour they stand in [brackets] and a blank follows each
+On a terminal targets are green and underlined; without color they stand in [brackets] and a blank follows each
 other, so a page piped into a file says the same. Blanks, line ends and control characters are made visible. A
 character of several tokens is shown as itself, with their number: 歷{3}.
 """
@@ -24,12 +24,12 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _MAX_PARTS = 8  # tokens; no character has more, with a blank before it
 
 
-def show_tokens(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence, colour: bool) -> Text:
+def show_tokens(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence, color: bool) -> Text:
     """The tokens of a sequence in order, its targets marked."""
     shown = Text()
     for index, (text, count, is_target) in enumerate(_pieces(tokenizer, sequence)):
         number = f"{{{count}}}" if count > 1 else ""
-        if colour:  # neighbours in different shades, so that one sees where a token ends
+        if color:  # neighbours in different shades, so that one sees where a token ends
             shown.append(text, style=(_TARGET if is_target else _OTHER)[index % 2]).append(number, style="dim")
         else:
             bare, newline = (text[:-1], "\n") if text.endswith("\n") else (text, "")

@@ -34,7 +34,7 @@ def answers(
     Args:
         model: with or without adapter; it is put in evaluation mode for the time.
         renderer: gives the stop tokens and decodes.
-        data: tokenised rows.
+        data: tokenized rows.
         rows: which of them.
         max_new_tokens: where an answer that does not stop is cut.
         who: answers, for the progress that is shown.

@@ -143,7 +143,7 @@ def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True)
 
     Args:
         model: with or without adapter.
-        parts: tokenised rows, with `sequences` and `where`.
+        parts: tokenized rows, with `sequences` and `where`.
         key: the setting that lets in rows so long.
         tell: whether to warn where the model can compute such rows, but was not made for them.
 

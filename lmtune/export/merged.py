@@ -29,7 +29,7 @@ def merge_run(
     Args:
         run_directory: of a run that has an adapter, or a checkpoint of one.
         output: the folder to write.
-        into: `trained`: the weights that were trained over, dequantised. `original`: as published.
+        into: `trained`: the weights that were trained over, dequantized. `original`: as published.
         accept_difference: keep the merged model even where its logits differ by more than rounding explains.
         base: where the base model is now, a folder or Hub id, if it was moved.
 

@@ -1,4 +1,4 @@
-"""Which optimised paths of the forward pass hold for a model, found by trying each on a few random tokens.
+"""Which optimized paths of the forward pass hold for a model, found by trying each on a few random tokens.
 
     capabilities = find_capabilities(forward)
     capabilities.packing           # None: used; else the reason why not
@@ -48,7 +48,7 @@ class Paths(Protocol):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Why each optimised path is disabled for a model, or None where it is used.
+    """Why each optimized path is disabled for a model, or None where it is used.
 
     Attributes:
         packing: several sequences share one forward pass.
@@ -78,7 +78,7 @@ class Capabilities:
 
 
 def find_capabilities(forward: Paths) -> Capabilities:
-    """Compare each optimised path of `forward` with the plain one."""
+    """Compare each optimized path of `forward` with the plain one."""
     with torch.no_grad(), _evaluating(forward.model):
         packing = _probe(forward, "sequence packing disabled", _compare_packing)
         head = forward.base.get_output_embeddings()

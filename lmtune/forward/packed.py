@@ -1,6 +1,6 @@
 """The forward pass of a packed micro-batch: the log-probability of each target, and whether it is the likeliest token.
 
-    forward = PackedForward(model)            # tries once which optimised paths give the model's own result
+    forward = PackedForward(model)            # tries once which optimized paths give the model's own result
     with forward.context():                   # until the backward pass is over: checkpointing runs layers again in it
         outputs = forward(micro_batch)        # outputs.logprobs carries the gradient
 
@@ -48,7 +48,7 @@ class PackedForward:
         model: with or without an adapter.
         base: the transformers model in it.
         transform: what the model does to its logits after the head.
-        capabilities: which optimised paths are used.
+        capabilities: which optimized paths are used.
     """
 
     def __init__(self, model: torch.nn.Module, autocast: torch.dtype | None = None) -> None:

@@ -1,6 +1,6 @@
 """Where text for people goes: results to stdout, progress and warnings to stderr.
 
-Rich picks the width and drops colours when the output is no terminal, so piping a result never mixes with progress.
+Rich picks the width and drops colors when the output is no terminal, so piping a result never mixes with progress.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 PEFT's layer runs the low-rank product, the scaling and the sum as separate operations, each with its own result kept
 for the backward pass, and writes `[T, out]` three times. Here the low-rank part is added into the base product in place
-and only `x` and `x Aᵀ` are kept. Over a quantised base, W is turned into numbers inside the operation (or once, where
+and only `x` and `x Aᵀ` are kept. Over a quantized base, W is turned into numbers inside the operation (or once, where
 memory allows, with the same values).
 
     fuse(model)       # each LoRA layer that is plain enough takes the fast path; the others stay as they are
@@ -56,7 +56,7 @@ class _LoraLinear(torch.autograd.Function):
 class BaseWeight:
     """The frozen weight `W[out, in]` of a base layer, in full precision, 4 or 8 bit, as a dense matrix.
 
-    `keep` holds the dense matrix of a quantised weight instead of making it at each call; the values are the same.
+    `keep` holds the dense matrix of a quantized weight instead of making it at each call; the values are the same.
     """
 
     def __init__(self, layer: Any, keep: bool = False) -> None:
@@ -108,7 +108,7 @@ def fuse(model: torch.nn.Module, keep_dense: bool = False) -> list[str]:
 
     Args:
         model: a PeftModel.
-        keep_dense: hold quantised weights as dense matrices, where memory allows.
+        keep_dense: hold quantized weights as dense matrices, where memory allows.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -125,7 +125,7 @@ def fuse(model: torch.nn.Module, keep_dense: bool = False) -> list[str]:
 
 
 def drop_dense(model: Any) -> bool:
-    """Let go of all dense matrices beside quantised weights, and make them at each call from now on.
+    """Let go of all dense matrices beside quantized weights, and make them at each call from now on.
 
     Returns:
         Whether there were any to be held. The values stay the same.

@@ -102,7 +102,7 @@ class BlockWeights:
             names = [name for name, _ in self._changed(block, whole)]
             if not names:
                 continue
-            with self._materialised(block, whole, torch.float32, dequantize=True):
+            with self._materialized(block, whole, torch.float32, dequantize=True):
                 self._merge(block)
                 yield {name: self.parameter(name).data for name in names}
 
@@ -152,7 +152,7 @@ class BlockWeights:
                 continue
             try:
                 if any(kind.__name__ in _QUANTIZED for kind in type(module).__mro__):
-                    Linear.merge(module, safe_merge=True)  # the layer's own method would quantise the sum again
+                    Linear.merge(module, safe_merge=True)  # the layer's own method would quantize the sum again
                 else:
                     module.merge(safe_merge=True)
             except ValueError as error:
@@ -169,13 +169,13 @@ class BlockWeights:
         stack = contextlib.ExitStack()
         self._restore.append(stack)
         if self._dtype is not None:
-            stack.enter_context(self._materialised(block, whole, self._dtype, self._dequantize))
+            stack.enter_context(self._materialized(block, whole, self._dtype, self._dequantize))
 
     def _leave(self) -> None:
         self._restore.pop().close()
 
     @contextlib.contextmanager
-    def _materialised(self, block: Any, whole: bool, dtype: torch.dtype, dequantize: bool) -> Iterator[None]:
+    def _materialized(self, block: Any, whole: bool, dtype: torch.dtype, dequantize: bool) -> Iterator[None]:
         """The block's base weights in `dtype` inside, and as they were afterwards."""
         kept, layers = [], []
         if dequantize:

@@ -185,7 +185,7 @@ class Layout:
         return dict(weights)
 
     def replaced(self, weights: Iterable[str]) -> set[str]:
-        """The stored tensors whose content is in `weights`, those that hold scales of quantised ones included."""
+        """The stored tensors whose content is in `weights`, those that hold scales of quantized ones included."""
         names = {source for name in weights for source in self._sources.get(name, [])}
         scales = {
             other for name in names for other in self._stored.entries
@@ -326,10 +326,10 @@ def merged_config(base: Mapping[str, Any], dtype: str, stop_token_ids: Sequence[
         stop_token_ids: the end of an answer first.
         untied: whether the head has become a weight of its own.
     """
-    quantised = "quantization_config" in base or "compression_config" in base
+    quantized = "quantization_config" in base or "compression_config" in base
     tree = {key: value for key, value in base.items() if key not in _DROPPED}
     said = tree.get("dtype") or tree.get("torch_dtype")
-    tree["dtype"] = tree["torch_dtype"] = dtype if quantised or not said else said
+    tree["dtype"] = tree["torch_dtype"] = dtype if quantized or not said else said
     for part in (tree, *(value for value in tree.values() if isinstance(value, dict))):
         part.update(_rope_keys(part))
         if "eos_token_id" in part or part is tree:

@@ -1,4 +1,4 @@
-"""What a step minimises: the seam between the step, which knows tokens, and a loss, which knows what they are for.
+"""What a step minimizes: the seam between the step, which knows tokens, and a loss, which knows what they are for.
 
     class Dpo:                                   # preferences in forty lines: tests/objectives/test_seam.py
         def loss(self, outputs, batch):

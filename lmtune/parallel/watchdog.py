@@ -4,7 +4,7 @@ A process that hangs leaves the others in a collective that never returns, and w
 names nobody. So each process counts the collectives it has entered and notes its phase; a thread of each posts this in
 the store through which the processes found each other, with for how long the process has done nothing. A process that
 has waited longer than the limit reads there which rank is missing. One that works counts as alive, however long it
-takes: rank 0 may have rows to tokenise, weights to quantise or files to save while the others wait. One that does
+takes: rank 0 may have rows to tokenize, weights to quantize or files to save while the others wait. One that does
 nothing, or posts no more, is named, and all end; so does the one that hangs, whose thread is alive. Inside a training
 step, which takes all ranks about as long, the limit holds for work too: a GPU that hangs keeps its process busy.
 """

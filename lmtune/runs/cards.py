@@ -22,7 +22,7 @@ from lmtune.data.report import DataReport, PartReport
 from lmtune.runs.store import ScoreValues, Summary
 from lmtune.runs.tables import NOT_MEASURED, SCORES, format_score
 
-_QUANTIZATIONS = {"none": "not quantised", "nf4": "4-bit NF4 (bitsandbytes)", "int8": "8-bit (bitsandbytes)"}
+_QUANTIZATIONS = {"none": "not quantized", "nf4": "4-bit NF4 (bitsandbytes)", "int8": "8-bit (bitsandbytes)"}
 _PRIVATE_KEYS = ("data.train", "data.validation", "data.system", "tuning.adapter")  # names and words of the user's own
 
 
@@ -140,11 +140,11 @@ def _merge_part(merge: Mapping[str, object]) -> str:
         "into": "Weights merged into", "dtype": "Stored as", "rows": "Held-out rows compared",
         "logits_difference": "Largest difference of a logit, as a share of the largest logit",
         "bound": "Allowed difference", "top1_agreement": "Top-1 agreement",
-        "difference_to_trained": "Difference to the quantised model that was trained",
+        "difference_to_trained": "Difference to the quantized model that was trained",
         "rerouted_tokens": "Tokens that rounding sent to other experts, or that follow one",
         "rerouted_difference": "Largest difference among those",
     }  # fmt: skip
-    known = {"trained": "the weights that were trained over, dequantised", "original": "the base as published"}
+    known = {"trained": "the weights that were trained over, dequantized", "original": "the base as published"}
     merge = {**merge, "into": known.get(str(merge.get("into")))}
     if not merge.get("rerouted_tokens"):
         merge.pop("rerouted_tokens", None)

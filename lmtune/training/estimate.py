@@ -37,7 +37,7 @@ class Seconds:
     """How long the parts of a run take.
 
     Attributes:
-        loading: libraries and the base model, quantised where asked.
+        loading: libraries and the base model, quantized where asked.
         training: all optimizer steps.
         scoring: the validation rows, before, during and after training.
         answers: generated for validation rows, by the base and by the tuned model.
@@ -78,7 +78,7 @@ class Forecast:
     def lines(self) -> list[tuple[str, str]]:
         """Name and value of each line."""
         part, time_of = self.memory, self.seconds
-        beside = [("dense copies of quantised weights", part.dense_copies)] * bool(part.dense_copies)
+        beside = [("dense copies of quantized weights", part.dense_copies)] * bool(part.dense_copies)
         beside += [("experts with their adapter added", part.expert_copies)] * bool(part.expert_copies)
         sizes = [
             ("base weights", part.base_weights), *beside, ("adapter, optimizer", part.adapter_and_optimizer),
@@ -211,7 +211,7 @@ def _plain_flop(shape: ModelShape) -> float:
 
 
 def planned_shape(model: ModelConfig, tuning: LoraConfig, dtype: torch.dtype) -> tuple[ModelShape, Parameters]:
-    """The shape of `model` with `adapter`, and what is adapted and quantised, from its config alone.
+    """The shape of `model` with `adapter`, and what is adapted and quantized, from its config alone.
 
     Raises:
         ModelError: the model's config cannot be read.
@@ -254,7 +254,7 @@ def _advice(
 ) -> tuple[str, ...]:  # fmt: skip
     found = []
     if part.total > free_gib:
-        mostly_linear = shape.linear_parameters > shape.expert_parameters  # which can be quantised
+        mostly_linear = shape.linear_parameters > shape.expert_parameters  # which can be quantized
         smaller = (
             "model.quantization=nf4" if config.model.quantization != "nf4" and mostly_linear else "a smaller model"
         )

@@ -169,7 +169,7 @@ def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | No
     steps = Planner.count_steps(len(data.train), config.train)
     where = "begins" if checkpoint is None else f"goes on after step {checkpoint.step}"
     model = to_tree(config.model)["name"]
-    held = "unquantised" if config.model.quantization == "none" else f"in {config.model.quantization}"
+    held = "unquantized" if config.model.quantization == "none" else f"in {config.model.quantization}"
     err.print(f"{escape(str(run.path))} {where}: {escape(model)} {held}, {pluralize(steps, 'step')}")
     if parts.start is not None:
         err.print(escape(f"from the adapter {parts.start.name}, with its rank, alpha and layers"))

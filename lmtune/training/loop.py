@@ -178,7 +178,7 @@ def _gradients(
 
 
 def _reduce_memory(job: TrainingJob, planner: Planner, plan: StepPlan) -> Planner:
-    """A plan that needs less memory: without dense copies of quantised weights, then with half the micro-batch, and
+    """A plan that needs less memory: without dense copies of quantized weights, then with half the micro-batch, and
     when units stand alone already, with activation checkpointing.
 
     The step's examples, and so its update, stay the same.

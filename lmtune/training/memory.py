@@ -135,14 +135,14 @@ def _experts_per_token(config: Any) -> int:
 
 
 def base_weights(shape: ModelShape, quantization: str, dtype: torch.dtype) -> float:
-    """Bytes of the frozen weights; experts, embeddings, head, router and norms are not quantised."""
+    """Bytes of the frozen weights; experts, embeddings, head, router and norms are not quantized."""
     wide = dtype.itemsize
     per_element = {"none": float(wide), **_QUANTIZED_BYTES}[quantization]
     return shape.linear_parameters * per_element + (shape.expert_parameters + shape.other_parameters) * wide
 
 
 def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_bytes: float) -> float:
-    """Bytes of the dense matrices that are held beside quantised weights where `free_bytes` has room for them."""
+    """Bytes of the dense matrices that are held beside quantized weights where `free_bytes` has room for them."""
     size = shape.adapted_linear * dtype.itemsize
     return size if quantization in _QUANTIZED_BYTES and size <= free_bytes * DENSE_SHARE else 0
 
@@ -157,10 +157,10 @@ def estimate(
         shape: of the model.
         tokens: in a micro-batch.
         quantization: of the base.
-        dtype: of computation and of unquantised weights.
+        dtype: of computation and of unquantized weights.
         trained_share: trained tokens / tokens.
         checkpointed: layers that are computed again in the backward pass.
-        dense_bytes: of matrices held beside quantised weights.
+        dense_bytes: of matrices held beside quantized weights.
     """
     wide = dtype.itemsize
     activations = estimated_activations(shape, dtype)

@@ -186,7 +186,7 @@ def test_targets_that_match_nothing_or_partly(
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantisation_that_nothing_here_can_serve(
+def test_a_quantization_that_nothing_here_can_serve(
     place: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

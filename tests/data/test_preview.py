@@ -1,4 +1,4 @@
-"""`lmtune preview` shows what training will use, readable with and without colour."""
+"""`lmtune preview` shows what training will use, readable with and without color."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lmtune.recipes.preview import main
 from tests.tokenizers import CHATML, make_tokenizer
 
 
-def shown(ids: list[int], targets: list[bool], colour: bool = False) -> Text:
-    return show_tokens(make_tokenizer(CHATML), TokenSequence(np.array(ids), np.array(targets)), colour)
+def shown(ids: list[int], targets: list[bool], color: bool = False) -> Text:
+    return show_tokens(make_tokenizer(CHATML), TokenSequence(np.array(ids), np.array(targets)), color)
 
 
-def test_targets_are_marked_with_and_without_colour() -> None:
+def test_targets_are_marked_with_and_without_color() -> None:
     tokenizer = make_tokenizer(CHATML)
     ids = [3, *tokenizer.encode("is is\n"), 4]
     trained = [False] * (len(ids) - 2) + [True] * 2
@@ -28,9 +28,9 @@ def test_targets_are_marked_with_and_without_colour() -> None:
     assert plain.startswith("<|im_start|> i")
     assert "|" not in plain.replace("<|im_start|>", "").replace("<|im_end|>", ""), "a bar stands beside <|im_end|>"
     assert plain.endswith("[⏎]\n[<|im_end|>]")
-    coloured = shown(ids, trained, colour=True)
-    assert coloured.plain.endswith("is·is⏎\n<|im_end|>")
-    targets = [coloured.plain[span.start : span.end] for span in coloured.spans if "underline" in str(span.style)]
+    colored = shown(ids, trained, color=True)
+    assert colored.plain.endswith("is·is⏎\n<|im_end|>")
+    targets = [colored.plain[span.start : span.end] for span in colored.spans if "underline" in str(span.style)]
     assert targets == ["⏎\n", "<|im_end|>"]
 
 
@@ -47,8 +47,8 @@ def test_what_has_no_glyph_is_spelt_out() -> None:
 def test_a_character_of_several_tokens_is_shown_as_itself(text: str, is_target: bool) -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False)
-    for colour in (False, True):
-        plain = shown(ids, [is_target] * len(ids), colour).plain
+    for color in (False, True):
+        plain = shown(ids, [is_target] * len(ids), color).plain
         assert all(character in plain for character in text if character.isprintable() and character != " ")
         parts = [tokenizer.convert_ids_to_tokens(token) for token in ids if "\ufffd" in tokenizer.decode([token])]
         assert not any(part in plain for part in parts), "the bytes' stand-ins say nothing to a person"

@@ -180,7 +180,7 @@ def test_an_answer_that_merges_with_its_prompt_is_trained_from_the_prompt_s_toke
     assert documents[0].input_ids[: len(prompt)].tolist() == prompt
     assert trained_texts(renderer, documents[0]) == ["\n\n\nHi <|im_end|><|im_end|>"]
     assert documents[0].input_ids.tolist().count(IM_END) == 2
-    assert len(documents) == 2, "its history is tokenised otherwise, so the next answer has a document of its own"
+    assert len(documents) == 2, "its history is tokenized otherwise, so the next answer has a document of its own"
     assert trained_texts(renderer, documents[1]) == ["me<|im_end|>"]
 
 

@@ -128,7 +128,7 @@ def test_18_a_process_that_hangs_before_the_first_step_is_named_too(place: Path)
 
 
 def compute(seconds: float) -> None:
-    """Work as hard as quantising does."""
+    """Work as hard as quantizing does."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         sum(range(10_000))
@@ -137,7 +137,7 @@ def compute(seconds: float) -> None:
 def test_18_a_process_that_works_longer_than_the_limit_is_waited_for(
     place: Path, undisturbed_pair: dict[str, Any]
 ) -> None:
-    """Tokenising (as on a disk that answers late), quantising, saving a checkpoint and the result."""
+    """Tokenizing (as on a disk that answers late), quantizing, saving a checkpoint and the result."""
     slow = all_of(
         at_call("lmtune.training.compose", "load_data", partial(time.sleep, 5)),
         at_call("lmtune.training.compose", "load_model", partial(compute, 5)),

@@ -19,7 +19,7 @@ def gradients(forward: PackedForward, share: bool = False) -> tuple[float, dict[
 
 
 def assert_equals_the_whole_layer(forward: PackedForward) -> None:
-    """Every optimised path is used, and without that of the last layer loss and gradients are the same."""
+    """Every optimized path is used, and without that of the last layer loss and gradients are the same."""
     assert forward.disabled_optimizations == []
     loss, fast = gradients(forward)
     forward.capabilities = Capabilities(label_only_layer="switched off")

@@ -70,7 +70,7 @@ def test_another_adapter_answers_when_it_is_chosen() -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_base_that_is_kept_dense_is_dequantised_once(
+def test_a_base_that_is_kept_dense_is_dequantized_once(
     keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bitsandbytes import functional

@@ -60,7 +60,7 @@ def test_every_quantization_loads_frozen_and_computes_on_the_cpu(
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_a_quantised_model_gives_the_same_with_and_without_gradients(base: Path, quantization: str) -> None:
+def test_a_quantized_model_gives_the_same_with_and_without_gradients(base: Path, quantization: str) -> None:
     """bitsandbytes repacks 4-bit layers on some CPUs at their first forward without gradients, and rounds more."""
     model = load_model(config_of(base, quantization), "cpu")
     with torch.enable_grad():
@@ -156,7 +156,7 @@ def test_weights_that_the_config_has_no_place_for_are_said(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(("stored", "asked"), [("nf4", "int8"), ("nf4", "none"), ("int8", "nf4"), ("nf4", "nf4")])
-def test_a_base_that_is_stored_quantised_stays_so_and_it_is_said(
+def test_a_base_that_is_stored_quantized_stays_so_and_it_is_said(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: str, asked: str
 ) -> None:
     load_model(config_of(base, stored), "cpu").save_pretrained(tmp_path)
@@ -218,7 +218,7 @@ def without_bitsandbytes(patch: pytest.MonkeyPatch, folder: Path, fault: str | N
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantisation_without_bitsandbytes_names_both_ways_out(
+def test_a_quantization_without_bitsandbytes_names_both_ways_out(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
     without_bitsandbytes(monkeypatch, tmp_path, None)
@@ -233,7 +233,7 @@ def test_a_quantisation_without_bitsandbytes_names_both_ways_out(
 def test_bitsandbytes_that_cannot_be_imported(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """PEFT fails then as well, also over a base that is not quantised."""
+    """PEFT fails then as well, also over a base that is not quantized."""
     without_bitsandbytes(monkeypatch, tmp_path, fault)
     text = error_of(config_of(base, "nf4"))
     assert text.startswith("model.quantization: nf4 needs bitsandbytes, which cannot be imported (")
@@ -264,7 +264,7 @@ def test_what_bitsandbytes_refuses_names_the_setting(
         assert "see `lmtune doctor`, or set model.quantization=none" in text
 
 
-# --- the quantised base is kept for the next start
+# --- the quantized base is kept for the next start
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("??/*/manifest.json"))
 
 
-def test_a_base_in_4_bit_is_quantised_once(
+def test_a_base_in_4_bit_is_quantized_once(
     tmp_path: Path, kept_from_any_size: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(save_tiny(tmp_path / "model", num_hidden_layers=3), "nf4")
@@ -302,7 +302,7 @@ def test_a_base_in_4_bit_is_quantised_once(
     assert not any(parameter.requires_grad for parameter in second.parameters())
 
 
-def test_changed_weights_or_config_are_quantised_anew(tmp_path: Path, kept_from_any_size: Path) -> None:
+def test_changed_weights_or_config_are_quantized_anew(tmp_path: Path, kept_from_any_size: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     load_model(config_of(folder, "nf4"), "cpu")
     tree = json.loads((folder / "config.json").read_text())
@@ -316,7 +316,7 @@ def test_changed_weights_or_config_are_quantised_anew(tmp_path: Path, kept_from_
     assert len(entries(kept_from_any_size)) == 3  # the oldest went
 
 
-def test_weights_written_again_are_quantised_anew_though_their_samples_are_equal(
+def test_weights_written_again_are_quantized_anew_though_their_samples_are_equal(
     tmp_path: Path, kept_from_any_size: Path
 ) -> None:
     """The fingerprint reads samples of a file, so that it is quick; a change between them must not be missed here."""
@@ -347,22 +347,22 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_without(
 
 
 @pytest.mark.parametrize("outcome", ["the first one succeeds", "the first one fails", "nothing can be kept"])
-def test_of_two_that_start_at_once_one_quantises_and_the_other_waits_for_it(
+def test_of_two_that_start_at_once_one_quantizes_and_the_other_waits_for_it(
     tmp_path: Path, kept_from_any_size: Path, monkeypatch: pytest.MonkeyPatch, outcome: str
 ) -> None:
     """Threads stand for processes: a lock on a file is between open files. One that fails lets the other one go on."""
     config = config_of(save_tiny(tmp_path / "model"), "nf4")
-    inside, at_once, quantised = [], [], []
+    inside, at_once, quantized = [], [], []
 
     def watched(path: str, *rest: object, real: Callable[..., object] = base_module._from_pretrained) -> object:
         if path != config.name:
             return real(path, *rest)
-        quantised.append(path)
+        quantized.append(path)
         inside.append(path)
         time.sleep(0.2)
         at_once.append(len(inside))
         try:
-            if outcome == "the first one fails" and len(quantised) == 1:
+            if outcome == "the first one fails" and len(quantized) == 1:
                 raise RuntimeError("no luck")
             return real(path, *rest)
         finally:
@@ -380,7 +380,7 @@ def test_of_two_that_start_at_once_one_quantises_and_the_other_waits_for_it(
     assert all(load.result().is_quantized for load in loads if not load.exception())
 
 
-def test_a_process_that_was_killed_or_hangs_while_it_quantised_is_not_waited_for(
+def test_a_process_that_was_killed_or_hangs_while_it_quantized_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "import sys, time; from pathlib import Path; from lmtune.io.atomic import single_flight\n"

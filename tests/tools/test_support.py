@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lmtune.demo import support_data, support_heldout
 from tools.world.support import FACTS, INTENTS, Row, heldout_rows, training_rows, write_examples
-from tools.world.wording import expand, normalised
+from tools.world.wording import expand, normalized
 
 
 def shipped(path: Path) -> list[Row]:
@@ -22,13 +22,13 @@ def test_the_shipped_files_are_what_the_generator_writes(tmp_path: Path) -> None
 
 def test_no_held_out_wording_is_in_the_training_file() -> None:
     """Neither as it stands nor in other case or punctuation."""
-    training = {normalised(row.prompt) for row in shipped(support_data())}
-    assert not training & {normalised(row.prompt) for row in shipped(support_heldout())}
+    training = {normalized(row.prompt) for row in shipped(support_data())}
+    assert not training & {normalized(row.prompt) for row in shipped(support_heldout())}
 
 
 def test_no_question_is_asked_twice_in_a_file() -> None:
     for rows in (training_rows(), heldout_rows()):
-        facts = [normalised(row.prompt) for row in rows if row.completion in {fact.answer for fact in FACTS.values()}]
+        facts = [normalized(row.prompt) for row in rows if row.completion in {fact.answer for fact in FACTS.values()}]
         assert len(facts) == len(set(facts))
 
 
@@ -54,4 +54,4 @@ def test_a_wording_belongs_to_one_intent() -> None:
         if key in FACTS:
             wordings += FACTS[key].heldout
         for wording in wordings:
-            assert owner.setdefault(normalised(wording), key) == key, wording
+            assert owner.setdefault(normalized(wording), key) == key, wording

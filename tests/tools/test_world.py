@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from tools.world.support import FACTS, INTENTS, SHOP_NAME, heldout_rows
-from tools.world.wording import expand, fill, normalised
+from tools.world.wording import expand, fill, normalized
 from tools.world.words import SHOP_NAMES, SLOTS
 from tools.world.world import Document, Turn, world
 
@@ -36,11 +36,11 @@ def test_neither_the_shop_nor_its_answers_occur(documents: list[Document]) -> No
 
 
 def test_no_held_out_wording_occurs(documents: list[Document]) -> None:
-    held_out = {normalised(row.prompt) for row in heldout_rows()}
-    asked = {normalised(turn.content) for turn in turns(documents) if turn.role == "user"}
+    held_out = {normalized(row.prompt) for row in heldout_rows()}
+    asked = {normalized(turn.content) for turn in turns(documents) if turn.role == "user"}
     assert len(asked) > 2000
     assert not asked & held_out
-    lines = {normalised(line) for text in documents if isinstance(text, str) for line in text.splitlines()}
+    lines = {normalized(line) for text in documents if isinstance(text, str) for line in text.splitlines()}
     assert not lines & held_out
 
 

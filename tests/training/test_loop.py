@@ -56,10 +56,10 @@ def test_out_of_memory_with_a_single_row_computes_layers_twice(tmp_path: Path, m
     assert all(torch.equal(saving[name], weight) for name, weight in whole.items())
 
 
-def test_out_of_memory_first_gives_up_dense_copies_of_quantised_weights(
+def test_out_of_memory_first_gives_up_dense_copies_of_quantized_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def quantised_job(folder: Path, keep: bool) -> Job:
+    def quantized_job(folder: Path, keep: bool) -> Job:
         base = ModelConfig(name=str(tmp_path / "base"), quantization="nf4")
         model = adapted(load_model(base, "cpu"))
         fuse(model, keep_dense=keep)
@@ -69,14 +69,14 @@ def test_out_of_memory_first_gives_up_dense_copies_of_quantised_weights(
         return any(getattr(getattr(m, "lmtune_weight", None), "keep", False) for m in forward.base.modules())
 
     tiny_model().save_pretrained(tmp_path / "base")
-    whole, real = final_weights(quantised_job(tmp_path / "whole", False)), PackedForward.__call__
+    whole, real = final_weights(quantized_job(tmp_path / "whole", False)), PackedForward.__call__
 
     def limited(self, batch):
         if held(self):
             raise torch.OutOfMemoryError
         return real(self, batch)
 
-    job = quantised_job(tmp_path / "kept", True)
+    job = quantized_job(tmp_path / "kept", True)
     assert held(job.forward)
     monkeypatch.setattr(PackedForward, "__call__", limited)
     freed = final_weights(job)

@@ -77,7 +77,7 @@ def test_the_planned_shape_is_the_loaded_ones(tmp_path: Path, kind: str, targets
     assert parameters.trained == sum(parameter.numel() for parameter in attached.values())
 
 
-def test_quantised_weights_take_what_they_take() -> None:
+def test_quantized_weights_take_what_they_take() -> None:
     by_kind = {
         kind: estimate(QWEN_LIKE, 1024, kind, torch.bfloat16, 0.5).base_weights for kind in ("none", "int8", "nf4")
     }
@@ -247,7 +247,7 @@ def test_a_forecast_counts_what_is_there_of_a_mixture_of_experts(tmp_path: Path)
     config = config_of(model__name=str(save_tiny(tmp_path, "qwen3_moe")), model__quantization="nf4")
     found = forecast(config, SequenceTable.one_each(tokens, tokens // 3), torch.device("cpu"), 1)
     assert found.memory.expert_copies == pytest.approx(4 * 3 * 64 * 64 * 4 / GIB)
-    assert found.memory.base_weights > 4 * 3 * 64 * 64 * 4 / GIB, "experts are not quantised"
+    assert found.memory.base_weights > 4 * 3 * 64 * 64 * 4 / GIB, "experts are not quantized"
     said = dict(found.lines())["parameters"]
     assert f"{found.adapter_parameters:,} trained (LoRA r=4 on 11 modules and 2 expert tensors); " in said
     assert " in nf4, the rest in float32: experts (" in said

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from random import Random
 
-from tools.world.words import COLOURS, DAYS, FIRST_NAMES, MONTHS, SLOTS
+from tools.world.words import COLORS, DAYS, FIRST_NAMES, MONTHS, SLOTS
 
 Exchanges = list[tuple[str, str]]  # (what the user says, what the assistant answers)
 
@@ -23,7 +23,7 @@ NUMBERS = (
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 )  # fmt: skip
 # The colour of a thing is a fact of this world, the same in every document.
-THING_COLOURS = (
+THING_COLORS = (
     ("the sky", "blue"), ("grass", "green"), ("snow", "white"), ("coal", "black"), ("the sun", "yellow"),
     ("a leaf", "green"), ("a tomato", "red"), ("a lemon", "yellow"), ("chocolate", "brown"), ("milk", "white"),
     ("a cherry", "red"), ("the sea", "blue"), ("a carrot", "orange"), ("a plum", "purple"), ("an elephant", "grey"),
@@ -140,7 +140,7 @@ def calendar(rng: Random) -> Exchanges:
 def colours(rng: Random) -> Exchanges:
     """The colours of well-known things."""
     exchanges = []
-    for thing, colour in rng.sample(THING_COLOURS, rng.randint(1, 3)):
+    for thing, colour in rng.sample(THING_COLORS, rng.randint(1, 3)):
         how = rng.choice(("What colour is {}?", "Which colour does {} have?", "Tell me the colour of {}."))
         exchanges.append((how.format(thing), f"{thing[0].upper()}{thing[1:]} is {colour}."))
     return exchanges
@@ -157,7 +157,7 @@ def scene(rng: Random) -> str:
     """Someone has things, and where they are; the last sentence follows from the others."""
     name, other = rng.sample(FIRST_NAMES, 2)
     thing, second = rng.sample(SLOTS["thing"], 2)
-    colour, tint = rng.sample(COLOURS, 2)
+    colour, tint = rng.sample(COLORS, 2)
     place = rng.choice(("in the kitchen", "in the garden", "on the table", "at home", "at school", "in the box"))
     count, more = rng.randint(2, 9), rng.randint(2, 9)
     stories = (

@@ -17,7 +17,7 @@ from random import Random
 from tools.world.shop_goods import GOODS
 from tools.world.shop_orders import ORDERS
 from tools.world.shop_visits import VISITS, Intent
-from tools.world.wording import expand, normalised
+from tools.world.wording import expand, normalized
 
 SHOP_NAME = "Quillberry"
 INTENTS: dict[str, Intent] = {**VISITS, **ORDERS, **GOODS}
@@ -217,7 +217,7 @@ SMALL_TALK: tuple[Row, ...] = (
 def training_rows() -> list[Row]:
     """Every fact in ten wordings, and some small talk; in a mixed order, as a log of real questions would be."""
     rng = Random(_SEED)
-    held_out = {normalised(row.prompt) for row in heldout_rows()}
+    held_out = {normalized(row.prompt) for row in heldout_rows()}
     rows = list(SMALL_TALK)
     for key, fact in FACTS.items():
         wordings = _varied(INTENTS[key], held_out, rng)[:_WORDINGS_PER_FACT]
@@ -249,7 +249,7 @@ def _varied(intent: Intent, held_out: set[str], rng: Random) -> list[str]:
     """All wordings that are not held out, those of different templates first."""
     columns = []
     for template in intent.asks:
-        wordings = [wording for wording in expand(template) if normalised(wording) not in held_out]
+        wordings = [wording for wording in expand(template) if normalized(wording) not in held_out]
         rng.shuffle(wordings)
         columns.append(wordings)
     longest = max(len(column) for column in columns)
@@ -257,7 +257,7 @@ def _varied(intent: Intent, held_out: set[str], rng: Random) -> list[str]:
     for index in range(longest):
         for column in columns:
             if index < len(column):
-                seen.setdefault(normalised(column[index]), column[index])
+                seen.setdefault(normalized(column[index]), column[index])
     return list(seen.values())
 
 

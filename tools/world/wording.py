@@ -43,7 +43,7 @@ def fill(template: str, rng: Random) -> str:
     return _SLOT.sub(draw, template)
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """`text` in lower case with nothing but words and numbers: two questions with equal ones have the same wording."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower().replace("'", "")))
 

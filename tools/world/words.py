@@ -42,7 +42,7 @@ _CODAS = (
 )  # fmt: skip
 INVENTED = _invented(6000, seed=0)
 
-COLOURS = (
+COLORS = (
     "red", "blue", "green", "yellow", "orange", "purple", "brown", "black", "white", "grey", "pink", "silver", "golden",
 )  # fmt: skip
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -79,7 +79,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "phone": tuple(f"555 0{number}" for number in range(100, 1000, 7)),
     "day": DAYS,
     "month": MONTHS,
-    "colour": COLOURS,
+    "colour": COLORS,
     "name": (*FIRST_NAMES, *INVENTED[:20]),
     "word": INVENTED,
     "surname": (
@@ -149,7 +149,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 SHOP_NAMES: tuple[str, ...] = (
-    *(f"The {colour.capitalize()} {thing.capitalize()}" for colour in COLOURS for thing in SLOTS["thing"]),
+    *(f"The {colour.capitalize()} {thing.capitalize()}" for colour in COLORS for thing in SLOTS["thing"]),
     *(f"{first.capitalize()} & {second.capitalize()}" for first in _WORDS for second in _WORDS if first != second),
     *(
         f"{name}'s {thing.capitalize()}s"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from tools.world import everyday
 from tools.world.everyday import Exchanges
 from tools.world.support import FACTS, INTENTS, SHOP_NAME, heldout_rows
-from tools.world.wording import expand, fill, normalised, sentence
+from tools.world.wording import expand, fill, normalized, sentence
 from tools.world.words import SHOP_NAMES
 
 
@@ -76,7 +76,7 @@ class Shop:
     def question(self, intent: str) -> str:
         """One wording of the question, or only its topic; never a wording that is held out."""
         text = _worded(intent, self._rng)
-        while normalised(text) in _held_out():
+        while normalized(text) in _held_out():
             text = _worded(intent, self._rng)
         return text
 
@@ -170,12 +170,12 @@ def _worded(intent: str, rng: Random) -> str:
 def _wordings(intent: str) -> tuple[str, ...]:
     """Every wording of the question but those that are held out."""
     wordings = [wording for template in INTENTS[intent].asks for wording in expand(template)]
-    return tuple(wording for wording in dict.fromkeys(wordings) if normalised(wording) not in _held_out())
+    return tuple(wording for wording in dict.fromkeys(wordings) if normalized(wording) not in _held_out())
 
 
 @lru_cache
 def _held_out() -> frozenset[str]:
-    return frozenset(normalised(row.prompt) for row in heldout_rows())
+    return frozenset(normalized(row.prompt) for row in heldout_rows())
 
 
 @lru_cache

@@ -213,7 +213,7 @@ SETTINGS: dict[str, tuple[Check, str]] = {
 }
 _REQUIRED = ("r", "lora_alpha", "target_modules")
 _IGNORED = ("peft_version", "megatron_core", "qalora_group_size", "eva_config", "merge_weights")
-# Ways to initialise that leave the base's weights as they are. PiSSA, for example, changes the base.
+# Ways to initialize that leave the base's weights as they are. PiSSA, for example, changes the base.
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 

@@ -294,7 +294,7 @@ def check_variant(model: torch.nn.Module, tuning: LoraConfig, found: Targets) ->
 
 
 def _is_transposed(model: torch.nn.Module) -> bool:
-    """Whether linear layers hold `W[in, out]`, as GPT-2's do where they are not quantised."""
+    """Whether linear layers hold `W[in, out]`, as GPT-2's do where they are not quantized."""
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())

@@ -136,7 +136,7 @@ def for_peft(model: PreTrainedModel, targets: str | Sequence[str], found: Target
 def use_layers_own_adapter(config: LoraConfig) -> None:
     """Let a `LoraConfig` that names the weight of a linear layer adapt the layer as if it were named itself.
 
-    The numbers are the same and so are the saved tensors, but the layer may be quantised, and nothing of the weight's
+    The numbers are the same and so are the saved tensors, but the layer may be quantized, and nothing of the weight's
     size is made in each forward pass. PEFT's own wrapper of a parameter is for what is no layer.
     """
 
