@@ -263,7 +263,7 @@ def load(
         base: where the base of a run or adapter is now, a folder or Hub id, if it was moved.
 
     Raises:
-        ModelError: it is none of these, or damaged.
+        ModelError: no such run, adapter or model, or a damaged one.
     """
     with quiet():
         from lmtune.inference.load import load_for_inference

@@ -302,12 +302,12 @@ def try_quantization(kind: str) -> Iterator[Finding]:
 
 
 def try_attention() -> Iterator[Finding]:
-    """lmtune's attention by document against a masked one, and which of PyTorch's kernels run here."""
+    """lmtune's attention by segment against a masked one, and which of PyTorch's kernels run here."""
     import torch
     import torch.nn.functional as F
 
     from lmtune.batching.packing import SegmentLayout
-    from lmtune.kernels.attention import attention_by_document
+    from lmtune.kernels.attention import segment_attention
     from lmtune.models.base import compute_dtype
     from lmtune.models.device import default_device
 
@@ -317,12 +317,12 @@ def try_attention() -> Iterator[Finding]:
     owner = torch.tensor([0] * 40 + [1] * 56, device=device)
     mask = (owner[:, None] == owner) & torch.ones(96, 96, dtype=torch.bool, device=device).tril()
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    got, _ = attention_by_document(torch.nn.Module(), q, k, v, None, segments=SegmentLayout.of_segments(40, 56))
+    got, _ = segment_attention(torch.nn.Module(), q, k, v, None, segments=SegmentLayout.of_segments(40, 56))
     difference = float((got.transpose(1, 2) - wanted).abs().max())
     if not difference < 1e-3:
-        raise ArithmeticError(f"attention by document differs by {difference:.2g} from masked attention")
+        raise ArithmeticError(f"attention by segment differs by {difference:.2g} from masked attention")
     kernels = _working_kernels(*(tensor.to(compute_dtype(device)) for tensor in (q, k, v)))
-    yield Finding("attention", "ok", f"by document on {device.type}; kernels: {', '.join(kernels)}")
+    yield Finding("attention", "ok", f"by segment on {device.type}; kernels: {', '.join(kernels)}")
     if device.type == "cuda" and not {"flash", "cudnn"} & set(kernels):
         yield Finding("attention", "warn", "no flash kernel for this GPU", "long rows are slower; nothing to fix")
 

@@ -45,5 +45,5 @@ class CheckpointError(LmtuneError):
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether `error` is something that failed, not a request to stop: what libraries in Rust raise is no Exception."""
+    """Whether `error` is something that failed, not a request to stop: a Rust library's panic is not an Exception."""
     return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"

@@ -67,7 +67,7 @@ def known_model(name: str) -> KnownModel:
     config = ModelConfig(name=name, quantization="none")
     is_folder = os.path.isdir(resolve_name(name))
     if not is_folder and difflib.get_close_matches(name, ["tiny"], cutoff=0.75):
-        raise ModelError(f"--model: {name} is no folder here; did you mean tiny? (a model of the Hub is user/name)")
+        raise ModelError(f"--model: {name} is not a folder here; did you mean tiny? (a model of the Hub is user/name)")
     if not is_folder and (problem := _no_hub_id(name)):
         raise ModelError(f"--model: {problem}; give a Hub id like Qwen/Qwen3-0.6B, a model folder, or tiny")
     with _offline():
@@ -143,7 +143,7 @@ def require_new(path: Path) -> None:
     if path.exists():
         raise ConfigError(f"--output: {path} is there already, and is not replaced; give another --output")
     if not path.parent.is_dir():
-        raise ConfigError(f"--output: {path.parent} is no folder; make it, or give another --output")
+        raise ConfigError(f"--output: {path.parent} is not a folder; make it, or give another --output")
 
 
 def described(path: Path, machine: str, settings: str) -> str:

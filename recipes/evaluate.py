@@ -18,7 +18,7 @@ def main(
     data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Files or folders of rows.")],
     exact_match_rows: Annotated[int, typer.Option(min=0, help="Rows to generate answers for.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer that does not stop is cut.")] = 128,
-    max_length: Annotated[int, typer.Option(min=8, help="Longer rows are left out, and counted.")] = 2048,
+    max_length: Annotated[int, typer.Option(min=8, help="Longer rows are dropped and counted.")] = 2048,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="One JSON document: base, tuned, standard_errors, trained_rows, data."),

@@ -30,7 +30,7 @@ def main(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base model; short for model.name=…")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Rows to learn; short for data.train=…")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Rows to train on; short for data.train=…")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train in, one a GPU.")] = 1,
 ) -> None:
     """Fine-tune a model as CONFIG says, or with the defaults. The same command again goes on where it stopped.

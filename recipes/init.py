@@ -72,7 +72,7 @@ def main(
     out.print(f"\nwrote [bold]{escape(str(path))}[/] for this machine ({escape(str(machine))}). Next:")
     for words, purpose in (
         (("check", "--config", path), "every row, line by line"),
-        (("preview", "--config", path), "the tokens that the model sees, the learned ones marked"),
+        (("preview", "--config", path), "the tokens that the model sees, the trained ones marked"),
         (("plan", path), "memory and time"),
         (("finetune", path), "train; the same command again goes on where it stopped"),
     ):

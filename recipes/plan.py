@@ -25,7 +25,7 @@ def main(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base model; short for model.name=…")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Rows to learn; short for data.train=…")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Rows to train on; short for data.train=…")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to plan for.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

@@ -26,7 +26,7 @@ def main(
     """Train a model and a tokenizer from scratch on text: .txt files, or .jsonl rows of text or messages (data.path).
 
     Each .txt file is a document; with data.split: paragraph each paragraph is one. Some documents are held out, and the
-    perplexity on them is measured at the end. Ctrl-C ends training early and saves what was learned.
+    perplexity on them is measured at the end. Ctrl-C ends training early and saves the model.
 
     Example: lmtune pretrain pretrain_tiny data.path=my-texts output.dir=my-tiny
     """
@@ -42,7 +42,7 @@ def main(
 
     with progress("reading the documents"):
         corpus = read_corpus(config.data)
-    err.print(f"{len(corpus.train):,} documents to learn, {len(corpus.validation):,} held out")
+    err.print(f"{len(corpus.train):,} documents to train on, {len(corpus.validation):,} held out")
     with progress("training the tokenizer"):
         tokenizer = train_tokenizer(corpus.train, config.tokenizer.vocabulary_size)
     with progress("tokenizing"):
@@ -59,9 +59,7 @@ def main(
     out.print(f"perplexity on held-out text: {result.perplexity:.2f}")
     out.print(f"the model is in {escape(str(folder))}; talk to it: {escape(command('chat', folder))}")
     if result.exit_code:
-        err.print(
-            f"stopped after step {result.state.step} of {result.total_steps}; what was learned until then is saved"
-        )
+        err.print(f"stopped after step {result.state.step} of {result.total_steps}; the model of that step is saved")
         raise typer.Exit(result.exit_code)
 
 

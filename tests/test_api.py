@@ -153,7 +153,7 @@ def test_the_notebook_runs(folder: Path) -> None:
     assert "data:41: completion missing" in "".join(output.text for output in printed if output.name == "stdout")
 
 
-def test_columns_of_dates_are_no_obstacle_and_what_is_none_is_named(tmp_path: Path) -> None:
+def test_columns_of_dates_are_accepted_and_other_types_are_named(tmp_path: Path) -> None:
     rows = pd.DataFrame({**pd.DataFrame(ROWS), "asked": [pd.Timestamp("2026-01-02"), *[pd.NaT] * 11]})
     lines = [json.loads(line) for line in rows_file(paths_or_rows(rows), tmp_path).read_text().splitlines()]  # type: ignore[arg-type]
     assert (lines[0]["asked"], "asked" in lines[1]) == ("2026-01-02 00:00:00", False)

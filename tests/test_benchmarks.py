@@ -86,7 +86,7 @@ def test_planning_a_thousand_rows_is_measured() -> None:
     assert found["memory_gib"] < 1
 
 
-def test_work_is_dealt_more_evenly_than_in_order() -> None:
+def test_work_is_assigned_more_evenly_than_in_order() -> None:
     found = balance(2)
     assert 1 <= found["dealt"] < found["in_order"]
 

@@ -228,7 +228,7 @@ def test_the_old_name_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture
         ),
     ],
 )
-def test_two_names_of_one_thing_and_what_is_none(tmp_path: Path, text: str, message: str) -> None:
+def test_two_names_of_one_thing_and_other_types(tmp_path: Path, text: str, message: str) -> None:
     assert message in message_of(tmp_path, LEAST.replace("}", ", quantization: none}", 1) + text)
 
 

@@ -105,7 +105,7 @@ def test_attention_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     leaking = lambda module, q, k, v, *_, **__: (  # noqa: E731 - documents see each other
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None,
     )  # fmt: skip
-    monkeypatch.setattr("lmtune.kernels.attention.attention_by_document", leaking)
+    monkeypatch.setattr("lmtune.kernels.attention.segment_attention", leaking)
     with pytest.raises(ArithmeticError, match="differs"):
         list(doctor.try_attention())
 

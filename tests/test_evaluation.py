@@ -174,7 +174,7 @@ def test_scoring_computes_nothing_in_64_bit_on_the_device(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
-def test_rows_whose_loss_is_no_number_are_named(budget: int) -> None:
+def test_rows_whose_loss_is_not_finite_are_named(budget: int) -> None:
     """Such a score could not be written to any file, and tells nothing of the other rows."""
     model, rows = adapted(tiny_model()), random_rows(8)
     for row in rows.rows:
@@ -200,7 +200,7 @@ def test_the_last_turn_is_the_question_that_is_asked() -> None:
 
     assert split_prompt(row(0, 0, 1, 1)) == ([10, 11], [12, 13])
     assert split_prompt(row(0, 0, 1, 1, 0, 0, 1)) == ([10, 11, 12, 13, 14, 15], [16])
-    assert split_prompt(row(0, 1, 1)) == ([], [10, 11, 12])  # a plain text, learned from its second token on
+    assert split_prompt(row(0, 1, 1)) == ([], [10, 11, 12])  # a plain text, trained from its second token on
     two = TokenizedExample("x:1", [row(0, 0, 1).sequences[0], row(0, 0, 0, 1).sequences[0]])
     assert split_prompt(two) == ([10, 11, 12], [13])
 
@@ -283,14 +283,14 @@ class TestLengths:
         assert "tokens, but this model was made for at most 30" in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.parametrize("number", [0, 1])
-    def test_learned_positions_end(self, number: int) -> None:
+    def test_position_tables_end(self, number: int) -> None:
         rows = [random_rows(9, longest=20), random_rows(9, longest=20)]
         check_lengths(tiny_model("gpt2", n_positions=20), rows, "data.max_length")
         rows[number] = random_rows(9, longest=40)
         with pytest.raises(ConfigError, match=r"^data\.max_length: rows\.jsonl:\d+ has \d+ tokens, but this model has"):
             check_lengths(tiny_model("gpt2", n_positions=20), rows, "data.max_length")
 
-    def test_a_row_is_as_long_as_its_longest_document(self) -> None:
+    def test_a_row_is_as_long_as_its_longest_sequence(self) -> None:
         rows = random_rows(20, longest=40)
         longest = max(len(document.input_ids) for row in rows.rows for document in row.sequences)
         assert max(sum(len(one.input_ids) for one in row.sequences) for row in rows.rows) > longest

@@ -458,7 +458,7 @@ def test_pieces_are_whole_characters_and_make_the_text(text: str) -> None:
     assert "".join(pieces) + decoder.finish() == text
 
 
-def test_a_character_cut_off_by_the_end_is_dropped_and_what_is_no_utf8_does_not_pile_up() -> None:
+def test_a_character_cut_off_by_the_end_is_dropped_and_invalid_utf8_does_not_pile_up() -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer.encode("ab😀", add_special_tokens=False)
     decoder = Detokenizer(lambda some: str(tokenizer.decode(some)))

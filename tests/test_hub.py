@@ -294,7 +294,7 @@ def test_links_and_missing_files_are_not_uploaded(run: RunDirectory, tmp_path: P
     (tmp_path / "secret").write_text("secret")
     (run.adapter / "chat_template.jinja").unlink()
     (run.adapter / "chat_template.jinja").symlink_to(tmp_path / "secret")
-    with pytest.raises(ModelError, match=r"chat_template.jinja is no plain file"):
+    with pytest.raises(ModelError, match=r"chat_template.jinja is not a regular file"):
         prepare_push(run, "me/support")
     (run.adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no adapter_model.safetensors; finish the run"):

@@ -45,7 +45,7 @@ def test_flags_write_a_config_and_say_what_to_run(folder: Path, capsys: pytest.C
     assert config.data.validation_fraction == 0.2
     assert config.evaluation.max_new_tokens == 32
     text = (folder / "my.yaml").read_text()
-    assert "# rows to learn" in text
+    assert "# rows to train on" in text
     assert "default 2048; the longest row has" in text
     assert "yaml-language-server" not in text
     printed = capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_a_schema_beside_the_config_is_named_in_it(folder: Path) -> None:
         ({"model": "a b/c", "data": ["my.jsonl"]}, LmtuneError, "a b/c"),
         ({"model": ".", "data": ["my.jsonl"]}, LmtuneError, "model.name: ."),
         ({"model": "tiny", "data": ["bad.jsonl"]}, DataError, "bad.jsonl:2:"),
-        ({"model": "tiny", "data": ["my.jsonl"], "output": Path("no/a.yaml")}, ConfigError, "no is no folder"),
+        ({"model": "tiny", "data": ["my.jsonl"], "output": Path("no/a.yaml")}, ConfigError, "no is not a folder"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_and_write_nothing(
@@ -164,6 +164,6 @@ def test_a_written_config_of_a_missing_library_needs_none(monkeypatch: pytest.Mo
     assert propose_quantization(None, Machine("cpu", 8 * GIB))[0] == "none"
 
 
-def test_a_mistyped_tiny_is_no_hub_id() -> None:
+def test_a_mistyped_tiny_is_not_a_hub_id() -> None:
     with pytest.raises(ModelError, match="did you mean tiny"):
         known_model("tinyy")

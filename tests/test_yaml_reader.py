@@ -1,4 +1,4 @@
-"""YAML is read strictly: what PyYAML would take in silence is an error that names its line."""
+"""YAML is read strictly: what PyYAML would accept without a word is an error that names its line."""
 
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_yaml(tmp_path / "none.yaml")
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     assert read_yaml(written(tmp_path, b"\xef\xbb\xbfa: 1\r\nb: x\r\n")) == {"a": 1, "b": "x"}
 
 

@@ -290,7 +290,7 @@ def pack_bins(lengths: Sequence[int], budget_tokens: int, prefixes: Sequence[Sha
     """Sort items into as few bins of at most `budget_tokens` as best-fit decreasing finds.
 
     An item longer than the budget gets a bin of its own: nothing is cut or dropped here. Items that share a prefix go
-    together, the prefix counted once, and for each of them what attention keeps of it; as many bins as they need each
+    together, the prefix included once, and for each of them what attention keeps of it; as many bins as they need each
     hold it.
 
     Args:

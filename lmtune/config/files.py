@@ -150,7 +150,7 @@ def _is_data(name: str, verb: str) -> str:
 
 
 def _other_thing(path: Path, name: str, verb: str) -> str | None:
-    """What a name that is no file probably means, or None."""
+    """What a name that is not a file probably means, or None."""
     if os.path.isdir(path):
         inside = os.listdir(path)
         if "config.json" in inside or "adapter_config.json" in inside:

@@ -1,7 +1,7 @@
 """What each setting means: as a JSON Schema for editors, and as a commented YAML file for people.
 
     json_schema(FinetuneConfig)            # draft 2020-12
-    settings()["train.epochs"].meaning     # "times that each row is learned"
+    settings()["train.epochs"].meaning     # "passes over the rows"
 
 A setting is explained once, by the comment beside it in `lmtune.config.schema`; default and bounds are those of its
 type.

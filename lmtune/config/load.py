@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lmtune.config.files import find_config, is_override, run_name, shipped_configs, shipped_example
-from lmtune.config.schema import FinetuneConfig, T, _counted, _describe_all
+from lmtune.config.schema import FinetuneConfig, T, _count_of, _describe_all
 from lmtune.config.yaml import read_yaml, read_yaml_value, write_yaml
 from lmtune.errors import ConfigError
 from lmtune.io.console import warn
@@ -159,10 +159,10 @@ def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
         config = TypeAdapter(schema).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         problems = _describe_all(schema, error)
-        raise ConfigError(f"{where}: {_counted(problems)}\n{format_list(problems)}") from None
+        raise ConfigError(f"{where}: {_count_of(problems)}\n{format_list(problems)}") from None
     check = getattr(config, "problems", None)
     if check is not None and (problems := check()):
-        raise ConfigError(f"{where}: {_counted(problems)}\n{format_list(problems)}")
+        raise ConfigError(f"{where}: {_count_of(problems)}\n{format_list(problems)}")
     return config
 
 

@@ -44,7 +44,7 @@ def section(cls: type[T]) -> type[T]:
             checked(self, **values)
         except ValidationError as error:
             problems = _describe_all(made, error)
-            raise ConfigError(f"{made.__name__}: {_counted(problems)}\n{format_list(problems)}") from None
+            raise ConfigError(f"{made.__name__}: {_count_of(problems)}\n{format_list(problems)}") from None
 
     made.__init__ = init
     return cast(type[T], made)
@@ -94,12 +94,12 @@ class ModelConfig:
 
 @section
 class LoraConfig:
-    """What learns: a LoRA adapter; names and meanings are PEFT's."""
+    """What is trained: a LoRA adapter; names and meanings are PEFT's."""
 
     kind: Literal["lora"] = "lora"  # https://arxiv.org/abs/2106.09685
     # a run or an adapter folder to begin from; its rank, alpha, layers and variant hold where these are left at default
     adapter: Annotated[str, Field(min_length=1)] | None = None
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16  # more learns more, with more memory
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16  # higher: more capacity, more memory
     alpha: Annotated[float, Field(gt=0, le=1e30)] = 32  # the adapter's output is scaled by alpha / rank
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # share of the adapter's inputs set to 0 in training
     target_modules: TargetModules = "all-linear"  # or names (q_proj,v_proj), or a regular expression
@@ -117,26 +117,26 @@ class SftConfig:
 
 @section
 class DataConfig:
-    """Which rows are learned, and how each becomes tokens."""
+    """Which rows are trained on, and how each becomes tokens."""
 
-    train: DataPaths  # rows to learn: a file, several, or a folder
+    train: DataPaths  # rows to train on: a file, several, or a folder
     validation: DataPaths | None = None  # rows of their own; without them `validation_fraction` of `train` is held out
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # share of `train` held out to score on
     max_length: Annotated[int, Field(ge=8)] = 2048  # tokens of a row
-    too_long: Literal["drop", "truncate", "error"] = "drop"  # what becomes of longer rows; truncate cuts the beginning
+    too_long: Literal["drop", "truncate", "error"] = "drop"  # for longer rows; truncate cuts the beginning
     template: Literal["auto", "chat", "plain", "thinking"] = "auto"  # auto: the tokenizer's own chat template, if any
     system: str | None = None  # system prompt for rows that have none
-    faulty_rows: Literal["error", "skip"] = "error"  # skip: rows that cannot be used are left out, counted and named
+    faulty_rows: Literal["error", "skip"] = "error"  # skip: rows that cannot be used are dropped, counted and named
 
 
 @section
 class TrainConfig:
-    """The optimization. One optimizer step learns `batch_size` examples, summed over all processes."""
+    """The optimization. One optimizer step trains on `batch_size` examples, summed over all processes."""
 
-    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3  # times that each row is learned
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3  # passes over the rows
     max_steps: Count | None = None  # overrules `epochs`
     batch_size: Count = 32  # examples an optimizer step, over all processes
-    micro_batch_tokens: Count | Literal["auto"] = "auto"  # memory and speed only; never what is learned
+    micro_batch_tokens: Count | Literal["auto"] = "auto"  # memory and speed only; never the result
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2.0e-4  # at its highest; small models take more
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how the learning rate falls
     warmup_ratio: Fraction = 0.03  # share of the steps in which the learning rate rises
@@ -172,7 +172,7 @@ class RunConfig:
     dir: Annotated[str, Field(min_length=1)] = "runs"  # the folder that runs are kept in
     name: RunName | None = None  # null: the config file's name without `.yaml`
     checkpoint_every_steps: Count = 100  # what a crash may cost at most
-    checkpoint_every_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = 10  # as well; null: by steps alone
+    checkpoint_every_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = 10  # also by time; null: by steps alone
     keep_checkpoints: Count = 2  # the newest; older ones are removed
     resume: Literal["auto", "never"] = "auto"  # never: an earlier run of this name is renamed, and a new one begins
     # With several processes: they wait so long for one that does not come; a week at most.
@@ -220,7 +220,7 @@ class FinetuneConfig:
         return found
 
 
-def _counted(problems: Sequence[str]) -> str:
+def _count_of(problems: Sequence[str]) -> str:
     return "1 setting is wrong" if len(problems) == 1 else f"{len(problems)} settings are wrong"
 
 

@@ -1,6 +1,6 @@
 """What a model generates, taken apart: its reasoning, and the answer.
 
-A template may lay a reply out in several ways: reasoning in <think> tags, which the prompt may already have opened; in
+A template may format a reply in several ways: reasoning in <think> tags, which the prompt may already have opened; in
 channels, whose names stand between control tokens (`<|channel|>analysis<|message|>…`); or a word between control tokens
 before every answer. A reply is brought into one form, whatever the template's is:
 
@@ -42,7 +42,7 @@ def is_still_reasoning(text: str) -> bool:
 
 @dataclass(frozen=True)
 class ReplyFormat:
-    """How replies are laid out in tokens. In the texts, control tokens are the characters that `marks` gives them.
+    """How replies are formatted in tokens. In the texts, control tokens are the characters that `marks` gives them.
 
     Attributes:
         lead: what stands before an answer without reasoning.

@@ -53,8 +53,8 @@ class SequenceTable:
         return np.repeat(np.arange(self.num_rows), np.diff(self.first))
 
     @cached_property
-    def document(self) -> Int64:
-        """int64 `[S]`, which of its row's each is."""
+    def place_in_row(self) -> Int64:
+        """int64 `[S]`, each one's number within its row, from 0."""
         return np.arange(len(self.row)) - self.first[self.row]
 
     def of_rows(self, rows: Sequence[int] | Int64) -> Int64:

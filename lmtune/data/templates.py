@@ -2,7 +2,7 @@
 
 The template is run by transformers with `sanitize_control_tokens`, so that only the template itself writes control
 tokens. What a template does is found out once, with a probe conversation: the token that ends an answer, how a reply is
-laid out (`lmtune.data.replies`), whether reasoning is passed in a field of its own, and whether contents stay as they
+formatted (`lmtune.data.replies`), whether reasoning is passed in a field of its own, and whether contents stay as they
 are. A template that ends answers with no token at all ("### Response: …") is amended: the tokenizer's end token is
 written after every answer, because a model that never sees an end never stops.
 
@@ -48,7 +48,7 @@ class ChatTemplate:
         end_token_id: the token that ends an answer.
         is_amended: whether `source` differs from the tokenizer's.
         system_fault: why the template cannot take a system prompt; None if it can.
-        reply_format: how a reply is laid out.
+        reply_format: how a reply is formatted.
         writes_date: whether prompts hold today's date.
         trims: whose contents lose white space at their ends.
         own_words: what the template writes before a question by itself, such as a system prompt; maybe empty.
@@ -334,7 +334,7 @@ class ChatTemplate:
         return None if _SYSTEM in text else "the chat template drops system prompts; leave them out"
 
     def _find_reply_format(self) -> tuple[bool, ReplyFormat]:
-        """Whether the template renders reasoning that is passed in a field of its own, and how replies are laid out."""
+        """Whether the template renders reasoning passed in a field of its own, and how replies are formatted."""
         opening, closing = self._find_reasoning()
         passes = closing is not None
         before, head, _ = self._around([Message("user", _QUESTION), Message("assistant", _ANSWER)])

@@ -2,7 +2,7 @@
 
 Both spellings, `role` and `content` or `from` and `value`, are taken under either list's name, and the usual names of
 the roles. What a turn says besides its text is used (`weight`, `reasoning_content`) or is a fault (`tool_calls`,
-`image_url`): nothing that the assistant says or sees is left out in silence.
+`image_url`): nothing that the assistant says or sees is silently dropped.
 """
 
 from __future__ import annotations

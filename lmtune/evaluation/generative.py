@@ -59,12 +59,12 @@ def split_prompt(row: Any) -> tuple[list[int], list[int]]:
 
     A plain text row is trained from its second token on and has no question: its prompt is empty.
     """
-    document = row.sequences[-1]
-    trained = [bool(flag) for flag in document.loss_mask]
+    sequence = row.sequences[-1]
+    trained = [bool(flag) for flag in sequence.loss_mask]
     start = len(trained)
     while start > 0 and trained[start - 1]:
         start -= 1
-    ids = [int(token) for token in document.input_ids]
+    ids = [int(token) for token in sequence.input_ids]
     return (ids[:start], ids[start:]) if start > 1 else ([], ids)
 
 

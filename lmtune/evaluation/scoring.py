@@ -1,7 +1,7 @@
 """How good a model is on held-out rows: what it would have said, and what it does say.
 
 *Teacher-forced* scores run each row once with its right answer: loss (mean over trained tokens, so long answers count
-for their length), perplexity, the share of trained tokens that were the model's first choice, and of rows all of whose
+for their length), perplexity, the share of trained tokens that were the model's top-1 token, and of rows all of whose
 were. *Exact match* lets the model answer by itself, greedily, and compares the answers' text, less any reasoning.
 """
 
@@ -105,7 +105,7 @@ def evaluate_loaded(
         paths: files or folders of rows.
         exact_match_rows: generate answers for so many rows.
         max_new_tokens: where an answer that does not stop is cut.
-        max_length: longer rows are left out, and counted.
+        max_length: longer rows are dropped and counted.
 
     Raises:
         DataError: a row is faulty, or none is left.
@@ -139,7 +139,7 @@ def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint
 
 
 def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True) -> None:
-    """Hold the longest document of `parts` against the positions that the model was made for.
+    """Compare the longest sequence of `parts` with the positions that the model was made for.
 
     Args:
         model: with or without adapter.
@@ -161,12 +161,12 @@ def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True)
     if _has_position_table(model, limit):
         raise ConfigError(
             f"{key}: {where} has {longest:,} tokens, but this model has positions for {limit:,}; set {key} to "
-            f"{limit:,} or less (data.too_long says what becomes of longer rows)"
+            f"{limit:,} or less (data.too_long decides about longer rows)"
         )
     if tell:
         warn(
-            f"{key}: {where} has {longest:,} tokens, but this model was made for at most {limit:,}; what it computes "
-            f"beyond them may be poor, and such questions are not asked; {key} {limit} leaves longer rows out"
+            f"{key}: {where} has {longest:,} tokens, but this model was made for at most {limit:,}; quality "
+            f"may degrade past them, and generation skips such rows; {key} {limit} leaves longer rows out"
         )
 
 
@@ -207,7 +207,7 @@ def teacher_forced(
         groups = deque(pack_bins(sequences.num_tokens[mine].tolist(), micro_batch_tokens))
         while groups:
             group = groups.popleft()
-            rows, places = sequences.row[mine[group]].tolist(), sequences.document[mine[group]].tolist()
+            rows, places = sequences.row[mine[group]].tolist(), sequences.place_in_row[mine[group]].tolist()
             units = [Unit(row, row, (place,)) for row, place in zip(rows, places, strict=True)]
             batch = pack_units(data, units, len(data), forward.shares_prefixes).to(forward.device)
             try:

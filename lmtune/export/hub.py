@@ -182,7 +182,7 @@ def _require_adapter(repository: str, names: list[str]) -> None:
             f"`lmtune chat {repository}`"
         )
     missing = [name for name in (WEIGHTS, "adapter_config.json") if name not in names]
-    raise ModelError(f"{repository} holds no {' and no '.join(missing)}, so it is no adapter")
+    raise ModelError(f"{repository} holds no {' and no '.join(missing)}, so it is not an adapter")
 
 
 def _token() -> str | None:
@@ -279,7 +279,7 @@ def checked_repository(name: str) -> str:
         return name
     hint = f"did you mean {plain}?" if plain != name and _REPOSITORY.fullmatch(plain) else "for example anna/support"
     raise ConfigError(
-        f"{name!r} is no repository name: it is spelled user/name, of letters, digits, single - and ., and _; {hint}"
+        f"{name!r} is not a repository name; expected user/name, of letters, digits, single - and ., and _; {hint}"
     )
 
 
@@ -294,7 +294,7 @@ def outgoing_files(folder: Path) -> tuple[list[str], list[str]]:
         raise ModelError(f"{folder}: no {' and no '.join(missing)}; finish the run with `lmtune finetune` first")
     chosen = [name for name in names if name in ADAPTER_FILES]
     if links := [name for name in chosen if (folder / name).is_symlink() or not (folder / name).is_file()]:
-        raise ModelError(f"{folder}: {', '.join(links)} is no plain file; put the file itself there")
+        raise ModelError(f"{folder}: {', '.join(links)} is not a regular file; put the file itself there")
     return chosen, [name for name in names if name not in chosen]
 
 
@@ -377,7 +377,7 @@ def check_incoming(folder: Path) -> list[str]:
 
 
 def _tensor_faults(path: Path) -> Iterator[str]:
-    """Which tensors have names that PEFT does not give, or hold what is no finite number."""
+    """Which tensors have names that PEFT does not give, or hold NaN or infinity."""
     import torch
     from safetensors import safe_open
 

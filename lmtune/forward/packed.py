@@ -1,4 +1,4 @@
-"""The forward pass of a packed micro-batch: the log-probability of each target, and whether it is the likeliest token.
+"""The forward pass of a packed micro-batch: the log-probability of each target, and whether it is top-1.
 
     forward = PackedForward(model)            # tries once which optimized paths give the model's own result
     with forward.context():                   # until the backward pass is over: checkpointing runs layers again in it
@@ -34,7 +34,7 @@ class Outputs:
 
     Attributes:
         logprobs: `[N]` fp32, in nats, each differentiable by itself.
-        is_top1: `[N]` bool, whether the target is the model's likeliest token.
+        is_top1: `[N]` bool, whether the target is the model's most likely token.
     """
 
     logprobs: torch.Tensor

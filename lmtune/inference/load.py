@@ -114,7 +114,7 @@ def load_for_inference(
 
     Raises:
         ConfigError: `base` is given for a model without adapter.
-        ModelError: it is none of these, or damaged.
+        ModelError: no such run, adapter or model, or a damaged one.
     """
     if not target.strip():
         raise ModelError(f"no model is named; give {_TARGETS}")
@@ -303,7 +303,7 @@ class Saved:
 
 @contextlib.contextmanager
 def usable_adapter(run: RunDirectory, base: str | None = None) -> Iterator[Path]:
-    """An adapter folder with what the run has learned so far, for as long as the block lasts.
+    """An adapter folder with the run's weights so far, for as long as the block lasts.
 
     Raises:
         ModelError: the run has neither an adapter nor a checkpoint that is whole.

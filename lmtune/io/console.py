@@ -1,6 +1,6 @@
 """Where text for people goes: results to stdout, progress and warnings to stderr.
 
-Rich picks the width and drops colors when the output is no terminal, so piping a result never mixes with progress.
+Rich picks the width and drops colors when the output is not a terminal, so piping a result never mixes with progress.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class _Console(Console):
-    """Rich's, on which no text can command the terminal, and brackets that are no markup do not end the program."""
+    """Rich's, on which no text can command the terminal, and brackets that are not markup do not end the program."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         shown = [_clean(one) if isinstance(one, str) else one for one in objects]

@@ -1,7 +1,7 @@
-"""Attention by document: packed rows attend within themselves, at the cost of their own lengths only.
+"""Attention by segment: packed sequences attend within themselves, at the cost of their own lengths only.
 
-A step's rows lie one after another in a single sequence. The stock way to keep them apart is a mask of the whole
-sequence squared; here each span of queries goes with its own keys alone: PyTorch's scaled dot product attention span by
+A micro-batch's sequences follow one another in a single row. The stock way to keep them apart is a mask of the whole
+row squared; here each span of queries goes with its own keys alone: PyTorch's scaled dot product attention span by
 span on a CPU, one kernel for spans of any length on a GPU (`torch.nn.attention.varlen`, or flash-attn). The function is
 registered under a name with transformers' public `AttentionInterface`, so no model code is touched; the layout reaches
 it as an extra argument of the model's forward.
@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from lmtune.batching.packing import Boundaries, SegmentLayout, Span
 from lmtune.batching.prefixes import MASKED_BLOCK
 
-NAME = "lmtune_by_document"
+NAME = "lmtune_segments"
 _VARLEN_TOLERANCE = 3e-2  # relative, in 16 bit; a wrong alignment moves outputs by about 1
 
 
-def attention_by_document(
+def segment_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -43,7 +43,7 @@ def attention_by_document(
     label_layer: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document.
+    """Causal attention within each sequence.
 
     Args:
         module: the attention layer, unused but part of transformers' interface.
@@ -80,10 +80,10 @@ def attend(
 
     Args:
         query: `[1, heads, Q, d]`, the spans' queries one after another.
-        key, value: `[1, key_value_heads, T, d]`, laid out as `segments` says.
+        key, value: `[1, key_value_heads, T, d]`, in the order of `segments`.
         segments: where the keys lie.
         spans: `segments.spans`, or `segments.read_spans`.
-        scaling, dropout, window: as in `attention_by_document`.
+        scaling, dropout, window: as in `segment_attention`.
 
     Returns:
         `[1, Q, heads, d]`.
@@ -128,7 +128,7 @@ def _blocks(num_q: int, num_k: int, window: int | None) -> Iterator[tuple[slice,
     """The queries of a span in parts, each with the keys that they may see.
 
     Queries that need no mask stay together. The others are cut into blocks, so that little is computed that a mask
-    hides, and neither the work of a window nor its masks grow with the square of a document.
+    hides, and neither the work of a window nor its masks grow with the square of a sequence.
 
     Args:
         num_q, num_k: the span's; its last query is at the place of its last key.
@@ -160,7 +160,7 @@ def _mask(segments: SegmentLayout, query: torch.Tensor, num_k: int, window: int 
 
 
 def visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
-    """`[q, k]`, true where the query at place `queries[q]` of a document sees the key at `keys[k]`.
+    """`[q, k]`, true where the query at place `queries[q]` of a sequence sees the key at `keys[k]`.
 
     A token sees itself and what is before it, with a window no more than the `window - 1` tokens before it.
     """
@@ -217,7 +217,7 @@ Varlen = Callable[..., torch.Tensor]  # (q, k, v, edges_q, edges_k, longest_q, l
 
 
 def torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: Any) -> torch.Tensor:
-    """PyTorch's attention of spans."""
+    """PyTorch's variable-length attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     *bounds, scale, window = sizes
@@ -239,7 +239,7 @@ def flash_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: Any)
 def find_varlen(
     device: torch.device, dtype: torch.dtype, head_dim: int, groups: int, kernels: tuple[Varlen, ...] = ()
 ) -> tuple[Varlen | None, str | None]:
-    """The first kernel that gives the plain way's result and gradients on `device`, or None and why there is none.
+    """The first kernel that gives the plain way's result and gradients on `device`, or None and why none does.
 
     Args:
         device, dtype, head_dim, groups: of the queries; `groups` of them share a key.
@@ -284,7 +284,7 @@ def _varlen_difference(kernel: Varlen, device: torch.device, dtype: torch.dtype,
 
 @contextlib.contextmanager
 def packed_attention(model: Any) -> Iterator[None]:
-    """Use attention by document inside the block; on leaving, the model's own attention is back (for generation)."""
+    """Use attention by segment inside the block; on leaving, the model's own attention is back (for generation)."""
     before = model.config._attn_implementation
     register()
     model.set_attn_implementation(NAME)
@@ -298,4 +298,4 @@ def register() -> None:
     """Make the function known to transformers under `NAME`; calling it again changes nothing."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attention_by_document)
+    AttentionInterface.register(NAME, segment_attention)

@@ -6,7 +6,7 @@ The logits of a chunk of rows are made, reduced to the chunk's log-probabilities
 hidden states, and dropped: the backward pass only multiplies by the incoming gradient. Memory is one chunk's logits
 instead of several copies of all. The idea of taking the gradient in the forward pass is Liger Kernel's
 (https://arxiv.org/abs/2410.10989); here each log-probability is differentiable by itself, as objectives over sums of
-them need it, and whether the target is the likeliest token is told too.
+them need it, and `is_top1` says whether the target is the most likely token.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def label_logprobs(
         rows_at_once: rows of logits held at a time; by default `chunk_rows`.
 
     Returns:
-        `logprobs[N]` in fp32, in nats, with a gradient, and `is_top1[N]`, whether the target is the likeliest token.
+        `logprobs[N]` in fp32, in nats, with a gradient, and `is_top1[N]`, whether the target is the most likely token.
     """
     rows = rows_at_once or chunk_rows(hidden.device.type, len(head))
     logprobs, is_top1 = _LabelLogprobs.apply(  # type: ignore[no-untyped-call]
@@ -140,18 +140,18 @@ def _chunk(
     """Log-probabilities `[n]`, top-1 `[n]`, and with `grad` the gradient `[n, V]` of their sum by the raw logits."""
     logits = transform.apply(raw).float()
     target = targets[:, None]
-    most, likeliest = logits.max(1, keepdim=True)
+    most, top1 = logits.max(1, keepdim=True)
     wanted = logits.gather(1, target)
     keep = None if transform.softcap is None or not grad else logits / transform.softcap  # tanh(z / softcap)
     probabilities = logits.sub_(most).exp_()  # in place: the logits themselves are not needed any more
     total = probabilities.sum(1, keepdim=True)
     logprobs = (total.log() + most - wanted).neg_()[:, 0]
     if not grad:
-        return logprobs, (likeliest == target)[:, 0], None
+        return logprobs, (top1 == target)[:, 0], None
     gradient = probabilities.div_(total).neg_()
     gradient.scatter_add_(1, target, torch.full_like(wanted, 1.0))
     if keep is not None:
         gradient.mul_(1 - keep.square_())  # the derivative of softcap * tanh(z / softcap)
     if transform.scale != 1.0:
         gradient.mul_(transform.scale)
-    return logprobs, (likeliest == target)[:, 0], gradient
+    return logprobs, (top1 == target)[:, 0], gradient

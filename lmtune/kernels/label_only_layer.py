@@ -49,14 +49,14 @@ class _Selected:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SegmentLayout,
         scaling: float | None, dropout: float, window: int | None,
     ) -> torch.Tensor:  # fmt: skip
-        """`[1, P, heads, d]` for the segments's label positions."""
+        """`[1, P, heads, d]` for the read positions of `segments`."""
         return attend(query, self.key, self.value, segments, segments.read_spans, scaling, dropout, window)
 
 
 def install(layer: Any) -> None:
     """Prepare a model's last decoder layer.
 
-    The layer then takes `read_positions` (`[P]`, the segments's own, ascending) as an extra argument of the model's
+    The layer then takes `read_positions` (`[P]`, those of the segments, ascending) as an extra argument of the model's
     forward, and with it returns `[1, P, D]`; without it, nothing is different.
     """
     if not type(layer).__name__.startswith("LabelOnly"):

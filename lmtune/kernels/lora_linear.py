@@ -2,7 +2,7 @@
 
 PEFT's layer runs the low-rank product, the scaling and the sum as separate operations, each with its own result kept
 for the backward pass, and writes `[T, out]` three times. Here the low-rank part is added into the base product in place
-and only `x` and `x Aᵀ` are kept. Over a quantized base, W is turned into numbers inside the operation (or once, where
+and only `x` and `x Aᵀ` are kept. Over a quantized base, W is dequantized inside the operation (or once, where
 memory allows, with the same values).
 
     fuse(model)       # each LoRA layer that is plain enough takes the fast path; the others stay as they are

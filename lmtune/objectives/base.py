@@ -41,7 +41,7 @@ class LossSum:
 
 
 class Objective(Protocol):
-    """What is learned from an example.
+    """What is trained from an example.
 
     Attributes:
         kind: its name in the config.

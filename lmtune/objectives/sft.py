@@ -38,13 +38,13 @@ class Sft:
         return store
 
     def loss(self, outputs: Outputs, batch: MicroBatch) -> LossSum:
-        """The negative log-probabilities; an error is a target that is not the likeliest token."""
+        """The negative log-probabilities; an error is a target that is not the most likely token."""
         right = outputs.is_top1.sum().float()
         count = torch.tensor(float(len(outputs.is_top1)), device=right.device)
         return LossSum(-outputs.logprobs.sum(), wrong_targets(outputs, batch), {"token_accuracy": (right, count)})
 
 
 def wrong_targets(outputs: Outputs, batch: MicroBatch) -> torch.Tensor:
-    """`[E]` fp32: of each of the step's examples, how many targets of this batch are not the likeliest token."""
+    """`[E]` fp32: of each of the step's examples, how many targets of this batch are not the most likely token."""
     errors = torch.zeros(batch.num_examples, device=outputs.is_top1.device)
     return errors.index_add_(0, batch.example_of[batch.sequence_of], (~outputs.is_top1).float())

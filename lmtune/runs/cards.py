@@ -195,7 +195,7 @@ def _settings_part(config: FinetuneConfig) -> str:
 def _limits(base: str) -> str:
     demo = "The base is a demo model of a small invented world; it has no general ability. " if base == "tiny" else ""
     return (
-        f"## Limits\n\n{demo}The model learned the answers of one data set and was scored on rows of the same kind; "
+        f"## Limits\n\n{demo}The model was trained on one data set and scored on rows of the same kind; "
         "nothing is known about other questions. It can state wrong things with confidence, and it keeps the limits "
         "and the licence of its base model. Its safety and bias were not examined."
     )

@@ -1,6 +1,6 @@
 """A config composed to the parts of a run: what is loaded before the first step.
 
-parts = compose(config, parallel)       # tokenizer, rows, model with what learns, forward pass, objective
+parts = compose(config, parallel)       # tokenizer, rows, tuned model, forward pass, objective
 parts.job(resumed)                     # what `lmtune.training.loop.train` works with
 """
 
@@ -57,8 +57,8 @@ class Components:
         parallel: the ranks.
         renderer: rows to tokens, with the tokenizer in it.
         data: training rows, validation rows or None, and the report on every row.
-        tuning, objective: what learns, and what.
-        model: with what learns.
+        tuning, objective: which parameters are trained, and by which loss.
+        model: with the trained parameters.
         forward: the model's forward pass.
         fingerprint: of the base.
         parameters: how many are trained, frozen and quantized.
@@ -143,7 +143,7 @@ class Components:
 
 
 def compose(config: FinetuneConfig, parallel: Parallel) -> Components:
-    """Load tokenizer, rows and model, and choose the objective and what learns.
+    """Load tokenizer, rows and model, and choose the objective and the trained parameters.
 
     Raises:
         ConfigError, DataError, ModelError: something is wrong with them; nothing was written but the row cache.

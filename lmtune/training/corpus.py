@@ -56,7 +56,7 @@ _CHUNK_DOCUMENTS = 2000  # encoded at a time, so that all cores work and memory 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to learn, and documents to measure on, none of which is learned."""
+    """Documents to train on, and others to measure on."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -139,7 +139,7 @@ def read_corpus(data: CorpusConfig) -> Corpus:
 
 
 def train_tokenizer(documents: Sequence[Example], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, learned from `documents`.
+    """A byte-level BPE tokenizer with a chat template, trained on `documents`.
 
     Digits stand alone, so that numbers are read the same wherever they stand.
 

@@ -51,10 +51,10 @@ def _git_revision() -> str | None:
 
 
 def verification_rows(parts: Components, count: int = 16) -> dict[str, Any]:
-    """The tokens of some held-out rows (learned ones where none are held out), on which a merge is verified later.
+    """The tokens of some held-out rows (trained ones where none are held out), on which a merge is verified later.
 
     Of a row that makes several sequences the last, which holds all of it: each costs a pass over all weights.
     """
     rows = parts.data.train if parts.data.validation is None else parts.data.validation
     some = [rows[index].sequences[-1] for index in range(min(count, len(rows)))]
-    return {"sequences": [document.input_ids.tolist() for document in some]}
+    return {"sequences": [sequence.input_ids.tolist() for sequence in some]}

@@ -187,21 +187,21 @@ def _answer_seconds(
     return prompts + rounds * (asked / processes * a_token / rate + shape.num_layers * _LAYER_SECONDS[device_type])
 
 
-def flop_per_token(shape: ModelShape, trained_share: float, document_tokens: float) -> float:
+def flop_per_token(shape: ModelShape, trained_share: float, sequence_tokens: float) -> float:
     """Floating point operations of one LoRA step per token: 4 N + 4 f H + 6 P + 7 s a L.
 
     N frozen linear parameters that a token meets, f the trained share, H the head's, P the adapter's outside of
-    experts, s the length-weighted document length in tokens, a the attention's width, L layers. Recomputation is not
+    experts, s the length-weighted sequence length in tokens, a the attention's width, L layers. Recomputation is not
     counted, nor the product of an adapter over experts, which is made once in a pass.
     """
     cost = token_cost(shape)
-    return _plain_flop(shape) * (1 + trained_share * cost.target + document_tokens / 2 * cost.before)
+    return _plain_flop(shape) * (1 + trained_share * cost.target + sequence_tokens / 2 * cost.before)
 
 
 def token_cost(shape: ModelShape) -> TokenCost:
     """What attention and the head add to the work of a token, as `flop_per_token` counts it."""
     head = 4 * shape.vocabulary_size * shape.hidden_size
-    pair = 14 * shape.attention_width * shape.num_layers  # a query and a key that it sees: half of all in a document
+    pair = 14 * shape.attention_width * shape.num_layers  # a query and a key that it sees: half of all in a sequence
     return TokenCost(before=pair / _plain_flop(shape), target=head / _plain_flop(shape))
 
 
@@ -262,7 +262,7 @@ def _advice(
         if shape.adapted_experts and part.total - part.expert_copies - part.adapter_and_optimizer < free_gib:
             found.append("most of it is the adapter of the experts: tuning.target_modules without them needs less")
     elif checkpointed:
-        found.append("some layers are computed twice to save memory; a lower data.max_length may avoid it")
+        found.append("activation checkpointing covers some layers; a lower data.max_length may avoid it")
     if device.type == "cpu" and part.base_weights > 2:
         found.append("a model of this size is slow on a CPU; a GPU is some hundred times faster")
     return tuple(found)

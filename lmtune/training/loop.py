@@ -88,8 +88,8 @@ class TrainingJob:
         data: the rows.
         forward: the model's forward pass.
         objective: the loss.
-        model: what learns.
-        optimizer: over what learns.
+        model: with the trained parameters.
+        optimizer: over the trained parameters.
         parallel: the ranks.
         train: the settings.
     """
@@ -212,14 +212,14 @@ def _reduce_memory(job: TrainingJob, planner: Planner, plan: StepPlan) -> Planne
 def _not_finite(job: TrainingJob, plan: StepPlan, result: StepResult) -> LmtuneError:
     """An error that names the examples that made the loss or gradient infinite or NaN, on whichever rank they were."""
     seed_step(job.train.seed, plan.step, job.parallel.rank)
-    offenders = find_nonfinite_examples(
+    examples = find_nonfinite_examples(
         job.forward, job.objective, job.parameters, plan.micro_batches[job.parallel.rank], job.data
     )
-    offenders = job.parallel.gather(offenders)
-    rows = format_list(sorted(set(offenders))) if offenders else "  no single row alone; the step as a whole"
+    examples = job.parallel.gather(examples)
+    rows = format_list(sorted(set(examples))) if examples else "  none alone; the step as a whole"
     return LmtuneError(
         f"step {plan.step}: the loss ({result.loss}) or the gradient (norm {result.grad_norm}) is not finite. The "
-        f"weights were not changed by this step. Rows at fault:\n{rows}\n"
+        f"weights were not changed by this step. Non-finite examples:\n{rows}\n"
         "  look at these rows with `lmtune preview`; if they are fine, lower train.learning_rate"
     )
 

@@ -1,9 +1,9 @@
 """How much memory a run needs, part by part, and the micro-batch that fits what is there.
 
 What a token's activations weigh is estimated from the model's shape for `lmtune plan`, and measured on a few tokens
-before training (`training.activations`). Layers are computed twice only as far as that is needed to hold the longest
-sequence or a micro-batch that keeps the device busy. When all this was too bold, the step is redone with half the
-tokens, which changes nothing but speed.
+before training (`training.activations`). Activation checkpointing covers only as many layers as it takes to hold the
+longest sequence or a micro-batch that keeps the device busy. When all this was too bold, the step is redone with half
+the tokens, which changes nothing but speed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ActivationBytes:
 
     Attributes:
         layer: of one layer.
-        boundary: the input of a layer, all that is kept of one that is computed twice.
+        boundary: the input of a layer, all that is kept of a checkpointed one.
         outside: after the last layer.
         num_layers: of the model.
         fixed: bytes of one layer however many tokens there are: experts with their adapter added, for one.
@@ -78,12 +78,12 @@ class ActivationBytes:
     fixed: float = 0.0
 
     def per_token(self, checkpointed: int) -> float:
-        """At the most, with the first `checkpointed` layers computed twice: what is kept, and one layer at work."""
+        """At the most, with the first `checkpointed` layers checkpointed: what is kept, and one layer at work."""
         kept = self.num_layers - checkpointed
         return kept * self.layer + checkpointed * self.boundary + self.layer + self.outside
 
     def constant(self, checkpointed: int) -> float:
-        """Bytes that do not grow with the tokens, with the first `checkpointed` layers computed twice."""
+        """Bytes that do not grow with the tokens, with the first `checkpointed` layers checkpointed."""
         return (min(self.num_layers, self.num_layers - checkpointed + 1)) * self.fixed
 
 
@@ -159,7 +159,7 @@ def estimate(
         quantization: of the base.
         dtype: of computation and of unquantized weights.
         trained_share: trained tokens / tokens.
-        checkpointed: layers that are computed again in the backward pass.
+        checkpointed: layers under activation checkpointing.
         dense_bytes: of matrices held beside quantized weights.
     """
     wide = dtype.itemsize
@@ -188,7 +188,7 @@ def estimated_activations(shape: ModelShape, dtype: torch.dtype) -> ActivationBy
 def fitting_micro_batch(
     activations: ActivationBytes, longest: int, free_bytes: int, device_type: str, asked: int | None = None
 ) -> tuple[int, int]:
-    """The micro-batch budget in tokens, and how many layers must be computed twice for it.
+    """The micro-batch budget in tokens, and how many layers must be checkpointed for it.
 
     Args:
         activations: of a token.
@@ -259,7 +259,7 @@ def _kept(forward: PackedForward, layers: Any, trained_share: float, tokens: int
 
 
 def checkpoint_layers(base: Any, count: int) -> None:
-    """Let the first `count` layers of a transformers model be computed again in the backward pass, the others not.
+    """Checkpoint the activations of the first `count` layers of a transformers model, and of no others.
 
     What is kept for the first layers is kept the longest.
     """
@@ -272,7 +272,7 @@ def checkpoint_layers(base: Any, count: int) -> None:
 
 
 def is_checkpointed_throughout(base: Any) -> bool:
-    """Whether every layer is computed again already."""
+    """Whether every layer is checkpointed already."""
     layers = decoder_layers(base)
     marks = [base] if layers is None else layers
     return all(getattr(layer, "gradient_checkpointing", False) for layer in marks)

@@ -155,7 +155,7 @@ It knows what its training text holds and nothing else.
 |---|---|
 | parameters | {parameters:,}, stored as {dtype} |
 | layers, width, feed-forward, heads | {layers}, {width}, {feed_forward}, {heads} ({kv_heads} for keys and values) |
-| vocabulary | {vocabulary:,} tokens, byte-level BPE learned from the same text |
+| vocabulary | {vocabulary:,} tokens, byte-level BPE trained on the same text |
 | data | {data} |
 | trained on | {tokens:,} tokens in {steps:,} steps, {seconds:,.0f} seconds{stopped} |
 | perplexity on held-out text | {perplexity:.2f} |

@@ -1,6 +1,6 @@
 """Whether a run begins, goes on or is finished already, and whether going on would still be the same run.
 
-A checkpoint carries its run's signature: the settings, data and base that decide what is learned. If any of them has
+A checkpoint carries its run's signature: the settings, data and base that decide the result. If any of them has
 changed, continuing would give a model that no single command describes, so it is refused and the differences named.
 """
 

@@ -9,7 +9,7 @@ from lmtune.config.load import to_tree
 from lmtune.config.schema import FinetuneConfig
 from lmtune.models.tuning.base import Tensors
 
-# Settings that change speed, memory or reporting; what is learned they change only as far as dropout is drawn anew.
+# Settings that change speed, memory or reporting; the result they change only as far as dropout is drawn anew.
 _FREE = {
     "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.score_base",
     "evaluation.exact_match_rows", "evaluation.max_new_tokens", "data.train", "data.validation", "tuning.adapter",
@@ -108,7 +108,7 @@ class RunSignature:
 
 
 def without_free_settings(settings: Mapping[str, object]) -> dict[str, object]:
-    """Those of which what is learned depends."""
+    """Those that decide the result."""
     return {key: value for key, value in settings.items() if key not in _FREE}
 
 

@@ -78,7 +78,7 @@ def test_wrong_values_are_all_told_at_once(place: Path, refused: Callable[..., O
 
 
 @pytest.mark.parametrize("override", ["train.epochs=\udcff", "run.\udcff=1", "\udcff=1", "model.name=\udcff"])
-def test_an_argument_that_is_no_text_is_a_message_too(
+def test_an_argument_that_is_not_text_is_a_message_too(
     place: Path, refused: Callable[..., Outcome], override: str
 ) -> None:
     """Bytes that are no UTF-8 come from the shell as halves of characters, which no terminal can print."""
@@ -97,7 +97,7 @@ def test_a_token_in_a_name_is_not_repeated(place: Path, refused: Callable[..., O
     assert token not in said
 
 
-def test_a_config_that_is_no_file(place: Path, refused: Callable[..., Outcome]) -> None:
+def test_a_config_that_is_not_a_file(place: Path, refused: Callable[..., Outcome]) -> None:
     (place / "large.yaml").write_bytes(b"a: " + b"x" * 50_000_000)
     (place / "bytes.yaml").write_bytes(b"\x80\x04\x95")
     for name, said in ((".", "no such config file"), ("none.yaml", "no such"),

@@ -202,7 +202,7 @@ def conversation(contents: list[str], system: str | None) -> Example:
 
 
 def render(source: str | None, option: Any, row: Example) -> None:
-    """Rendering gives documents whose learned part is what chat would be asked for, or an error of ours."""
+    """Rendering gives sequences whose trained part is what chat would be asked for, or an error of ours."""
     try:
         renderer = Renderer(make_tokenizer(source), template=option)
         documents = renderer.render(row)

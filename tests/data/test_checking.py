@@ -1,4 +1,4 @@
-"""`check_data` and `lmtune check`: what is said of good rows, what becomes of bad ones, and how light it is."""
+"""`check_data` and `lmtune check`: its report of good rows and of bad ones, and how light it is."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class TestFaultyRows:
         assert report.faulty.reasons[0].reason == "prompt is a number (1); it must be a string"
         assert report.faulty.reasons[0].first == ["rows.jsonl:2", "rows.jsonl:3"]
 
-    def test_lines_that_are_no_rows_are_told_once_and_counted_each(self, tmp_path: Path) -> None:
+    def test_lines_that_are_not_rows_are_told_once_and_counted_each(self, tmp_path: Path) -> None:
         lines = [b"# a heading", b"prompt,completion", b"3", b'"text"', b"more,text", GOOD, b"p,c", GOOD]
         examples, report = read(written(tmp_path, b"\n".join(lines)))
         assert [example.line for example in examples] == [6, 8]
@@ -114,7 +114,7 @@ class TestFaultyRows:
             b"",
         ],
     )
-    def test_what_is_no_single_row_is_an_error_all_the_same(self, tmp_path: Path, content: bytes) -> None:
+    def test_a_fault_of_more_than_one_row_is_an_error_all_the_same(self, tmp_path: Path, content: bytes) -> None:
         good = written(tmp_path, GOOD, "good.jsonl")
         examples, report = read(good, written(tmp_path, content))
         assert examples
@@ -258,7 +258,7 @@ class TestPaths:
         assert [file.portable_name for file in files] == ["rows.jsonl", "rows.jsonl (2)"]
         assert find_files(["../b/rows.jsonl"])[0].portable_name == "../b/rows.jsonl"
 
-    def test_a_name_that_is_no_valid_text_can_be_written_down(self, tmp_path: Path) -> None:
+    def test_a_name_that_is_not_valid_text_can_be_written_down(self, tmp_path: Path) -> None:
         path = written(tmp_path, GOOD, os.fsdecode(b"\xff.jsonl"))
         (file,) = find_files([path])
         assert (file.path, file.portable_name) == (path, "\ufffd.jsonl")

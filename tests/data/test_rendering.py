@@ -1,4 +1,4 @@
-"""What is learned is exactly what generation will be asked for, with every kind of chat template."""
+"""The trained tokens are exactly those that generation must give, with every kind of chat template."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def example(*contents: str, system: str | None = None) -> Example:
 
 
 def trained_texts(renderer: Renderer, document: TokenSequence) -> list[str]:
-    """The text of each learned run of tokens, control tokens included."""
+    """The text of each trained span of tokens, control tokens included."""
     runs: list[list[int]] = []
     for index, (token, flag) in enumerate(zip(document.input_ids, document.loss_mask, strict=True)):
         if flag and not (index and document.loss_mask[index - 1]):
@@ -274,7 +274,7 @@ class TestPlain:
         assert document.loss_mask.tolist() == [False] + [True] * (len(document) - 1)
 
 
-def test_system_prompts_that_a_template_drops_are_not_lost_in_silence() -> None:
+def test_system_prompts_that_a_template_drops_are_not_silently_lost() -> None:
     drops_system = "{% set messages = messages if messages[0].role == 'user' else messages[1:] %}" + CHATML
     with pytest.raises(DataError, match=r"rows.jsonl:7: .*drops system prompts"):
         Renderer(make_tokenizer(drops_system)).render(example("a", "b", system="s"))

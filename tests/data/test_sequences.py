@@ -31,7 +31,7 @@ def test_chosen_rows_have_their_sequences_in_their_order(rows: list[list[int]], 
 def test_each_knows_its_row_and_place() -> None:
     sequences = of([[5], [7, 9, 2], [4, 4]])
     assert sequences.row.tolist() == [0, 1, 1, 1, 2, 2]
-    assert sequences.document.tolist() == [0, 0, 1, 2, 0, 1]
+    assert sequences.place_in_row.tolist() == [0, 0, 1, 2, 0, 1]
     assert (sequences.num_rows, sequences.longest) == (3, 9)
 
 

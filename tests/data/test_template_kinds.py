@@ -1,4 +1,4 @@
-"""Templates by what they do around an answer: what is learned, what generation is asked for, what a reply says."""
+"""Templates by what they do around an answer: what is trained, what generation is asked for, what a reply says."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def renderer_of(template: str, option: Template = "auto") -> Renderer:
 
 
 def reply_of(renderer: Renderer, row: Example) -> tuple[str | None, str]:
-    """What a model that has learned the row's last answer says, in pieces as in chat and whole as in evaluation."""
+    """What a model trained on the row's last answer says, in pieces as in chat and whole as in evaluation."""
     document = renderer.render(row)[-1]
     prompt = renderer.prompt_ids(row.messages[:-1])
-    assert document.input_ids[: len(prompt)].tolist() == prompt, "learned after what generation starts from"
+    assert document.input_ids[: len(prompt)].tolist() == prompt, "trained after what generation starts from"
     assert not document.loss_mask[len(prompt) - 1]
     said = document.input_ids[len(prompt) :]
     assert said[-1] in renderer.stop_token_ids

@@ -1,4 +1,4 @@
-"""Turns in every spelling; what a turn says besides its text is used or refused, never left out in silence."""
+"""Turns in every spelling; what a turn says besides its text is used or refused, never silently dropped."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class TestSystem:
             assert said(parsed(QUESTION, answer(), key=key, system="s"))[0] == ("system", "s")
         assert said(parsed(QUESTION, answer(), system_prompt="s"))[0] == ("system", "s")
 
-    def test_an_equal_one_is_no_second(self) -> None:
+    def test_an_equal_one_is_accepted(self) -> None:
         assert len(parsed({"role": "system", "content": "s"}, QUESTION, answer(), system="s").messages) == 3
 
     def test_another_one_is_a_fault(self) -> None:
@@ -203,7 +203,7 @@ def test_what_a_turn_says_in_another_spelling_is_a_fault(turn: dict[str, Any], w
         assert word in str(fault.value), str(fault.value)
 
 
-def test_a_switch_that_changes_nothing_is_no_fault() -> None:
+def test_a_switch_that_changes_nothing_is_accepted() -> None:
     row = parsed({**QUESTION, "skip": False, "include": True}, answer(skip=False, include=True, label="greeting"))
     assert [message.trained for message in row.messages] == [True, True]
 

@@ -98,7 +98,7 @@ def test_15_if_all_are_damaged_the_run_is_refused_and_nothing_is_written(place: 
 
 
 @pytest.mark.parametrize("how", few(["deleted", "emptied"], "deleted"))
-def test_15_if_all_are_gone_the_run_does_not_begin_anew_in_silence(place: Path, how: str) -> None:
+def test_15_if_all_are_gone_the_run_does_not_silently_restart(place: Path, how: str) -> None:
     """Six steps are recorded, and the first checkpoint was due after the third."""
     shutil.rmtree(place / "runs/trial/checkpoints")
     if how == "emptied":

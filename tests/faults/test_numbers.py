@@ -24,7 +24,7 @@ def finite(tensors: dict[str, torch.Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
-def test_20_a_loss_that_is_no_number_stops_the_run_before_the_update_and_names_the_rows(tmp_path: Path) -> None:
+def test_20_a_loss_that_is_not_finite_stops_the_run_before_the_update_and_names_the_rows(tmp_path: Path) -> None:
     job = job_for(tmp_path / "run", train__max_steps=3)
     bad, poison = job.loop.planner.step(3).rows[0], 99
     for row in job.data.rows:  # token 99 makes NaN; only row `bad` holds it
@@ -65,7 +65,7 @@ def test_20_the_command_names_the_row_and_resumes_when_the_cause_is_gone(place: 
     write_rows(place / "train.jsonl", rows)
     assert lmtune(place, "finetune", "run.yaml", trouble=no_loss_for_the_marked) == 1
     told = said(place)
-    found = re.search(r"\nerror: step (\d+): the loss \(nan\) .* Rows at fault:\n((?:  \S+\n)+)", told)
+    found = re.search(r"\nerror: step (\d+): the loss \(nan\) .* Non-finite examples:\n((?:  \S+\n)+)", told)
     assert found, told
     assert found[2] == f"  train.jsonl:{MARKED + 1}\n"
     assert "Traceback" not in told

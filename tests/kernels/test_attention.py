@@ -63,8 +63,8 @@ def test_one_kernel_gives_what_span_by_span_gives(
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_what_a_window_keeps_grows_with_the_document_and_not_with_its_square() -> None:
-    """Of a document of 2,048 tokens that look 64 back: its queries, keys, values and outputs, and a few small masks."""
+def test_what_a_window_keeps_grows_with_the_sequence_and_not_with_its_square() -> None:
+    """Of a sequence of 2,048 tokens that look 64 back: its queries, keys, values and outputs, and a few small masks."""
 
     def kept_beside(tokens: int) -> int:
         layout, storages = SegmentLayout.of_segments(tokens), dict[int, int]()
@@ -83,7 +83,7 @@ def test_what_a_window_keeps_grows_with_the_document_and_not_with_its_square() -
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_label_positions_get_what_they_get_among_all(name: str) -> None:
+def test_read_positions_get_what_they_get_among_all(name: str) -> None:
     layout = LAYOUTS[name]
     q, k, v = tensors(layout, sum(layout.lengths))
     everywhere = attend_span_by_span(q, k, v, layout, layout.spans, None, 0.0, None)

@@ -1,4 +1,4 @@
-"""Packing changes nothing: each document scores as it does alone, whatever lies beside it."""
+"""Packing changes nothing: each sequence scores as it does alone, whatever is beside it."""
 
 import pytest
 import torch
@@ -11,19 +11,19 @@ from tests.tiny import KINDS, Rows, adapted, losses_of, pack_rows, random_rows, 
 
 
 def losses_alone(model, rows: Rows) -> torch.Tensor:
-    """The plain twin: each document in a forward pass of its own, with full logits."""
+    """The plain twin: each sequence in a forward pass of its own, with full logits."""
     base, losses = model.get_base_model(), []
     for row in rows.rows:
-        for document in row.sequences:
-            ids = torch.tensor(document.input_ids, dtype=torch.long)
+        for sequence in row.sequences:
+            ids = torch.tensor(sequence.input_ids, dtype=torch.long)
             logits = base(input_ids=ids[None]).logits[0, :-1]
-            kept = torch.tensor(document.loss_mask[1:])
+            kept = torch.tensor(sequence.loss_mask[1:])
             losses.append(F.cross_entropy(logits[kept], ids[1:][kept], reduction="none"))
     return torch.cat(losses)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_losses_equal_those_of_documents_alone(kind: str) -> None:
+def test_packed_losses_equal_those_of_sequences_alone(kind: str) -> None:
     model, rows = adapted(tiny_model(kind)).eval(), random_rows(7)
     forward = PackedForward(model)
     assert forward.packs, forward.capabilities.packing
@@ -40,7 +40,7 @@ def test_a_sliding_window_shorter_than_the_rows() -> None:
     )
 
 
-def test_changing_one_document_leaves_the_others_alone() -> None:
+def test_changing_one_sequence_leaves_the_others_alone() -> None:
     model, rows = adapted(tiny_model()).eval(), random_rows(4)
     forward = PackedForward(model)
     before = losses_of(forward, pack_rows(rows.rows))
@@ -51,14 +51,14 @@ def test_changing_one_document_leaves_the_others_alone() -> None:
     assert not torch.equal(before[~other], after[~other])
 
 
-def test_a_model_that_cannot_pack_runs_document_by_document(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_pack_runs_sequence_by_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = adapted(tiny_model()).eval(), random_rows(4)
 
     def leaking(module, query, key, value, mask, **kwargs):
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
 
-    monkeypatch.setattr("lmtune.kernels.attention.attention_by_document", leaking)
+    monkeypatch.setattr("lmtune.kernels.attention.segment_attention", leaking)
     forward = PackedForward(model)
     assert not forward.packs
     assert "outputs differ" in str(forward.capabilities.packing)

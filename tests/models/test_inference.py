@@ -119,7 +119,7 @@ def test_a_run_without_adapter_says_how_to_finish_it(there: Path) -> None:
         load_for_inference("unfinished")
 
 
-def test_a_model_of_the_hub_is_no_misspelt_run(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hub_is_not_a_misspelt_run(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="check the spelling"):
         load_for_inference("lab/trail")
     with pytest.raises(ModelError, match="quantity: no such run, folder or model; there "):

@@ -212,7 +212,7 @@ def test_a_merge_that_is_not_the_trained_model_is_refused_and_nothing_is_left(
     assert not list(place.glob(".staging*"))
 
 
-def test_a_merge_whose_logits_are_no_numbers_is_refused() -> None:
+def test_a_merge_whose_logits_are_not_finite_is_refused() -> None:
     fine = MergeReport("trained", "float32", 1, 1, 0.0, 1e-4, 0.0, 1e-4, 1.0)
     require_bounds(fine)
     for bad in ({"logits_difference": float("nan")}, {"difference_to_trained": 1e-3}):

@@ -255,7 +255,7 @@ def test_logits_of_some_positions_are_those_of_the_whole_row(kind: str) -> None:
     assert "forward" not in model.base_model.__dict__
 
 
-def test_a_difference_that_is_no_number_is_not_lost() -> None:
+def test_a_difference_that_is_not_finite_is_not_lost() -> None:
     result = Comparison()
     result.begin_row(None)
     broken = torch.ones(4, 8)
@@ -273,7 +273,7 @@ def routing(*scores: list[float]) -> Routing:
     return found
 
 
-def test_only_a_choice_that_rounding_explains_is_counted_apart() -> None:
+def test_only_a_choice_that_rounding_explains_is_rerouted() -> None:
     plain = routing([1.0, 0.0], [0.5, 0.50001], [1.0, 0.0])
     assert plain.first_difference(plain, 1e-4) is None
     assert plain.first_difference(routing([1.0, 0.0], [0.50001, 0.5], [1.0, 0.0]), 1e-4) == 1

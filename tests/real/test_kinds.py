@@ -20,7 +20,7 @@ EMPTY_THOUGHT = (
     "{%- if add_generation_prompt and not enable_thinking %}{{- '<|channel>thought\\n<channel|>' }}{%- endif %}"
 )
 R = "<think>\nI look at shelf N.\n</think>\n\n"
-# name: tokenizer, template (None: its own), data.template, what stands before an answer, what the preview shows learned
+# name: tokenizer, template (None: its own), data.template, what stands before an answer, what the preview shows trained
 KINDS: dict[str, tuple[str, str | None, Template, str, str]] = {
     "thinking dropped: Qwen3": ("qwen3", None, "thinking", R, "<think>⏎ I·look·at·shelf·1.⏎ </think>⏎⏎ Item·1·is·"),
     "thinking off: Qwen3": ("qwen3", None, "auto", "", "Item·1·is·"),
@@ -60,8 +60,8 @@ def test_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "evaluation: {exact_match_rows: 3, max_new_tokens: 40}\nrun: {name: run}\n"
     )
     preview(config=Path("run.yaml"), rows=1)
-    learned = "".join(re.findall(r"\[(.*?)\]", capsys.readouterr().out.replace("\n", "")))
-    assert shown.replace(" ", "") in learned
+    trained = "".join(re.findall(r"\[(.*?)\]", capsys.readouterr().out.replace("\n", "")))
+    assert shown.replace(" ", "") in trained
 
     finetune(Path("run.yaml"))
     summary = json.loads(Path("runs/run/summary.json").read_text())

@@ -1,4 +1,4 @@
-"""Real chat templates: what is learned is what generation is asked for, and a reply is read back as the row says it."""
+"""Real chat templates: what is trained is what generation is asked for, and a reply is read back as the row says it."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def check(renderer: Renderer, messages: tuple[Message, ...], thinking: bool) -> 
         assert not document.loss_mask[len(prompt) - 1]
         assert document.loss_mask[len(prompt)]
         end = [*document.loss_mask, False].index(False, len(prompt))
-        learned = document.input_ids[len(prompt) : end]
-        assert learned[-1] in renderer.stop_token_ids
-        assert not set(learned[:-1]) & set(renderer.stop_token_ids)
-        reasoning, answer = split_reply(renderer.decode(learned))
+        trained = document.input_ids[len(prompt) : end]
+        assert trained[-1] in renderer.stop_token_ids
+        assert not set(trained[:-1]) & set(renderer.stop_token_ids)
+        reasoning, answer = split_reply(renderer.decode(trained))
         wanted_reasoning, wanted = split_reply(message.content)
         assert answer.strip(" ") == wanted.strip(" ")
         assert answer.startswith(wanted)
@@ -77,7 +77,7 @@ def test_every_template_of_the_collection(path: Path, option: Template) -> None:
                 if not any(reason in str(error) for reason in REFUSED):
                     raise
                 refused += 1
-    assert refused <= 4, "no row of this template can be learned"
+    assert refused <= 4, "no row of this template can be trained"
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3", "deepseek_v3", "llama2"])

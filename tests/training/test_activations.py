@@ -1,4 +1,4 @@
-"""What is measured per token is what autograd keeps, and layers computed twice keep only their input."""
+"""What is measured per token is what autograd keeps, and checkpointed layers keep only their input."""
 
 import pytest
 import torch

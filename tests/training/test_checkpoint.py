@@ -85,7 +85,7 @@ def test_the_newest_is_by_number_not_by_name(tmp_path: Path) -> None:
     assert (newest.step, skipped) == (1_000_000, [])
 
 
-def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+def test_no_checkpoint_is_not_an_error(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "none") == (None, [])
 
 

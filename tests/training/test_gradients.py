@@ -21,14 +21,14 @@ from tests.tiny import KINDS, Rows, adapted, pack_rows, random_rows, tiny_model
 
 
 def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
-    """Loss, gradients and their norm of all rows, one document at a time, in plain PyTorch."""
+    """Loss, gradients and their norm of all rows, one sequence at a time, in plain PyTorch."""
     parameters, base = trainable(model), model.get_base_model()
     model.zero_grad()
     num_targets, total = rows.num_targets, 0.0
     for row in rows.rows:
-        for document in row.sequences:
-            ids = torch.tensor(document.input_ids, dtype=torch.long)
-            kept = torch.tensor(document.loss_mask[1:])
+        for sequence in row.sequences:
+            ids = torch.tensor(sequence.input_ids, dtype=torch.long)
+            kept = torch.tensor(sequence.loss_mask[1:])
             logits = base(input_ids=ids[None]).logits[0, :-1]
             loss = F.cross_entropy(logits[kept], ids[1:][kept], reduction="sum") / num_targets
             loss.backward()
@@ -46,7 +46,8 @@ def totals_of(rows: Rows) -> Totals:
 def lmtune_step(model, rows: Rows, budget: int, parallel: Single | None = None):
     """The same through lmtune, in micro-batches of at most `budget` tokens."""
     forward, table = PackedForward(model), rows.sequences
-    units = [Unit(row, row, (place,)) for row, place in zip(table.row.tolist(), table.document.tolist(), strict=True)]
+    places = zip(table.row.tolist(), table.place_in_row.tolist(), strict=True)
+    units = [Unit(row, row, (place,)) for row, place in places]
     batches = (
         pack_units(rows, [units[place] for place in group], len(rows), forward.shares_prefixes)
         for group in pack_bins(table.num_tokens.tolist(), budget)
@@ -90,9 +91,9 @@ def test_a_row_with_an_infinite_loss_is_found() -> None:
     assert not sums.is_finite
     sound = PackedForward(adapted(tiny_model()))
     assert find_nonfinite_examples(sound, Sft(), trainable(model), share, rows) == []
-    offenders = find_nonfinite_examples(PackedForward(model), Sft(), trainable(model), share, rows)
-    assert "rows.jsonl:4" in offenders
-    assert len(offenders) == sum(any(7 in d.input_ids for d in row.sequences) for row in rows.rows)
+    found = find_nonfinite_examples(PackedForward(model), Sft(), trainable(model), share, rows)
+    assert "rows.jsonl:4" in found
+    assert len(found) == sum(any(7 in d.input_ids for d in row.sequences) for row in rows.rows)
 
 
 # What libraries say when memory is too small for them; the words are theirs.

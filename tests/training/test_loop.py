@@ -42,7 +42,7 @@ def test_resuming_from_any_step_is_bitwise_the_same(tmp_path: Path, dropout: flo
         assert all(torch.equal(again[name], weight) for name, weight in whole.items()), path.name
 
 
-def test_out_of_memory_with_a_single_row_computes_layers_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_with_a_single_row_enables_checkpointing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = final_weights(job_for(tmp_path / "whole", train__micro_batch_tokens=1))
     real = PackedForward.__call__
 
@@ -127,8 +127,8 @@ def test_every_step_is_recorded_once_even_after_a_resume(tmp_path: Path) -> None
 def rows_of_many_sequences() -> Rows:
     """Three rows of 8 sequences each, as a template that drops earlier thoughts makes them, and five of one."""
     many = random_rows(24, longest=40)
-    documents = [row.sequences[0] for row in many.rows]
-    rows = [TokenizedExample(f"rows.jsonl:{n + 1}", documents[8 * n : 8 * n + 8]) for n in range(3)]
+    sequences = [row.sequences[0] for row in many.rows]
+    rows = [TokenizedExample(f"rows.jsonl:{n + 1}", sequences[8 * n : 8 * n + 8]) for n in range(3)]
     return Rows([*rows, *random_rows(5, seed=1, longest=20).rows])
 
 

@@ -119,13 +119,13 @@ def test_the_longest_row_always_fits_in_the_budget() -> None:
     assert fitting_micro_batch(PER_TOKEN, 7, 0, "cpu") == (7, 10)
 
 
-def test_only_as_many_layers_are_computed_twice_as_needed() -> None:
+def test_only_as_many_layers_are_checkpointed_as_needed() -> None:
     free = int(2000 * PER_TOKEN.per_token(4) / 0.6) + 10_000  # a row of 2,000 tokens with four of ten layers
     assert fitting_micro_batch(PER_TOKEN, 2000, free, "cpu") == (2000, 4)
     assert fitting_micro_batch(PER_TOKEN, 1000, free, "cpu")[1] == 0
 
 
-def test_layers_are_computed_twice_for_the_budget_that_is_asked_for() -> None:
+def test_layers_are_checkpointed_for_the_budget_that_is_asked_for() -> None:
     free = int(2000 * PER_TOKEN.per_token(4) / 0.6) + 10_000
     assert fitting_micro_batch(PER_TOKEN, 100, free, "cpu", 2000) == (2000, 4)
     assert fitting_micro_batch(PER_TOKEN, 100, free, "cpu", 150) == (150, 0)

@@ -112,7 +112,7 @@ def test_rows_that_share_a_prefix_are_planned_together() -> None:
 
 
 @given(st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=5), min_size=1, max_size=20), st.integers(1, 3))
-def test_a_rows_sequences_are_dealt_one_by_one(rows: list[list[int]], world: int) -> None:
+def test_a_rows_sequences_are_assigned_one_by_one(rows: list[list[int]], world: int) -> None:
     """A batch counts rows; no micro-batch need hold more than one sequence, and each is in one."""
     tokens = np.array([length for row in rows for length in row], dtype=np.int32)
     trained = np.maximum(1, tokens // 3).astype(np.int32)

@@ -158,7 +158,7 @@ def test_rows_of_text_and_of_messages_are_documents_too(workplace: Path) -> None
     assert [document.messages[1].content for document in found if document.messages] == ["Hello!"]
 
 
-def test_held_out_documents_are_not_learned(workplace: Path) -> None:
+def test_held_out_documents_are_not_trained_on(workplace: Path) -> None:
     Path("texts/a.txt").write_text("\n\n".join(SENTENCES * 2), encoding="utf-8")
     corpus = read_corpus(CorpusConfig(path="texts", split="paragraph", validation_fraction=0.3))
     assert corpus.validation

@@ -1,4 +1,4 @@
-"""Whether a run may go on: what was learned must stay the same run, what is only speed or reporting is free."""
+"""Whether a run may go on: settings that decide the result must stay, speed and reporting are free."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def test_settings_of_speed_and_reporting_are_free(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", BINDING)
-def test_settings_of_what_is_learned_are_not(key: str) -> None:
+def test_settings_that_decide_the_result_are_not(key: str) -> None:
     name = key.replace("__", ".")
     before, now = signature_of(), signature_of(**{key: BINDING[key]})
     with pytest.raises(CheckpointError, match="cannot resume: settings changed") as caught:
@@ -317,7 +317,7 @@ def test_beginning_again_sets_the_earlier_run_aside(place: Path) -> None:
     finetune(place, train__seed=1)  # the new run is whole and can be asked for again
 
 
-def test_a_run_that_was_begun_again_is_held_like_any_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_restarted_is_checked_like_any_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = finetune(place)
     held: list[bool] = []
 

@@ -41,7 +41,7 @@ def test_a_run_has_every_technique(tmp_path: Path) -> None:
     assert min(cost.before, cost.target) > 0
 
 
-def test_layers_are_computed_twice_where_memory_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_checkpointed_where_memory_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmtune.training.memory import is_checkpointed_throughout
 
     folder = make_workplace(tmp_path / "work")

@@ -75,7 +75,7 @@ def test_no_setting_of_another_project_is_left(
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_no_truth_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_is_not_a_boolean_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
     with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU: 'maybe'; expected true or false"):
         check_world()

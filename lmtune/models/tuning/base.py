@@ -1,4 +1,4 @@
-"""What learns: the seam between a model and the parameters that a run trains.
+"""What is trained: the seam between a model and the parameters that a run trains.
 
 tuning = Lora(config)
 model = tuning.apply(base, seed=0)
@@ -34,7 +34,7 @@ class ParameterGroup(TypedDict):
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A model of which a part learns.
+    """A model of which a part is trained.
 
     Attributes:
         module: what runs: a `PeftModel`, or the transformers model itself.
@@ -48,7 +48,7 @@ class TunedModel:
         return base_of(self.module)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters that learn, by name, in the model's order."""
+        """The trained parameters by name, in the model's order."""
         return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
     def without_adapter(self) -> contextlib.AbstractContextManager[None]:
@@ -58,21 +58,21 @@ class TunedModel:
 
 
 class Tuning(Protocol):
-    """Which parameters learn, how they are grouped for the optimizer, and how they are saved and loaded."""
+    """Which parameters are trained, how they are grouped for the optimizer, and how they are saved and loaded."""
 
     kind: ClassVar[str]
 
     def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
-        """Make `base`, which is frozen, learn; what is random depends on `seed` alone."""
+        """Make `base`, which is frozen, trainable; what is random depends on `seed` alone."""
 
     def parameter_groups(self, model: TunedModel, weight_decay: float) -> list[ParameterGroup]:
-        """The parameters that learn, grouped for the optimizer."""
+        """The trained parameters, grouped for the optimizer."""
 
     def initial_tensors(self, model: TunedModel) -> list[torch.Tensor]:
         """What `apply` computed, which ranks on different hardware may have rounded differently."""
 
     def save(self, model: TunedModel, folder: Path, metadata: Metadata, tensors: Tensors | None = None) -> None:
-        """Write what was learned, with `tensors` by name in place of the model's own, into an existing folder."""
+        """Write the trained weights, with `tensors` by name in place of the model's own, into an existing folder."""
 
     def load(self, base: PreTrainedModel, folder: Path, fingerprint: str | None = None) -> TunedModel:
         """Put what `save` wrote on `base`, in evaluation mode."""

@@ -48,7 +48,7 @@ ADAPTER = "default"
 
 
 class Lora:
-    """A LoRA adapter, new or begun from a saved one."""
+    """A LoRA adapter, new or started from a saved one."""
 
     kind: ClassVar[str] = "lora"
 

@@ -137,7 +137,7 @@ def use_layers_own_adapter(config: LoraConfig) -> None:
     """Let a `LoraConfig` that names the weight of a linear layer adapt the layer as if it were named itself.
 
     The numbers are the same and so are the saved tensors, but the layer may be quantized, and nothing of the weight's
-    size is made in each forward pass. PEFT's own wrapper of a parameter is for what is no layer.
+    size is made in each forward pass. PEFT's own wrapper of a parameter is for what is not a layer.
     """
 
     def create(target: Any, adapter_name: str, config: Any, parameter_name: str | None = None, **kwargs: Any) -> Any:

@@ -427,7 +427,7 @@ def _describe_answer(conversation: Conversation, seconds: float, sampling: Sampl
 
 
 def _explain(error: Exception) -> str:
-    """The message for the page; what is no fault of the user's goes to the terminal as well."""
+    """The message for the page; what the user cannot fix goes to the terminal as well."""
     if isinstance(error, LmtuneError):
         return str(error)
     if os.environ.get("LMTUNE_TRACEBACK") == "1":
