@@ -98,7 +98,7 @@ def _settings(asked: LoraConfig, saved: LoraSettings, target: str) -> LoraConfig
     for key, value in theirs.items():
         wanted = getattr(asked, key)
         if wanted not in (getattr(_DEFAULT, key), value) and not _same_names(wanted, value):
-            problems.append(f"adapter.{key}: {_shown(wanted)}; expected {_shown(value)}, as {target} has it")
+            problems.append(f"tuning.{key}: {_shown(wanted)}; expected {_shown(value)}, as {target} has it")
     if problems:
         raise ConfigError(f"tuning.adapter: {target} cannot be trained in this way\n{format_list(problems)}")
     return replace(asked, **theirs)

@@ -84,7 +84,7 @@ def test_what_contradicts_it_is_refused_by_name(place: Path, changes: dict[str, 
 
 def test_a_plan_counts_the_adapter_that_it_begins_from(place: Path) -> None:
     with inside(place):
-        found = with_starting_adapter(config_of(**SECOND)).adapter
+        found = with_starting_adapter(config_of(**SECOND)).tuning
     assert (found.rank, found.alpha) == (4, 8)
     assert with_starting_adapter(config_of()) == config_of()
 
@@ -116,4 +116,4 @@ def test_a_run_goes_on_only_from_the_same_adapter(place: Path, tmp_path: Path) -
 
 
 def test_the_settings_of_these_tests_are_those_of_the_workplace() -> None:
-    assert (tree_of()["adapter"]["rank"], tree_of()["adapter"]["alpha"]) == (4, 8)
+    assert (tree_of()["tuning"]["rank"], tree_of()["tuning"]["alpha"]) == (4, 8)

@@ -192,7 +192,7 @@ def _matcher(target: str) -> Callable[[str], object]:
 
 def _check_patterns(targets: str | Sequence[str], names: Sequence[str]) -> None:
     if problem := next(pattern_problems({"target_modules": targets}), None):
-        raise ConfigError(f"adapter.{problem}; name layers, or write all-linear")
+        raise ConfigError(f"tuning.{problem}; name layers, or write all-linear")
     if is_too_slow_to_match({"target_modules": targets}, names):
         raise ConfigError(
             f"tuning.target_modules: {shorten(targets)}: this regular expression is too slow (possible catastrophic "
