@@ -208,7 +208,7 @@ def test_a_failure_is_told_in_the_summary(tmp_path: Path) -> None:
     folder = make_workplace(tmp_path / "work")
     write_config(folder, train__learning_rate=10.0, train__max_grad_norm=None, tuning__alpha=1e30)
     assert lmtune(folder, "finetune", "run.yaml") == 1
-    assert "is not finite. The adapter was not changed by this step" in said(folder)
+    assert "is not finite. The weights were not changed by this step" in said(folder)
     assert "train.jsonl:" in said(folder)
     summary = json.loads((folder / "runs/trial/summary.json").read_text())
     assert summary["status"] == "failed"
@@ -219,7 +219,7 @@ def test_a_failure_is_told_in_the_summary(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "model.name=./none": "model.name: ./none is no folder",
+    "model.name=./none": "model.name: ./none: no such folder",
     "tuning.target_modules=[qq]": "tuning.target_modules: nothing in this model is named qq",
     "data.max_length=8": "data.train: no row is left; raise data.max_length (8)",
     "data.template=thinking": "data.template",
