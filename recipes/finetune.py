@@ -33,7 +33,7 @@ def main(
     data: Annotated[list[str] | None, typer.Option(help="Rows to train on; short for data.train=…")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train in, one a GPU.")] = 1,
 ) -> None:
-    """Fine-tune a model as CONFIG says, or with the defaults. The same command again goes on where it stopped.
+    """Fine-tune a model as CONFIG says, or with the defaults. The same command resumes where it stopped.
 
     Without CONFIG, --model and --data are enough; the run is then named after the data file.
 

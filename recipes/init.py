@@ -74,7 +74,7 @@ def main(
         (("check", "--config", path), "every row, line by line"),
         (("preview", "--config", path), "the tokens that the model sees, the trained ones marked"),
         (("plan", path), "memory and time"),
-        (("finetune", path), "train; the same command again goes on where it stopped"),
+        (("finetune", path), "train; the same command resumes where it stopped"),
     ):
         out.print(f"  [bold]{escape(command(*words))}[/]\n      {purpose}")
 

@@ -53,7 +53,7 @@ def main(
 
     summary = finetune(config, run_directory, SHOWN_ANSWERS)
     if summary.status != "complete":
-        raise LmtuneError(f"{run_directory.path}: not complete; the same command goes on with it")
+        raise LmtuneError(f"{run_directory.path}: not complete; the same command resumes it")
     merge_run(run_directory, run_directory.merged, "trained")
     out.print(f"\nAll done in {time.monotonic() - began:.0f} s. Next:")
     say_next_steps(run_directory)

@@ -90,7 +90,7 @@ def print_steps(chosen: RunDirectory, as_json: bool = False) -> None:
             rate = step.tokens / max(1e-9, step.seconds)
             out.print(f"step {step.step} · epoch {step.epoch:.2f} · loss {step.loss:.4f} · {rate:,.0f} tok/s")
     except KeyboardInterrupt:
-        err.print("left; the run itself goes on")
+        err.print("left; the run itself continues")
         return
     item = overview(chosen)
     err.print(f"{escape(item.name)} is {escape(item.status)}" + (f" at step {item.steps}" if item.steps else ""))

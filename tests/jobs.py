@@ -36,7 +36,7 @@ class Job:
     Attributes:
         run: where files go.
         parts: of the run.
-        resumed: the checkpoint to go on from.
+        resumed: the checkpoint to resume from.
     """
 
     run: RunDirectory

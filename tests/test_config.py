@@ -220,7 +220,7 @@ def test_the_old_name_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture
     ("text", "message"),
     [
         ("tuning: {rank: 4}\nadapter: {alpha: 8}\n", "tuning and adapter: two names of one section"),
-        ("tuning: {kind: lora, method: lora}\n", "tuning.kind and tuning.kind: two names of one setting"),
+        ("tuning: {kind: lora, method: lora}\n", "tuning.method and tuning.kind: two names of one setting"),
         ("tuning: {kind: full}\n", "tuning.kind: got 'full'"),
         (
             "tuning: {adapter: x, init_lora_weights: pissa}\n",

@@ -120,7 +120,7 @@ def test_following_shows_steps_live_and_ctrl_c_leaves(running: RunDirectory, tmp
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert "the run itself goes on" in errors
+    assert "the run itself continues" in errors
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def with_tuning_section(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     section = tree.get("tuning")
     if isinstance(section, Mapping) and "method" in section:
         if "kind" in section:
-            raise ConfigError(f"{where}: tuning.kind and tuning.kind: two names of one setting; keep kind")
+            raise ConfigError(f"{where}: tuning.method and tuning.kind: two names of one setting; keep kind")
         tree["tuning"] = {"kind" if key == "method" else key: value for key, value in section.items()}
     return tree
 

@@ -92,7 +92,9 @@ def _merge(
     if output == run_directory.merged and summary.status == "complete":  # else it is the run's own to write
         write_json(run_directory.summary, {**summary.tree, "merge": report})
     out.print(f"merged into {escape(str(output))} ({report['dtype']}, {into} weights)")
-    bound = "said only" if report["bound_to_trained"] is None else f"bound {report['bound_to_trained']:.0e}"
+    bound = (
+        "reported, not enforced" if report["bound_to_trained"] is None else f"bound {report['bound_to_trained']:.0e}"
+    )
     out.print(
         f"verified on {pluralize(report['rows'])}, as a share of the largest logit:\n"
         f"  {report['logits_difference']:.1e} from the adapter over the same weights (bound {report['bound']:.0e})\n"

@@ -76,7 +76,7 @@ class BaseWeight:
         """The weight in `dtype`."""
         if self._dense is not None and self._dense.dtype == dtype:
             return self._dense
-        weight = self._numbers(dtype)
+        weight = self._dequantized(dtype)
         if self.keep:
             self._dense = weight
         return weight
@@ -85,7 +85,7 @@ class BaseWeight:
         """Let go of a kept dense matrix."""
         self._dense = None
 
-    def _numbers(self, dtype: torch.dtype) -> torch.Tensor:
+    def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         weight = self.layer.weight
         if (state := getattr(weight, "quant_state", None)) is not None:
             from bitsandbytes.functional import dequantize_4bit

@@ -229,7 +229,7 @@ class WeightWriter:
         with contextlib.ExitStack() as stack:
             for path, tensors in self._files.items():
                 file: IO[bytes] = stack.enter_context((folder / path.name).open("wb"))
-                places |= {name: (file, at) for name, at in _begin(file, tensors, self._metadata[path]).items()}
+                places |= {name: (file, at) for name, at in _write_header(file, tensors, self._metadata[path]).items()}
             for name, tensor in weights:
                 target, offset = places.pop(name)
                 target.seek(offset)
@@ -241,7 +241,7 @@ class WeightWriter:
             write_tree(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))})
 
 
-def _begin(
+def _write_header(
     file: IO[bytes], tensors: Mapping[str, Entry | torch.Tensor], metadata: dict[str, str]
 ) -> dict[str, int]:  # fmt: skip
     """Write a header, and what is copied; returns where each other tensor begins."""

@@ -40,7 +40,7 @@ def sigterm_interrupts() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("stopped before the run was complete; the same command goes on with it", 128 + number)
+        raise Interrupted("stopped before the run was complete; the same command resumes it", 128 + number)
 
     before = {number: signal.signal(number, interrupt) for number in stop_signals() if number != signal.SIGINT}
     try:

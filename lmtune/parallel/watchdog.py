@@ -177,7 +177,7 @@ def _reason(missing: list[str], limit: float) -> str:
         f"collective timed out after {limit:g} s (run.process_timeout_seconds); missing ranks: "
         f"{', '.join(missing) or 'none'}\n"
         "  look at what hangs there (py-spy dump, nvidia-smi), or raise the limit if it is only slow; the same command "
-        "goes on from the last checkpoint"
+        "resumes from the last checkpoint"
     )
 
 

@@ -3,7 +3,7 @@
     checkpoints/step-000100/   adapter_model.safetensors  optimizer.safetensors  state.json  manifest.json
 
 A checkpoint is what is trained, AdamW's two moments for each, and a small JSON; data order, dropout and the
-learning rate follow from the step, so nothing else is needed to go on bit for bit. The manifest (sizes, SHA-256) is
+learning rate follow from the step, so nothing else is needed to resume bit for bit. The manifest (sizes, SHA-256) is
 written last: a folder without one that matches is not a checkpoint. No pickle anywhere.
 """
 
@@ -105,7 +105,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise LmtuneError(
             f"cannot write the checkpoint {target}: {reason}; make room or permit writing, then start the same command "
-            "again: it goes on from the checkpoint before"
+            "again: it resumes from the checkpoint before"
         ) from error
     return target
 

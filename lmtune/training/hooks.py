@@ -124,7 +124,7 @@ class RecordHook(Hook):
 
 
 class CheckpointHook(Hook):
-    """Saves what is needed to go on: every so many steps and minutes, after the best step, the last, and a signal."""
+    """Saves what is needed to resume: every so many steps and minutes, after the best step, the last, and a signal."""
 
     def __init__(
         self, run: RunDirectory, config: FinetuneConfig, signature: RunSignature, job: TrainingJob, total_steps: int

@@ -64,7 +64,7 @@ def begin(run: RunDirectory, parts: Components) -> tuple[Checkpoint | None, bool
     """Make the run's folder, or find where it stopped.
 
     Returns:
-        The checkpoint to go on from (None at the beginning), and whether the run is complete already.
+        The checkpoint to resume from (None at the beginning), and whether the run is complete already.
 
     Raises:
         CheckpointError: the run was begun with other settings, or its checkpoints or records are damaged or gone.
@@ -101,7 +101,7 @@ def _with_its_length(
     """Whether the run is complete with the number of steps that is asked for now; a higher one trains it on.
 
     Returns:
-        The checkpoint to go on from, whether nothing is left to do, and what to say of another number of steps.
+        The checkpoint to resume from, whether nothing is left to do, and what to say of another number of steps.
 
     Raises:
         CheckpointError: more steps are done than are asked for, or the steps done are not there to go on from.
@@ -118,11 +118,11 @@ def _with_its_length(
         return checkpoint, complete, ""
     if checkpoint is None:
         raise CheckpointError(
-            f"{run.checkpoints}: no checkpoint is there, and {steps} steps instead of {planned} go on from the last "
-            f"one; restore it from a copy, ask for {planned} steps, or begin again with run.resume=never (the old run "
+            f"{run.checkpoints}: no checkpoint; {steps} steps instead of {planned} must resume from the last one; "
+            f"restore it from a copy, ask for {planned} steps, or begin again with run.resume=never (the old run "
             "is renamed)"
         )
-    patient = replace(checkpoint.state.train, evaluations_without_gain=0)  # patience begins anew
+    patient = replace(checkpoint.state.train, evaluations_without_gain=0)  # patience starts again
     checkpoint = replace(checkpoint, state=replace(checkpoint.state, train=patient))
     said = (
         f"{planned} steps become {steps}: from step {done + 1} on the learning rate is that of "
@@ -167,7 +167,7 @@ def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:
 def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | None) -> None:
     config, data = parts.config, parts.data
     steps = Planner.count_steps(len(data.train), config.train)
-    where = "begins" if checkpoint is None else f"goes on after step {checkpoint.step}"
+    where = "begins" if checkpoint is None else f"resumes after step {checkpoint.step}"
     model = to_tree(config.model)["name"]
     held = "unquantized" if config.model.quantization == "none" else f"in {config.model.quantization}"
     err.print(f"{escape(str(run.path))} {where}: {escape(model)} {held}, {pluralize(steps, 'step')}")

@@ -150,8 +150,8 @@ def train(job: TrainingJob, hooks: Sequence[StepHook], state: TrainState) -> boo
                 return_freed_memory()
             if stop and not event.is_last:
                 raise Interrupted(
-                    f"stopped after step {state.step} of {total_steps}, which is saved; the same command goes "
-                    "on from there", signals.exit_code,
+                    f"stopped after step {state.step} of {total_steps}, which is saved; the same command resumes "
+                    "from there", signals.exit_code,
                 )  # fmt: skip
     return is_stopped
 

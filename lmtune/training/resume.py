@@ -1,4 +1,4 @@
-"""Whether a run begins, goes on or is finished already, and whether going on would still be the same run.
+"""Whether a run begins, resumes or is complete, and whether a resumed run would still be the same run.
 
 A checkpoint carries its run's signature: the settings, data and base that decide the result. If any of them has
 changed, continuing would give a model that no single command describes, so it is refused and the differences named.
@@ -37,7 +37,7 @@ def _defaults() -> dict[str, object]:
 def find_checkpoint(
     run: RunDirectory, now: RunSignature, data: DataReport | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from (None at the beginning), and what was wrong with newer ones.
+    """The checkpoint to resume from (None at the beginning), and what was wrong with newer ones.
 
     Args:
         run: the run.

@@ -131,7 +131,7 @@ def test_a_run_keeps_the_date_of_its_beginning(
     on_day(4)
     finetune(folder, train__max_steps=2, evaluation__exact_match_rows=0)
     told = " ".join(capsys.readouterr().err.split())
-    assert "goes on after step 2" in told
+    assert "resumes after step 2" in told
     assert "2031-01-03, when this run began" in told
     second, _ = finetune(folder, train__max_steps=2, evaluation__exact_match_rows=0, run__name="second")
     for path, day in ((run, 3), (second, 4)):

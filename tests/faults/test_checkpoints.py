@@ -77,7 +77,7 @@ def test_10_to_14_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
     damage(newest(place))
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
     assert f"warning: skipped a damaged checkpoint: step-000006: {message}" in said(place)
-    assert "goes on after step 4" in said(place)
+    assert "resumes after step 4" in said(place)
     assert lasting(place) == undisturbed
     assert all(problem_of(path) is None for path in checkpoint_folders(place / "runs/trial/checkpoints"))
 
@@ -176,7 +176,7 @@ def test_27_what_a_crash_left_half_written_is_removed_and_never_read(place: Path
     (run / ".staging-adapter/adapter_model.safetensors").write_bytes(b"half")
     (run / ".summary.json.123.tmp").write_text('{"status": "comp')
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
-    assert "goes on after step 6" in said(place)
+    assert "resumes after step 6" in said(place)
     assert lasting(place) == undisturbed
     assert [path.name for path in run.rglob(".*")] == [".lock"]
 

@@ -61,7 +61,7 @@ def test_07_and_08_a_disk_that_is_full_while_a_checkpoint_is_saved(
     assert_failed_clearly(place, "cannot write the checkpoint runs/trial/checkpoints/step-000003", "File too large")
     assert steps(place) == [2]
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
-    assert "goes on after step 2" in said(place)
+    assert "resumes after step 2" in said(place)
     assert lasting(place) == undisturbed
 
 

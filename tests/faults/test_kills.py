@@ -121,13 +121,13 @@ def test_03_and_05_asked_to_stop_it_saves_the_step_and_goes_on_later(
     place: Path, undisturbed: dict[str, Any], number: int, code: int
 ) -> None:
     assert lmtune(place, "finetune", "run.yaml", trouble=at_step(5, send(number))) == code
-    assert "stopped after step 5 of 8, which is saved; the same command goes on from there" in said(place)
+    assert "stopped after step 5 of 8, which is saved; the same command resumes from there" in said(place)
     assert "Traceback" not in said(place)
     assert problem_of(place / "runs/trial/checkpoints/step-000005") is None
     assert summary_of(place)["status"] == "interrupted"
     assert "stopped after step 5" in summary_of(place)["reason"]
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
-    assert "goes on after step 5" in said(place)
+    assert "resumes after step 5" in said(place)
     assert lasting(place) == undisturbed
 
 

@@ -76,7 +76,7 @@ def test_20_the_command_names_the_row_and_resumes_when_the_cause_is_gone(place: 
     assert finite(saved.optimizer)
     assert not (place / "runs/trial/adapter").exists()
     assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
-    assert f"goes on after step {saved.step}" in said(place)
+    assert f"resumes after step {saved.step}" in said(place)
     assert lmtune(place, "finetune", "run.yaml", "run.name=undisturbed") == 0
     mended, undisturbed = lasting(place), lasting(place, "undisturbed")
     for kept in (mended, undisturbed):

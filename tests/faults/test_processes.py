@@ -1,4 +1,4 @@
-"""One of several processes is stopped, killed, fails, hangs or leaves: the job ends, says why, and can be gone on with.
+"""One of several processes is stopped, killed, fails, hangs or leaves: the job ends, says why, and can be resumed.
 
 Most tests run two processes that meet as under a launcher. The last ones go through `accelerate launch`, as
 `lmtune finetune --processes 2` does; starting it takes ten seconds.
@@ -58,7 +58,7 @@ def assert_goes_on(place: Path, undisturbed_pair: dict[str, Any]) -> None:
     """The same command ends bit for bit like the run that nothing disturbed, and damaged nothing on its way."""
     assert all(problem_of(path) is None for path in checkpoint_folders(place / "runs/trial/checkpoints"))
     assert together(place, "finetune", "run.yaml") == [0, 0], said(place, "output0")
-    assert "goes on after step" in said(place, "output0")
+    assert "resumes after step" in said(place, "output0")
     assert lasting(place) == undisturbed_pair
 
 

@@ -129,7 +129,7 @@ def test_28_a_clock_that_is_set_back(place: Path, undisturbed: dict[str, Any]) -
         for file in (*path.iterdir(), path):
             os.utime(file, (1e9 - 1e6 * age,) * 2)
     assert lmtune(place, "finetune", "run.yaml", trouble=set_clock_back) == 0, said(place)
-    assert "goes on after step 6" in said(place)
+    assert "resumes after step 6" in said(place)
     assert lasting(place) == undisturbed
     lines = (place / "runs/trial/metrics.jsonl").read_text().splitlines()
     assert all(0 < json.loads(line)["seconds"] < 60 for line in lines)

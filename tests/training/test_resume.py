@@ -1,4 +1,4 @@
-"""Whether a run may go on: settings that decide the result must stay, speed and reporting are free."""
+"""Whether a run may resume: settings that decide the result must stay, speed and reporting are free."""
 
 import hashlib
 import json
@@ -169,7 +169,7 @@ def test_a_run_is_trained_on_with_more_steps(place: Path, capfd: pytest.CaptureF
     capfd.readouterr()
     _, summary = finetune(place, train__max_steps=12, **CONSTANT)
     said = capfd.readouterr().err
-    assert f"goes on after step {5 if unfinished else 8}" in said
+    assert f"resumes after step {5 if unfinished else 8}" in said
     start = 6 if unfinished else 9
     assert f"8 steps become 12: from step {start} on the learning rate is that of train.schedule=constant" in said
     assert (summary["status"], summary["steps"]) == ("complete", 12)
@@ -205,7 +205,7 @@ def test_a_run_whose_checkpoints_are_gone_cannot_be_trained_on(place: Path) -> N
     run, _ = finetune(place)
     shutil.rmtree(run.checkpoints)
     before = times(run)
-    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint is there, and 12 steps instead of 8 go on"):
+    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint; 12 steps instead of 8 must resume"):
         finetune(place, train__max_steps=12)
     assert times(run) == before
 

@@ -79,7 +79,7 @@ def test_in_a_thread_nothing_is_touched() -> None:
 @pytest.mark.parametrize(("number", "code"), CODES[1:])
 def test_outside_of_training_sigterm_and_a_closed_terminal_are_exceptions(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="the same command goes on with it") as caught, sigterm_interrupts():
+    with pytest.raises(Interrupted, match="the same command resumes it") as caught, sigterm_interrupts():
         os.kill(os.getpid(), number)
     assert caught.value.exit_code == code
     assert signal.getsignal(number) == before

@@ -321,7 +321,7 @@ def test_accelerate_launch_gives_it_too_and_goes_on_with_a_run_of_one_process(pl
     options += ["--dynamo_backend", "no", "--main_process_port", "29611"]
     done = command(place, *LAUNCH, *options, recipe, "run.yaml", "run.name=three", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
-    assert "goes on after step 4" in done.stderr
+    assert "resumes after step 4" in done.stderr
     assert_same_run(place, "three")
 
 

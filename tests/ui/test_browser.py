@@ -218,7 +218,7 @@ def test_base_tuned_and_both(open_tab: Callable[..., Tab], tmp_path: Path) -> No
     tab.ask("one", "You asked: one")
     tab.page.locator("#mode input[value=base]").check()
     expect(tab.page.locator(".answers").first).to_contain_text("Base model")
-    expect(tab.status).to_contain_text("parrot · base goes on with the answers of parrot · tuned")
+    expect(tab.status).to_contain_text("parrot · base continues the answers of parrot · tuned")
     tab.ask("two", "Base heard: two")
     tab.page.locator("#mode input[value=both]").check()
     expect(tab.answers(1)).to_have_count(2)
@@ -462,7 +462,7 @@ def test_several_models_and_one_without_adapter(
     tab.ask("one", "Base heard: one")
     choose("second")
     expect(tab.page.locator("#mode")).to_be_hidden()
-    expect(tab.status).to_have_text(re.compile("second goes on with the answers of first · base"))
+    expect(tab.status).to_have_text(re.compile("second continues the answers of first · base"))
     tab.ask("two", "You asked: two")
     assert tab.speakers() == ["first · base", "second"]
     next(running, None)

@@ -295,7 +295,7 @@ class Activity:
             LmtuneError: the app is closing.
         """
         if self.closing:
-            raise LmtuneError("the app is closing; start it again to go on")
+            raise LmtuneError("the app is closing; start it again to continue")
         self._under_way.append(conversation)
         try:
             yield

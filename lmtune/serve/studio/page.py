@@ -402,7 +402,7 @@ def _progress_line(conversation: Conversation) -> str:
 def _describe_borrowed(conversation: Conversation) -> str:
     """A line for those who go on after answers that are not theirs."""
     lines = [
-        f"{speaker_name(own)} goes on with the answers of {' and '.join(map(speaker_name, others))} above"
+        f"{speaker_name(own)} continues the answers of {' and '.join(map(speaker_name, others))} above"
         for own, others in conversation.borrowed_answers()
         if others
     ]
@@ -420,9 +420,9 @@ def _describe_answer(conversation: Conversation, seconds: float, sampling: Sampl
     }
     cut = ""
     if "length" in ended:
-        cut = " · cut at the limit (Max new tokens): Continue goes on"
+        cut = " · cut at the limit (Max new tokens): Continue extends it"
     elif "context" in ended:
-        cut = " · cut: the model can read no further; New chat begins anew"
+        cut = " · cut: the model can read no further; New chat starts again"
     return f"{num_tokens} token{'' if num_tokens == 1 else 's'}{rate}{cut}{again}{hint}"
 
 
