@@ -62,7 +62,7 @@ def test_all_differences_stand_in_one_message() -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "runs/trial: cannot resume: settings changed since this run started"
     assert lines[1:4] == [
-        "  tuning.rank: was 4, now 8", "  the data files' content: changed", "  train.seed: was 0, now 1"
+        "  train.seed: was 0, now 1", "  tuning.rank: was 4, now 8", "  the data files' content: changed"
     ]  # fmt: skip
     assert "run.resume=never" in lines[4]
 
