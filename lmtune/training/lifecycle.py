@@ -194,7 +194,7 @@ def evaluation_warnings(config: FinetuneConfig, has_validation: bool, steps: int
 
 
 def _note_end(run: RunDirectory, parts: Components, status: str, reason: str) -> None:
-    """Say in the summary how the run ended, if it is this parts's."""
+    """Say in the summary how the run ended, if the run's files are this process's."""
     if parts.begun:
         update_summary(run, status=status, reason=without_absolute_paths(reason.splitlines()[0]))
 

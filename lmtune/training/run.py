@@ -129,7 +129,7 @@ def base_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
     """What the model scores before training, unless the settings leave that out; from the summary when a resumed run
     has measured it already.
 
-    The adapter must be as `prepare` made it; one to begin from is left aside.
+    The adapter must be as `compose` made it; one to begin from is left aside.
     """
     known = run.read_summary().base
     parts.parallel.phase = "scoring before training"
