@@ -32,7 +32,7 @@ def test_20_a_loss_that_is_not_finite_stops_the_run_before_the_update_and_names_
             document.input_ids[document.input_ids == poison] = 5
     job.data[bad].sequences[0].input_ids[0] = poison
     job.forward.base.get_input_embeddings().weight.data[poison] = float("nan")
-    with pytest.raises(LmtuneError, match=rf"(?s)step 3: .*not finite.*at fault:\n  rows.jsonl:{bad + 1}\n"):
+    with pytest.raises(LmtuneError, match=rf"(?s)step 3: .*not finite.*Non-finite examples:\n  rows.jsonl:{bad + 1}\n"):
         train(job)
     saved, _ = newest_checkpoint(job.run.checkpoints)
     assert saved is not None
