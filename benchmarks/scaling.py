@@ -110,11 +110,13 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
     from lmtune.batching.plan import Planner
     from lmtune.batching.prefixes import shareable_prefix
     from lmtune.config.schema import TrainConfig
+    from lmtune.data.report import PartReport
     from lmtune.data.store import TokenizedData, TokenTable
 
     before = _resident()
     began = time.perf_counter()
-    data = TokenizedData(TokenTable(path), "key", "signature", {"files": ["rows.jsonl"]})
+    report = PartReport.from_dict({"files": ["rows.jsonl"], "sha256": []})
+    data = TokenizedData(TokenTable(path), "key", "signature", report)
 
     def beginnings_of(row: int) -> list[Any]:
         return [shareable_prefix(document.input_ids, document.loss_mask) for document in data[row].sequences]

@@ -121,7 +121,14 @@ class Renderer:
                 built = self._render_answers(self._with_system(example.messages))
         except TemplateFault as fault:
             raise DataError(f"{example.location}: {fault}") from None
-        return tuple(tokens.sequence() for tokens in built)
+        sequences = tuple(tokens.sequence() for tokens in built)
+        for sequence in sequences:
+            if not sequence.loss_mask[-1] or int(sequence.input_ids[-1]) not in self.stop_token_ids:
+                raise DataError(
+                    f"{example.location}: the rendered answer has no trained end-of-turn token, so the model would not "
+                    "stop after it"
+                )
+        return sequences
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that training puts before the assistant's next turn; `messages` end with the user's.
