@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tests.workplace import environment, make_workplace, tree_of, write_rows
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long  # ten runs, and the history of the repository
 REFERENCE = "d4d29cf"
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / ".reference" / REFERENCE
