@@ -123,36 +123,44 @@ class Planner:
         """The plan of step `number`, counted from 1."""
         epoch, place = divmod(number - 1, self.steps_per_epoch)
         size, table = self.train.batch_size, self.sequences
-        rows = self._permutation(epoch)[place * size : (place + 1) * size].tolist()
-        units = [
-            Unit(example, row, tuple(group))
-            for example, row in enumerate(rows)
-            for group in self._units_of(int(table.first[row + 1] - table.first[row]))
-        ]
-        lengths, targets, shareable = self._measure(units)
+        rows = self._permutation(epoch)[place * size : (place + 1) * size]
+        units, members, begins = self._units(rows)
+        tokens, targets = table.num_tokens[members], table.num_targets[members]
+        lengths, shareable = np.add.reduceat(tokens, begins).tolist(), None
+        if self._shareable_of is not None:
+            shareable = self._share_within(units, lengths, self._shareable_of)
         prefixes = [] if shareable is None else find_prefixes(shareable, lengths)
-        shares = assign_to_ranks(lengths, targets, self.world_size, prefixes, self._cost)
-        members = table.of_rows(rows)
+        of_units = np.add.reduceat(targets, begins).tolist()
+        shares = assign_to_ranks(lengths, of_units, self.world_size, prefixes, self._cost)
         return StepPlan(
             step=number,
             epoch=epoch + min(1.0, (place + 1) * size / table.num_rows),
-            rows=rows,
-            totals=Totals(
-                len(rows), len(members), int(table.num_tokens[members].sum()), int(table.num_targets[members].sum())
-            ),
+            rows=rows.tolist(),
+            totals=Totals(len(rows), len(members), int(tokens.sum()), int(targets.sum())),
             longest=max(lengths),
             micro_batches=[self._bins(units, lengths, share, prefixes) for share in shares],
         )
 
-    def _measure(self, units: Sequence[Unit]) -> tuple[list[int], list[int], list[Ints] | None]:
-        """Tokens and targets of each unit, and what it may share; tokens shared within a unit count once."""
-        table = self.sequences
-        numbers = [[int(table.first[unit.row]) + sequence for sequence in unit.sequences] for unit in units]
-        lengths = [int(table.num_tokens[own].sum()) for own in numbers]
-        targets = [int(table.num_targets[own].sum()) for own in numbers]
-        if self._shareable_of is None:
-            return lengths, targets, None
-        of_row = {row: self._shareable_of(row) for row in dict.fromkeys(unit.row for unit in units)}
+    def _units(self, rows: npt.NDArray[np.int64]) -> tuple[list[Unit], list[int], list[int]]:
+        """The units of a step's rows, the numbers of their sequences `[S]`, and where each unit begins among these."""
+        first = self.sequences.first
+        units: list[Unit] = []
+        members: list[int] = []
+        begins: list[int] = []
+        places = zip(rows.tolist(), first[rows].tolist(), first[rows + 1].tolist(), strict=True)
+        for example, (row, begin, end) in enumerate(places):
+            for group in self._units_of(end - begin):
+                units.append(Unit(example, row, tuple(group)))
+                begins.append(len(members))
+                members += [begin + sequence for sequence in group]
+        return units, members, begins
+
+    @staticmethod
+    def _share_within(
+        units: Sequence[Unit], lengths: list[int], shareable_of: Callable[[int], Sequence[Ints]]
+    ) -> list[Ints]:  # fmt: skip
+        """What each unit may share with others; tokens that its own sequences share are taken off its length."""
+        of_row = {row: shareable_of(row) for row in dict.fromkeys(unit.row for unit in units)}
         shareable = []
         for index, unit in enumerate(units):
             prefix, *others = [of_row[unit.row][sequence] for sequence in unit.sequences]
@@ -160,7 +168,7 @@ class Planner:
                 prefix = prefix[: common_length(prefix, other)]
             lengths[index] -= len(others) * len(prefix)
             shareable.append(prefix)
-        return lengths, targets, shareable
+        return shareable
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         """The order of all rows in `epoch`, from (seed, epoch) alone."""
