@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,6 @@ class Rows:
 
     def location(self, index: int) -> str:
         return self.rows[index].location
-
-    def with_values(self, name: str, values: np.ndarray) -> Rows:
-        pairs = zip(self.rows, values, strict=True)
-        return Rows([replace(row, values={**row.values, name: float(value)}) for row, value in pairs])
 
 
 def token_sequence(ids: Sequence[int] | np.ndarray, mask: Sequence[int] | np.ndarray) -> TokenSequence:

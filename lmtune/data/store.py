@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,12 @@ class TokenizedData:
     """
 
     def __init__(
-        self, table: TokenTable, key: str, signature: str, report: PartReport, selected: Rows | None = None,
-        values: Mapping[str, npt.NDArray[np.float32]] | None = None,
-    ) -> None:  # fmt: skip
+        self, table: TokenTable, key: str, signature: str, report: PartReport, selected: Rows | None = None
+    ) -> None:
         self._table = table
         self._rows = np.arange(len(table)) if selected is None else selected
         self.key, self.signature = key, signature
-        self.report, self._values = report, values or {}
+        self.report = report
         self.num_tokens: Int32 = table.num_tokens[self._rows]
         self.num_targets: Int32 = table.num_targets[self._rows]
         self.sequences = table.sequences if selected is None else table.sequences.select(self._rows)
@@ -70,13 +69,7 @@ class TokenizedData:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        values = {name: float(column[index]) for name, column in self._values.items()}
-        return TokenizedExample(self.location(index), self._table.sequences_of(int(self._rows[index])), values)
-
-    def with_values(self, name: str, values: npt.NDArray[np.float32]) -> TokenizedData:
-        """The same rows, each with one of `values[N]` beside its tokens."""
-        columns = {**self._values, name: values}
-        return TokenizedData(self._table, self.key, self.signature, self.report, self._rows, columns)
+        return TokenizedExample(self.location(index), self._table.sequences_of(int(self._rows[index])))
 
     def location(self, index: int) -> str:
         """`file:line` of a row."""

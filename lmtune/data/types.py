@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 if TYPE_CHECKING:  # `lmtune check` needs no NumPy until all rows are read
@@ -134,5 +134,31 @@ class ExampleStore(Protocol):
     def location(self, index: int) -> str:
         """`file:line` of a row."""
 
-    def with_values(self, name: str, values: npt.NDArray[np.float32]) -> ExampleStore:
-        """The same rows, each with one of `values[N]` beside its tokens."""
+
+class WithValues:
+    """The rows of another store, each with numbers beside its tokens: what an objective computes once.
+
+    Attributes:
+        sequences, signature: of the other store.
+    """
+
+    def __init__(self, store: ExampleStore, **values: npt.NDArray[np.float32]) -> None:
+        """
+        Args:
+            store: the rows.
+            values: `[N]` each, by name.
+        """
+        self._store, self._values = store, values
+        self.sequences, self.signature = store.sequences, store.signature
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        row = self._store[index]
+        own = {name: float(column[index]) for name, column in self._values.items()}
+        return replace(row, values={**row.values, **own})
+
+    def location(self, index: int) -> str:
+        """`file:line` of a row."""
+        return self._store.location(index)

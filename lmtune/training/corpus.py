@@ -104,10 +104,6 @@ class Blocks:
         """`block N`: its documents may be of several files."""
         return f"block {index + 1}"
 
-    def with_values(self, name: str, values: npt.NDArray[np.float32]) -> Blocks:
-        """Text has no values."""
-        raise NotImplementedError
-
 
 def _all_but_first(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     return np.arange(len(ids)) > 0

@@ -17,7 +17,7 @@ from lmtune.batching.plan import Planner, Totals, Unit
 from lmtune.batching.prefetch import pack_units
 from lmtune.batching.prefixes import shareable_prefix
 from lmtune.config.schema import TrainConfig
-from lmtune.data.types import ExampleStore, TokenizedExample
+from lmtune.data.types import ExampleStore, TokenizedExample, WithValues
 from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.models.tuning.base import TunedModel
 from lmtune.objectives.base import LossSum
@@ -45,7 +45,7 @@ class Dpo:
         pairs = [pack_units(store, [Unit(0, row, (0, 1))], 1, forward.shares_prefixes) for row in range(len(store))]
         with torch.no_grad(), model.without_adapter(), forward.context():
             margins = np.array([float(margin_of(forward(pair), pair)) for pair in pairs], dtype=np.float32)
-        return store.with_values("reference", margins)
+        return WithValues(store, reference=margins)
 
     def loss(self, outputs: Outputs, batch: MicroBatch) -> LossSum:
         margins = BETA * (margin_of(outputs, batch) - batch.values["reference"][::2])  # [pairs]
