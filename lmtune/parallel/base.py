@@ -1,6 +1,6 @@
 """Ranks: the seam between a step and the processes that compute it together.
 
-parallel = connect(config.run.process_timeout_seconds)
+parallel = connect(config.parallel, config.run.process_timeout_seconds)
 parallel.sum_gradients(buffer)          # the one reduction of a step
 """
 
@@ -52,8 +52,6 @@ class Parallel(Protocol):
     Attributes:
         rank, world_size: which process this is, of how many.
         device: where it computes.
-        equal_passes: whether all ranks must make equally many forward passes.
-        retries_oom: whether a rank that runs out of memory may do its step again.
         phase: what this process is doing, for the message about one that hangs; `step N` is held to the time limit.
         on_failure: told the reason when the process is ended from outside its main thread.
     """
@@ -61,8 +59,6 @@ class Parallel(Protocol):
     rank: int
     world_size: int
     device: torch.device
-    equal_passes: bool
-    retries_oom: bool
     phase: str
     on_failure: Callable[[str], None] | None
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmtune.config.schema import ReplicatedConfig
 from lmtune.errors import ConfigError
 from lmtune.io.atomic import wait_for_lock
 from lmtune.io.console import err
@@ -31,12 +32,13 @@ _PLAIN_JOB = {
 }  # fmt: skip
 
 
-def connect(process_timeout_seconds: float = 1800) -> Parallel:
+def connect(section: ReplicatedConfig, process_timeout_seconds: float) -> Parallel:
     """This process among those of the run, which have found each other when it returns.
 
     However the process ends, it leaves the group first, or the launcher would report a run that ended well as failed.
 
     Args:
+        section: `parallel` of the config: how several processes share the work.
         process_timeout_seconds: how long a rank may show no sign of life while the others wait for it.
     """
     check_world()
@@ -51,7 +53,7 @@ def connect(process_timeout_seconds: float = 1800) -> Parallel:
         return Single()
     from lmtune.parallel.replicated import Replicated
 
-    parallel = Replicated(process_timeout_seconds)
+    parallel = {ReplicatedConfig: Replicated}[type(section)](process_timeout_seconds)
     atexit.register(parallel.close)
     if parallel.world_size != running:
         raise ConfigError(f"--processes: {running} were started, but Accelerate sees {parallel.world_size}")

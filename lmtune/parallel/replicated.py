@@ -31,8 +31,6 @@ class Replicated:
         works_alone: whether the others know that they wait for this process.
     """
 
-    equal_passes, retries_oom = False, True
-
     def __init__(self, timeout_seconds: float) -> None:
         """
         Args:

@@ -18,7 +18,6 @@ class Single:
     """The only process of a run."""
 
     rank, world_size, is_main = 0, 1, True
-    equal_passes, retries_oom = False, True
 
     def __init__(self, device: torch.device | None = None) -> None:
         """

@@ -58,7 +58,7 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
         Interrupted: the run was asked to stop; a checkpoint holds the last step.
         LmtuneError: the run failed.
     """
-    parallel = connect(config.run.process_timeout_seconds)
+    parallel = connect(config.parallel, config.run.process_timeout_seconds)
     parts = compose(config, parallel)
     with running(run, parts):
         checkpoint, complete = begin(run, parts)

@@ -20,7 +20,8 @@ ENTRIES = {
     "check": "from lmtune.models.base import check_bitsandbytes; check_bitsandbytes('nf4')",
     "tokenizer": "from lmtune.config.schema import ModelConfig; from lmtune.models.base import load_tokenizer;"
     "load_tokenizer(ModelConfig(name='tiny')); import bitsandbytes",
-    "processes": "from lmtune.parallel.launch import connect; connect(); import bitsandbytes",
+    "processes": "from lmtune.config.schema import ReplicatedConfig; from lmtune.parallel.launch import connect; "
+    "connect(ReplicatedConfig(), 60); import bitsandbytes",
 }
 
 

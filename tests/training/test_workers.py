@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lmtune.config.schema import ReplicatedConfig
 from lmtune.config.yaml import write_yaml
 from lmtune.errors import ConfigError
 from lmtune.models.device import default_device
+from lmtune.parallel import replicated
 from lmtune.parallel.launch import _failure, _stopped, connect
 from lmtune.parallel.worker import check_world, is_worker, note_exit_code
 from tests.workplace import environment, finetune, make_workplace, tree_of
@@ -83,14 +85,19 @@ def test_a_value_that_is_not_a_boolean_is_refused_by_name(monkeypatch: pytest.Mo
 
 def test_every_verb_computes_on_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accelerate would take Apple's `mps` of itself; what `plan` and `chat` take is what it is given."""
-    import accelerate.state
+    asked: list[bool] = []
 
-    monkeypatch.setattr(accelerate.state, "is_mps_available", lambda *_, **__: True)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        assert connect().device == default_device() == torch.device("cpu")
-    finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    def accelerator(cpu: bool, **settings: object) -> None:
+        asked.append(cpu)
+        raise RuntimeError("no group here")
+
+    monkeypatch.setattr(replicated, "Accelerator", accelerator)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(replicated, "default_device", lambda device=device: torch.device(device))
+        with pytest.raises(RuntimeError, match="no group here"):
+            replicated.Replicated(60)
+    assert asked == [True, False]
+    assert connect(ReplicatedConfig(), 60).device == default_device() == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -220,9 +227,10 @@ def test_a_stop_reaches_every_process(tmp_path: Path) -> None:
 LEAVES = """
 import sys, time
 import torch
+from lmtune.config.schema import ReplicatedConfig
 from lmtune.parallel.launch import connect
 
-parallel = connect()
+parallel = connect(ReplicatedConfig(), 60)
 for _ in range(20):
     torch.distributed.all_reduce(torch.zeros(1000))
 sys.exit(0 if sys.argv[1] == "well" else parallel.rank)
