@@ -137,7 +137,8 @@ def random_rows(count: int, seed: int = 0, longest: int = 40) -> Rows:
 def adapted(model: Any, seed: int = 1, **settings: Any) -> Any:
     """`model` with an adapter whose B is not zero, so that every gradient is."""
     from lmtune.config.schema import LoraConfig
-    from lmtune.models.tuning.lora import attach_adapter, trainable
+    from lmtune.models.tuning.base import trainable
+    from lmtune.models.tuning.lora import attach_adapter
 
     peft_model = attach_adapter(model, LoraConfig(**{"rank": 4, "alpha": 8, **settings}), seed, "tiny-random")
     torch.manual_seed(seed)

@@ -40,7 +40,7 @@ class Sft:
     def loss(self, outputs: Outputs, batch: MicroBatch) -> LossSum:
         """The negative log-probabilities; an error is a target that is not the most likely token."""
         right = outputs.is_top1.sum().float()
-        count = torch.tensor(float(len(outputs.is_top1)), device=right.device)
+        count = torch.full_like(right, len(outputs.is_top1))  # made on the device: no copy to wait for
         return LossSum(-outputs.logprobs.sum(), wrong_targets(outputs, batch), {"token_accuracy": (right, count)})
 
 

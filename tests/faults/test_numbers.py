@@ -12,7 +12,7 @@ import torch
 
 from lmtune.errors import LmtuneError
 from lmtune.forward.packed import PackedForward
-from lmtune.models.tuning.lora import trainable
+from lmtune.models.tuning.base import trainable
 from lmtune.training.checkpoint import newest_checkpoint
 from tests.jobs import final_weights, job_for, records, train
 from tests.processes import at_step, lmtune, said, together, wrap

@@ -6,7 +6,7 @@ import torch
 from lmtune.forward.capabilities import Capabilities
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.tuning.lora import trainable
+from lmtune.models.tuning.base import trainable
 from tests.tiny import adapted, pack_rows, random_rows, tiny_model
 
 

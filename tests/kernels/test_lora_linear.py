@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.tuning.lora import trainable
+from lmtune.models.tuning.base import trainable
 from tests.tiny import adapted, tiny_model
 
 IDS = torch.arange(3, 23)[None]

@@ -11,7 +11,7 @@ import transformers
 from lmtune.batching.plan import Totals
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.tuning.lora import trainable
+from lmtune.models.tuning.base import trainable
 from lmtune.objectives.sft import Sft
 from lmtune.parallel.single import Single
 from lmtune.training.step import step_gradients

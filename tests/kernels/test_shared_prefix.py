@@ -6,7 +6,7 @@ import torch
 
 from lmtune.data.types import TokenizedExample
 from lmtune.forward.packed import PackedForward
-from lmtune.models.tuning.lora import trainable
+from lmtune.models.tuning.base import trainable
 from tests.tiny import adapted, pack_rows, random_rows, tiny_model, token_sequence
 
 

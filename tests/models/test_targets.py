@@ -13,7 +13,8 @@ from lmtune.config.schema import LoraConfig
 from lmtune.errors import ConfigError
 from lmtune.models.parameters import count_parameters
 from lmtune.models.tuning.adapter_files import Metadata
-from lmtune.models.tuning.lora import attach_adapter, load_adapter, save_adapter, trainable
+from lmtune.models.tuning.base import trainable
+from lmtune.models.tuning.lora import attach_adapter, load_adapter, save_adapter
 from lmtune.models.tuning.targets import adapter_parameters, find_targets
 from tests.tiny import EXPERT_KINDS, KINDS, VOCABULARY, adapted, tiny_model
 

@@ -5,7 +5,7 @@ import torch
 
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.tuning.lora import trainable
+from lmtune.models.tuning.base import trainable
 from lmtune.training.memory import (
     _Watch,
     checkpoint_layers,

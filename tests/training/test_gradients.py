@@ -11,7 +11,7 @@ from lmtune.batching.plan import Totals, Unit
 from lmtune.batching.prefetch import pack_units
 from lmtune.forward.packed import PackedForward
 from lmtune.models.device import is_out_of_memory
-from lmtune.models.tuning.lora import trainable
+from lmtune.models.tuning.base import trainable
 from lmtune.objectives.sft import Sft
 from lmtune.parallel.base import GradientBuffer
 from lmtune.parallel.single import Single

@@ -16,7 +16,7 @@ from lmtune.evaluation.scoring import Scores
 from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import load_model
-from lmtune.models.tuning.lora import trainable
+from lmtune.models.tuning.base import trainable
 from lmtune.training.checkpoint import checkpoint_folders, load_checkpoint
 from lmtune.training.memory import is_checkpointed_throughout
 from tests.jobs import Job, final_weights, job_for, records, train

@@ -15,7 +15,8 @@ from lmtune.errors import ModelError
 from lmtune.models.base import load_model
 from lmtune.models.device import free_memory, return_freed_memory
 from lmtune.models.parameters import Parameters, count_parameters, size_text
-from lmtune.models.tuning.lora import attach_adapter, trainable
+from lmtune.models.tuning.base import trainable
+from lmtune.models.tuning.lora import attach_adapter
 from lmtune.training.estimate import describe_seconds, flop_per_token, forecast, planned_shape
 from lmtune.training.memory import (
     GIB,

@@ -32,6 +32,11 @@ class ParameterGroup(TypedDict):
     weight_decay: NotRequired[float]
 
 
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 @dataclass(frozen=True)
 class TunedModel:
     """A model of which a part is trained.
@@ -49,7 +54,7 @@ class TunedModel:
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters by name, in the model's order."""
-        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        return trainable(self.module)
 
     def without_adapter(self) -> contextlib.AbstractContextManager[None]:
         """The base alone inside the block: the reference of preferences, and what a run is compared with."""

@@ -40,7 +40,9 @@ class Full:
 
     def save(self, model: TunedModel, folder: Path, metadata: Metadata, tensors: Tensors | None = None) -> None:
         """Write a model folder as transformers does, and `lmtune.json` beside it."""
-        state = {**model.base.state_dict(), **(tensors or {})}
+        own = model.trainable()
+        instead = {own[name].data_ptr(): tensor for name, tensor in (tensors or {}).items()}  # a tied head goes along
+        state = {name: instead.get(value.data_ptr(), value) for name, value in model.base.state_dict().items()}
         model.base.save_pretrained(folder, state_dict=state)
         (folder / METADATA).write_text(json.dumps(metadata.as_dict(), indent=2) + "\n", encoding="utf-8")
 

@@ -37,7 +37,7 @@ from lmtune.models.tuning.adapter_files import (
     check_adapter,
     is_too_slow_to_match,
 )
-from lmtune.models.tuning.base import ParameterGroup, Tensors, TunedModel
+from lmtune.models.tuning.base import ParameterGroup, Tensors, TunedModel, trainable
 from lmtune.models.tuning.targets import Targets, find_targets, for_peft, use_layers_own_adapter
 
 if TYPE_CHECKING:
@@ -136,11 +136,6 @@ def initial_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
         layers = [module for module in base_of(model).modules() if hasattr(module, "get_base_layer")]
         made += [layer.get_base_layer().weight.detach() for layer in layers]
     return made
-
-
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The trainable parameters by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def save_adapter(model: PeftModel, folder: Path, metadata: Metadata, weights: Tensors | None = None) -> None:
