@@ -53,6 +53,7 @@ def section(cls: type[T]) -> type[T]:
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Quantization = Literal["none", "nf4", "int8"]
+MAX_RANK = 4096
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -99,7 +100,7 @@ class LoraConfig:
     kind: Literal["lora"] = "lora"  # https://arxiv.org/abs/2106.09685
     # a run or an adapter folder to begin from; its rank, alpha, layers and variant hold where these are left at default
     adapter: Annotated[str, Field(min_length=1)] | None = None
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16  # higher: more capacity, more memory
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16  # higher: more capacity, more memory
     alpha: Annotated[float, Field(gt=0, le=1e30)] = 32  # the adapter's output is scaled by alpha / rank
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # share of the adapter's inputs set to 0 in training
     target_modules: TargetModules = "all-linear"  # or names (q_proj,v_proj), or a regular expression

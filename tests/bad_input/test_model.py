@@ -316,6 +316,8 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "not a regular expression": (settings(CONFIG, target_modules="(q"), f"{CONFIG}: target_modules: '(q' is not a reg"),
     "nested without end": (settings(CONFIG, target_modules="(" * 249 + ")" * 249), "this adapter on the base"),
     "a slow regular expression": (settings(CONFIG, target_modules=r"([\w.]+)+!"), "catastrophic backtracking"),
+    "a rank that takes all memory": (settings(CONFIG, r=10**8), f"{CONFIG}: r: 100000000; expected 1 to 4,096"),
+    "another, for one layer": (settings(CONFIG, rank_pattern={"q_proj": 10**8}), "rank_pattern: "),
     "another, for ranks": (settings(CONFIG, rank_pattern={r"([\w.]+)+!": 4}), "catastrophic backtracking"),
     "HTML in place of the config": (written(CONFIG, HTML), f"{CONFIG}: a web page; expected JSON"),
     "a tokenizer with code": (

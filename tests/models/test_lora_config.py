@@ -52,8 +52,8 @@ def test_what_the_installed_peft_writes_passes(settings: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"r": None}, "r: None; expected a whole number above 0"),
-        ({"r": True}, "r: True; expected a whole number above 0"),
+        ({"r": None}, "r: None; expected 1 to 4,096"),
+        ({"r": True}, "r: True; expected 1 to 4,096"),
         ({"lora_alpha": float("inf")}, "lora_alpha: inf; expected a number above 0"),
         ({"lora_dropout": 1.5}, "lora_dropout: 1.5; expected 0 to below 1"),
         ({"target_modules": None}, "target_modules: None; expected a name or a list of names"),

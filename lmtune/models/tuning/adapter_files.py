@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, cast, get_args
 
-from lmtune.config.schema import Quantization
+from lmtune.config.schema import MAX_RANK, Quantization
 from lmtune.data.rendering import Template
 from lmtune.errors import ModelError
 from lmtune.io.sandbox import match_too_slowly
@@ -165,8 +165,8 @@ def _metadata_problems(tree: Mapping[str, Any]) -> Iterator[str]:
 # --- adapter_config.json
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_RANK  # PEFT allocates by it before a tensor is compared
 
 
 def _is_scale(value: Any) -> bool:
@@ -195,13 +195,13 @@ _NAMES = (_is_names, "a name or a list of names")
 _BOOLEAN = (lambda value: isinstance(value, bool), "true or false")
 # What each key may hold if it is set, and in words
 SETTINGS: dict[str, tuple[Check, str]] = {
-    "r": (_is_count, "a whole number above 0"),
+    "r": (_is_rank, f"1 to {MAX_RANK:,}"),
     "lora_alpha": (_is_scale, "a number above 0"),
     "lora_dropout": (lambda value: is_finite_number(value) and 0 <= value < 1, "0 to below 1"),
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "target_parameters"), _NAMES),
     "layers_to_transform": (_is_layers, "a layer's number or a list of numbers"),
     "layers_pattern": (lambda value: value == "" or _is_names(value), _NAMES[1]),
-    "rank_pattern": (_is_mapping(_is_count), "names with ranks"),
+    "rank_pattern": (_is_mapping(_is_rank), f"names with ranks of 1 to {MAX_RANK:,}"),
     "alpha_pattern": (_is_mapping(_is_scale), "names with numbers above 0"),
     "bias": (lambda value: value == "none", "none: other biases belong to the base"),
     "base_model_name_or_path": (_is_text, "text"),
