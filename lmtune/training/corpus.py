@@ -119,7 +119,9 @@ def read_corpus(data: CorpusConfig) -> Corpus:
     found = [*_read_texts(path, data.split), *_read_rows(path)]
     if not found:
         problem = "holds no text" if os.path.exists(path) else "not found"
-        raise DataError(f"data.path: {data.path}: {problem}; expected .txt or .jsonl files")
+        raise DataError(
+            f"data.path: {data.path}: {problem}; expected .txt or .jsonl files; name yours: data.path=FOLDER"
+        )
     documents = found
     Random(data.seed).shuffle(documents)
     held_out = max(1, round(len(documents) * data.validation_fraction))
