@@ -14,7 +14,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
@@ -30,19 +30,12 @@ REQUIRED = MISSING  # the default of a setting that has none
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of a config.
+    """One key of a config."""
 
-    Attributes:
-        key: `section.key`.
-        default: its value where the file says nothing; `REQUIRED` if it must.
-        meaning: what it is for, in one line.
-        choices: the words it may be, if these are all it may be.
-    """
-
-    key: str
-    default: Any
+    key: str  # section.key
+    default: Any  # `REQUIRED` if the file must give a value
     meaning: str
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # the words it may be, if these are all it may be
 
 
 def settings(schema: type[Any] = FinetuneConfig) -> dict[str, Setting]:
@@ -55,7 +48,8 @@ def settings(schema: type[Any] = FinetuneConfig) -> dict[str, Setting]:
         for field in fields(kind):
             known = properties[field.name]
             key = f"{section.name}.{field.name}"
-            found[key] = Setting(key, _default(field), known.get("description", ""), tuple(known.get("enum", ())))
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            found[key] = Setting(key, default, known.get("description", ""), tuple(known.get("enum", ())))
     return found
 
 
@@ -63,7 +57,9 @@ def json_schema(schema: type[Any] = FinetuneConfig) -> dict[str, Any]:
     """The JSON Schema of a config, its descriptions taken from the docstrings and comments of the types."""
     tree: dict[str, Any] = TypeAdapter(schema).json_schema()
     tree = {"$schema": DRAFT, "title": "lmtune config", **{k: v for k, v in tree.items() if k != "title"}}
-    for kind in _sections(schema):
+    for kind in get_type_hints(schema).values():
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            continue
         part = tree["$defs"][kind.__name__]
         part["description"] = " ".join((inspect.getdoc(kind) or "").split())
         for name, meaning in _comments(kind).items():
@@ -73,11 +69,9 @@ def json_schema(schema: type[Any] = FinetuneConfig) -> dict[str, Any]:
 
 
 def commented_yaml(values: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
-    """A config in YAML that holds every setting, each with its meaning and its default.
+    """A config in YAML that holds every setting, each with its meaning, its default and the reason for its value.
 
-    Args:
-        values: by `section.key`; the others have their default.
-        reasons: why a value was chosen, by `section.key`.
+    `values` and `reasons` are by `section.key`; a setting without a value has its default.
     """
     lines, section = list[str](), ""
     kinds = get_type_hints(FinetuneConfig)
@@ -113,14 +107,6 @@ def _inline(value: Any) -> str:
     except ConfigError:
         plain = False
     return text if plain else json.dumps(value, ensure_ascii=False)
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
-
-
-def _sections(schema: type[Any]) -> list[type[Any]]:
-    return [kind for kind in get_type_hints(schema).values() if isinstance(kind, type) and is_dataclass(kind)]
 
 
 def _comments(kind: type[Any]) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """The config of `lmtune pretrain`: a small language model and its tokenizer, from plain text.
 
-    config = load_config(PretrainConfig, "recipes/configs/pretrain_tiny.yaml")
-
-Annotations here are types, not strings, so that `load_config` can look into the sections to name a misspelt key.
+config = load_config(PretrainConfig, "recipes/configs/pretrain_tiny.yaml")
 """
+
+from __future__ import annotations
 
 from typing import Annotated, Literal
 

@@ -3,9 +3,8 @@
     config = load_config(FinetuneConfig, "recipes/configs/quickstart.yaml", ["train.epochs=1"])
     config.train.batch_size
 
-A setting is written once, here, with its default and its bounds. Whatever is wrong in a file is reported at once, by
-`section.key`, with the nearest known key for a misspelt one. Reading YAML strictly is `lmtune.config.yaml`'s job. That
-a config is a handful of small types follows litgpt's `args.py`.
+A setting is written once, here, with its default, its bounds and its meaning. That a config is a handful of small types
+follows litgpt's `args.py`.
 """
 
 from __future__ import annotations
@@ -14,16 +13,15 @@ import difflib
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+from dataclasses import is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from lmtune.config.files import plain_name
 from lmtune.errors import ConfigError
-from lmtune.io.console import HUB_TOKEN
-from lmtune.io.text import format_list
+from lmtune.io.text import format_list, pluralize, shorten
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 T = TypeVar("T")
@@ -43,8 +41,7 @@ def section(cls: type[T]) -> type[T]:
         try:
             checked(self, **values)
         except ValidationError as error:
-            problems = _describe_all(made, error)
-            raise ConfigError(f"{made.__name__}: {_count_of(problems)}\n{format_list(problems)}") from None
+            raise settings_error(made.__name__, describe_all(made, error)) from None
 
     made.__init__ = init
     return cast(type[T], made)
@@ -196,36 +193,36 @@ class FinetuneConfig:
     def problems(self) -> list[str]:
         """What is wrong between settings that are each right alone."""
         found = []
-        if self.tuning.init_lora_weights == "pissa" and self.model.quantization != "none":
+        tuning, patience = self.tuning, self.evaluation.patience
+        if tuning.init_lora_weights == "pissa" and self.model.quantization != "none":
             found.append(
                 f"tuning.init_lora_weights: pissa rewrites the base weights, which {self.model.quantization} cannot "
                 "hold; set model.quantization: none, or init_lora_weights: default"
             )
-        if self.tuning.init_lora_weights == "pissa" and self.tuning.use_dora:
+        if tuning.init_lora_weights == "pissa" and tuning.use_dora:
             found.append("tuning.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
-        if self.tuning.adapter is not None and self.tuning.init_lora_weights != "default":
+        if tuning.adapter is not None and tuning.init_lora_weights != "default":
             found.append(
-                f"tuning.adapter: {self.tuning.adapter} gives the initial weights, and so does "
-                f"tuning.init_lora_weights: {self.tuning.init_lora_weights}; choose one"
+                f"tuning.adapter: {tuning.adapter} gives the initial weights, and so does "
+                f"tuning.init_lora_weights: {tuning.init_lora_weights}; choose one"
             )
-        if self.evaluation.patience is not None and self.evaluation.every_steps is None:
+        if patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
-        if self.evaluation.patience is not None and self.data.validation is None and not self.data.validation_fraction:
+        if patience is not None and self.data.validation is None and not self.data.validation_fraction:
             found.append(
-                f"evaluation.patience: {self.evaluation.patience} waits for validation scores, and "
-                "data.validation_fraction: 0.0 holds no row out; raise the fraction, name data.validation, or set "
-                "evaluation.patience: null"
+                f"evaluation.patience: {patience} waits for validation scores, and data.validation_fraction: 0.0 holds "
+                "no row out; raise the fraction, name data.validation, or set evaluation.patience: null"
             )
-        if re.search(HUB_TOKEN, self.run.name or ""):
-            found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
         return found
 
 
-def _count_of(problems: Sequence[str]) -> str:
-    return "1 setting is wrong" if len(problems) == 1 else f"{len(problems)} settings are wrong"
+def settings_error(where: str, problems: Sequence[str]) -> ConfigError:
+    """One error for all problems of a config."""
+    count = f"{pluralize(len(problems), 'setting')} {'is' if len(problems) == 1 else 'are'} wrong"
+    return ConfigError(f"{where}: {count}\n{format_list(problems)}")
 
 
-def _describe_all(schema: type[Any], error: ValidationError) -> list[str]:
+def describe_all(schema: type[Any], error: ValidationError) -> list[str]:
     """One line for each key; what each branch of a union wants is joined by "or"."""
     lines: dict[str, str] = {}
     for item in error.errors():
@@ -255,26 +252,19 @@ def _describe(schema: type[Any], error: dict[str, Any]) -> str:
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: missing; it has no default"
     if error["type"].startswith("dataclass_type"):
-        return f"{key}: must be a section of `key: value` lines, got {_short(got)}"
+        return f"{key}: must be a section of `key: value` lines, got {shorten(got)}"
     wanted = re.sub(r"^(Input|String) should (be )?", "", error["msg"])
     if error["type"] == "string_type" and isinstance(got, (bool, int, float)):
         wanted += " (put it in quotes, or YAML takes it for a number or a truth)"
     wanted = wanted.removeprefix("Value error, ")
-    return f"{key}: got {_short(got)}; should be {wanted}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return f"{key}: got {shorten(got)}; should be {wanted}"
 
 
 def _known_keys(schema: type[Any], prefix: str = "") -> list[str]:
     """Every `section.key` of `schema`."""
     keys = []
-    for field in fields(schema):
-        name = prefix + field.name
-        keys.append(name)
-        nested = globals().get(field.type) if isinstance(field.type, str) else field.type
-        if isinstance(nested, type) and is_dataclass(nested):
-            keys += _known_keys(nested, name + ".")
+    for name, kind in get_type_hints(schema).items():
+        keys.append(prefix + name)
+        if isinstance(kind, type) and is_dataclass(kind):
+            keys += _known_keys(kind, f"{prefix}{name}.")
     return keys

@@ -1,9 +1,5 @@
 """Files that are whole or absent: staged writes, JSON, locks between processes, and a cache of folders.
 
-    write_json(path, tree)                                  # one file, replaced at once
-    with new_folder(Path("merged")) as staging: …           # a folder that appears when it is complete
-    entry = get_or_build(folder, key_of(…), build)          # a folder named by the hash of all it depends on
-
 Everything is written beside its place, flushed to the disk and renamed. A killed process or a full disk leaves the
 earlier file or folder, the new one, or none; never half of one. What a crash leaves is called `.staging-NAME`,
 `.earlier-NAME` or `.NAME.PID.tmp`, and the next write of NAME removes it.
@@ -52,11 +48,7 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """The object that JSON text holds; every string in it can be printed.
-
-    Raises:
-        ValueError: it holds none; says why.
-    """
+    """The object that JSON text holds; every string in it can be printed. ValueError says why it holds none."""
     try:
         tree = json.loads(text)
         json.dumps(tree, ensure_ascii=False).encode("utf-8")
@@ -95,10 +87,10 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def name_disk_errors(path: Path) -> Iterator[None]:
-    """A full or read-only disk met in the block becomes an OSError that names the file, or `path` if it is not known.
+    """A full or read-only disk met in the block becomes an OSError that names the file, or else `path`.
 
-    The system names no file when a disk is full, and libraries in Rust (safetensors, tokenizers) raise errors of their
-    own with the system's number in the text.
+    The system names no file when a disk is full, and libraries in Rust (safetensors, tokenizers) only write the
+    system's number into their text.
     """
     try:
         yield
@@ -122,10 +114,7 @@ def name_disk_errors(path: Path) -> Iterator[None]:
 def staged_folder(target: Path, staging: Path) -> Iterator[Path]:
     """An empty folder `staging` to fill, which is renamed to `target` when the block ends well, and else removed.
 
-    For who keeps other processes from `staging`; `new_folder` does that itself.
-
-    Raises:
-        OSError: the disk is full or may not be written; names what.
+    For a caller that keeps other processes from `staging`; `new_folder` does that itself.
     """
     try:
         with name_disk_errors(target):
@@ -139,12 +128,9 @@ def staged_folder(target: Path, staging: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """As `staged_folder`, where only one process at a time may write `target`. If the block fails, the folders above
-    `target` that were made for it go too.
+    """As `staged_folder`; ConfigError if another process is writing `target` now.
 
-    Raises:
-        ConfigError: another process is writing this folder now.
-        OSError: the disk is full or may not be written; names what.
+    If the block fails, the folders above `target` that were made for it go too.
     """
     staging = target.with_name(f".staging-{target.name}")
     above = [folder for folder in staging.parents if not folder.exists()]
@@ -168,11 +154,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(staging: Path, target: Path) -> None:
-    """Give the complete folder `staging` the name `target`; an earlier one goes whole, not file by file.
-
-    Raises:
-        OSError: the disk is full or may not be written; names what.
-    """
+    """Give the complete folder `staging` the name `target`; an earlier one goes whole, not file by file."""
     earlier = target.with_name(f".earlier-{target.name}")
     umask = os.umask(0)
     os.umask(umask)
@@ -211,13 +193,8 @@ class _HasDescriptor(Protocol):
 def try_lock(file: _HasDescriptor, shared: bool = False) -> bool | None:
     """Lock an open file for this process, until it is closed; the lock of a process that dies is free at once.
 
-    Args:
-        file: the open file.
-        shared: other processes may hold the lock too, if each of them shares it.
-
-    Returns:
-        Whether this process holds it: False if another does, None where the file system has no locks (Lustre without
-        `-o flock`, some NFS). There nobody can wait, so callers treat None as a free lock.
+    Returns whether this process holds it: False if another does, None where the file system has no locks (Lustre
+    without `-o flock`, some NFS). There nobody can wait, so callers treat None as a free lock.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -263,17 +240,8 @@ def key_of(*parts: Any) -> str:
 def get_or_build(folder: Path, key: str, build: Callable[[Path], None], keep: int | None = None) -> Path:
     """The cache entry `key`: a folder, filled by `build(empty folder)` unless it is there and intact.
 
-    Processes that want the same entry at once wait for the one that builds it.
-
-    Args:
-        folder: of all entries of this kind.
-        key: of this one.
-        build: fills an empty folder.
-        keep: how many entries of `folder` stay, the most recently used and those in use; None is all.
-
-    Raises:
-        LmtuneError: the cache cannot be written.
-        Exception: whatever `build` raises; nothing is kept then.
+    Processes that want the same entry at once wait for the one that builds it. Of `folder`, which holds all entries of
+    a kind, `keep` stay: those used last and those in use. LmtuneError if the cache cannot be written.
     """
     entry = folder / key[:2] / key
     try:
@@ -312,11 +280,8 @@ def lookup(folder: Path, key: str) -> Path | None:
 def single_flight(folder: Path, key: str) -> Iterator[bool]:
     """Of the processes that would make the entry `key` at once, one comes first and the others wait until it is done.
 
-    The wait also ends where that process fails, dies, or hangs for half an hour. Where the file system has no locks,
-    each comes first.
-
-    Yields:
-        Whether this process is the first; one that has waited holds up nobody, and finds the entry if it was made.
+    The wait also ends where that process fails, dies, or hangs for half an hour. Yields whether this one is the first;
+    one that has waited holds up nobody, and finds the entry if it was made.
     """
     entry = folder / key[:2] / key
     with contextlib.ExitStack() as held:
@@ -381,8 +346,7 @@ def content_sha256(path: Path) -> str:
 
 def _stamp(path: Path) -> list[int]:
     """Size and time of change of a file."""
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
+    return _identity(path)[:2]
 
 
 def _identity(path: Path) -> list[int]:

@@ -66,15 +66,17 @@ def program() -> str:
 
 
 class Progress:
-    """Something that may take long; `progress` makes one. Nothing is shown unless it does.
+    """Something that may take long; `progress` makes one.
 
     On a terminal a line with a spinner appears, and a bar where the total is known; elsewhere a plain line, and another
     every half minute while `advance` or `at` is called.
     """
 
-    def __init__(self, what: str, total: int | None = None, unit: str = "") -> None:
+    def __init__(self, what: str, total: int | None, unit: str) -> None:
         self.what, self.total, self.unit = what, total, unit
-        self._done, self._ended, self._task, self._said_at = 0, False, None, 0.0
+        self._done, self._ended, self._said_at = 0, False, 0.0
+        self._bar: Any = None
+        self._lock = threading.Lock()
 
     def advance(self, count: int = 1) -> None:
         """`count` more are done."""
@@ -83,86 +85,49 @@ class Progress:
     def at(self, done: int) -> None:
         """So many are done in all."""
         self._done = done
-        if self._task is not None:
-            _display.update(self._task, self._text(), done)
+        if self._bar is not None:
+            self._bar.update(0, description=escape(self._text()), completed=done)
         elif self._said_at and time.monotonic() - self._said_at >= _LINE_EVERY_SECONDS:
-            self._say(f"{self.what}: {self._count()}")
+            self._say(self._text())
 
     def show(self) -> None:
-        """Appear; called once, after `_AFTER_SECONDS`."""
-        with _display.lock:
+        """Appear, unless it has ended."""
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        with self._lock:
             if self._ended:
                 return
-            if err.is_terminal:
-                self._task = _display.add(self._text(), self.total, self._done)
-            else:
+            if not err.is_terminal:
                 self._say(f"{self.what} …")
+                return
+            columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+            if self.total is not None:
+                columns.insert(2, BarColumn(bar_width=20))
+            self._bar = Bar(*columns, console=err, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._bar.add_task(escape(self._text()), total=self.total, completed=self._done)
+            self._bar.start()
 
     def end(self) -> None:
         """Disappear."""
-        with _display.lock:
+        with self._lock:
             self._ended = True
-            if self._task is not None:
-                _display.remove(self._task)
+            if self._bar is not None:
+                self._bar.stop()
 
     def _say(self, text: str) -> None:
         self._said_at = time.monotonic()
         err.print(escape(text))
 
     def _text(self) -> str:
-        return f"{self.what}: {self._count()}" if self._done or self.total is not None else self.what
-
-    def _count(self) -> str:
+        if not self._done and self.total is None:
+            return self.what
         count = f"{self._done:,}" + (f" of {self.total:,}" if self.total is not None else "")
-        return f"{count} {self.unit}".rstrip()
-
-
-class _Display:
-    """The lines of everything that takes long at this moment, one below the other."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._bars: Any = None
-
-    def add(self, text: str, total: int | None, done: int) -> Any:
-        """A new line; the first one starts the display."""
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
-        from rich.progress import Task as Line
-
-        class Bar(BarColumn):
-            """A bar where the total is known, nothing elsewhere."""
-
-            def render(self, task: Line) -> Any:
-                return super().render(task) if task.total is not None else ""
-
-        if self._bars is None:
-            self._bars = Bars(
-                SpinnerColumn(), TextColumn("{task.description}"), Bar(bar_width=20), TimeElapsedColumn(), console=err,
-                transient=True, redirect_stdout=False, redirect_stderr=False,
-            )  # fmt: skip
-            self._bars.start()
-        return self._bars.add_task(escape(text), total=total, completed=done)
-
-    def update(self, task: Any, text: str, done: int) -> None:
-        """Move a line on."""
-        with self.lock:
-            if self._bars is not None:
-                self._bars.update(task, description=escape(text), completed=done)
-
-    def remove(self, task: Any) -> None:
-        """Take a line away; the last one ends the display."""
-        if self._bars is None:
-            return
-        self._bars.remove_task(task)
-        if not self._bars.tasks:
-            self._bars.stop()
-            self._bars = None
+        return f"{self.what}: {count} {self.unit}".rstrip()
 
 
 _AFTER_SECONDS = 2.0
 _LINE_EVERY_SECONDS = 30.0
-_display = _Display()
 
 
 @contextlib.contextmanager
@@ -173,11 +138,6 @@ def progress(what: str, total: int | None = None, unit: str = "") -> Iterator[Pr
             for row in rows: …; shown.advance()
 
     Of several processes the first one shows it; a program that imports lmtune sees nothing (`quiet`).
-
-    Args:
-        what: is done, as "scoring the base".
-        total: how many there are, if that is known.
-        unit: of what `advance` counts, where no total is known.
     """
     shown = Progress(what, total, unit)
     if err.quiet or os.environ.get("RANK", "0") != "0":

@@ -17,11 +17,7 @@ C = TypeVar("C", bound=str)
 
 
 def ask(question: str, proposed: str | None, check: Callable[[str], T]) -> tuple[str, T]:
-    """The answer, and what `check` makes of it; an empty one is what was proposed.
-
-    Raises:
-        KeyboardInterrupt: the user leaves.
-    """
+    """The answer, and what `check` makes of it; an empty one is what was proposed; KeyboardInterrupt leaves."""
     while True:
         hint = f" \\[{escape(proposed)}]" if proposed else ""
         err.print(f"[bold]{escape(question)}[/]{hint}: ", end="")

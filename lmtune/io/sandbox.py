@@ -4,10 +4,9 @@
     match_too_slowly(["(a+)+b"], module_names)     # True: catastrophic backtracking
 
 Jinja's sandbox keeps a template from the machine, but not from the clock: `{{ 10 ** (10 ** 10) }}` is one operation of
-years that no Python code can interrupt, `{{ "a" * 10 ** 11 }}` fills the memory, and `(a+)+b` matches for ever. So each
-runs first in a process of its own, with a limit on processor time, memory and output (0.2 s, once for each template).
-Not covered is a template that turns on particular words of the data; a deadline on every rendering, through the
-interpreter's profiling hook, was tried and made rendering half as fast.
+years that no Python code can interrupt, and `(a+)+b` matches for ever. So each runs first in a process of its own, with
+limits on processor time, memory and output (0.2 s). A template that turns on particular words of the data is not found:
+a deadline on every rendering made rendering half as fast.
 
 This file also is the child's program, so at the top it imports the standard library only.
 """
@@ -39,10 +38,9 @@ class TemplateLimitError(Exception):
 
 @functools.lru_cache(maxsize=64)
 def probe(source: str, variables: tuple[tuple[str, str], ...] = ()) -> None:
-    """Render a few small conversations with the chat template `source`.
+    """Render a few small conversations with the chat template `source`; TemplateLimitError if that exceeds a limit.
 
-    Raises:
-        TemplateLimitError: it went over a limit. Other faults of the template are left to the real rendering.
+    Other faults of the template are left to the real rendering.
     """
     code = _run({"source": source, "variables": dict(variables), "cpu_seconds": PROBE_CPU_SECONDS})
     limits = {
