@@ -1,4 +1,4 @@
-"""Single values of a row: whether each is what its key must hold, and how it is named in a message."""
+"""Single values of a row: whether each is what its key must hold, and how a message names it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class RowFault(Exception):
     """A row cannot be used; the text says why and what to do, the reader adds where.
 
     Attributes:
-        once: faults with this name are told once a file, where they begin.
-        ends_file: the file's other rows cannot be read either, so it is not a single row that can be skipped.
+        once: faults of this name are told once a file.
+        ends_file: the rest of the file cannot be read either, so no skipping of rows helps.
     """
 
     def __init__(self, reason: str, once: str | None = None, ends_file: bool = False) -> None:
@@ -23,7 +23,7 @@ class RowFault(Exception):
 
 
 def strings(row: Mapping[str, Any], *names: str, prefix: str = "", filled: str | None = None) -> list[str]:
-    """The values of `names`, all strings of valid text, that of `filled` not empty.
+    """The values of `names`, which must be strings of valid text, that of `filled` not empty.
 
     Raises:
         RowFault: with every problem at once.
@@ -32,7 +32,7 @@ def strings(row: Mapping[str, Any], *names: str, prefix: str = "", filled: str |
     for name in names:
         if name not in row:
             problems.append(f"{prefix}{name} is missing{nearest(name, row)}")
-        elif problem := text_problem(row[name]):
+        elif problem := _text_problem(row[name]):
             problems.append(f"{prefix}{name} {problem}")
         elif name == filled and not row[name]:
             problems.append(f"{prefix}{name} is empty; there is nothing to train on, remove the row")
@@ -41,8 +41,7 @@ def strings(row: Mapping[str, Any], *names: str, prefix: str = "", filled: str |
     return [row[name] for name in names]
 
 
-def text_problem(value: Any) -> str | None:
-    """What is wrong with `value` as text, as the end of a sentence; None if nothing."""
+def _text_problem(value: Any) -> str | None:
     if not isinstance(value, str):
         return f"is {kind_of(value)}; it must be a string"
     if "\0" in value:
@@ -65,6 +64,25 @@ def is_filled(value: Any) -> bool:
 def plain(name: str) -> str:
     """A key without what only spells it differently: `systemPrompt`, `System_Prompt`, `system-prompt`."""
     return "".join(name.split()).replace("_", "").replace("-", "").casefold()
+
+
+def plain_table(*rows: tuple[Iterable[str], str]) -> dict[str, str]:
+    """One value for each of several keys, by their plain spelling."""
+    return {plain(key): value for keys, value in rows for key in keys}
+
+
+def key_problems(
+    keys: Mapping[str, Any], known: tuple[str, ...], refused: Mapping[str, str], prefix: str = ""
+) -> list[str]:
+    """What keys that are not `known` would lose: other spellings of known ones, and those that are `refused`."""
+    own = {plain(key): key for key in known}
+    problems = []
+    for key in sorted(keys.keys() - known):
+        if (name := plain(key)) in own and keys[key] is not None:
+            problems.append(f"{prefix}{key} is used only as {own[name]}; rename it, or remove the key")
+        elif name in refused and is_filled(keys[key]):
+            problems.append(f"{prefix}{key}: {refused[name]}")
+    return problems
 
 
 def kind_of(value: Any) -> str:

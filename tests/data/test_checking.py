@@ -94,7 +94,7 @@ def test_what_a_folder_holds_besides_is_said_though_the_check_is_remembered(trai
     train.rename("data/train.jsonl")
     assert check_data(["data"]).train.warnings == []
     Path("data/more.jsonl.gz").write_bytes(b"")
-    assert "data: 1 entry is not read: more.jsonl.gz" in check_data(["data"]).train.warnings[0]
+    assert "data: not read: more.jsonl.gz" in check_data(["data"]).train.warnings[0]
 
 
 def test_duplicates_are_found_across_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

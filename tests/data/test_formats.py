@@ -1,4 +1,4 @@
-"""Each format is known by its keys; what is wrong in a row is named with the key."""
+"""Each format is known by its keys and becomes messages; what cannot be used is named with its key."""
 
 from __future__ import annotations
 
@@ -7,186 +7,205 @@ from typing import Any
 import pytest
 
 from lmtune.data.formats import detect_format, parse_row
+from lmtune.data.turns import ParsedRow
 from lmtune.data.values import RowFault, quoted
 
 U, A, S = "user", "assistant", "system"
+PAIR = {"prompt": "p", "completion": "c"}
+QUESTION = {"role": "user", "content": "q"}
+CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+def parsed(row: dict[str, Any]) -> ParsedRow:
+    return parse_row(row, detect_format(row))
+
+
+def said(row: ParsedRow) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in row.messages]
 
 
 def turns(*roles: str) -> list[dict[str, str]]:
     return [{"role": role, "content": f"{role} {index}"} for index, role in enumerate(roles)]
 
 
+def answer(**keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "a", **keys}
+
+
+def talk(*turns: Any, **further: Any) -> dict[str, Any]:
+    return {"messages": list(turns), **further}
+
+
 @pytest.mark.parametrize(
     ("row", "format", "messages"),
     [
-        ({"prompt": "p", "completion": "c"}, "prompt/completion", [(U, "p"), (A, "c")]),
-        ({"prompt": "", "completion": "c"}, "prompt/completion", [(U, ""), (A, "c")]),
+        (PAIR, "prompt/completion", [(U, "p"), (A, "c")]),
+        ({"prompt": "", "completion": "2024-01-01"}, "prompt/completion", [(U, ""), (A, "2024-01-01")]),
         ({"messages": turns(S, U, A)}, "messages", [(S, "system 0"), (U, "user 1"), (A, "assistant 2")]),
         ({"instruction": "i", "output": "o"}, "alpaca", [(U, "i"), (A, "o")]),
         ({"instruction": "i", "input": "", "output": "o"}, "alpaca", [(U, "i"), (A, "o")]),
         ({"instruction": "i", "input": None, "output": "o"}, "alpaca", [(U, "i"), (A, "o")]),
         ({"instruction": "i", "input": "x", "output": "o"}, "alpaca", [(U, "i\n\nx"), (A, "o")]),
-        (
-            {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "h"},
-                               {"from": "gpt", "value": "g"}]},
-            "sharegpt", [(S, "s"), (U, "h"), (A, "g")],
-        ),
-        ({"prompt": "p", "completion": "c", "system": "s"}, "prompt/completion", [(S, "s"), (U, "p"), (A, "c")]),
-        ({"instruction": "i", "output": "o", "system": "s", "input": "x"}, "alpaca",
-         [(S, "s"), (U, "i\n\nx"), (A, "o")]),
+        ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "h"},
+                            {"from": "gpt", "value": "g"}]}, "sharegpt", [(S, "s"), (U, "h"), (A, "g")]),
+        ({**PAIR, "system": "s"}, "prompt/completion", [(S, "s"), (U, "p"), (A, "c")]),
+        ({**PAIR, "history": [["q", "a"]]}, "prompt/completion", [(U, "q"), (A, "a"), (U, "p"), (A, "c")]),
         ({"instruction": "i", "output": "o", "system": None, "history": []}, "alpaca", [(U, "i"), (A, "o")]),
         ({"instruction": "i", "output": "o", "system": "s", "history": [["q", "a"], ["r", "b"]]}, "alpaca",
          [(S, "s"), (U, "q"), (A, "a"), (U, "r"), (A, "b"), (U, "i"), (A, "o")]),
-        ({"prompt": "p", "completion": "c", "history": [["q", "a"]]}, "prompt/completion",
-         [(U, "q"), (A, "a"), (U, "p"), (A, "c")]),
+        # both spellings of turns, the usual roles, parts of text
+        ({"conversations": turns(U, A)}, "sharegpt", [(U, "user 0"), (A, "assistant 1")]),
+        (talk({"from": "prompter", "value": "q"}, {"role": "Assistant", "value": "a"}), "messages",
+         [(U, "q"), (A, "a")]),
+        (talk({"role": "developer", "content": "s"}, QUESTION, answer()), "messages", [(S, "s"), (U, "q"), (A, "a")]),
+        (talk(QUESTION, answer(content=[{"type": "text", "text": "a "}, {"text": "b"}])), "messages",
+         [(U, "q"), (A, "a b")]),
+        (talk(QUESTION, answer(), system_prompt="s"), "messages", [(S, "s"), (U, "q"), (A, "a")]),
+        (talk({"role": "system", "content": "s"}, QUESTION, answer(), system="s"), "messages",
+         [(S, "s"), (U, "q"), (A, "a")]),
+        # what exporters write for nothing
+        (talk(QUESTION, answer(tool_calls=None, audio=None, reasoning="", weight=None, images=[]), tools=[], system=""),
+         "messages", [(U, "q"), (A, "a")]),
+        ({**PAIR, "context": "", "images": [], "tools": "[]", "rejected": None}, "prompt/completion",
+         [(U, "p"), (A, "c")]),
     ],
 )  # fmt: skip
 def test_each_format_becomes_messages(row: dict[str, Any], format: str, messages: list[tuple[str, str]]) -> None:
     assert detect_format(row) == format
-    parsed = parse_row(row, format)  # type: ignore[arg-type]
-    assert [(message.role, message.content) for message in parsed.messages] == messages
-    assert not parsed.ignored_keys
+    found = parsed(row)
+    assert said(found) == messages
+    assert not found.ignored_keys
+    assert not [warning for warning in found.warnings if "empty" not in warning]
 
 
-def test_text_has_no_messages() -> None:
-    assert detect_format({"text": "once"}) == "text"
-    parsed = parse_row({"text": "once"}, "text")
-    assert parsed.text == "once"
-    assert parsed.messages == ()
-
-
-@pytest.mark.parametrize("value", ["2024-01-01", "2024-01-01T00:00:00Z", "12:30", "1e5", "null", "01/02/2024"])
-def test_strings_that_look_like_something_else_stay_strings(value: str) -> None:
-    parsed = parse_row({"prompt": value, "completion": value}, "prompt/completion")
-    assert [message.content for message in parsed.messages] == [value, value]
+def test_a_text_is_trained_as_it_stands() -> None:
+    assert parsed({"text": "once"}) == ParsedRow(text="once")
+    assert parsed({"text": "Tell me. No.", "completion": "No."}).text == "Tell me. No."
 
 
 @pytest.mark.parametrize(
-    ("row", "format"),
+    ("row", "format", "ignored"),
     [
-        ({"instruction": "i", "input": "", "output": "o", "text": "t"}, "alpaca"),  # Stanford Alpaca's own columns
-        ({"prompt": "p", "messages": turns(U, A)}, "messages"),
+        ({"instruction": "i", "input": "", "output": "o", "text": "t"}, "alpaca", {"text"}),  # Stanford Alpaca's own
+        ({"prompt": "p", "messages": turns(U, A)}, "messages", {"prompt"}),
+        (talk({**QUESTION, "name": "Ann"}, answer(is_good=False), id=3), "messages",
+         {"id", "messages[].name", "messages[].is_good"}),
+        ({**PAIR, "answer": "c", "weight": 1}, "prompt/completion", {"answer", "weight"}),
     ],
-)
-def test_extra_columns_do_not_change_the_format(row: dict[str, Any], format: str) -> None:
+)  # fmt: skip
+def test_keys_that_are_not_used_are_named(row: dict[str, Any], format: str, ignored: set[str]) -> None:
     assert detect_format(row) == format
-    assert parse_row(row, format).ignored_keys  # type: ignore[arg-type]
-
-
-def test_keys_that_are_not_used_are_named() -> None:
-    row = {"messages": [{"role": U, "content": "q", "name": "Ann"}, {"role": A, "content": "a"}], "id": 3}
-    assert parse_row(row, "messages").ignored_keys == {"id", "messages[].name"}
+    assert parsed(row).ignored_keys == ignored
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
+        ({**PAIR, "completion": " \n"}, "only white space"),
+        ({**PAIR, "prompt": " "}, "question is empty"),
+        ({**PAIR, "context": "x"}, "context"),
+        ({**PAIR, "label": "A"}, "label"),
+        ({**PAIR, "response": "d"}, "response"),
+        (talk({**QUESTION, "weight": 1}, answer()), "weight on a turn of user changes nothing"),
+        (talk(QUESTION, answer(reasoning="r")), "data.template: thinking"),
+    ],
+)
+def test_what_may_matter_is_a_warning(row: dict[str, Any], words: str) -> None:
+    (warning,) = parsed(row).warnings
+    assert words in warning
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        # keys
         ({}, ["empty"]),
         ({"question": "q", "answer": "a"}, ['rename "question" to prompt and "answer" to completion']),
+        ({"Prompt": "p", "Completion": "c"}, ['rename "Prompt" to prompt']),
+        ({"dialog": turns(U, A)}, ['"dialog"', "to messages"]),
         ({"prompt": "p"}, ["completion missing"]),
         ({"prompt": "p", "completions": "c"}, ["completion missing", '"completions"', "meant"]),
+        ({"instruction": "i", "response": "r"}, ["output missing", 'rename "instruction" to prompt', '"response"']),
+        ({**PAIR, "System": "s"}, ["System is used only as system"]),
+        ({**PAIR, "system_instruction": "s"}, ["name it system"]),
+        ({**PAIR, "chat_history": [["q", "a"]]}, ["under history"]),
+        ({**PAIR, "train_on_input": True}, ["train_on_input", "only answers"]),
+        # values
         ({"prompt": None, "completion": 3}, ["prompt is null", "completion is a number (3)"]),
         ({"instruction": "i", "input": 3, "output": "o"}, ["input is a number"]),
         ({"text": ""}, ["text is empty"]),
         ({"messages": []}, ["an empty list"]),
         ({"messages": "hello"}, ['a string ("hello")']),
-        ({"messages": ["hello"]}, ["messages[0]", "role and content"]),
-        ({"messages": [{"role": U, "content": None}]}, ["messages[0].content is null"]),
-        ({"messages": [{"role": U, "content": [{"type": "text"}]}]}, ["messages[0].content[0]", "a part of text"]),
-        ({"messages": [{"role": "critic", "content": "x"}]}, ['"critic"', "system, user, assistant"]),
-        ({"messages": turns(S)}, ["ends with system"]),
-        ({"prompt": "p", "completion": "c", "system": ["s"]}, ["system is a list"]),
-        ({"prompt": "p", "completion": "c", "system": "s", "system_prompt": "t"}, ["differ; keep one"]),
-        ({"text": "t", "system": "s"}, ["system beside text"]),
+        ({**PAIR, "system": ["s"]}, ["system is a list"]),
+        ({**PAIR, "system": "s", "system_prompt": "t"}, ["differ; keep one"]),
+        (talk({"role": "system", "content": "s"}, QUESTION, answer(), system="t"), ["differ; keep one"]),
+        ({"text": "t", "system": "s"}, ["system", "prompt and completion"]),
+        ({"text": "t", "Response": "a"}, ["Response beside text"]),
         ({"instruction": "i", "output": "o", "history": [["q"]]}, ["history", "[question, answer] pairs"]),
         ({"instruction": "i", "output": "o", "history": "q"}, ["history", "[question, answer] pairs"]),
         ({"instruction": "i", "output": "o", "history": [["q", ""]]}, ["history[0][1] is empty"]),
-        ({"messages": turns(U, A), "history": [["q", "a"]]}, ["history", "turns of the conversation"]),
-        ({"messages": turns(U, A), "tools": [{"type": "function"}]}, ["tools", "tool calls", "remove"]),
+        (talk(QUESTION, answer(), history=[["q", "a"]]), ["history", "turns of messages"]),
+        # what is not supported
+        (talk(QUESTION, answer(), tools=CALL), ["tools", "tool calls", "remove"]),
+        (talk(QUESTION, answer(tool_calls=CALL)), ["messages[1].tool_calls", "not supported yet", "remove the row"]),
+        (talk(QUESTION, answer(content=None, toolCalls=CALL)), ["messages[1].toolCalls"]),
+        (talk(QUESTION, {"role": "tool", "tool_call_id": "c", "content": "1"}), ['role: "tool"', "tool calls"]),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, ['from: "function_call"']),
         ({"messages": turns(U, A), "rejected": "bad"}, ["rejected", "preferences"]),
-        ({"conversations": turns(U), "chosen": {"value": "a"}, "rejected": {"value": "b"}}, ["ends with", "chosen"]),
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ["preference", "prompt and completion"]),
-        ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}, ["preference"]),
-        ({"prompt": "p", "completion": "c", "label": False}, ["label is false", "bad one"]),
-        ({"text": "t", "label": "sport"}, ["label is a string"]),
-        ({"prompt": "p", "completion": "c", "weight": 0.5}, ["weight is a number (0.5)"]),
-        ({"prompt": "p", "completion": "c", "weight": 0}, ["weight is a number (0)", "remove the row"]),
-        ({"prompt": "p", "completion": "c", "train": False}, ["train is false", "remove it"]),
-        ({"prompt": "p", "completion": "c", "train_on_input": True}, ["train_on_input", "only answers"]),
-        ({"prompt": "p", "completion": "c", "reasoning": "r"}, ["reasoning would be lost", "<think>"]),
-        ({"prompt": "p", "completion": "c", "images": ["x.png"]}, ["images", "only text"]),
-        ({"prompt": turns(U), "completion": turns(A)}, ["lists", "messages"]),
-        ({"messages": turns(U, A), "conversations": turns(U, A, U, A)}, ["differ; keep one"]),
-        ({"dialog": turns(U, A)}, ['"dialog"', "rename it to messages"]),
-        ({"instruction": "i", "response": "r"}, ["output missing", 'rename "instruction" to prompt', '"response"']),
-        ({"conversations": [{"from": "referee", "value": "x"}]}, ['conversations[0].from is "referee"']),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ["preferences", "prompt and completion"]),
+        ({"conversations": turns(U), "chosen": {"value": "a"}, "rejected": {"value": "b"}}, ["preferences"]),
+        ({"input": {"messages": turns(U)}, "preferred_output": turns(A)}, ["preferences"]),
+        ({**PAIR, "label": False}, ["label is false"]),
+        ({**PAIR, "weight": 0.5}, ["weight is a number (0.5)"]),
+        ({**PAIR, "images": ["x.png"]}, ["images", "only text"]),
+        (talk({**QUESTION, "images": ["x.png"]}, answer()), ["messages[0].images"]),
+        (talk({"role": "user", "content": [{"text": "q"}, {"type": "image_url"}]}, answer()),
+         ["messages[0].content[1]", '"image_url"', "remove the row"]),
+        # reasoning
+        ({**PAIR, "reasoning": "r"}, ["reasoning would be lost", "<think>"]),
+        (talk(QUESTION, answer(chain_of_thought="t")), ["messages[1].chain_of_thought", "<think>"]),
+        (talk(QUESTION, answer(reasoning=["t"])), ["messages[1].reasoning is a list"]),
+        (talk(QUESTION, answer(reasoning="t", content="<think>u</think>a")), ["messages[1].reasoning", "keep one"]),
+        (talk({**QUESTION, "reasoning": "t"}, answer()), ["messages[0].reasoning", "on an answer"]),
+        # turns
+        ({"messages": ["hello"]}, ["messages[0]", "role and content"]),
+        (talk({"user": "q"}, {"assistant": "a"}), ['messages[0] has the keys "user"', "role and content"]),
+        (talk({"role": U, "content": None}), ["messages[0].content is null"]),
+        (talk({"role": U, "content": [{"type": "text"}]}), ["messages[0].content[0].text is missing"]),
+        (talk(QUESTION, answer(content=["a"])), ["messages[1].content[0] is a string"]),
+        (talk(QUESTION, answer(content=[{"text": ""}])), ["messages[1].content is empty"]),
+        (talk({"role": "critic", "content": "x"}), ['"critic"', "system, user, assistant"]),
+        (talk(QUESTION, answer(weight=0)), ["every answer in messages", "remove the row"]),
+        (talk(QUESTION, answer(weight=0.5)), ["messages[1].weight is a number (0.5)", "0 or 1"]),
+        (talk(QUESTION, answer(Weight=0)), ["messages[1].Weight", "only as weight"]),
+        ({"messages": turns(S)}, ["ends with system"]),
+        ({"messages": turns(A, U, A)}, ["messages[0] is from assistant; expected user"]),
+        ({"messages": turns(U, U, A)}, ["messages[1] is from user; expected assistant", "join it"]),
+        ({"messages": turns(U, A, U)}, ["ends with user"]),
+        ({"messages": turns(S, S, U, A)}, ["messages[1] is from system", "a system turn comes first"]),
     ],
 )  # fmt: skip
 def test_faults_say_what_and_where(row: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(RowFault) as fault:
-        parse_row(row, detect_format(row))
-    for word in words:
-        assert word in str(fault.value)
-
-
-def test_white_space_as_an_answer_is_a_warning() -> None:
-    assert parse_row({"prompt": "p", "completion": " \n"}, "prompt/completion").warnings
-    assert not parse_row({"prompt": "p", "completion": " x"}, "prompt/completion").warnings
-
-
-def test_quoted_spells_out_what_a_terminal_would_obey() -> None:
-    assert quoted("a\x1b[2Jb\ud800\u202e") == '"a\\x1b[2Jb\\ud800\\u202e"'
-
-
-def test_a_key_that_may_matter_warns_by_line_and_others_are_named_once() -> None:
-    parsed = parse_row(
-        {"prompt": "p", "completion": "c", "context": "x", "label": "A", "weight": 1}, "prompt/completion"
-    )
-    assert [warning.split()[0] for warning in parsed.warnings] == ["context", "label"]
-    assert parsed.ignored_keys == {"weight"}
-    with_nothing = {"prompt": "p", "completion": "c", "context": "", "images": [], "tools": "[]", "rejected": None}
-    assert parse_row(with_nothing, "prompt/completion") == parse_row(
-        {"prompt": "p", "completion": "c"}, "prompt/completion"
-    )
-
-
-@pytest.mark.parametrize(
-    ("further", "words"),
-    [
-        ({"System": "s"}, ["System is used only as system"]),
-        ({"system-prompt": "s"}, ["only as system_prompt"]),
-        ({"system_instruction": "s"}, ["name it system"]),
-        ({"History": [["q", "a"]]}, ["only as history"]),
-        ({"chat_history": [["q", "a"]]}, ["name it history"]),
-        ({"Tools": [{"name": "f"}]}, ["tool"]),
-        ({"Weight": 0}, ["Weight is a number (0)", "remove the row"]),
-        ({"Complex_CoT": "r"}, ["reasoning would be lost"]),
-        ({"kto_tag": True}, ["labels are not supported"]),
-        ({"is_valid": False}, ["should not be trained"]),
-    ],
-)
-def test_a_key_that_matters_is_known_in_any_spelling(further: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(RowFault) as fault:
-        parse_row({"prompt": "p", "completion": "c", **further}, "prompt/completion")
+        parsed(row)
     for word in words:
         assert word in str(fault.value), str(fault.value)
 
 
-@pytest.mark.parametrize("key", ["completion", "summary", "Response", "labels"])
-def test_an_answer_beside_a_text_is_not_lost(key: str) -> None:
-    row = {"text": "Tell me.", key: "No."}
-    with pytest.raises(RowFault, match=f"{key} beside text"):
-        parse_row(row, detect_format(row))
-    assert parse_row({**row, "text": "Tell me. No."}, "text").text == "Tell me. No."
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}])
+def test_an_answer_without_weight_is_context_and_not_trained(off: dict[str, Any]) -> None:
+    row = parsed(talk(QUESTION, answer(content="", **off), QUESTION, answer(weight=1), QUESTION, answer(**off)))
+    assert said(row) == [(U, "q"), (A, ""), (U, "q"), (A, "a")], "what follows the last trained answer is cut off"
+    assert [message.trained for message in row.messages] == [True, False, True, True]
+    assert not row.ignored_keys
+    assert not row.warnings
 
 
-def test_a_second_answer_is_a_warning() -> None:
-    row = parse_row({"prompt": "p", "completion": "c", "response": "d", "answer": "c"}, "prompt/completion")
-    assert [warning for warning in row.warnings if "response" in warning]
-    assert row.ignored_keys == {"answer"}
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_trained_as_a_think_part(key: str) -> None:
+    row = parsed(talk(QUESTION, answer(**{key: "two\nlines\n"})))
+    assert said(row)[-1] == (A, "<think>\ntwo\nlines\n</think>\n\na")
 
 
-@pytest.mark.parametrize("row", [{"Prompt": "p", "Completion": "c"}, {"Question": "p", "Response": "c"}])
-def test_the_renaming_is_found_in_any_spelling(row: dict[str, str]) -> None:
-    with pytest.raises(RowFault, match=f'rename "{next(iter(row))}" to prompt'):
-        detect_format(row)
+def test_quoted_spells_out_what_a_terminal_would_obey() -> None:
+    assert quoted("a\x1b[2Jb\ud800\u202e") == '"a\\x1b[2Jb\\ud800\\u202e"'

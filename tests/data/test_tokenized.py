@@ -260,7 +260,7 @@ class TestFaultyRows:
 
     def test_none_left_is_an_error_and_so_is_too_long_error(self) -> None:
         written("train.jsonl", [{"prompt": 1, "completion": "c"}] * 3)
-        with pytest.raises(DataError, match=r"3 faults(.|\n)*no row would be left"):
+        with pytest.raises(DataError, match=r"3 faults(.|\n)*must leave one"):
             tokenize(["train.jsonl"], renderer(), config(faulty_rows="skip"))
         written("train.jsonl", [*rows(1), {"prompt": "long " * 30, "completion": "a"}, {"prompt": "p"}])
         with pytest.raises(DataError, match=r"1 fault(.|\n)*train.jsonl:2: \d+ tokens"):
