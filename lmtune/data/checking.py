@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from lmtune.config.load import data_paths
 from lmtune.config.schema import DataConfig
 from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
 from lmtune.data.report import ContentReport, DuplicateIndex, RowCounter, describe_files, describe_shared, typed
-from lmtune.data.sources import DataFile, find_files, unread_entries
+from lmtune.data.sources import find_files, unread_entries
 from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, key_of
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
-_VERSION = 3
+_VERSION = 4
 _KEPT = 100  # results, of a few KB
+_Paths = Sequence[str | Path]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PartCheck(ContentReport):
     """What one part of the data, training or validation, holds; `characters` are of a row."""
 
@@ -51,73 +52,83 @@ class DataCheck:
 
     def raise_for_faults(self, faulty_rows: FaultyChoice | None) -> None:
         """Raise a `DataError` for the faults that stop the work; see `ReadReport.raise_for_faults`."""
-        parts = [part for part in (self.train, self.validation) if part is not None]
-        self.report.raise_for_faults(faulty_rows, min(part.num_rows for part in parts))
+        num_usable = min(self.train.num_rows, self.validation.num_rows if self.validation else self.train.num_rows)
+        self.report.raise_for_faults(faulty_rows, num_usable)
 
 
 def check_config(config: DataConfig) -> DataCheck:
-    """Check the files that a config names, as it says.
-
-    Raises:
-        DataError: see `check_data`.
-    """
+    """`check_data` of the files that a config names, as it says."""
     return check_data(data_paths(config.train), data_paths(config.validation or ()), config.faulty_rows)
 
 
-def check_data(
-    paths: Sequence[str | Path], validation: Sequence[str | Path] = (), faulty_rows: FaultyChoice | None = None
-) -> DataCheck:
-    """Check files of training rows, and of validation rows if given, against each other.
-
-    Args:
-        paths: files or folders.
-        validation: the same, of validation rows.
-        faulty_rows: the setting `data.faulty_rows`; None is `error` where there is no such setting.
+def check_data(paths: _Paths, validation: _Paths = (), faulty_rows: FaultyChoice | None = None) -> DataCheck:
+    """Check files (or folders) of training rows, and of validation rows if given, against each other.
 
     Raises:
         DataError: with the first 20 faults and their number, or with the paths that cannot be read.
     """
-    train_files, validation_files = find_files(paths), find_files(validation) if validation else []
-    described = [
-        [[file.portable_name, file_sha256(file.path)] for file in files] for files in (train_files, validation_files)
-    ]
     found: list[DataCheck] = []
 
     def build(folder: Path) -> None:
-        check = _inspect(train_files, validation_files)
+        check = inspect_data(paths, validation)
         check.raise_for_faults(faulty_rows)
         found.append(check)
         (folder / "check.json").write_text(json.dumps(check_tree(check)), encoding="utf-8")
 
-    key = key_of("check", _VERSION, described, faulty_rows == "skip")
+    hashes = [
+        [[file.portable_name, file_sha256(file.path)] for file in find_files(part)]
+        for part in (paths, validation)
+        if part
+    ]
+    key = key_of(
+        "check", _VERSION, hashes, [*unread_entries(paths), *unread_entries(validation)], faulty_rows == "skip"
+    )
     entry = get_or_build(cache_folder() / "checks", key, build, keep=_KEPT)
-    check = found[0] if found else typed(DataCheck, json.loads((entry / "check.json").read_text(encoding="utf-8")))
-    return _with_unread(check, paths, validation)
+    return found[0] if found else typed(DataCheck, json.loads((entry / "check.json").read_text(encoding="utf-8")))
 
 
-def inspect_data(paths: Sequence[str | Path], validation: Sequence[str | Path] = ()) -> DataCheck:
+def inspect_data(paths: _Paths, validation: _Paths = ()) -> DataCheck:
     """As `check_data`, but faults of rows are left in the result's `report`, all of them, and nothing is cached.
 
     Raises:
         DataError: a path cannot be read at all.
     """
-    check = _inspect(find_files(paths), find_files(validation) if validation else [])
-    return _with_unread(check, paths, validation)
+    report = ReadReport()
+    train, train_rows = _inspect_part(paths, report)
+    if not validation:
+        return DataCheck(train, None, RowCounter(), report)
+    held_out, held_out_rows = _inspect_part(validation, report)
+    return DataCheck(train, held_out, held_out_rows.shared_with(train_rows), report)
+
+
+def _inspect_part(paths: _Paths, report: ReadReport) -> tuple[PartCheck, DuplicateIndex]:
+    part, index = ReadReport(), DuplicateIndex()
+    with row_progress("checking") as progress:
+        for example in read_examples(find_files(paths), part):
+            index.add(example)
+            progress(len(index))
+    report.include(part)
+    check = PartCheck(
+        num_rows=len(index),
+        formats=part.formats,
+        rows_by_file={file.name: file.num_rows for file in part.files},
+        duplicates=index.duplicates(),
+        same_prompt=index.same_prompt(),
+        characters=index.characters(),
+        warnings=[*part.warnings, *unread_entries(paths)],
+        faulty=part.faulty,
+    )
+    return check, index
 
 
 def check_tree(check: DataCheck) -> dict[str, Any]:
     """The outcome as `lmtune check --json` gives it: num_faults, faults, train, validation, also_in_train."""
-    tree = {name: value for name, value in asdict(check).items() if name in ("train", "validation", "also_in_train")}
-    return {"num_faults": check.report.num_faults, "faults": list(check.report.faults), **tree}
+    tree = {name: value for name, value in asdict(check).items() if name != "report"}
+    return {"num_faults": check.report.num_faults, "faults": check.report.faults, **tree}
 
 
 def describe_check(check: DataCheck, skips: bool = False) -> str:
-    """Rows, formats, lengths and warnings, in a few lines; faults are in `check.report.faults`.
-
-    Args:
-        check: the outcome.
-        skips: whether faulty rows are left out (`data.faulty_rows: skip`), and so are counted here.
-    """
+    """Rows, formats, lengths and warnings, in a few lines; with `skips`, also the faulty rows that are left out."""
     lines = _describe_part(check.train, skips)
     if check.validation is not None:
         lines += ["validation:", *_describe_part(check.validation, skips), *describe_shared(check.also_in_train)]
@@ -138,41 +149,3 @@ def _describe_part(part: PartCheck, skips: bool) -> list[str]:
         if rows.count:
             lines.append(f"  {pluralize(rows.count)} {what}: {rows.examples}")
     return lines + [f"  warning: {warning}" for warning in part.warnings]
-
-
-def _inspect(train_files: Sequence[DataFile], validation_files: Sequence[DataFile]) -> DataCheck:
-    report = ReadReport()
-    train, train_rows = _inspect_part(train_files, report)
-    if not validation_files:
-        return DataCheck(train, None, RowCounter(), report)
-    validation, validation_rows = _inspect_part(validation_files, report)
-    return DataCheck(train, validation, validation_rows.shared_with(train_rows), report)
-
-
-def _inspect_part(files: Sequence[DataFile], report: ReadReport) -> tuple[PartCheck, DuplicateIndex]:
-    part, index = ReadReport(), DuplicateIndex()
-    with row_progress("checking") as progress:
-        for example in read_examples(files, part):
-            index.add(example)
-            progress(len(index))
-    report.include(part)
-    check = PartCheck(
-        num_rows=len(index),
-        formats=part.formats,
-        rows_by_file={file.name: file.num_rows for file in part.files},
-        duplicates=index.duplicates(),
-        same_prompt=index.same_prompt(),
-        characters=index.characters(),
-        warnings=part.warnings,
-        faulty=part.faulty,
-    )
-    return check, index
-
-
-def _with_unread(check: DataCheck, paths: Sequence[str | Path], validation: Sequence[str | Path]) -> DataCheck:
-    """`check` with a warning for what its folders hold besides the files that were read, which no cache key knows."""
-    train = replace(check.train, warnings=[*check.train.warnings, *unread_entries(paths)])
-    held_out = check.validation
-    if held_out is not None:
-        held_out = replace(held_out, warnings=[*held_out.warnings, *unread_entries(validation)])
-    return replace(check, train=train, validation=held_out)

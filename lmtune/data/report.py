@@ -88,7 +88,7 @@ class FaultyRows:
         return lines + [f"    {found.count:,}: {found.reason}: {found.examples}" for found in self.reasons]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ContentReport:
     """What the rows of some files hold, whatever model reads them.
 
@@ -106,7 +106,7 @@ class ContentReport:
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PartReport(ContentReport):
     """What became of the rows of one part of the data, training or validation.
 
@@ -134,15 +134,6 @@ class PartReport(ContentReport):
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON."""
         return asdict(self, dict_factory=_without_missing)
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> PartReport:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: the tree is not such a report.
-        """
-        return typed(cls, tree)
 
 
 @dataclass(frozen=True)
@@ -182,11 +173,7 @@ class DataReport:
 
 
 def typed(cls: type[T], tree: Mapping[str, Any]) -> T:
-    """A dataclass from its JSON tree; keys of other versions are ignored.
-
-    Raises:
-        ValueError: a key is missing, or a value has another type.
-    """
+    """A dataclass from its JSON tree; keys of other versions are ignored. ValueError if it is damaged."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls).validate_python(tree)
@@ -225,7 +212,7 @@ def describe_part(part: PartReport) -> list[str]:
     if part.duplicates.count:
         lines.append(f"  {part.duplicates.count:,} repeat an earlier row: {part.duplicates.examples}")
     lines += [f"  warning: {warning}" for warning in part.warnings]
-    return lines + describe_shared(part.also_in_train or RowCounter())
+    return lines + (describe_shared(part.also_in_train) if part.also_in_train else [])
 
 
 def describe_files(lines: Sequence[str]) -> list[str]:
@@ -234,11 +221,9 @@ def describe_files(lines: Sequence[str]) -> list[str]:
     return [*lines[:_MAX_FILES], *([f"… and {more} more files"] if more > 0 else [])]
 
 
-def describe_shared(also_in_train: RowCounter) -> list[str]:
+def describe_shared(rows: RowCounter) -> list[str]:
     """A warning about validation rows that are training rows too."""
-    return [f"  warning: {pluralize(also_in_train.count)} also in train: {also_in_train.examples}"] * bool(
-        also_in_train.count
-    )
+    return [f"  warning: {pluralize(rows.count)} also in train: {rows.examples}"] if rows.count else []
 
 
 def changed_files(before: DataReport, now: DataReport) -> list[str]:
@@ -246,44 +231,27 @@ def changed_files(before: DataReport, now: DataReport) -> list[str]:
     lines = []
     for name in ("train", "validation"):
         old, new = _contents(getattr(before, name)), _contents(getattr(now, name))
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += [f"data.{name}: {what}" for what in [_difference(old, new)] if what]
-        elif old != new:
-            lines.append(f"data.{name}: was {_named(old)}, now {_named(new)}")
+        if list(old.values()) == list(new.values()):  # at most renamed
+            continue
+        changes = [
+            ([file for file in new if old.get(file, new[file]) != new[file]], "changed"),
+            ([file for file in new if file not in old], "is new"),
+            ([file for file in old if file not in new], "is gone"),
+        ]
+        found = [f"{', '.join(files)} {what}" for files, what in changes if files]
+        lines.append(f"data.{name}: {', '.join(found) or 'the same files in another order'}")
     return lines
 
 
-def _contents(part: PartReport | HeldOut | None) -> dict[str, str] | str:
-    """Hash by file name, or what there is in place of files."""
+def _contents(part: PartReport | HeldOut | None) -> dict[str, str]:
+    """Hash by file name."""
     if isinstance(part, PartReport):
         return dict(zip(part.files, part.sha256, strict=False))
-    return "none" if part is None else "a part of data.train"
-
-
-def _difference(old: dict[str, str], new: dict[str, str]) -> str:
-    """What became of the files, by content; empty if nothing."""
-    changed = [name for name in new if name in old and new[name] != old[name]]
-    added, gone = [name for name in new if name not in old], [name for name in old if name not in new]
-    if sorted(old.values()) == sorted(new.values()):  # at most renamed
-        return "" if list(old.values()) == list(new.values()) else "the same files in another order"
-    parts = [(changed, "changed"), (added, "is new"), (gone, "is gone")]
-    return ", ".join(f"{_some(names)} {what}" for names, what in parts if names)
-
-
-def _named(contents: dict[str, str] | str) -> str:
-    return contents if isinstance(contents, str) else _some(list(contents))
-
-
-def _some(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return {} if part is None else {"a part of data.train": ""}
 
 
 class DuplicateIndex:
-    """Collects rows one by one, then finds equal ones.
-
-    A row takes 28 bytes while they are collected. A question sorts the hashes of all rows, and takes 20 more.
-    """
+    """Collects rows one by one, 28 bytes each, then finds equal ones by sorting their hashes."""
 
     def __init__(self) -> None:
         self._contents = array("Q")

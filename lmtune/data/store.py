@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lmtune.config.load import data_paths
 from lmtune.config.schema import DataConfig
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import ControlText, Renderer, render_all
-from lmtune.data.report import DataReport, DuplicateIndex, HeldOut, PartReport, RowCounter, describe_part
+from lmtune.data.report import DataReport, DuplicateIndex, HeldOut, PartReport, RowCounter, describe_part, typed
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import DataFile, find_files, unread_entries
 from lmtune.data.types import Example, TokenizedExample, TokenSequence
@@ -119,19 +120,10 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
         if len(chosen):
             train, validation = data.select(kept), data.select(chosen)
         held_out = HeldOut(len(chosen))
-    trained = replace(data.report, warnings=[*data.report.warnings, *_template_warnings(config, renderer)])
-    report = DataReport(renderer.description, trained, held_out, renderer.rendered_at)
+    report = DataReport(renderer.description, data.report, held_out, renderer.rendered_at)
     key = key_of(train.key, validation.key if validation is not None else None)
     signature = key_of(train.signature, validation.signature if validation is not None else None)
     return LoadedData(train, validation, report, key, signature)
-
-
-def _template_warnings(config: DataConfig, renderer: Renderer) -> list[str]:
-    """A template that is there but empty was probably cut off, and plain text is not what was meant then."""
-    empty = getattr(renderer.tokenizer, "chat_template", None) == ""
-    return ["the base's chat template is empty, so rows are plain text; copy or download it again"] * (
-        empty and config.template == "auto"
-    )
 
 
 def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -162,14 +154,7 @@ def tokenize(
     cache_dir: Path | None = None,
     part: str = "the data",
 ) -> TokenizedData:
-    """The rows of `paths` as tokens, from the cache or made now.
-
-    Args:
-        paths: files or folders.
-        renderer: makes the tokens.
-        config: `max_length`, `too_long` and `faulty_rows`.
-        cache_dir: by default `lmtune.io.atomic.cache_folder()`.
-        part: what the rows are, for messages.
+    """The rows of `paths` (files or folders) as tokens, from the cache or made now; `part` names them in messages.
 
     Raises:
         DataError: with every fault of every row, or no row is left.
@@ -186,7 +171,7 @@ def tokenize(
     )  # fmt: skip
     table = TokenTable(entry / "rows.arrow")
     hold(entry, table)
-    report = PartReport.from_dict(json.loads((entry / "report.json").read_text(encoding="utf-8")))
+    report = typed(PartReport, json.loads((entry / "report.json").read_text(encoding="utf-8")))
     report.warnings.extend(unread_entries(paths))  # which the key does not know
     signature = json.loads((entry / "tokens.json").read_text(encoding="utf-8"))["sha256"]
     return TokenizedData(table, key, signature, report)
@@ -196,55 +181,40 @@ def _build(
     folder: Path, files: Sequence[DataFile], contents: Sequence[str], renderer: Renderer, config: DataConfig, part: str
 ) -> None:
     """Render every row into `folder`."""
-    report, index, counts = ReadReport(), DuplicateIndex(), _LengthCounts(config)
-    control_text = ControlText(renderer.tokenizer)
-    num_bytes = sum(file.path.stat().st_size for file in files)
-    number = {file.portable_name: place for place, file in enumerate(files)}
+    report, index, control_text = ReadReport(), DuplicateIndex(), ControlText(renderer.tokenizer)
+    found = PartReport(files=[file.portable_name for file in files], sha256=list(contents))
+    number = {name: place for place, name in enumerate(found.files)}
     changes: dict[str, RowCounter] = {}  # by the template, in words
+    num_bytes = sum(file.path.stat().st_size for file in files)
     with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
         for example, outcome in render_all(read_examples(files, report), renderer, num_bytes):
             if isinstance(outcome, DataError):
-                reason = _reason(outcome)
-                report.faulty.add(reason, example.location)
-                report.add_fault(example.location, reason)
+                report.faulty.add(_reason(outcome), example.location)
+                report.add_fault(example.location, _reason(outcome))
                 continue
             content = index.add(example)
             control_text.add(example)
             for change in renderer.changes(example):
                 changes.setdefault(change, RowCounter()).add(example.location)
             try:
-                sequences = counts.fit(example, outcome)
+                sequences, dropped = fit(example, outcome, config)
             except DataError as fault:  # `faulty_rows: skip` does not skip what `too_long: error` refuses
                 report.add_fault(example.location, _reason(fault), fatal=True)
                 continue
+            _count(found, example, outcome, sequences, dropped)
             if sequences and (config.faulty_rows == "skip" or not report.num_faults):
                 table.append(sequences, number[example.source], example.line, content)
             progress(len(index))
     report.raise_for_faults(config.faulty_rows, len(index))
-    for file, content_before in zip(files, contents, strict=True):
-        if file_sha256(file.path) != content_before:
-            raise DataError(f"{file.name}: changed while it was read; start again when it is complete")
+    found.rows = len(index) + report.faulty.count
+    found.formats, found.faulty = report.formats, report.faulty
+    found.duplicates, found.same_prompt = index.duplicates(), index.same_prompt()
     changed = [f"{pluralize(rows.count)}: {change}: {rows.examples}" for change, rows in changes.items()]
-    part_report = PartReport(
-        files=[file.portable_name for file in files],
-        sha256=list(contents),
-        formats=report.formats,
-        rows=len(index) + report.faulty.count,
-        faulty=report.faulty,
-        kept=counts.kept,
-        dropped=counts.dropped,
-        truncated=counts.truncated,
-        tokens=counts.tokens,
-        trained_tokens=counts.trained_tokens,
-        longest_row_tokens=counts.longest,
-        duplicates=index.duplicates(),
-        same_prompt=index.same_prompt(),
-        warnings=[*report.warnings, *control_text.warnings(), *changed],
-    )
-    if not counts.kept:
-        lines = "\n".join(describe_part(part_report))
+    found.warnings = [*report.warnings, *control_text.warnings(), *changed]
+    if not found.kept:
+        lines = "\n".join(describe_part(found))
         raise DataError(f"{part}: no row is left; raise data.max_length ({config.max_length})\n{lines}")
-    write_json(folder / "report.json", part_report.to_dict())
+    write_json(folder / "report.json", found.to_dict())
     write_json(folder / "tokens.json", {"sha256": table.sha256})
 
 
@@ -253,33 +223,20 @@ def _reason(fault: DataError) -> str:
     return str(fault).partition(": ")[2]
 
 
-class _LengthCounts:
-    """Fits rows to `max_length`, and counts what became of them."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self._config = config
-        self.kept = self.tokens = self.trained_tokens = self.longest = 0
-        self.dropped: dict[str, RowCounter] = {}
-        self.truncated = RowCounter()
-
-    def fit(self, example: Example, sequences: tuple[TokenSequence, ...]) -> tuple[TokenSequence, ...]:
-        """The sequences to keep; none if the row is dropped.
-
-        Raises:
-            DataError: the row is too long and `too_long` is `error`.
-        """
-        longest = max(map(len, sequences))
-        self.longest = max(self.longest, longest)
-        if longest > self._config.max_length:
-            sequences, reason = fit(example, sequences, self._config)
-            if reason is not None:
-                self.dropped.setdefault(reason, RowCounter()).add(example.location)
-                return ()
-            self.truncated.add(example.location)
-        self.kept += 1
-        self.tokens += sum(map(len, sequences))
-        self.trained_tokens += sum(sequence.num_targets for sequence in sequences)
-        return sequences
+def _count(
+    found: PartReport, example: Example, rendered: Sequence[TokenSequence], kept: Sequence[TokenSequence],
+    dropped: str | None,
+) -> None:  # fmt: skip
+    """Add one row to the counts."""
+    found.longest_row_tokens = max(found.longest_row_tokens, *map(len, rendered))
+    if dropped is not None:
+        found.dropped.setdefault(dropped, RowCounter()).add(example.location)
+        return
+    if kept is not rendered:
+        found.truncated.add(example.location)
+    found.kept += 1
+    found.tokens += sum(map(len, kept))
+    found.trained_tokens += sum(sequence.num_targets for sequence in kept)
 
 
 def fit(
@@ -389,17 +346,15 @@ class TokenTable:
             table = pa.ipc.open_stream(source).read_all()
         self._batches = table.to_batches()
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self.file = self._column("file", np.int32)
-        self.line = self._column("line", np.int32)
-        self.content = self._column("content", np.uint64)
-        offsets = [batch.column("input_ids").offsets.to_numpy() for batch in self._batches]
-        self.num_tokens = self._joined([np.diff(of_batch) for of_batch in offsets], np.int32)
-        self.num_targets = self._column("num_targets", np.int32)
-        counts = [np.diff(batch.column("sequence_tokens").offsets.to_numpy()) for batch in self._batches]
-        self.sequences = SequenceTable(
-            self._values("sequence_tokens"), self._values("sequence_targets"),
-            np.concatenate([[0], np.cumsum(self._joined(counts, np.int64))]),
-        )  # fmt: skip
+        self.file, self.line, self.content, self.num_targets = (
+            table.column(name).to_numpy() for name in ("file", "line", "content", "num_targets")
+        )
+        self.num_tokens = self._list_lengths("input_ids").astype(np.int32)
+        tokens, targets = (
+            pc.list_flatten(table.column(name)).to_numpy() for name in ("sequence_tokens", "sequence_targets")
+        )
+        first = np.concatenate([[0], np.cumsum(self._list_lengths("sequence_tokens"))])
+        self.sequences = SequenceTable(tokens, targets, first)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -413,13 +368,7 @@ class TokenTable:
         ends = np.cumsum(batch.column(2)[row].values.to_numpy())[:-1]
         return tuple(map(TokenSequence, np.split(input_ids, ends), np.split(trained, ends)))
 
-    def _column(self, name: str, dtype: Any) -> Any:
-        return self._joined([batch.column(name).to_numpy() for batch in self._batches], dtype)
-
-    def _values(self, name: str) -> Any:
-        """Of a column of lists, all of them end to end."""
-        return self._joined([batch.column(name).flatten().to_numpy() for batch in self._batches], np.int32)
-
-    @staticmethod
-    def _joined(pieces: list[Any], dtype: Any) -> Any:
-        return np.concatenate(pieces).astype(dtype) if pieces else np.empty(0, dtype)
+    def _list_lengths(self, name: str) -> Rows:
+        """int64 `[N]`; from the offsets alone, so that the tokens are not read."""
+        offsets = [np.diff(batch.column(name).offsets.to_numpy()) for batch in self._batches]
+        return np.concatenate(offsets).astype(np.int64)

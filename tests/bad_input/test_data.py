@@ -106,6 +106,27 @@ def test_a_table_is_named_for_what_it_is(place: Path, refused: Callable[..., Out
     assert "rows.csv:1: the file is a table (CSV); export it as JSONL" in refused("check", "rows.csv").out
 
 
+def test_every_bad_line_is_told_and_what_is_left_without_them(
+    place: Path, command: Command, refused: Callable[..., Outcome]
+) -> None:
+    (place / "rows.jsonl").write_bytes(GOOD + b"\n" + b'{"prompt": "x"}\n' * 30)
+    outcome = refused("check", "rows.jsonl")
+    assert sum("completion missing" in line for line in outcome.out.splitlines()) == 30
+    assert "30 faults" in outcome.err
+    write_rows(place / "v.jsonl", [{"prompt": "p", "completion": "c"}])
+    settings = "model: {name: tiny}\ndata: {train: rows.jsonl, validation: v.jsonl, faulty_rows: skip}\n"
+    (place / "c.yaml").write_text(settings)
+    for arguments in (("rows.jsonl", "--skip-faulty"), ("--config", "c.yaml")):
+        outcome = command("check", *arguments)
+        assert outcome.code == 0, outcome.said
+        assert "30 faulty rows left out" in outcome.out
+        assert "30: completion missing beside prompt: rows.jsonl:2, rows.jsonl:3" in outcome.out
+        assert "1 row left" in outcome.out
+    assert "1 row also in train: v.jsonl:1" in outcome.out
+    (place / "rows.jsonl").write_bytes(b"{}")
+    refused("check", "rows.jsonl", "--skip-faulty")
+
+
 # --- what a run does with rows that are good in themselves
 
 

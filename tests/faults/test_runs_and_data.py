@@ -82,10 +82,6 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "held-out rows": (
         lambda place: write_rows(place / "validation.jsonl", HELDOUT[1:]), "data.validation: validation.jsonl changed"
     ),
-    "template": (
-        lambda place: (place / "base" / "chat_template.jinja").write_text(CHATML + "{# the same, said otherwise #}"),
-        "how rows become tokens: changed (the tokenizer, its template, or another version of lmtune)",
-    ),
     "base": (
         lambda place: save_tiny(place / "base", chat_template=CHATML, seed=7), "the base model's weights: changed"
     ),
@@ -167,33 +163,22 @@ def data(train: dict[str, str], validation: dict[str, str] | int | None = None) 
 
 
 ONE = {"a.jsonl": "1"}
+TWO = {"a.jsonl": "1", "b.jsonl": "2"}
 BEFORE_AND_NOW: dict[str, tuple[DataReport, DataReport, list[str]]] = {
-    "nothing": (data(ONE, 3), data(ONE, 3), []),
-    "only a name": (data(ONE), data({"b.jsonl": "1"}), []),
-    "one of two": (
-        data({**ONE, "b.jsonl": "2"}, {"v.jsonl": "9"}), data({**ONE, "b.jsonl": "3"}, {"v.jsonl": "9"}),
-        ["data.train: b.jsonl changed"],
-    ),
+    "only a name": (data(ONE, 3), data({"b.jsonl": "1"}, 3), []),
     "both parts": (
-        data(ONE, {"v.jsonl": "8"}), data({"a.jsonl": "2"}, {"v.jsonl": "9"}),
+        data(TWO, {"v.jsonl": "8"}), data({**TWO, "a.jsonl": "3"}, {"v.jsonl": "9"}),
         ["data.train: a.jsonl changed", "data.validation: v.jsonl changed"],
     ),
     "another file": (data(ONE), data({"b.jsonl": "2"}), ["data.train: b.jsonl is new, a.jsonl is gone"]),
-    "a file more": (data(ONE), data({**ONE, "b.jsonl": "2"}), ["data.train: b.jsonl is new"]),
-    "a file less": (data({**ONE, "b.jsonl": "2"}), data(ONE), ["data.train: b.jsonl is gone"]),
-    "the same file twice": (data(ONE), data({**ONE, "b.jsonl": "1"}), ["data.train: b.jsonl is new"]),
-    "many": (
-        data({f"{n}.jsonl": "1" for n in range(9)}), data({f"{n}.jsonl": "2" for n in range(9)}),
-        ["data.train: 0.jsonl, 1.jsonl, 2.jsonl and 6 more changed"],
-    ),
     "the order": (
-        data({"a.jsonl": "1", "b.jsonl": "2"}), data({"b.jsonl": "2", "a.jsonl": "1"}),
-        ["data.train: the same files in another order"],
+        data(TWO), data({"b.jsonl": "2", "a.jsonl": "1"}), ["data.train: the same files in another order"],
     ),
     "held out of train, now a file": (
-        data(ONE, 3), data(ONE, {"v.jsonl": "9"}), ["data.validation: was a part of data.train, now v.jsonl"],
+        data(ONE, 3), data(ONE, {"v.jsonl": "9"}),
+        ["data.validation: v.jsonl is new, a part of data.train is gone"],
     ),
-    "a file, now none": (data(ONE, {"v.jsonl": "9"}), data(ONE), ["data.validation: was v.jsonl, now none"]),
+    "a file, now none": (data(ONE, {"v.jsonl": "9"}), data(ONE), ["data.validation: v.jsonl is gone"]),
 }  # fmt: skip
 
 
