@@ -15,7 +15,7 @@ test: .venv/installed-test
 test-fast: .venv/installed-test
 	$(BIN)/python -m pytest tests -m "not slow and not long and not real" $(WORKERS)
 
-# Minutes each: fuzzing at length, a gigabyte of data, the app under load.
+# Minutes each: fuzzing at length, a gigabyte of data.
 test-long: .venv/installed-test
 	$(BIN)/python -m pytest tests -m long --timeout 1800
 

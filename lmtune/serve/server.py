@@ -1,17 +1,15 @@
 """The app's server: which address it binds, who may use it, which requests it answers, and how it ends.
 
-    launch(load_for_inference("runs/support"), Address(port=7860))
+    launch([load_for_inference("runs/support")], Address(port=7860))
 
-One FastAPI application, run by uvicorn, with Gradio's page mounted on it rather than launched by `Blocks.launch`: so
-our middleware stands before every route of Gradio's, and stopping is ours to order. Gradio has routes that a chat never
-uses (uploads, files, a proxy, monitoring), and any website that the user visits can send requests to 127.0.0.1. So a
-request passes only if it names a host of ours (else a foreign name that resolves to 127.0.0.1 could read the page),
-comes from our own page if it says where it comes from, asks for a route on the list, and is small.
+Gradio's page is mounted on a FastAPI application, so our middleware stands before every route of Gradio's. Gradio has
+routes that a chat never uses (uploads, files, a proxy, monitoring), and any website that the user visits can send
+requests to 127.0.0.1. So a request passes only if it names a host of ours (else a foreign name that resolves to
+127.0.0.1 could read the page), comes from our own page, asks for a route on the list, and is small.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import json
 import os
@@ -21,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +40,7 @@ DEFAULT_PORT = 7860
 MAX_BODY_BYTES = 1_000_000
 _PORTS_TRIED = 100
 _DRAIN_SECONDS = 30.0
-_DELIVERY_SECONDS = 2.0
+_DELIVERY_SECONDS = 1.0  # until the browser has what was handed to Gradio
 
 _ROUTES = {
     "GET": re.compile(
@@ -124,21 +122,27 @@ def launch(models: Sequence[LoadedModel], address: Address, examples: Sequence[S
     Raises:
         LmtuneError: no port is free, or the server cannot start.
     """
+    from gradio.networking import setup_tunnel
+
     from lmtune.serve.studio.conversation import Activity
 
     activity = Activity()
     with progress("building the page"):
         application = build_application(models, address, activity, examples)
-    with _listen(address) as listening, _signals() as received:
+    with _listen(address) as listening:
         port = listening.getsockname()[1]
         if port != address.port:
             err.print(f"port {address.port} is taken, so the app is on {port}")
         shown = f"[{address.host}]" if ":" in address.host else address.host
         out.print(f"lmtune app: http://{shown}:{port}")
         if address.share:
-            out.print(f"public link: {escape(_tunnel(port))}")
+            try:
+                link = setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+            except Exception as error:
+                raise LmtuneError(f"--share: no public link: {error}") from error
+            out.print(f"public link: {escape(link)}")
         err.print("[dim]Ctrl-C stops it[/]")
-        _serve(application, listening, activity, received)
+        _serve(application, listening, activity)
 
 
 def build_application(
@@ -167,12 +171,8 @@ def build_application(
 class RequestFilter:
     """ASGI middleware: only small requests of our own page to routes that a chat needs, without files.
 
-    What goes back carries a policy that keeps the browser from fetching anything from elsewhere, such as a picture that
-    a model's answer links to.
-
-    Args:
-        app: the application behind it.
-        framed: other sites may show the page in a frame, as a Hub Space needs.
+    Answers carry a policy that keeps the browser from fetching anything from elsewhere, such as a picture that a
+    model's answer links to. `framed`: other sites may show the page in a frame, as a Hub Space needs.
     """
 
     def __init__(self, app: ASGIApp, framed: bool = False) -> None:
@@ -180,7 +180,7 @@ class RequestFilter:
         self._policy = _POLICY if framed else f"{_POLICY}; frame-ancestors 'none'"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer why not."""
+        """Let a request through, or say why not."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -201,9 +201,12 @@ class RequestFilter:
         elif route is None or not route.fullmatch(scope["path"]):
             refusal = 404, "there is nothing here"
         elif scope["method"] == "POST":
-            body = await _read_body(receive)
-            is_json = not scope["path"].startswith("/login")
-            refusal = _body_refusal(body, is_json)
+            body, more = b"", True
+            while more and len(body) <= MAX_BODY_BYTES:
+                message = await receive()
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+            refusal = _body_refusal(body, is_json=not scope["path"].startswith("/login"))
             receive = _replay(body, receive)
         if refusal is None:
             await self._app(scope, receive, send_with_headers)
@@ -211,23 +214,22 @@ class RequestFilter:
             await PlainTextResponse(f"{refusal[1]}\n", refusal[0])(scope, receive, send_with_headers)
 
 
-async def _read_body(receive: Receive) -> bytes:
-    """The whole body, or as much as shows that it is too large."""
-    body, more = b"", True
-    while more and len(body) <= MAX_BODY_BYTES:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
-
-
 def _body_refusal(body: bytes, is_json: bool) -> tuple[int, str] | None:
-    """Status and reason for a body that is not small JSON without files."""
+    """Status and reason for a body that is not small JSON without files.
+
+    Gradio copies the file that `path` names, whatever that is, and fetches what `url` names, before it calls a function
+    of ours.
+    """
+
+    def refuse_files(found: dict[str, Any]) -> None:
+        if not _FILE_KEYS.isdisjoint(found):
+            raise LmtuneError(f"body: an object with one of {', '.join(sorted(_FILE_KEYS))}; files are not accepted")
+
     if len(body) > MAX_BODY_BYTES:
         return 413, f"a request may hold at most {MAX_BODY_BYTES} bytes"
     try:
         if is_json:
-            json.loads(body, object_hook=_refuse_files)
+            json.loads(body, object_hook=refuse_files)
     except LmtuneError as error:
         return 422, str(error)
     except (ValueError, RecursionError):
@@ -235,17 +237,8 @@ def _body_refusal(body: bytes, is_json: bool) -> tuple[int, str] | None:
     return None
 
 
-def _refuse_files(found: dict[str, Any]) -> None:
-    """Raise LmtuneError for an object that Gradio takes for a file.
-
-    It copies what `path` names, whatever that is, and fetches what `url` names, before a function of ours is called.
-    """
-    if not _FILE_KEYS.isdisjoint(found):
-        raise LmtuneError(f"body: an object with one of {', '.join(sorted(_FILE_KEYS))}; files are not accepted")
-
-
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """What the application receives: the body that was read, then whatever comes, which is that the client leaves."""
+    """Gives `body`, which was read already, then whatever comes: that the client leaves."""
     rest: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -254,14 +247,17 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-def _serve(application: ASGIApp, listening: socket.socket, activity: Activity, received: list[int]) -> None:
-    """Run `application` until a signal is received; answers under way are finished, or at a second signal stopped.
+def _serve(application: ASGIApp, listening: socket.socket, activity: Activity) -> None:
+    """Run `application` until a signal; answers under way are finished, or at a second signal stopped.
 
     Raises:
         LmtuneError: the server cannot start.
     """
     import uvicorn
 
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
     config = uvicorn.Config(
         application, log_level="error", access_log=False, ws="none", proxy_headers=in_space(), server_header=False,
         timeout_keep_alive=60,  # a busy server comes late to a connection used again
@@ -277,47 +273,28 @@ def _serve(application: ASGIApp, listening: socket.socket, activity: Activity, r
     activity.closing = True
     if activity.num_answering:
         err.print(f"finishing {activity.num_answering} answer(s); Ctrl-C again stops at once")
-    _wait(lambda: activity.num_answering == 0 or len(received) > 1, _DRAIN_SECONDS)
-    activity.stop_all()
-    if activity.num_pages_drawing:
-        _wait(lambda: activity.num_pages_drawing == 0, _DELIVERY_SECONDS)
-        time.sleep(_DELIVERY_SECONDS / 4)  # what was handed to Gradio is on its way to the browser
+        _wait(lambda: activity.num_answering == 0 or len(received) > 1, _DRAIN_SECONDS)
+        activity.stop_all()
+        _wait(lambda: activity.num_answering == 0, _DELIVERY_SECONDS)
+        time.sleep(_DELIVERY_SECONDS)
     server.should_exit = True
     thread.join(1)
 
 
 def _wait(until: Callable[[], bool], seconds: float) -> None:
-    """Return when `until` holds, or after `seconds`."""
     end = time.monotonic() + seconds
     while not until() and time.monotonic() < end:
         time.sleep(0.05)
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The list fills with the signals that ask us to end."""
-    received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _listen(address: Address) -> Iterator[socket.socket]:
+def _listen(address: Address) -> socket.socket:
     """A socket that listens at the first free port from `address.port` on.
 
     Raises:
         ConfigError: the host is not ours, or all ports are taken.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    last = min(address.port + _PORTS_TRIED, 65536)
-    for port in range(address.port, last):
+    for port in range(address.port, min(address.port + _PORTS_TRIED, 65536)):
         # By the protocol's number asyncio knows to send small packets at once; else each answer may wait for 40 ms.
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -326,24 +303,7 @@ def _listen(address: Address) -> Iterator[socket.socket]:
             listening.listen(256)
         except OSError as error:
             listening.close()
-            if error.errno not in (13, 98, 48):  # permission denied, and address in use on Linux and macOS
-                raise ConfigError(f"--host: cannot listen at {address.host}: {error.strerror or error}") from None
-            continue
-        with contextlib.closing(listening):
-            yield listening
-        return
-    raise ConfigError(f"--port: none from {address.port} to {last - 1} is free at {address.host}; give another --port")
-
-
-def _tunnel(port: int) -> str:
-    """A public link to the port, through Gradio's service.
-
-    Raises:
-        LmtuneError: the service cannot be reached.
-    """
-    from gradio.networking import setup_tunnel
-
-    try:
-        return str(setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None))
-    except Exception as error:
-        raise LmtuneError(f"--share: no public link: {error}") from error
+            reason = error.strerror or str(error)
+        else:
+            return listening
+    raise ConfigError(f"--host, --port: cannot listen at {address.host}:{address.port} or the ports after it: {reason}")

@@ -1,15 +1,11 @@
 """Chat in a terminal, or through a pipe: a question a line, answers streamed.
 
     lmtune chat runs/support
-    lmtune chat runs/support < questions.txt > answers.txt
     lmtune chat runs/support --json < questions.txt > answers.jsonl
 
-In a pipe each line is asked alone, as if it were the first; with `conversation` the lines are one conversation, whose
-oldest turns are left out where it outgrows the model. A line that cannot be answered does not keep the others from it.
-
 In a terminal Ctrl-C ends the answer under way; with none under way it leaves, as Ctrl-D and /exit do. Answers go to
-stdout and everything else to stderr, so a pipe gets answers only. A model may generate any character; control
-characters, with which a text can take over a terminal, are not passed on to one.
+stdout and everything else to stderr. Control characters, with which a text can take over a terminal, are not passed on
+to one.
 """
 
 from __future__ import annotations
@@ -40,8 +36,6 @@ _HELP = """\
 /help    this list
 /exit    leave; so does Ctrl-D
 Ctrl-C   stop the answer; again: leave"""
-
-
 _LEAVE = ("/exit", "/quit")
 
 
@@ -81,38 +75,34 @@ class TerminalChat:
 
         Args:
             lines: questions in UTF-8; commands work here too.
-            conversation: the lines are one conversation, and not each a question of its own.
-            as_json: write one JSON object a line: line, question, reasoning if any, answer, tokens, finish_reason
-                (stop; length: cut at the limit; context: the model reads no further); or line, question, error.
+            conversation: the lines are one conversation, whose oldest turns are left out where it outgrows the model;
+                else each is asked alone.
+            as_json: write one JSON object a line: line, question, reasoning if any, answer, tokens, finish_reason;
+                or line, question, error.
 
         Raises:
             DataError: lines were not UTF-8.
             LmtuneError: questions could not be answered.
         """
-        problems: list[LmtuneError] = []
+        problems: list[str] = []
+        kind: type[LmtuneError] = DataError
         for number, raw in enumerate(lines, 1):
+            line = raw.decode("utf-8-sig", "replace").strip()
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                line = raw.decode("utf-8", "replace").strip()
-                problems.append(DataError(f"not UTF-8 ({error.reason}); convert the questions to UTF-8"))
-            else:
-                try:
-                    if self._command(line, alone=not conversation):
-                        continue
-                    if line in _LEAVE:
-                        break
-                    self._answer_line(number, line, conversation, as_json)
+                raw.decode()
+                if self._command(line, alone=not conversation):
                     continue
-                except LmtuneError as error:
-                    problems.append(error)
-            problems[-1].args = (f"stdin:{number}: {problems[-1]}",)
-            sys.stdout.write(_json_line(line=number, question=line, error=str(problems[-1])) if as_json else "\n")
-            sys.stdout.flush()
+                if line in _LEAVE:
+                    break
+                self._answer_line(number, line, conversation, as_json)
+            except (LmtuneError, UnicodeDecodeError) as error:
+                is_text = isinstance(error, LmtuneError)
+                kind = LmtuneError if is_text else kind
+                problems.append(f"stdin:{number}: {error if is_text else 'not UTF-8; convert the questions to UTF-8'}")
+                _write_json(line=number, question=line, error=problems[-1]) if as_json else _write("\n")
         if problems:
-            kind = DataError if all(isinstance(problem, DataError) for problem in problems) else LmtuneError
-            texts = [str(problem) for problem in problems]
-            raise kind(texts[0] if len(texts) == 1 else f"{len(texts)} lines have no answer\n{format_list(texts)}")
+            more = f"{len(problems)} lines have no answer\n{format_list(problems)}"
+            raise kind(problems[0] if len(problems) == 1 else more)
 
     def handle(self, line: str) -> bool:
         """Do what one line asks for; false if it asks to leave."""
@@ -125,8 +115,8 @@ class TerminalChat:
         return True
 
     def _command(self, line: str, alone: bool = False) -> bool:
-        """Do what the command `line` asks for; whether it is one, or empty. Where lines are asked `alone`, most words
-        after a slash belong to a question, and only a lone one is taken for a misspelt command."""
+        """Do what the command `line` asks for; whether it is one, or empty. Where lines are asked `alone`, only a lone
+        word after a slash is taken for a misspelt command."""
         name, _, rest = line.partition(" ")
         if line in self._commands:
             self._commands[line]()
@@ -139,7 +129,6 @@ class TerminalChat:
         return True
 
     def _answer_line(self, number: int, line: str, conversation: bool, as_json: bool) -> None:
-        """Ask one line of a pipe, and write its answer."""
         self._tries = 0
         if conversation:
             self._make_room(line)
@@ -149,15 +138,12 @@ class TerminalChat:
         if not as_json:
             self._say(pieces)
             return
-        reply, info = "".join(pieces), self.session.turns[-1][1]
-        reasoning, answer = split_reply(reply)
-        extra = {} if reasoning is None else {"reasoning": reasoning}
-        ended = None if info is None else info.finish_reason
-        tokens = self.session.num_answer_tokens
-        sys.stdout.write(
-            _json_line(line=number, question=line, **extra, answer=answer, tokens=tokens, finish_reason=ended)
-        )
-        sys.stdout.flush()
+        reasoning, answer = split_reply("".join(pieces))
+        info = self.session.turns[-1][1]
+        _write_json(
+            line=number, question=line, **({} if reasoning is None else {"reasoning": reasoning}), answer=answer,
+            tokens=self.session.num_answer_tokens, finish_reason=info and info.finish_reason,
+        )  # fmt: skip
 
     def _make_room(self, question: str) -> None:
         """Leave out the oldest turns of the conversation until an answer of full length fits behind `question`."""
@@ -218,12 +204,10 @@ class TerminalChat:
                     err.print(f"[dim]{escape(_printable(more))}[/]", end="")
                 if thought and not before and answer:
                     err.print("\n")
-                sys.stdout.write(show(answer[len(before) :]))
-                sys.stdout.flush()
+                _write(show(answer[len(before) :]))
         if is_still_reasoning(reply):
             err.print("[dim](ended while it was reasoning, before an answer)[/]")
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        _write("\n")
         if interrupted:
             err.print("[dim](stopped)[/]")
 
@@ -257,8 +241,13 @@ def _ask() -> str:
     return input()
 
 
-def _json_line(**values: Any) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _write_json(**values: Any) -> None:
+    _write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def _printable(text: str) -> str:

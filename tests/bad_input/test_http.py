@@ -30,18 +30,19 @@ def app() -> Iterator[RunningApp]:
 def goes_on(app: RunningApp) -> Iterator[None]:
     """Afterwards the app answers."""
     yield
-    assert "You asked: Hello" in str(Client(app, f"after {time.monotonic()}").run("send", ["Hello", *GOOD])["output"])
+    assert "You asked: Hello" in str(
+        Client(app.url, f"after {time.monotonic()}").run("send", ["Hello", *GOOD])["output"]
+    )
     wait_until_idle(app)
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"data": ["Hello", 0, "tun', b"prompt=Hello", b"", b'{"data": ["\xff"]}', b"[]", b'"a"', b"null",
-        b'{"data": 3, "fn_index": 0, "session_hash": "a"}', b"[" * 100_000 + b"]" * 100_000,
-        b'{"data": [1], "fn_index": ' + b"9" * 5000 + b', "session_hash": "a"}',
+        b'{"data": ["Hello", 0, "tun', b"", b'{"data": ["\xff"]}', b"[]", b"[" * 100_000 + b"]" * 100_000,
+        b'{"data": 3, "fn_index": 0, "session_hash": "a"}',
     ],
-    ids=range(10),
+    ids=range(6),
 )  # fmt: skip
 def test_a_malformed_body_is_refused(app: RunningApp, body: bytes) -> None:
     for path in (JOIN, "/gradio_api/call/send", "/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset"):
@@ -53,27 +54,25 @@ def test_a_malformed_body_is_refused(app: RunningApp, body: bytes) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "message"),  # place in GOOD
     [
-        (3, -1, "temperature: -1; expected a number, 0 or more"), (3, "hot", "temperature: 'hot'"),
-        (3, None, "temperature: None"), (4, 0, "top_p: 0; expected a number above 0 and at most 1"),
-        (5, -5, "max_new_tokens: -5; expected an integer, 1 or more"), (5, 2.5, "max_new_tokens: 2.5"),
-        (6, "-1", "seed: '-1'; expected an integer from 0 to 4294967295"), (6, "9" * 30, "seed: '999"),
-        (6, "twelve", "seed: 'twelve'"), (6, "\u00b2", "seed: "),
+        (3, -1, "temperature: -1; expected a number, 0 or more"), (3, None, "temperature: None"),
+        (4, 0, "top_p: 0; expected a number above 0 and at most 1"), (5, 2.5, "max_new_tokens: 2.5"),
+        (6, "-1", "seed: '-1'; expected an integer from 0 to 4294967295"), (6, "\u00b2", "seed: "),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_bounds_is_named(app: RunningApp, place: int, value: Any, message: str) -> None:
     settings = [*GOOD]
     settings[place] = value
-    found = html.unescape(str(Client(app, f"{place} {value}").run("send", ["Hello", *settings])["output"]))
+    found = html.unescape(str(Client(app.url, f"{place} {value}").run("send", ["Hello", *settings])["output"]))
     assert message in found
     assert "Traceback" not in found
     assert "You asked" not in found
 
 
-@pytest.mark.parametrize("question", [None, "", " \n "])
-def test_an_empty_question_is_refused(app: RunningApp, question: str | None) -> None:
-    found = str(Client(app, f"text {question}").run("send", [question, *GOOD])["output"])
-    assert "question is empty" in html.unescape(found)
+def test_an_empty_question_is_refused(app: RunningApp) -> None:
+    for question in (None, " \n "):
+        found = str(Client(app.url, f"text {question}").run("send", [question, *GOOD])["output"])
+        assert "question is empty" in html.unescape(found)
 
 
 def test_half_a_character_is_replaced(app: RunningApp) -> None:
-    assert "You asked: Hi?" in str(Client(app, "half").run("send", ["Hi\ud83d", *GOOD])["output"])
+    assert "You asked: Hi?" in str(Client(app.url, "half").run("send", ["Hi\ud83d", *GOOD])["output"])

@@ -15,15 +15,16 @@ GOOD = [0, "tuned", "", 0, 1, 20, ""]  # model, mode, system, temperature, top p
 
 
 class Client:
-    """One session of Gradio's protocol, by hand."""
+    """One session of Gradio's protocol."""
 
-    def __init__(self, app: RunningApp, session: str) -> None:
-        self.http = httpx.Client(base_url=app.url, timeout=30)
+    def __init__(self, url: str, session: str) -> None:
+        self.http = httpx.Client(base_url=url, timeout=30)
         self.session = session
-        self.functions = {d["api_name"]: d["id"] for d in self.http.get("/config").json()["dependencies"]}
+        self.dependencies = self.http.get("/config").json()["dependencies"]
 
     def join(self, name: str, data: list[Any]) -> httpx.Response:
-        body = {"data": data, "fn_index": self.functions[name], "session_hash": self.session}
+        function = next(d["id"] for d in self.dependencies if d["api_name"] == name)
+        body = {"data": data, "fn_index": function, "session_hash": self.session}
         headers = {"Content-Type": "application/json"}  # httpx's own JSON has no NaN
         return self.http.post(JOIN, content=json.dumps(body), headers=headers)
 
@@ -45,6 +46,6 @@ class Client:
 
 def wait_until_idle(app: RunningApp, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
-    while app.activity.num_answering or app.activity.num_pages_drawing:
+    while app.activity.num_answering:
         assert time.monotonic() < end, "an answer goes on that nobody waits for"
         time.sleep(0.02)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from lmtune.recipes.app import example_questions, newest_run
-from tests import processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,9 +19,8 @@ def make_run(folder: Path, name: str, train: str = "support.jsonl", model: str =
     (run / "adapter").mkdir(parents=True)
     (run / "config.yaml").write_text(f"model: {{name: {model}}}\ndata: {{train: {train}}}\n")
     if adapter_time:
-        config = run / "adapter" / "adapter_config.json"
-        config.write_text("{}")
-        os.utime(config, (adapter_time, adapter_time))
+        (run / "adapter" / "adapter_config.json").write_text("{}")
+        os.utime(run / "adapter" / "adapter_config.json", (adapter_time, adapter_time))
     return run
 
 
@@ -52,21 +50,15 @@ def test_questions_are_offered_where_they_can_be_answered(tmp_path: Path) -> Non
     ("command", "said"),
     [
         (["app.py", "tiny", "--host", "0.0.0.0"], "add --auth user:password"),
-        (["-m", "lmtune", "app", "--share"], "add --auth user:password"),
-        (["-m", "lmtune", "app", "--port", "99999"], "--port: 99999"),
-        (["-m", "lmtune", "app", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
-        (["-m", "lmtune", "chat", "tiny", "--temperature", "nan"], "temperature: nan"),
-        (["recipes/chat.py", "./nowhere"], "./nowhere"),
+        (["recipes/app.py", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
+        (["recipes/chat.py", "tiny", "--temperature", "nan"], "temperature: nan"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message_with_exit_code_2(command: list[str], said: str) -> None:
-    if command[:2] == ["-m", "lmtune"]:
-        done = processes.completed(ROOT, *command[2:], variables={"COLUMNS": "60"})
-    else:
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL,
-            env={**os.environ, "COLUMNS": "60"}, timeout=120, check=False,
-        )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "200"}, timeout=120, check=False,
+    )  # fmt: skip
     assert done.returncode == 2
-    assert said in done.stderr.replace("\n", " ")
+    assert said in done.stderr
     assert "Traceback" not in done.stderr

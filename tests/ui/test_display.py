@@ -15,7 +15,6 @@ from lmtune.data.types import Message
 from lmtune.inference.chat import AnswerInfo
 from lmtune.serve.studio.conversation import Turn
 from lmtune.serve.studio.display import (
-    MATHS,
     Entry,
     escape_markdown,
     original_text,
@@ -28,53 +27,21 @@ JOINER, SEPARATOR = "\u2060", "\u2063"
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "wanted"),  # ^ a joiner, * a separator
     [
-        ("a < b & c > d", "a < b & c > d"), ("<b>bold</b>", "<*b>bold<*/b>"), ("<!-- no -->", "<*!-- no -->"),
-        ("&lt;b&gt; &#60;", "&*lt;b&*gt; &*#60;"), ("![x](http://a/b.png)", "!*[x](http://a/b.png)"),
-        ("[!\\[x](y)", "[!*\\[x](y)"), ("[x]: /y 'z'", "[x]*: /y 'z'"),
-        ("`<b>` and <b>", "`<*b>` and <*b>"), ("``a ` <b>`` <i>", "``a ` <*b>`` <*i>"), ("", ""),
-        ("one ` tick <b>", "one ` tick <*b>"), ("text ```<b>``` text", "text `*`*`<*b>`*`*` text"),
-        ("    ```\n    <b>", "    `*`*`\n    <*b>"), ("> ~~~\n> <b>", "> ~*~*~\n> <*b>"), ("~~a~~", "~~a~~"),
-        ("``` `\n<b>", "`*`*` `\n<*b>"), ("```a b\n<b>", "`*`*`a b\n<*b>"), ("<\u2060b>\u2063", "<*b>"),
-        ("<b\r&lt;\r\n![", "<*b\n&*lt;\n!*["),
-    ],
-)  # fmt: skip
-def test_nothing_outside_code_is_live(text: str, wanted: str) -> None:
-    assert sanitize_markdown(text) == wanted.replace("*", JOINER)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("```html\n<b>&amp;</b>\n```\n<b>", "```html\n<b>&amp;</b>\n```\n\n<*b>"),
+        ("a < b & c > d, ~~e~~", "a < b & c > d, ~~e~~"), ("<b>bold</b> &lt;", "<^b>bold<^/b> &^lt;"),
+        ("![x](y) `<b>`\r\n[x]: /y", "!^[x](y) `<^b>`\n[x]^: /y"), ("<\u2060b>\u2063", "<^b>"),
+        ("```html\n<b>&amp;</b>\n```\n<b>", "```html\n<b>&amp;</b>\n```\n\n<^b>"),
         ("a\n\n``` C++ \nvector<int>\n````~\t", "a\n\n```c++\nvector<int>\n```"),
-        ("```\n<b> never closed", "```\n<b> never closed"), ("```", "```"), ("```\n", "```\n"),
-        ("~~~\n<b>\n~~~\n<b>", "```\n<b>\n```\n\n<*b>"), ("~~~\n```\n~~~", "````\n```\n````"),
-        ("~~~\n`````x\n~~~", "``````\n`````x\n``````"), ("````\n```\n````", "````\n```\n````"),
-        ("```\na\n```\n```\nb\n```", "```\na\n```\n\n```\nb\n```"),
+        ("```\n<b> never closed", "```\n<b> never closed"), ("~~~\n```\n~~~", "````\n```\n````"),
         ("- a\n  ```\n  <b>\n\t<i>\n    c\n  ```\n- d", "- a\n\n```\n<b>\n\t<i>\n  c\n```\n\n- d"),
-        ("```\n    ```\n<b>\n   ```", "````\n    ```\n<b>\n````"), ("```\r\n<b>\r```\r", "```\n<b>\n```\n"),
-        ("```\n<b>\f\n```\u2028\n```", "````\n<b>\f\n```\u2028\n````"),
-        ("```mermaid\n<b>\n```", "```\n<b>\n```"), ("```Mermaid", "```"), ("```constructor", "```"),
-        ("```cpp\n", "```c\n"),
+        ("```mermaid\n<b>\n```", "```\n<b>\n```"), ("```cpp\n", "```c\n"),
+        ("$$a$$ and \\(b\\) and \\[c\\]", "*$$a$$* and *\\(b\\)* and *\\[c\\]*"), ("\\) \\( \\] $$", "\\) \\( \\] $$"),
+        ("$$\n```\n$$\n```\n$$", "$$\n\n```\n$$\n```\n\n$$"), ("$$ \\( $$ \\)", "*$$ \\( $$* \\)"),
     ],
 )  # fmt: skip
-def test_blocks_of_code_keep_every_letter_between_fences_of_one_form(text: str, wanted: str) -> None:
-    assert sanitize_markdown(text) == wanted.replace("*", JOINER)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("$$a$$ and \\(b\\) and \\[c\\]", "*$$a$$* and *\\(b\\)* and *\\[c\\]*"), ("$$$$", "$$$$"),
-        ("$$\n```\n$$\n```\n$$", "$$\n\n```\n$$\n```\n\n$$"), ("\\) \\( \\] $$", "\\) \\( \\] $$"),
-        ("$$ \\( $$ \\)", "*$$ \\( $$* \\)"), ("\\( \\( $$$a$$", "\\( \\( *$$$a$$*"),
-    ],
-)  # fmt: skip
-def test_maths_ends_before_the_next_block_of_code(text: str, wanted: str) -> None:
-    assert sanitize_markdown(text) == wanted.replace("*", SEPARATOR)
-    assert {delimiter["left"][0] + delimiter["right"][-1] for delimiter in MATHS} == {SEPARATOR * 2}
+def test_only_code_and_maths_keep_every_letter(text: str, wanted: str) -> None:
+    assert sanitize_markdown(text) == wanted.replace("^", JOINER).replace("*", SEPARATOR)
 
 
 HTML = '<b><img src="/theme.css?leak=1">'
@@ -150,8 +117,8 @@ def test_an_answer_under_way_is_only_appended_to() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["`" * 100_000, "`" * 100_000 + "a", "```\n" * 25_000, "```" + " " * 100_000 + "!", "\\[" * 50_000, "$" * 100_000,
-     "!" + "\\" * 100_000, "```\n" + "`" * 100_000 + "a", "`" * 50_000 + "\na" * 25_000, " " * 100_000 + "`"],
+    ["`" * 100_000, "```\n" * 25_000, "```" + " " * 100_000 + "!", "\\[" * 50_000, "$" * 100_000,
+     "!" + "\\" * 100_000, "`" * 50_000 + "\na" * 25_000],
     ids=lambda text: text[:6],
 )  # fmt: skip
 def test_time_is_linear(text: str) -> None:
@@ -160,13 +127,13 @@ def test_time_is_linear(text: str) -> None:
     assert time.process_time() - begin < 1
 
 
-INFO = AnswerInfo("shop", False, "stop")
-
-
-def turns_of(*texts: str) -> list[Turn]:
+def turns_of(*texts: str, info: AnswerInfo | None = None) -> list[Turn]:
     """Questions and answers by turns."""
-    turn = [lambda text: (Message("user", text), None), lambda text: (Message("assistant", text), INFO)]
-    return [turn[number % 2](text) for number, text in enumerate(texts)]
+    by = info or AnswerInfo("shop", False, "stop")
+    return [
+        (Message("assistant", text), by) if number % 2 else (Message("user", text), None)
+        for number, text in enumerate(texts)
+    ]
 
 
 def shown(entries: Sequence[Entry]) -> list[tuple[str, str]]:
@@ -186,20 +153,17 @@ def test_reasoning_is_an_entry_of_its_own() -> None:
     assert pending[1].value["metadata"]["status"] == "pending"
 
 
-def test_an_empty_answer_is_shown_as_such_once_it_is_over() -> None:
+def test_how_an_answer_ended_is_shown_once_it_is_over() -> None:
     assert shown(render_turns(turns_of("a", ""), answering=True)) == [("user", "a")]
     assert shown(render_turns(turns_of("a", ""))) == [("user", "a"), ("assistant", "*(no answer)*")]
-
-
-@pytest.mark.parametrize(
-    ("info", "label"),
-    [
+    for info, label in (
         (AnswerInfo("shop", True, "length"), "shop · base · cut at the limit"),
         (AnswerInfo("plain", None, "stopped"), "plain · stopped"), (AnswerInfo("shop", False, None), "shop · tuned"),
-    ],
-)  # fmt: skip
-def test_an_answer_is_labelled_with_its_speaker_and_its_end(info: AnswerInfo, label: str) -> None:
-    assert [entry.label for entry in render_turns([(Message("assistant", "a"), info)])] == [label]
+    ):  # fmt: skip
+        assert render_turns(turns_of("a", "b", info=info))[1].label == label
+    assert "options" not in render_turns(turns_of("a", "b"), answering=True, can_continue=True)[-1].value
+    options = render_turns(turns_of("a", "b"), can_continue=True)[-1].value["options"]
+    assert options == [{"label": "Continue", "value": "continue"}]
 
 
 @pytest.mark.parametrize("text", ["`List<String>` && b", "~~~ C++\na<b>\n~~~\nc\r\nd", "$$a<b$$", "<b>&lt;\n\n![x](y)"])
@@ -208,15 +172,6 @@ def test_a_copy_button_gives_the_message(text: str) -> None:
         assert (entry.copied or re.sub(f"[{JOINER}{SEPARATOR}]", "", entry.value["content"][0]["text"])) == text
 
 
-def test_a_cut_answer_offers_to_go_on_once_it_is_over() -> None:
-    turns = turns_of("a", "b")
-    assert "options" not in render_turns(turns)[-1].value
-    assert "options" not in render_turns(turns, answering=True, can_continue=True)[-1].value
-    options = render_turns(turns, can_continue=True)[-1].value["options"]
-    assert options == [{"label": "Continue", "value": "continue"}]
-
-
 def test_a_status_line_is_plain_text() -> None:
-    assert status_line("") == ""
     assert escape_markdown("<b> *x*") == (text := "&#60;b&#62; &#42;x&#42;")
     assert status_line("<b> *x*", is_error=True) == f'<div class="error" role="alert">{text}</div>'

@@ -1,12 +1,9 @@
 """The conversations of the browser tabs, without a line of Gradio: who answers, how answers are followed, what stays.
 
 A model answers in a thread of its own for each answer, and takes turns with other answers token by token. A tab's
-handler looks a few times a second at the answer, so the page is redrawn at that rate, not at the model's, and with many
-tabs at work more rarely. A conversation is kept on the server under the tab's own key: two tabs never see each other's
-text. The browser keeps a copy (`to_json`), with which a page that is loaded again goes on (`restore_json`).
-
-Every speaker, which is a model with or without its adapter, has a session of its own. Another speaker takes up the
-questions as they stand: with its own answers to them where it gave some, else with those that stand there.
+handler looks a few times a second at the answer, so the page is redrawn at that rate. A conversation is kept under the
+tab's own key: two tabs never see each other's text. The browser keeps a copy (`to_json`), with which a page that is
+loaded again goes on (`restore_json`). Every speaker, a model with or without its adapter, has a session of its own.
 """
 
 from __future__ import annotations
@@ -18,19 +15,19 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from lmtune.data.types import Message
 from lmtune.errors import LmtuneError
 from lmtune.inference.chat import AnswerInfo, ChatSession
-from lmtune.inference.engine import FinishReason, Sampling
+from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
 
 Mode = Literal["tuned", "base", "both"]
 Turn = tuple[Message, AnswerInfo | None]
 Speaker = tuple[int, bool]  # index of the model, and whether it answers without its adapter
-MODES: tuple[Mode, ...] = ("tuned", "base", "both")
+MODES: dict[Mode, tuple[bool, ...]] = {"tuned": (False,), "base": (True,), "both": (False, True)}
 MAX_TABS = 1000  # conversations kept; the least recently used goes first
 _MAX_CACHES = 16  # of them, how many keep their KV caches; the others read their conversation again
 _MAX_JSON = 400_000  # characters; a request may hold a million bytes, and a browser keeps a few million
@@ -41,14 +38,7 @@ _REDRAW_SECONDS_EACH = 0.004  # more for each answer under way, so that drawing 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings panel of a tab.
-
-    Attributes:
-        model: index of the model.
-        mode: with the adapter, without it, or both side by side.
-        system: system prompt; empty stands for that of training.
-        sampling: how an answer is chosen.
-    """
+    """The settings panel of a tab: index of the model, mode, system prompt (empty: that of training), sampling."""
 
     model: int
     mode: Mode
@@ -96,8 +86,8 @@ class Conversation:
 
     def undo(self) -> str:
         """Take back the last question with its answers; returns the question, or nothing."""
-        questions = [session.undo() for session in self.columns]
-        return questions[0] or ""
+        question, *_ = [session.undo() for session in self.columns]
+        return question or ""
 
     def stop(self) -> None:
         """End the answers under way."""
@@ -124,15 +114,9 @@ class Conversation:
         read, whole = zip(*(session.prompt_progress for session in self.columns), strict=True)
         return sum(read), sum(whole)
 
-    def apply(self, settings: Settings) -> None:
-        """Apply a change of model, mode or system prompt."""
-        self.choose(settings.model, settings.mode)
-        for session in self.columns:
-            session.system = settings.system.strip() or None
-
     def choose(self, model: int, mode: Mode) -> None:
         """Let others answer from here on; an answer under way is stopped, earlier turns stay."""
-        chosen = [(model, base) for base in {"tuned": [False], "base": [True], "both": [False, True]}[mode]]
+        chosen = [(model, base) for base in MODES[mode]]
         if chosen == self._shown:
             return
         self.stop()
@@ -146,16 +130,6 @@ class Conversation:
                 session.release()
         self._shown = chosen
 
-    def borrowed_answers(self) -> list[tuple[AnswerInfo, list[AnswerInfo]]]:
-        """Of each column, who answers, and the others whose answers it reads as its own."""
-        borrowed = []
-        for (index, base), session in zip(self._shown, self.columns, strict=True):
-            model = self._models[index]
-            own = AnswerInfo(model.name, base if model.has_adapter else None)
-            others = [replace(info, finish_reason=None) for _, info in session.turns if info is not None]
-            borrowed.append((own, [info for info in dict.fromkeys(others) if info != own and session.remembers]))
-        return borrowed
-
     def to_json(self) -> str:
         """The conversation as the browser keeps it; nothing of one that is empty, or too long to be sent back."""
         rest = [speaker for speaker in self._sessions if speaker not in self._shown]
@@ -167,27 +141,23 @@ class Conversation:
         return text if any(turns for *_, turns in sessions) and len(text) <= _MAX_JSON else ""
 
     def restore_json(self, text: str) -> tuple[int, Mode] | None:
-        """Go on with what `to_json` gave; returns the model and mode of then.
-
-        None, and nothing is changed, if `text` is not in that form or its models are not here.
-        """
+        """Go on with what `to_json` gave; returns the model and mode of then, None if `text` is not in that form."""
         known = {model.name: index for index, model in enumerate(self._models)}
         try:
             version, num_columns, sessions = json.loads(text)
-            found: dict[Speaker, list[Turn]] = {
-                (known[name], bool(base) and self._models[known[name]].has_adapter): _turns_from_json(turns)
+            found = {
+                (known[name], base): self._session((known[name], base), _turns_from_json(turns))
                 for name, base, turns in sessions
-                if name in known
             }
-        except (TypeError, ValueError, LookupError, RecursionError):
+            shown = [*found][:num_columns]
+            mode = next(mode for mode, bases in MODES.items() if bases == tuple(base for _, base in shown))
+        except (TypeError, ValueError, LookupError, StopIteration, RecursionError):
             return None
-        shown = [*found][: num_columns if num_columns in (1, 2) else 0]
-        columns = [(shown[0][0], False), (shown[0][0], True)] if len(shown) == 2 else shown
-        if version != _VERSION or not shown or len(shown) != num_columns or shown != columns:
+        if version != _VERSION:
             return None
-        self._sessions |= {speaker: self._session(speaker, turns) for speaker, turns in found.items()}
+        self._sessions |= found
         self._shown = shown
-        return shown[0][0], "both" if len(shown) == 2 else "base" if shown[0][1] else "tuned"
+        return shown[0][0], mode
 
     def _session(self, speaker: Speaker, turns: Sequence[Turn]) -> ChatSession:
         messages, infos = [message for message, _ in turns], [info for _, info in turns]
@@ -207,7 +177,9 @@ class Conversation:
     async def _follow(
         self, settings: Settings, ask: Callable[[ChatSession, bool], Iterator[str]]
     ) -> AsyncIterator[None]:
-        self.apply(settings)
+        self.choose(settings.model, settings.mode)
+        for session in self.columns:
+            session.system = settings.system.strip() or None
         columns, speakers = list(self.columns), list(self._shown)
         before = [session.turns for session in columns]
         streams = [ask(session, base) for session, (_, base) in zip(columns, speakers, strict=True)]
@@ -249,18 +221,9 @@ def _turn_to_json(message: Message, info: AnswerInfo | None) -> list[Any]:
 
 
 def _turns_from_json(turns: Sequence[Sequence[Any]]) -> list[Turn]:
-    """Questions and answers by turns.
-
-    Raises:
-        TypeError, ValueError: they are something else.
-    """
     found: list[Turn] = []
-    for (question,), (answer, model, use_base, reason) in zip(turns[::2], turns[1::2], strict=True):
-        "".join((question, answer, model)).encode()  # an unpaired surrogate is not text
-        if use_base not in (True, False, None) or reason not in get_args(FinishReason):
-            raise ValueError
-        info = AnswerInfo(model, use_base, reason)
-        found += [(Message("user", question), None), (Message("assistant", answer), info)]
+    for (question,), (answer, *info) in zip(turns[::2], turns[1::2], strict=True):
+        found += [(Message("user", question), None), (Message("assistant", answer), AnswerInfo(*info))]
     return found
 
 
@@ -274,7 +237,6 @@ class Activity:
 
     def __init__(self) -> None:
         self.closing = False
-        self.num_pages_drawing = 0  # with an answer under way, or its end not yet handed over
         self._under_way: list[Conversation] = []
 
     @property
@@ -301,15 +263,6 @@ class Activity:
             yield
         finally:
             self._under_way.remove(conversation)
-
-    @contextlib.contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Count a page that shows an answer while the block runs."""
-        self.num_pages_drawing += 1
-        try:
-            yield
-        finally:
-            self.num_pages_drawing -= 1
 
     def stop_all(self) -> None:
         """End every answer."""
@@ -342,9 +295,6 @@ class Tabs:
             conversation = self._conversations.pop(key, None)
         if conversation is not None:
             conversation.clear()
-
-    def __len__(self) -> int:
-        return len(self._conversations)
 
 
 def _exhaust(stream: Iterator[str]) -> concurrent.futures.Future[None]:

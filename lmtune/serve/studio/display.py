@@ -1,19 +1,12 @@
 """From messages to what Gradio's chatbot shows: Markdown, but never live HTML or a picture from somewhere else.
 
-The chatbot turns HTML in a message into HTML on the page. A model's or a user's text should be read as it is, so an
-invisible word joiner (U+2060) is put into whatever would begin a tag, an entity, an image, a link's definition or a
-fence, inline code included: the page finds inline code by its own rules, which differ from the standard's.
-
-Only fenced code keeps every letter. It is found by a strict rule, and written anew in a form that has one reading only:
-at the margin, between blank lines, with a fence longer than any within, and no language that the page draws.
+An invisible word joiner (U+2060) is put into whatever would begin a tag, an entity, an image, a link's definition or a
+fence, inline code included: the page finds inline code by its own rules. Only fenced code keeps every letter. It is
+found by a strict rule, and written anew in a form that has one reading only.
 
 The page would also take maths from one end of the text to the other, and fenced code with it. So it looks for maths
-between other delimiters than those that are typed: the same, with an invisible separator (U+2063) outside, which only
-maths that ends before the next fenced code is given.
-
-An edited question comes back with the joiners and separators, and loses them again; line ends and the form of its
-fences stay as they were shown. On the page `chat.js` takes the joiners out of what is shown and copied, where a text
-can no longer become a tag; a message's copy button gives the message letter by letter.
+between the usual delimiters with an invisible separator (U+2063) outside, which only maths that ends before the next
+fenced code is given. An edited question loses both again, and `chat.js` takes them out of what is shown and copied.
 """
 
 from __future__ import annotations
@@ -52,8 +45,8 @@ class Entry:
     Attributes:
         message: index of the message that it shows, or a part of.
         value: as the chatbot takes it.
-        label: what stands above it, may be empty.
-        copied: what its copy button gives, where that is not the shown text; else empty.
+        label: what stands above it.
+        copied: what its copy button gives, where that is not the shown text.
     """
 
     message: int
@@ -65,10 +58,7 @@ class Entry:
 def render_turns(turns: Sequence[Turn], answering: bool = False, can_continue: bool = False) -> list[Entry]:
     """What the chatbot shows of a conversation; reasoning is an entry of its own, folded away.
 
-    Args:
-        turns: questions, and answers with who gave them.
-        answering: the last answer is under way.
-        can_continue: offer to go on with the last one.
+    `answering`: the last answer is under way. `can_continue`: offer to go on with it.
     """
     entries: list[Entry] = []
     for index, (message, info) in enumerate(turns):
@@ -149,7 +139,8 @@ def _fenced(opening: re.Match[str], lines: Iterator[str]) -> list[str]:
     is_closed = False
     marks, indent = opening["marks"], len(opening["indent"])
     for line in lines:
-        if _closes(line, marks):
+        begun = line.lstrip(" ")
+        if len(line) - len(begun) <= 3 and begun.startswith(marks) and not begun.rstrip(" \t").strip("`~"):
             is_closed = True
             break
         content.append(line[min(indent, len(line) - len(line.lstrip(" "))) :])
@@ -158,12 +149,6 @@ def _fenced(opening: re.Match[str], lines: Iterator[str]) -> list[str]:
     language = opening["language"].lower()
     written = [fence + _LANGUAGES.get(language, language), *content]
     return [*written, fence] if is_closed else written
-
-
-def _closes(line: str, marks: str) -> bool:
-    """Whether `line` ends fenced code that `marks` began."""
-    begun = line.lstrip(" ")
-    return len(line) - len(begun) <= 3 and begun.startswith(marks) and not begun.rstrip(" \t").strip("`~")
 
 
 def _neutralize(lines: list[str]) -> list[str]:

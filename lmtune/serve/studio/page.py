@@ -2,9 +2,8 @@
 
     page = build_page([load_for_inference("runs/support")])
 
-The page only draws. A conversation lives in `studio.conversation`, under the key of its browser tab, and the browser
-keeps a copy for when the page is loaded again. `chat.css` says how the page looks, `chat.js` what it does in the
-browser itself.
+The page only draws: conversations live in `studio.conversation`. `chat.css` says how the page looks, `chat.js` what it
+does in the browser itself.
 """
 
 from __future__ import annotations
@@ -29,18 +28,10 @@ from lmtune.inference.load import LoadedModel
 from lmtune.io.console import err, escape
 from lmtune.models.structure import base_of
 from lmtune.serve.studio.conversation import MAX_TABS, MODES, Activity, Conversation, Mode, Settings, Tabs
-from lmtune.serve.studio.display import (
-    MATHS,
-    escape_markdown,
-    original_text,
-    render_turns,
-    speaker_name,
-    status_line,
-)
+from lmtune.serve.studio.display import MATHS, escape_markdown, original_text, render_turns, status_line
 
 CSS = (Path(__file__).parent / "chat.css").read_text(encoding="utf-8")
 HEAD = f"<script>\n{(Path(__file__).parent / 'chat.js').read_text(encoding='utf-8')}</script>"
-_MODE_LABELS = {"tuned": "Tuned", "base": "Base", "both": "Both"}
 _COLUMN_LABELS = {"tuned": "Tuned", "base": "Base model", "both": "Tuned"}
 _QUEUE_SIZE = 256
 _ANSWERS_AT_ONCE = 64
@@ -105,8 +96,8 @@ class _Page:
                     self._build_chat()
                 with gr.Column(scale=1, min_width=240, elem_id="settings"):
                     self._build_settings()
-            # Between the page's script and the server: what stands above answers and what the browser is to keep; and,
-            # when the page is loaded, what it kept.
+            # From the server to the page's script: what stands above answers, what the browser is to keep. And back:
+            # what it kept.
             self.notes = gr.Markdown(_for_script({"key": self.key, "columns": []}), elem_id="notes", visible="hidden")
             self.kept = gr.Textbox("", elem_id="kept", visible="hidden")
             self._connect()
@@ -131,7 +122,8 @@ class _Page:
             label=_COLUMN_LABELS["tuned" if visible else "base"], show_label=not visible, visible=visible,
             elem_classes=["answers"], height=None, editable="user", buttons=["copy"], sanitize_html=True,
             allow_tags=False, feedback_options=None, layout="bubble", latex_delimiters=MATHS, min_width=200,
-            placeholder=self._greeting(0), allow_file_downloads=False, examples=_examples(examples),
+            placeholder=self._greeting(0), allow_file_downloads=False,
+            examples=[{"text": question} for question in examples],
             group_consecutive_messages=False,
         )  # fmt: skip
 
@@ -140,10 +132,10 @@ class _Page:
 
     def _build_settings(self) -> None:
         longest = min(_MAX_NEW_TOKENS, *(model.engine.max_positions or _MAX_NEW_TOKENS for model in self.models))
-        names = [(f"{model.name}", index) for index, model in enumerate(self.models)]
+        names = [(model.name, index) for index, model in enumerate(self.models)]
         self.model = gr.Dropdown(names, value=0, label="Model", visible=len(names) > 1, elem_id="model")
         self.mode = gr.Radio(
-            [(_MODE_LABELS[mode], mode) for mode in MODES], value="tuned", label="Answers from",
+            [(mode.title(), mode) for mode in MODES], value="tuned", label="Answers from",
             visible=self.can_switch, elem_id="mode",
         )  # fmt: skip
         self.system = gr.Textbox(
@@ -213,13 +205,14 @@ class _Page:
 
     async def on_send(self, request: gr.Request, text: Any, *values: Any) -> Updates:
         """Answer what is in the box."""
-        async for update in self._answer(request, values, _send(text), typed=text):
+        async for update in self._answer(
+            request, values, lambda conversation, how: conversation.send(_text(text), how), typed=text
+        ):
             yield update
 
     async def on_example(self, request: gr.Request, event: gr.EventData, *values: Any) -> Updates:
         """Ask the example that was clicked."""
-        text = event.value.get("text", "")
-        async for update in self._answer(request, values, _send(text), typed=text):
+        async for update in self.on_send(request, event.value.get("text", ""), *values):
             yield update
 
     async def on_retry(self, request: gr.Request, *values: Any) -> Updates:
@@ -262,7 +255,7 @@ class _Page:
         return gr.update(value=question, submit_btn=True, stop_btn=False), *self._drawn(conversation)
 
     def on_mode(self, model: int, mode: Mode, request: gr.Request) -> tuple[Any, ...]:
-        """Show those who answer from here on, and what they take up."""
+        """Show those who answer from here on."""
         conversation = self._conversation(request)
         conversation.choose(model, mode if self.models[model].has_adapter else "tuned")
         return self._chosen(conversation, model, mode)
@@ -279,15 +272,17 @@ class _Page:
         """The page for these who answer: header, mode, system prompt, and what `_drawn` gives."""
         model = self.models[index]
         can_switch = model.has_adapter
-        first, second, line, *rest = self._drawn(conversation, _describe_borrowed(conversation))
-        shared = {"placeholder": self._greeting(index), "examples": _examples(self.examples[index])}
-        name = _COLUMN_LABELS[mode]
+        first, second, *rest = self._drawn(conversation)
+        examples = [{"text": question} for question in self.examples[index]]
         return (
             self._header(index), gr.update(value=mode, visible=can_switch),
             gr.update(placeholder=model.system or "none", info=_about_system(model)),
-            gr.update(value=first, label=name, show_label=can_switch and mode != "tuned", **shared),
+            gr.update(
+                value=first, label=_COLUMN_LABELS[mode], show_label=can_switch and mode != "tuned",
+                placeholder=self._greeting(index), examples=examples,
+            ),
             gr.update(value=second, visible=can_switch and mode == "both", placeholder=self._greeting(index)),
-            line, *rest,
+            *rest,
         )  # fmt: skip
 
     def on_unload(self, request: gr.Request) -> None:
@@ -300,34 +295,27 @@ class _Page:
         """Stream an answer to the page; whatever goes wrong becomes a line under the chat."""
         conversation, begin = self._conversation(request), time.monotonic()
         emptied = {} if typed is None else {"value": ""}
-        with self.tabs.activity.drawing():
-            yield gr.update(submit_btn=False, stop_btn=True, **emptied), *self._columns(conversation)
-            box: dict[str, Any] = {}
-            saved_at = begin
-            try:
-                settings = _settings(values, self.models)
-                async for _ in ask(conversation, settings):
-                    is_due = time.monotonic() - saved_at > _SAVE_SECONDS
-                    saved_at = time.monotonic() if is_due else saved_at
-                    yield (
-                        gr.skip(),
-                        *self._columns(conversation, _progress_line(conversation), answering=True, keep=is_due),
-                    )
-                seconds = time.monotonic() - begin
-                line = status_line(_describe_answer(conversation, seconds, settings.sampling, is_retry))
-            except Exception as error:
-                line = status_line(_explain(error), is_error=True)
-                box = {} if typed is None else {"value": _text(typed)}
-            yield gr.update(submit_btn=True, stop_btn=False, **box), *self._columns(conversation, line)
+        yield gr.update(submit_btn=False, stop_btn=True, **emptied), *self._columns(conversation)
+        box: dict[str, Any] = {}
+        saved_at = begin
+        try:
+            settings = _settings(values, self.models)
+            async for _ in ask(conversation, settings):
+                is_due = time.monotonic() - saved_at > _SAVE_SECONDS
+                saved_at = time.monotonic() if is_due else saved_at
+                line = _progress_line(conversation)
+                yield gr.skip(), *self._columns(conversation, line, answering=True, keep=is_due)
+            seconds = time.monotonic() - begin
+            line = status_line(_describe_answer(conversation, seconds, settings.sampling, is_retry))
+        except Exception as error:
+            line = status_line(_explain(error), is_error=True)
+            box = {} if typed is None else {"value": _text(typed)}
+        yield gr.update(submit_btn=True, stop_btn=False, **box), *self._columns(conversation, line)
 
     def _columns(
         self, conversation: Conversation, line: str = "", answering: bool = False, keep: bool = True
     ) -> tuple[Any, ...]:
-        """What `_drawn` gives, as plain values in Gradio's own form.
-
-        For an update, `gr.skip()` too, Gradio makes the component anew: 3.5 ms for a chat, ten times as long as all
-        else that it does to redraw a page.
-        """
+        """What `_drawn` gives, in Gradio's own form; Gradio itself takes 3.5 ms to convert a chat."""
         first, second, *rest = self._drawn(conversation, line, answering, keep)
         return *(self.answers.postprocess(column).model_dump() for column in (first, second)), *rest
 
@@ -364,18 +352,9 @@ def _settings(values: Sequence[Any], models: Sequence[LoadedModel]) -> Settings:
     return Settings(model, mode if models[model].has_adapter else "tuned", _text(system), sampling)
 
 
-def _send(text: Any) -> Ask:
-    return lambda conversation, settings: conversation.send(_text(text), settings)
-
-
 def _text(value: Any) -> str:
     """What was typed, without halves of characters, which no file and no tokenizer can hold."""
     return "" if value is None else str(value).encode("utf-8", "replace").decode()
-
-
-def _examples(questions: Sequence[str]) -> list[dict[str, str]]:
-    """Examples as the chatbot takes them."""
-    return [{"text": question} for question in questions]
 
 
 def _for_script(value: dict[str, Any]) -> str:
@@ -399,25 +378,13 @@ def _progress_line(conversation: Conversation) -> str:
     return status_line(f"Reading the prompt, {100 * read // whole} %" if read else "Reading the prompt", is_busy=True)
 
 
-def _describe_borrowed(conversation: Conversation) -> str:
-    """A line for those who go on after answers that are not theirs."""
-    lines = [
-        f"{speaker_name(own)} continues the answers of {' and '.join(map(speaker_name, others))} above"
-        for own, others in conversation.borrowed_answers()
-        if others
-    ]
-    return status_line("; ".join(lines) + "; New chat begins without them") if lines else ""
-
-
 def _describe_answer(conversation: Conversation, seconds: float, sampling: Sampling, is_retry: bool) -> str:
     """How long the answer was, why it ended, and what it takes to have it again, or another."""
     num_tokens = conversation.num_tokens()
     rate = f", {num_tokens / seconds:.0f} a second" if num_tokens > 1 and seconds > 0 else ""
     again = f" · seed {sampling.seed}" if sampling.temperature > 0 else ""
     hint = " · for another answer raise the temperature" if is_retry and sampling.temperature == 0 else ""
-    ended = {
-        info.finish_reason for *_, (_, info) in (session.turns for session in conversation.columns) if info is not None
-    }
+    ended = {info.finish_reason for session in conversation.columns for _, info in session.turns[-1:] if info}
     cut = ""
     if "length" in ended:
         cut = " · cut at the limit (Max new tokens): Continue extends it"
