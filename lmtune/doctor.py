@@ -3,8 +3,8 @@
     for finding in examine():
         print(finding.level, finding.name, finding.text)
 
-Nothing heavy is imported here: whatever needs torch is tried by `lmtune.doctor` in a process of its own, so a library
-that cannot be loaded, or a kernel that kills its process, becomes a finding and not the end of the examination.
+What needs torch is tried by this module in a process of its own, so a library that cannot be loaded, or a kernel that
+kills its process, becomes a finding and not the end of the examination.
 """
 
 from __future__ import annotations
@@ -22,13 +22,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-
-if TYPE_CHECKING:
-    import torch
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -38,17 +34,16 @@ SHOWN_PACKAGES = (
 _PROBES = (sys.executable, "-m", "lmtune.doctor")
 _PROBE_SECONDS = 180.0
 _GIB = 2**30
+_WIDTH = 128  # of the layers that are tried
+# The largest error of a layer's output relative to the output; measured are 0.09 and 0.006 on a CPU
+_ERRORS = {"nf4": 0.2, "int8": 0.05}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was looked at: its name, what was found, and how to fix it.
 
-    Attributes:
-        name: what.
-        level: `ok`; `warn`: something is missing that the main job does not need; `fail`: it needs it.
-        text: what was found.
-        fix: what to do about it.
+    `warn`: something is missing that the main job does not need; `fail`: it needs it.
     """
 
     name: str
@@ -56,19 +51,10 @@ class Finding:
     text: str
     fix: str = ""
 
-    def as_json(self) -> str:
-        """One line, as `lmtune.doctor` hands it over."""
-        return json.dumps(asdict(self))
-
 
 def examine(runs_dir: Path = Path()) -> Iterator[Finding]:
-    """Everything, one by one as it is found: packages, machine, quantization, attention, processes, disk, Hub.
-
-    Args:
-        runs_dir: where runs would be written.
-    """
+    """Everything, one by one as it is found; `runs_dir` is where runs would be written."""
     yield from check_packages()
-    yield check_demo()
     yield from run_probes(_PROBES, _PROBE_SECONDS)
     yield check_folder("runs", runs_dir, "fail", "work in a folder you can write to, or set run.dir")
     yield check_disk(runs_dir)
@@ -89,28 +75,15 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_package(needed: Requirement) -> Finding:
-    """Whether a package is there, in a version that lmtune was written for."""
+    """Whether a package is there, in a version that lmtune was tried with."""
     install = f'pip install "{needed}"'
     try:
         found = importlib.metadata.version(needed.name)
     except importlib.metadata.PackageNotFoundError:
         return Finding(needed.name, "fail", "not installed", install)
-    if needed.specifier.contains(found, prereleases=True):
-        return Finding(needed.name, "ok", found)
-    least = SpecifierSet(",".join(str(bound) for bound in needed.specifier if bound.operator == ">="))
-    if least.contains(found, prereleases=True):
-        return Finding(needed.name, "warn", f"{found} is newer than lmtune was tried with", install)
-    return Finding(needed.name, "fail", f"{found} is too old", install)
-
-
-def check_demo() -> Finding:
-    """Whether the embedded model is where `model.name: tiny` looks for it."""
-    from lmtune.demo import tiny_path
-
-    missing = [n for n in ("config.json", "model.safetensors", "tokenizer.json") if not (tiny_path() / n).is_file()]
-    if missing:
-        return Finding("model tiny", "fail", f"no {', '.join(missing)}", "install lmtune again")
-    return Finding("model tiny", "ok", f"{(tiny_path() / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
+    if not needed.specifier.contains(found, prereleases=True):
+        return Finding(needed.name, "warn", f"{found}; lmtune was tried with {needed.specifier}", install)
+    return Finding(needed.name, "ok", found)
 
 
 def run_probes(command: Sequence[str], seconds: float) -> Iterator[Finding]:
@@ -143,21 +116,25 @@ def run_probes(command: Sequence[str], seconds: float) -> Iterator[Finding]:
             child.wait()
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1][:300]
-    if child.returncode != 0:
+    if code := child.returncode:
+        if late.is_set():
+            why = f"no end after {seconds:.0f} s"
+        elif code < 0:
+            why = f"killed its process ({signal.Signals(-code).name}): a library does not fit this machine"
+        else:
+            why = f"ended with an error: {last}"
         fix = "the parts after it were not tried; install with the versions of constraints.txt, which are tested"
-        why = f"no end after {seconds:.0f} s" if late.is_set() else _how_it_ended(child.returncode, last)
         yield Finding(part, "fail", why, fix)
 
 
 def check_folder(name: str, folder: Path, level: Level, fix: str) -> Finding:
     """Whether a file can be made in `folder`, or the nearest folder above it that exists."""
-    shown = _shown(folder)
     place = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     try:
         with tempfile.TemporaryFile(dir=place):
-            return Finding(name, "ok", f"{shown} can be written")
+            return Finding(name, "ok", f"{folder} can be written")
     except OSError as error:
-        return Finding(name, level, f"{shown} cannot be written ({error.strerror or error})", fix)
+        return Finding(name, level, f"{folder} cannot be written ({error.strerror or error})", fix)
 
 
 def check_disk(folder: Path) -> Finding:
@@ -173,65 +150,35 @@ def check_disk(folder: Path) -> Finding:
 
 def check_caches() -> Iterator[Finding]:
     """The folders where tokenized rows and downloaded models are kept."""
+    from huggingface_hub import constants
+
     from lmtune.io.atomic import cache_folder
 
     yield check_folder("row cache", cache_folder(), "fail", "name another folder in LMTUNE_CACHE")
-    try:
-        from huggingface_hub import constants
-    except ImportError as error:
-        yield Finding("model cache", "fail", f"huggingface_hub cannot be imported: {error}", "install it again")
-        return
     yield check_folder("model cache", Path(constants.HF_HUB_CACHE), "warn", "name another folder in HF_HOME")
     if constants.HF_HUB_OFFLINE:
-        yield Finding(
-            "network", "warn", "HF_HUB_OFFLINE is set", "only models in the cache are found; unset it for others"
-        )
+        fix = "only models in the cache are found; unset it for others"
+        yield Finding("network", "warn", "HF_HUB_OFFLINE is set", fix)
 
 
 def check_hub_token() -> Finding:
-    """Whether there is a Hub token; what it is stays unsaid, and the Hub is not asked."""
-    try:
-        from huggingface_hub import get_token
+    """Whether there is a Hub token; it is not shown, and the Hub is not asked."""
+    from huggingface_hub import get_token
 
-        token = get_token()
-    except (ImportError, OSError) as error:
-        return Finding("Hub token", "warn", f"cannot be read: {type(error).__name__}", "log in again: hf auth login")
-    if token is None:
-        return Finding(
-            "Hub token", "ok", "none; only `lmtune push` and private or gated models need one (hf auth login)"
-        )
-    return Finding("Hub token", "ok", "there is one")
-
-
-def _how_it_ended(code: int, last: str) -> str:
-    if code < 0:
-        return f"killed its process ({signal.Signals(-code).name}): a library does not fit this machine"
-    return f"ended with an error: {last}"
-
-
-def _shown(path: Path) -> str:
-    """A path with the home folder as `~`."""
-    path = path.absolute()
-    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
-
-
-_PROBE_GIB = 2**30
-_WIDTH = 128  # of the layers that are tried
-# The largest error of a layer's output relative to the output; measured are 0.09 and 0.006 on a CPU
-_ERRORS = {"nf4": 0.2, "int8": 0.05}
+    none = "none; only `lmtune push` and private or gated models need one (hf auth login)"
+    return Finding("Hub token", "ok", "there is one" if get_token() else none)
 
 
 def main() -> None:
-    """Every trial, one after the other; a failure in one does not stop the next."""
-    for name, trial in TRIALS.items():
-        print(f'{{"begin": "{name}"}}', flush=True)
+    """Every trial, one after the other, as JSON lines; a failure in one does not stop the next."""
+    for name, (trial, level, fix) in TRIALS.items():
+        print(json.dumps({"begin": name}), flush=True)
         try:
             for finding in trial():
-                print(finding.as_json(), flush=True)
+                print(json.dumps(asdict(finding)), flush=True)
         except Exception as error:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            level, fix = _ON_FAILURE[name]
-            print(Finding(name, level, text, fix).as_json(), flush=True)  # type: ignore[arg-type]
+            print(json.dumps(asdict(Finding(name, level, text, fix))), flush=True)
 
 
 def find_processor() -> Iterator[Finding]:
@@ -241,8 +188,9 @@ def find_processor() -> Iterator[Finding]:
     from lmtune.models.device import free_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads, {_cpu_capability()}")
-    free = free_memory(torch.device("cpu")) / _PROBE_GIB
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads, {capability}")
+    free = free_memory(torch.device("cpu")) / _GIB
     fix = "little for training; close other programs" if free < 2 else ""
     yield Finding("memory", "warn" if fix else "ok", f"{free:.1f} GiB free", fix)
 
@@ -264,9 +212,7 @@ def find_gpus() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
-        text = (
-            f"{about.name}, {about.total_memory / _PROBE_GIB:.0f} GiB, compute capability {about.major}.{about.minor}"
-        )
+        text = f"{about.name}, {about.total_memory / _GIB:.0f} GiB, compute capability {about.major}.{about.minor}"
         if about.major >= 8 or torch.version.hip:  # older ones only emulate bf16
             yield Finding(f"GPU {index}", "ok", f"{text}, bf16")
         else:
@@ -302,13 +248,12 @@ def try_quantization(kind: str) -> Iterator[Finding]:
 
 
 def try_attention() -> Iterator[Finding]:
-    """lmtune's attention by segment against a masked one, and which of PyTorch's kernels run here."""
+    """lmtune's attention by segment against a masked one."""
     import torch
     import torch.nn.functional as F
 
     from lmtune.batching.packing import SegmentLayout
     from lmtune.kernels.attention import segment_attention
-    from lmtune.models.base import compute_dtype
     from lmtune.models.device import default_device
 
     device = default_device()
@@ -321,10 +266,7 @@ def try_attention() -> Iterator[Finding]:
     difference = float((got.transpose(1, 2) - wanted).abs().max())
     if not difference < 1e-3:
         raise ArithmeticError(f"attention by segment differs by {difference:.2g} from masked attention")
-    kernels = _working_kernels(*(tensor.to(compute_dtype(device)) for tensor in (q, k, v)))
-    yield Finding("attention", "ok", f"by segment on {device.type}; kernels: {', '.join(kernels)}")
-    if device.type == "cuda" and not {"flash", "cudnn"} & set(kernels):
-        yield Finding("attention", "warn", "no flash kernel for this GPU", "long rows are slower; nothing to fix")
+    yield Finding("attention", "ok", f"by segment on {device.type}")
 
 
 def try_processes() -> Iterator[Finding]:
@@ -332,21 +274,18 @@ def try_processes() -> Iterator[Finding]:
     import torch
     import torch.distributed as dist
 
-    working = []
     kinds = ["gloo"] + (["nccl"] if torch.cuda.is_available() and dist.is_nccl_available() else [])
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
             dist.init_process_group(kind, init_method=f"file://{folder}/meet", rank=0, world_size=1)
             try:
-                tensor = torch.ones(1, device="cuda" if kind == "nccl" else "cpu")
-                dist.all_reduce(tensor)
-                working.append(kind)
+                dist.all_reduce(torch.ones(1, device="cuda" if kind == "nccl" else "cpu"))
             finally:
                 dist.destroy_process_group()
-    yield Finding("processes", "ok", f"{' and '.join(working)}: --processes works")
+    yield Finding("processes", "ok", f"{' and '.join(kinds)}: --processes works")
 
 
-def _quantized_layer(kind: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.nn.Module:
+def _quantized_layer(kind: str, weight: Any, dtype: Any) -> Any:
     import bitsandbytes as bnb
 
     layer: Any
@@ -356,58 +295,19 @@ def _quantized_layer(kind: str, weight: torch.Tensor, dtype: torch.dtype) -> tor
     else:
         layer = bnb.nn.Linear8bitLt(_WIDTH, _WIDTH, bias=False, has_fp16_weights=False)
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    checked: torch.nn.Module = layer
-    return checked
+    return layer
 
 
-def _working_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[str]:
-    """Which kernels of scaled dot product attention run for tensors like these."""
-    import warnings
-
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    backends = {
-        "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
-    }  # fmt: skip
-    working = []
-    for name, backend in backends.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # each kernel that does not fit says why
-            try:
-                with sdpa_kernel([backend]):
-                    F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            except RuntimeError:
-                continue
-        working.append(name)
-    return working
-
-
-def _cpu_capability() -> str:
-    import torch
-
-    return torch.backends.cpu.get_cpu_capability()
-
-
-TRIALS: dict[str, Callable[[], Iterator[Finding]]] = {
-    "CPU": find_processor,
-    "GPU": find_gpus,
-    "nf4": lambda: try_quantization("nf4"),
-    "int8": lambda: try_quantization("int8"),
-    "attention": try_attention,
-    "processes": try_processes,
-}
 _BITSANDBYTES = "install bitsandbytes again in the version of constraints.txt"
 _TORCH = "install torch again in the version of constraints.txt"
-# What a trial that raises stands for: nf4 is what the main job uses
-_ON_FAILURE = {
-    "CPU": ("fail", _TORCH),
-    "GPU": ("warn", "check the driver with nvidia-smi; ACCELERATE_USE_CPU=true works without the GPU"),
-    "nf4": ("fail", f"{_BITSANDBYTES}, or set model.quantization=none"),
-    "int8": ("warn", f"{_BITSANDBYTES}, or use nf4"),
-    "attention": ("fail", _TORCH),
-    "processes": ("warn", f"one process works all the same; for more {_TORCH}"),
+# Each trial, and what it stands for if it raises: nf4 is what the main job uses
+TRIALS: dict[str, tuple[Callable[[], Iterator[Finding]], Level, str]] = {
+    "CPU": (find_processor, "fail", _TORCH),
+    "GPU": (find_gpus, "warn", "check the driver with nvidia-smi; ACCELERATE_USE_CPU=true works without the GPU"),
+    "nf4": (lambda: try_quantization("nf4"), "fail", f"{_BITSANDBYTES}, or set model.quantization=none"),
+    "int8": (lambda: try_quantization("int8"), "warn", f"{_BITSANDBYTES}, or use nf4"),
+    "attention": (try_attention, "fail", _TORCH),
+    "processes": (try_processes, "warn", f"one process works all the same; for more {_TORCH}"),
 }
 
 
