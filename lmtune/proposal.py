@@ -1,14 +1,13 @@
 """A config that suits this machine, this model and these rows, with the reason for each choice: `lmtune init`.
 
-    values, reasons = propose("Qwen/Qwen3-0.6B", ["my.jsonl"])
+    values, reasons = propose("Qwen/Qwen3-0.6B", ["my.jsonl"], None, 40, this_machine(), known_model("Qwen/Qwen3-0.6B"))
 
-Only what is on this machine is looked at. The tokenizer measures the rows if it is here; the weights' size decides the
-quantization if they are; of a model that is not here yet only the name is known, and the defaults stand.
+Only what is on this machine is looked at; of a model that is not here yet only the name is known, and the defaults
+stand.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -61,24 +60,34 @@ def known_model(name: str) -> KnownModel:
     Raises:
         ModelError: it is a folder or a name that no model can have.
     """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+    from transformers import AutoConfig
+
     from lmtune.inference.load import build_renderer
     from lmtune.models.base import load_tokenizer, resolve_name, stored_parameters
 
     config = ModelConfig(name=name, quantization="none")
-    is_folder = os.path.isdir(resolve_name(name))
-    if not is_folder and difflib.get_close_matches(name, ["tiny"], cutoff=0.75):
-        raise ModelError(f"--model: {name} is not a folder here; did you mean tiny? (a model of the Hub is user/name)")
-    if not is_folder and (problem := _no_hub_id(name)):
-        raise ModelError(f"--model: {problem}; give a Hub id like Qwen/Qwen3-0.6B, a model folder, or tiny")
-    with _offline():
-        try:
-            tokenizer = load_tokenizer(config, alone=True)
-            renderer = build_renderer(tokenizer, config)
-        except LmtuneError:
-            if is_folder or name.startswith((".", "/", "~")):
-                raise
-            return KnownModel()
-        return KnownModel(stored_parameters(config), _positions(config), renderer)
+    path = resolve_name(name)
+    is_online, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        if not os.path.isdir(path):
+            validate_repo_id(name)
+        renderer = build_renderer(load_tokenizer(config, alone=True), config)
+        text = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+        return KnownModel(stored_parameters(config), getattr(text, "max_position_embeddings", None), renderer)
+    except HFValidationError:
+        raise ModelError(
+            f"--model: {name} is neither a folder here nor a Hub id; give a Hub id like Qwen/Qwen3-0.6B, a model "
+            "folder, or tiny"
+        ) from None
+    except (LmtuneError, OSError, ValueError) as error:
+        if os.path.isdir(path):
+            raise ModelError(f"--model: {error}") from error
+        return KnownModel()
+    finally:
+        constants.HF_HUB_OFFLINE = is_online
 
 
 def propose_quantization(parameters: int | None, machine: Machine) -> tuple[Quantization, str]:
@@ -94,12 +103,13 @@ def propose_quantization(parameters: int | None, machine: Machine) -> tuple[Quan
         )
         wanted = "none" if needed <= 0.5 * machine.free_bytes else "nf4"
         why = f"{size} as they are" + ("" if wanted == "none" else f", {parameters * 0.55 / _GIB:.1f} in nf4")
-    if wanted == "nf4":
-        try:
-            check_bitsandbytes("nf4")
-        except LmtuneError:
-            return "none", f"{why}; bitsandbytes, which nf4 needs, does not work here"
-    return ("none" if wanted == "none" else "nf4"), why
+    if wanted == "none":
+        return "none", why
+    try:
+        check_bitsandbytes("nf4")
+    except LmtuneError:
+        return "none", f"{why}; bitsandbytes, which nf4 needs, does not work here"
+    return "nf4", why
 
 
 def propose(
@@ -155,35 +165,27 @@ def described(path: Path, machine: str, settings: str) -> str:
 
 
 def _add_lengths(values: dict[str, Any], reasons: dict[str, str], data: Sequence[str], known: KnownModel) -> None:
-    """Set what follows from the rows' lengths in tokens."""
-    rows, answers = _lengths(data, known.renderer)
-    if not rows:
-        return
-    longest, limit = max(rows), min(known.positions or 8192, 8192)
-    values["data.max_length"] = min(max(64, _rounded(longest, 64)), limit)
-    beyond = sum(length > values["data.max_length"] for length in rows)
-    reasons["data.max_length"] = f"the longest row has {longest:,}" + (
-        f"; {beyond:,} rows are longer" if beyond else ""
-    )
-    if len(rows) == _ROWS_READ:
-        reasons["data.max_length"] += f" (of the first {_ROWS_READ:,} rows)"
-    values["evaluation.max_new_tokens"] = min(1024, max(32, _rounded(max(answers) + 8, 16)))
-    reasons["evaluation.max_new_tokens"] = f"the longest answer has {max(answers):,} tokens"
-
-
-def _lengths(data: Sequence[str], renderer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of the first rows, and of their answers."""
+    """Set what follows from the tokens of the first rows, and of their answers."""
     from lmtune.data.reading import ReadReport, read_examples
     from lmtune.data.sources import find_files
 
     rows, answers = [], []
     with progress("measuring the rows", unit="rows") as shown:
         for example in islice(read_examples(find_files(data), ReadReport()), _ROWS_READ):
-            sequences = renderer.render(example)
+            sequences = known.renderer.render(example)
             rows.append(max(map(len, sequences)))
             answers.append(max(sequence.num_targets for sequence in sequences))
             shown.advance()
-    return rows, answers
+    if not rows:
+        return
+    limit = min(max(64, _rounded(max(rows), 64)), known.positions or 8192, 8192)
+    beyond = sum(length > limit for length in rows)
+    measured = f" (of the first {_ROWS_READ:,} rows)" if len(rows) == _ROWS_READ else ""
+    longer = f"; {beyond:,} rows are longer" if beyond else ""
+    values["data.max_length"] = limit
+    reasons["data.max_length"] = f"the longest row has {max(rows):,}{longer}{measured}"
+    values["evaluation.max_new_tokens"] = min(1024, max(32, _rounded(max(answers) + 8, 16)))
+    reasons["evaluation.max_new_tokens"] = f"the longest answer has {max(answers):,} tokens"
 
 
 def _held_out(num_rows: int) -> tuple[float, str]:
@@ -194,46 +196,6 @@ def _held_out(num_rows: int) -> tuple[float, str]:
     held = round(share * num_rows)
     few = "; scores of so few are rough" if held < _LEAST_HELD_OUT else ""
     return share, f"{held:,} of {num_rows:,} rows{few}"
-
-
-def _no_hub_id(name: str) -> str | None:
-    """Why `name` can be no repository of the Hub, or None."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return f"{name} is neither a folder here nor a Hub id"
-    return None
-
-
-def _positions(config: ModelConfig) -> int | None:
-    """How many positions the base was made for, by its config."""
-    from transformers import AutoConfig
-
-    from lmtune.models.base import resolve_name
-
-    try:
-        text = AutoConfig.from_pretrained(resolve_name(config.name), trust_remote_code=False).get_text_config()
-    except (OSError, ValueError, KeyError):
-        return None
-    found = getattr(text, "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
-
-
-class _offline:
-    """No request leaves this machine inside the block."""
-
-    def __enter__(self) -> None:
-        from huggingface_hub import constants
-
-        self._before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-
-    def __exit__(self, *_: object) -> None:
-        from huggingface_hub import constants
-
-        constants.HF_HUB_OFFLINE = self._before
 
 
 def _rounded(number: int, step: int) -> int:
