@@ -28,7 +28,7 @@ from lmtune.data.rendering import Renderer
 from lmtune.data.sources import find_files
 from lmtune.data.types import Example, Message
 from lmtune.errors import LmtuneError
-from lmtune.models.tuning.adapter_files import SETTINGS, Metadata
+from lmtune.models.tuning.adapter_files import LoraSettings, Metadata
 from lmtune.models.tuning.lora import load_adapter, save_adapter
 from tests.tiny import adapted, tiny_model
 from tests.tokenizers import CHAT_TEMPLATES, make_tokenizer
@@ -247,7 +247,7 @@ def test_any_template_renders_a_row_or_is_refused(examples: int, monkeypatch: py
 
 odd = st.sampled_from([None, True, 0, 1, 4, 10**400, -1, 1e308, "", "q_proj", "all", [], ["q_proj"], {}, {"q_proj": 4}])
 adapter_keys = st.sampled_from(
-    [*SETTINGS, "peft_type", "init_lora_weights", "layer_replication", "trainable_token_indices", "loftq_config"]
+    [*LoraSettings.__annotations__, "peft_type", "init_lora_weights", "layer_replication", "loftq_config"]
 ) | st.text(max_size=5)  # fmt: skip
 
 

@@ -15,13 +15,8 @@ from lmtune.config.schema import LoraConfig, ModelConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.models.base import load_model
 from lmtune.models.tuning.adapter_files import Metadata
-from lmtune.models.tuning.lora import (
-    attach_adapter,
-    initial_tensors,
-    load_adapter,
-    save_adapter,
-    trainable,
-)
+from lmtune.models.tuning.base import TunedModel, trainable
+from lmtune.models.tuning.lora import Lora, attach_adapter, load_adapter, save_adapter
 from lmtune.models.tuning.targets import find_targets
 from tests.tiny import VOCABULARY, save_tiny, tiny_model
 
@@ -29,7 +24,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dropout": {"dropout": 0.5},
     "fractional alpha": {"alpha": 6.5},
-    "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "pissa with rslora": {"init_lora_weights": "pissa", "use_rslora": True},
@@ -74,41 +68,27 @@ def saved(model: Any, folder: Path, fingerprint: str | None = None) -> Path:
     return folder
 
 
-def loaded_by_plain_peft(folder: Path, base: Any = None) -> Any:
-    """The adapter on a fresh base as any user of PEFT loads it, without a word of warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        return PeftModel.from_pretrained(base or tiny_model(), folder).eval()
-
-
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_a_new_adapter_changes_nothing_and_training_it_does(kind: str) -> None:
+def test_a_new_adapter_changes_nothing_and_a_trained_one_is_loaded_key_by_key(tmp_path: Path, kind: str) -> None:
+    """By plain PEFT, without a word of warning, and by us."""
     before = logits(tiny_model())
     model = attached(**VARIANTS[kind])
     torch.testing.assert_close(logits(model), before, atol=2e-5, rtol=1e-5)
-    assert (logits(learn(model)) - before).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_plain_peft_loads_it_key_by_key_with_equal_logits(tmp_path: Path, kind: str) -> None:
-    model = learn(attached(**VARIANTS[kind]))
+    wanted = logits(learn(model))
+    assert (wanted - before).abs().max() > 1e-2
     folder = saved(model, tmp_path / "adapter")
-    plain = loaded_by_plain_peft(folder)
-    wanted = get_peft_model_state_dict(plain, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        plain = PeftModel.from_pretrained(tiny_model(), folder).eval()
     stored = load_file(folder / "adapter_model.safetensors")
-    assert wanted.keys() == stored.keys()
-    assert all(torch.equal(wanted[name], tensor) for name, tensor in stored.items())
-    exact = "pissa" not in kind  # whose adapter is written as a difference from the start, for the original base
-    torch.testing.assert_close(logits(plain), logits(model), atol=1e-6 if exact else 2e-5, rtol=1e-6 if exact else 1e-5)
-
-
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_we_load_it_too(tmp_path: Path, kind: str) -> None:
-    model = learn(attached(**VARIANTS[kind]))
-    again = load_adapter(tiny_model(), saved(model, tmp_path / "adapter"))
-    torch.testing.assert_close(logits(again), logits(model), atol=2e-5, rtol=1e-5)
+    read = get_peft_model_state_dict(plain, save_embedding_layers=False)
+    assert read.keys() == stored.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in stored.items())
+    again = load_adapter(tiny_model(), folder)
     assert not again.training
     assert not trainable(again)
+    for loaded in (plain, again):  # PiSSA's adapter is written as a difference from the start, for the original base
+        torch.testing.assert_close(logits(loaded), wanted, atol=2e-5 if "pissa" in kind else 1e-6, rtol=1e-5)
 
 
 def test_equal_seeds_give_equal_adapters_whatever_was_drawn_before() -> None:
@@ -119,33 +99,23 @@ def test_equal_seeds_give_equal_adapters_whatever_was_drawn_before() -> None:
     other = trainable(attached(seed=6))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
-    tiny_model()  # seeds torch itself
+    base = tiny_model()  # seeds torch itself
     torch.set_rng_state(state)
-    attach_adapter(tiny_model_without_seeding(), settings(), 5, "x")
+    attached(5, base)
     assert torch.equal(torch.get_rng_state(), state), "attaching an adapter must not touch the caller's random numbers"
 
 
-def tiny_model_without_seeding() -> Any:
-    """A tiny model, the random state as before."""
-    with torch.random.fork_rng(devices=[]):
-        return tiny_model()
-
-
 def test_the_adapter_is_fp32_over_a_16_bit_base() -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        model = attached(base=tiny_model().to(dtype))
-        assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
-        assert not [name for name in trainable(model) if "lora" not in name]
+    model = attached(base=tiny_model().to(torch.bfloat16))
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("folder", ["one", "two"])
-def test_the_config_is_sorted_and_names_no_path_of_this_machine(tmp_path: Path, folder: str) -> None:
-    model = attached()
-    config = json.loads((saved(model, tmp_path / folder) / "adapter_config.json").read_text())
+def test_the_config_is_sorted_and_names_no_path_of_this_machine(tmp_path: Path) -> None:
+    config = json.loads((saved(attached(), tmp_path / "one") / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"])
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
     assert (config["base_model_name_or_path"], config["inference_mode"]) == ("lab/base", True)
-    for path in (tmp_path / folder).iterdir():
+    for path in (tmp_path / "one").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
         assert str(Path.home()).encode() + b"/" not in path.read_bytes()
 
@@ -157,14 +127,9 @@ def test_the_config_is_sorted_and_names_no_path_of_this_machine(tmp_path: Path, 
     ("targets", "unknown"),
     [
         (("q_proj", "qq_proj", "vv_proj"), "qq_proj, vv_proj"),
-        (("qq_proj",), "qq_proj"),
-        (("proj",), "proj"),
         (("embed_tokens",), "embed_tokens"),
-        (r".*\.qq_proj", r".*\.qq_proj"),
-        ("qq_proj", "qq_proj"),
         ("q_proj, qq_proj", "qq_proj"),
         (r"q_pro.", "q_pro."),  # a regular expression has to match the whole name
-        ("all_linear", "all_linear"),
     ],
 )
 def test_a_target_that_matches_nothing_lists_what_exists(targets: Any, unknown: str) -> None:
@@ -182,18 +147,15 @@ def test_targets_name_layers_by_last_part_or_in_full() -> None:
     assert {name.split(".lora")[0] for name in trainable(model)} == {"base_model.model.model.layers.1.mlp.up_proj"}
 
 
-@pytest.mark.parametrize("targets", ["q_proj", "model.layers.0.self_attn.q_proj", "q_proj,up_proj", "q_proj , up_proj"])
+@pytest.mark.parametrize("targets", ["model.layers.0.self_attn.q_proj", "q_proj , up_proj"])
 def test_a_text_without_a_character_of_regular_expressions_is_a_list_of_names(targets: str) -> None:
     wanted = tuple(name.strip() for name in targets.split(","))
     assert settings(target_modules=targets).target_modules == wanted
-    assert trainable(attached(target_modules=targets)).keys() == trainable(attached(target_modules=wanted)).keys()
 
 
 def test_gpt2s_own_kind_of_linear_layer_can_be_named() -> None:
     model = attach_adapter(tiny_model("gpt2"), settings(target_modules=("c_attn",)), 1, "lab/gpt2")
     assert {name.split(".")[-4] for name in trainable(model)} == {"c_attn"}
-    with pytest.raises(ConfigError, match="its linear layers are c_attn, c_fc, c_proj"):
-        attach_adapter(tiny_model("gpt2"), settings(target_modules=("q_proj",)), 1, "lab/gpt2")
 
 
 def test_dora_over_int8_on_a_cpu_is_refused_before_it_fails(tmp_path: Path) -> None:
@@ -216,14 +178,8 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused_by_its_fingerpr
     with pytest.raises(ModelError, match="trained over another base model"):
         load_adapter(tiny_model(), folder, fingerprint="b" * 32)
     load_adapter(tiny_model(), folder, fingerprint="a" * 32)
-    load_adapter(tiny_model(), folder)
-
-
-def test_an_adapter_of_another_tool_has_no_metadata(tmp_path: Path) -> None:
-    folder = saved(learn(attached()), tmp_path / "adapter")
-    (folder / "lmtune.json").unlink()
-    assert Metadata.read(folder) == Metadata()
-    load_adapter(tiny_model(), folder, fingerprint="a" * 32)
+    (folder / "lmtune.json").unlink()  # as of another tool
+    load_adapter(tiny_model(), folder, fingerprint="b" * 32)
 
 
 def test_plain_pefts_own_adapter_loads(tmp_path: Path) -> None:
@@ -236,10 +192,8 @@ def test_plain_pefts_own_adapter_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("init", "use_dora"), [("default", False), ("default", True), ("pissa", False)])
 def test_a_process_with_the_first_ones_weights_computes_what_that_one_does(init: str, use_dora: bool) -> None:
     """Whatever its own hardware made of the adapter, and of the base where PiSSA took the adapter from it."""
-    first, other = (
-        attach_adapter(tiny_model(), LoraConfig(rank=4, alpha=8, init_lora_weights=init, use_dora=use_dora), 0, "x")
-        for _ in range(2)
-    )
+    tuning = Lora(settings(init_lora_weights=init, use_dora=use_dora))
+    first, other = (tuning.apply(tiny_model(), 0, "x").module for _ in range(2))
     with torch.no_grad():
         for module in other.modules():
             if hasattr(module, "lora_A"):  # another sign of each singular vector, and rounding
@@ -247,7 +201,7 @@ def test_a_process_with_the_first_ones_weights_computes_what_that_one_does(init:
                 module.lora_B["default"].weight.mul_(-1).add_(1e-3)
                 module.get_base_layer().weight.add_(1e-3 * (init == "pissa"))
         assert not torch.equal(first(IDS).logits, other(IDS).logits)
-        for given, own in zip(initial_tensors(first), initial_tensors(other), strict=True):
+        for given, own in zip(*(tuning.initial_tensors(TunedModel(model)) for model in (first, other)), strict=True):
             own.copy_(given)
         assert torch.equal(first(IDS).logits, other(IDS).logits)
     if init == "pissa":

@@ -1,22 +1,17 @@
-"""LoRA adapters through PEFT: attach, save as plain PEFT, and load with every key accounted for.
+"""LoRA adapters (https://arxiv.org/abs/2106.09685) through PEFT: attach, save as plain PEFT, load with every key.
 
-PEFT drops a misspelt target module from a list without a word, and only warns when an adapter's tensors do not fit
-the base. Here both are errors that list what exists. An adapter folder is what plain PEFT loads, plus `lmtune.json`,
-which holds what the adapter was trained with: the base's fingerprint, the template, the stop tokens.
-
-LoRA: https://arxiv.org/abs/2106.09685. DoRA, rsLoRA and PiSSA are PEFT's; see the links in `lmtune.config.schema`.
+PEFT drops a misspelt target module without a word, and only warns when tensors do not fit the base. Here both are
+errors. An adapter folder is what plain PEFT loads, plus `lmtune.json`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lmtune.config.schema import LoraConfig
@@ -26,11 +21,9 @@ from lmtune.io.text import format_list
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import check_bitsandbytes
 from lmtune.models.device import dense_weights_fit
-from lmtune.models.structure import base_of
 from lmtune.models.tuning.adapter_files import (
     CONFIG,
     METADATA,
-    SETTINGS,
     WEIGHTS,
     LoraSettings,
     Metadata,
@@ -62,10 +55,21 @@ class Lora:
         self.config, self.start, self.fingerprint = config, start, fingerprint
 
     def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
-        """Put the adapter on `base`; `adapter_config.json` will name `base_name`."""
+        """Put the adapter on `base`; `adapter_config.json` will name `base_name`.
+
+        Raises:
+            ConfigError: a target module matches nothing in the model, or the variant does not run over this base.
+            ModelError: `start` is damaged, or does not fit this base exactly.
+        """
         if self.start is None:
             return TunedModel(attach_adapter(base, self.config, seed, base_name))
-        return TunedModel(attach_saved(base, self.start, self.fingerprint or "", self.config, base_name))
+        check_variant(base, self.config, find_targets(base, self.config.target_modules))
+        changes = {"lora_dropout": self.config.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
+        peft_model = _with_saved(base, self.start, self.fingerprint, changes)
+        peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
+        for parameter in trainable(peft_model).values():
+            parameter.data = parameter.data.float()
+        return TunedModel(peft_model)
 
     def parameter_groups(self, model: TunedModel, weight_decay: float) -> list[ParameterGroup]:
         """All of the adapter."""
@@ -73,7 +77,11 @@ class Lora:
 
     def initial_tensors(self, model: TunedModel) -> list[torch.Tensor]:
         """The adapter's weights, and with PiSSA those under it and its start."""
-        return initial_tensors(model.module)
+        made = [parameter.detach() for parameter in model.trainable().values()]
+        if (initial := getattr(model.module, "lmtune_initial_adapter", None)) is not None:
+            layers = [module for module in model.base.modules() if hasattr(module, "get_base_layer")]
+            made += [*initial.values(), *(layer.get_base_layer().weight.detach() for layer in layers)]
+        return made
 
     def save(self, model: TunedModel, folder: Path, metadata: Metadata, tensors: Tensors | None = None) -> None:
         """Write an adapter folder as plain PEFT reads it."""
@@ -90,21 +98,21 @@ def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_n
     Args:
         model: the frozen base.
         tuning: rank, alpha, dropout, target modules, variant.
-        seed: of the adapter's random initial weights.
+        seed: of the random initial weights.
         base_name: what `adapter_config.json` names as the base; never an absolute path.
 
     Raises:
         ConfigError: a target module matches nothing in the model, or the variant does not run over this base.
-        ModelError: bitsandbytes is installed but broken.
     """
-    check_bitsandbytes("none")  # whether one that is there works: PEFT imports it
+    check_bitsandbytes("none")  # PEFT imports it
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
     found = find_targets(model, tuning.target_modules)
     check_variant(model, tuning, found)
+    alpha = int(tuning.alpha) if float(tuning.alpha).is_integer() else tuning.alpha
     config = PeftLoraConfig(
-        r=tuning.rank, lora_alpha=_whole(tuning.alpha), lora_dropout=tuning.dropout, use_rslora=tuning.use_rslora,
+        r=tuning.rank, lora_alpha=alpha, lora_dropout=tuning.dropout, use_rslora=tuning.use_rslora,
         use_dora=tuning.use_dora, init_lora_weights="pissa" if tuning.init_lora_weights == "pissa" else True,
         fan_in_fan_out=_is_transposed(model), task_type="CAUSAL_LM",
         **for_peft(model, tuning.target_modules, found),
@@ -125,30 +133,17 @@ def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_n
     return peft_model
 
 
-def initial_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    """What `attach_adapter` computed: the adapter's weights, and with PiSSA those under it and its start.
-
-    Processes that computed them on different hardware may differ in the last bits, or in the sign of a singular vector.
-    """
-    made = [parameter.detach() for parameter in trainable(model).values()]
-    if (initial := getattr(model, "lmtune_initial_adapter", None)) is not None:
-        made += initial.values()
-        layers = [module for module in base_of(model).modules() if hasattr(module, "get_base_layer")]
-        made += [layer.get_base_layer().weight.detach() for layer in layers]
-    return made
-
-
 def save_adapter(model: PeftModel, folder: Path, metadata: Metadata, weights: Tensors | None = None) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and `lmtune.json` as plain PEFT reads them.
 
     Args:
         model: a PeftModel.
         folder: an existing folder.
-        metadata: what goes into `lmtune.json`.
+        metadata: for `lmtune.json`.
         weights: trainable parameters by name to save instead of the model's own.
 
     Raises:
-        OSError: naming the file that could not be written.
+        OSError: names the file that could not be written.
     """
     from peft import get_peft_model_state_dict
 
@@ -186,37 +181,8 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     return peft_model.eval()
 
 
-def attach_saved(
-    model: torch.nn.Module, folder: Path, fingerprint: str, tuning: LoraConfig, base_name: str
-) -> PeftModel:
-    """As `attach_adapter`, but with the weights of a saved adapter, to be trained further.
-
-    Args:
-        model: the frozen base.
-        folder: an adapter folder, ours or plain PEFT's.
-        fingerprint: the base's, compared with that of the adapter's.
-        tuning: the settings; those that an adapter cannot change are its own.
-        base_name: what `adapter_config.json` names as the base; never an absolute path.
-
-    Raises:
-        ConfigError: `tuning.target_modules` are others than the adapter's.
-        ModelError: a file is missing or damaged, or the tensors do not fit this base exactly.
-    """
-    check_variant(model, tuning, find_targets(model, tuning.target_modules))
-    peft_model = _with_saved(model, folder, fingerprint, _trained(tuning))
-    peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
-    for parameter in trainable(peft_model).values():
-        parameter.data = parameter.data.float()
-    return peft_model
-
-
-def _trained(tuning: LoraConfig) -> dict[str, object]:
-    """What a saved adapter's config does not decide when it is trained further."""
-    return {"lora_dropout": tuning.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
-
-
 def _with_saved(
-    model: torch.nn.Module, folder: Path, fingerprint: str | None, changes: Mapping[str, object] | None = None
+    model: torch.nn.Module, folder: Path, fingerprint: str | None, changes: dict[str, Any] | None = None
 ) -> PeftModel:
     """`model` with a saved adapter, some of whose settings are changed."""
     check_bitsandbytes("none")
@@ -232,12 +198,9 @@ def _with_saved(
     _check_dora(model, bool(config.get("use_dora")))
     if is_too_slow_to_match(config, [name for name, _ in model.named_modules()]):
         raise ModelError(f"{folder}: {CONFIG}: a regular expression is too slow (possible catastrophic backtracking)")
-    used = {
-        k: v for k, v in config.items() if v is not None and k in SETTINGS and k in PeftLoraConfig.__dataclass_fields__
-    }
+    own = {"init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)}
     try:
-        own = {"init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)}
-        lora = PeftLoraConfig(**{**used, **own, **(changes or {})})
+        lora = PeftLoraConfig(**{**config, **own, **(changes or {})})
         use_layers_own_adapter(lora)
         peft_model = PeftModel(model, lora)  # type: ignore[arg-type, unused-ignore]
     except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
@@ -248,29 +211,15 @@ def _with_saved(
 
 
 def read_adapter(folder: Path) -> tuple[LoraSettings, Tensors]:
-    """`adapter_config.json` and the tensors of an adapter folder, after `check_adapter`.
-
-    Raises:
-        ModelError: a file is missing or damaged, or holds what no plain LoRA adapter does.
-    """
+    """Settings and tensors of an adapter folder, after `check_adapter`."""
     try:
-        config = check_adapter(folder)
-        state = load_file(folder / WEIGHTS)
+        return check_adapter(folder), load_file(folder / WEIGHTS)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: damaged adapter: {error}; copy or download it again") from None
-    return config, state
 
 
 def check_variant(model: torch.nn.Module, tuning: LoraConfig, found: Targets) -> None:
-    """Raise ConfigError for a variant that PEFT cannot run over this base.
-
-    Args:
-        model: the base, which may be without memory.
-        tuning: dropout, DoRA, PiSSA.
-        found: what is adapted.
-    """
+    """Raise ConfigError for a variant that PEFT cannot run over this base, which may be on the meta device."""
     _check_dora(model, tuning.use_dora)
     if not for_peft(model, tuning.target_modules, found)["target_parameters"]:
         return
@@ -279,13 +228,11 @@ def check_variant(model: torch.nn.Module, tuning: LoraConfig, found: Targets) ->
         "use_dora: true; expected false": tuning.use_dora,
         "init_lora_weights: pissa; expected default": tuning.init_lora_weights == "pissa",
     }
-    for setting, is_set in wrong.items():
-        if is_set:
-            raise ConfigError(
-                f"tuning.{setting} where the experts of a mixture are adapted: PEFT has no such adapter for a tensor "
-                "of experts; or name tuning.target_modules outside the experts, such as [q_proj, k_proj, v_proj, "
-                "o_proj]"
-            )
+    if setting := next((setting for setting, is_set in wrong.items() if is_set), None):
+        raise ConfigError(
+            f"tuning.{setting} where the experts of a mixture are adapted (PEFT cannot); or name "
+            "tuning.target_modules outside the experts, such as [q_proj, k_proj, v_proj, o_proj]"
+        )
 
 
 def _is_transposed(model: torch.nn.Module) -> bool:
@@ -296,7 +243,7 @@ def _is_transposed(model: torch.nn.Module) -> bool:
 
 
 def _check_dora(model: torch.nn.Module, use_dora: bool) -> None:
-    """Raise ConfigError for what PEFT fails at with its second forward pass: it moves the int8 weights away."""
+    """Raise ConfigError for what PEFT fails at in its second forward pass: it moves the int8 weights away."""
     if use_dora and any(type(m).__name__ == "Linear8bitLt" and m.weight.device.type == "cpu" for m in model.modules()):
         raise ConfigError(
             "tuning.use_dora: PEFT cannot run DoRA over an int8 base on a CPU; set model.quantization: nf4 or none"
@@ -331,10 +278,6 @@ def _without_pissa(state: Tensors, initial: Tensors, config: dict[str, Any]) -> 
     config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
     config["init_lora_weights"] = True
     return plain
-
-
-def _whole(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
 
 
 def _plain(value: object) -> object:
