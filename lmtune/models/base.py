@@ -1,18 +1,12 @@
 """A base model and its tokenizer: Hub id, local folder or `tiny`; unquantized, nf4 or int8; GPU or CPU alike.
 
-    tokenizer = load_tokenizer(ModelConfig(name="tiny"))
-    model = load_model(ModelConfig(name="tiny", quantization="nf4"))
-
-Only safetensors are read, and code of a model repository never runs. What a user can fix (a misspelt name, no network,
-pickled weights) becomes a `ModelError` with the fix.
+Only safetensors are read, and code of a model repository never runs. What a user can fix becomes a `ModelError`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from importlib.metadata import version
 from math import prod
@@ -22,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmtune.config.schema import ModelConfig
-from lmtune.errors import ModelError, is_failure
-from lmtune.io.atomic import cache_folder, get_or_build, key_of, lookup, single_flight
+from lmtune.errors import LmtuneError, ModelError, is_failure
+from lmtune.io.atomic import cache_folder, get_or_build, key_of
 from lmtune.io.console import progress, warn
 from lmtune.io.text import one_line
 from lmtune.models.device import default_device
@@ -45,13 +39,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CACHE = "quantized"
 _CACHED_FROM_BYTES = 200 * 2**20  # of stored weights; less is quantized in a second or two
 _CACHED_MODELS = 3
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file, for the fingerprint
-_HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?")
-_INSTALL = "`pip install bitsandbytes`"
-_REINSTALL = "`pip install --force-reinstall bitsandbytes`"
 # What to do about an error of transformers, by words in its text
 _HINTS = {
     ("trust_remote_code", "custom code"): "this model needs code from its repository, which lmtune never runs; use a "
@@ -59,6 +49,7 @@ _HINTS = {
     ("gated", "401", "403"): "accept its conditions on the Hub, then log in with `hf auth login`",
     ("connect", "offline", "resolve", "timed out", "is not a local folder"): "check the spelling (user/name) and the "
     "network; a model that was loaded once is found offline too",
+    ("bitsandbytes",): "bitsandbytes does not work here; see `lmtune doctor`, or set model.quantization=none",
     ("memory",): "set model.quantization=nf4, or use a smaller model",
 }
 
@@ -76,7 +67,7 @@ def load_tokenizer(model: ModelConfig, alone: bool = False) -> PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     quiet_libraries()
-    path = _checked_path(model.name, alone)
+    path = checked_path(model.name, alone)
     try:
         with progress(f"loading the tokenizer of {model.name}"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -103,7 +94,7 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
     """
     quiet_libraries()
     device = torch.device(device) if device is not None else default_device()
-    path = _checked_path(model.name)
+    path = checked_path(model.name)
     if model.quantization != "none":
         check_bitsandbytes(model.quantization)
     dtype = compute_dtype(device, model.dtype)
@@ -183,26 +174,30 @@ def _load_cached_or_quantize(
     model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The base from the cache, or quantized now; of processes that start at once, one does it for all."""
-    key = _cache_key(model, dtype, device)
-    kept = _from_cache(key, dtype, device) if key else None
-    if kept is not None:
-        return kept
-    with single_flight(cache_folder() / _CACHE, key) if key else contextlib.nullcontext():
-        kept = _from_cache(key, dtype, device) if key else None  # another process may just have made it
-        if kept is not None:
-            return kept
+    made: list[PreTrainedModel] = []
+
+    def load() -> PreTrainedModel:
         loaded, info = _from_pretrained(path, model.revision, dtype, device, _quantization(model, dtype))
-        if not Path(path).is_dir():  # those of a folder were looked at before
-            check_weights(model.name, weight_files(model)[0].parent)
         check_loaded(model, loaded, info)
-        stored = getattr(getattr(loaded, "hf_quantizer", None), "pre_quantized", False)
-        if (key := key or _cache_key(model, dtype, device)) and not stored:  # downloaded just now
-            _store(loaded, key)
+        made.append(loaded)
         return loaded
+
+    if (key := _cache_key(model, dtype, device)) is None:
+        return load()
+    try:
+        entry = get_or_build(
+            cache_folder() / "quantized", key, lambda folder: load().save_pretrained(folder), keep=_CACHED_MODELS
+        )
+        return made[0] if made else _from_pretrained(str(entry), None, dtype, device, None)[0]
+    except Exception as error:  # a full disk, or a config that transformers reads but does not write
+        if isinstance(error, ModelError) or not (made or isinstance(error, LmtuneError)):
+            raise
+        warn(f"the quantized base is not kept for the next start: {error}")
+        return made[0] if made else load()
 
 
 def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """The name of this base in the cache, or None where it is not worth it or the weights are not here yet.
+    """The name of this base in the cache, or None where it is not worth it or the weights are not downloaded yet.
 
     Quantizing to 4 bit takes a CPU a second for 24 million weights; in 8 bit it takes almost nothing, and a GPU
     quantizes faster than a disk reads.
@@ -217,31 +212,12 @@ def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
         return None
     # the fingerprint reads samples of large files: a file that was written again is another one
     written = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    configs = [_stored_file(model, name) for name in (CONFIG, "generation_config.json")]
-    texts = [file.read_text(encoding="utf-8") if file else None for file in configs]
+    configs = stored_files(model, (CONFIG, "generation_config.json"))
+    texts = {name: file.read_text(encoding="utf-8") for name, file in configs.items()}
+    if "quantization_config" in texts.get(CONFIG, ""):  # stored in few bits already
+        return None
     versions = [version("transformers"), version("bitsandbytes")]
     return key_of(base_fingerprint(model), written, texts, _quantization(model, dtype).to_dict(), str(dtype), versions)
-
-
-def _from_cache(key: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | None:
-    """The quantized base, or None: another process may just have made room there."""
-    if (folder := lookup(cache_folder() / _CACHE, key)) is None:
-        return None
-    try:
-        loaded, info = _from_pretrained(str(folder), None, dtype, device, None)
-        if info["missing_keys"] or info["mismatched_keys"]:
-            raise ValueError("its weights do not match its config")
-    except Exception as error:
-        warn(f"the quantized base in the cache cannot be read, and is made again: {error}")
-        return None
-    return loaded
-
-
-def _store(loaded: PreTrainedModel, key: str) -> None:
-    try:
-        get_or_build(cache_folder() / _CACHE, key, loaded.save_pretrained, keep=_CACHED_MODELS)
-    except Exception as error:  # a full disk, or a config that transformers reads but does not write
-        warn(f"the quantized base is not kept for the next start: {error}")
 
 
 # --- the base's files
@@ -254,15 +230,6 @@ def resolve_name(name: str) -> str:
 
         return str(tiny_path())
     return name
-
-
-def check_files(model: ModelConfig) -> None:
-    """Look at a base's folder before anything reads it; a Hub id is not looked at.
-
-    Raises:
-        ModelError: with every problem.
-    """
-    _checked_path(model.name)
 
 
 def weight_files(model: ModelConfig) -> list[Path]:
@@ -349,26 +316,22 @@ def _stored_file(model: ModelConfig, name: str) -> Path | None:
     return Path(file) if file else None
 
 
-def _checked_path(name: str, tokenizer_only: bool = False) -> str:
-    """`resolve_name`, after refusing what can be seen to be wrong without loading."""
+def checked_path(name: str, tokenizer_only: bool = False) -> str:
+    """`resolve_name`, after what can be seen without loading was checked; a Hub id is not looked at.
+
+    Raises:
+        ModelError: no such folder, or with every problem of its files.
+    """
     path = resolve_name(name)
     folder = Path(path)
-    if name == "tiny":
-        return path
     if folder.is_dir():
         check_base(name, folder, tokenizer_only)
-        return path
-    expected = "expected a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"
-    if page := _HUB_PAGE.fullmatch(name):
-        raise ModelError(f"model.name: {name}: a web page; give the Hub id: {page[1]}")
-    if folder.is_file():
-        raise ModelError(f"model.name: {name}: a file; {expected}")
-    looks_like_a_path = (
-        folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or " " in name
+    elif (
+        folder.is_file() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or " " in name
         or ("/" in name and folder.parent.is_dir())
-    )  # fmt: skip
-    if looks_like_a_path:
-        raise ModelError(f"model.name: {name}: no such folder; {expected}")
+    ):  # fmt: skip
+        what = "a file" if folder.is_file() else "no such folder"
+        raise ModelError(f"model.name: {name}: {what}; expected a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny")
     return path
 
 
@@ -376,10 +339,10 @@ def _checked_path(name: str, tokenizer_only: bool = False) -> str:
 
 
 def check_bitsandbytes(quantization: str) -> None:
-    """Make sure that bitsandbytes is there for `nf4` and `int8`, and in no case installed but broken.
+    """Make sure that bitsandbytes is there for `nf4` and `int8`, and in no case installed but broken: PEFT imports it.
 
     Raises:
-        ModelError: with both ways out.
+        ModelError: with the ways out.
     """
     quiet_libraries()
     try:
@@ -388,30 +351,19 @@ def check_bitsandbytes(quantization: str) -> None:
         is_absent = isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"
         if is_absent and quantization == "none":
             return
-        problem = f"cannot be imported ({type(error).__name__}: {one_line(error)})"
-        problem, fix = ("is not installed", _INSTALL) if is_absent else (problem, _REINSTALL)
-        if quantization == "none":
-            raise ModelError(f"bitsandbytes {problem}, and PEFT imports it; {fix}, or remove it") from error
-        raise ModelError(
-            f"model.quantization: {quantization} needs bitsandbytes, which {problem}; {fix}, or set "
-            "model.quantization=none"
-        ) from error
+        fault, fix = "is not installed", "`pip install bitsandbytes`"
+        if not is_absent:
+            fault = f"cannot be imported ({type(error).__name__}: {one_line(error)})"
+            fix = "`pip install --force-reinstall bitsandbytes`"
+        other = "remove it" if quantization == "none" else "set model.quantization=none"
+        raise ModelError(f"model.quantization: {quantization}: bitsandbytes {fault}; {fix}, or {other}") from error
 
 
 def _model_error(model: ModelConfig, part: str, error: BaseException) -> ModelError:
     """A `ModelError` that says what failed and what to do about it."""
     text = one_line(error)
-    lower = text.lower()
-    if "bitsandbytes" in lower and model.quantization != "none":
-        return ModelError(
-            f"model.quantization: bitsandbytes cannot hold {model.name} in {model.quantization} here: "
-            f"{type(error).__name__}: {text}\n  see `lmtune doctor`, or set model.quantization=none"
-        )
     hint = "check that the folder or repository holds a complete causal language model"
     if part == "tokenizer":
         hint = "check tokenizer.json, tokenizer_config.json and config.json, or download them again"
-    if "bitsandbytes" in lower:
-        hint = f"bitsandbytes, which quantized its weights, does not work here; {_INSTALL}, or see `lmtune doctor`"
-    else:
-        hint = next((fix for words, fix in _HINTS.items() if any(word in lower for word in words)), hint)
+    hint = next((fix for words, fix in _HINTS.items() if any(word in text.lower() for word in words)), hint)
     return ModelError(f"model.name: cannot load the {part} of {model.name}: {type(error).__name__}: {text}\n  {hint}")

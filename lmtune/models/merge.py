@@ -31,7 +31,7 @@ from lmtune.io.console import progress
 from lmtune.models.base import (
     DTYPES,
     base_fingerprint,
-    check_files,
+    checked_path,
     compute_dtype,
     load_model,
     resolve_name,
@@ -129,7 +129,7 @@ class _Source:
     """
 
     def __init__(self, base: ModelConfig, adapter: Path, into: Into, sequences: Sequence[Sequence[int]]) -> None:
-        check_files(base)
+        checked_path(base.name)
         self.device, self.trained_dtype = _merge_device(base), compute_dtype(default_device(), base.dtype)
         model = self._load(base, adapter)
         self.dtype = stored_dtype(base)

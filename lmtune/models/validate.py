@@ -1,17 +1,15 @@
 """Can this folder be used as a base model? Each problem is one line: the file, what is wrong, what to do.
 
     check_base("./qwen", Path("qwen"))   # before loading: each file by its first bytes, the weights by their headers
-    check_loaded(config, model, info)    # after loading: missing weights, other shapes, NaN
+    check_loaded(config, model, info)    # after loading: what transformers only warns of
 
-The first costs milliseconds, so it comes before the data are tokenized. What it does not see, transformers reports when
-it loads, and `check_loaded` finds what transformers only warns of. An adapter folder is checked by
-`lmtune.models.tuning.adapter_files`, with the same readers.
+The first costs milliseconds, so it comes before the data are tokenized.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +27,6 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 ADAPTER_CONFIG = "adapter_config.json"
 _JSON = (CONFIG, "generation_config.json", "tokenizer_config.json")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-_TEMPLATE = "chat_template.jinja"
-_PICKLES = (".bin", ".pt", ".pth", ".bin.index.json")
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_DOWNLOAD = "download the file itself, for example with `hf download`"
 # How files begin that are found in place of others, in lower case
 _IN_PLACE = {
     b"version https://git-lfs": "a Git LFS pointer",
@@ -40,12 +34,14 @@ _IN_PLACE = {
     b"<html": "a web page",
     b"<?xml": "a web page",
 }
-# What bitsandbytes stores beside quantized weights
-_QUANTIZED_BY = {"load_in_4bit": ("4-bit", ".absmax"), "load_in_8bit": ("8-bit", ".SCB")}
+# What a folder without model.safetensors holds instead
+_OTHER_WEIGHTS = {
+    ".safetensors": f"without {INDEX}; download the whole model",
+    ".bin": "pickled weights can run code; expected safetensors; convert them, or ask the author",
+    ".pth": "pickled weights can run code; expected safetensors; convert them, or ask the author",
+    ".gguf": "weights for llama.cpp; expected safetensors; use the model that they were made from",
+}
 _TEXT = "Hello, 12 plain words of text"
-
-
-# --- before loading
 
 
 def check_base(name: str, folder: Path, tokenizer_only: bool = False) -> None:
@@ -59,18 +55,28 @@ def check_base(name: str, folder: Path, tokenizer_only: bool = False) -> None:
     Raises:
         ModelError: with every problem.
     """
-    if _exists(folder / CONFIG) and _exists(folder / ADAPTER_CONFIG):
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    has_weights = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    if not (folder / CONFIG).is_file():
+        fix = "it is an adapter; give the base model that it was trained over" if is_adapter else "give a model folder"
+        raise ModelError(f"model.name: {name}: no {CONFIG}; {fix}")
+    if is_adapter:
         raise adapter_beside(name)
-    _require_none(name, _base_problems(folder, tokenizer_only))
+    if not has_weights and not tokenizer_only:
+        found = ((path.name, fix) for path in sorted(folder.iterdir()) for end, fix in _OTHER_WEIGHTS.items()
+                 if path.name.endswith(end))  # fmt: skip
+        other, fix = next(found, (f"no {WEIGHTS}", "lmtune reads safetensors only; download the weights too"))
+        raise ModelError(f"model.name: {name}: {other}: {fix}")
+    _require_none(name, [*_text_problems(folder), *(_weight_problems(folder) if has_weights else ())])
 
 
 def check_weights(name: str, folder: Path) -> None:
-    """Look at the weights in the Hub's cache once they are there.
+    """Look at the weights in the Hub's cache, as `check_base` does.
 
     Raises:
         ModelError: with every problem.
     """
-    _require_none(name, list(_weight_problems(folder)) or list(_type_problems(folder)))
+    _require_none(name, list(_weight_problems(folder)))
 
 
 def adapter_beside(name: str) -> ModelError:
@@ -81,115 +87,38 @@ def adapter_beside(name: str) -> ModelError:
     )
 
 
-def _require_none(name: str, problems: Sequence[str]) -> None:
+def _require_none(name: str, problems: list[str]) -> None:
     if problems:
         text = f" {problems[0]}" if len(problems) == 1 else f"\n{format_list(problems)}"
         raise ModelError(f"model.name: {name}:{text}")
 
 
-def _base_problems(folder: Path, tokenizer_only: bool) -> list[str]:
-    if not _exists(folder / CONFIG):
-        is_adapter = _exists(folder / ADAPTER_CONFIG)
-        fix = "it is an adapter; give the base model that it was trained over" if is_adapter else "give a model folder"
-        return [f"no {CONFIG}; {fix}"]
-    has_weights = _exists(folder / WEIGHTS) or _exists(folder / INDEX)
-    if not has_weights and not tokenizer_only:
-        return [_other_weights(folder)]
-    problems = [*_text_problems(folder), *(_weight_problems(folder) if has_weights else ())]
-    return problems or (list(_type_problems(folder)) if has_weights else [])
-
-
-def _other_weights(folder: Path) -> str:
-    """What a folder without usable weights holds instead, and what to do."""
-    names = sorted(path.name for path in folder.iterdir())
-    for name in names:
-        if name.endswith(".safetensors"):
-            return f"{name} without {INDEX}; download the whole model"
-        if name.endswith(_PICKLES):
-            return f"{name}: pickled weights can run code; expected safetensors; convert them, or ask the author"
-        if name.endswith(".gguf"):
-            return f"{name}: weights for llama.cpp; expected safetensors; use the model that they were made from"
-    return f"no {WEIGHTS}; lmtune reads safetensors only; download the weights too"
-
-
 def _text_problems(folder: Path) -> Iterator[str]:
-    for name in _JSON:
+    for path in (folder / name for name in (*_JSON, *_VOCABULARIES)):
+        if not path.is_file():
+            continue
         try:
-            if _exists(folder / name):
-                read_object(folder / name)
+            if path.name in _JSON:
+                read_object(path)
+            elif problem := text_problem(path, "a vocabulary"):
+                yield problem
         except ModelError as error:
             yield str(error)
-    for name in (*_VOCABULARIES, _TEMPLATE):
-        path = folder / name
-        if _exists(path) and (problem := text_problem(path, "a template" if name == _TEMPLATE else "a vocabulary")):
-            yield problem
-        elif name == _TEMPLATE and path.is_file():
-            try:
-                path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                yield f"{name}: not UTF-8 (byte {error.start}); save it as UTF-8"
 
 
 def _weight_problems(folder: Path) -> Iterator[str]:
-    try:
-        shards = _shards(folder)
-    except ModelError as error:
-        yield str(error)
-        return
+    shards = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file():
+        try:
+            shards = sorted(set(read_object(folder / INDEX)["weight_map"].values()))
+        except ModelError as error:
+            yield str(error)
+            return
     for shard in shards:
-        if not _exists(folder / shard):
+        if not (folder / shard).is_file():
             yield f"{shard}: missing, but {INDEX} names it; download it too"
         elif problem := weights_problem(folder / shard):
             yield problem
-
-
-def _shards(folder: Path) -> list[str]:
-    """The names of the safetensors files, in order."""
-    if _exists(folder / WEIGHTS):
-        return [WEIGHTS]
-    places = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ModelError(f"{INDEX}: no weight_map of file names; download it again")
-    if foreign := [name for name in places.values() if Path(name).name != name]:
-        raise ModelError(f"{INDEX}: {foreign[0]}; expected a file name; download it again")
-    return sorted(set(places.values()))
-
-
-def _type_problems(folder: Path) -> Iterator[str]:
-    """Where the types in the headers contradict `quantization_config`: transformers would read codes as weights."""
-    config = read_object(folder / CONFIG)
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # a vision model has `text_config`
-    keys = ("quantization_config", "compression_config")
-    quantization = next((part[key] for part in parts for key in keys if part.get(key)), None)
-    types = {file: _types_of(folder / file) for file in _shards(folder)}
-    if isinstance(quantization, dict):
-        for key, (bits, ending) in _QUANTIZED_BY.items():
-            if quantization.get(key) and not any(name.endswith(ending) for found in types.values() for name in found):
-                yield (
-                    f"{CONFIG}: quantization_config says {bits} weights, but they are not; remove that key, or "
-                    "download the weights again"
-                )
-    if quantization:
-        return
-    for file, found in types.items():
-        wrong = sorted(n for n, kind in found.items() if kind not in _FLOATS and n.endswith(".weight"))
-        if wrong:
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            yield (
-                f"{file}: {wrong[0]}{more} has type {found[wrong[0]]}, and {CONFIG} has no quantization_config; "
-                f"expected {', '.join(_FLOATS)}; use the model with weights of such a type"
-            )
-
-
-def _types_of(path: Path) -> dict[str, str]:
-    """The type of each tensor as the header spells it, by name."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        return {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - not a dict
-
-
-# --- after loading
 
 
 def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
@@ -206,22 +135,18 @@ def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str,
     name = model.name
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise adapter_beside(name)
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"model.name: {name}: weights are missing that {CONFIG} asks for; download it again, or use a causal "
-            f"language model\n{format_list(missing, 8)}"
-        )
-    if others := sorted(info["mismatched_keys"]):
-        lines = [f"{key}: {list(stored)}; expected {list(wanted)}" for key, stored, wanted in others]
-        raise ModelError(
-            f"model.name: {name}: shapes of the weights differ from {CONFIG}; download both again\n"
-            f"{format_list(lines, 8)}"
-        )
-    if broken := [key for key, weight in loaded.named_parameters() if not _is_finite(weight)]:
-        fix = "; or set a model.dtype with a larger range" if model.dtype == "float16" else ""
-        raise ModelError(
-            f"model.name: {name}: weights hold NaN or infinity; download it again{fix}\n{format_list(broken, 8)}"
-        )
+    fix = "; or set a model.dtype with a larger range" if model.dtype == "float16" else ""
+    broken = [key for key, weight in loaded.named_parameters() if not _is_finite(weight)]
+    shapes = [f"{k}: {list(stored)}; expected {list(wanted)}" for k, stored, wanted in sorted(info["mismatched_keys"])]
+    for fault, keys in {
+        f"weights are missing that {CONFIG} asks for; download it again, or use a causal language model": sorted(
+            info["missing_keys"]
+        ),
+        f"shapes of the weights differ from {CONFIG}; download both again": shapes,
+        f"weights hold NaN or infinity; download it again{fix}": broken,
+    }.items():
+        if keys:
+            raise ModelError(f"model.name: {name}: {fault}\n{format_list(keys, 8)}")
     if unused := sorted(info["unexpected_keys"]):
         warn(
             f"model.name: {name}: {len(unused)} weights are not used, such as {unused[0]}; check that {CONFIG} belongs "
@@ -288,16 +213,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def text_problem(path: Path, kind: str) -> str | None:
-    """Why a file cannot hold text of some `kind`, or None."""
-    if path.is_symlink() and not path.exists():
-        return f"{path.name}: the target of this link is missing; copy the file itself"
+    """Why a file cannot hold what is expected, such as `JSON`, or None."""
     with path.open("rb") as file:
         start = file.read(512)
-    if not start and path.name != _TEMPLATE:
+    if not start:
         return f"{path.name}: empty; download it again"
     found = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     what = next((what for begin, what in _IN_PLACE.items() if found.startswith(begin)), None)
-    return f"{path.name}: {what}; expected {kind}; {_DOWNLOAD}" if what else None
+    return what and f"{path.name}: {what}; expected {kind}; download the file itself, for example with `hf download`"
 
 
 def weights_problem(path: Path) -> str | None:
@@ -314,8 +237,3 @@ def weights_problem(path: Path) -> str | None:
             if file.read(2).startswith((b"PK", b"\x80")):
                 return f"{path.name}: pickled weights can run code; expected safetensors; ask the author for them"
         return f"{path.name}: damaged or cut off ({error}); download it again"
-
-
-def _exists(path: Path) -> bool:
-    """Whether there is such a file, or a link whose target is missing."""
-    return path.is_file() or path.is_symlink()

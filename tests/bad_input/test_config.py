@@ -139,5 +139,5 @@ def test_a_quantization_that_nothing_here_can_serve(
         f"model: {{name: base, quantization: {quantization}}}\ndata: {{train: train.jsonl}}\n"
     )
     said = refused("finetune", "trial.yaml").err
-    assert f"error: model.quantization: {quantization} needs bitsandbytes, which is not installed; `pip install" in said
+    assert f"error: model.quantization: {quantization}: bitsandbytes is not installed; `pip install" in said
     assert "or set model.quantization=none" in said

@@ -89,18 +89,6 @@ def sharded(change: Callable[[Path, list[Path]], Any]) -> Change:
     return apply
 
 
-def stored_as(kind: torch.dtype, *parts: str) -> Change:
-    """The weights whose names hold one of `parts`, or all matrices, in another type."""
-
-    def apply(folder: Path) -> None:
-        state = load_file(folder / "model.safetensors")
-        chosen = [n for n in state if (any(part in n for part in parts) if parts else state[n].dim() == 2)]
-        state.update({name: (state[name] * 100).to(kind) for name in chosen})
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return apply
-
-
 PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 UNKNOWN = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]}
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -124,13 +112,9 @@ BASES: dict[str, tuple[Change, str]] = {
         lambda base: (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-9]),
         "model.safetensors: damaged or cut off",
     ),
-    "no weights": (without("model.safetensors"), "no model.safetensors; lmtune reads safetensors only; download the "),
-    "a link to weights that are missing": (
-        lambda base: ((base / "model.safetensors").unlink(), (base / "model.safetensors").symlink_to("../blobs/4d7a")),
-        "model.safetensors: the target of this link is missing; copy the file itself",
-    ),
+    "no weights": (without("model.safetensors"), "no model.safetensors: lmtune reads safetensors only; download the "),
     "shards without their index": (
-        sharded(lambda base, shards: (base / INDEX).unlink()), f"model-00001-of-00003.safetensors without {INDEX}",
+        sharded(lambda base, shards: (base / INDEX).unlink()), f"model-00001-of-00003.safetensors: without {INDEX}",
     ),
     "weights for llama.cpp": (
         all_of(without("model.safetensors"), written("model-q4.gguf", b"GGUF")),
@@ -139,27 +123,9 @@ BASES: dict[str, tuple[Change, str]] = {
     "a shard missing": (
         sharded(lambda base, shards: shards[1].unlink()), "model-00002-of-00003.safetensors: missing, but model.safete",
     ),
-    "a pointer in place of a shard": (
-        sharded(lambda base, shards: shards[2].write_bytes(POINTER)), "model-00003-of-00003.safetensors: a Git LFS po",
-    ),
-    "HTML in place of the index": (
-        sharded(lambda base, shards: (base / INDEX).write_bytes(HTML)), f"{INDEX}: a web page; expected JSON; ",
-    ),
-    "an index without file names": (
-        sharded(lambda base, shards: (base / INDEX).write_text('{"weight_map": {"a": 1}}')),
-        f"{INDEX}: no weight_map of file names",
-    ),
-    "a shard from elsewhere": (
-        sharded(lambda base, shards: (base / INDEX).write_text('{"weight_map": {"a": "../../a.safetensors"}}')),
-        f"{INDEX}: ../../a.safetensors; expected a file name",
-    ),
-    "HTML in place of the config": (written("config.json", HTML), "config.json: a web page; expected JSON"),
     "half a config": (written("config.json", '{"model": '), "config.json: not valid JSON"),
     "a pointer in place of the tokenizer": (
         written("tokenizer.json", POINTER), "tokenizer.json: a Git LFS pointer; expected a vocabulary",
-    ),
-    "half a tokenizer": (
-        written("tokenizer.json", '{"version": '), "cannot load the tokenizer of ./base: ",
     ),
     "a tokenizer at which its library panics": (  # with a BaseException
         settings("tokenizer.json", normalizer=PANICS), "cannot load the tokenizer of ./base: PanicException: ",
@@ -170,26 +136,8 @@ BASES: dict[str, tuple[Change, str]] = {
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"), "cannot load the tokenizer of ./base: ",
     ),
-    "a template that is not UTF-8": (
-        written("chat_template.jinja", b'{{ "\xe9" }}'), "chat_template.jinja: not UTF-8 (byte 4); save it as UTF-8",
-    ),
-    "an end token by name": (
-        settings("generation_config.json", eos_token_id="</s>"),
-        "generation_config.json: eos_token_id: '</s>'; expected a token id",
-    ),
     "a smaller vocabulary in the config": (
         settings("config.json", vocab_size=10), "shapes of the weights differ from config.json; download both again\n",
-    ),
-    "plain weights with a config for 4 bit": (
-        settings("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        "config.json: quantization_config says 4-bit weights, but they are not; remove that key",
-    ),
-    "weights in integers": (
-        stored_as(torch.int8), "model.safetensors: lm_head.weight (and 15 more) has type I8, and config.json has no qu",
-    ),
-    "8-bit floats without scales, over shards": (
-        all_of(stored_as(torch.float8_e5m2, "norm"), sharded(lambda base, shards: None)),
-        ": model.layers.0.post_attention_layernorm.weight (and 1 more) has type F8_E5M2, and config.json has no",
     ),
     "an adapter in the base's folder": (
         written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}'),
@@ -199,7 +147,6 @@ BASES: dict[str, tuple[Change, str]] = {
         written("chat_template.jinja", "{{ messages[0].content }}"),
         "the chat template drops or rewrites answers; use data.template: plain",
     ),
-    "a template that renders nothing": (written("chat_template.jinja", "Hello!"), "use data.template: plain"),
     "a template that loops": (written("chat_template.jinja", LOOPS), "did not finish a small conversation in 1 s"),
     "a template that grows": (written("chat_template.jinja", GROWS), "writes over 1,000,000 characters for a small"),
     "a template that reaches for Python": (
@@ -235,27 +182,11 @@ def test_every_problem_of_a_folder_is_listed_at_once(place: Path, refused: Calla
     assert [line.split(":")[0].strip() for line in lines[-3:]] == ["config.json", "tokenizer.json", "model.safetensors"]
 
 
-def test_integers_that_are_not_weights(place: Path, command: Command) -> None:
-    """What old files of GPT-2 hold beside the weights: masks, and the numbers of positions."""
-    make_workplace(place)
-    shutil.rmtree(place / "base")
-    save_tiny(place / "base", "gpt2", chat_template=CHATML)
-    state = load_file(place / "base" / "model.safetensors")
-    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 256, 256, dtype=torch.bool)}
-    others = {"h.1.attn.bias": torch.ones(1, 1, 9, 9, dtype=torch.int8), "position_ids": torch.arange(256)}
-    save_file({**state, **mask, **others}, place / "base" / "model.safetensors", metadata={"format": "pt"})
-    (place / "trial.yaml").write_text(TRIAL)
-    outcome = command("plan", "trial.yaml")
-    assert outcome.code == 0, outcome.said
-    assert load_model(ModelConfig(name="./base", quantization="none"), "cpu").lm_head is not None
-
-
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("./base/model.safetensors", "a file; expected a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"),
-        ("https://huggingface.co/Qwen/Qwen3-0.6B", "a web page; give the Hub id: Qwen/Qwen3-0.6B"),
-        ("https://example.org/some/model", "no such folder; expected a model folder, a Hub id like Qwen/Qwen3-0.6B"),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "no such folder; expected a model folder, a Hub id like Q"),
     ],
 )
 def test_a_base_name_that_is_something_else(place: Path, refused: Callable[..., Outcome], name: str, said: str) -> None:
@@ -272,14 +203,6 @@ def test_no_name_at_all(place: Path, refused: Callable[..., Outcome], arguments:
     assert "no model is named; give a run, an adapter or model folder, a Hub id, or tiny" in refused(*arguments).err
 
 
-@pytest.mark.parametrize("verb", ["finetune", "plan"])
-def test_targets_that_are_not_a_regular_expression(place: Path, refused: Callable[..., Outcome], verb: str) -> None:
-    make_workplace(place)
-    (place / "trial.yaml").write_text(TRIAL)
-    said = refused(verb, "trial.yaml", "tuning.target_modules=(q").err
-    assert "error: tuning.target_modules: '(q' is not a regular expression: " in said
-
-
 # --- adapters, as `lmtune chat` meets them
 
 A, B = "lora_A.weight", "lora_B.weight"
@@ -292,32 +215,21 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
         "no adapter_model.safetensors; a pickled adapter can run code",
     ),
     "a zip as torch saves it": (written(WEIGHTS, b"PK\x03\x04" + PICKLE), f"{WEIGHTS}: pickled weights"),
-    "HTML in place of the weights": (written(WEIGHTS, HTML), f"{WEIGHTS}: a web page; expected weights"),
     "weights cut off": (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), f"{WEIGHTS}: damaged"),
     "no tensor": (tensors(lambda state: state.clear()), f"{WEIGHTS}: no LoRA tensor"),
     "integers": (tensors(lambda state: state.update({UP + A: state[UP + A].int()})), f"{UP}{A}: type I32; expected a "),
     "half a pair": (tensors(lambda state: state.pop(UP + B)), f"missing: {UP}{B}"),
-    "one layer too many": (
-        tensors(lambda state: [state.update({(UP + e).replace(".0.", ".7."): state[UP + e].clone()}) for e in (A, B)]),
-        f"unexpected: {UP}{A}".replace(".0.", ".7."),
-    ),
-    "too narrow": (
-        tensors(lambda state: state.update({UP + A: torch.zeros(4, 32)})),
-        f"{UP}{A}: shape [4, 32], the base needs [4, 64]",
-    ),
     "rank that its tensors do not have": (settings(CONFIG, r=16), "shape [4, 64], the base needs [16, 64]"),
     "NaN": (tensors(lambda state: state[UP + A].fill_(float("nan"))), f"{UP}{A}: holds NaN or infinity"),
     "of another base": (settings("lmtune.json", base_fingerprint="0" * 32), "trained over another base model"),
     "a base without a name": (settings("lmtune.json", base_model=" "), "no base model (base_model_name_or_path)"),
     "a base that is missing": (settings("lmtune.json", base_model="./gone"), "base model in the folder ./gone"),
-    "unknown metadata": (settings("lmtune.json", template="odd"), "lmtune.json: template: 'odd'; expected auto, chat"),
+    "unknown metadata": (settings("lmtune.json", template="odd"), "template: got 'odd'; should be 'auto', "),
     "of another method": (settings(CONFIG, peft_type="PREFIX_TUNING"), f"{CONFIG}: peft_type: 'PREFIX_TUNING'; expe"),
     "a class to import": (settings(CONFIG, auto_mapping={"parent_library": "os"}), f"{CONFIG}: auto_mapping: not a s"),
-    "not a regular expression": (settings(CONFIG, target_modules="(q"), f"{CONFIG}: target_modules: '(q' is not a reg"),
     "nested without end": (settings(CONFIG, target_modules="(" * 249 + ")" * 249), "this adapter on the base"),
     "a slow regular expression": (settings(CONFIG, target_modules=r"([\w.]+)+!"), "catastrophic backtracking"),
-    "a rank that takes all memory": (settings(CONFIG, r=10**8), f"{CONFIG}: r: 100000000; expected 1 to 4,096"),
-    "another, for one layer": (settings(CONFIG, rank_pattern={"q_proj": 10**8}), "rank_pattern: "),
+    "a rank that takes all memory": (settings(CONFIG, r=10**8), f"{CONFIG}: r: 100000000; expected less than"),
     "another, for ranks": (settings(CONFIG, rank_pattern={r"([\w.]+)+!": 4}), "catastrophic backtracking"),
     "HTML in place of the config": (written(CONFIG, HTML), f"{CONFIG}: a web page; expected JSON"),
     "a tokenizer with code": (
@@ -327,10 +239,6 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
         "tokenizer_config.json: auto_map names code of the repository, which lmtune never runs",
     ),
     "half a tokenizer": (written("tokenizer.json", "{"), "adapter: cannot read its tokenizer: "),
-    "a tokenizer without tokens": (
-        settings("tokenizer.json", model=UNKNOWN, added_tokens=[]), "adapter: the tokenizer has no tokens for ",
-    ),
-    "a template that loops": (written("chat_template.jinja", LOOPS), "did not finish a small conversation in 1 s"),
 }  # fmt: skip
 
 
@@ -362,7 +270,7 @@ def adapter(made: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place / "adapter"
 
 
-@pytest.mark.parametrize("name", few(ADAPTERS, *(set(ADAPTERS) - {"another, for ranks"})))
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_that_cannot_be_used(
     place: Path, adapter: Path, refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -380,12 +288,9 @@ def test_the_adapter_as_it_was_answers(place: Path, adapter: Path, command: Comm
     assert outcome.code == 0, outcome.said
 
 
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_an_adapter_of_another_depth(
-    place: Path, adapter: Path, refused: Callable[..., Outcome], num_layers: int
-) -> None:
+def test_an_adapter_of_another_depth(place: Path, adapter: Path, refused: Callable[..., Outcome]) -> None:
     """Its fingerprint tells; without one, its tensors."""
-    other = save_tiny(place / "other", num_hidden_layers=num_layers)
+    other = save_tiny(place / "other", num_hidden_layers=3)
     shutil.rmtree(place / "adapter")
     save_over(other, place / "adapter", target_modules=("q_proj", "up_proj"))
     assert "trained over another base model" in refused("chat", "adapter").err

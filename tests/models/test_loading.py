@@ -1,11 +1,7 @@
 """Loading: the same call for every quantization, safetensors only, no code from a model's folder, errors that help."""
 
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.config.schema import LoraConfig, ModelConfig
 from lmtune.errors import ModelError
-from lmtune.io import atomic
-from lmtune.io.atomic import lookup, single_flight
 from lmtune.models import base as base_module
 from lmtune.models.base import load_model, load_tokenizer, stored_dtype, weight_files
 from lmtune.models.tuning.adapter_files import Metadata
@@ -99,7 +93,6 @@ def error_of(config: ModelConfig) -> str:
 
 
 def test_a_hub_id_that_cannot_be_reached_says_what_to_check() -> None:
-    began = time.perf_counter()
     for load in (load_model, load_tokenizer):
         with pytest.raises(ModelError) as caught:
             load(config_of("nobody/no-such-model"))
@@ -107,7 +100,6 @@ def test_a_hub_id_that_cannot_be_reached_says_what_to_check() -> None:
         assert "model.name: cannot load the " in text
         assert "of nobody/no-such-model" in text
         assert "check the spelling (user/name) and the network" in text
-    assert time.perf_counter() - began < 10
 
 
 @pytest.fixture
@@ -128,8 +120,7 @@ def test_damaged_weights_in_the_hubs_cache(downloaded: Path) -> None:
     assert text.startswith("model.name: user/name: model.safetensors: a web page; expected weights; download")
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("quantization", "tied"), [("none", True), ("int8", False), ("nf4", False)])
 def test_weights_that_are_missing_are_never_made_up(tmp_path: Path, quantization: str, tied: bool) -> None:
     """transformers fills them with random numbers and a warning."""
     folder = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
@@ -155,7 +146,7 @@ def test_weights_that_the_config_has_no_place_for_are_said(tmp_path: Path, capsy
     assert f"model.name: {folder}: 9 weights are not used, such as model.layers.1." in said
 
 
-@pytest.mark.parametrize(("stored", "asked"), [("nf4", "int8"), ("nf4", "none"), ("int8", "nf4"), ("nf4", "nf4")])
+@pytest.mark.parametrize(("stored", "asked"), [("nf4", "none"), ("int8", "nf4"), ("nf4", "nf4")])
 def test_a_base_that_is_stored_quantized_stays_so_and_it_is_said(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: str, asked: str
 ) -> None:
@@ -217,51 +208,34 @@ def without_bitsandbytes(patch: pytest.MonkeyPatch, folder: Path, fault: str | N
     patch.syspath_prepend(str(folder))
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantization_without_bitsandbytes_names_both_ways_out(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
-) -> None:
-    without_bitsandbytes(monkeypatch, tmp_path, None)
-    assert error_of(config_of(base, quantization)) == (
-        f"model.quantization: {quantization} needs bitsandbytes, which is not installed; `pip install bitsandbytes`, "
-        "or set model.quantization=none"
-    )
-    load_model(config_of(base), "cpu")
-
-
-@pytest.mark.parametrize("fault", ["raise RuntimeError('no such\\nlibrary')", "import not_there_at_all"])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (None, "is not installed; `pip install bitsandbytes`, or set model.quantization=none"),
+        ("raise RuntimeError('no such\\nlibrary')", "cannot be imported (RuntimeError: no such library); `pip install"),
+        ("import not_there_at_all", "cannot be imported (ModuleNotFoundError: No module named 'not_there_at_all'); "),
+    ],
+)
 def test_bitsandbytes_that_cannot_be_imported(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None, said: str
 ) -> None:
-    """PEFT fails then as well, also over a base that is not quantized."""
+    """A broken one breaks PEFT too, also over a base that is not quantized."""
     without_bitsandbytes(monkeypatch, tmp_path, fault)
-    text = error_of(config_of(base, "nf4"))
-    assert text.startswith("model.quantization: nf4 needs bitsandbytes, which cannot be imported (")
-    assert ("RuntimeError: no such library" in text) or ("No module named 'not_there_at_all'" in text)
-    assert "`pip install --force-reinstall bitsandbytes`" in text
-    assert "model.quantization=none" in text
+    assert f"model.quantization: nf4: bitsandbytes {said}" in error_of(config_of(base, "nf4"))
     model = load_model(config_of(base), "cpu")
-    with pytest.raises(ModelError, match=r"bitsandbytes cannot be imported .*, and PEFT imports it"):
-        attach_adapter(model, LoraConfig(), 0, "base")
+    if fault is not None:
+        with pytest.raises(ModelError, match=r"bitsandbytes cannot be imported .*, or remove it"):
+            attach_adapter(model, LoraConfig(), 0, "base")
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
-def test_what_bitsandbytes_refuses_names_the_setting(
-    base: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
-) -> None:
-    """As on a device that it has no code for; the base may also be stored in its form."""
+def test_what_bitsandbytes_refuses_names_the_setting(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that it has no code for."""
 
     def refuse(*args: object) -> None:
         raise RuntimeError("Attempted to use bitsandbytes native library functionality but it's not available.")
 
     monkeypatch.setattr(base_module, "_from_pretrained", refuse)
-    text = error_of(config_of(base, quantization))
-    if quantization == "none":
-        assert "model.name: cannot load the weights of" in text
-        assert "bitsandbytes, which quantized its weights, does not work here; `pip install bitsandbytes`" in text
-    else:
-        assert text.startswith(f"model.quantization: bitsandbytes cannot hold {base} in {quantization} here: RuntimeE")
-        assert "see `lmtune doctor`, or set model.quantization=none" in text
+    assert "see `lmtune doctor`, or set model.quantization=none" in error_of(config_of(base, "nf4"))
 
 
 # --- the quantized base is kept for the next start
@@ -328,77 +302,9 @@ def test_weights_written_again_are_quantized_anew_though_their_samples_are_equal
     assert torch.equal(load_model(config_of(folder, "nf4"), "cpu").model.norm.weight, before * 3)
 
 
-def test_a_damaged_entry_is_made_again(tmp_path: Path, kept_from_any_size: Path) -> None:
-    config = config_of(save_tiny(tmp_path / "model"), "nf4")
-    whole = load_model(config, "cpu").state_dict()
-    (entry,) = entries(kept_from_any_size)
-    (entry / "model.safetensors").write_bytes(b"not any more")
-    again = load_model(config, "cpu").state_dict()
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
-    assert lookup(kept_from_any_size, entry.name)
-
-
 def test_a_cache_that_cannot_be_written_is_said_and_does_without(
     tmp_path: Path, kept_from_any_size: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept_from_any_size.parent.write_text("a file")
     assert load_model(config_of(save_tiny(tmp_path / "model"), "nf4"), "cpu").is_quantized
     assert "the quantized base is not kept for the next start: the cache" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize("outcome", ["the first one succeeds", "the first one fails", "nothing can be kept"])
-def test_of_two_that_start_at_once_one_quantizes_and_the_other_waits_for_it(
-    tmp_path: Path, kept_from_any_size: Path, monkeypatch: pytest.MonkeyPatch, outcome: str
-) -> None:
-    """Threads stand for processes: a lock on a file is between open files. One that fails lets the other one go on."""
-    config = config_of(save_tiny(tmp_path / "model"), "nf4")
-    inside, at_once, quantized = [], [], []
-
-    def watched(path: str, *rest: object, real: Callable[..., object] = base_module._from_pretrained) -> object:
-        if path != config.name:
-            return real(path, *rest)
-        quantized.append(path)
-        inside.append(path)
-        time.sleep(0.2)
-        at_once.append(len(inside))
-        try:
-            if outcome == "the first one fails" and len(quantized) == 1:
-                raise RuntimeError("no luck")
-            return real(path, *rest)
-        finally:
-            inside.pop()
-
-    monkeypatch.setattr(base_module, "_from_pretrained", watched)
-    if outcome == "nothing can be kept":
-        monkeypatch.setattr(base_module, "_store", lambda *_: None)
-    with ThreadPoolExecutor(2) as pool:
-        loads = [pool.submit(load_model, config, "cpu") for _ in range(2)]
-        failures = [load.exception() for load in loads]
-    assert at_once == ([1] if outcome == "the first one succeeds" else [1, 1])
-    assert len([failure for failure in failures if failure]) == (outcome == "the first one fails")
-    assert all(failure is None or "no luck" in str(failure) for failure in failures)
-    assert all(load.result().is_quantized for load in loads if not load.exception())
-
-
-def test_a_process_that_was_killed_or_hangs_while_it_quantized_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = "import sys, time; from pathlib import Path; from lmtune.io.atomic import single_flight\n"
-    code += "with single_flight(Path(sys.argv[1]), 'key') as first: print(first, flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "True\n"
-    with monkeypatch.context() as patch, single_flight(tmp_path, "another key") as first:
-        assert first
-        patch.setattr(atomic, "_SINGLE_FLIGHT_SECONDS", 0.1)
-        with single_flight(tmp_path, "key") as first:
-            assert not first
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(lambda: single_flight(tmp_path, "key").__enter__())
-        with pytest.raises(TimeoutError):
-            waiting.result(0.2)
-        process.kill()
-        process.communicate()
-        assert waiting.result(10) is False
-    with single_flight(tmp_path, "key") as first:
-        assert first
