@@ -115,8 +115,7 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
 
     before = _resident()
     began = time.perf_counter()
-    report = PartReport.from_dict({"files": ["rows.jsonl"], "sha256": []})
-    data = TokenizedData(TokenTable(path), "key", "signature", report)
+    data = TokenizedData(TokenTable(path), "key", "signature", PartReport(["rows.jsonl"], []))
 
     def beginnings_of(row: int) -> list[Any]:
         return [shareable_prefix(document.input_ids, document.loss_mask) for document in data[row].sequences]

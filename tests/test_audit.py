@@ -32,7 +32,6 @@ PROBE = "jinja2==2.4.1"
     [
         ("", PROBE, 0, "dependency audit skipped: the data on known vulnerabilities cannot be reached"),
         ("osv pypi", "", 0, "dependency audit skipped"),  # answers, but knows of nothing, as a mirror of packages does
-        ("osv pypi", PROBE, 0, "0 known vulnerabilities"),
         ("pypi", PROBE, 0, "0 known vulnerabilities"),
         ("osv", f"{PROBE} torch==2.13.0", 1, "1 known vulnerabilities"),
     ],

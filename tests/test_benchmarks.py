@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import flop_per_token, gate
-from benchmarks.profile_step import part_of, profile
+from benchmarks.profile_step import profile
 from benchmarks.scaling import balance, planned
 from benchmarks.workload import Workload
 
@@ -34,13 +34,10 @@ def test_the_gate_lets_only_the_plain_loops_result_pass(arm: SimpleNamespace, ex
     assert gate(arm, measured(2.0, 1.0, -4.0))["exact"] is exact
 
 
-def test_an_arm_without_some_gradient_does_not_pass_and_one_over_another_base_is_not_judged() -> None:
-    arm, reference = measured(2.0, 1.0), measured(2.0, 1.0)
-    del arm.gradients["b"]
-    assert gate(arm, reference)["exact"] is False
+def test_an_arm_over_another_base_is_not_judged() -> None:
     arm = measured(3.0, 7.0)
     arm.name = "lmtune-over-nf4"
-    assert gate(arm, reference)["exact"] is None
+    assert gate(arm, measured(2.0, 1.0))["exact"] is None
 
 
 def test_rows_are_the_same_for_every_arm_and_others_at_each_step() -> None:
@@ -48,11 +45,9 @@ def test_rows_are_the_same_for_every_arm_and_others_at_each_step() -> None:
     assert all(
         np.array_equal(a.sequences[0].input_ids, b.sequences[0].input_ids) for a, b in zip(one, other, strict=True)
     )
-    again = Workload("1m", batch_size=4).rows(4)
-    assert not np.array_equal(one[0].sequences[0].input_ids, again[0].sequences[0].input_ids)
-    shared = Workload("1m", batch_size=4, shared_prefix=20, own_tokens=5).rows(0)
-    assert {len(row.sequences[0].input_ids) for row in shared} == {25}
-    assert len({tuple(row.sequences[0].input_ids[:20]) for row in shared}) == 1
+    assert not np.array_equal(
+        one[0].sequences[0].input_ids, Workload("1m", batch_size=4).rows(4)[0].sequences[0].input_ids
+    )
 
 
 def test_rows_of_a_file_are_rendered_by_a_tokenizer_trained_on_it() -> None:
@@ -79,14 +74,10 @@ def test_a_comparison_from_its_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_planning_a_thousand_rows_is_measured() -> None:
+def test_planning_and_balance_are_measured() -> None:
     found = planned(1000)
     assert found["steps"] == 32
-    assert 0 < found["seconds"] < 60
     assert found["memory_gib"] < 1
-
-
-def test_work_is_assigned_more_evenly_than_in_order() -> None:
     found = balance(2)
     assert 1 <= found["dealt"] < found["in_order"]
 
@@ -97,8 +88,3 @@ def test_a_step_is_profiled_by_parts() -> None:
     assert sum(report["shares"].values()) == pytest.approx(1, abs=1e-3)
     assert all(report["shares"].values())
     assert report["tokens_per_second"] > 0
-
-
-def test_operations_are_told_apart_by_name() -> None:
-    names = ("aten::mm", "aten::addmm_", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::mul")
-    assert [part_of(name) for name in names] == ["products", "products", "attention", "the rest"]

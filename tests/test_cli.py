@@ -26,8 +26,11 @@ def lmtune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
+Outcome = Callable[..., tuple[int, str]]
+
+
 @pytest.fixture
-def outcome(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def outcome(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Outcome:
     """Runs a recipe as `python recipes/VERB.py` does; gives exit code and what stood on stderr."""
 
     def of(recipe: Callable[..., None], *arguments: str) -> tuple[int, str]:
@@ -40,81 +43,47 @@ def outcome(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [(LmtuneError, 1), (ConfigError, 2), (DataError, 2), (ModelError, 2), (CheckpointError, 2)],
-)
-def test_an_error_is_one_message_and_its_exit_code(outcome, error: type[LmtuneError], code: int) -> None:
+    ("error", "code", "said"),
+    [
+        *((error("data.train: [bold]x[/] is wrong\n  fix it"), error.exit_code,
+           "error: data.train: [bold]x[/] is wrong\n  fix it\n")
+          for error in (LmtuneError, ConfigError, DataError, ModelError, CheckpointError)),
+        (RuntimeError("shape [3, 4]"), 1, "error: RuntimeError: shape [3, 4]\n  (LMTUNE_TRACEBACK=1 shows where)\n"),
+        # libraries written in Rust raise what is no Exception
+        (type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})("index 4"), 1,
+         "error: PanicException: index 4\n  (LMTUNE_TRACEBACK=1 shows where)\n"),
+        (KeyboardInterrupt(), 130, ""), (SystemExit(143), 143, ""),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_message_and_its_exit_code(
+    outcome: Outcome, error: BaseException, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def recipe() -> None:
-        raise error("data.train: [bold]x[/] is wrong\n  mend it")
+        raise error
 
-    assert outcome(recipe) == (code, "error: data.train: [bold]x[/] is wrong\n  mend it\n")
-
-
-def test_an_unforeseen_error_is_code_1_without_a_traceback(outcome) -> None:
-    def recipe() -> None:
-        raise RuntimeError("shape [3, 4]")
-
-    assert outcome(recipe) == (1, "error: RuntimeError: shape [3, 4]\n  (LMTUNE_TRACEBACK=1 shows where)\n")
-
-
-def test_a_panic_in_a_library_is_an_unforeseen_error_too(outcome) -> None:
-    """Libraries written in Rust raise what is no Exception."""
-    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
-
-    def recipe() -> None:
-        raise panic("index 4 is out of range")
-
-    code, text = outcome(recipe)
-    assert code == 1
-    assert text.startswith("error: PanicException: index 4 is out of range\n")
-
-
-def test_the_traceback_is_shown_on_demand(outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMTUNE_EXIT_CODES", str(tmp_path / "codes"))  # where the launcher reads it
+    assert outcome(recipe) == (code, said)
+    assert (tmp_path / "codes").read_text() == f"{code}\n"
     monkeypatch.setenv("LMTUNE_TRACEBACK", "1")
-
-    def recipe() -> None:
-        raise ConfigError("wrong")
-
-    code, text = outcome(recipe)
-    assert code == 2
-    assert "Traceback" in text
-    assert text.endswith("error: wrong\n")
+    if isinstance(error, LmtuneError):
+        _, text = outcome(recipe)
+        assert "Traceback" in text
+        assert text.endswith(said)
 
 
-def test_ctrl_c_is_130(outcome) -> None:
-    def recipe() -> None:
-        raise KeyboardInterrupt
-
-    assert outcome(recipe)[0] == 130
+def test_the_exit_codes_are_those_that_are_documented() -> None:
+    errors = (LmtuneError, ConfigError, DataError, ModelError, CheckpointError)
+    assert [error.exit_code for error in errors] == [1, 2, 2, 2, 2]
 
 
-def test_success_is_0_and_wrong_usage_2(outcome) -> None:
+def test_success_is_0_and_wrong_usage_2(outcome: Outcome) -> None:
     def recipe(count: int) -> None:
         assert count == 3
 
     assert outcome(recipe, "3") == (0, "")
     code, text = outcome(recipe, "three")
-    assert code == 2
-    assert "'count'" in text
+    assert (code, "'count'" in text) == (2, True)
     assert outcome(recipe)[0] == 2
-
-
-def test_a_recipe_chooses_its_own_exit_code(outcome) -> None:
-    def recipe() -> None:
-        sys.exit(143)
-
-    assert outcome(recipe)[0] == 143
-
-
-def test_the_exit_code_is_noted_for_the_launcher(outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LMTUNE_EXIT_CODES", str(tmp_path / "codes"))
-
-    def recipe() -> None:
-        raise DataError("wrong")
-
-    outcome(recipe)
-    outcome(lambda: None)
-    assert (tmp_path / "codes").read_text() == "2\n0\n"
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:
@@ -132,19 +101,14 @@ def test_the_first_problems_are_listed_and_the_rest_counted() -> None:
     assert format_list([str(n) for n in range(25)], 2) == "  0\n  1\n  … and 23 more"
 
 
-def test_every_recipe_is_a_verb_in_the_help(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_is_a_recipe_in_the_help(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["lmtune", "--help"])
     with pytest.raises(SystemExit) as ended:
         main()
-    text = capfd.readouterr().out
     assert not ended.value.code
-    assert {path.stem for path in RECIPES} <= set(VERBS)
-    for path in RECIPES:
-        assert f" {path.stem} " in text, path.stem
-
-
-def test_every_verb_is_a_recipe() -> None:
     assert set(VERBS) == {path.stem for path in RECIPES}
+    text = capfd.readouterr().out
+    assert not [verb for verb in VERBS if f" {verb} " not in text]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -174,13 +138,9 @@ def test_the_version_and_no_arguments() -> None:
     nothing = lmtune()
     assert nothing.returncode == 2
     assert "quickstart" in nothing.stdout + nothing.stderr
-    assert lmtune("finetunes").returncode == 2
 
 
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [("train", "finetune"), ("eval", "evaluate"), ("finetunes", "finetune"), ("prevew", "preview"), ("serve", "app")],
-)
+@pytest.mark.parametrize(("typed", "meant"), [("train", "finetune"), ("prevew", "preview"), ("serve", "app")])
 def test_a_verb_of_another_tool_is_answered_by_ours(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], typed: str, meant: str
 ) -> None:
@@ -192,33 +152,22 @@ def test_a_verb_of_another_tool_is_answered_by_ours(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "messages"),
     [
-        (["finetune", "none.yaml"], "none.yaml: no such config file"),
-        (["finetune", "run.yaml", "train.epoch=1"], "train.epoch: unknown key; did you mean epochs?"),
-        (["plan", "run.yaml", "data.train=none.jsonl"], "none.jsonl"),
-        (["merge", "none"], "none: no such run"),
-        (["evaluate", "none", "none.jsonl"], "none.jsonl"),
+        (["finetune", "none.yaml"], ["none.yaml: no such config file"]),
+        (["finetune", "run.yaml"], ["rows.jsonl:2: ", "rows.jsonl:4: "]),
+        (["merge", "none"], ["none: no such run"]),
+        (["evaluate", "none", "none.jsonl"], ["none.jsonl"]),
     ],
 )
 def test_wrong_input_is_code_2_at_once_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], messages: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("model: {name: tiny}\ndata: {train: rows.jsonl}\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n\n{"prompt": 3, \n')
     done = lmtune(*arguments)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert not [message for message in messages if message not in done.stderr]
     assert "Traceback" not in done.stderr
-    assert os.listdir(tmp_path) == ["run.yaml"]
-
-
-def test_a_data_fault_names_every_line_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text("model: {name: tiny}\ndata: {train: rows.jsonl}\n")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n\n{"prompt": 3, \n')
-    done = lmtune("finetune", "run.yaml")
-    assert done.returncode == 2
-    assert "rows.jsonl:2: " in done.stderr
-    assert "rows.jsonl:4: " in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "run.yaml"]

@@ -126,11 +126,6 @@ def test_the_settings_page_is_in_step() -> None:
     assert generated(page) == page, "run: python .ci/settings_page.py"
 
 
-def test_every_page_is_in_the_sites_navigation() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert not [page for page in PAGES if page.startswith("docs/") and f" {Path(page).name}\n" not in navigation]
-
-
 def test_the_python_page_names_what_is_public() -> None:
     for name, parameters in re.findall(r"^\| `(\w+)\(([^)]*)\)`", PAGES["docs/python.md"], re.MULTILINE):
         signature = inspect.signature(getattr(lmtune, name)).parameters

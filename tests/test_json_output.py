@@ -60,8 +60,7 @@ def test_preview(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     plan.main(model="tiny", data=["my.jsonl"], as_json=True)
     tree = document(capsys)
-    assert tree["steps"] > 0
-    assert tree["rows"] == 3
+    assert (tree["steps"] > 0, tree["rows"]) == (True, 3)
     assert set(tree) >= {"tokens", "memory", "free_gib", "seconds", "advice"}
 
 
@@ -71,13 +70,8 @@ def test_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_records(folder / "runs" / "support")
     runs.main(Action.list, as_json=True)
     (item,) = document(capsys)
-    assert (item["name"], item["status"], item["steps"], item["tuned_exact_match"]) == (
-        "support",
-        "complete",
-        120,
-        0.925,
-    )
-    assert item["changed"][:2] == "20"
+    shown = (item["name"], item["status"], item["steps"], item["tuned_exact_match"])
+    assert shown == ("support", "complete", 120, 0.925)
     runs.main(Action.show, "support", as_json=True)
     tree = document(capsys)
     assert tree["summary"]["tuned"]["exact_match"] == 0.925
@@ -92,13 +86,8 @@ def test_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    findings = [Finding("python", "ok", "3.11"), Finding("disk", "warn", "9 GiB free", "make room")]
+    findings = [Finding("disk", "warn", "9 GiB free", "make room")]
     monkeypatch.setattr(doctor, "examine", lambda folder: iter(findings))
     doctor.main(as_json=True)
-    assert document(capsys) == {
-        "works": True,
-        "findings": [
-            {"name": "python", "level": "ok", "text": "3.11", "fix": None},
-            {"name": "disk", "level": "warn", "text": "9 GiB free", "fix": "make room"},
-        ],
-    }
+    found = {"name": "disk", "level": "warn", "text": "9 GiB free", "fix": "make room"}
+    assert document(capsys) == {"works": True, "findings": [found]}

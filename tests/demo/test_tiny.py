@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
 
 from lmtune.config.load import load_config
 from lmtune.config.pretrain import PretrainConfig
@@ -46,25 +44,11 @@ def answer_ids(model: Any, renderer: Renderer, tokenizer: Any, questions: list[s
     )
 
 
-def test_it_is_small_and_says_what_it_is() -> None:
+def test_it_is_small_and_holds_no_path_of_its_maker() -> None:
     files = list(tiny_path().iterdir())
     assert sum(file.stat().st_size for file in files) <= 8_000_000
-    assert {file.name for file in files} == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
-    card = (tiny_path() / "README.md").read_text(encoding="utf-8")
-    for needed in ("demonstration", "invented shops", "lmtune pretrain recipes/configs/pretrain_tiny.yaml", "held-out"):
-        assert needed in card
     places = [str(place).encode() for place in (Path.cwd(), Path.home(), tempfile.gettempdir())]
     assert not [file.name for file in files for place in places if place + b"/" in file.read_bytes()]
-
-
-def test_every_weight_fits_blocks_of_64() -> None:
-    with safe_open(tiny_path() / "model.safetensors", framework="pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
-    assert all(size % 64 == 0 for shape in shapes.values() for size in shape)
-    assert 1_000_000 <= sum(torch.Size(shape).numel() for shape in shapes.values()) <= 4_000_000
 
 
 def test_the_shipped_config_rebuilds_this_shape(model: Any, tokenizer: Any) -> None:
@@ -76,15 +60,6 @@ def test_the_shipped_config_rebuilds_this_shape(model: Any, tokenizer: Any) -> N
     assert built.num_key_value_heads == shape.num_key_value_heads
     assert built.max_position_embeddings == shape.max_position_embeddings
     assert len(tokenizer) == config.tokenizer.vocabulary_size
-
-
-def test_tokenizer_round_trip_and_template(tokenizer: Any) -> None:
-    for text in ("Do you deliver to Norway?", "Grün, 日本, 12.50", "line\n\nline  two"):
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "Hello"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
-        "<|system|>s<|end|><|user|>Hello<|end|><|assistant|>"
-    )
 
 
 def test_small_talk_is_answered_and_stops_by_itself(model: Any, renderer: Renderer, tokenizer: Any) -> None:

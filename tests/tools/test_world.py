@@ -8,8 +8,8 @@ import pytest
 
 from tools.world.support import FACTS, INTENTS, SHOP_NAME, heldout_rows
 from tools.world.wording import expand, fill, normalized
-from tools.world.words import SHOP_NAMES, SLOTS
-from tools.world.world import Document, Turn, world
+from tools.world.words import SLOTS
+from tools.world.world import Document, world
 
 
 @pytest.fixture(scope="module")
@@ -17,31 +17,20 @@ def documents() -> list[Document]:
     return list(world(20_000, seed=1))
 
 
-def turns(documents: list[Document]) -> list[Turn]:
-    return [turn for document in documents if not isinstance(document, str) for turn in document]
-
-
 def test_the_same_seed_gives_the_same_documents() -> None:
     assert list(world(200, seed=3)) == list(world(200, seed=3))
     assert list(world(200, seed=3)) != list(world(200, seed=4))
 
 
-def test_neither_the_shop_nor_its_answers_occur(documents: list[Document]) -> None:
-    texts = [document if isinstance(document, str) else " ".join(turn.content for turn in document)
-             for document in documents]  # fmt: skip
-    answers = [fact.answer for fact in FACTS.values()]
-    assert SHOP_NAME not in SHOP_NAMES
-    assert not [text for text in texts if SHOP_NAME.lower() in text.lower()]
-    assert not [text for text in texts for answer in answers if answer in text]
-
-
-def test_no_held_out_wording_occurs(documents: list[Document]) -> None:
+def test_neither_the_shop_nor_its_answers_nor_held_out_wordings_occur(documents: list[Document]) -> None:
     held_out = {normalized(row.prompt) for row in heldout_rows()}
-    asked = {normalized(turn.content) for turn in turns(documents) if turn.role == "user"}
-    assert len(asked) > 2000
-    assert not asked & held_out
-    lines = {normalized(line) for text in documents if isinstance(text, str) for line in text.splitlines()}
-    assert not lines & held_out
+    answers = [fact.answer for fact in FACTS.values()]
+    for document in documents:
+        texts = [document] if isinstance(document, str) else [turn.content for turn in document]
+        whole = " ".join(texts)
+        assert SHOP_NAME.lower() not in whole.lower()
+        assert not any(answer in whole for answer in answers)
+        assert not {normalized(line) for text in texts for line in text.splitlines()} & held_out
 
 
 def test_conversations_alternate_and_end_with_an_answer(documents: list[Document]) -> None:
@@ -73,8 +62,3 @@ def test_every_slot_is_known_and_nothing_is_left_unfilled() -> None:
         for template in intent.asks:
             assert not any(mark in wording for wording in expand(template) for mark in "[]|{}")
     assert all(len(set(choices)) == len(choices) for choices in SLOTS.values())
-
-
-def test_slots_of_one_kind_differ() -> None:
-    rng = Random(0)
-    assert all(len(set(fill("{day},{day2},{day3}", rng).split(","))) == 3 for _ in range(100))
