@@ -4,7 +4,6 @@ lmtune preview train.jsonl --config qwen3_0.6b --rows 5
 lmtune preview train.jsonl --model Qwen/Qwen3-0.6B
 """
 
-from collections import Counter
 from itertools import islice
 from typing import Annotated
 
@@ -48,7 +47,6 @@ def main(
         from lmtune.data.sources import find_files, unread_entries
         from lmtune.data.store import fit
         from lmtune.inference.load import build_renderer
-        from lmtune.io.text import pluralize
         from lmtune.models.base import load_tokenizer
 
     files = find_files(paths)
@@ -56,10 +54,9 @@ def main(
     renderer = build_renderer(tokenizer, model_config, data_config.template, data_config.system)
     err.print(f"{escape(model_config.name)}: {escape(renderer.description)}")
     shown: list[dict[str, object]] = []
-    report, control_text, changed = ReadReport(), ControlText(tokenizer), Counter[str]()
+    report, control_text = ReadReport(), ControlText(tokenizer)
     for example in islice(read_examples(files, report), rows):
         control_text.add(example)
-        changed.update(renderer.changes(example))
         kept, dropped = fit(example, whole := renderer.render(example), data_config)
         if as_json:
             found = [sequence_tree(tokenizer, sequence) for sequence in kept or whole]
@@ -72,8 +69,7 @@ def main(
             out.print(show_tokens(tokenizer, sequence, out.is_terminal and not out.no_color))
         if dropped:
             out.print(f"[yellow]this row will be dropped: {WHY_DROPPED[dropped]} ({data_config.max_length})[/]")
-    told = [f"{pluralize(number)} of these: {change}" for change, number in changed.items()]
-    for warning in (*told, *report.warnings, *control_text.warnings(), *unread_entries(paths)):
+    for warning in (*report.warnings, *control_text.warnings(), *unread_entries(paths)):
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     if as_json:
         print_json({"model": model_config.name, "template": renderer.description, "rows": shown})

@@ -9,12 +9,8 @@ inside the template ({% generation %}) are not needed, and most templates have n
 is one sequence as long as each p continues the sequence so far; a template that renders earlier answers differently
 once they are history (Qwen3 drops their reasoning) begins a new sequence for each answer instead.
 
-Inference reads the tokens back the same way: `decode` gives a reply without what the template writes before an answer,
-and with its reasoning set apart (`lmtune.data.replies`).
-
 Without a template: prompt, completion and the end token, encoded apart, because generation starts after the prompt's
-own tokens. Every sequence ends in a trained token that generation stops at. Masking is by position, never by id, so a
-tokenizer that pads with its end token learns to stop all the same.
+own tokens. Masking is by position, never by id, so a tokenizer that pads with its end token learns to stop too.
 """
 
 from __future__ import annotations
@@ -39,7 +35,7 @@ from lmtune.data.replies import ReplyFormat, ReplyParser
 from lmtune.data.report import RowCounter
 from lmtune.data.templates import ChatTemplate, TemplateFault
 from lmtune.data.types import Example, Message, TokenSequence
-from lmtune.data.values import quoted
+from lmtune.data.values import listed_keys
 from lmtune.errors import DataError, LmtuneError, ModelError
 from lmtune.io.text import pluralize
 
@@ -48,11 +44,6 @@ if TYPE_CHECKING:
 
 Template = Literal["auto", "chat", "plain", "thinking"]
 RENDERING_VERSION = 2  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
-_TRIMMED = {
-    "assistant": "the chat template trims answers; these are trained with the white space at their ends, as written",
-    "user": "the chat template trims questions, in training and in chat alike; these lose white space at their ends",
-    "system": "the chat template trims system prompts, in training and in chat alike; these lose white space",
-}
 
 
 class Renderer:
@@ -171,25 +162,13 @@ class Renderer:
         return self._chat.time_now() if self._chat is not None and self._chat.writes_date else None
 
     @property
-    def own_words(self) -> str:
-        """What the template writes by itself before a question, such as a system prompt; mostly nothing."""
-        return self._chat.own_words if self._chat is not None and self._system is None else ""
-
-    def changes(self, example: Example) -> list[str]:
-        """What the template changes of this row's texts, or would change; each a sentence about many rows."""
-        trims = self._chat.trims if self._chat is not None else frozenset()
-        told = [m for m in self._with_system(example.messages) if m.trained or m.role != "assistant"]
-        found = {m.role for m in told if m.role in trims and m.content != m.content.strip()}
-        return [_TRIMMED[role] for role in sorted(found)]
-
-    @property
     def stop_tokens(self) -> list[str]:
         """What generation must stop at, as text."""
         return [str(self.tokenizer.convert_ids_to_tokens(index)) for index in self.stop_token_ids]
 
     @property
     def description(self) -> str:
-        """One line: which template, how answers end, what generation stops at, and what the template says by itself."""
+        """One line: which template, how answers end, and what generation stops at."""
         names = [f"{self.tokenizer.convert_ids_to_tokens(index)} ({index})" for index in self.stop_token_ids]
         if self._chat is None:
             how = "plain text, no chat template"
@@ -201,9 +180,7 @@ class Renderer:
                 begun = "" if time[:10] == self._chat.time_now(given=False)[:10] else ", when this run began"
                 how += f", which writes today's date ({time[:10]}{begun})"
         more = f"; generation also stops at {', '.join(names[1:])}" if names[1:] else ""
-        words = self.own_words
-        own = f"; it writes by itself: {words[:100] + '…' if len(words) > 100 else words}" if words else ""
-        return f"{how}; answers end in {names[0]}{more}{own}"
+        return f"{how}; answers end in {names[0]}{more}"
 
     @property
     def fingerprint(self) -> str:
@@ -318,7 +295,6 @@ _WELL_KNOWN = frozenset(
     }
 )  # fmt: skip
 _SHAPE = re.compile(r"<</?SYS>>|<[^<>\s]{1,60}>|\[[^\[\]\s]{1,40}\]")  # of nearly all; a tokenizer may have 6,000
-_MOST_SHOWN = 5
 
 
 class ControlText:
@@ -326,34 +302,24 @@ class ControlText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        special = {token.content for token in added if token.special and token.content.strip()}
+        special = {token.content for token in added if token.special}
         self._known = (special | _WELL_KNOWN) - {"<think>", "</think>"}  # which answers may hold
-        odd = sorted(token for token in special if not _SHAPE.fullmatch(token))
-        self._odd = re.compile("|".join(map(re.escape, odd))) if odd else None
         self._tokens: dict[str, None] = {}  # in the order of their appearance
         self._rows = RowCounter()
 
     def add(self, example: Example) -> None:
         """Look at one row."""
         texts = [example.text] if example.text is not None else [message.content for message in example.messages]
-        found = [token for text in texts for token in self._tokens_in(text)]
-        if found:
+        if found := [token for text in texts for token in _SHAPE.findall(text) if token in self._known]:
             self._rows.add(example.location)
             self._tokens.update(dict.fromkeys(found))
-
-    def _tokens_in(self, text: str) -> list[str]:
-        found = [token for token in _SHAPE.findall(text) if token in self._known] if "<" in text or "[" in text else []
-        return found + (self._odd.findall(text) if self._odd is not None else [])
 
     def warnings(self) -> list[str]:
         """One warning, or none."""
         if not self._rows.count:
             return []
-        names = [quoted(token) for token in self._tokens]
-        shown = ", ".join(names[:_MOST_SHOWN]) + (", …" if len(names) > _MOST_SHOWN else "")
-        hold = "holds" if self._rows.count == 1 else "hold"
         return [
-            f"{pluralize(self._rows.count)} {hold} control tokens as text ({shown}): "
+            f"{pluralize(self._rows.count)} with control tokens as text ({listed_keys(self._tokens, 5)}): "
             f"{self._rows.examples}; they are trained letter by letter, not as tokens; rows that a chat "
             'template rendered before must be messages again: {"messages": [{"role": "user", "content": "…"}, …]}'
         ]
@@ -381,7 +347,8 @@ def render_all(
         LmtuneError: a process of the pool died.
     """
     if num_processes is None:
-        num_processes = min(16, _num_processors()) if num_bytes >= WORTH_BYTES else 1
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_processes = min(16, usable) if num_bytes >= WORTH_BYTES else 1
     if num_processes == 1:
         for example in examples:
             yield example, _render(renderer, example)
@@ -424,13 +391,6 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
             chunk, num_characters = [], 0
     if chunk:
         yield chunk
-
-
-def _num_processors() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count() or 1
 
 
 def _start_worker(renderer: Renderer) -> None:

@@ -32,7 +32,6 @@ from lmtune.data.types import Example, TokenizedExample, TokenSequence
 from lmtune.errors import DataError
 from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, hold, key_of, write_json
 from lmtune.io.console import row_progress
-from lmtune.io.text import pluralize
 
 _VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
 _STORED = 6  # of the stored form; a new one leaves old entries unused
@@ -184,7 +183,6 @@ def _build(
     report, index, control_text = ReadReport(), DuplicateIndex(), ControlText(renderer.tokenizer)
     found = PartReport(files=[file.portable_name for file in files], sha256=list(contents))
     number = {name: place for place, name in enumerate(found.files)}
-    changes: dict[str, RowCounter] = {}  # by the template, in words
     num_bytes = sum(file.path.stat().st_size for file in files)
     with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
         for example, outcome in render_all(read_examples(files, report), renderer, num_bytes):
@@ -194,8 +192,6 @@ def _build(
                 continue
             content = index.add(example)
             control_text.add(example)
-            for change in renderer.changes(example):
-                changes.setdefault(change, RowCounter()).add(example.location)
             try:
                 sequences, dropped = fit(example, outcome, config)
             except DataError as fault:  # `faulty_rows: skip` does not skip what `too_long: error` refuses
@@ -209,8 +205,7 @@ def _build(
     found.rows = len(index) + report.faulty.count
     found.formats, found.faulty = report.formats, report.faulty
     found.duplicates, found.same_prompt = index.duplicates(), index.same_prompt()
-    changed = [f"{pluralize(rows.count)}: {change}: {rows.examples}" for change, rows in changes.items()]
-    found.warnings = [*report.warnings, *control_text.warnings(), *changed]
+    found.warnings = [*report.warnings, *control_text.warnings()]
     if not found.kept:
         lines = "\n".join(describe_part(found))
         raise DataError(f"{part}: no row is left; raise data.max_length ({config.max_length})\n{lines}")

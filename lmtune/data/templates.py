@@ -2,9 +2,9 @@
 
 The template is run by transformers with `sanitize_control_tokens`, so that only the template itself writes control
 tokens. What a template does is found out once, with a probe conversation: the token that ends an answer, how a reply is
-formatted (`lmtune.data.replies`), whether reasoning is passed in a field of its own, and whether contents stay as they
-are. A template that ends answers with no token at all ("### Response: …") is amended: the tokenizer's end token is
-written after every answer, because a model that never sees an end never stops.
+formatted (`lmtune.data.replies`), whether reasoning has a field of its own, and whether contents stay as they are. A
+template that ends answers with no token ("### Response: …") is amended with the tokenizer's end token, because a model
+that never sees an end never stops.
 
 An answer is what the template writes after the prompt: its tokens where they continue the prompt's, and else what
 stands around it in the template's text, encoded apart. So a row is trained as it is written even where the template
@@ -13,7 +13,6 @@ trims answers, and where the prompt ends in something (an empty thought) that th
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lmtune.data.replies import CLOSING, OPENING, ReplyFormat, is_still_reasoning, split_reply
-from lmtune.data.types import Message, Role
+from lmtune.data.types import Message
 from lmtune.errors import ModelError
 from lmtune.io.sandbox import TemplateLimitError, probe
 
@@ -50,8 +49,6 @@ class ChatTemplate:
         system_fault: why the template cannot take a system prompt; None if it can.
         reply_format: how a reply is formatted.
         writes_date: whether prompts hold today's date.
-        trims: whose contents lose white space at their ends.
-        own_words: what the template writes before a question by itself, such as a system prompt; maybe empty.
     """
 
     def __init__(
@@ -67,11 +64,6 @@ class ChatTemplate:
         Raises:
             ModelError: the template is missing, endless, wrong, or answers have no end.
         """
-        if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
-            raise ModelError(
-                f"{type(tokenizer).__name__} cannot keep control tokens in user text apart from the template's; "
-                "upgrade transformers, or set data.template: plain"
-            )
         self._tokenizer = tokenizer
         self._thinking = thinking
         self._now = now
@@ -95,17 +87,12 @@ class ChatTemplate:
         before, head, _ = self._around([Message("user", _QUESTION), Message("assistant", _ANSWER)])
         self._continues = head.startswith(before)
         self.system_fault = self._find_system_fault()
-        self._rewrites = not self._keeps("assistant", _INSIDE)
-        self.trims = frozenset(role for role in ("system", "user", "assistant") if self._trims(role))
+        self._rewrites = not self._keeps(_INSIDE)
+        self._trims = not all(self._keeps(f"{blank}{_ANSWER}{blank}") for blank in (" ", "\n", "\t"))
         self.writes_date = self._find_date()
-        self.own_words = self._find_own_words()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens before the assistant's next turn.
-
-        Raises:
-            TemplateFault: the template refuses these messages.
-        """
+        """The tokens before the assistant's next turn; a `TemplateFault` if the template refuses these messages."""
         if self.system_fault and messages[0].role == "system":
             raise TemplateFault(self.system_fault)
         ids: list[int] = self._apply(messages, prompt=True)
@@ -128,7 +115,7 @@ class ChatTemplate:
             )
         if reasoning is not None and is_still_reasoning(content):
             raise TemplateFault("the answer's <think> part has no end; write </think> after it")
-        if not self._continues or self._rewrites or ("assistant" in self.trims and answer != answer.strip()):
+        if not self._continues or self._rewrites or (self._trims and answer != answer.strip()):
             return self._answer_by_text(messages)
         ids, num_prompt = self._apply(messages, prompt=False), len(prompt_ids)
         if ids[:num_prompt] != list(prompt_ids):
@@ -143,7 +130,7 @@ class ChatTemplate:
         return trained[: trained.index(self.end_token_id) + 1]
 
     def sample_prompts(self) -> list[str]:
-        """The text before an answer, without and with a system prompt; what changes by itself, as a date, is in it."""
+        """The text before an answer, without and with a system prompt; today's date is in it."""
         question = Message("user", _QUESTION)
         asked = [[question]] if self.system_fault else [[question], [Message("system", _SYSTEM), question]]
         return [self._text(messages, prompt=True) for messages in asked]
@@ -207,9 +194,8 @@ class ChatTemplate:
     def _answer_by_text(self, messages: Sequence[Message]) -> list[int]:
         """The answer encoded apart from the prompt, with what the template writes around it.
 
-        Generation starts from the prompt's own tokens. Where the answer's first characters would merge with the
-        prompt's last into one token, where the template trims the answer, and where the prompt alone ends in an empty
-        thought, this is what the model must produce.
+        Generation starts from the prompt's own tokens, so this is what the model must produce where the answer's first
+        characters would merge with the prompt's last into one token, or the rendered answer differs.
         """
         content = messages[-1].content
         reasoning, answer = self._split(content)
@@ -382,24 +368,14 @@ class ChatTemplate:
                 texts = [text.replace(content, mark) for text in texts]
         return list(texts), marks
 
-    def _keeps(self, role: Role, content: str) -> bool:
-        """Whether `content` comes into the text of a conversation as it is."""
-        asked, said = Message("user", _QUESTION), Message("assistant", "probe reply")
-
-        def text_with(words: str) -> str:
-            if role == "assistant":
-                return self._text([asked, Message(role, words)])
-            return self._text([Message(role, words), *([asked] if role == "system" else []), said])
-
+    def _keeps(self, answer: str) -> bool:
+        """Whether `answer` comes into the text of a conversation as it is."""
+        question = Message("user", _QUESTION)
         try:
-            return text_with(content) == text_with(_ANSWER).replace(_ANSWER, content)
+            given, plain = (self._text([question, Message("assistant", said)]) for said in (answer, _ANSWER))
         except TemplateFault:
             return False
-
-    def _trims(self, role: Role) -> bool:
-        if role == "system" and self.system_fault:
-            return False
-        return not all(self._keeps(role, f"{blank}{_ANSWER}{blank}") for blank in (" ", "\n", "\t"))
+        return given == plain.replace(_ANSWER, answer)
 
     def _find_date(self) -> bool:
         if "strftime_now(" not in self.source.replace(" ", ""):
@@ -408,21 +384,6 @@ class ChatTemplate:
         question = [Message("user", _QUESTION)]
         first, second = [self._apply(question, prompt=True, text=True, source=source) for source in sources]
         return bool(first != second) or not _FORMATS.search(self.source)
-
-    def _find_own_words(self) -> str:
-        """What stands before a first question and not before a second one, without control tokens."""
-        question, said = Message("user", _QUESTION), Message("assistant", _ANSWER)
-        try:
-            first = self._text([question]).partition(_QUESTION)[0]
-            later = self._text([question, said, question]).rpartition(_QUESTION)[0].rpartition(_ANSWER)[2]
-        except TemplateFault:
-            return ""
-        same = next((n for n in range(min(len(first), len(later)), 0, -1) if first.endswith(later[-n:])), 0)
-        words = first[: len(first) - same]
-        for token in self._tokenizer.added_tokens_decoder.values():
-            words = words.replace(token.content, " ") if token.content.strip() else words
-        words = " ".join(words.split()).removeprefix("system").strip()
-        return words if any(letter.isalnum() for letter in words) else ""
 
 
 def _at(source: str, now: str) -> str:

@@ -50,19 +50,6 @@ def test_the_date_is_told_and_keeps_rows_of_different_days_apart(on_day: Callabl
     assert "Today is 04 Jan 2031." in renderer.tokenizer.decode(renderer.prompt_ids(QUESTION))
 
 
-def test_a_renderer_can_be_kept_at_a_date(on_day: Callable[[int], None]) -> None:
-    on_day(3)
-    today = Renderer(make_tokenizer(DATED))
-    rows, fingerprint, now = today.render(example("Hello", "Hi")), today.fingerprint, today.rendered_at
-    on_day(4)
-    kept = Renderer(make_tokenizer(DATED), now=now)
-    assert kept.render(example("Hello", "Hi")) == rows
-    assert kept.fingerprint == fingerprint
-    assert kept.rendered_at == now
-    assert "which writes today's date (2031-01-03, when this run began)" in kept.description
-    assert kept.chat_template == DATED, "what is saved with the model still writes the day's date"
-
-
 @pytest.mark.parametrize(
     "template",
     [

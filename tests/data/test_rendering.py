@@ -15,7 +15,6 @@ from tests.tokenizers import (
     NEXT_TURN_ENDS,
     NO_END,
     NO_SYSTEM,
-    OPENS_THINKING,
     QWEN3,
     R1,
     make_tokenizer,
@@ -103,41 +102,10 @@ def test_history_that_loses_its_reasoning_begins_a_sequence_of_its_own() -> None
     assert "why" not in whole(renderer, second)
 
 
-def test_without_thinking_the_empty_think_block_is_part_of_the_prompt() -> None:
-    renderer = Renderer(make_tokenizer(QWEN3))
-    (document,) = renderer.render(example("Hello", "Hi"))
-    assert whole(renderer, document).endswith("assistant\n<think>\n\n</think>\n\nHi<|im_end|>")
-    assert trained_texts(renderer, document) == ["Hi<|im_end|>"]
-
-
-def test_a_prompt_that_opens_the_reasoning_is_continued() -> None:
-    renderer = Renderer(make_tokenizer(R1), template="thinking")
-    row = example("Hello", "<think>\nwhy <|im_end|>\n</think>\n\nHi</think>", "you", "<think>hm</think>me")
-    first, second = renderer.render(row)
-    assert trained_texts(renderer, first) == ["why <|im_end|>\n</think>\n\nHi</think><|im_end|>"]
-    assert first.input_ids.tolist().count(IM_END) == 2
-    assert first.input_ids.tolist().count(renderer.tokenizer.convert_tokens_to_ids("</think>")) == 1
-    assert trained_texts(renderer, second) == ["hm\n</think>\n\nme<|im_end|>"]
-    for document, index in ((first, 1), (second, 3)):
-        prompt = renderer.prompt_ids(row.messages[:index])
-        assert document.input_ids[: len(prompt)].tolist() == prompt
-        assert not any(document.loss_mask[: len(prompt)])
-
-
-def test_reasoning_is_kept_by_a_template_that_knows_nothing_of_it() -> None:
-    renderer = Renderer(make_tokenizer(CHATML), template="thinking")
-    (document,) = renderer.render(example("Hello", "<think>why</think>Hi"))
-    assert trained_texts(renderer, document) == ["<think>why</think>Hi<|im_end|>"]
-
-
 @pytest.mark.parametrize(
     ("template", "option", "row", "words"),
     [
-        (QWEN3, "auto", example("a", "<think>b</think>c"), "set data.template: thinking"),
-        (DROPS_REASONING, "auto", example("a", "<think>b</think>c"), "drops the answer's <think> part"),
         (DROPS_REASONING, "thinking", example("a", "<think>b</think>c"), "drops the answer's <think> part"),
-        (OPENS_THINKING, "auto", example("a", "b"), "opens a <think> part before every answer, and this one has none"),
-        (R1, "auto", example("a", "<think>b</think>c"), "set data.template: thinking"),
         (R1, "thinking", example("a", "c"), "this one has none"),
         (CHATML.replace("assistant\n' }}{% endif", "helper\n' }}{% endif"), "auto", example("a", "b"), "begins this"),
         (NO_SYSTEM, "auto", example("a", "b", system="s"), "System role not supported"),
@@ -320,11 +288,3 @@ def test_the_fingerprint_tells_what_decides_the_tokens() -> None:
     ]  # fmt: skip
     assert len(set(different)) == len(different)
     assert fingerprint() == fingerprint()
-
-
-def test_the_fingerprint_does_not_change_with_use() -> None:
-    renderer = Renderer(make_tokenizer(CHATML))
-    before = renderer.fingerprint
-    renderer.tokenizer("some text", truncation=True, max_length=3, padding="max_length")
-    renderer.render(THREE_TURNS)
-    assert renderer.fingerprint == before

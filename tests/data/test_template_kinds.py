@@ -146,16 +146,6 @@ def test_an_answer_in_history_may_begin_another_sequence() -> None:
     assert len(renderer.render(example("Hello", "Hi", "you", "me"))) == 1
 
 
-def test_rows_that_a_template_would_trim_are_told_by_role() -> None:
-    renderer = renderer_of(TRIMS)
-    assert renderer.changes(example("Hello", "Hi")) == []
-    assert [note.split(" trims ")[1].split(",")[0].split(";")[0] for note in renderer.changes(
-        example(" Hello", "Hi\n", system="s ")
-    )] == ["answers", "system prompts", "questions"]  # fmt: skip
-    assert renderer_of(CHATML).changes(example(" Hello", " Hi")) == []
-    assert len(renderer_of(QWEN3).changes(example(" Hello", "\nHi"))) == 1
-
-
 @pytest.mark.parametrize("stopped", ["<think>\nwhy", "<think>"])
 @pytest.mark.parametrize("template", [QWEN3, R1, CHANNELS, KEEPS_REASONING])
 def test_a_reply_that_was_stopped_while_it_reasoned_goes_back_as_history(template: str, stopped: str) -> None:

@@ -224,17 +224,16 @@ class TestControlText:
     def test_rows_that_were_rendered_before_are_counted_with_their_tokens(self) -> None:
         written("train.jsonl", [{"text": "<|im_start|>user\nq<|im_end|>"}, {"text": "plain <b>text</b> [1]"}] * 3)
         (warning,) = tokenize(["train.jsonl"], renderer(), config()).report.warnings
-        assert warning.startswith('3 rows hold control tokens as text ("<|im_start|>", "<|im_end|>"): train.jsonl:1')
+        assert warning.startswith('3 rows with control tokens as text ("<|im_start|>", "<|im_end|>"): train.jsonl:1')
         assert '{"messages": [' in warning
 
-    @pytest.mark.parametrize("token", ["<|end_of_text|>", "[INST]", "<|eot_id|>", "<s>"])
-    def test_in_any_format_those_of_the_tokenizer_and_well_known_ones(self, token: str) -> None:
+    def test_in_any_format_those_of_the_tokenizer_and_well_known_ones(self) -> None:
         tokenizer = make_tokenizer(CHATML)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|end_of_text|>", "<s>", "§odd§"]})
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|end_of_text|>"]})
         counted = ControlText(tokenizer)
-        for text in (token, f"x{token}y", "§odd§", "<think>", "a < b [x] <i>"):
+        for text in ("<|end_of_text|>", "x[INST]y", "<think>", "a < b [x] <i>"):
             counted.add(Example("f", 1, (Message("user", "q"), Message("assistant", text))))
-        assert counted.warnings()[0].startswith(f'3 rows hold control tokens as text ("{token}", "§odd§")')
+        assert counted.warnings()[0].startswith('2 rows with control tokens as text ("<|end_of_text|>", "[INST]")')
 
 
 def test_validation_rows_that_are_all_too_long_are_named_as_such() -> None:
