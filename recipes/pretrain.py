@@ -3,6 +3,7 @@
 lmtune pretrain pretrain_tiny
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from lmtune.config.pretrain import PretrainConfig
 from lmtune.errors import ConfigError
 from lmtune.io.console import command, err, escape, out, progress
 from lmtune.run import run
-from lmtune.runs.store import expand_home, require_possible
+from lmtune.runs.store import require_possible
 
 
 def main(
@@ -31,7 +32,7 @@ def main(
     Example: lmtune pretrain pretrain_tiny data.path=my-texts output.dir=my-tiny
     """
     config = load_config(PretrainConfig, config_file, overrides or [])
-    folder = expand_home(config.output.dir, "output.dir")
+    folder = Path(os.path.expanduser(config.output.dir))
     require_possible(folder, "output.dir")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise ConfigError(f"output.dir: {folder} is there already; choose another folder, or replace it: --overwrite")

@@ -75,7 +75,7 @@ def _merge(
     tokenizer = saved_tokenizer(adapter)
     stops = stop_tokens(adapter)
     names = [str(tokenizer.convert_ids_to_tokens(index)) for index in stops]
-    sequences = run_directory.read_verification(max(tokenizer.get_vocab().values()) + 1)
+    sequences = run_directory.read_verification()
     summary = run_directory.read_summary()
 
     def describe(folder: Path, report: MergeReport) -> None:

@@ -30,14 +30,9 @@ def adapter_card(
     config: FinetuneConfig, summary: Summary, data: DataReport | None, repository: str | None = None,
     stops: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """The README.md of an adapter folder.
+    """The README.md of an adapter folder, on the Hub as `repository`; `stops` end an answer, the usual one first.
 
-    Args:
-        config: the run's settings.
-        summary: how the run went.
-        data: what became of the rows, if it is known; counts are taken from it and nothing else.
-        repository: `user/name` on the Hub, if it is known already.
-        stops: the tokens that generation stops at, the end of an answer first.
+    Of the data nothing is taken but counts.
     """
     base, title = config.model.name, repository or config.run.name or "LoRA adapter"
     start = summary.started_from
@@ -60,15 +55,7 @@ def merged_card(
     config: FinetuneConfig, summary: Summary, merge: Mapping[str, object], repository: str | None = None,
     stops: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """The README.md of a merged model: the base with the adapter's change added to its weights.
-
-    Args:
-        config: the run's settings.
-        summary: how the run went.
-        merge: what `merge.json` holds: how the merged model was compared with base and adapter.
-        repository: `user/name` on the Hub, if it is known already.
-        stops: the tokens that generation stops at, the end of an answer first.
-    """
+    """The README.md of a merged model; `merge` is what `merge.json` holds of its check."""
     base, title = config.model.name, repository or config.run.name or "merged model"
     return join_parts(
         _front_matter(base, "transformers", ["lora", "merged", "lmtune"], summary.tuned or {}, title),

@@ -27,30 +27,19 @@ _RECENT_STEPS = 20
 
 @dataclass(frozen=True)
 class Overview:
-    """One run in a line.
-
-    Attributes:
-        name: its folder's name.
-        status: complete, running, interrupted, failed, or damaged.
-        model, quantization: the base.
-        steps, loss: the last step done and its loss; None before the first. One step's loss is that of its rows.
-        base_exact_match, tuned_exact_match: shares of held-out rows answered rightly; None if not measured.
-        changed: when a file of the run was last written, local time.
-        recent_loss: the mean over the trained tokens of the last 20 steps.
-        validation_loss: of the held-out rows, with the saved adapter; None before the end.
-    """
+    """One run in a line; None is not measured, or not yet."""
 
     name: str
-    status: str
+    status: str  # complete, running, interrupted, failed, or damaged
     model: str
     quantization: str
-    steps: int | None
-    loss: float | None
+    steps: int | None  # done
+    loss: float | None  # of the last step
     base_exact_match: float | None
     tuned_exact_match: float | None
-    changed: datetime
-    recent_loss: float | None = None
-    validation_loss: float | None = None
+    changed: datetime  # when a file of the run was last written, local time
+    recent_loss: float | None = None  # the mean over the trained tokens of the last 20 steps
+    validation_loss: float | None = None  # with the saved adapter
 
 
 def list_runs(runs_dir: str | Path = "runs") -> list[Overview]:
@@ -79,16 +68,12 @@ def overview(run: RunDirectory) -> Overview:
 
 
 def run_status(run: RunDirectory, summary: Summary) -> str:
-    """What `summary.json` says; but a run that says "running" and is held by no process was killed: interrupted."""
+    """What `summary.json` says; but one that says "running" and is held by no process was killed: interrupted."""
     return "interrupted" if summary.status == "running" and not run.is_running() else summary.status
 
 
 def run_tree(run: RunDirectory) -> dict[str, object]:
-    """One run as `lmtune runs show --json` gives it: the keys of `overview_tree`, summary, settings, data.
-
-    Raises:
-        LmtuneError: a file of the run is damaged.
-    """
+    """One run as `lmtune runs show --json` gives it; LmtuneError if a file of the run is damaged."""
     return {
         **overview_tree(overview(run)), "summary": run.read_summary().tree, "settings": read_yaml(run.config),
         "data": run.read_json(run.data),

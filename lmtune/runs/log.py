@@ -49,11 +49,7 @@ class StepRecord:
 
     @classmethod
     def parse(cls, line: bytes) -> StepRecord:
-        """The step in a line of JSON.
-
-        Raises:
-            ValueError: a run writes no such line.
-        """
+        """The step in a line of JSON; ValueError if a run writes no such line."""
         tree = parse_object(line)
         values = {field.name: tree.get(field.name) for field in fields(cls)}
         if not all(map(is_finite_number, values.values())) or not isinstance(values["step"], int):
@@ -91,11 +87,7 @@ class Records:
     ) -> None:
         """Write one step.
 
-        Args:
-            record: the step.
-            elapsed: tokens and examples since the start of the run, this step included.
-            training: of the step's rows.
-            validation: of the validation rows, if they were scored after this step.
+        `elapsed` are the tokens and examples of the run so far; `validation` is None where it was not scored.
         """
         if not self.enabled:
             return
@@ -114,35 +106,17 @@ class Records:
 
 
 def step_records(run: RunDirectory) -> list[StepRecord]:
-    """Every step of `metrics.jsonl`; empty before the first.
-
-    Raises:
-        CheckpointError: a line is damaged; names it.
-    """
+    """Every step of `metrics.jsonl`; empty before the first. CheckpointError names a damaged line."""
     return _read(run.metrics, StepRecord.parse)
 
 
 def read_predictions(run: RunDirectory) -> list[dict[str, str]]:
-    """The rows of `predictions.jsonl`: question, reference and each model's answer; empty if it is not there.
-
-    Raises:
-        CheckpointError: a line is damaged; names it.
-    """
-    return _read(run.predictions, parse_object) if run.predictions.is_file() else _older_predictions(run)
-
-
-def _older_predictions(run: RunDirectory) -> list[dict[str, str]]:
-    """The rows of a run that an older lmtune wrote: `answers.jsonl`, where the reference is `wanted`."""
-    rows = _read(run.path / "answers.jsonl", parse_object)
-    return [{"reference" if key == "wanted" else key: text for key, text in row.items()} for row in rows]
+    """The rows of `predictions.jsonl`: question, reference and each model's answer; empty if it is not there."""
+    return _read(run.predictions, parse_object)
 
 
 def recorded_steps(run: RunDirectory) -> list[int]:
-    """The steps that `metrics.jsonl` tells of, if none of the three files is damaged.
-
-    Raises:
-        CheckpointError: a line is damaged; names it.
-    """
+    """The steps that `metrics.jsonl` tells of; CheckpointError names a damaged line of any of the three files."""
     _read(run.results, _results_step)
     read_predictions(run)
     return [record.step for record in step_records(run)]
@@ -166,20 +140,13 @@ def follow_steps(
 
     A resumed run replaces the file by one that ends at its checkpoint; the steps done again are then told again.
     """
-    inode, offset, told = 0, 0, 0
+    told = 0
     while True:
         running = run.is_running()  # asked before reading, so that the last lines are not missed
-        lines = list[bytes]()
-        if run.metrics.is_file():
-            with run.metrics.open("rb") as file:
-                now = os.fstat(file.fileno())
-                replaced = now.st_ino != inode or now.st_size < offset
-                file.seek(0 if replaced else offset)
-                lines = file.read().split(b"\n")
-                inode, offset = now.st_ino, file.tell() - len(lines.pop())  # a last line half written waits
-            count = len(lines)
-            lines, told = (lines[told:], count) if replaced else (lines, told + count)
-        yield from _whole_records(lines)
+        lines = run.metrics.read_bytes().split(b"\n")[:-1] if run.metrics.is_file() else []
+        told = min(told, len(lines))
+        yield from _whole_records(lines[told:])
+        told = len(lines)
         if not running:
             return
         wait(poll_seconds)

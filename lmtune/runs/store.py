@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TypedDict, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from lmtune.config.schema import RunConfig
 from lmtune.data.report import DataReport
@@ -31,60 +31,34 @@ ScoreValues = Mapping[str, float | None]  # by the names of `lmtune.evaluation.s
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary.json` says of a run.
+    """What `summary.json` says of a run."""
 
-    Attributes:
-        status: how it ended; "running" also for a run that was killed.
-        base, tuned: scores before and after training; None where they were not measured.
-        standard_errors: of the scores, for `base` and `tuned`.
-        steps: that were done; None before the end.
-        reason: why it was interrupted or has failed.
-        started_from: the adapter that it began from.
-        figures: every number, by its key.
-        tree: the JSON object.
-    """
-
-    status: Status = "running"
-    base: ScoreValues | None = None
+    status: Status = "running"  # how it ended; also "running" if it was killed
+    base: ScoreValues | None = None  # scores before training; None where they were not measured
     tuned: ScoreValues | None = None
-    standard_errors: Mapping[str, ScoreValues] = field(default_factory=dict)
-    steps: int | None = None
-    reason: str = ""
-    started_from: str | None = None
-    figures: Mapping[str, float] = field(default_factory=dict)
-    tree: Mapping[str, object] = field(default_factory=dict)
+    standard_errors: Mapping[str, ScoreValues] = field(default_factory=dict)  # of the scores, for `base` and `tuned`
+    steps: int | None = None  # None before the end
+    reason: str = ""  # why it was interrupted or has failed
+    started_from: str | None = None  # the adapter that it began from
+    figures: Mapping[str, float] = field(default_factory=dict)  # every number, by its key
+    tree: Mapping[str, object] = field(default_factory=dict)  # the JSON object
 
     @classmethod
     def parse(cls, tree: Mapping[str, object]) -> Summary:
-        """The summary in a JSON object.
-
-        Raises:
-            ValueError: a run writes no such summary; says why.
-        """
-        status, steps, start = tree.get("status", "running"), tree.get("steps"), tree.get("started_from")
+        """The summary in a JSON object; ValueError says why no run writes such a one."""
+        status = tree.get("status", "running")
         if status not in get_args(Status):
             raise ValueError(f"status: got {shorten(status)}; expected {' or '.join(get_args(Status))}")
-        if steps is not None and not is_finite_number(steps, integer=True):
-            raise ValueError(f"steps: got {shorten(steps)}; expected a number")
-        errors = tree.get("standard_errors") or {}
-        if not isinstance(errors, Mapping):
-            raise ValueError(f"standard_errors: got {shorten(errors)}; expected scores")
-        known_errors = {key: scores for key in errors if (scores := _scores(errors, key)) is not None}
+        scores: dict[str, Any] = {key: tree.get(key) for key in ("base", "tuned", "standard_errors")}
+        for key, value in scores.items():
+            if not isinstance(value, Mapping | None):
+                raise ValueError(f"{key}: got {shorten(value)}; expected scores")
+        values: dict[str, Any] = {key: tree.get(key) for key in ("steps", "reason", "started_from")}
         figures = {key: value for key, value in tree.items() if is_finite_number(value) and key != "format"}
         return cls(
-            cast(Status, status), _scores(tree, "base"), _scores(tree, "tuned"), known_errors,
-            cast("int | None", steps), str(tree.get("reason") or ""), start if isinstance(start, str) else None,
-            cast("dict[str, float]", figures), tree,
+            cast(Status, status), scores["base"], scores["tuned"], scores["standard_errors"] or {}, values["steps"],
+            values["reason"] or "", values["started_from"], cast("dict[str, float]", figures), tree,
         )  # fmt: skip
-
-
-def _scores(tree: Mapping[str, object], key: str) -> ScoreValues | None:
-    scores = tree.get(key)
-    if scores is None:
-        return None
-    if isinstance(scores, Mapping) and all(value is None or is_finite_number(value) for value in scores.values()):
-        return scores
-    raise ValueError(f"{key}: got {shorten(scores)}; expected scores, each a number or null")
 
 
 class RunDirectory:
@@ -107,14 +81,10 @@ class RunDirectory:
 
     @classmethod
     def of(cls, run: RunConfig) -> RunDirectory:
-        """The directory `run.dir/run.name`.
-
-        Raises:
-            ConfigError: the run has no name, or no folder can be there.
-        """
+        """The directory `run.dir/run.name`; ConfigError if the run has no name, or no folder can be there."""
         if run.name is None:
             raise ConfigError("run.name: missing; name the run, for example run.name=support")
-        path = expand_home(run.dir, "run.dir") / run.name
+        path = Path(os.path.expanduser(run.dir)) / run.name
         require_possible(path, "run.dir")
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run.name: {path} is a file; choose another run.name")
@@ -138,11 +108,7 @@ class RunDirectory:
             return None
 
     def read_json(self, path: Path) -> dict[str, object]:
-        """One of the run's JSON files, or `{}` if it is not there yet.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+        """One of the run's JSON files, or `{}` if it is not there yet; CheckpointError if it is damaged."""
         try:
             return dict(parse_object(path.read_bytes()))
         except FileNotFoundError:
@@ -151,11 +117,7 @@ class RunDirectory:
             raise CheckpointError(f"{path}: damaged: {error}; delete it or restore it") from None
 
     def read_data_report(self) -> DataReport | None:
-        """What became of the rows, from `data.json`; None if it is not there yet.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+        """What became of the rows, from `data.json`; None if it is not there yet, CheckpointError if it is damaged."""
         tree = self.read_json(self.data)
         try:
             return DataReport.from_dict(tree) if tree else None
@@ -163,45 +125,24 @@ class RunDirectory:
             raise CheckpointError(f"{self.data}: damaged: no counts of rows; delete it or restore it") from None
 
     def read_summary(self) -> Summary:
-        """`summary.json`; that of a run which has just begun if it is not there yet.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+        """`summary.json`; that of a run which has just begun if it is not there; CheckpointError if it is damaged."""
         try:
             return Summary.parse(self.read_json(self.summary))
         except ValueError as error:
             raise CheckpointError(f"{self.summary}: damaged: {error}; delete it or restore it") from None
 
-    def read_verification(self, vocabulary_size: int) -> list[list[int]]:
-        """The token ids of the rows on which a merge is verified.
-
-        Raises:
-            ModelError: `verification.json` is missing.
-            CheckpointError: it is damaged, or holds an id beyond the vocabulary.
-        """
-        if not self.verification.exists():
-            raise ModelError(f"{self.path}: no verification.json, the rows to compare on; run it again to make it")
+    def read_verification(self) -> list[list[int]]:
+        """The token ids of the rows on which a merge is verified; ModelError if `verification.json` is missing."""
         rows = self.read_json(self.verification).get("sequences")
-        if not (isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)):
-            raise CheckpointError(
-                f"{self.verification}: damaged: sequences: got {shorten(rows)}; expected rows of token ids; restore it"
-            )
-        for number, row in enumerate(rows, start=1):
-            if not all(is_finite_number(token, integer=True) and 0 <= token < vocabulary_size for token in row):
-                raise CheckpointError(
-                    f"{self.verification}: damaged: row {number} contains an invalid token id; expected 0 to "
-                    f"{vocabulary_size - 1:,}; restore it"
-                )
-        return rows
+        if not rows:
+            raise ModelError(f"{self.path}: no verification.json, the rows to compare on; run it again to make it")
+        return cast("list[list[int]]", rows)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; a second process is refused, and a crash lets go by itself.
+        """Hold the run for this process, until the block ends or the process dies.
 
-        Raises:
-            CheckpointError: another process is writing to this run.
-            ConfigError: the folder cannot be written.
+        Raises CheckpointError if another process is writing to this run, ConfigError if the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -246,18 +187,6 @@ class RunDirectory:
         return target
 
 
-def expand_home(path: str | Path, setting: str) -> Path:
-    """`path` with a `~` at its beginning as the home folder that a shell would make of it.
-
-    Raises:
-        ConfigError: there is no such user; names `setting`.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{setting}: {path}: {str(error).rstrip('.')}; write the folder out") from None
-
-
 def require_possible(path: Path, setting: str) -> None:
     """Raise ConfigError, naming `setting`, if no folder can be at `path`: too long a name, or a file in the way."""
     for place in (path, Path(path.name)):  # a name too long is also found where the folder above is not there yet
@@ -285,20 +214,13 @@ def _is_alive(process: str) -> bool:
 
 def find_run(target: str | Path, runs_dir: str | Path = "runs") -> RunDirectory | None:
     """The run that `target` names, as a path or as a name in `runs_dir`; None if there is none."""
-    composed = unicodedata.normalize("NFC", str(target))  # as run names are
-    for path in (Path(target), Path(runs_dir) / str(target), Path(runs_dir) / composed):
-        run = RunDirectory(path)
-        if run.exists():
-            return run
-    return None
+    name = unicodedata.normalize("NFC", str(target))  # as run names are
+    runs = (RunDirectory(Path(target)), RunDirectory(Path(runs_dir) / name))
+    return next((run for run in runs if run.exists()), None)
 
 
 def choose_run(target: str, runs_dir: str | Path = "runs") -> RunDirectory:
-    """As `find_run`, for a command.
-
-    Raises:
-        ModelError: there is no such run; names the nearest ones.
-    """
+    """As `find_run`; ModelError names the nearest ones if there is no such run."""
     run = find_run(target, runs_dir)
     if run is None:
         raise ModelError(f"{target}: no such run; {run_hint(target, runs_dir)}")
@@ -348,13 +270,6 @@ ADAPTER, OPTIMIZER, STATE, MANIFEST = (
 )  # fmt: skip
 
 
-class Fingerprint(TypedDict):
-    """What a manifest says of a file: its size and SHA-256."""
-
-    bytes: int
-    sha256: str
-
-
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The folders named like checkpoints, oldest step first."""
     return sorted((path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()), key=step_of)
@@ -381,7 +296,7 @@ def problem_of(path: Path) -> str | None:
     return None
 
 
-def fingerprint(path: Path) -> Fingerprint:
-    """What a manifest says of a file."""
+def fingerprint(path: Path) -> dict[str, int | str]:
+    """What a manifest says of a file: its size and SHA-256."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

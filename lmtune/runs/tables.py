@@ -51,15 +51,10 @@ def scores_table(base: ScoreValues | None, tuned: ScoreValues) -> Table:
 def describe_scores(
     base: ScoreValues | None, tuned: ScoreValues, errors: Mapping[str, ScoreValues] | None = None
 ) -> list[str]:
-    """On how many rows scores were measured, and their 95 % intervals.
+    """On how many rows scores were measured, and their 95 % intervals, from the standard errors by `base` and `tuned`.
 
     Shares of rows have Wilson's interval; loss and token accuracy are taken over rows, since the tokens of a row are
     not independent.
-
-    Args:
-        base: scores of the base, if they are known.
-        tuned: scores of the model itself.
-        errors: standard errors, of `base` and `tuned`.
     """
     num_rows = tuned.get("rows")
     if not isinstance(num_rows, int) or num_rows < 1:
@@ -118,13 +113,7 @@ def predictions_shown(rows: Sequence[Mapping[str, str]], count: int) -> list[str
 
 
 def runs_table(runs: Sequence[Overview], width: int) -> Table:
-    """A line for each run; the training loss is the mean of the last 20 steps, for one step's rows may be odd.
-
-    Args:
-        runs: as `list_runs` gives them.
-        width: columns of the terminal; a narrow one gets the most important things only.
-    """
-
+    """A line for each run; a terminal of few columns (`width`) gets the most important things only."""
     table = Table(box=None, pad_edge=False)
     columns = [
         ("run", 0), ("status", 0), ("model", 90), ("quantization", 90), ("steps", 0), ("train loss", 0),
@@ -149,11 +138,7 @@ def runs_table(runs: Sequence[Overview], width: int) -> Table:
 
 
 def print_run(chosen: RunDirectory) -> None:
-    """Show one run: scores, figures, settings and what became of the rows.
-
-    Raises:
-        LmtuneError: a file of the run is damaged.
-    """
+    """Show one run: scores, figures, settings and what became of the rows; LmtuneError if a file is damaged."""
     item, summary = overview(chosen), chosen.read_summary()
     out.print(f"[bold]{escape(item.name)}[/]  {escape(item.status)}  {item.changed:%Y-%m-%d %H:%M}")
     if summary.reason:

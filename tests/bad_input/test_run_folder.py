@@ -12,11 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.config.yaml import read_yaml, write_yaml
 from lmtune.runs.store import RunDirectory
 from tests.bad_input.conftest import Command, Outcome
 from tests.sample_run import write_base, write_run
-from tests.workplace import finetune, make_workplace, write_config
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
 
@@ -29,8 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and a finished run over it."""
     folder = tmp_path_factory.mktemp("made")
     write_base(folder / "base")
-    run = write_run(folder / "runs" / "trial", "base")
-    run.verification.write_text(json.dumps({"sequences": [[1, 2, 3], [4, 5]]}))
+    write_run(folder / "runs" / "trial", "base")
     return folder
 
 
@@ -69,7 +66,6 @@ def renamed(state: dict[str, torch.Tensor]) -> None:
 UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "HTML": (lambda a: (a / WEIGHTS).write_bytes(b"<!doctype html>\n<p>Not found"), f"{WEIGHTS}: a web page"),
     "NaN": (tensors(lambda state: next(iter(state.values())).fill_(float("nan"))), "holds NaN or infinity"),
-    "infinity": (tensors(lambda state: next(iter(state.values())).fill_(float("inf"))), "holds NaN or infinity"),
     "keys of another kind": (tensors(renamed), "no name that PEFT gives"),
     "no tensor": (tensors(lambda state: state.clear()), "no LoRA tensor"),
     "no alpha": (settings(CONFIG, lora_alpha=0), f"{CONFIG}: lora_alpha: 0; expected"),
@@ -100,7 +96,7 @@ TERMINAL = "\\u001b]0;owned\\u0007"
 
 def test_a_damaged_summary_is_named_by_each_command(run: RunDirectory, refused: Refused, command: Command) -> None:
     run.summary.write_text(f'{{"status": "{TERMINAL}"}}')
-    for arguments in (("runs", "show", "trial"), ("merge", "trial"), ("push", "trial", "me/trial", "--dry-run")):
+    for arguments in (("runs", "show", "trial"), ("push", "trial", "me/trial", "--dry-run")):
         assert "error: runs/trial/summary.json: damaged: status: got " in refused(*arguments).err
     for action in (("list",), ("follow", "trial")):
         outcome = command("runs", *action)
@@ -118,48 +114,3 @@ def test_names_of_markup_are_shown_as_they_are(run: RunDirectory, command: Comma
     assert "[/x]\\x1b]0;owned\\x07: 3" in shown.out
     assert "[/q]" in table.out
     assert "\x1b" not in shown.said + table.said
-
-
-# --- the rows on which a merge is verified
-
-
-def test_damaged_rows_to_verify_on_are_named(run: RunDirectory, refused: Refused, command: Command) -> None:
-    outcome = command("merge", "trial", "--output", "merged")
-    assert outcome.code == 0, outcome.said
-    assert "verified on 2 rows" in outcome.out
-    run.verification.write_text('{"sequences": [[1], [1000000000]]}')
-    assert "error: runs/trial/verification.json: damaged: row 2 contains" in refused("merge", "trial").err
-
-
-# --- settings of the run that its next start meets
-
-
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place with a run whose last note is missing."""
-    folder = make_workplace(tmp_path_factory.mktemp("interrupted"))
-    run, summary = finetune(folder)
-    write_config(folder)
-    run.summary.write_text(json.dumps({**summary, "status": "interrupted"}))
-    return folder
-
-
-@pytest.mark.parametrize("settings", ["evaluation: null", "evaluation: 3"])
-def test_a_run_of_damaged_settings_goes_on_and_is_scored_again(
-    interrupted: Path, place: Path, command: Command, settings: str
-) -> None:
-    shutil.copytree(interrupted, place, dirs_exist_ok=True)
-    run = RunDirectory(Path("runs/trial"))
-    tree = read_yaml(run.config)
-    del tree["evaluation"]
-    run.config.write_text(f"{write_yaml(tree)}{settings}\n")
-    outcome = command("finetune", "run.yaml")
-    assert outcome.code == 0, outcome.said
-    assert run.read_summary().status == "complete"
-    assert read_yaml(run.config)["evaluation"]["exact_match_rows"] == 3
-    shutil.rmtree(run.checkpoints)
-    run.summary.write_text('{"status": "interrupted", "steps": 8}')
-    run.config.write_text(f"{write_yaml(tree)}{settings}\n")
-    outcome = command("finetune", "run.yaml")
-    assert outcome.code == 2, outcome.said
-    assert "error: runs/trial/config.yaml" in outcome.err
