@@ -172,11 +172,6 @@ def in_checkpoint(count: int, part: int, action: Trouble) -> Trouble:
     return at_call("lmtune.training.checkpoint", "save_file", action, 2 * count - 1 + part)
 
 
-def before_manifest(count: int, action: Trouble) -> Trouble:
-    """`action` when all of checkpoint `count` is written but not yet durable under its name."""
-    return at_call("lmtune.training.checkpoint", "_make_durable", action, count)
-
-
 def at_call(module: str, function: str, action: Trouble, count: int = 1) -> Trouble:
     """`action` at the call number `count` of a function, before it does its work."""
     return partial(_act_at_call, module, function, action, count)

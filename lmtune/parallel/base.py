@@ -18,17 +18,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GradientBuffer:
-    """All that a step sums over the ranks, in one flat fp32 tensor, so that one collective does.
+    """All that a step sums over the ranks, in one flat fp32 tensor, so that one collective does."""
 
-    Attributes:
-        flat: `[G + M]`, zeros at first.
-        gradients: the `.grad` of each parameter, views of the first G elements.
-        sums: `[M]`, a view of the rest.
-    """
-
-    flat: torch.Tensor
-    gradients: list[torch.Tensor]
-    sums: torch.Tensor
+    flat: torch.Tensor  # [G + M], zeros at first
+    gradients: list[torch.Tensor]  # the `.grad` of each parameter, views of the first G elements
+    sums: torch.Tensor  # [M], a view of the rest
 
     @classmethod
     def of(cls, parameters: Mapping[str, torch.nn.Parameter], num_sums: int) -> GradientBuffer:
@@ -47,20 +41,13 @@ class GradientBuffer:
 
 
 class Parallel(Protocol):
-    """This process among those of the run.
-
-    Attributes:
-        rank, world_size: which process this is, of how many.
-        device: where it computes.
-        phase: what this process is doing, for the message about one that hangs; `step N` is held to the time limit.
-        on_failure: told the reason when the process is ended from outside its main thread.
-    """
+    """This process among those of the run."""
 
     rank: int
     world_size: int
     device: torch.device
-    phase: str
-    on_failure: Callable[[str], None] | None
+    phase: str  # what it is doing, for the message about one that hangs; `step N` is held to the time limit
+    on_failure: Callable[[str], None] | None  # told the reason when it is ended from outside its main thread
 
     @property
     def is_main(self) -> bool:

@@ -35,11 +35,7 @@ _PLAIN_JOB = {
 def connect(section: ReplicatedConfig, process_timeout_seconds: float) -> Parallel:
     """This process among those of the run, which have found each other when it returns.
 
-    However the process ends, it leaves the group first, or the launcher would report a run that ended well as failed.
-
-    Args:
-        section: `parallel` of the config: how several processes share the work.
-        process_timeout_seconds: how long a rank may show no sign of life while the others wait for it.
+    `process_timeout_seconds`: how long a rank may show no sign of life while the others wait for it.
     """
     check_world()
     quiet_libraries()
@@ -54,19 +50,16 @@ def connect(section: ReplicatedConfig, process_timeout_seconds: float) -> Parall
     from lmtune.parallel.replicated import Replicated
 
     parallel = {ReplicatedConfig: Replicated}[type(section)](process_timeout_seconds)
-    atexit.register(parallel.close)
+    atexit.register(parallel.close)  # or the launcher would report a run that ended well as failed
     if parallel.world_size != running:
         raise ConfigError(f"--processes: {running} were started, but Accelerate sees {parallel.world_size}")
     return parallel
 
 
 def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
-    """Run a recipe in `processes` processes through `accelerate launch`; returns the exit code.
+    """Run a recipe in `processes` processes through `accelerate launch`, without enough GPUs on the CPU.
 
-    Args:
-        recipe: the script.
-        arguments: its command line.
-        processes: how many; on a machine without that many GPUs they run on the CPU.
+    Returns the exit code.
     """
     with tempfile.TemporaryDirectory() as folder:
         codes, settings = Path(folder) / "codes", Path(folder) / "accelerate.json"
@@ -82,7 +75,10 @@ def launch(recipe: Path, arguments: Sequence[str], processes: int) -> int:
         received = _forward_signals(launcher)
         launcher.wait()
         if launcher.returncode < 0 and not received:
-            _say_launcher_ended(-launcher.returncode)
+            name = signal.Signals(-launcher.returncode).name
+            hint = "; perhaps the memory was full" if name == "SIGKILL" else ""
+            err.print(f"[bold red]error:[/] the launcher was ended by {name}{hint}")
+            err.print("  its processes end after their step")
         _wait_for_workers(codes)
         noted = [int(code) for code in codes.read_text().split()]
         if launcher.returncode and (received or launcher.returncode < 0):
@@ -96,12 +92,6 @@ def _wait_for_workers(codes: Path) -> None:
     """Until the last process has ended, also where the launcher was killed and did not wait for them."""
     with codes.open("a") as file:
         wait_for_lock(file)
-
-
-def _say_launcher_ended(number: int) -> None:
-    name = signal.Signals(number).name
-    hint = "; perhaps the memory was full" if number == signal.SIGKILL else ""
-    err.print(f"[bold red]error:[/] the launcher was ended by {name}{hint}\n  its processes end after their step")
 
 
 def _stopped(noted: Sequence[int], processes: int, received: Sequence[int]) -> int:
@@ -152,11 +142,7 @@ def _forward_signals(launcher: subprocess.Popen[bytes]) -> list[int]:
 
 
 def _kill(launcher: subprocess.Popen[bytes]) -> None:
-    """End the launcher and its workers at once.
-
-    Raises:
-        KeyboardInterrupt: the launcher has ended already, and who its workers were cannot be told.
-    """
+    """End the launcher and its workers at once; KeyboardInterrupt if it has ended, and its workers are not known."""
     import psutil
 
     try:

@@ -25,18 +25,11 @@ _FOR_EVER = timedelta(days=365)
 
 
 class Replicated:
-    """This rank of several, whose collectives are watched.
-
-    Attributes:
-        works_alone: whether the others know that they wait for this process.
-    """
+    """This rank of several, whose collectives are watched."""
 
     def __init__(self, timeout_seconds: float) -> None:
-        """
-        Args:
-            timeout_seconds: how long a rank may show no sign of life while the others wait for it.
-        """
-        self.phase, self.works_alone = "start", False
+        """`timeout_seconds`: how long a rank may show no sign of life while the others wait for it."""
+        self.phase, self.works_alone = "start", False  # alone: the others know that they wait for this process
         self.on_failure: Callable[[str], None] | None = None
         backend_limit = timedelta(seconds=2 * timeout_seconds + 60)  # for the processes to find each other
         on_cpu = default_device().type == "cpu"  # Accelerate's own choice may be another: mps, xpu, npu

@@ -20,10 +20,6 @@ class Single:
     rank, world_size, is_main = 0, 1, True
 
     def __init__(self, device: torch.device | None = None) -> None:
-        """
-        Args:
-            device: by default that of every verb.
-        """
         self.device = default_device() if device is None else device
         self.phase = "start"
         self.on_failure: Callable[[str], None] | None = None

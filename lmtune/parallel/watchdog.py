@@ -1,12 +1,10 @@
 """A time limit on waiting for another rank: a job of which one process hangs ends, and says which one.
 
-A process that hangs leaves the others in a collective that never returns, and what the backend says after its own limit
-names nobody. So each process counts the collectives it has entered and notes its phase; a thread of each posts this in
-the store through which the processes found each other, with for how long the process has done nothing. A process that
-has waited longer than the limit reads there which rank is missing. One that works counts as alive, however long it
-takes: rank 0 may have rows to tokenize, weights to quantize or files to save while the others wait. One that does
-nothing, or posts no more, is named, and all end; so does the one that hangs, whose thread is alive. Inside a training
-step, which takes all ranks about as long, the limit holds for work too: a GPU that hangs keeps its process busy.
+A backend's own limit names nobody. So a thread of each process posts its phase, the number of collectives it has
+entered and for how long it has done nothing, in the store through which the processes found each other. Who has waited
+longer than the limit reads there which rank is missing. One that works counts as alive, however long it takes: rank 0
+may tokenize, quantize or save while the others wait. One that does nothing, or posts no more, is named, and all end.
+Inside a training step the limit holds for work too: a GPU that hangs keeps its process busy.
 """
 
 from __future__ import annotations
@@ -118,7 +116,11 @@ class Watchdog:
         waited = 0.0 if since is None else time.monotonic() - since
         missing = self._missing_ranks(entered) if waited > self._limit / 2 else None
         if waited > self._limit and missing is not None:
-            reason = _reason(missing, self._limit)
+            reason = (
+                f"collective timed out after {self._limit:g} s (run.process_timeout_seconds); missing ranks: "
+                f"{', '.join(missing) or 'none'}\n  look at what hangs there (py-spy dump, nvidia-smi), or raise the "
+                "limit if it is only slow; the same command resumes from the last checkpoint"
+            )
             self._store.set(f"{_KEY}reason", reason)
             self._end(reason, first=self._store.add(f"{_KEY}given up", 1) == 1)
 
@@ -134,10 +136,9 @@ class Watchdog:
         self._store.set(f"{_KEY}{self._process.rank}", json.dumps(post))
 
     def _missing_ranks(self, entered: int) -> list[str] | None:
-        """The ranks that hang and are missing here, with their phase; None while those that are missing work.
+        """The ranks that hang, with their phase, among those with fewer collectives than this one has `entered`.
 
-        Args:
-            entered: how many collectives this process has entered; a rank that has entered fewer is missing.
+        None while those that are missing work.
         """
         missing, found = 0, []
         for rank in range(self._process.world_size):
@@ -172,15 +173,6 @@ class Watchdog:
         os._exit(1)
 
 
-def _reason(missing: list[str], limit: float) -> str:
-    return (
-        f"collective timed out after {limit:g} s (run.process_timeout_seconds); missing ranks: "
-        f"{', '.join(missing) or 'none'}\n"
-        "  look at what hangs there (py-spy dump, nvidia-smi), or raise the limit if it is only slow; the same command "
-        "resumes from the last checkpoint"
-    )
-
-
 _CPU_SHARE = 0.02  # of one processor; a process that waits for a lock, a pipe or a network takes less
 _BYTES = 4 << 20  # read and written between two looks; what finding the processes takes is less
 
@@ -191,24 +183,30 @@ class Activity:
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._active = time.monotonic()
-        # The cheapest first: each file that is opened waits for the interpreter's lock, which a process that computes
-        # in Python gives up after 5 ms only.
-        self._signs = [_Sign(self._own_seconds), _Sign(self._moved_bytes, _BYTES), _Sign(self._childrens_seconds)]
+        self._last: dict[str, tuple[float, float]] = {}  # when each was looked at, and what it was
+        for name in ("own", "bytes", "children"):
+            self._has_grown(name)
 
     def idle_seconds(self) -> float:
-        """Seconds since this process, or one that it started, was last seen to work."""
-        if any(sign.is_seen() for sign in self._signs):
+        """Seconds since this process, or one that it started, was last seen to compute, read or write."""
+        # The cheapest first: each file of /proc that is opened waits for the interpreter's lock, which a process that
+        # computes in Python gives up after 5 ms only.
+        if any(self._has_grown(name) for name in ("own", "bytes", "children")):
             self._active = time.monotonic()
         return time.monotonic() - self._active
 
-    def _own_seconds(self) -> float:
-        return time.process_time() - time.thread_time()
-
-    def _moved_bytes(self) -> float:
-        return _moved(self._process) + sum(map(_moved, self._children()))
-
-    def _childrens_seconds(self) -> float:
-        return sum(map(_seconds, self._children()))
+    def _has_grown(self, name: str) -> bool:
+        """Whether it has grown since the last look: bytes by `_BYTES`, processor time by a share of the time."""
+        now = time.monotonic()
+        if name == "own":
+            value = time.process_time() - time.thread_time()
+        elif name == "bytes":
+            value = sum(map(_moved_bytes, [self._process, *self._children()]))
+        else:
+            value = sum(map(_processor_seconds, self._children()))
+        looked, before = self._last.get(name, (now, value))
+        self._last[name] = now, value
+        return value - before >= (_BYTES if name == "bytes" else _CPU_SHARE * max(now - looked, 0.1))
 
     def _children(self) -> list[psutil.Process]:
         try:
@@ -217,33 +215,16 @@ class Activity:
             return []
 
 
-class _Sign:
-    """Something that grows while a process works."""
-
-    def __init__(self, measure: Callable[[], float], enough: float | None = None) -> None:
-        self._measure, self._enough = measure, enough
-        self._looked, self._value = time.monotonic(), measure()
-
-    def is_seen(self) -> bool:
-        """Whether it has grown enough since the last look: by `enough`, or by a share of the time."""
-        now, value = time.monotonic(), self._measure()
-        enough = _CPU_SHARE * max(now - self._looked, 0.1) if self._enough is None else self._enough
-        grown = value - self._value >= enough
-        self._looked, self._value = now, value
-        return grown
-
-
-def _moved(process: psutil.Process) -> float:
+def _moved_bytes(process: psutil.Process) -> float:
     """Bytes that a process has read and written; 0 where the system does not say, as macOS, or it has ended."""
     try:
-        io = process.io_counters() if hasattr(process, "io_counters") else None
-    except psutil.Error:
+        io = process.io_counters()
+    except (AttributeError, psutil.Error):
         return 0.0
-    names = ("read_bytes", "write_bytes", "read_chars", "write_chars")
-    return float(sum(getattr(io, name, 0) for name in names)) if io else 0.0
+    return float(sum(getattr(io, name, 0) for name in ("read_bytes", "write_bytes", "read_chars", "write_chars")))
 
 
-def _seconds(process: psutil.Process) -> float:
+def _processor_seconds(process: psutil.Process) -> float:
     """Processor time of a process; 0 where it has ended."""
     try:
         times = process.cpu_times()

@@ -1,7 +1,7 @@
-"""What a process of a job knows of the command that started it: how many were asked for, and whether it is still there.
+"""What a process of a job knows of the command that started it: how many were asked for, and whether it still runs.
 
-`accelerate launch --cpu --num_processes 2` starts a single process without an error, and a run that was meant for two
-would quietly be another run. So the number asked for is compared with the number running before anything is loaded.
+`accelerate launch --cpu --num_processes 2` starts a single process without an error. So what was asked for is compared
+with what runs before anything is loaded.
 """
 
 from __future__ import annotations
@@ -28,13 +28,7 @@ _held: list[IO[str]] = []  # open while this process lives
 
 
 def check_world() -> None:
-    """Compare the processes asked for with those that run, and leave Accelerate no settings but ours.
-
-    Imports nothing heavy.
-
-    Raises:
-        ConfigError: fewer or more run than were asked for, or `ACCELERATE_USE_CPU` is neither true nor false.
-    """
+    """Leave Accelerate no settings but ours; ConfigError if fewer or more processes run than were asked for."""
     asks_for_cpu()
     ignore_accelerate_settings()
     if not is_worker():
@@ -72,17 +66,11 @@ def exit_with_parent() -> None:
 
 
 def _follow(parent: int, starter: int) -> None:
-    while os.getppid() == parent and _is_alive(starter):
-        time.sleep(_LOOK_SECONDS)
+    with contextlib.suppress(OSError):
+        while os.getppid() == parent:
+            os.kill(starter, 0)  # an OSError if it is gone
+            time.sleep(_LOOK_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError:
-        return False
-    return True
 
 
 def hold_exit_codes() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,32 +26,20 @@ from lmtune.models.tuning.base import Tensors
 from lmtune.runs.store import ADAPTER, MANIFEST, OPTIMIZER, STATE, checkpoint_folders, fingerprint, problem_of, step_of
 from lmtune.training.state import RunSignature, TrainState
 
-__all__ = [
-    "Checkpoint", "checkpoint_folders", "load_checkpoint", "newest_checkpoint", "optimizer_tensors", "problem_of",
-    "prune_checkpoints", "restore", "save_checkpoint",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """`state.json` of a checkpoint.
-
-    Attributes:
-        train: counters.
-        signature: what must be equal for an exact resume.
-        total_steps: of the run.
-        micro_batch_setting: `train.micro_batch_tokens` as it was asked for.
-    """
+    """`state.json` of a checkpoint."""
 
     train: TrainState
     signature: RunSignature
     total_steps: int
-    micro_batch_setting: int | Literal["auto"] | None
+    micro_batch_setting: int | Literal["auto"]  # `train.micro_batch_tokens` as it was asked for
 
     def to_dict(self) -> dict[str, object]:
         """As JSON."""
         return {
-            "step": self.train.step, "counters": self.train.to_dict(), "identity": self.signature.to_dict(),
+            "step": self.train.step, "counters": asdict(self.train), "identity": self.signature.to_dict(),
             "total_steps": self.total_steps, "micro_batch_setting": self.micro_batch_setting,
         }  # fmt: skip
 
@@ -59,23 +47,17 @@ class CheckpointState:
     def from_dict(cls, tree: Any) -> CheckpointState:
         """From JSON."""
         return cls(
-            TrainState.from_dict(tree["counters"]), RunSignature.from_dict(tree["identity"]),
-            int(tree.get("total_steps") or 0), tree.get("micro_batch_setting"),
+            TrainState(**tree["counters"]), RunSignature.from_dict(tree["identity"]), tree["total_steps"],
+            tree["micro_batch_setting"],
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on.
+    """What a run needs to go on."""
 
-    Attributes:
-        weights: what is trained, by name.
-        optimizer: `exp_avg.NAME` and `exp_avg_sq.NAME` for each.
-        state: counters and what must be equal for an exact resume.
-    """
-
-    weights: Tensors
-    optimizer: Tensors
+    weights: Tensors  # what is trained, by name
+    optimizer: Tensors  # `exp_avg.NAME` and `exp_avg_sq.NAME` for each
     state: CheckpointState
 
     @property
@@ -85,10 +67,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `folder/step-NNNNNN`, whole or not at all; an equal one that is there already is left.
+    """Write `folder/step-NNNNNN`, whole or not at all; one that is there and whole is left.
 
-    Raises:
-        LmtuneError: the disk is full or refuses to be written; earlier checkpoints are untouched.
+    LmtuneError if the disk is full or refuses to be written; earlier checkpoints are untouched.
     """
     target = folder / f"step-{checkpoint.step:06d}"
     if target.exists() and not problem_of(target):
@@ -111,11 +92,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and what was wrong with newer ones.
-
-    Raises:
-        CheckpointError: there are checkpoints, but every one is damaged.
-    """
+    """The newest checkpoint that is whole, and what was wrong with newer ones; CheckpointError if all are damaged."""
     skipped: list[str] = []
     for path in reversed(checkpoint_folders(folder)):
         problem = problem_of(path)
@@ -158,11 +135,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 def restore(
     checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> None:
-    """Put a checkpoint's tensors into the model and the optimizer.
-
-    Raises:
-        CheckpointError: they do not fit.
-    """
+    """Put a checkpoint's tensors into the model and the optimizer; CheckpointError if they do not fit."""
     wanted = {name: parameter.shape for name, parameter in parameters.items()}
     if wanted != {name: tensor.shape for name, tensor in checkpoint.weights.items()}:
         raise CheckpointError("the checkpoint has other tensors than this model; see tuning and model.name")

@@ -17,7 +17,6 @@ from lmtune.batching.prefixes import Ints, shareable_prefix
 from lmtune.config.schema import FinetuneConfig, LoraConfig, SftConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.store import LoadedData, load_data
-from lmtune.errors import ConfigError
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, teacher_forced
 from lmtune.forward.packed import PackedForward
@@ -50,23 +49,7 @@ OBJECTIVES: dict[type, Callable[[], Objective]] = {SftConfig: Sft}
 
 @dataclass
 class Components:
-    """What a run works with.
-
-    Attributes:
-        config: the settings.
-        parallel: the ranks.
-        renderer: rows to tokens, with the tokenizer in it.
-        data: training rows, validation rows or None, and the report on every row.
-        tuning, objective: which parameters are trained, and by which loss.
-        model: with the trained parameters.
-        forward: the model's forward pass.
-        fingerprint: of the base.
-        parameters: how many are trained, frozen and quantized.
-        micro_batch_tokens: the budget that fits the memory.
-        start: the adapter that training begins from, or None for a new one.
-        validated: the scores of each validation so far.
-        begun: whether the run's files are those of this process; before that, they are not its to change.
-    """
+    """What a run works with."""
 
     config: FinetuneConfig
     parallel: Parallel
@@ -76,12 +59,12 @@ class Components:
     objective: Objective
     model: TunedModel
     forward: PackedForward
-    fingerprint: str
+    fingerprint: str  # of the base
     parameters: Parameters
-    micro_batch_tokens: int
-    start: StartingAdapter | None = None
-    validated: list[Scores] = field(default_factory=list)
-    begun: bool = False
+    micro_batch_tokens: int  # the budget that fits the memory
+    start: StartingAdapter | None = None  # that training begins from; None is a new one
+    validated: list[Scores] = field(default_factory=list)  # so far
+    begun: bool = False  # whether the run's files are those of this process; before that, they are not its to change
 
     @property
     def signature(self) -> RunSignature:
@@ -145,15 +128,10 @@ class Components:
 def compose(config: FinetuneConfig, parallel: Parallel) -> Components:
     """Load tokenizer, rows and model, and choose the objective and the trained parameters.
 
-    Raises:
-        ConfigError, DataError, ModelError: something is wrong with them; nothing was written but the row cache.
+    ConfigError, DataError or ModelError if something is wrong with them; nothing was written but the row cache.
     """
     with starting_adapter(config) as start:
-        if start is None:
-            return _compose(config, parallel, None)
-        if len(set(parallel.gather([start.sha256]))) > 1:
-            raise ConfigError(f"tuning.adapter: {start.name} changes while it is read; wait until that run has ended")
-        return _compose(replace(config, tuning=start.settings), parallel, start)
+        return _compose(config if start is None else replace(config, tuning=start.settings), parallel, start)
 
 
 def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter | None) -> Components:
@@ -163,7 +141,6 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     renderer = _renderer(config)
     with parallel.main_first():  # the others find the rows in the cache
         data = load_data(config.data, renderer, config.train.seed)
-    _check_patience(config, data)
     base = load_model(config.model, parallel.device)
     parts = [part for part in (data.train, data.validation) if part is not None]
     check_lengths(base, parts, "data.max_length", tell=parallel.is_main)
@@ -183,19 +160,9 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
             warn(f"{note}; this is slower, with the same result")
     with progress("measuring how much fits in memory"):
         budget = _choose_micro_batch(config, forward, data, parallel, parameters)
+    objective = OBJECTIVES[type(config.objective)]()
     return Components(
-        config,
-        parallel,
-        renderer,
-        data,
-        tuning,
-        OBJECTIVES[type(config.objective)](),
-        model,
-        forward,
-        fingerprint,
-        parameters,
-        budget,
-        start,
+        config, parallel, renderer, data, tuning, objective, model, forward, fingerprint, parameters, budget, start
     )
 
 
@@ -203,27 +170,10 @@ def _renderer(config: FinetuneConfig) -> Renderer:
     """The run's renderer; a template that writes the date writes one for the whole run, whenever it is continued."""
     tokenizer = load_tokenizer(config.model)
     template, system = config.data.template, config.data.system
-    renderer = build_renderer(tokenizer, config.model, template, system, now=begun_at(config))
+    begun_at = None if config.run.resume == "never" else RunDirectory.of(config.run).rendered_at()
+    renderer = build_renderer(tokenizer, config.model, template, system, now=begun_at)
     now = renderer.rendered_at
     return renderer if now is None else build_renderer(tokenizer, config.model, template, system, now=now)
-
-
-def _check_patience(config: FinetuneConfig, data: LoadedData) -> None:
-    """Raise ConfigError where patience waits for scores that no row gives."""
-    if config.evaluation.patience is not None and data.validation is None:
-        raise ConfigError(
-            f"evaluation.patience: {config.evaluation.patience} waits for validation scores, and no row could be held "
-            f"out by data.validation_fraction: {config.data.validation_fraction}, for all {len(data.train):,} rows are "
-            "equal; add other rows, name data.validation, or set evaluation.patience: null"
-        )
-
-
-def begun_at(config: FinetuneConfig) -> str | None:
-    """The time that the template wrote when the run began; None for a new run, or a template that writes none."""
-    run = RunDirectory.of(config.run)
-    if config.run.resume == "never" or not run.data.is_file():
-        return None
-    return run.rendered_at()
 
 
 def _choose_micro_batch(

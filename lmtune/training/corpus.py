@@ -74,11 +74,6 @@ class Blocks:
     """
 
     def __init__(self, documents: Sequence[npt.NDArray[np.int32]], block_length: int) -> None:
-        """
-        Args:
-            documents: token ids of each.
-            block_length: B.
-        """
         self._ids = np.concatenate(documents)
         length = min(block_length, len(self._ids))
         self.num_tokens = len(self._ids) // length * length
@@ -110,11 +105,7 @@ def _all_but_first(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
 
 
 def read_corpus(data: CorpusConfig) -> Corpus:
-    """Read the documents, shuffle them, and hold out some.
-
-    Raises:
-        DataError: no text is found, a file cannot be read, or there are too few documents to hold one out.
-    """
+    """Read the documents, shuffle them, and hold out some; DataError if there are too few, or they cannot be read."""
     path = Path(data.path)
     found = [*_read_texts(path, data.split), *_read_rows(path)]
     if not found:
@@ -122,27 +113,23 @@ def read_corpus(data: CorpusConfig) -> Corpus:
         raise DataError(
             f"data.path: {data.path}: {problem}; expected .txt or .jsonl files; name yours: data.path=FOLDER"
         )
-    documents = found
-    Random(data.seed).shuffle(documents)
-    held_out = max(1, round(len(documents) * data.validation_fraction))
-    train = documents[held_out:]
+    Random(data.seed).shuffle(found)
+    held_out = max(1, round(len(found) * data.validation_fraction))
+    train = found[held_out:]
     known = {_content(document) for document in train}
-    validation = [document for document in documents[:held_out] if _content(document) not in known]
+    validation = [document for document in found[:held_out] if _content(document) not in known]
     if not train or not validation:
         raise DataError(
-            f"data.path: {data.path} holds {len(documents)} documents, of which none can be held out to measure on; "
+            f"data.path: {data.path} holds {len(found)} documents, of which none can be held out to measure on; "
             "give more text, or set data.split: paragraph, which makes a document of each paragraph"
         )
     return Corpus(train, validation)
 
 
 def train_tokenizer(documents: Sequence[Example], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, trained on `documents`.
+    """A byte-level BPE tokenizer of at most `vocabulary_size` tokens, with a chat template.
 
     Digits stand alone, so that numbers are read the same wherever they stand.
-
-    Returns:
-        A tokenizer of at most `vocabulary_size` tokens.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -34,19 +34,12 @@ _QUANTIZED_ON_CPU = 24e6  # elements a second in 4 bit; there is no native kerne
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long the parts of a run take.
+    """How long the parts of a run take."""
 
-    Attributes:
-        loading: libraries and the base model, quantized where asked.
-        training: all optimizer steps.
-        scoring: the validation rows, before, during and after training.
-        answers: generated for validation rows, by the base and by the tuned model.
-    """
-
-    loading: float
+    loading: float  # libraries and the base model, quantized where asked
     training: float
-    scoring: float
-    answers: float
+    scoring: float  # the validation rows, before, during and after training
+    answers: float  # generated for validation rows, by the base and by the tuned model
 
     @property
     def total(self) -> float:
@@ -109,12 +102,7 @@ def forecast(
     processes: int,
     held_out: SequenceTable | None = None,
 ) -> Forecast:
-    """Plan a run over the sequences of `rows`, scored on those of `held_out`.
-
-    Raises:
-        ModelError: the model's config cannot be read.
-        ConfigError: the adapter's targets do not fit the model.
-    """
+    """Plan a run over the sequences of `rows`, scored on those of `held_out`."""
     dtype, quantization = compute_dtype(device, config.model.dtype), config.model.quantization
     shape, parameters = planned_shape(config.model, config.tuning, dtype)
     share = float(rows.num_targets.sum() / rows.num_tokens.sum())
@@ -211,11 +199,9 @@ def _plain_flop(shape: ModelShape) -> float:
 
 
 def planned_shape(model: ModelConfig, tuning: LoraConfig, dtype: torch.dtype) -> tuple[ModelShape, Parameters]:
-    """The shape of `model` with `adapter`, and what is adapted and quantized, from its config alone.
+    """The shape of `model` under `tuning`, and what is adapted and quantized, from its config alone.
 
-    Raises:
-        ModelError: the model's config cannot be read.
-        ConfigError: a target names nothing in the model, or the variant does not run over this base.
+    ModelError if the config cannot be read; ConfigError if a target names nothing, or the variant does not fit.
     """
     try:
         empty = empty_model(resolve_name(model.name), model.revision)

@@ -19,13 +19,12 @@ from lmtune.io.console import warn
 from lmtune.models.tuning.base import Tensors
 from lmtune.objectives.base import Objective
 from lmtune.runs.log import Accuracies, Records, StepRecord
-from lmtune.runs.store import RunDirectory
+from lmtune.runs.store import RunDirectory, problem_of
 from lmtune.training.checkpoint import (
     Checkpoint,
     CheckpointState,
     load_checkpoint,
     optimizer_tensors,
-    problem_of,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -35,14 +34,13 @@ from lmtune.training.state import RunSignature, TrainState
 
 
 class Hook:
-    """A hook that does nothing; the others say what they do instead."""
+    """A hook that does nothing."""
 
     def after_step(self, event: StepEvent) -> Action:
-        """Go on."""
         return "continue"
 
     def on_failure(self, state: TrainState) -> None:
-        """Nothing is lost."""
+        pass
 
 
 class ProgressHook(Hook):
@@ -52,7 +50,6 @@ class ProgressHook(Hook):
         self.progress = progress
 
     def after_step(self, event: StepEvent) -> Action:
-        """One step further."""
         self.progress.advance(event.plan.step, event.result.loss, event.plan.totals.tokens, event.seconds)
         return "continue"
 
@@ -66,7 +63,6 @@ class EvaluationHook(Hook):
         self.score, self.objective, self.every_steps, self.progress = score, objective, every_steps, progress
 
     def after_step(self, event: StepEvent) -> Action:
-        """Score if it is due."""
         state, every = event.state, self.every_steps
         if not (state.step == event.total_steps or (every is not None and state.step % every == 0)):
             return "continue"
@@ -91,7 +87,6 @@ class EarlyStoppingHook(Hook):
         self.patience = patience
 
     def after_step(self, event: StepEvent) -> Action:
-        """Stop if none of the last evaluations was better."""
         return "stop" if self.is_due(event.state) else "continue"
 
     def is_due(self, state: TrainState) -> bool:
@@ -106,7 +101,6 @@ class RecordHook(Hook):
         self.records = records
 
     def after_step(self, event: StepEvent) -> Action:
-        """Write one line in each file."""
         plan, result, state = event.plan, event.result, event.state
         record = StepRecord(
             plan.step, round(plan.epoch, 6), result.loss, event.learning_rate, result.grad_norm, plan.totals.tokens,
@@ -134,7 +128,6 @@ class CheckpointHook(Hook):
         self._saved_at = time.monotonic()
 
     def after_step(self, event: StepEvent) -> Action:
-        """Save if it is due."""
         if event.is_last or event.is_interrupted or self._is_due(event):
             self.on_failure(event.state)
             self._saved_at = time.monotonic()
@@ -156,10 +149,7 @@ class CheckpointHook(Hook):
         prune_checkpoints(self.run.checkpoints, self.config.run.keep_checkpoints, best, state.step)
 
     def best_weights(self, state: TrainState) -> Tensors | None:
-        """Put the best step's weights back into the model, and return them, if validation found one before the last.
-
-        None is the model's own.
-        """
+        """Put the best step's weights into the model and return them; None if the last step is to be kept."""
         if not self.config.evaluation.keep_best or state.best_step in (None, state.step):
             return None
         self.parallel.barrier()

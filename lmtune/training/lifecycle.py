@@ -35,10 +35,9 @@ FORMAT = 1
 
 @contextlib.contextmanager
 def running(run: RunDirectory, parts: Components) -> Iterator[None]:
-    """Hold the run's lock, and note in its summary how the block ended; sets an earlier run aside if that is asked.
+    """Hold the run's lock, and note in its summary how the block ended; renames an earlier run if that is asked.
 
-    Raises:
-        CheckpointError: another process holds it.
+    CheckpointError if another process holds it.
     """
     if not parts.parallel.is_main:
         yield
@@ -63,11 +62,8 @@ def running(run: RunDirectory, parts: Components) -> Iterator[None]:
 def begin(run: RunDirectory, parts: Components) -> tuple[Checkpoint | None, bool]:
     """Make the run's folder, or find where it stopped.
 
-    Returns:
-        The checkpoint to resume from (None at the beginning), and whether the run is complete already.
-
-    Raises:
-        CheckpointError: the run was begun with other settings, or its checkpoints or records are damaged or gone.
+    Returns the checkpoint to resume from (None at the beginning), and whether the run is complete already. Raises
+    CheckpointError if it was begun with other settings, or its checkpoints or records are damaged or gone.
     """
     parts.parallel.barrier()  # an earlier run was set aside
     checkpoint, skipped = find_checkpoint(run, parts.signature, parts.data.report)
@@ -100,13 +96,11 @@ def _with_its_length(
 ) -> tuple[Checkpoint | None, bool, str]:
     """Whether the run is complete with the number of steps that is asked for now; a higher one trains it on.
 
-    Returns:
-        The checkpoint to resume from, whether nothing is left to do, and what to say of another number of steps.
-
-    Raises:
-        CheckpointError: more steps are done than are asked for, or the steps done are not there to go on from.
+    Returns the checkpoint to resume from, whether nothing is left to do, and what to say of another number of steps.
+    Raises CheckpointError if more steps are done than are asked for, or the steps done are not there to go on from.
     """
-    complete, train = _is_complete(run), parts.config.train
+    train, has_adapter = parts.config.train, (run.adapter / "adapter_model.safetensors").is_file()
+    complete = has_adapter and run.read_summary().status == "complete"
     before = checkpoint.state.signature if checkpoint else _signature_of(run) if complete else None
     if complete and checkpoint is None and before is not None:  # they were deleted to save room
         check_resumable(run, before, parts.signature, parts.data.report)
@@ -131,12 +125,6 @@ def _with_its_length(
     return checkpoint, False, said
 
 
-def _is_complete(run: RunDirectory) -> bool:
-    """Whether the run ended well and its adapter is still there."""
-    adapter = run.adapter / "adapter_model.safetensors"
-    return run.read_summary().status == "complete" and adapter.is_file()
-
-
 def _signature_of(run: RunDirectory) -> RunSignature:
     """What a run without checkpoints was begun with."""
     made = run.read_json(run.environment)
@@ -150,18 +138,11 @@ def _signature_of(run: RunDirectory) -> RunSignature:
 def _known_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
     """The base's scores from before, if they were measured as they would be now and its predictions are still there."""
     known = run.read_summary().base
-    if known is None or not _measures_the_same(run, parts.config):
+    if known is None:
         return None
-    return known if len(read_predictions(run)) == known.get("exact_match_rows") else None
-
-
-def _measures_the_same(run: RunDirectory, config: FinetuneConfig) -> bool:
-    """Whether the base's scores, if there are any, were measured as `config` says."""
-    before = read_yaml(run.config).get("evaluation") if run.exists() else None
-    now = to_tree(config)["evaluation"]
-    return isinstance(before, dict) and all(
-        before.get(key) == now[key] for key in ("exact_match_rows", "max_new_tokens")
-    )
+    before, now = (read_yaml(run.config).get("evaluation") or {}, to_tree(parts.config)["evaluation"])
+    same = all(before.get(key) == now[key] for key in ("exact_match_rows", "max_new_tokens"))
+    return known if same and len(read_predictions(run)) == known.get("exact_match_rows") else None
 
 
 def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | None) -> None:

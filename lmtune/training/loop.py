@@ -44,29 +44,17 @@ Action = Literal["continue", "stop"]
 
 @dataclass
 class StepEvent:
-    """One finished step, as the hooks see it, one after another.
-
-    Attributes:
-        plan: which examples.
-        result: what they add up to.
-        state: of the run after the step.
-        learning_rate: of the step.
-        seconds: it took.
-        total_steps: of the run.
-        is_interrupted: whether a rank was asked to stop; the state is to be saved.
-        is_last: whether no step follows, because it is the last one or an earlier hook ends the run.
-        validation: what a hook has scored after this step.
-    """
+    """One finished step, as the hooks see it, one after another."""
 
     plan: StepPlan
     result: StepResult
-    state: TrainState
+    state: TrainState  # of the run after the step
     learning_rate: float
     seconds: float
-    total_steps: int
-    is_interrupted: bool = False
-    is_last: bool = False
-    validation: Scores | None = None
+    total_steps: int  # of the run
+    is_interrupted: bool = False  # a rank was asked to stop; the state is to be saved
+    is_last: bool = False  # no step follows, because it is the last one or an earlier hook ends the run
+    validation: Scores | None = None  # what a hook has scored after this step
 
 
 class StepHook(Protocol):
@@ -81,18 +69,7 @@ class StepHook(Protocol):
 
 @dataclass
 class TrainingJob:
-    """What the loop works with.
-
-    Attributes:
-        planner: the steps.
-        data: the rows.
-        forward: the model's forward pass.
-        objective: the loss.
-        model: with the trained parameters.
-        optimizer: over the trained parameters.
-        parallel: the ranks.
-        train: the settings.
-    """
+    """What the loop works with."""
 
     planner: Planner
     data: ExampleStore
@@ -109,19 +86,10 @@ class TrainingJob:
 
 
 def train(job: TrainingJob, hooks: Sequence[StepHook], state: TrainState) -> bool:
-    """Make all steps that are left, and change `state` with each.
+    """Make all steps that are left, change `state` with each, and tell the hooks of it in their order.
 
-    Args:
-        job: what it works with.
-        hooks: told of every step in this order.
-        state: where to begin.
-
-    Returns:
-        Whether a hook ended the run before its last step.
-
-    Raises:
-        LmtuneError: loss or gradient was not finite, or memory does not suffice for a single sequence.
-        Interrupted: the run was asked to stop.
+    Returns whether a hook ended the run before its last step. Raises LmtuneError if loss or gradient was not finite, or
+    memory does not suffice for a single sequence; Interrupted if the run was asked to stop.
     """
     parallel, total_steps, is_stopped = job.parallel, job.planner.total_steps, False
     pin, shares = job.forward.device.type == "cuda", job.forward.shares_prefixes
@@ -183,10 +151,10 @@ def _reduce_memory(job: TrainingJob, planner: Planner, plan: StepPlan) -> Planne
 
     The step's examples, and so its update, stay the same.
     """
-    base, is_main = job.forward.base, job.parallel.is_main
+    base = job.forward.base
 
     def say(change: str) -> None:
-        if is_main:
+        if job.parallel.is_main:
             warn(f"out of memory at step {plan.step}: {change} from here on (same result)")
 
     has_dropped = drop_dense(job.forward.model)

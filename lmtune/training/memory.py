@@ -61,21 +61,13 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """What the forward pass keeps for the backward pass, in bytes per token.
+    """What the forward pass keeps for the backward pass, in bytes per token."""
 
-    Attributes:
-        layer: of one layer.
-        boundary: the input of a layer, all that is kept of a checkpointed one.
-        outside: after the last layer.
-        num_layers: of the model.
-        fixed: bytes of one layer however many tokens there are: experts with their adapter added, for one.
-    """
-
-    layer: float
-    boundary: float
-    outside: float
+    layer: float  # of one layer
+    boundary: float  # the input of a layer, all that is kept of a checkpointed one
+    outside: float  # after the last layer
     num_layers: int
-    fixed: float = 0.0
+    fixed: float = 0.0  # of one layer however many tokens there are: experts with their adapter added, for one
 
     def per_token(self, checkpointed: int) -> float:
         """At the most, with the first `checkpointed` layers checkpointed: what is kept, and one layer at work."""
@@ -105,12 +97,7 @@ class MemoryEstimate:
 
 
 def shape_of(model: Any, parameters: Parameters) -> ModelShape:
-    """The shape of a model.
-
-    Args:
-        model: with or without an adapter, on any device, meta too.
-        parameters: counted before the adapter was attached.
-    """
+    """The shape of a model on any device, meta too; `parameters` were counted before an adapter was attached."""
     config = base_of(model).config.get_text_config()
     layers, hidden, heads = int(config.num_hidden_layers), int(config.hidden_size), int(config.num_attention_heads)
     width = heads * int(getattr(config, "head_dim", None) or hidden // heads)
@@ -151,16 +138,10 @@ def estimate(
     shape: ModelShape, tokens: int, quantization: str, dtype: torch.dtype, trained_share: float, checkpointed: int = 0,
     dense_bytes: float = 0,
 ) -> MemoryEstimate:  # fmt: skip
-    """The memory of one training step.
+    """The memory of one training step over a micro-batch of `tokens`, of which `trained_share` are trained.
 
-    Args:
-        shape: of the model.
-        tokens: in a micro-batch.
-        quantization: of the base.
-        dtype: of computation and of unquantized weights.
-        trained_share: trained tokens / tokens.
-        checkpointed: layers under activation checkpointing.
-        dense_bytes: of matrices held beside quantized weights.
+    `dtype` is that of computation and of unquantized weights; `checkpointed` is a number of layers; `dense_bytes` are
+    those of matrices held beside quantized weights.
     """
     wide = dtype.itemsize
     activations = estimated_activations(shape, dtype)
@@ -188,14 +169,9 @@ def estimated_activations(shape: ModelShape, dtype: torch.dtype) -> ActivationBy
 def fitting_micro_batch(
     activations: ActivationBytes, longest: int, free_bytes: int, device_type: str, asked: int | None = None
 ) -> tuple[int, int]:
-    """The micro-batch budget in tokens, and how many layers must be checkpointed for it.
+    """The micro-batch budget in tokens that `free_bytes` hold, and how many layers must be checkpointed for it.
 
-    Args:
-        activations: of a token.
-        longest: tokens of the longest sequence, which is never cut.
-        free_bytes: memory left after the weights.
-        device_type: `cuda`, `mps` or `cpu`.
-        asked: the budget that the settings ask for; None leaves it to what the memory holds.
+    The `longest` sequence is never cut. `asked` is the budget of the settings; None leaves it to the memory.
     """
     most = max(longest, asked or MOST_TOKENS[device_type])
     wanted = max(longest, asked or _ENOUGH_TOKENS[device_type])
@@ -223,11 +199,9 @@ _PROBE_TOKENS = (64, 128)
 
 
 def measure_activations(forward: PackedForward, trained_share: float) -> ActivationBytes | None:
-    """Bytes kept per token of a row, or None for a model without one list of layers, or no memory for a few tokens.
+    """Bytes kept per token of a row, of which `trained_share` are trained, by the model as it will be trained.
 
-    Args:
-        forward: the model, with its adapter, in the way it will be trained.
-        trained_share: trained tokens / tokens.
+    None for a model without one list of layers, or without memory for a few tokens.
     """
     layers = decoder_layers(forward.base)
     if layers is None:

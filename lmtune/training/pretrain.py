@@ -29,7 +29,6 @@ from lmtune.models.tuning.full import Full
 from lmtune.objectives.sft import Sft
 from lmtune.parallel.signals import Interrupted
 from lmtune.parallel.single import Single
-from lmtune.runs.store import expand_home
 from lmtune.training.corpus import TURN_END, Blocks
 from lmtune.training.hooks import ProgressHook
 from lmtune.training.loop import TrainingJob, train
@@ -44,19 +43,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """How a pretraining run ended.
-
-    Attributes:
-        state: steps, tokens and seconds.
-        total_steps: more than were made if the run was asked to stop.
-        perplexity: e to the mean loss of a held-out token, in nats.
-        exit_code: 0, or what the signal that stopped the run stands for.
-    """
+    """How a pretraining run ended."""
 
     state: TrainState
-    total_steps: int
-    perplexity: float
-    exit_code: int
+    total_steps: int  # more than were made if the run was asked to stop
+    perplexity: float  # e to the mean loss of a held-out token, in nats
+    exit_code: int  # 0, or what the signal that stopped the run stands for
 
 
 def build_model(shape: ShapeConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
@@ -94,9 +86,6 @@ def pretrain(model: PreTrainedModel, blocks: Blocks, validation: Blocks, config:
     """Train `model` in place on `blocks`, then measure it on `validation`.
 
     Ctrl-C and SIGTERM end training after the step that is under way; the model is measured all the same.
-
-    Raises:
-        LmtuneError: the loss is not finite, or memory does not suffice.
     """
     parallel, tuning, objective = Single(), Full(), Sft()
     settings = config.train
@@ -124,20 +113,15 @@ def pretrain(model: PreTrainedModel, blocks: Blocks, validation: Blocks, config:
 
 def save_pretrained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str, config: PretrainConfig
-) -> Path:  # fmt: skip
-    """Write model, tokenizer, template, generation config and model card; the folder appears when it is complete.
-
-    Returns:
-        The folder `output.dir`, replaced if it was there.
-    """
-    folder = expand_home(config.output.dir, "output.dir")
+) -> None:  # fmt: skip
+    """Write model, tokenizer, template, generation config and model card to `output.dir`, complete or not at all."""
+    folder = Path(os.path.expanduser(config.output.dir))
     with new_folder(folder) as staging, name_disk_errors(folder):
         model.to("cpu", DTYPES[config.output.dtype]).save_pretrained(staging)
         tokenizer.model_max_length = config.model.max_position_embeddings
         tokenizer.save_pretrained(staging)
         make_readable(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
-    return folder
 
 
 _CARD = """\

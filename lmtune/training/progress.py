@@ -52,14 +52,7 @@ class StepProgress:
             self._plain.close()
 
     def advance(self, step: int, loss: float, num_tokens: int, seconds: float) -> None:
-        """One step is done.
-
-        Args:
-            step: its number, from 1.
-            loss: of its trained tokens.
-            num_tokens: real tokens it read.
-            seconds: it took.
-        """
+        """Step number `step`, from 1, is done."""
         if not self.enabled:
             return
         self._recent.append((num_tokens, seconds))

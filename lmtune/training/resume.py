@@ -6,10 +6,11 @@ changed, continuing would give a model that no single command describes, so it i
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields, replace
-from typing import Any, get_type_hints
+from dataclasses import replace
+from typing import Any
 
 from lmtune.batching.plan import Planner
+from lmtune.config.json_schema import settings
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from lmtune.data.report import DataReport, changed_files
@@ -23,29 +24,13 @@ from lmtune.training.state import RunSignature
 _LENGTH = ("train.epochs", "train.max_steps")  # a run may be trained on: `steps_before` and `require_steps` judge them
 
 
-def _defaults() -> dict[str, object]:
-    """The default of every setting that has one, as `section.key: value`."""
-    sections = get_type_hints(FinetuneConfig)
-    return {
-        f"{name}.{field.name}": list(field.default) if isinstance(field.default, tuple) else field.default
-        for name, section in sections.items()
-        for field in fields(section)
-        if field.default is not MISSING
-    }
-
-
 def find_checkpoint(
     run: RunDirectory, now: RunSignature, data: DataReport | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to resume from (None at the beginning), and what was wrong with newer ones.
 
-    Args:
-        run: the run.
-        now: the signature asked for.
-        data: what the data files are now, to say which one changed.
-
-    Raises:
-        CheckpointError: the run was made with other settings, data or base, or all its checkpoints are damaged.
+    CheckpointError if the run was made with another signature than `now`, or all its checkpoints are damaged; `data`
+    tells which file changed.
     """
     run.clean()
     checkpoint, skipped = newest_checkpoint(run.checkpoints)
@@ -57,8 +42,7 @@ def find_checkpoint(
 def records_lost(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
     """What to say of the steps that an unfinished run has done, where their weights or records are gone.
 
-    Raises:
-        CheckpointError: checkpoints must have been written, and there are none; or the records are damaged.
+    CheckpointError if checkpoints must have been written and there are none, or the records are damaged.
     """
     steps, summary = recorded_steps(run), run.read_summary()
     if checkpoint is not None:
@@ -80,9 +64,9 @@ def check_resumable(run: RunDirectory, before: RunSignature, now: RunSignature, 
 
     A setting that the run's version did not know yet counts as its default, which keeps what was done before.
     """
-    known = {key: value for key, value in _defaults().items() if key in now.settings}
+    defaults = {key: setting.default for key, setting in settings().items() if key in now.settings}
     old, new = ({k: v for k, v in one.items() if k not in _LENGTH} for one in (
-        {**known, **before.settings}, now.settings))  # fmt: skip
+        {**defaults, **before.settings}, now.settings))  # fmt: skip
     differences = [
         f"{key}: was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -104,8 +88,8 @@ def check_resumable(run: RunDirectory, before: RunSignature, now: RunSignature, 
 
 def steps_before(before: RunSignature | None, num_rows: int, train: TrainConfig) -> int | None:
     """How many steps a run of that signature was to have; None if it does not say so."""
-    settings = {} if before is None else before.settings
-    length: dict[str, Any] = {key.partition(".")[2]: settings.get(key) for key in _LENGTH}
+    known = {} if before is None else before.settings
+    length: dict[str, Any] = {key.partition(".")[2]: known.get(key) for key in _LENGTH}
     return None if length["epochs"] is None else Planner.count_steps(num_rows, replace(train, **length))
 
 
@@ -121,17 +105,11 @@ def require_steps(run: RunDirectory, done: int, steps: int, train: TrainConfig) 
 
 
 def _changed_data(run: RunDirectory, data: DataReport | None, alone: bool) -> list[str]:
-    """Why the rows of tokens are others than they were, as far as the run's `data.json` tells.
+    """Why the tokens are others than they were, as far as the run's `data.json` tells.
 
-    Args:
-        run: the run.
-        data: what the data files are now.
-        alone: whether nothing else differs, such as `data.max_length`, from which other tokens follow.
+    `alone`: nothing else differs, such as `data.max_length`, from which other tokens follow.
     """
-    try:
-        before = run.read_data_report()
-    except CheckpointError:
-        before = None
+    before = run.read_data_report()
     if before is None or data is None:
         return ["the data files' content: changed"]
     if files := changed_files(before, data):

@@ -37,27 +37,15 @@ from lmtune.training.state import TrainResult
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """How a run ended.
-
-    Attributes:
-        summary: what `summary.json` holds.
-        was_complete: nothing was left to do; the summary is that of the earlier run.
-        is_main_process: whether this process is the one that tells a person.
-    """
+    """How a run ended."""
 
     summary: Summary
-    was_complete: bool
-    is_main_process: bool
+    was_complete: bool  # nothing was left to do; the summary is that of the earlier run
+    is_main_process: bool  # the one that tells a person
 
 
 def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
-    """Train, score and save.
-
-    Raises:
-        ConfigError, DataError, ModelError, CheckpointError: something is wrong with what was given.
-        Interrupted: the run was asked to stop; a checkpoint holds the last step.
-        LmtuneError: the run failed.
-    """
+    """Train, score and save. LmtuneError if something is wrong; Interrupted if the run was asked to stop and saved."""
     parallel = connect(config.parallel, config.run.process_timeout_seconds)
     parts = compose(config, parallel)
     with running(run, parts):
@@ -112,12 +100,7 @@ def run_loop(run: RunDirectory, parts: Components, resumed: Checkpoint | None) -
 def save_tuned(run: RunDirectory, parts: Components, weights: Tensors | None) -> None:
     """Write the adapter folder: plain PEFT files, tokenizer with template, generation config with the stop tokens.
 
-    The folder appears complete or not at all; one from before is replaced.
-
-    Args:
-        run: its folder.
-        parts: of the run.
-        weights: the tensors to save, or None for the model's own.
+    The folder appears complete or not at all; one from before is replaced. `weights` None are the model's own.
     """
     with new_folder(run.adapter) as staging:
         metadata = run_metadata(parts.config, parts.renderer, parts.fingerprint, run.adapter)
@@ -126,10 +109,9 @@ def save_tuned(run: RunDirectory, parts: Components, weights: Tensors | None) ->
 
 
 def base_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
-    """What the model scores before training, unless the settings leave that out; from the summary when a resumed run
-    has measured it already.
+    """What the model scores before training, without an adapter to begin from; None if the settings leave that out.
 
-    The adapter must be as `compose` made it; one to begin from is left aside.
+    A resumed run that has measured it takes it from the summary.
     """
     known = run.read_summary().base
     parts.parallel.phase = "scoring before training"

@@ -10,7 +10,6 @@ scaling and layers of trained weights cannot be changed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.inference.load import usable_adapter
+from lmtune.io.atomic import content_sha256
 from lmtune.io.text import format_list
 from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, LoraSettings, check_adapter
 from lmtune.runs.store import RunDirectory, find_run, run_hint
@@ -31,28 +31,19 @@ _NOT_TRAINED = (
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """Where training begins.
-
-    Attributes:
-        folder: an adapter folder.
-        name: of the run or folder, for people and for files that others get.
-        settings: of the adapter, with dropout as the run's config says.
-        sha256: of its weights, in hex.
-    """
+    """Where training begins."""
 
     folder: Path
-    name: str
-    settings: LoraConfig
-    sha256: str
+    name: str  # of the run or folder, for people and for files that others get
+    settings: LoraConfig  # of the adapter, with dropout as the run's config says
+    sha256: str  # of its weights, in hex
 
 
 @contextlib.contextmanager
 def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]:
     """The adapter that `tuning.adapter` names, as long as the block lasts; None where it names none.
 
-    Raises:
-        ConfigError: there is none, it is this very run, or the config contradicts it.
-        ModelError: it is damaged.
+    ConfigError if there is none, it is this very run, or the config contradicts it; ModelError if it is damaged.
     """
     target = config.tuning.adapter
     if target is None:
@@ -72,8 +63,7 @@ def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]
             saved = check_adapter(folder)
         except ModelError as error:
             raise ModelError(f"tuning.adapter: {target}: {error}") from None
-        with (folder / WEIGHTS).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = content_sha256(folder / WEIGHTS)
         name = run.name if run is not None else folder.resolve().name
         yield StartingAdapter(folder, name, _settings(config.tuning, saved, target), sha256)
 
@@ -85,11 +75,7 @@ def with_starting_adapter(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def _settings(asked: LoraConfig, saved: LoraSettings, target: str) -> LoraConfig:
-    """The settings of a saved adapter, with `dropout` and the like as asked.
-
-    Raises:
-        ConfigError: with every setting that contradicts it.
-    """
+    """The settings of a saved adapter, with `dropout` and the like as asked; ConfigError names what contradicts it."""
     theirs: dict[str, Any] = {
         "rank": saved["r"], "alpha": float(saved["lora_alpha"]), "use_rslora": bool(saved.get("use_rslora")),
         "use_dora": bool(saved.get("use_dora")), "target_modules": _targets(saved),
@@ -97,7 +83,8 @@ def _settings(asked: LoraConfig, saved: LoraSettings, target: str) -> LoraConfig
     problems = [f"{CONFIG}: {key} is set, which lmtune does not train" for key in _NOT_TRAINED if saved.get(key)]
     for key, value in theirs.items():
         wanted = getattr(asked, key)
-        if wanted not in (getattr(_DEFAULT, key), value) and not _same_names(wanted, value):
+        wanted = tuple(sorted(wanted)) if isinstance(wanted, tuple) else wanted
+        if wanted not in (getattr(_DEFAULT, key), value):
             problems.append(f"tuning.{key}: {_shown(wanted)}; expected {_shown(value)}, as {target} has it")
     if problems:
         raise ConfigError(f"tuning.adapter: {target} cannot be trained in this way\n{format_list(problems)}")
@@ -113,15 +100,7 @@ def _targets(saved: LoraSettings) -> str | tuple[str, ...]:
     return tuple(sorted({*names, *(name.removesuffix(".weight") for name in parameters)}))
 
 
-def _same_names(one: Any, other: Any) -> bool:
-    return isinstance(one, tuple) and isinstance(other, tuple) and sorted(one) == sorted(other)
-
-
 def _shown(value: Any) -> str:
-    return (
-        f"[{', '.join(value)}]"
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 from lmtune.config.load import to_tree
 from lmtune.config.schema import FinetuneConfig
@@ -31,52 +31,28 @@ class TrainState:
     best_loss: float | None = None
     evaluations_without_gain: int = 0
 
-    def to_dict(self) -> dict[str, int | float | None]:
-        """For `state.json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, int | float | None]) -> TrainState:
-        """The state of a checkpoint; what another version has added is left out."""
-        known = {part.name for part in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})  # type: ignore[arg-type]
-
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended.
+    """How training ended."""
 
-    Attributes:
-        state: as of the last step.
-        weights: what to keep: the best step's if validation decided that, else None, which is the model's own.
-        stopped_early: whether patience ended the run.
-    """
-
-    state: TrainState
-    weights: Tensors | None
-    stopped_early: bool
+    state: TrainState  # as of the last step
+    weights: Tensors | None  # the best step's, where validation chose an earlier one; None is the model's own
+    stopped_early: bool  # by patience
 
 
 @dataclass(frozen=True)
 class RunSignature:
-    """What must be equal for a checkpoint to be continued.
+    """What must be equal for a checkpoint to be continued: settings that decide the result, and hashes.
 
-    Data counts by its tokens, not by its path or by what made them; by all that they depend on where one of two runs
-    has no such hash, as runs of earlier versions. The base and the adapter to begin from count by their weights.
-
-    Attributes:
-        settings: of the config, by `section.key`, as JSON values.
-        data: of all that the tokens depend on.
-        base: of the base's weights.
-        tokens: of the tokens.
-        start: of the weights of the adapter that training begins from.
+    Data counts by its tokens, not by its path or by what made them; base and starting adapter by their weights.
     """
 
-    settings: Mapping[str, object]
-    data: str
-    base: str
-    tokens: str | None = None
-    start: str | None = None
+    settings: Mapping[str, object]  # by `section.key`, as JSON values
+    data: str  # of all that the tokens depend on
+    base: str  # of the base's weights
+    tokens: str | None = None  # of the tokens
+    start: str | None = None  # of the weights of the adapter that training begins from
 
     @classmethod
     def of(
@@ -88,8 +64,9 @@ class RunSignature:
             for section, values in to_tree(config).items()
             if section not in ("run", "parallel")
             for key, value in values.items()
+            if f"{section}.{key}" not in _FREE
         }
-        return cls(without_free_settings(flat), data, base, tokens, start)
+        return cls(flat, data, base, tokens, start)
 
     def to_dict(self) -> dict[str, object]:
         """For `state.json`: flat, each part under its name for people."""
@@ -99,20 +76,6 @@ class RunSignature:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> RunSignature:
         """The signature in a checkpoint."""
-        settings = {_today(key): value for key, value in values.items() if "." in key}
+        settings = {key: value for key, value in values.items() if "." in key}
         text = {key: str(value) for key, value in values.items() if "." not in key}
-        return cls(
-            without_free_settings(settings), text.get(_DATA, ""), text.get(_BASE, ""), text.get(_TOKENS),
-            text.get(_START),
-        )  # fmt: skip
-
-
-def without_free_settings(settings: Mapping[str, object]) -> dict[str, object]:
-    """Those that decide the result."""
-    return {key: value for key, value in settings.items() if key not in _FREE}
-
-
-def _today(key: str) -> str:
-    """The name of a setting in this version: `tuning` was `adapter`."""
-    section, _, name = key.partition(".")
-    return f"tuning.{'kind' if name == 'method' else name}" if section == "adapter" else key
+        return cls(settings, text[_DATA], text[_BASE], text.get(_TOKENS), text.get(_START))

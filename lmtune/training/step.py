@@ -28,22 +28,14 @@ Parameters = Mapping[str, torch.nn.Parameter]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step's examples add up to over all ranks.
+    """What one step's examples add up to over all ranks."""
 
-    Attributes:
-        loss: the sum over the step's examples / the objective's denominator; of SFT in nats a target.
-        num_correct: examples without an error.
-        metrics: the objective's, each a sum / its count.
-        grad_norm: 2-norm of the gradient before clipping.
-        out_of_memory, interrupted: whether any rank ran out of memory, or was asked to stop.
-    """
-
-    loss: float
-    num_correct: int
-    metrics: Mapping[str, float]
-    grad_norm: float
-    out_of_memory: bool
-    interrupted: bool
+    loss: float  # the sum over the step's examples / the objective's denominator; of SFT in nats a target
+    num_correct: int  # examples without an error
+    metrics: Mapping[str, float]  # the objective's, each a sum / its count
+    grad_norm: float  # 2-norm of the gradient before clipping
+    out_of_memory: bool  # on any rank
+    interrupted: bool  # any rank was asked to stop
 
     @property
     def is_finite(self) -> bool:
@@ -60,16 +52,10 @@ def step_gradients(
     parallel: Parallel,
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Leave the step's gradient in `.grad` of every parameter, the same on all ranks.
+    """Leave the step's gradient in `.grad` of every parameter (fp32), the same on all ranks.
 
-    Args:
-        forward: the model.
-        objective: the loss.
-        parameters: what is trained, fp32.
-        batches: this rank's micro-batches, on any device.
-        totals: of the whole step, over all ranks.
-        parallel: the ranks.
-        is_interrupted: whether this process was asked to stop; looked at when its gradients are there.
+    `batches` are this rank's micro-batches, on any device; `totals` are of the whole step, over all ranks.
+    `is_interrupted` tells whether this process was asked to stop; it is asked when the gradients are there.
     """
     num_sums = 1 + 2 * len(objective.metrics)  # the loss, and sum and count of each metric
     buffer = GradientBuffer.of(parameters, totals.examples + num_sums + 2)

@@ -55,21 +55,15 @@ ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "10 a truncated adapter": (lambda path: cut(path / ADAPTER), f"{ADAPTER} is not what was written"),
     "11 a truncated optimizer": (lambda path: cut(path / OPTIMIZER), f"{OPTIMIZER} is not what was written"),
-    "12 one flipped bit of the adapter": (lambda path: flip(path / ADAPTER), f"{ADAPTER} is not what was written"),
     "12 one flipped bit of the optimizer": (lambda path: flip(path / OPTIMIZER), f"{OPTIMIZER} is not what was"),
-    "12 one flipped bit of the state": (lambda path: flip(path / STATE), f"{STATE} is not what was written"),
-    "13 no adapter": (lambda path: (path / ADAPTER).unlink(), f"{ADAPTER} is missing"),
-    "13 no optimizer": (lambda path: (path / OPTIMIZER).unlink(), f"{OPTIMIZER} is missing"),
     "13 no state": (lambda path: (path / STATE).unlink(), f"{STATE} is missing"),
     "14 no manifest": (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
-    "14 half a manifest": (lambda path: cut(path / "manifest.json"), "manifest.json is damaged"),
 }
 
 
-USUAL = ("10 a truncated adapter", "11 a truncated optimizer", "12 one flipped bit of the optimizer", "13 no state")
-
-
-@pytest.mark.parametrize("kind", few(DAMAGE, *USUAL, "14 no manifest"))
+@pytest.mark.parametrize(
+    "kind", few(DAMAGE, "10 a truncated adapter", "12 one flipped bit of the optimizer", "14 no manifest")
+)
 def test_10_to_14_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
     place: Path, undisturbed: dict[str, Any], kind: str
 ) -> None:
@@ -84,7 +78,7 @@ def test_10_to_14_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
 
 def test_15_if_all_are_damaged_the_run_is_refused_and_nothing_is_written(place: Path) -> None:
     for number, path in enumerate(checkpoint_folders(place / "runs/trial/checkpoints")):
-        DAMAGE[list(DAMAGE)[2 * number]][0](path)
+        DAMAGE[list(DAMAGE)[number]][0](path)
     before = written_files(place / "runs")
     assert lmtune(place, "finetune", "run.yaml") == 2
     text = said(place)
@@ -97,30 +91,15 @@ def test_15_if_all_are_damaged_the_run_is_refused_and_nothing_is_written(place: 
     assert {**after, "trial/.lock": b""} == {**before, "trial/.lock": b""}
 
 
-@pytest.mark.parametrize("how", few(["deleted", "emptied"], "deleted"))
-def test_15_if_all_are_gone_the_run_does_not_silently_restart(place: Path, how: str) -> None:
+def test_15_if_all_are_gone_the_run_does_not_silently_restart(place: Path) -> None:
     """Six steps are recorded, and the first checkpoint was due after the third."""
     shutil.rmtree(place / "runs/trial/checkpoints")
-    if how == "emptied":
-        (place / "runs/trial/checkpoints").mkdir()
     before = written_files(place / "runs")
     assert lmtune(place, "finetune", "run.yaml") == 2
     assert "error: runs/trial/checkpoints: no checkpoint is there, though 6 steps are recorded; restore" in said(place)
     assert "begin again with run.resume=never" in said(place)
     after = written_files(place / "runs")
     assert {**after, "trial/.lock": b""} == {**before, "trial/.lock": b""}
-
-
-@pytest.mark.long
-def test_15_steps_before_the_first_checkpoint_are_said_to_be_done_again(
-    tmp_path: Path, undisturbed: dict[str, Any]
-) -> None:
-    folder = make_workplace(tmp_path / "early")
-    write_config(folder, **RESTLESS)
-    assert lmtune(folder, "finetune", "run.yaml", trouble=at_step(2, KILL)) == -signal.SIGKILL
-    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
-    assert "warning: runs/trial: no checkpoint yet; restarting from step 0 (1 steps lost)" in said(folder)
-    assert lasting(folder) == undisturbed
 
 
 def test_15_records_of_an_earlier_start_are_not_judged_by_the_settings_of_a_later_one(tmp_path: Path) -> None:
@@ -134,19 +113,6 @@ def test_15_records_of_an_earlier_start_are_not_judged_by_the_settings_of_a_late
     assert "warning: runs/trial: no checkpoint yet; restarting from step 0 (5 steps lost)" in said(folder)
     assert lmtune(folder, *sooner) == 0, said(folder)
     assert [line["step"] for line in lasting(folder)["metrics"]] == list(range(1, 9))
-
-
-@pytest.mark.long
-def test_records_that_are_gone_are_said(place: Path, undisturbed: dict[str, Any]) -> None:
-    """And answers that are gone are given again."""
-    (place / "runs/trial/metrics.jsonl").write_text("")
-    (place / "runs/trial/predictions.jsonl").unlink()
-    assert lmtune(place, "finetune", "run.yaml") == 0, said(place)
-    assert "warning: runs/trial/metrics.jsonl: 6 of the 6 steps done are no longer recorded" in said(place)
-    result = lasting(place)
-    assert [line["step"] for line in result["metrics"]] == [7, 8]
-    for key in ("adapter", "results", "answers", "scores"):
-        assert result[key] == undisturbed[key]
 
 
 DAMAGED_RECORDS: dict[str, tuple[bytes, str]] = {

@@ -17,7 +17,8 @@ from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import load_model
 from lmtune.models.tuning.base import trainable
-from lmtune.training.checkpoint import checkpoint_folders, load_checkpoint
+from lmtune.runs.store import checkpoint_folders
+from lmtune.training.checkpoint import load_checkpoint
 from lmtune.training.memory import is_checkpointed_throughout
 from tests.jobs import Job, final_weights, job_for, records, train
 from tests.tiny import Rows, adapted, random_rows, tiny_model

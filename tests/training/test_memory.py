@@ -11,20 +11,18 @@ import torch
 
 from lmtune.config.schema import LoraConfig, ModelConfig
 from lmtune.data.sequences import SequenceTable
-from lmtune.errors import ModelError
 from lmtune.models.base import load_model
 from lmtune.models.device import free_memory, return_freed_memory
-from lmtune.models.parameters import Parameters, count_parameters, size_text
+from lmtune.models.parameters import Parameters, count_parameters
 from lmtune.models.tuning.base import trainable
 from lmtune.models.tuning.lora import attach_adapter
-from lmtune.training.estimate import describe_seconds, flop_per_token, forecast, planned_shape
+from lmtune.training.estimate import flop_per_token, forecast, planned_shape
 from lmtune.training.memory import (
     GIB,
     ActivationBytes,
     ModelShape,
     estimate,
     fitting_micro_batch,
-    peak_memory_gib,
     shape_of,
 )
 from tests.tiny import EXPERT_KINDS, save_tiny, tiny_model
@@ -54,15 +52,6 @@ def all_of(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_token_passes_through_some_of_the_experts() -> None:
-    model = tiny_model("qwen3_moe")
-    shape = shape_of(model, counted(model))
-    assert shape.expert_parameters == shape.adapted_experts == 4 * 3 * 64 * 64
-    assert shape.active_parameters == shape.linear_parameters + shape.expert_parameters / 2
-    assert shape.adapter_on_experts == 4 * 4 * (3 * 64 + 2 * 64)
-    assert shape_of(tiny_model(), counted(tiny_model())).active_share == 1
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2_moe"])
 @pytest.mark.parametrize("targets", ["all-linear", r".*(up_proj|c_fc)"])
 def test_the_planned_shape_is_the_loaded_ones(tmp_path: Path, kind: str, targets: str) -> None:
@@ -76,22 +65,6 @@ def test_the_planned_shape_is_the_loaded_ones(tmp_path: Path, kind: str, targets
     assert shape_of(model, loaded) == planned
     attached = trainable(attach_adapter(model, settings, 1, "x"))
     assert parameters.trained == sum(parameter.numel() for parameter in attached.values())
-
-
-def test_quantized_weights_take_what_they_take() -> None:
-    by_kind = {
-        kind: estimate(QWEN_LIKE, 1024, kind, torch.bfloat16, 0.5).base_weights for kind in ("none", "int8", "nf4")
-    }
-    embeddings = 155_000_000 * 2 / GIB
-    assert by_kind["none"] == pytest.approx(440_000_000 * 2 / GIB + embeddings)
-    assert by_kind["int8"] - embeddings == pytest.approx((by_kind["none"] - embeddings) / 2, rel=0.01)
-    assert by_kind["nf4"] - embeddings == pytest.approx((by_kind["none"] - embeddings) / 4, rel=0.05)
-
-
-def test_the_adapter_has_a_weight_a_gradient_and_two_moments_in_fp32() -> None:
-    part = estimate(QWEN_LIKE, 1024, "nf4", torch.bfloat16, 0.5)
-    assert part.adapter_and_optimizer == pytest.approx(10_000_000 * 4 * 4 / GIB)
-    assert part.total == pytest.approx(part.base_weights + part.adapter_and_optimizer + part.activations + part.logits)
 
 
 def test_activations_grow_with_tokens_and_shrink_by_recomputation() -> None:
@@ -108,7 +81,7 @@ PER_TOKEN = ActivationBytes(layer=100_000.0, boundary=2_000.0, outside=4_000.0, 
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
-@pytest.mark.parametrize("free_gib", [1, 4, 16, 80])
+@pytest.mark.parametrize("free_gib", [1, 80])
 def test_the_micro_batch_fits_the_free_memory(free_gib: int, device: str) -> None:
     tokens, checkpointed = fitting_micro_batch(PER_TOKEN, 512, free_gib * GIB, device)
     assert tokens * PER_TOKEN.per_token(checkpointed) < free_gib * GIB
@@ -118,12 +91,6 @@ def test_the_micro_batch_fits_the_free_memory(free_gib: int, device: str) -> Non
 def test_the_longest_row_always_fits_in_the_budget() -> None:
     assert fitting_micro_batch(PER_TOKEN, 100_000, 10**9, "cuda") == (100_000, 10)
     assert fitting_micro_batch(PER_TOKEN, 7, 0, "cpu") == (7, 10)
-
-
-def test_only_as_many_layers_are_checkpointed_as_needed() -> None:
-    free = int(2000 * PER_TOKEN.per_token(4) / 0.6) + 10_000  # a row of 2,000 tokens with four of ten layers
-    assert fitting_micro_batch(PER_TOKEN, 2000, free, "cpu") == (2000, 4)
-    assert fitting_micro_batch(PER_TOKEN, 1000, free, "cpu")[1] == 0
 
 
 def test_layers_are_checkpointed_for_the_budget_that_is_asked_for() -> None:
@@ -148,11 +115,6 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     assert free_memory(torch.device("cpu")) == 12_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert free_memory(torch.device("cpu")) == 4_000
-
-
-def test_memory_of_this_machine_is_a_sensible_number() -> None:
-    assert 2**20 < free_memory(torch.device("cpu")) < 2**45
-    assert 0.05 < peak_memory_gib(torch.device("cpu")) < 1000
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less, and cannot be asked")
@@ -180,14 +142,6 @@ def test_the_work_of_a_token_is_the_designs_formula() -> None:
     assert flop_per_token(QWEN_LIKE, 0.5, 300.0) == pytest.approx(work)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.1, "about 1 s"), (90, "about 90 s"), (180, "about 3 min"), (7200, "about 2 h"), (900_000, "about 10 days")],
-)
-def test_time_is_told_in_the_unit_a_person_would_choose(seconds: float, text: str) -> None:
-    assert describe_seconds(seconds) == text
-
-
 def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = str(save_tiny(tmp_path))
     config = config_of(model__name=base, train__max_steps=None, train__epochs=2, train__batch_size=5)
@@ -206,12 +160,6 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
     full = forecast(config, SequenceTable.one_each(tokens, trained), torch.device("cpu"), 1)
     assert full.checkpointed_layers == 2
     assert "it does not fit the 0.0 GiB that are free: try model.quantization=nf4" in full.advice[0]
-
-
-def test_a_base_whose_config_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"model\.name: cannot read the config of"):
-        planned_shape(ModelConfig(name=str(tmp_path)), LoraConfig(), torch.float32)
 
 
 def test_a_forecast_has_scoring_and_answers_beside_training(tmp_path: Path) -> None:
@@ -254,10 +202,3 @@ def test_a_forecast_counts_what_is_there_of_a_mixture_of_experts(tmp_path: Path)
     assert " in nf4, the rest in float32: experts (" in said
     assert "of the weights) stay in 32 bit: 0.188 MiB; not adapted: router" in said
     assert not [value for _, value in found.lines() if value.startswith("0.0")]
-
-
-@pytest.mark.parametrize(
-    ("gib", "text"), [(57.3, "57 GiB"), (3.9, "3.90 GiB"), (0.05, "51.2 MiB"), (0.0, "0 MiB"), (0.001, "1.02 MiB")]
-)
-def test_sizes_have_the_digits_that_matter(gib: float, text: str) -> None:
-    assert size_text(gib) == text

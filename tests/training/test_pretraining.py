@@ -112,11 +112,8 @@ def test_ctrl_c_ends_early_and_saves(workplace: Path) -> None:
     ("override", "named"),
     [
         ("train.batchsize=3", "train.batchsize: unknown key; did you mean batch_size?"),
-        ("tokenizer.vocabulary_size=100", "tokenizer.vocabulary_size"),
-        ("model.architecture=gpt2", "model.architecture"),
         ("model.hidden_size=65", "model.hidden_size"),
         ("model.num_key_value_heads=3", "model.num_key_value_heads"),
-        ("data.world_documents=10", "data.world_documents: unknown key"),
         ("train.block_length=4096", "train.block_length"),
         ("data.path=nowhere", "data.path"),
     ],

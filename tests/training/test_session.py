@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from lmtune.batching.prefetch import BatchPrefetcher
-from lmtune.errors import ConfigError
 from lmtune.evaluation import scoring
 from lmtune.evaluation.scoring import evaluate_loaded
 from lmtune.inference.load import load_for_inference
@@ -16,7 +15,7 @@ from lmtune.parallel.single import Single
 from lmtune.training import compose, memory
 from lmtune.training.estimate import token_cost
 from lmtune.training.lifecycle import evaluation_warnings
-from tests.workplace import QUESTIONS, config_of, finetune, inside, make_workplace, write_rows
+from tests.workplace import config_of, finetune, inside, make_workplace
 
 SYSTEM = "You work in a shop for garden tools and answer every question of a customer kindly, in one short sentence."
 
@@ -50,18 +49,6 @@ def test_layers_are_checkpointed_where_memory_is_small(tmp_path: Path, monkeypat
         with inside(folder):
             parts = compose.compose(config_of(), Single())
         assert is_checkpointed_throughout(parts.forward.base) is twice
-
-
-@pytest.mark.parametrize("rows", [[QUESTIONS[0]], [QUESTIONS[0]] * 5])
-def test_patience_without_a_row_to_hold_out_is_refused_before_the_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]]
-) -> None:
-    folder = make_workplace(tmp_path / "work")
-    write_rows(folder / "train.jsonl", rows)
-    monkeypatch.setattr(compose, "load_model", None)
-    wanted = r"evaluation\.patience: 2 waits for validation scores.*data\.validation_fraction: 0\.05.*rows are equal"
-    with inside(folder), pytest.raises(ConfigError, match=wanted):
-        compose.compose(config_of(data__validation=None, evaluation__patience=2, evaluation__every_steps=1), Single())
 
 
 @pytest.mark.parametrize(
