@@ -78,9 +78,6 @@ def cut_off(tmp_path: Path, killed: Path) -> Path:
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "rows": (lambda place: write_rows(place / "train.jsonl", QUESTIONS[1:]), "data.train: train.jsonl changed"),
-    "held-out rows": (
-        lambda place: write_rows(place / "validation.jsonl", HELDOUT[1:]), "data.validation: validation.jsonl changed"
-    ),
     "base": (
         lambda place: save_tiny(place / "base", chat_template=CHATML, seed=7), "the base model's weights: changed"
     ),
