@@ -43,7 +43,7 @@ def main(
         from lmtune.runs.tables import describe_scores, scores_table
 
     scored = evaluate_loaded(load_for_inference(target, base=base), paths, exact_match_rows, max_new_tokens, max_length)
-    errors = {"base": scored.base and scored.base.standard_errors, "tuned": scored.tuned.standard_errors}
+    errors = {"tuned": scored.tuned.standard_errors, "base": scored.base.standard_errors if scored.base else None}
     before, tuned = scored.base.as_dict() if scored.base else None, scored.tuned.as_dict()
     if scored.trained_rows:
         warn(f"{scored.trained_rows} of {tuned['rows']} rows were trained on; their scores say nothing of new ones")
@@ -54,7 +54,7 @@ def main(
         return
     out.print(escape("\n".join(describe_part(scored.report))))
     out.print(scores_table(before, tuned))
-    for line in describe_scores(before, tuned, errors):
+    for line in describe_scores(before, tuned, {name: known for name, known in errors.items() if known}):
         out.print(escape(line))
 
 

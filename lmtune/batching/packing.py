@@ -71,9 +71,8 @@ class SegmentLayout:
 
     Attributes:
         lengths: tokens of each segment, in their order; they sum to T.
-        prefixes: for each segment the index of the one that precedes it in its sequence, or None. A prefix has none.
-        read_positions: positions where outputs are read and a few between them, ascending; empty if nobody asks for
-            `read_spans`.
+        prefixes: for each segment the index of the one that precedes it in its sequence, or None.
+        read_positions: positions where outputs are read and a few between them, ascending.
     """
 
     lengths: tuple[int, ...]
@@ -190,90 +189,60 @@ def pack(
     masks = [np.asarray(sequence.loss_mask, dtype=bool) for sequence in sequences]
     shared = []
     if share_prefixes:
-        prefixes = [shareable_prefix(*pair) for pair in zip(ids, masks, strict=True)]
-        shared = find_prefixes(prefixes, [len(own) for own in ids])
+        prefixes_of = [shareable_prefix(*pair) for pair in zip(ids, masks, strict=True)]
+        shared = find_prefixes(prefixes_of, [len(own) for own in ids])
     grouped = {index for group in shared for index in group.members}
     alone = [SharedPrefix(0, (index,)) for index in range(len(ids)) if index not in grouped]
-    build = _Builder()
+
+    segments, position_ids, prefixes = list[Ints](), list[Ints](), list[int | None]()
+    predicting, targets, sequence_of = list[Ints](), list[Ints](), list[Ints]()
+    num_packed = 0
     for group in [*shared, *alone]:
-        prefix = build.add_prefix(ids[group.members[0]][: group.length]) if group.length else None
+        length, prefix = group.length, None
+        if length:
+            prefix = len(segments)
+            segments.append(ids[group.members[0]][:length])
+            position_ids.append(np.arange(length))
+            prefixes.append(None)
+            num_packed += length
+        end = num_packed  # of the prefix: its last token predicts the first one behind it
         for index in group.members:
-            build.add_sequence(index, ids[index], masks[index], prefix)
-    columns = {
-        name: torch.tensor([of_one[name] for of_one in values], dtype=torch.float32)
-        for name in (values[0] if values else ())
-    }
-    return build.finish(np.asarray(example_of, dtype=np.int64), columns, num_examples, sum(map(len, ids)))
+            assert not masks[index][0], "nothing predicts the first token of a sequence"
+            places = np.flatnonzero(masks[index])
+            predicting.append(np.where(places > length, num_packed + places - length - 1, end - 1))
+            targets.append(ids[index][places])
+            sequence_of.append(np.full(len(places), index))
+            segments.append(ids[index][length:])
+            position_ids.append(np.arange(length, len(ids[index])))
+            prefixes.append(prefix)
+            num_packed += len(ids[index]) - length
 
-
-class _Builder:
-    """Collects the segments of a micro-batch."""
-
-    def __init__(self) -> None:
-        self.segments: list[Ints] = []
-        self.positions: list[Ints] = []
-        self.prefixes: list[int | None] = []
-        self.predicting: list[Ints] = []
-        self.targets: list[Ints] = []
-        self.sequence_of: list[Ints] = []
-        self.num_packed = 0
-
-    def add_prefix(self, ids: Ints) -> tuple[int, int, int]:
-        """Add a shared prefix; returns its segment, its length and where it ends."""
-        self._add(ids, 0, None)
-        return len(self.segments) - 1, len(ids), self.num_packed
-
-    def add_sequence(
-        self, number: int, ids: Ints, loss_mask: npt.NDArray[np.bool_], prefix: tuple[int, int, int] | None
-    ) -> None:
-        """Add one sequence, or what follows its prefix."""
-        segment, shared, end = prefix or (None, 0, self.num_packed)
-        if loss_mask[0]:
-            raise ValueError("the first token of a sequence cannot be a target: nothing comes before it")
-        targets = np.flatnonzero(loss_mask)
-        own = targets - shared  # the target's place among the sequence's own tokens
-        self.predicting.append(np.where(own > 0, self.num_packed + own - 1, end - 1))
-        self.targets.append(ids[targets])
-        self.sequence_of.append(np.full(len(targets), number, dtype=np.int64))
-        self._add(ids[shared:], shared, segment)
-
-    def finish(
-        self, example_of: Ints, values: Mapping[str, torch.Tensor], num_examples: int, num_tokens: int
-    ) -> MicroBatch:
-        """The tensors."""
-        predicting = np.concatenate(self.predicting)
-        lengths = tuple(len(segment) for segment in self.segments)
-        positions = _joined(np.unique(predicting), np.cumsum([0, *lengths]))
-        return MicroBatch(
-            input_ids=torch.from_numpy(np.concatenate(self.segments))[None],
-            position_ids=torch.from_numpy(np.concatenate(self.positions))[None],
-            segments=SegmentLayout(lengths, tuple(self.prefixes), tuple(positions.tolist())),
-            read_positions=torch.from_numpy(positions),
-            read_index=torch.from_numpy(np.searchsorted(positions, predicting)),
-            target_ids=torch.from_numpy(np.concatenate(self.targets)),
-            sequence_of=torch.from_numpy(np.concatenate(self.sequence_of)),
-            example_of=torch.from_numpy(example_of),
-            values=values,
-            num_examples=num_examples,
-            num_tokens=num_tokens,
-        )
-
-    def _add(self, ids: Ints, first_position: int, prefix: int | None) -> None:
-        self.segments.append(ids)
-        self.positions.append(np.arange(first_position, first_position + len(ids)))
-        self.prefixes.append(prefix)
-        self.num_packed += len(ids)
+    lengths = tuple(map(len, segments))
+    predicted_from = np.concatenate(predicting)
+    read = _joined(np.unique(predicted_from), np.cumsum([0, *lengths]))
+    return MicroBatch(
+        input_ids=torch.from_numpy(np.concatenate(segments))[None],
+        position_ids=torch.from_numpy(np.concatenate(position_ids))[None],
+        segments=SegmentLayout(lengths, tuple(prefixes), tuple(read.tolist())),
+        read_positions=torch.from_numpy(read),
+        read_index=torch.from_numpy(np.searchsorted(read, predicted_from)),
+        target_ids=torch.from_numpy(np.concatenate(targets)),
+        sequence_of=torch.from_numpy(np.concatenate(sequence_of)),
+        example_of=torch.from_numpy(np.asarray(example_of, dtype=np.int64)),
+        values={
+            name: torch.tensor([of_one[name] for of_one in values], dtype=torch.float32)
+            for name in (values[0] if values else ())
+        },
+        num_examples=num_examples,
+        num_tokens=sum(map(len, ids)),
+    )
 
 
 def _joined(positions: Ints, edges: Ints) -> Ints:
-    """`positions` and those in short gaps between them, since each unbroken row of them attends by itself.
+    """`positions` `[P]` and those in short gaps between them, since each unbroken row of them attends by itself.
 
     A row's keys are all before it, so many short rows of one long sequence have many times its keys: then longer gaps
-    are filled too.
-
-    Args:
-        positions: `[P]`, ascending.
-        edges: where segments begin, and the end; no gap across one is filled.
+    are filled too. No gap across one of the `edges`, where segments begin and end, is filled.
     """
     segments = np.searchsorted(edges, positions, side="right")
     gaps = np.where(np.diff(segments) == 0, np.diff(positions) - 1, edges[-1])
@@ -289,9 +258,8 @@ def _joined(positions: Ints, edges: Ints) -> Ints:
 def pack_bins(lengths: Sequence[int], budget_tokens: int, prefixes: Sequence[SharedPrefix] = ()) -> list[list[int]]:
     """Sort items into as few bins of at most `budget_tokens` as best-fit decreasing finds.
 
-    An item longer than the budget gets a bin of its own: nothing is cut or dropped here. Items that share a prefix go
-    together, the prefix included once, and for each of them what attention keeps of it; as many bins as they need each
-    hold it.
+    An item longer than the budget gets a bin of its own. Items that share a prefix go together, the prefix counted once
+    in each bin, and for each item what attention keeps of it.
 
     Args:
         lengths: tokens of each item, its prefix included.

@@ -201,8 +201,7 @@ def assign_to_ranks(
     the best possible. A shared prefix costs a rank once, with the first of its units.
 
     Args:
-        lengths: tokens of each unit.
-        targets: targets of each.
+        lengths, targets: tokens and targets of each unit.
         world_size: ranks.
         prefixes: which begin with the same tokens.
         cost: of tokens beside each other.

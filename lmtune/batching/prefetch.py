@@ -43,23 +43,11 @@ def pack_units(data: Examples, units: Sequence[Unit], num_examples: int, share_p
 
 
 class BatchPrefetcher:
-    """The steps of a plan, each followed by its micro-batches of one rank.
-
-    Attributes:
-        planner: of the run; `start` may bring another one.
-    """
+    """The steps of a plan, each followed by its micro-batches of one rank, which `pin` puts into page-locked memory."""
 
     def __init__(
         self, planner: Planner, rank: int, data: Examples, share_prefixes: bool = False, pin: bool = False
     ) -> None:
-        """
-        Args:
-            planner: of the run.
-            rank: this process.
-            data: gives a row's tokens.
-            share_prefixes: whether a common beginning is packed once.
-            pin: whether tensors go into page-locked memory.
-        """
         self.planner, self._rank, self._data = planner, rank, data
         self._share_prefixes, self._pin = share_prefixes, pin
         self._thread: threading.Thread | None = None
@@ -82,11 +70,7 @@ class BatchPrefetcher:
         self._thread.start()
 
     def next_step(self) -> StepPlan:
-        """What the next step is made of; its batches follow.
-
-        Raises:
-            Exception: whatever went wrong while it was prepared.
-        """
+        """What the next step is made of; its batches follow. Raises whatever went wrong while it was prepared."""
         step = self._take()
         assert isinstance(step, StepPlan)
         return step

@@ -96,18 +96,17 @@ def _python_rows(data: Any) -> Any:
 
 def _lines(rows: Iterable[Row], name: str) -> Iterator[str]:
     for index, row in enumerate(rows):
-        # a table has a value for every column: what a row lacks stands there as None or NaN
-        kept = {str(key): value for key, value in row.items() if not _is_missing(value)}
-        try:
-            yield json.dumps(kept, ensure_ascii=False, default=_plain) + "\n"
-        except (TypeError, ValueError):
-            for key, value in kept.items():
-                try:
-                    json.dumps(value, default=_plain)
-                except (TypeError, ValueError) as error:
-                    expected = "expected text, numbers, lists and dicts"
-                    raise DataError(f"{name}[{index}].{key}: {error}; {expected}") from None
-            raise
+        members = []
+        for key, value in row.items():
+            if _is_missing(value):  # a table has a value for every column: what a row lacks stands there as None or NaN
+                continue
+            try:
+                member = json.dumps(value, ensure_ascii=False, default=_plain)
+            except (TypeError, ValueError) as error:
+                expected = "expected text, numbers, lists and dicts"
+                raise DataError(f"{name}[{index}].{key}: {error}; {expected}") from None
+            members.append(f"{json.dumps(str(key), ensure_ascii=False)}: {member}")
+        yield "{" + ", ".join(members) + "}\n"
 
 
 def _is_missing(value: Any) -> bool:

@@ -1,8 +1,7 @@
-"""Rows as the model sees them: token by token, with the targets of the loss marked.
+"""Rows as the model sees them: token by token, with the targets of the loss green, or in [brackets] without color.
 
-On a terminal targets are green and underlined; without color they stand in [brackets] and a blank follows each
-other, so a page piped into a file says the same. Blanks, line ends and control characters are made visible. A
-character of several tokens is shown as itself, with their number: 歷{3}.
+Blanks, line ends and control characters are made visible. A character of several tokens is shown as itself, with their
+number: 歷{3}.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ class DuplicateIndex:
         """Take one row; returns the hash of its content."""
         row_hash = content_hash(example)
         self._contents.append(row_hash)
-        self._prompts.append(row_hash if example.text is not None else prompt_hash(example))
+        self._prompts.append(prompt_hash(example))
         self._lengths.append(min(example.num_characters, 2**32 - 1))
         self._lines.append(example.line)
         self._file_of.append(self._files.setdefault(example.source, len(self._files)))

@@ -1,9 +1,6 @@
-"""Rows as sequences: what a row renders to, each of which is computed by itself.
+"""Rows as sequences, each of which is computed by itself: a template that drops earlier thoughts gives several a row.
 
-A row is one example, however many sequences it has: a template that drops earlier thoughts gives one for each answer.
-They attend to nothing of each other, so a forward pass need not hold more than one of them.
-
-    sequences.num_tokens[sequences.of_rows([7, 3])]      # of row 7's sequences, then of row 3's
+sequences.num_tokens[sequences.of_rows([7, 3])]      # of row 7's sequences, then of row 3's
 """
 
 from __future__ import annotations

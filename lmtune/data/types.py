@@ -1,16 +1,15 @@
-"""What the data become on their way: an `Example` (a row of a file), its `TokenSequence`s, an `ExampleStore` of them.
+"""What the data become on their way.
 
     row of a file  →  Example(messages)  →  TokenizedExample(sequences)  →  ExampleStore
 
-Everything behind the reader works on `Example` alone, so a new row format needs one function in `lmtune.data.formats`.
-Everything behind the store works on `ExampleStore` alone. Each type keeps the file and line of its row, because every
-message about a row names them.
+Everything behind the reader works on `Example` alone, everything behind the store on `ExampleStore` alone. Each type
+keeps the file and line of its row, because every message about a row names them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
@@ -55,18 +54,15 @@ class Example:
 
 def content_hash(example: Example) -> int:
     """64 bits, equal for rows of equal content; two of 10 million different rows collide in one of 400,000 files."""
-    return _hash64(_parts(example))
+    return _hash64(["text", example.text] if example.text is not None else _parts(example.messages))
 
 
 def prompt_hash(example: Example) -> int:
-    """64 bits, equal for rows with the same messages before the last answer."""
-    return _hash64(_parts(example, last=-1))
+    """64 bits, equal for rows with the same messages before the last answer; of a text its `content_hash`."""
+    return content_hash(example) if example.text is not None else _hash64(_parts(example.messages[:-1]))
 
 
-def _parts(example: Example, last: int | None = None) -> list[str]:
-    if example.text is not None:
-        return ["text", example.text if last is None else ""]
-    turns = example.messages[:last]
+def _parts(turns: Sequence[Message]) -> list[str]:
     return [part for turn in turns for part in (turn.role if turn.trained else f"{turn.role}, read", turn.content)]
 
 
@@ -136,18 +132,9 @@ class ExampleStore(Protocol):
 
 
 class WithValues:
-    """The rows of another store, each with numbers beside its tokens: what an objective computes once.
-
-    Attributes:
-        sequences, signature: of the other store.
-    """
+    """The rows of another store with numbers (`[N]` by name) beside their tokens: what an objective computes once."""
 
     def __init__(self, store: ExampleStore, **values: npt.NDArray[np.float32]) -> None:
-        """
-        Args:
-            store: the rows.
-            values: `[N]` each, by name.
-        """
         self._store, self._values = store, values
         self.sequences, self.signature = store.sequences, store.signature
 

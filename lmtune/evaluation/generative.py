@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lmtune.data.replies import split_reply
 from lmtune.data.types import Message
 from lmtune.io.console import progress
@@ -29,16 +31,7 @@ class Answer:
 def answers(
     model: Any, renderer: Any, data: Any, rows: Sequence[int], max_new_tokens: int, who: str = "the model"
 ) -> list[Answer]:
-    """Let the model answer the last turn of each row, greedily.
-
-    Args:
-        model: with or without adapter; it is put in evaluation mode for the time.
-        renderer: gives the stop tokens and decodes.
-        data: tokenized rows.
-        rows: which of them.
-        max_new_tokens: where an answer that does not stop is cut.
-        who: answers, for the progress that is shown.
-    """
+    """Let the model answer the last turn of each of `rows` of `data`, greedily; `who` stands in the progress shown."""
     from lmtune.inference.engine import Sampling, TransformersEngine
 
     prompts, references = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
@@ -60,11 +53,9 @@ def split_prompt(row: Any) -> tuple[list[int], list[int]]:
     A plain text row is trained from its second token on and has no question: its prompt is empty.
     """
     sequence = row.sequences[-1]
-    trained = [bool(flag) for flag in sequence.loss_mask]
-    start = len(trained)
-    while start > 0 and trained[start - 1]:
-        start -= 1
-    ids = [int(token) for token in sequence.input_ids]
+    context = np.flatnonzero(~sequence.loss_mask)
+    start = int(context[-1]) + 1 if len(context) else 0
+    ids = sequence.input_ids.tolist()
     return (ids[:start], ids[start:]) if start > 1 else ([], ids)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -98,14 +98,7 @@ class Evaluation:
 def evaluate_loaded(
     loaded: LoadedModel, paths: Sequence[str], exact_match_rows: int, max_new_tokens: int, max_length: int
 ) -> Evaluation:
-    """Score a loaded model on the rows of `paths`, and its base beside it.
-
-    Args:
-        loaded: the model.
-        paths: files or folders of rows.
-        exact_match_rows: generate answers for so many rows.
-        max_new_tokens: where an answer that does not stop is cut.
-        max_length: longer rows are dropped and counted.
+    """Score a loaded model on the rows of `paths`, and its base beside it; answers are generated for some rows.
 
     Raises:
         DataError: a row is faulty, or none is left.
@@ -139,13 +132,9 @@ def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint
 
 
 def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True) -> None:
-    """Compare the longest sequence of `parts` with the positions that the model was made for.
+    """Compare the longest sequence of `parts` (tokenized rows) with the positions that the model was made for.
 
-    Args:
-        model: with or without adapter.
-        parts: tokenized rows, with `sequences` and `where`.
-        key: the setting that lets in rows so long.
-        tell: whether to warn where the model can compute such rows, but was not made for them.
+    `key` is the setting that lets in rows so long; `tell`: warn where the model can compute them nevertheless.
 
     Raises:
         ConfigError: the model cannot compute them: it has a table of positions, and they are beyond its end.
@@ -253,9 +242,8 @@ def standard_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float
 
 def with_exact_match(scores: Scores, given: Sequence[Answer]) -> Scores:
     """`scores` with the exact match of generated answers filled in."""
-    right = sum(answer.matches for answer in given)
-    values = {**asdict(scores), "exact_match": right / len(given) if given else None, "exact_match_rows": len(given)}
-    return Scores(**values)
+    share = sum(answer.matches for answer in given) / len(given) if given else None
+    return replace(scores, exact_match=share, exact_match_rows=len(given))
 
 
 def evaluate(
