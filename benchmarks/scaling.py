@@ -115,7 +115,7 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
 
     before = _resident()
     began = time.perf_counter()
-    data = TokenizedData(TokenTable(path), "key", "signature", PartReport(["rows.jsonl"], []))
+    data = TokenizedData(TokenTable(path), "key", "signature", PartReport(files=["rows.jsonl"], sha256=[]))
 
     def beginnings_of(row: int) -> list[Any]:
         return [shareable_prefix(document.input_ids, document.loss_mask) for document in data[row].sequences]
