@@ -54,11 +54,7 @@ class RunScores:
 
 @dataclass(frozen=True)
 class Run:
-    """A fine-tuning run on disk.
-
-    Attributes:
-        path: its folder.
-    """
+    """A fine-tuning run on disk, in the folder `path`."""
 
     path: Path
 
@@ -116,9 +112,6 @@ class Run:
             accept_difference: keep the merged model even where its logits differ by more than rounding explains.
             base: where the base model is now, a folder or Hub id, if it was moved.
 
-        Returns:
-            The folder; `merge.json` in it says how far the two models are apart.
-
         Raises:
             ConfigError: `output` cannot be written, or holds something else.
             ModelError: there is no adapter, the base is another one, or the merged model differs.
@@ -136,12 +129,7 @@ class Run:
 
 
 class Model:
-    """A model in memory that answers; `load` makes one.
-
-    Attributes:
-        name: for people.
-        has_adapter: whether `base=True` makes a difference.
-    """
+    """A model in memory that answers; `load` makes one. Without an adapter `base=True` makes no difference."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
@@ -168,13 +156,10 @@ class Model:
             base: answer without the adapter.
 
         Raises:
-            ConfigError: an option is out of bounds.
-            LmtuneError: the conversation is longer than the model can read.
+            LmtuneError: an option is out of bounds, or the conversation is longer than the model can read.
         """
         from lmtune.inference.engine import Sampling
 
-        if not isinstance(question, str):
-            raise ConfigError(f"question: got {type(question).__name__}; expected a text")
         sampling = Sampling(temperature, top_p, max_new_tokens, seed)
         return self.session(system, history).reply(question, sampling, use_base=base)
 
@@ -183,15 +168,10 @@ class Model:
         from lmtune.data.types import Message as Turn
         from lmtune.inference.chat import ChatSession
 
-        turns = []
         for index, message in enumerate(history):
-            told = message if isinstance(message, Mapping) else {}
-            role, content = told.get("role"), told.get("content")
-            if role not in ("system", "user", "assistant") or not isinstance(content, str):
-                raise ConfigError(
-                    f"history[{index}]: expected a dict of role (system, user or assistant) and content, a text"
-                )
-            turns.append(Turn(role, content))  # type: ignore[arg-type]
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise ConfigError(f"history[{index}]: expected a dict of role (system, user or assistant) and content")
+        turns = [Turn(message["role"], message["content"]) for message in history]  # type: ignore[arg-type]
         return ChatSession(self._loaded, system, turns)
 
 
@@ -211,9 +191,6 @@ def finetune(
         overrides: settings by key, `{"train.epochs": 1}`, or as on the command line, `["train.epochs=1"]`.
         progress: show a progress bar.
         verbose: print what the command prints.
-
-    Returns:
-        The run, complete.
 
     Raises:
         ConfigError, DataError, ModelError, CheckpointError: something is wrong with what was given; a faulty row is
@@ -268,7 +245,8 @@ def load(
     with quiet():
         from lmtune.inference.load import load_for_inference
 
-        return Model(load_for_inference(_target(target), quantization, None if base is None else os.fspath(base)))
+        name = str(target.path) if isinstance(target, Run) else os.fspath(target)
+        return Model(load_for_inference(name, quantization, None if base is None else os.fspath(base)))
 
 
 def chat(target: str | os.PathLike[str] | Run | Model, question: str, **options: Any) -> str:
@@ -341,10 +319,3 @@ def _naming_rows(files: Mapping[str, str]) -> Iterator[None]:
         for path, name in files.items():
             text = text.replace(path, name)
         raise DataError(text) from error
-
-
-def _target(target: str | os.PathLike[str] | Run) -> str:
-    """What `load_for_inference` takes."""
-    if not isinstance(target, (str, os.PathLike, Run)):
-        raise ConfigError(f"target: got {type(target).__name__}; expected a run, a folder, a Hub id or tiny")
-    return str(target.path) if isinstance(target, Run) else os.fspath(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -82,8 +83,8 @@ def example_questions(target: str) -> tuple[str, ...]:
         config = load_config(FinetuneConfig, run.config)
     except LmtuneError:  # whoever loads the model says what is wrong with the run
         return ()
-    learned_the_shop = any(Path(path).name == "support.jsonl" for path in data_paths(config.data.train))
-    return _ABOUT_THE_SHOP if config.model.name == "tiny" and learned_the_shop else ()
+    is_shop = config.model.name == "tiny" and "support.jsonl" in map(os.path.basename, data_paths(config.data.train))
+    return _ABOUT_THE_SHOP if is_shop else ()
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 lmtune doctor
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lmtune.doctor import examine
-from lmtune.io.console import err, escape, out, print_json, progress
+from lmtune.io.console import err, escape, out, print_json
 from lmtune.io.text import pluralize
 from lmtune.run import run
 
@@ -28,17 +29,12 @@ def main(
 
     Example: lmtune doctor
     """
-    count = {"ok": 0, "warn": 0, "fail": 0}
-    findings, found = examine(runs_dir), list[dict[str, str | None]]()
-    while True:
-        with progress("trying what works on this machine"):
-            finding = next(findings, None)
-        if finding is None:
-            break
+    count, found = {"ok": 0, "warn": 0, "fail": 0}, []
+    err.print("[dim]trying what works on this machine[/]")
+    for finding in examine(runs_dir):
         count[finding.level] += 1
+        found.append({**asdict(finding), "fix": finding.fix or None})
         if as_json:
-            shown = {"name": finding.name, "level": finding.level, "text": finding.text, "fix": finding.fix or None}
-            found.append(shown)
             continue
         out.print(f"[{COLORS[finding.level]}]{finding.level:<4}[/]  {finding.name:<15} {escape(finding.text)}")
         if finding.fix:
