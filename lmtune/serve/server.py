@@ -151,14 +151,15 @@ def build_application(
     """The page behind its middleware; arguments as of `launch`."""
     from gradio import mount_gradio_app
 
-    from lmtune.serve.studio.page import CSS, HEAD, build_page, theme
+    from lmtune.serve.studio.page import CSS, HEAD, Page, theme
 
     place = "Everything stays on this computer." if address.is_local and not address.share else ""
     user, _, password = (address.auth or "").partition(":")
+    page = Page(models, examples or [()] * len(models), activity, place).blocks
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     mount_gradio_app(
-        application, build_page(models, examples, activity, place), path="/", server_name=address.host,
-        server_port=address.port, auth=(user, password) if address.auth else None, footer_links=[], run_history=False,
+        application, page, path="/", server_name=address.host, server_port=address.port,
+        auth=(user, password) if address.auth else None, footer_links=[], run_history=False,
         max_file_size="1kb", enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, show_error=True,
         theme=theme(), css=CSS, head=HEAD,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """The chat page: a chat, a box to type in, a panel of settings; and what happens at each click.
 
-    page = build_page([load_for_inference("runs/support")])
+    page = Page([load_for_inference("runs/support")], [()], Activity(), "").blocks
 
 The page only draws: conversations live in `studio.conversation`. `chat.css` says how the page looks, `chat.js` what it
 does in the browser itself.
@@ -45,21 +45,6 @@ Updates = AsyncIterator[tuple[Any, ...]]
 Ask = Callable[[Conversation, Settings], AsyncIterator[None]]
 
 
-def build_page(
-    models: Sequence[LoadedModel], examples: Sequence[Sequence[str]] = (), activity: Activity | None = None,
-    place: str = "Everything stays on this computer.",
-) -> gr.Blocks:  # fmt: skip
-    """The page for one or several loaded models.
-
-    Args:
-        models: the first is the one chosen at first.
-        examples: for each model the questions that an empty conversation offers.
-        activity: shared with a server that wants to know when answers are under way.
-        place: a sentence on where the conversation goes.
-    """
-    return _Page(models, examples or [()] * len(models), activity or Activity(), place).blocks
-
-
 def theme() -> Any:
     """Gradio's plain theme with one accent, and less of borders and boxes."""
     return gr.themes.Base(
@@ -74,13 +59,21 @@ def theme() -> Any:
     )  # fmt: skip
 
 
-class _Page:
-    """The components, and what they do."""
+class Page:
+    """The components, and what they do.
+
+    Args:
+        models: the first is the one chosen at first.
+        examples: for each model the questions that an empty conversation offers.
+        activity: which answers are under way, shared with the server.
+        place: a sentence on where the conversation goes.
+    """
 
     def __init__(
         self, models: Sequence[LoadedModel], examples: Sequence[Sequence[str]], activity: Activity, place: str
     ) -> None:
-        self.models, self.examples, self.place = models, examples, place
+        self.models, self.place = models, place
+        self.examples = [[{"text": question} for question in questions] for questions in examples]
         self.tabs = Tabs(models, activity)
         names = "\0".join(model.name for model in models)  # conversations with other models stay apart
         self.key = f"lmtune-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
@@ -109,22 +102,21 @@ class _Page:
 
     def _build_chat(self) -> None:
         with gr.Row(equal_height=True, elem_id="chats"):
-            self.answers = self._chatbot(self.examples[0], visible=True)
-            self.base_answers = self._chatbot((), visible=False)
+            self.answers, self.base_answers = self._chatbot("tuned"), self._chatbot("base")
         self.question = gr.Textbox(
             placeholder="Ask something", show_label=False, label="Question", lines=1, max_lines=8, autofocus=True,
             submit_btn=True, elem_id="question", max_length=_MAX_CHARACTERS,
         )  # fmt: skip
         self.status = gr.Markdown("", elem_id="status")
 
-    def _chatbot(self, examples: Sequence[str], visible: bool) -> gr.Chatbot:
+    def _chatbot(self, mode: Mode) -> gr.Chatbot:
+        is_first = mode == "tuned"
         return gr.Chatbot(
-            label=_COLUMN_LABELS["tuned" if visible else "base"], show_label=not visible, visible=visible,
-            elem_classes=["answers"], height=None, editable="user", buttons=["copy"], sanitize_html=True,
-            allow_tags=False, feedback_options=None, layout="bubble", latex_delimiters=MATHS, min_width=200,
-            placeholder=self._greeting(0), allow_file_downloads=False,
-            examples=[{"text": question} for question in examples],
-            group_consecutive_messages=False,
+            label=_COLUMN_LABELS[mode], show_label=not is_first, visible=is_first, elem_classes=["answers"],
+            height=None, editable="user", buttons=["copy"], sanitize_html=True, allow_tags=False,
+            feedback_options=None, layout="bubble", latex_delimiters=MATHS, min_width=200,
+            placeholder=self._greeting(0), allow_file_downloads=False, group_consecutive_messages=False,
+            examples=self.examples[0] if is_first else [],
         )  # fmt: skip
 
     def _greeting(self, index: int) -> str:
@@ -204,32 +196,25 @@ class _Page:
         self.blocks.unload(self.on_unload)
 
     async def on_send(self, request: gr.Request, text: Any, *values: Any) -> Updates:
-        """Answer what is in the box."""
-        async for update in self._answer(
-            request, values, lambda conversation, how: conversation.send(_text(text), how), typed=text
-        ):
+        def ask(conversation: Conversation, settings: Settings) -> AsyncIterator[None]:
+            return conversation.send(_text(text), settings)
+
+        async for update in self._answer(request, values, ask, typed=text):
             yield update
 
     async def on_example(self, request: gr.Request, event: gr.EventData, *values: Any) -> Updates:
-        """Ask the example that was clicked."""
         async for update in self.on_send(request, event.value.get("text", ""), *values):
             yield update
 
     async def on_retry(self, request: gr.Request, *values: Any) -> Updates:
-        """Answer the last question anew."""
-        async for update in self._answer(
-            request, values, lambda conversation, how: conversation.retry(how), is_retry=True
-        ):
+        async for update in self._answer(request, values, Conversation.retry, is_retry=True):
             yield update
 
     async def on_continue(self, request: gr.Request, *values: Any) -> Updates:
-        """Go on with an answer that was cut."""
-        async for update in self._answer(request, values, lambda conversation, how: conversation.continue_answers(how)):
+        async for update in self._answer(request, values, Conversation.continue_answers):
             yield update
 
     async def on_edit(self, request: gr.Request, event: gr.EventData, *values: Any) -> Updates:
-        """Answer a question that was changed; what came after it is dropped."""
-
         def ask(conversation: Conversation, settings: Settings) -> AsyncIterator[None]:
             index = event.index[0] if isinstance(event.index, list) else event.index
             entry = render_turns(conversation.columns[0].turns)[index]
@@ -239,23 +224,19 @@ class _Page:
             yield update
 
     def on_stop(self, request: gr.Request) -> None:
-        """End the answer under way."""
         self._conversation(request).stop()
 
     def on_clear(self, request: gr.Request) -> tuple[Any, ...]:
-        """Begin anew."""
         conversation = self._conversation(request)
         conversation.clear()
         return gr.update(submit_btn=True, stop_btn=False), *self._drawn(conversation)
 
     def on_undo(self, request: gr.Request) -> tuple[Any, ...]:
-        """Take the last question back into the box."""
         conversation = self._conversation(request)
         question = conversation.undo()
         return gr.update(value=question, submit_btn=True, stop_btn=False), *self._drawn(conversation)
 
     def on_mode(self, model: int, mode: Mode, request: gr.Request) -> tuple[Any, ...]:
-        """Show those who answer from here on."""
         conversation = self._conversation(request)
         conversation.choose(model, mode if self.models[model].has_adapter else "tuned")
         return self._chosen(conversation, model, mode)
@@ -273,20 +254,18 @@ class _Page:
         model = self.models[index]
         can_switch = model.has_adapter
         first, second, *rest = self._drawn(conversation)
-        examples = [{"text": question} for question in self.examples[index]]
         return (
             self._header(index), gr.update(value=mode, visible=can_switch),
             gr.update(placeholder=model.system or "none", info=_about_system(model)),
             gr.update(
                 value=first, label=_COLUMN_LABELS[mode], show_label=can_switch and mode != "tuned",
-                placeholder=self._greeting(index), examples=examples,
+                placeholder=self._greeting(index), examples=self.examples[index],
             ),
             gr.update(value=second, visible=can_switch and mode == "both", placeholder=self._greeting(index)),
             *rest,
         )  # fmt: skip
 
     def on_unload(self, request: gr.Request) -> None:
-        """Forget a tab that was closed."""
         self.tabs.close(_key(request))
 
     async def _answer(
