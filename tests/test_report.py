@@ -19,7 +19,6 @@ from lmtune.runs.history import list_runs
 from lmtune.runs.store import Summary
 from lmtune.runs.tables import (
     describe_scores,
-    format_score,
     interval,
     predictions_shown,
     runs_table,
@@ -144,13 +143,6 @@ def test_merged_card_tells_how_the_merge_was_checked() -> None:
     assert "| Top-1 agreement | 99.75 % |" in card
     assert "| Weights merged into | the weights that were trained over, dequantized |" in card
     assert "base_model_relation" not in yaml.safe_load(merged_card(settings("tiny"), RUN, MERGE).split("---")[1])
-
-
-def test_scores_for_people() -> None:
-    assert format_score("loss", 0.02) == "0.0200"
-    assert format_score("perplexity", 1234567.0) == "1.235e+06"
-    assert format_score("exact_match", 0.925) == "92.5 %"
-    assert format_score("loss", None) == "not measured"
 
 
 @pytest.mark.parametrize("width", [50, 130])

@@ -20,15 +20,6 @@ def behind(prefix: np.ndarray, *own: int) -> np.ndarray:
     return np.concatenate([prefix, own]).astype(np.int64)
 
 
-def test_groups_of_rows_are_found_in_any_order() -> None:
-    rows = [behind(SYSTEM, 1), behind(OTHER, 1), behind(SYSTEM, 2, 3), np.arange(50), behind(OTHER), behind(SYSTEM)]
-    groups = {group.members: group.length for group in find_prefixes(rows)}
-    assert {frozenset(members): length for members, length in groups.items()} == {
-        frozenset({0, 2, 5}): 30,
-        frozenset({1, 4}): 60,
-    }
-
-
 def test_a_common_beginning_of_less_than_sixteen_tokens_is_left_alone() -> None:
     assert find_prefixes([behind(SYSTEM[:15], 1), behind(SYSTEM[:15], 2)]) == []
     assert find_prefixes([behind(SYSTEM[:16], 1), behind(SYSTEM[:16], 2)]) == [SharedPrefix(16, (0, 1))]

@@ -66,22 +66,6 @@ def test_training_prefixes_are_inference_prompts(name: str, bos: bool) -> None:
         assert document.input_ids[end - 1] == renderer.stop_token_ids[0]
 
 
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_each_answer_is_trained_once_with_its_end(name: str) -> None:
-    renderer = Renderer(make_tokenizer(CHAT_TEMPLATES[name]))
-    documents = renderer.render(THREE_TURNS)
-    end = renderer.tokenizer.decode([renderer.stop_token_ids[0]])
-    texts = [text for document in documents for text in trained_texts(renderer, document)]
-    expected = [THREE_TURNS.messages[index].content.strip() + end for index in (1, 3, 5)]
-    assert [text.removesuffix(end).strip() + end for text in texts] == expected
-    assert len(documents) == (3 if name == "qwen3" else 1)
-    for document in documents:
-        assert document.loss_mask[-1]
-        assert not document.loss_mask[0]
-        assert document.input_ids[-1] in renderer.stop_token_ids
-        assert len(document.input_ids) == len(document.loss_mask)
-
-
 def test_chatml_by_hand() -> None:
     renderer = Renderer(make_tokenizer(CHATML))
     (document,) = renderer.render(example("Hello", "Hi", "you", "me", system="Be brief."))

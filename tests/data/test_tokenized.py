@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmtune.config.schema import DataConfig
-from lmtune.data import store
-from lmtune.data.rendering import ControlText, Renderer
+from lmtune.data.rendering import Renderer
 from lmtune.data.report import PartReport, RowCounter, describe_part, describe_report
 from lmtune.data.store import load_data, split, tokenize, truncated
 from lmtune.data.types import Example, Message, TokenSequence
@@ -54,7 +53,8 @@ def no_rendering(self: Renderer, example: Example) -> tuple[TokenSequence, ...]:
     raise AssertionError("rendered again")
 
 
-def test_rows_come_back_as_they_were_rendered() -> None:
+def test_rows_come_back_as_they_were_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmtune.data.store._BATCH_ROWS", 3)
     conversation = {"messages": [{"role": r, "content": f"{r} {i}"} for i, r in enumerate(["user", "assistant"] * 3)]}
     written("a.jsonl", rows(3))
     written("b.jsonl", [conversation])
@@ -88,15 +88,6 @@ def _examples(paths: list[str]) -> list[Example]:
     return list(read_examples(find_files(paths), ReadReport()))
 
 
-def test_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-
-    monkeypatch.setattr(store, "_BATCH_ROWS", 7)
-    data = tokenize([written("train.jsonl", rows(50))], made := renderer(), config())
-    for index, example in enumerate(_examples(["train.jsonl"])):
-        assert data[index].sequences[0].input_ids.tolist() == made.render(example)[0].input_ids.tolist()
-        assert data[index].location == example.location
-
-
 class TestCache:
     def test_a_second_start_does_not_render(self, monkeypatch: pytest.MonkeyPatch) -> None:
         written("train.jsonl", rows(5))
@@ -125,12 +116,6 @@ class TestCache:
         a, b = (tokenize([name], renderer(), config()) for name in ("a.jsonl", "b.jsonl"))
         assert a.key == b.key
         assert (a[0].location, b[0].location) == ("a.jsonl:1", "b.jsonl:1")
-
-    def test_nothing_in_it_names_the_machine(self, folder: Path) -> None:
-        written("train.jsonl", rows(5))
-        tokenize([folder / "train.jsonl"], renderer(), config())
-        for path in atomic.cache_folder().rglob("*"):
-            assert not path.is_file() or str(folder).encode() not in path.read_bytes()
 
 
 class TestTooLong:
@@ -226,14 +211,6 @@ class TestControlText:
         (warning,) = tokenize(["train.jsonl"], renderer(), config()).report.warnings
         assert warning.startswith('3 rows with control tokens as text ("<|im_start|>", "<|im_end|>"): train.jsonl:1')
         assert '{"messages": [' in warning
-
-    def test_in_any_format_those_of_the_tokenizer_and_well_known_ones(self) -> None:
-        tokenizer = make_tokenizer(CHATML)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|end_of_text|>"]})
-        counted = ControlText(tokenizer)
-        for text in ("<|end_of_text|>", "x[INST]y", "<think>", "a < b [x] <i>"):
-            counted.add(Example("f", 1, (Message("user", "q"), Message("assistant", text))))
-        assert counted.warnings()[0].startswith('2 rows with control tokens as text ("<|end_of_text|>", "[INST]")')
 
 
 def test_validation_rows_that_are_all_too_long_are_named_as_such() -> None:
