@@ -337,11 +337,7 @@ def render_all(
 ) -> Iterator[tuple[Example, Outcome]]:
     """Each example with its sequences, or with the `DataError` that says why it has none; in order.
 
-    Args:
-        examples: read as needed.
-        renderer: renders them.
-        num_bytes: size of the data, which decides whether a pool is worth starting.
-        num_processes: by default as many as this process may use, 16 at most.
+    `num_bytes`, the size of the data, decides whether a pool of processes is worth starting.
 
     Raises:
         LmtuneError: a process of the pool died.

@@ -1,11 +1,6 @@
 """What became of every row: typed counts that a run keeps as `data.json` and shows to a person.
 
-    DataReport
-        train        PartReport: rows read, faulty, kept, dropped by reason, truncated, duplicates, tokens
-        validation   PartReport of files of their own, or HeldOut from train, or None
-
-`RowCounter` and `FaultyRows` count rows while they are read. `DuplicateIndex` finds equal rows and equal prompts by
-64-bit hashes, in under 60 bytes a row.
+`DuplicateIndex` finds equal rows and equal prompts by 64-bit hashes, in under 60 bytes a row.
 """
 
 from __future__ import annotations
@@ -164,11 +159,7 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> DataReport:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: the tree is not such a report.
-        """
+        """The inverse of `to_dict`; ValueError if the tree is not such a report."""
         return typed(cls, tree)
 
 

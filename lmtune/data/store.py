@@ -46,10 +46,8 @@ class TokenizedData:
 
     Attributes:
         key: SHA-256, in hex, of what the rows depend on; not of the files' names.
-        signature: SHA-256, in hex, of the rows' tokens, whatever made them.
         report: what became of every row read.
         num_tokens, num_targets: int32 `[N]`, of each row.
-        sequences: tokens of each row's sequences, S over all rows.
         content: uint64 `[N]`, equal for rows of equal content.
     """
 
@@ -85,13 +83,7 @@ class TokenizedData:
 
 @dataclass(frozen=True)
 class LoadedData:
-    """The rows of a run: those to train on, and those to be scored on.
-
-    Attributes:
-        report: what became of every row, for `data.json`.
-        key: hash of all that the rows depend on.
-        signature: hash of their tokens alone.
-    """
+    """The rows of a run: those to train on, and those to be scored on; `key` and `signature` are hashes of both."""
 
     train: TokenizedData
     validation: TokenizedData | None

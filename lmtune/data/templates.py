@@ -99,10 +99,9 @@ class ChatTemplate:
         return ids
 
     def answer_ids(self, messages: Sequence[Message], prompt_ids: Sequence[int]) -> list[int]:
-        """The tokens of the last message, an answer, as they follow `prompt_ids`; its end token is the last.
+        """The tokens of the last message, an answer, as they follow `prompt_ids`, up to its end token.
 
-        Raises:
-            TemplateFault: the template refuses, or renders the answer so that it does not continue the prompt.
+        A `TemplateFault` if the template refuses, or renders the answer so that it does not continue the prompt.
         """
         content = messages[-1].content
         reasoning, answer = self._split(content)
@@ -270,7 +269,12 @@ class ChatTemplate:
             self._end_opens_next_turn = end in eos_token_ids
             self.is_amended = not self._end_opens_next_turn
         if self.is_amended:
-            self.source = _with_end(self.source, self._end_text(eos_token_ids))
+            if not eos_token_ids:
+                raise ModelError(
+                    "the chat template ends answers with no token, and the tokenizer has no EOS token, so the model "
+                    "could never learn to stop; set the tokenizer's eos_token"
+                )
+            self.source = _with_end(self.source, str(self._tokenizer.convert_ids_to_tokens(eos_token_ids[0])))
             end = self._token_after_answer(exchange)
         if end is None:
             raise ModelError(
@@ -303,14 +307,6 @@ class ChatTemplate:
                 return int(added[token])
             tail = tail[len(token) :].lstrip()
         return None
-
-    def _end_text(self, eos_token_ids: Sequence[int]) -> str:
-        if not eos_token_ids:
-            raise ModelError(
-                "the chat template ends answers with no token, and the tokenizer has no EOS token, so the model could "
-                "never learn to stop; set the tokenizer's eos_token"
-            )
-        return str(self._tokenizer.convert_ids_to_tokens(eos_token_ids[0]))
 
     def _find_system_fault(self) -> str | None:
         try:
