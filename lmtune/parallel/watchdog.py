@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol, TypedDict
+from typing import Any, Protocol
 
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -38,17 +38,6 @@ class Watched(Protocol):
     phase: str
     works_alone: bool
     on_failure: Callable[[str], None] | None
-
-
-class _Post(TypedDict, total=False):
-    """What each process posts: `beat` changes with every post, so that one that has stopped can be told."""
-
-    beat: int
-    entered: int
-    state: str
-    idle: float
-    alone: bool
-    in_step: float
 
 
 class Watchdog:
@@ -129,7 +118,7 @@ class Watchdog:
         if state != self._state:
             self._state, self._state_since = state, time.monotonic()
         in_step = time.monotonic() - max(self._state_since, self._moved) if state.startswith("step ") else 0.0
-        post: _Post = {
+        post = {  # `beat` changes with every post, so that one that has stopped can be told
             "beat": self._beats, "entered": self._entered, "state": state, "idle": self._idle,
             "alone": self._process.works_alone, "in_step": in_step,
         }  # fmt: skip
@@ -144,7 +133,7 @@ class Watchdog:
         for rank in range(self._process.world_size):
             known = self._store.check([f"{_KEY}{rank}"])
             text = self._store.get(f"{_KEY}{rank}").decode() if known else '{"entered": 0, "state": "not started"}'
-            post: _Post = json.loads(text)
+            post = json.loads(text)
             if post["entered"] >= entered:
                 continue
             missing += 1
@@ -152,7 +141,7 @@ class Watchdog:
                 found.append(f"{rank} (phase: {post['state']})")
         return found if found or not missing else None
 
-    def _hangs(self, rank: int, text: str, post: _Post) -> bool:
+    def _hangs(self, rank: int, text: str, post: dict[str, Any]) -> bool:
         """Whether the process that posted this has shown no sign of life or work for as long as the limit allows."""
         now = time.monotonic()
         if self._heard.get(rank, ("", 0.0))[0] != text:

@@ -67,15 +67,13 @@ class Accuracies:
 
 
 class Records:
-    """Appends to both files. Only the first process has one that writes."""
+    """Appends to both files; for rank 0 alone."""
 
-    def __init__(self, run: RunDirectory, enabled: bool) -> None:
-        self.run, self.enabled = run, enabled
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
 
     def begin(self, done_steps: int) -> None:
         """Keep the lines of the first `done_steps` steps and start both files if they are new."""
-        if not self.enabled:
-            return
         keep_lines(self.run.metrics, sum(record.step <= done_steps for record in step_records(self.run)))
         keep_lines(self.run.results, sum(step <= done_steps for step in _read(self.run.results, _results_step)))
         if not self.run.results.is_file() or not self.run.results.stat().st_size:
@@ -89,8 +87,6 @@ class Records:
 
         `elapsed` are the tokens and examples of the run so far; `validation` is None where it was not scored.
         """
-        if not self.enabled:
-            return
         self._append(self.run.metrics, json.dumps(asdict(record), allow_nan=False))
         cells: list[object] = [record.step, *elapsed]
         for part in (training, validation):

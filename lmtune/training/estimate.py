@@ -63,11 +63,6 @@ class Forecast:
     seconds: Seconds
     advice: tuple[str, ...]
 
-    @property
-    def adapter_parameters(self) -> int:
-        """How many parameters the adapter has."""
-        return self.parameters.trained
-
     def lines(self) -> list[tuple[str, str]]:
         """Name and value of each line."""
         part, time_of = self.memory, self.seconds

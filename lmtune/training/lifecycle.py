@@ -82,7 +82,7 @@ def begin(run: RunDirectory, parts: Components) -> tuple[Checkpoint | None, bool
             write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base, **errors})
             parts.begun = True
             # before the new settings: records are judged by those that they were made with
-            Records(run, enabled=True).begin(0 if checkpoint is None else checkpoint.step)
+            Records(run).begin(0 if checkpoint is None else checkpoint.step)
             write_text(run.config, dump_config(parts.config))
             write_json(run.environment, environment(parts))
             write_json(run.local, local_paths(run, parts.config.model.name))
@@ -163,14 +163,11 @@ def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | No
 
 def evaluation_warnings(config: FinetuneConfig, has_validation: bool, steps: int) -> list[str]:
     """Which settings of `evaluation` have no effect in a run of so many steps."""
-    every, patience = config.evaluation.every_steps, config.evaluation.patience
-    if every is None:
-        return []
-    if not has_validation:
+    every = config.evaluation.every_steps
+    if every is not None and not has_validation:
         return [f"evaluation.every_steps: {every} has no effect, for no row is held out (data.validation_fraction)"]
-    if every > steps:
-        also = "" if patience is None else f", and evaluation.patience: {patience} cannot end it earlier"
-        return [f"evaluation.every_steps: {every} is beyond the last step, {steps}: scored at the end only{also}"]
+    if every is not None and every > steps:
+        return [f"evaluation.every_steps: {every} is beyond the last step, {steps}: scored at the end only"]
     return []
 
 

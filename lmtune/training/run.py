@@ -78,14 +78,15 @@ def run_loop(run: RunDirectory, parts: Components, resumed: Checkpoint | None) -
     config, is_main = parts.config, parts.parallel.is_main
     job, state = parts.job(resumed)
     total_steps = job.planner.total_steps
-    records = Records(run, enabled=is_main)
-    records.begin(state.step)
     progress = StepProgress(total_steps, state.step + 1, enabled=is_main)
     saving = CheckpointHook(run, config, parts.signature, job, total_steps)
     hooks: list[StepHook] = [ProgressHook(progress)]
     if parts.data.validation is not None:
         hooks.append(EvaluationHook(parts.validate, parts.objective, config.evaluation.every_steps, progress))
-    hooks.append(RecordHook(records))
+    if is_main:
+        records = Records(run)
+        records.begin(state.step)
+        hooks.append(RecordHook(records))
     stopped_early = False
     if config.evaluation.patience is not None:
         stopping = EarlyStoppingHook(config.evaluation.patience)

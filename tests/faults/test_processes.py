@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import pytest
 
 from lmtune.training.checkpoint import checkpoint_folders, problem_of
-from tests.faults.choosing import few
 from tests.processes import (
     KILL,
     Trouble,
@@ -28,7 +26,6 @@ from tests.processes import (
     at_call,
     at_step,
     ended,
-    free_port,
     said,
     send,
     started_together,
@@ -62,9 +59,8 @@ def assert_goes_on(place: Path, undisturbed_pair: dict[str, Any]) -> None:
     assert lasting(place) == undisturbed_pair
 
 
-@pytest.mark.parametrize("rank", few([0, 1], 1))
-def test_06_a_sigterm_to_one_process_stops_both(place: Path, undisturbed_pair: dict[str, Any], rank: int) -> None:
-    codes = together(place, "finetune", "run.yaml", troubles={rank: at_step(5, send(signal.SIGTERM))})
+def test_06_a_sigterm_to_one_process_stops_both(place: Path, undisturbed_pair: dict[str, Any]) -> None:
+    codes = together(place, "finetune", "run.yaml", troubles={1: at_step(5, send(signal.SIGTERM))})
     assert codes == [143, 143]
     assert problem_of(place / "runs/trial/checkpoints/step-000005") is None
     assert messages(place, 0) == messages(place, 1)
@@ -72,15 +68,12 @@ def test_06_a_sigterm_to_one_process_stops_both(place: Path, undisturbed_pair: d
     assert_goes_on(place, undisturbed_pair)
 
 
-@pytest.mark.parametrize("rank", few([0, 1], 1))
-def test_16_one_process_is_killed_and_the_other_ends(place: Path, undisturbed_pair: dict[str, Any], rank: int) -> None:
+def test_16_one_process_is_killed_and_the_other_ends(place: Path, undisturbed_pair: dict[str, Any]) -> None:
     began = time.monotonic()
-    codes = together(place, "finetune", "run.yaml", troubles={rank: at_step(5, KILL)})
+    assert together(place, "finetune", "run.yaml", troubles={1: at_step(5, KILL)}) == [1, -signal.SIGKILL]
     assert time.monotonic() - began < 30
-    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
-    assert messages(place, 1 - rank) == [
-        f"rank {1 - rank}: a peer exited during step 5; the other process, or the launcher, says why"
-    ]
+    wanted = "rank 0: a peer exited during step 5; the other process, or the launcher, says why"
+    assert messages(place, 0) == [wanted]
     assert_goes_on(place, undisturbed_pair)
 
 
@@ -89,12 +82,11 @@ def fail() -> None:
     raise ValueError("this is the cause")
 
 
-@pytest.mark.parametrize("rank", few([0, 1], 1))
-def test_17_the_cause_in_one_process_is_what_it_says(place: Path, rank: int) -> None:
-    assert together(place, "finetune", "run.yaml", troubles={rank: at_step(5, fail)}) == [1, 1]
-    assert messages(place, rank) == ["ValueError: this is the cause"]
-    assert len(messages(place, 1 - rank)) == 1
-    assert "a peer exited during step" in messages(place, 1 - rank)[0]
+def test_17_the_cause_in_one_process_is_what_it_says(place: Path) -> None:
+    assert together(place, "finetune", "run.yaml", troubles={1: at_step(5, fail)}) == [1, 1]
+    assert messages(place, 1) == ["ValueError: this is the cause"]
+    assert len(messages(place, 0)) == 1
+    assert "a peer exited during step" in messages(place, 0)[0]
     assert "Traceback" not in said(place, "output0") + said(place, "output1")
 
 
@@ -103,18 +95,13 @@ def hang() -> None:
     time.sleep(1000)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", few([0, 1], 0))
-def test_18_a_process_that_hangs_is_named_within_the_limit(
-    place: Path, undisturbed_pair: dict[str, Any], rank: int
-) -> None:
+def test_18_a_process_that_hangs_is_named_within_the_limit(place: Path, undisturbed_pair: dict[str, Any]) -> None:
     limit = "run.process_timeout_seconds=5"
     began = time.monotonic()
-    assert together(place, "finetune", "run.yaml", limit, troubles={rank: at_step(5, hang)}) == [1, 1]
+    assert together(place, "finetune", "run.yaml", limit, troubles={0: at_step(5, hang)}) == [1, 1]
     assert time.monotonic() - began < 30
-    wanted = f"collective timed out after 5 s (run.process_timeout_seconds); missing ranks: {rank} (phase: step 5)"
-    assert messages(place, 1 - rank) == [wanted]
-    assert messages(place, rank) == []
+    wanted = "collective timed out after 5 s (run.process_timeout_seconds); missing ranks: 0 (phase: step 5)"
+    assert (messages(place, 0), messages(place, 1)) == ([], [wanted])
     assert reason(place) == wanted
     assert_goes_on(place, undisturbed_pair)
 
@@ -148,18 +135,15 @@ def stop() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("rank", "function", "trouble"), [(0, "load_data", hang), (1, "load_model", stop)])
-def test_18_a_process_that_is_dead_while_the_others_wait_for_it_is_named(
-    place: Path, rank: int, function: str, trouble: Trouble
-) -> None:
-    slow = at_call("lmtune.training.compose", function, trouble)
+def test_18_a_process_that_is_dead_while_the_others_wait_for_it_is_named(place: Path) -> None:
+    dead = at_call("lmtune.training.compose", "load_model", stop)
     limit = "run.process_timeout_seconds=2"
-    processes = started_together(place, "finetune", "run.yaml", limit, troubles={rank: slow})
+    processes = started_together(place, "finetune", "run.yaml", limit, troubles={1: dead})
     try:
-        assert ended(processes[1 - rank]) == 1
-        assert messages(place, 1 - rank)[0].endswith(f"missing ranks: {rank} (phase: start)")
+        assert ended(processes[0]) == 1
+        assert messages(place, 0)[0].endswith("missing ranks: 1 (phase: start)")
     finally:
-        processes[rank].kill()
+        processes[1].kill()
 
 
 def leave() -> None:
@@ -172,14 +156,9 @@ def vanish() -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("rank", few([0, 1], 1))
-@pytest.mark.parametrize("how", few([leave, vanish], vanish))
-def test_19_one_process_that_ends_early_with_0_fails_the_other(
-    place: Path, undisturbed_pair: dict[str, Any], rank: int, how: Trouble
-) -> None:
-    codes = together(place, "finetune", "run.yaml", troubles={rank: at_step(5, how)})
-    assert (codes[rank], codes[1 - rank]) == (0, 1)
-    assert "a peer exited during step" in messages(place, 1 - rank)[0]
+def test_19_one_process_that_ends_early_with_0_fails_the_other(place: Path, undisturbed_pair: dict[str, Any]) -> None:
+    assert together(place, "finetune", "run.yaml", troubles={1: at_step(5, vanish)}) == [1, 0]
+    assert "a peer exited during step" in messages(place, 0)[0]
     assert_goes_on(place, undisturbed_pair)
 
 
@@ -192,20 +171,14 @@ def test_19_the_first_process_may_not_leave_before_the_result_is_saved(place: Pa
 
 # --- through the launcher
 
-COMMAND = (sys.executable, "-c", LAUNCH)
-ACCELERATE = (
-    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), RECIPE,
-)  # fmt: skip
-
 
 def launched(
-    place: Path, rank: int, trouble: Trouble, *settings: str, command: Sequence[str] = COMMAND, **variables: str
+    place: Path, rank: int, trouble: Trouble, *settings: str, **variables: str
 ) -> "tuple[subprocess.CompletedProcess[str], float]":
     """`lmtune finetune --processes 2` with trouble for one of them, and for how long it went on after that."""
     variables |= {"TROUBLE": pickle.dumps(trouble).hex(), "RANK_IN_TROUBLE": str(rank), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "run.yaml", *settings],
+        [sys.executable, "-c", LAUNCH, "run.yaml", *settings],
         cwd=place,
         env=environment(place, **variables),
         text=True,
@@ -241,29 +214,24 @@ def test_19_a_job_of_which_one_process_left_early_has_failed(place: Path) -> Non
     assert "error: 1 of 2 processes ended before their work" in done.stderr
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("trouble", "code", "first", "rank"),
     [
-        (send(signal.SIGTERM), 143, "stopped after step 5 of 8, which is saved", 1),
-        (KILL, 1, "a peer exited during step|process . was ended by SIGKILL", 0),
+        pytest.param(send(signal.SIGTERM), 143, "stopped after step 5 of 8, which is saved", 1, marks=pytest.mark.long),
+        pytest.param(KILL, 1, "a peer exited|process . was ended by SIGKILL", 0, marks=pytest.mark.long),
         (fail, 1, "ValueError: this is the cause", 1),
-        (hang, 1, r"missing ranks: . \(phase: step 5\)", 0),
-        (vanish, 1, "a peer exited during step", 1),
+        pytest.param(hang, 1, r"missing ranks: . \(phase: step 5\)", 0, marks=pytest.mark.long),
+        pytest.param(vanish, 1, "a peer exited during step", 1, marks=pytest.mark.long),
     ],
     ids=["06", "16", "17", "18", "19"],
 )
-def test_the_same_through_the_launcher(
-    place: Path, undisturbed_pair: dict[str, Any], trouble: Trouble, code: int, first: str, rank: int
-) -> None:
+def test_the_same_through_the_launcher(place: Path, trouble: Trouble, code: int, first: str, rank: int) -> None:
     limit = ["run.process_timeout_seconds=5"] if trouble is hang else []
     done, seconds = launched(place, rank, at_step(5, partial(marked, trouble)), *limit)
     assert done.returncode == code, done.stderr
     assert seconds < 30
-    errors = re.findall(r"^error: (.*)$", done.stderr, re.MULTILINE)
-    assert re.match(first, errors[0]), done.stderr
+    assert re.match(first, re.findall(r"^error: (.*)$", done.stderr, re.MULTILINE)[0]), done.stderr
     assert "Traceback" not in done.stderr
-    assert_goes_on(place, undisturbed_pair)
 
 
 def stop_command(number: int) -> None:
@@ -290,14 +258,12 @@ def assert_saved_by_both(place: Path, done: "subprocess.CompletedProcess[str]") 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("ask", "code"),
-    [(partial(stop_command, signal.SIGTERM), 143), (press_ctrl_c, 130)],
-    ids=["SIGTERM", "Ctrl-C"],
-)
-@pytest.mark.parametrize(
-    ("limit", "seconds"),
-    [({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}, 4), ({}, 35)],
-    ids=["short", "torch's own"],
+    ("ask", "code", "limit", "seconds"),
+    [
+        (partial(stop_command, signal.SIGTERM), 143, {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}, 4),
+        (press_ctrl_c, 130, {}, 35),
+    ],
+    ids=["SIGTERM", "Ctrl-C, torch's own limit"],
 )
 def test_03_and_05_a_stop_waits_for_a_step_that_takes_longer_than_the_launcher_would(
     place: Path, undisturbed_pair: dict[str, Any], ask: Trouble, code: int, limit: dict[str, str], seconds: float
@@ -334,17 +300,15 @@ def test_04_a_second_signal_to_the_command(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", [COMMAND, ACCELERATE])
 def test_16_the_launcher_is_killed_and_its_processes_save_their_step(
-    place: Path, undisturbed_pair: dict[str, Any], command: Sequence[str]
+    place: Path, undisturbed_pair: dict[str, Any]
 ) -> None:
     trouble = at_step(5, all_of(partial(marked, kill_launcher), partial(time.sleep, 4)))
-    done, seconds = launched(place, 1, trouble, command=command, ACCELERATE_USE_CPU="true")
-    assert done.returncode == (1 if command == COMMAND else -signal.SIGKILL), done.stderr
+    done, seconds = launched(place, 1, trouble)
+    assert done.returncode == 1, done.stderr
     assert seconds < 30
-    if command == COMMAND:
-        assert "error: the launcher was ended by SIGKILL; perhaps the memory was full" in done.stderr
-        assert "frame #" not in done.stderr, done.stderr  # of C++
+    assert "error: the launcher was ended by SIGKILL; perhaps the memory was full" in done.stderr
+    assert "frame #" not in done.stderr, done.stderr  # of C++
     assert_saved_by_both(place, done)
     assert_goes_on(place, undisturbed_pair)
 

@@ -148,7 +148,7 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
     tokens, trained = np.full(10, 30, dtype=np.int32), np.full(10, 10, dtype=np.int32)
     found = forecast(config, SequenceTable.one_each(tokens, trained), torch.device("cpu"), 1)
     assert (found.steps, found.rows, found.tokens, found.trained_tokens) == (4, 10, 600, 200)
-    assert found.adapter_parameters == 8192
+    assert found.parameters.trained == 8192
     assert found.advice == ()
     assert found.checkpointed_layers == 0
     assert 0 < found.seconds.training < 60
@@ -198,7 +198,7 @@ def test_a_forecast_counts_what_is_there_of_a_mixture_of_experts(tmp_path: Path)
     assert found.memory.expert_copies == pytest.approx(4 * 3 * 64 * 64 * 4 / GIB)
     assert found.memory.base_weights > 4 * 3 * 64 * 64 * 4 / GIB, "experts are not quantized"
     said = dict(found.lines())["parameters"]
-    assert f"{found.adapter_parameters:,} trained (LoRA r=4 on 11 modules and 2 expert tensors); " in said
+    assert f"{found.parameters.trained:,} trained (LoRA r=4 on 11 modules and 2 expert tensors); " in said
     assert " in nf4, the rest in float32: experts (" in said
     assert "of the weights) stay in 32 bit: 0.188 MiB; not adapted: router" in said
     assert not [value for _, value in found.lines() if value.startswith("0.0")]

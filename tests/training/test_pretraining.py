@@ -227,10 +227,6 @@ def test_it_learns() -> None:
     config = build_config(PretrainConfig, tree, "test")
     tokenizer = train_tokenizer(texts(*SENTENCES), 320)
     blocks, held_out = (Blocks(tokenize(texts(*some), tokenizer), 32) for some in (SENTENCES[::2], SENTENCES[1::2]))
-    results = []
-    for _ in range(2):
-        model = build_model(config.model, tokenizer, seed=0)
-        before = teacher_forced(PackedForward(model), held_out, 512).perplexity
-        results.append(pretrain(model, blocks, held_out, config).perplexity)
-        assert results[-1] < 8 < 200 < before
-    assert results[0] == pytest.approx(results[1], rel=1e-6)
+    model = build_model(config.model, tokenizer, seed=0)
+    before = teacher_forced(PackedForward(model), held_out, 512).perplexity
+    assert pretrain(model, blocks, held_out, config).perplexity < 8 < 200 < before

@@ -26,7 +26,7 @@ def record(step: int) -> StepRecord:
 
 def written(run: RunDirectory, *steps: int) -> Records:
     """Records of these steps; even ones were validated."""
-    records = Records(run, enabled=True)
+    records = Records(run)
     records.begin(steps[0] - 1)
     for step in steps:
         validation = Accuracies(2.0, 0.25, 0.75) if step % 2 == 0 else None

@@ -186,15 +186,6 @@ def test_a_run_whose_checkpoints_are_gone_cannot_be_trained_on(place: Path) -> N
     assert times(run) == before
 
 
-def test_a_run_that_patience_ended_is_trained_on_when_more_steps_are_asked_for(place: Path) -> None:
-    changes = {"evaluation__every_steps": 1, "evaluation__patience": 1, "train__learning_rate": 10.0}
-    _, before = finetune(place, **changes)
-    assert before["stopped_early"]
-    _, summary = finetune(place, **changes, train__max_steps=20)
-    assert summary["steps"] > before["steps"]
-    assert finetune(place, **changes, train__max_steps=20)[1] == summary
-
-
 def test_data_that_moved_is_the_same_data(place: Path) -> None:
     run = cut_off(place, 3)
     (place / "train.jsonl").rename(place / "renamed.jsonl")
