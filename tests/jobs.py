@@ -21,7 +21,7 @@ from lmtune.models.tuning.lora import Lora
 from lmtune.objectives.sft import Sft
 from lmtune.parallel.single import Single
 from lmtune.runs.store import RunDirectory
-from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
+from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components
 from lmtune.training.loop import TrainingJob
 from lmtune.training.run import run_loop
@@ -98,11 +98,6 @@ def final_weights(job: Job) -> dict[str, torch.Tensor]:
     """Train; what is trained as it is then."""
     train(job)
     return {name: parameter.detach().clone() for name, parameter in job.trainable.items()}
-
-
-def resumed_job(folder: Path, **settings: Any) -> Job:
-    """The same job again, from the newest checkpoint that is whole."""
-    return job_for(folder, resumed=newest_checkpoint(folder / "checkpoints")[0], **settings)
 
 
 def records(job: Job) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmtune.io.atomic import get_or_build, new_folder, single_flight, try_lock, wait_for_lock
+from lmtune.io.atomic import get_or_build, new_folder, try_lock
 from lmtune.parallel.launch import _wait_for_workers
 from lmtune.parallel.worker import EXIT_CODES, hold_exit_codes
 from lmtune.runs.history import overview
@@ -33,9 +33,8 @@ def test_a_lock_is_refused_only_while_another_has_it(tmp_path: Path) -> None:
     with open(tmp_path / "x", "a") as first, open(tmp_path / "x") as second, open(tmp_path / "x") as third:
         assert try_lock(first)
         assert try_lock(second) is False
-        assert wait_for_lock(second, seconds=0.2)
         first.close()
-        assert not wait_for_lock(second, shared=True)
+        assert try_lock(second, shared=True)
         assert try_lock(third, shared=True)
 
 
@@ -58,8 +57,6 @@ def test_without_locks_the_cache_and_new_folders_work(tmp_path: Path) -> None:
         (folder / "rows").write_text("x")
 
     assert (get_or_build(tmp_path / "cache", KEY, build) / "rows").read_text() == "x"
-    with single_flight(tmp_path / "cache", KEY) as first, single_flight(tmp_path / "cache", KEY) as second:
-        assert (first, second) == (True, True)
     with new_folder(tmp_path / "merged") as staging:
         (staging / "x").write_text("x")
     assert (tmp_path / "merged" / "x").is_file()

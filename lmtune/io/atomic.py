@@ -205,15 +205,10 @@ def try_lock(file: _HasDescriptor, shared: bool = False) -> bool | None:
     return True
 
 
-def wait_for_lock(file: _HasDescriptor, shared: bool = False, seconds: float = float("inf")) -> bool:
-    """As `try_lock`, but wait up to `seconds` for the process that holds it; returns whether one did."""
-    until, waited = time.monotonic() + seconds, False
-    while try_lock(file, shared) is False:
-        waited = True
-        if time.monotonic() >= until:
-            break
+def wait_for_lock(file: _HasDescriptor) -> None:
+    """As `try_lock`, but wait for the process that holds it."""
+    while try_lock(file) is False:
         time.sleep(_POLL_SECONDS)
-    return waited
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------
@@ -221,7 +216,6 @@ def wait_for_lock(file: _HasDescriptor, shared: bool = False, seconds: float = f
 _MANIFEST = "manifest.json"
 _SETTLED_NS = 2 * 10**9  # a file changed later than this before it was read may change again at the same time of change
 _KNOWN_FILES = 1000
-_SINGLE_FLIGHT_SECONDS = 1800.0  # 70 billion weights take a CPU longer; then the others begin as well
 
 
 def cache_folder() -> Path:
@@ -264,35 +258,6 @@ def get_or_build(folder: Path, key: str, build: Callable[[Path], None], keep: in
             "in LMTUNE_CACHE"
         ) from error
     return entry
-
-
-def lookup(folder: Path, key: str) -> Path | None:
-    """The folder of the entry `key` if it is there and intact."""
-    entry = folder / key[:2] / key
-    if not is_intact(entry):
-        return None
-    with contextlib.suppress(OSError):  # a cache that may be read but not written
-        (entry / _MANIFEST).touch()
-    return entry
-
-
-@contextlib.contextmanager
-def single_flight(folder: Path, key: str) -> Iterator[bool]:
-    """Of the processes that would make the entry `key` at once, one comes first and the others wait until it is done.
-
-    The wait also ends where that process fails, dies, or hangs for half an hour. Yields whether this one is the first;
-    one that has waited holds up nobody, and finds the entry if it was made.
-    """
-    entry = folder / key[:2] / key
-    with contextlib.ExitStack() as held:
-        first = True
-        with contextlib.suppress(OSError):
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(open(entry.with_suffix(".turn"), "a", encoding="utf-8"))
-            first = not wait_for_lock(file, seconds=_SINGLE_FLIGHT_SECONDS)
-        if not first:
-            held.close()
-        yield first
 
 
 def is_intact(entry: Path) -> bool:
