@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lmtune.errors import ConfigError, ModelError
-from lmtune.export.hub import check_incoming, checked_repository, prepare_push
+from lmtune.export.hub import checked_repository, prepare_push
+from lmtune.models.tuning.adapter_files import check_adapter
 from lmtune.runs.store import RunDirectory
 from tests.hub_server import TOKEN, HubServer
-from tests.sample_run import base_model, write_base, write_run
+from tests.sample_run import write_base, write_run
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
 
@@ -88,17 +89,6 @@ def test_push_then_pull_gives_the_same_bytes_and_tells_nothing_private(
     assert pulled.stdout.strip() == "adapters/me--support"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == uploaded
     assert [path.name for path in folder.parent.iterdir()] == ["me--support"]  # no half of a download is left
-
-
-def test_pulled_adapter_loads_in_plain_peft_with_every_key(hub: HubServer, run: RunDirectory, tmp_path: Path) -> None:
-    from peft import PeftModel, get_peft_model_state_dict
-
-    hub.add("lab/support", {name: (run.adapter / name).read_bytes() for name in UPLOADED})
-    assert lmtune(hub, tmp_path, "pull", "lab/support", "--output", "mine").returncode == 0
-    model = PeftModel.from_pretrained(base_model(), tmp_path / "mine")
-    loaded, saved = get_peft_model_state_dict(model), load_file(run.adapter / "adapter_model.safetensors")
-    assert loaded.keys() == saved.keys()
-    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
 
 
 @pytest.mark.slow
@@ -171,14 +161,12 @@ ANSWERS = {
     "revision": (["pull", TOKEN, "me/good", "v9"], 2, r"me/good has no revision v9; give a branch, tag or commit"),
     "gated": (["pull", TOKEN, "lab/gated"], 2, r"lab/gated is gated: accept its conditions"),
     "bad token": (["pull", WRONG, "me/good"], 1, r"does not accept your token.*hf auth login"),
-    "broken": (["pull", TOKEN, "me/broken"], 1, r"the Hub answered 500, out of order; try again later"),
-    "pickled": (["pull", TOKEN, "me/pickled"], 2, r"pickled weights \(adapter_model.bin\).*safetensors only"),
-    "whole": (["pull", TOKEN, "lab/whole"], 2, r"a whole model, not an adapter.*lmtune chat lab/whole"),
+    "pickled": (["pull", TOKEN, "me/pickled"], 2, r"pickled weights \(adapter_model.bin\).*safetensors"),
+    "whole": (["pull", TOKEN, "lab/whole"], 2, r"a whole model.*lmtune chat lab/whole"),
     "empty": (["pull", TOKEN, "me/empty"], 2, r"no adapter_model.safetensors and no adapter_config.json"),
     "unsafe": (["pull", TOKEN, "me/unsafe"], 2, r"me/unsafe: .*auto_mapping: not a setting"),
     "no token": (["push", "", "me/support"], 1, r"without a Hub token: log in with `hf auth login`, or set HF_TOKEN"),
-    "push bad token": (["push", WRONG, "me/support"], 1, r"cannot upload to me/support: .*does not accept your token"),
-    "not mine": (["push", TOKEN, "lab/support"], 1, r"your token may not do that.*you are lab or a member"),
+    "not mine": (["push", TOKEN, "lab/support"], 1, r"your token may not do that.*you must be lab or a member"),
     "push broken": (["push", TOKEN, "me/broken"], 1, r"cannot upload to me/broken: the Hub answered 500"),
 }
 
@@ -230,9 +218,12 @@ def test_unreachable_and_offline(hub: HubServer, tmp_path: Path) -> None:
 def test_pull_leaves_an_existing_folder_alone_and_pickles_out(
     hub: HubServer, run: RunDirectory, tmp_path: Path
 ) -> None:
+    _set(run.adapter / "adapter_config.json", base_model_name_or_path="/data/models/base")
     files = {name: (run.adapter / name).read_bytes() for name in UPLOADED}
     hub.add("me/both", {**files, "adapter_model.bin": b"\x80\x04.", "training_args.bin": b"\x80", "run.py": b"boom"})
-    assert lmtune(hub, tmp_path, "pull", "me/both").returncode == 0
+    pulled = lmtune(hub, tmp_path, "pull", "me/both")
+    assert pulled.returncode == 0
+    assert "its base model is /data/models/base: a folder of its author" in pulled.stderr
     folder = tmp_path / "adapters" / "me--both"
     assert {path.name for path in folder.iterdir()} == UPLOADED
     again = lmtune(hub, tmp_path, "pull", "me/both")
@@ -272,10 +263,9 @@ LEAKS = {
         _setting("tokenizer_config.json", name_or_path="/somewhere/models/base"),
         r"tokenizer_config.json: name_or_path is a path of this machine",
     ),
-    "windows path": (_setting("lmtune.json", base_model="C:\\models\\base"), r"lmtune.json: base_model is a path"),
     "base": (
         _setting("adapter_config.json", base_model_name_or_path="/somewhere/models/base"),
-        r"base_model_name_or_path is a folder of this machine.*Hub id",
+        r"base_model_name_or_path is a path of this machine.*Hub id",
     ),
 }  # fmt: skip
 
@@ -294,7 +284,7 @@ def test_links_and_missing_files_are_not_uploaded(run: RunDirectory, tmp_path: P
     (tmp_path / "secret").write_text("secret")
     (run.adapter / "chat_template.jinja").unlink()
     (run.adapter / "chat_template.jinja").symlink_to(tmp_path / "secret")
-    with pytest.raises(ModelError, match=r"chat_template.jinja is not a regular file"):
+    with pytest.raises(ModelError, match=r"chat_template.jinja is a link"):
         prepare_push(run, "me/support")
     (run.adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no adapter_model.safetensors; finish the run"):
@@ -314,22 +304,11 @@ def test_a_base_in_a_folder_and_an_unfinished_run_are_warned_of(
     assert "base_model" not in yaml.safe_load(upload.card.split("---")[1])
 
 
-@pytest.mark.parametrize("name", ["me/support", "Me-2/a.b_c", "a/b"])
-def test_repository_names(name: str) -> None:
-    assert checked_repository(name) == name
-
-
-@pytest.mark.parametrize(
-    "name", ["support", "a/b/c", "../x", "me/..", "me/a--b", "me/x.git", "", "/a", "a/b c", "me/ä", f"a/{99 * 'b'}"]
-)  # fmt: skip
-def test_wrong_repository_names(name: str) -> None:
-    with pytest.raises(ConfigError, match="user/name"):
-        checked_repository(name)
-
-
-def test_pasted_address_gets_a_hint() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean me/support\?"):
-        checked_repository("https://huggingface.co/me/support/")
+def test_repository_names() -> None:
+    assert checked_repository("Me-2/a.b_c") == "Me-2/a.b_c"
+    for name in ("support", "a/b/c", "../x", "me/x.git", "", "/a", "https://huggingface.co/me/support/"):
+        with pytest.raises(ConfigError, match="user/name"):
+            checked_repository(name)
 
 
 # --- what is not taken from the Hub
@@ -337,31 +316,16 @@ def test_pasted_address_gets_a_hint() -> None:
 
 FAULTS = {
     "config": (_setting("adapter_config.json", peft_type="PREFIX_TUNING"), r"peft_type: 'PREFIX_TUNING'; expect"),
-    "metadata": (_setting("lmtune.json", quantization="fp1"), r"lmtune.json: quantization: 'fp1'; expected none, nf4"),
+    "metadata": (_setting("lmtune.json", quantization="fp1"), r"quantization: got 'fp1'; should be 'none', 'nf4'"),
     "tokenizer code": (_setting("tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}), r"auto_map names code"),
     "pickle": (lambda a: (a / "adapter_model.safetensors").write_bytes(b"\x80\x04." * 99), r"pickled"),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def adapter_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    run = write_run(tmp_path_factory.mktemp("sample") / "support")
-    return {name: (run.adapter / name).read_bytes() for name in UPLOADED}
-
-
 @pytest.mark.parametrize("name", FAULTS)
-def test_faulty_adapters_are_refused(adapter_files: dict[str, bytes], tmp_path: Path, name: str) -> None:
-    for file, content in adapter_files.items():
-        (tmp_path / file).write_bytes(content)
-    assert check_incoming(tmp_path) == []
+def test_faulty_adapters_are_refused(run: RunDirectory, name: str) -> None:
+    check_adapter(run.adapter)
     spoil, message = FAULTS[name]
-    spoil(tmp_path)
+    spoil(run.adapter)
     with pytest.raises(ModelError, match=message):
-        check_incoming(tmp_path)
-
-
-def test_a_base_on_its_authors_machine_is_warned_of(adapter_files: dict[str, bytes], tmp_path: Path) -> None:
-    for file, content in adapter_files.items():
-        (tmp_path / file).write_bytes(content)
-    _set(tmp_path / "adapter_config.json", base_model_name_or_path="/data/models/base")
-    assert "/data/models/base" in check_incoming(tmp_path)[0]
+        check_adapter(run.adapter)

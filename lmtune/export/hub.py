@@ -3,9 +3,8 @@
     url = push(RunDirectory("runs/support"), "anna/support")
     folder = pull("anna/support")              # adapters/anna--support, which `lmtune chat` loads
 
-What is uploaded is what plain PEFT loads, by a list of file names and after `lmtune.export.hub`; what is downloaded is
-checked before any library reads it, and appears under its name only when it is whole. The token is huggingface_hub's
-own (`hf auth login` or HF_TOKEN): it is never an argument, so it is in no shell history and no file of ours.
+Uploaded is what plain PEFT loads, by a list of file names and after a search for what is private. Downloaded is checked
+before any library reads it. The token is huggingface_hub's own (`hf auth login` or HF_TOKEN), never an argument.
 """
 
 from __future__ import annotations
@@ -65,13 +64,19 @@ def prepare_push(run: RunDirectory, repository: str) -> Upload:
         CheckpointError: the run's records are damaged.
     """
     checked_repository(repository)
-    names, kept_here = outgoing_files(run.adapter)
+    present = sorted(path.name for path in run.adapter.iterdir()) if run.adapter.is_dir() else []
+    if missing := [name for name in (WEIGHTS, CONFIG) if name not in present]:
+        raise ModelError(f"{run.adapter}: no {' and no '.join(missing)}; finish the run with `lmtune finetune` first")
+    names = [name for name in present if name in ADAPTER_FILES]
+    if links := [name for name in names if (run.adapter / name).is_symlink()]:
+        raise ModelError(f"{run.adapter}: {', '.join(links)} is a link; put the file itself there")
     config, summary = load_config(FinetuneConfig, run.config), run.read_summary()
     if "base" in run.read_json(run.local):  # a folder, wherever the command is called
         config = replace(config, model=replace(config.model, name=f"./{Path(config.model.name).name}"))
-    card = adapter_card(config, summary, run.read_data_report(), repository, stated_stops(run.adapter))
-    check_outgoing(run.adapter, [*names, *([] if CARD in names else [CARD])], card, _token())
-    check_usable(run.adapter)
+    stops = list(Metadata.read(run.adapter).stop_tokens)
+    card = adapter_card(config, summary, run.read_data_report(), repository, stops)
+    _check_private(run.adapter, names, card, _token())
+    _check_usable(run.adapter)
     base = config.model.name
     if base != "tiny" and not is_hub_id(base):
         warn(f"the base model {Path(base).name} is a folder of yours: others need that very model to use the adapter")
@@ -80,7 +85,7 @@ def prepare_push(run: RunDirectory, repository: str) -> Upload:
     texts = shared_texts(run.adapter)
     sizes = {name: (run.adapter / name).stat().st_size for name in names} | {CARD: len(card.encode())}
     sizes |= {name: len(text) for name, text in texts.items()}
-    return Upload(run.adapter, sizes, kept_here, card, texts)
+    return Upload(run.adapter, sizes, [name for name in present if name not in names], card, texts)
 
 
 def push(
@@ -104,7 +109,7 @@ def push(
         raise LmtuneError(f"cannot upload to {repository} without a Hub token: {_LOGIN}; it needs the write permission")
     from huggingface_hub import CommitOperationAdd
 
-    with _told(repository, "upload to"):
+    with _explained(repository, "upload to"):
         api = _api()
         api.create_repo(repository, private=private, exist_ok=True)
         is_private = bool(api.repo_info(repository).private)
@@ -142,25 +147,24 @@ def pull(repository: str, revision: str | None = None, output: Path | None = Non
     """
     folder = output or Path("adapters") / checked_repository(repository).replace("/", "--")
     require_possible(folder, "--output")
-    checked_repository(repository)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; delete it, or give another folder with --output")
     try:
-        with _told(repository, "download", revision):
+        with _explained(repository, "download", revision):
             from huggingface_hub import snapshot_download
 
             info = _api().model_info(repository, revision=revision)
             _require_adapter(repository, [str(file.rfilename) for file in info.siblings or []])
         with new_folder(folder) as staging:
-            with _told(repository, "download", revision):
+            with _explained(repository, "download", revision):
                 snapshot_download(repository, revision=info.sha, local_dir=staging, allow_patterns=list(ADAPTER_FILES))
             shutil.rmtree(staging / ".cache", ignore_errors=True)  # huggingface_hub's notes about the download
             try:
-                warnings = check_incoming(staging)
+                base = check_adapter(staging).get("base_model_name_or_path")
             except ModelError as error:
                 raise ModelError(f"{repository}: {error}") from None
-            for warning in warnings:
-                warn(warning)
+            if not base or _ABSOLUTE.fullmatch(base):
+                warn(f"its base model is {base or 'not named'}: a folder of its author; you need that very model")
     except OSError as error:
         raise LmtuneError(f"{folder}: cannot be written ({error.strerror or error})") from error
     return folder
@@ -168,21 +172,15 @@ def pull(repository: str, revision: str | None = None, output: Path | None = Non
 
 def _require_adapter(repository: str, names: list[str]) -> None:
     """Raise ModelError unless the repository holds an adapter in safetensors."""
-    if WEIGHTS in names and "adapter_config.json" in names:
+    missing = [name for name in (WEIGHTS, CONFIG) if name not in names]
+    if not missing:
         return
-    pickled = [name for name in names if name.endswith(PICKLES)]
-    if WEIGHTS not in names and pickled:
-        raise ModelError(
-            f"{repository} holds pickled weights ({', '.join(pickled[:3])}), which can run code when read, and no "
-            f"{WEIGHTS}; lmtune reads safetensors only: ask its author to convert them"
-        )
-    if "config.json" in names and "adapter_config.json" not in names:
-        raise ModelError(
-            f"{repository} is a whole model, not an adapter; it needs no pull: use it as model.name, or "
-            f"`lmtune chat {repository}`"
-        )
-    missing = [name for name in (WEIGHTS, "adapter_config.json") if name not in names]
-    raise ModelError(f"{repository} holds no {' and no '.join(missing)}, so it is not an adapter")
+    fix = "it is not an adapter"
+    if pickled := [name for name in names if name.endswith(_PICKLES)]:
+        fix = f"pickled weights ({pickled[0]}) can run code when read; ask its author for safetensors"
+    elif "config.json" in names:
+        fix = f"it is a whole model: use it as model.name, or `lmtune chat {repository}`"
+    raise ModelError(f"{repository} holds no {' and no '.join(missing)}; {fix}")
 
 
 def _token() -> str | None:
@@ -201,11 +199,12 @@ def _api() -> Any:
 
 
 @contextlib.contextmanager
-def _told(repository: str, action: str, revision: str | None = None) -> Iterator[None]:
+def _explained(repository: str, action: str, revision: str | None = None) -> Iterator[None]:
     """Turn what huggingface_hub raises inside the block into an error that says what to do."""
     from huggingface_hub import errors
 
     network_error = errors.HTTPError  # type: ignore[attr-defined]  # of the HTTP library that huggingface_hub uses
+    failed = f"cannot {action} {repository}"
     try:
         yield
     except LmtuneError:
@@ -220,34 +219,22 @@ def _told(repository: str, action: str, revision: str | None = None) -> Iterator
         who = "with your token" if _token() else f"without a token; if it is private, {_LOGIN}"
         raise ModelError(f"there is no repository {repository} to be seen {who}. Check its spelling") from error
     except errors.HfHubHTTPError as error:
-        raise LmtuneError(_http_message(repository, action, error)) from error
+        status = error.response.status_code
+        reasons = {
+            401: f"the Hub does not accept your token; get another one and {_LOGIN}",
+            403: f"your token may not do that; it needs the write permission, and you must be "
+            f"{repository.partition('/')[0]} or a member of it",
+        }
+        answer = f"the Hub answered {status}, {error.server_message or 'no reason given'}; try again later"
+        raise LmtuneError(f"{failed}: {reasons.get(status, answer)}") from error
     except errors.OfflineModeIsEnabled as error:
-        raise LmtuneError(
-            f"cannot {action} {repository}: HF_HUB_OFFLINE is set; unset it to use the network"
-        ) from error
+        raise LmtuneError(f"{failed}: HF_HUB_OFFLINE is set; unset it to use the network") from error
     except (network_error, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         raise LmtuneError(
-            f"cannot {action} {repository}: the Hub does not answer ({_short(error)}); check the network, and the "
-            "proxy and HF_ENDPOINT settings if you use them"
+            f"{failed}: the Hub does not answer ({_short(error)}); check the network, the proxy and HF_ENDPOINT"
         ) from error
     except ValueError as error:
-        raise LmtuneError(f"cannot {action} {repository}: {_short(error)}") from error
-
-
-def _http_message(repository: str, action: str, error: Any) -> str:
-    status = error.response.status_code
-    if status == 401:
-        return f"cannot {action} {repository}: the Hub does not accept your token; get another one and {_LOGIN}"
-    if status == 403:
-        user = repository.partition("/")[0]
-        return (
-            f"cannot {action} {repository}: your token may not do that. Give it the write permission in your Hub "
-            f"settings, and check that you are {user} or a member of it"
-        )
-    later = "; try again later" if status >= 500 or status == 429 else ""
-    return (
-        f"cannot {action} {repository}: the Hub answered {status}, {error.server_message or 'no reason given'}{later}"
-    )
+        raise LmtuneError(f"{failed}: {_short(error)}") from error
 
 
 def _short(error: Exception) -> str:
@@ -262,8 +249,7 @@ ADAPTER_FILES = (
     WEIGHTS, CONFIG, METADATA, CARD, *_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_REPOSITORY = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
+_PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _TOKEN = re.compile(HUB_TOKEN.encode())
 _ABSOLUTE = re.compile(r"(/[^/\s]+){2,}/?|~/.+|[A-Za-z]:[\\/].+|\\\\.+")
 
@@ -274,33 +260,14 @@ def checked_repository(name: str) -> str:
     Raises:
         ConfigError: it is not `user/name`.
     """
-    plain = re.sub(r"^(https?://)?(huggingface\.co|hf\.co)/", "", name).strip("/")
-    if _REPOSITORY.fullmatch(name) and len(name) <= 96 and not re.search(r"--|\.\.|\.git$", name):
-        return name
-    hint = f"did you mean {plain}?" if plain != name and _REPOSITORY.fullmatch(plain) else "for example anna/support"
-    raise ConfigError(
-        f"{name!r} is not a repository name; expected user/name, of letters, digits, single - and ., and _; {hint}"
-    )
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-
-def outgoing_files(folder: Path) -> tuple[list[str], list[str]]:
-    """The names in an adapter folder that are uploaded, and those that stay here.
-
-    Raises:
-        ModelError: the adapter is incomplete, or a file is a link.
-    """
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if missing := [name for name in (WEIGHTS, CONFIG) if name not in names]:
-        raise ModelError(f"{folder}: no {' and no '.join(missing)}; finish the run with `lmtune finetune` first")
-    chosen = [name for name in names if name in ADAPTER_FILES]
-    if links := [name for name in chosen if (folder / name).is_symlink() or not (folder / name).is_file()]:
-        raise ModelError(f"{folder}: {', '.join(links)} is not a regular file; put the file itself there")
-    return chosen, [name for name in names if name not in chosen]
-
-
-def stated_stops(folder: Path) -> list[str]:
-    """The tokens that an adapter's model stops at, as its `lmtune.json` names them; empty where it does not."""
-    return list(Metadata.read(folder).stop_tokens)
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name)
+        if all(name.partition("/")[::2]):
+            return name
+    raise ConfigError(f"{name!r} is not a repository name; expected user/name, for example anna/support")
 
 
 def shared_texts(folder: Path) -> dict[str, bytes]:
@@ -314,45 +281,30 @@ def shared_texts(folder: Path) -> dict[str, bytes]:
     return texts
 
 
-def check_outgoing(folder: Path, names: list[str], card: str, token: str | None) -> None:
-    """Make sure that nothing private is in the files.
+def _check_private(folder: Path, names: list[str], card: str, token: str | None) -> None:
+    """Raise ModelError, naming each file and what is in it but never the secret, where something private would be sent.
 
     Args:
         folder: the adapter folder.
         names: its files that are to be uploaded.
         card: the text that is uploaded as README.md instead of the file.
         token: the Hub token in use, which must be in none of them.
-
-    Raises:
-        ModelError: naming each file and what is in it, but never the secret.
     """
     secrets = [token.encode()] if token else []
-    base = read_object(folder / CONFIG).get("base_model_name_or_path")
-    problems = []
-    if isinstance(base, str) and _ABSOLUTE.fullmatch(base):
-        problems.append(
-            f"{CONFIG}: base_model_name_or_path is a folder of this machine, which nobody else has; write the base's "
-            "Hub id there"
-        )
-    for name in names:
-        if name == CARD:
-            problems += [f"{name}: {fault}" for fault in _leaks(name, card.encode(), secrets)]
-        elif (path := folder / name).stat().st_size:
+    problems = [f"{CARD}: {fault}" for fault in _leaks(CARD, card.encode(), secrets)]
+    for path in (folder / name for name in names if name != CARD):
+        if path.stat().st_size:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                problems += [f"{name}: {fault}" for fault in _leaks(name, content, secrets)]
-        if name.endswith(".json") and name not in _VOCABULARY:
-            found = [key for key, text in _strings(read_object(folder / name)) if _ABSOLUTE.fullmatch(text)]
-            problems += [f"{name}: {key} is a path of this machine" for key in found if "base_model_name" not in key]
+                problems += [f"{path.name}: {fault}" for fault in _leaks(path.name, content, secrets)]
+        if path.suffix == ".json" and path.name not in _VOCABULARY:
+            found = [key for key, text in _strings(read_object(path)) if _ABSOLUTE.fullmatch(text)]
+            problems += [f"{path.name}: {key} is a path of this machine; write a Hub id there" for key in found]
     if problems:
         raise ModelError(f"{folder}: not uploaded, these files would tell what is private\n{format_list(problems)}")
 
 
-def check_usable(folder: Path) -> None:
-    """Make sure that others can use an adapter, as far as that can be said without its base; every tensor is read.
-
-    Raises:
-        ModelError: with everything that is wrong with it.
-    """
+def _check_usable(folder: Path) -> None:
+    """Raise ModelError where nobody could use an adapter, as far as that can be said without its base."""
     try:
         check_adapter(folder)
     except ModelError as error:
@@ -361,19 +313,6 @@ def check_usable(folder: Path) -> None:
         raise ModelError(
             f"{folder}: not uploaded, nobody could use this adapter; train it again\n{format_list(problems, 8)}"
         )
-
-
-def check_incoming(folder: Path) -> list[str]:
-    """Check a downloaded adapter before any library reads it; returns what is worth a warning.
-
-    Raises:
-        ModelError: with everything that is wrong with it.
-    """
-    config = check_adapter(folder)
-    base = config.get("base_model_name_or_path")
-    if not base or _ABSOLUTE.fullmatch(base):
-        return [f"its base model is {base or 'not named'}: a folder of its author's machine; you need that very model"]
-    return []
 
 
 def _tensor_faults(path: Path) -> Iterator[str]:
