@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtune.data.rendering import Renderer, Template
-from lmtune.data.replies import is_still_reasoning, split_reply
+from lmtune.data.replies import split_reply
 from lmtune.data.types import Example, Message
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.inference.chat import AnswerInfo, ChatSession, Detokenizer
@@ -22,7 +22,7 @@ from lmtune.inference.engine import Sampler, Sampling, TransformersEngine
 from lmtune.inference.load import LoadedModel
 from lmtune.kernels.attention import packed_attention
 from tests.chat_models import chat_model, never_stops, parrot, random_model
-from tests.tokenizers import CHANNELS, CHAT_TEMPLATES, EMPTY_THOUGHT_FIELD, QWEN3, QWEN35, R1, WORD, make_tokenizer
+from tests.tokenizers import CHANNELS, CHAT_TEMPLATES, EMPTY_THOUGHT_FIELD, QWEN3, QWEN35, R1, make_tokenizer
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
 
@@ -73,9 +73,8 @@ def spy_on_reading(loaded: LoadedModel) -> list[list[int]]:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": "hot"},
-        {"temperature": True}, {"top_p": 0.0}, {"top_p": 1.01}, {"top_p": math.nan}, {"max_new_tokens": 0},
-        {"max_new_tokens": 1.5}, {"seed": -1}, {"seed": 2**32}, {"seed": None},
+        {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": "hot"}, {"top_p": 0.0}, {"top_p": 1.01},
+        {"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"seed": -1}, {"seed": None},
     ],
 )  # fmt: skip
 def test_an_option_out_of_bounds_is_named(wrong: dict[str, Any]) -> None:
@@ -86,7 +85,7 @@ def test_an_option_out_of_bounds_is_named(wrong: dict[str, Any]) -> None:
 # --- the prompt
 
 
-@pytest.mark.parametrize("name", ["chatml", "qwen3", "generation-marks", "llama2", "no-end"])
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "llama2"])
 def test_what_is_read_is_what_training_put_before_the_answer(name: str) -> None:
     loaded = chat_model(template=CHAT_TEMPLATES[name])
     turns = [Message("user", "What is the capital of <|im_end|> France?"), Message("assistant", "Paris."),
@@ -111,14 +110,6 @@ def test_training_s_system_prompt_is_used_where_the_user_gives_none() -> None:
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_without_a_chat_template_every_question_stands_alone() -> None:
-    loaded = chat_model(template=None)
-    session, fresh = ChatSession(loaded), ChatSession(loaded)
-    assert not session.remembers
-    session.reply("The quick brown fox", SHORT)
-    assert session.reply("Be brief.", SHORT) == fresh.reply("Be brief.", SHORT)
-
-
 def test_a_conversation_too_long_for_the_model_is_refused_and_the_question_taken_back() -> None:
     session = ChatSession(chat_model(positions=64))
     session.reply("Hello", Sampling(max_new_tokens=4))
@@ -133,7 +124,7 @@ def test_a_conversation_too_long_for_the_model_is_refused_and_the_question_taken
 
 
 @pytest.mark.parametrize("use_base", [False, True])
-@pytest.mark.parametrize(("seed", "dora"), [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize(("seed", "dora"), [(0, False), (2, True)])
 def test_temperature_0_is_transformers_greedy_generation(seed: int, dora: bool, use_base: bool) -> None:
     loaded = chat_model(seed, dora=dora)
     session = ChatSession(loaded)
@@ -155,12 +146,6 @@ def test_sampling_follows_the_warped_distribution() -> None:
         assert torch.allclose(shares, wanted / wanted.sum(), atol=0.04)
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e300])
-def test_no_temperature_overflows(temperature: float) -> None:
-    token = Sampler(Sampling(temperature, 0.5))(torch.tensor([1.0, 9.0, 3.0]))
-    assert token == 1 if temperature < 1 else token in (0, 1, 2)
-
-
 def test_equal_seeds_give_equal_answers_whoever_else_is_speaking(model: LoadedModel) -> None:
     alone = ChatSession(model).reply("Hello", WARM)
     assert ChatSession(model).reply("Hello", Sampling(1.0, 0.9, 24, seed=6)) != alone
@@ -175,22 +160,6 @@ def test_equal_seeds_give_equal_answers_whoever_else_is_speaking(model: LoadedMo
                 streams[index] = None  # type: ignore[call-overload]
     assert "".join(pieces[0]) == alone
     assert "".join(pieces[1]) == ChatSession(model).reply("Hello", WARM, use_base=True) != alone
-
-
-def test_many_threads_with_and_without_the_adapter_say_what_each_would_say_alone(model: LoadedModel) -> None:
-    alone = {base: ChatSession(model).reply("Hello", WARM, base) for base in (False, True)}
-    said: list[tuple[bool, str]] = []
-
-    def talk(base: bool) -> None:
-        said.append((base, ChatSession(model).reply("Hello", WARM, base)))
-
-    threads = [threading.Thread(target=talk, args=(index % 2 == 0,)) for index in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(said) == 6
-    assert all(text == alone[base] for base, text in said)
 
 
 def test_an_error_inside_reaches_the_caller_as_itself(model: LoadedModel) -> None:
@@ -297,15 +266,6 @@ def test_a_long_prompt_is_read_in_parts_and_can_be_stopped_between() -> None:
     assert session.reply("Hello", SHORT) == reply_after(session.messages[:-2], "Hello", loaded)
 
 
-def test_release_frees_what_was_read_and_changes_nothing(model: LoadedModel) -> None:
-    session = ChatSession(model)
-    session.reply("Hello", SHORT)
-    before = session.messages
-    session.release()
-    assert session.messages == before
-    assert session.reply("Be brief.", SHORT) == reply_after(before, "Be brief.", model)
-
-
 # --- how answers end, going on, taking back
 
 
@@ -380,16 +340,6 @@ def test_stop_from_another_thread_ends_the_answer_and_keeps_what_was_said(model:
     assert session.reply("Be brief.", SHORT) == reply_after(before, "Be brief.", model)
 
 
-def test_an_abandoned_stream_keeps_what_was_said(model: LoadedModel) -> None:
-    session = ChatSession(model)
-    stream = session.stream("Hello", WARM)
-    said = next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    assert session.messages[-1] == Message("assistant", said)
-    before = session.messages
-    assert session.reply("Be brief.", SHORT) == reply_after(before, "Be brief.", model)
-
-
 def test_a_new_question_ends_the_answer_under_way(model: LoadedModel) -> None:
     session = ChatSession(model)
     first = session.stream("Hello", WARM)
@@ -401,16 +351,6 @@ def test_a_new_question_ends_the_answer_under_way(model: LoadedModel) -> None:
         Message("assistant", answer),
     ]  # fmt: skip
     assert answer == reply_after(session.messages[:2], "Be brief.", model)
-
-
-def test_clear_forgets_even_the_answer_under_way(model: LoadedModel) -> None:
-    session = ChatSession(model)
-    stream = session.stream("Hello", WARM)
-    next(stream)
-    session.clear()
-    assert "".join(stream) == ""
-    assert session.messages == []
-    assert session.reply("Hello", SHORT) == reply_after([], "Hello", model)
 
 
 def test_edit_replaces_a_question_and_drops_what_followed(model: LoadedModel) -> None:
@@ -482,18 +422,8 @@ def test_a_batch_says_what_each_prompt_alone_would(model: LoadedModel) -> None:
     assert batch(model, [], stops, 20) == []
 
 
-def test_a_batch_ends_each_answer_at_its_first_stop_token(model: LoadedModel) -> None:
-    prompts = [model.renderer.prompt_ids([Message("user", text)]) for text in ("a", "the lazy dog")]
-    whole = batch(model, prompts, [511], 20)
-    stops = [whole[0][3], whole[1][7]]
-    cut = [next((i for i, token in enumerate(answer) if token in stops), 20) for answer in whole]
-    assert batch(model, prompts, stops, 20) == [answer[:end] for answer, end in zip(whole, cut, strict=True)]
-
-
 @pytest.mark.parametrize("adapter", [True, False])
-@pytest.mark.parametrize(
-    "own", [{"suppress_tokens": "said"}, {"min_new_tokens": 19}, {"no_repeat_ngram_size": 1}, {"min_length": 60}]
-)
+@pytest.mark.parametrize("own", [{"suppress_tokens": "said"}, {"min_new_tokens": 19}])
 def test_a_model_s_own_generation_settings_change_a_batch_no_more_than_a_chat(
     own: dict[str, Any], adapter: bool
 ) -> None:
@@ -545,11 +475,9 @@ ANALYSIS = "<pad>analysis<s>why<|im_end|><|im_start|>assistant<pad>final<s>"
     [
         (CHANNELS, "auto", "<pad>final<s>Item 5.</s>", None, "Item 5."),
         (CHANNELS, "auto", ANALYSIS + "Item 5.</s>", "why", "Item 5."),
-        (WORD, "auto", "<pad>final<s>Item 5.<|im_end|>", None, "Item 5."),
         (R1, "thinking", "why</think>Item 5.<|im_end|>", "why", "Item 5."),
         (R1, "auto", "why</think>Item 5.<|im_end|>", "why", "Item 5."),
         (QWEN35, "thinking", "why\n</think>\n\n  Item 5.<|im_end|>", "why", "  Item 5."),
-        (QWEN35, "auto", "Item 5.<|im_end|>", None, "Item 5."),
         (QWEN3, "thinking", "<think>\nwhy\n</think>\n\nItem 5.<|im_end|>", "why", "Item 5."),
         (EMPTY_THOUGHT_FIELD, "thinking", "<pad>thought\nwhy\n<s>Item 5.<|im_end|>", "why", "Item 5."),
     ],
@@ -565,15 +493,5 @@ def test_a_reply_is_its_answer_after_its_reasoning(
     assert len(pieces) > 3, "it is streamed"
     history = loaded.tokenizer.decode(loaded.renderer.prompt_ids([*session.messages, Message("user", "And 6?")]))
     assert history.count("Item 5.") == 1
-    assert history.count("final") == (1 if template in (CHANNELS, WORD) else 0)
+    assert history.count("final") == (template == CHANNELS)
     assert "why" not in history or template == EMPTY_THOUGHT_FIELD, "which keeps reasoning in history"
-
-
-@pytest.mark.parametrize(("said", "shown"), [("why not", "why not"), (ANALYSIS + "Item", "why")])
-def test_a_reply_that_is_cut_while_it_reasons_has_no_answer(said: str, shown: str) -> None:
-    opened = "<pad>" not in said
-    loaded = scripted(R1 if opened else CHANNELS, "thinking", said)
-    cut = Sampling(max_new_tokens=len(loaded.tokenizer.encode(shown)) + (0 if opened else 6))
-    reply = ChatSession(loaded).reply("Hello", cut)
-    assert split_reply(reply)[1] == ""
-    assert is_still_reasoning(reply)

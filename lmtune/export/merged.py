@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ def merge_run(
     accept_difference: bool = False,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Merge the adapter of a run into its base, and verify the result against the adapter model.
+    """Merge the adapter of a run into its base, verify the result, and return the report, also in `merge.json`.
 
     Args:
         run_directory: of a run that has an adapter, or a checkpoint of one.
@@ -32,9 +32,6 @@ def merge_run(
         into: `trained`: the weights that were trained over, dequantized. `original`: as published.
         accept_difference: keep the merged model even where its logits differ by more than rounding explains.
         base: where the base model is now, a folder or Hub id, if it was moved.
-
-    Returns:
-        The report, which is also written to `merge.json`.
 
     Raises:
         ConfigError: `output` cannot be written, or holds something else.
@@ -83,12 +80,12 @@ def _merge(
             metadata, base_model=shareable_name(config.model.name, output), quantization="none", merged=into
         )
         write_json(folder / "lmtune.json", merged.as_dict())
-        write_json(folder / "merge.json", report.as_dict())
-        write_text(folder / "README.md", merged_card(config, summary, report.as_dict(), stops=names))
+        write_json(folder / "merge.json", asdict(report))
+        write_text(folder / "README.md", merged_card(config, summary, asdict(report), stops=names))
 
-    report = merge(
-        config.model, adapter, output, into, sequences, tokenizer, stops, describe, accept_difference
-    ).as_dict()
+    report = asdict(
+        merge(config.model, adapter, output, into, sequences, tokenizer, stops, describe, accept_difference)
+    )
     if output == run_directory.merged and summary.status == "complete":  # else it is the run's own to write
         write_json(run_directory.summary, {**summary.tree, "merge": report})
     out.print(f"merged into {escape(str(output))} ({report['dtype']}, {into} weights)")

@@ -4,10 +4,8 @@
     for piece in session.stream("Where is my parcel?", Sampling(temperature=0.7, seed=1)):
         print(piece, end="", flush=True)
 
-The prompt is `Renderer.prompt_ids`, token for token what training put before an answer, and an answer ends at the
-renderer's stop tokens. The engine (`lmtune.inference.engine`) makes token ids of token ids; here stands what those
-mean: turns, who gave them, their text. A session keeps the prompt caches of what was read, so a further turn costs only
-its own tokens. Several sessions share one model and take turns token by token.
+The prompt is `Renderer.prompt_ids`, token for token what training put before an answer. A session keeps the prompt
+caches of what was read, so a further turn costs only its own tokens. Sessions share one model token by token.
 """
 
 from __future__ import annotations
@@ -54,14 +52,7 @@ class ChatSession:
         self, model: LoadedModel, system: str | None = None, messages: Sequence[Message] = (),
         infos: Sequence[AnswerInfo | None] = (),
     ) -> None:  # fmt: skip
-        """A conversation that begins with `messages`, without reading anything yet.
-
-        Args:
-            model: who answers.
-            system: the system prompt.
-            messages: earlier turns, answered by this model or another.
-            infos: one for each of `messages`, None for questions; by default nothing is known.
-        """
+        """A conversation that begins with `messages`; `infos` holds one for each, None for questions."""
         self.model = model
         self.system = system
         self.remembers = model.renderer.uses_chat_template
@@ -99,10 +90,7 @@ class ChatSession:
         return self._answer is not None and self._answer.finish_reason == "length"
 
     def stream(self, user_text: str, sampling: Sampling | None = None, use_base: bool = False) -> Iterator[str]:
-        """Ask, and get the reply in pieces of text; abandoning the iterator stops it.
-
-        Reasoning, whatever form the template gives it, stands before the answer in <think> tags; `split_reply` of
-        `lmtune.data.replies` takes a reply apart.
+        """Ask, and get the reply in pieces of text, reasoning in <think> tags; abandoning the iterator stops it.
 
         Args:
             user_text: the question.
@@ -110,8 +98,7 @@ class ChatSession:
             use_base: answer without the adapter.
 
         Raises:
-            LmtuneError: the conversation is longer than the model can read. The question is then taken back, as
-                after any other error.
+            LmtuneError: the conversation is longer than the model can read. After any error the question is taken back.
         """
         return self._ask(None, user_text, sampling, use_base)
 
@@ -120,11 +107,7 @@ class ChatSession:
         return "".join(self.stream(user_text, sampling, use_base))
 
     def retry(self, sampling: Sampling | None = None, use_base: bool = False) -> Iterator[str]:
-        """Answer the last question anew.
-
-        Raises:
-            LmtuneError: there is no question yet.
-        """
+        """Answer the last question anew."""
         messages = self.messages
         last = _last_question(messages)
         if last is None:
@@ -134,22 +117,14 @@ class ChatSession:
     def edit(
         self, index: int, user_text: str, sampling: Sampling | None = None, use_base: bool = False
     ) -> Iterator[str]:
-        """Put `user_text` in place of the question `messages[index]`, drop what came after, and answer it.
-
-        Raises:
-            LmtuneError: `messages[index]` is not a question.
-        """
+        """Put `user_text` in place of the question `messages[index]`, drop what came after, and answer it."""
         messages = self.messages
         if not 0 <= index < len(messages) or messages[index].role != "user":
             raise LmtuneError(f"message {index} is not a question of yours, so it cannot be edited")
         return self._ask(index, user_text, sampling, use_base)
 
     def continue_answer(self, sampling: Sampling | None = None) -> Iterator[str]:
-        """Go on with the last answer from where `max_new_tokens` cut it; gives what comes after the cut.
-
-        Raises:
-            LmtuneError: the last answer was not cut, or is not of this session.
-        """
+        """Go on with the last answer from where `max_new_tokens` cut it; gives what comes after the cut."""
         answer = self._answer
         if answer is None or not self.can_continue:
             raise LmtuneError("the last answer was not cut at the limit, so there is nothing to continue; ask instead")

@@ -1,15 +1,13 @@
-"""The engine: token ids in, token ids out. It knows no tokenizer, no text and no conversation.
+"""The engine: token ids in, token ids out. It knows no tokenizer, no text and no conversation (an idea of nanochat's).
 
     engine = TransformersEngine(model)
     for token in engine.submit(prompt_ids, Sampling(temperature=0.7, stop_token_ids=(2,))):
         ...
     answers = engine.generate(prompts, Sampling(stop_token_ids=(2,)))
 
-`submit` streams the answer to one prompt, one forward pass at a time under a lock, so that any number of prompts take
-turns token by token, some with the adapter and some without. A `PromptCache` that the caller keeps makes the next
-prompt cheap where it begins alike. `generate` answers many prompts greedily in batches, as an evaluation needs it. Of a
-model's own generation settings neither uses any, so that both answer alike. That an engine should not know about
-tokenization is an idea of nanochat's.
+`submit` streams the answer to one prompt, one forward pass at a time under a lock, so that prompts take turns token by
+token, some with the adapter and some without. A `PromptCache` makes the next prompt cheap where it begins alike.
+`generate` answers many prompts greedily in batches. Neither uses a model's own generation settings.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 _PREFILL_TOKENS = 512  # in one forward pass, so that a long prompt can be stopped and lets other prompts in
-_MIN_TEMPERATURE = 1e-6  # below it fp32 divides by zero, and the most probable token has all the weight anyway
 
 FinishReason = Literal["stop", "length", "context", "stopped"]
 
@@ -60,15 +58,15 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        wrong = []
-        if not is_finite_number(self.temperature) or self.temperature < 0:
-            wrong.append(f"temperature: {self.temperature!r}; expected a number, 0 or more")
-        if not is_finite_number(self.top_p) or not 0 < self.top_p <= 1:
-            wrong.append(f"top_p: {self.top_p!r}; expected a number above 0 and at most 1")
-        if not is_finite_number(self.max_new_tokens, integer=True) or self.max_new_tokens < 1:
-            wrong.append(f"max_new_tokens: {self.max_new_tokens!r}; expected an integer, 1 or more")
-        if not is_finite_number(self.seed, integer=True) or not 0 <= self.seed < 2**32:
-            wrong.append(f"seed: {self.seed!r}; expected an integer from 0 to {2**32 - 1}")
+        number, integer = is_finite_number, partial(is_finite_number, integer=True)
+        fits = {
+            ("temperature", "a number, 0 or more"): number(self.temperature) and self.temperature >= 0,
+            ("top_p", "a number above 0 and at most 1"): number(self.top_p) and 0 < self.top_p <= 1,
+            ("max_new_tokens", "an integer, 1 or more"): integer(self.max_new_tokens) and self.max_new_tokens >= 1,
+            ("seed", f"an integer from 0 to {2**32 - 1}"): integer(self.seed) and 0 <= self.seed < 2**32,
+        }
+        wrong = [f"{name}: {getattr(self, name)!r}; expected {what}" for (name, what), is_right in fits.items()
+                 if not is_right]  # fmt: skip
         if wrong:
             raise ConfigError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} options are wrong\n{format_list(wrong)}")
 
@@ -133,7 +131,6 @@ class Engine(Protocol):
     @property
     def max_positions(self) -> int | None:
         """The longest prompt with its answer, in tokens; None without a limit."""
-        ...
 
     def submit(
         self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None,
@@ -150,7 +147,6 @@ class Engine(Protocol):
         Raises:
             LmtuneError: from the iterator, where the logits are not finite.
         """
-        ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, advance: Callable[[int], None] | None = None
@@ -168,7 +164,6 @@ class Engine(Protocol):
         Raises:
             LmtuneError: a prompt leaves no room for an answer.
         """
-        ...
 
 
 class TransformersEngine:
@@ -304,8 +299,9 @@ class Sampler:
 
         self._greedy, self._seed = sampling.temperature == 0, sampling.seed
         self._generator: torch.Generator | None = None
-        temperature = max(float(sampling.temperature), _MIN_TEMPERATURE)
-        self._warp = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        self._warp = LogitsProcessorList()
+        if not self._greedy:
+            self._warp.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_p < 1:
             self._warp.append(TopPLogitsWarper(float(sampling.top_p)))
 
@@ -357,11 +353,8 @@ def unpacked_attention(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_generation_config(model: Any) -> Iterator[None]:
-    """Inside the block the model brings no generation settings of its own.
-
-    transformers takes from them whatever a call leaves open (suppressed tokens, a least length, penalties), so that a
-    batch would answer otherwise than a chat.
-    """
+    """Inside the block the model brings no generation settings of its own, which transformers uses where a call leaves
+    something open; a batch would answer otherwise than a chat."""
     from transformers import GenerationConfig
 
     parts = [model] if base_of(model) is model else [model, base_of(model)]  # a PEFT model hands its own to its base

@@ -167,22 +167,15 @@ def _loaded(
 
 
 def _check_spelling(target: str) -> None:
-    """Raise ModelError for a name that is almost a run's and not a known model, or that the Hub cannot have."""
+    """Raise ModelError for a name in `runs/`, or almost a run's, that is no known model: it is not asked of the Hub."""
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
     if target == "tiny" or Path(target).is_dir():
         return
-    hint = f"did you mean {' or '.join(near)}?" if (near := similar_runs(target)) else None
-    try:
-        is_there = isinstance(try_to_load_from_cache(target, "config.json"), str)
-        if hint is None and Path(target).parent.name == "runs":
-            hint = run_hint(Path(target).name)
-        elif hint is None or is_there:
-            return
-    except HFValidationError:
-        hint = hint or run_hint(target)
-    raise ModelError(f"{target}: no such run or folder; {hint} (a model of the Hub is user/name)")
+    near, is_run = similar_runs(target), Path(target).parent.name == "runs"
+    if is_run or (near and not isinstance(try_to_load_from_cache(target, "config.json"), str)):
+        hint = f"did you mean {' or '.join(near)}?" if near else run_hint(Path(target).name)
+        raise ModelError(f"{target}: no such run or folder; {hint} (a model of the Hub is user/name)")
 
 
 # --- the tokenizer, the renderer and the stop tokens
@@ -194,35 +187,20 @@ def build_renderer(
 ) -> Renderer:  # fmt: skip
     """The renderer of a run: its template and system prompt, and all stop tokens that the model's own config names.
 
-    Args:
-        tokenizer: the model's.
-        model: names the generation config.
-        template: as `data.template`.
-        system: the system prompt of training.
-        stop_token_ids: more of them, from `lmtune.json`: the tokenizer beside an adapter names only the first.
-        now: the time for a template that writes it; by default that of rendering.
+    `stop_token_ids` are more of them, from `lmtune.json`; `now` is the time for a template that writes it.
     """
     return Renderer(tokenizer, template, system, (*generation_stop_tokens(model), *stop_token_ids), now)
 
 
 def generation_stop_tokens(model: ModelConfig) -> tuple[int, ...]:
-    """The end tokens in the base's generation config, if it has one.
-
-    Raises:
-        ModelError: they are not token ids.
-    """
+    """The end tokens in the base's generation config, if it has one."""
     from transformers import GenerationConfig
 
     try:
         ids = GenerationConfig.from_pretrained(resolve_name(model.name), revision=model.revision).eos_token_id
     except (OSError, ValueError):  # many base models have no generation_config.json
         return ()
-    several = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(index) is int and index >= 0 for index in several):
-        raise ModelError(
-            f"model.name: {model.name}: generation_config.json: eos_token_id: {ids!r}; expected a token id or a list"
-        )
-    return tuple(several)
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def stop_tokens(folder: Path) -> tuple[int, ...]:
@@ -233,10 +211,8 @@ def stop_tokens(folder: Path) -> tuple[int, ...]:
     """
     if ids := Metadata.read(folder).stop_token_ids:
         return ids
-    stated = read_tree(folder / GENERATION).get("eos_token_id")
-    several = stated if isinstance(stated, list) else [stated]
-    if several and all(type(index) is int and index >= 0 for index in several):
-        return tuple(several)
+    if stated := read_tree(folder / GENERATION).get("eos_token_id"):
+        return tuple(stated) if isinstance(stated, list) else (stated,)
     raise ModelError(f"{folder}: generation_config.json names no end token (eos_token_id); train the adapter again")
 
 
@@ -258,14 +234,7 @@ def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def run_metadata(
     config: FinetuneConfig, renderer: Renderer, fingerprint: str, folder: Path | None = None
 ) -> Metadata:  # fmt: skip
-    """The metadata of a run's adapter.
-
-    Args:
-        config: of the run.
-        renderer: of the run.
-        fingerprint: of the base.
-        folder: where the file will be, from which a base in a folder is named.
-    """
+    """The metadata of a run's adapter; a base in a folder is named from `folder`, where the file will be."""
     return Metadata(
         base_model=shareable_name(config.model.name, folder), revision=config.model.revision,
         quantization=config.model.quantization, dtype=config.model.dtype, base_fingerprint=fingerprint,

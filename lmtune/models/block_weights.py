@@ -4,8 +4,7 @@
     with held.in_dtype(torch.float32, dequantize=True): ...   # each decoder layer is fp32 while it runs, and only then
     for weights in held.merged(): ...                         # what the adapter changes, in fp32, block by block
 
-A block is a decoder layer, or a module outside of them that has weights of its own (embedding, last norm, head). So a
-model in 16 or 4 bit takes the memory of 16 or 4 bit and of one block in fp32.
+A block is a decoder layer, or a module outside of them that has weights of its own (embedding, last norm, head).
 """
 
 from __future__ import annotations
@@ -37,10 +36,7 @@ class BlockWeights:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """
-        Args:
-            model: a PeftModel in evaluation mode, or a transformers model.
-        """
+        """`model` is a PeftModel in evaluation mode, or a transformers model."""
         self.base: PreTrainedModel = base_of(model)
         for module in self.base.modules():
             if hasattr(module, "lmtune_weight"):
@@ -58,12 +54,7 @@ class BlockWeights:
 
     @contextlib.contextmanager
     def in_dtype(self, dtype: torch.dtype | None, dequantize: bool = False) -> Iterator[None]:
-        """Compute with every weight in `dtype`; None keeps the dtype that it is held in.
-
-        Args:
-            dtype: of the weights of a block while it runs.
-            dequantize: whether quantized weights are too.
-        """
+        """Compute with every weight in `dtype`, with `dequantize` quantized ones too; None keeps what is held."""
         before = self._dtype, self._dequantize
         self._dtype, self._dequantize = dtype, dequantize
         try:

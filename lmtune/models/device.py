@@ -11,13 +11,11 @@ import ctypes
 import os
 from typing import TYPE_CHECKING
 
-from lmtune.errors import ConfigError
-
 if TYPE_CHECKING:
     import torch
 
 USE_CPU = "ACCELERATE_USE_CPU"
-_YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")  # as Accelerate reads it
+_YES = ("1", "true", "t", "yes", "y", "on")  # as Accelerate reads it
 DENSE_SHARE = 0.25  # of the free memory, for quantized weights kept as dense matrices
 # What PyTorch and CUDA's libraries write where they do not raise `torch.OutOfMemoryError`, in lower case
 _SHORT_OF_MEMORY = (
@@ -29,11 +27,7 @@ _SHORT_OF_MEMORY = (
 
 
 def default_device() -> torch.device:
-    """The device of this process.
-
-    Raises:
-        ConfigError: `ACCELERATE_USE_CPU` is neither true nor false.
-    """
+    """The device of this process."""
     import torch
 
     if torch.cuda.is_available() and not asks_for_cpu():
@@ -42,15 +36,8 @@ def default_device() -> torch.device:
 
 
 def asks_for_cpu() -> bool:
-    """Whether `ACCELERATE_USE_CPU` asks for the CPU.
-
-    Raises:
-        ConfigError: it is neither true nor false.
-    """
-    value = os.environ.get(USE_CPU, "")
-    if value.lower() not in (*_YES, *_NO):
-        raise ConfigError(f"{USE_CPU}: {value!r}; expected true or false; unset it or set it to one of them")
-    return value.lower() in _YES
+    """Whether `ACCELERATE_USE_CPU` asks for the CPU."""
+    return os.environ.get(USE_CPU, "").lower() in _YES
 
 
 def free_memory(device: torch.device) -> int:
@@ -98,9 +85,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def return_freed_memory() -> None:
-    """Return what was freed on the CPU to the system, where the C library is glibc.
-
-    glibc keeps it for the next allocation, which for tensors of other sizes in every step does not fit.
-    """
+    """Return what was freed on the CPU to the system: glibc keeps it, and tensors of other sizes do not fit in it."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -38,10 +38,9 @@ def quiet_libraries() -> None:
 
 
 def ignore_accelerate_settings() -> None:
-    """Remove the variables of `accelerate config` or another project from the environment; warn of those in effect.
+    """Remove the variables of `accelerate config` or another project; warn of those in effect.
 
-    lmtune uses Accelerate for its processes only. A variable that is left over would load DeepSpeed, shard or compile
-    the model, or end the program where Accelerate does not know its value.
+    lmtune uses Accelerate for its processes only: such a variable would load DeepSpeed, or shard or compile the model.
     """
     names = sorted(name for name in os.environ if name.startswith("ACCELERATE_") and name != USE_CPU)
     meant = [name for name in names if os.environ[name].lower() not in _NEUTRAL]

@@ -14,9 +14,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lmtune.config.load import build_config, load_config
+from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization
 from lmtune.errors import ModelError
 from lmtune.models.tuning.adapter_files import Metadata, check_adapter
@@ -31,7 +30,7 @@ def is_folder(name: str) -> bool:
 def shareable_name(name: str, start: Path | None = None) -> str:
     """A base's name for files that others get: a Hub id as it is, a folder by its path from `start`.
 
-    Where that path leads over the root it is the last part alone, with `./`, so that it does not look like a Hub id.
+    Where that path leads over the root it is the last part alone.
 
     Args:
         name: as `model.name` gives it.
@@ -42,8 +41,7 @@ def shareable_name(name: str, start: Path | None = None) -> str:
     begin, base = Path(start or "").resolve(), Path(name).resolve()
     if len(Path(os.path.commonpath([begin, base])).parts) < 2:
         return "./" + base.name
-    relative = os.path.relpath(base, begin)
-    return relative if relative.startswith(os.pardir) else f"./{relative}"  # `base` alone could be a Hub id
+    return _relative(base, begin)
 
 
 def local_paths(run: RunDirectory, name: str) -> dict[str, str]:
@@ -91,21 +89,16 @@ def adapter_base(folder: Path, quantization: Quantization | None = None, base: s
     name = base or metadata.base_model or config.get("base_model_name_or_path")
     if not name or not name.strip():
         raise ModelError(f"{folder}: adapter_config.json: no base model (base_model_name_or_path)")
-    tree: dict[str, Any] = {
-        "name": name if base is not None else _adapter_name(folder, name),
-        "revision": metadata.revision if base is None else None,
-        "quantization": quantization or metadata.quantization,
-        "dtype": metadata.dtype,
-    }
-    return build_config(ModelConfig, tree, where=f"{folder / 'lmtune.json'}")
+    if base is None:
+        name = _adapter_name(folder, name)
+    revision = metadata.revision if base is None else None
+    return ModelConfig(
+        name=name, revision=revision, quantization=quantization or metadata.quantization, dtype=metadata.dtype
+    )
 
 
 def replaced(model: ModelConfig, base: str) -> ModelConfig:
-    """The base at another place; its revision was that of the first one.
-
-    Raises:
-        ModelError: the name is a path without a folder.
-    """
+    """The base at another place; its revision was that of the first one."""
     if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
         raise ModelError(f"--base: {base}: no such folder; give the base's folder, or its Hub id")
     return replace(model, name=base, revision=None)
@@ -116,7 +109,7 @@ def _adapter_name(folder: Path, name: str) -> str:
     if run.exists() and run.adapter == folder.resolve():
         told = run.read_json(run.local).get("base")
         if isinstance(told, str) and (run.path / told).is_dir():
-            return _from_here(run.path / told)
+            return _relative(run.path / told)
     if not name.startswith("."):  # a Hub id, or what another tool wrote
         return name
     # from the folder itself, as lmtune writes it; from the working directory, as PEFT reads its own
@@ -128,7 +121,7 @@ def _find(name: str, starts: Sequence[Path], who: str) -> str:
     places = [Path(os.path.normpath(start.resolve() / name)) for start in starts]
     for place in places:
         if place.is_dir():
-            return _from_here(place)
+            return _relative(place)
     tried = " or ".join(map(str, dict.fromkeys(places)))
     raise ModelError(
         f"{who}: its adapter was trained over the base model in the folder {name}, and there is no folder {tried}; put "
@@ -136,9 +129,9 @@ def _find(name: str, starts: Sequence[Path], who: str) -> str:
     )
 
 
-def _from_here(place: Path) -> str:
-    """A folder by its path from the working directory."""
-    relative = os.path.relpath(place)
+def _relative(place: Path, start: Path | None = None) -> str:
+    """A folder by its path from `start`, or the working directory; never like a Hub id, as `base` alone would be."""
+    relative = os.path.relpath(place, start)
     return relative if relative.startswith(os.pardir) else f"./{relative}"
 
 

@@ -1,16 +1,11 @@
 """Merge an adapter into its base: W + scaling · B A, tensor by tensor, and verify the result before it gets its name.
 
-For a base trained over in 4 or 8 bit the weights are dequantized first: a merge into the codes would quantize the sum
-again, which moves the logits by several percent. So by default the merged model is the one that was trained.
-`into="original"` adds the adapter to the base as published instead, which differs from what was trained by the
-quantization error; the report says by how much.
-
-The base's files keep their layout (`model_folder`): a tensor without a change is copied bit for bit, the others are
-computed in fp32 a block at a time (`block_weights`) and written in the dtype that they were stored in. Then the folder
-is compared twice (`verify`): with the adapter over the same weights, which proves the merge, and with the model as it
-was trained. So a merge holds the base as it is stored, one block in fp32, and the logits of one row. Where layers in
-int8 have no adapter the second comparison differs a little more: bitsandbytes rounds activations to 8 bits there, which
-no merged model does.
+A base trained over in 4 or 8 bit is dequantized first: a merge into the codes would quantize the sum again, which moves
+the logits by several percent. `into="original"` adds to the base as published instead, which differs from what was
+trained by the quantization error. A tensor without a change is copied bit for bit; the others are computed in fp32 a
+block at a time (`block_weights`) and written in their stored dtype. Then `verify` compares the folder with the adapter
+over the same weights, which proves the merge, and with the model as it was trained; where layers in int8 have no
+adapter that differs a little more, for bitsandbytes rounds activations to 8 bits there.
 """
 
 from __future__ import annotations
@@ -83,15 +78,13 @@ def merge(
         into: which base weights to add to.
         sequences: token ids of held-out rows, for the comparison.
         tokenizer: that of the adapter folder.
-        stop_token_ids: what the tuned model stops at, the end of an answer first.
-        describe: adds what else belongs into the folder, such as its card, before it gets its name.
+        stop_token_ids: the end of an answer first.
+        describe: adds to the folder, before it gets its name, what else belongs there.
         accept_difference: keep a merge that differs by more than its bound, and say so in the report.
 
     Raises:
-        LmtuneError: the merged weights are not finite, or the model differs by more than the bound; nothing is left
-            behind.
+        LmtuneError: a weight is not finite, or the model differs by more than the bound; nothing is left behind.
         ConfigError: another process is writing `output` now.
-        OSError: the disk is full or must not be written; nothing is left behind.
     """
     with new_folder(output) as staging:
         source = _Source(base, adapter, into, sequences)

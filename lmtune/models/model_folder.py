@@ -6,23 +6,16 @@
     WeightWriter(stored, coming, gone).write(folder, weights)             # tensor by tensor
     write_adapter_texts(base, renderer, folder)                           # tokenizer and generation config
 
-**Weights.** transformers gives many weights other names than their files do, and joins some: the experts of a mixture
-are one 3-D parameter in the module and a matrix each in the file. `Layout` follows transformers' own table of
-conversions (`transformers.conversion_mapping`) both ways. `WeightWriter` copies what did not change byte for byte and
-takes the rest one tensor after another, so that no more than one is held; safetensors' own writer wants a whole file in
-memory. The format is https://github.com/huggingface/safetensors#format.
-
-**Configs and tokenizer.** transformers 4, and converters of its time, do not know what transformers 5 writes: the class
-`TokenizersBackend`, a list of extra tokens, `rope_parameters` alone. So files are copied byte for byte where they are
-still true, and changed key by key where they are not: an answer ends in the token that was trained, and
-`generation_config.json` (first), `config.json` and `tokenizer_config.json` say so.
+transformers gives many weights other names than their files do, and joins some. `Layout` follows its own table of
+conversions both ways. `WeightWriter` holds one tensor at a time; safetensors' writer wants a whole file in memory
+(format: https://github.com/huggingface/safetensors#format). transformers 4, and converters of its time, do not know
+what transformers 5 writes into configs, so those are copied byte for byte or changed key by key.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +51,7 @@ Tree = dict[str, Any]
 _DROPPED = ("_name_or_path", "auto_map", "quantization_config", "compression_config")
 # Of tokenizer_config.json: what transformers 5 notes about how a tokenizer was loaded
 _ONLY_IN_5 = ("backend", "is_local", "local_files_only")
+_ROTATIONS_OF_4 = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 # --- weights
@@ -65,7 +59,7 @@ _ONLY_IN_5 = ("backend", "is_local", "local_files_only")
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is: its file, type and shape, and the first byte and the one after its last in the file."""
+    """Where a tensor is: file, type, shape, and the bytes `begin` to `end` of the file."""
 
     file: Path
     code: str
@@ -75,7 +69,7 @@ class Entry:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Its type; None for one that no weight has (8-bit floats)."""
+        """Its type; None for 8-bit floats."""
         return _DTYPES.get(self.code)
 
     @property
@@ -172,15 +166,16 @@ class Layout:
         A weight without a stored tensor, such as a head that was tied, or one whose conversion cannot be undone, gets
         the module's name, which transformers reads as well.
         """
-        if len(weights) == 1:
-            ((name, weight),) = weights.items()
-            if source := self.source(name):
-                return {source: weight}
-        pieces = self._undone(weights)
+        from transformers.core_model_loading import revert_weight_conversion
+
+        name = next(iter(weights))
+        if len(weights) == 1 and (source := self.source(name)):
+            return {source: weights[name]}
         stored = {source for name in weights for source in self._sources.get(name, [])}
-        if pieces is not None and stored:
+        with contextlib.suppress(Exception):  # a conversion without a way back, of whatever kind
+            pieces: Tensors = revert_weight_conversion(self._empty, dict(weights))
             renamed = {_like(piece, stored): tensor for piece, tensor in pieces.items()}
-            if renamed.keys() == stored:
+            if stored and renamed.keys() == stored:
                 return renamed
         return dict(weights)
 
@@ -192,15 +187,6 @@ class Layout:
             if other.startswith(f"{name}.") or other in (f"{name[:-6]}SCB", f"{name[:-6]}weight_format")
         }  # fmt: skip
         return names | scales
-
-    def _undone(self, weights: Tensors) -> Tensors | None:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        try:
-            pieces: Tensors = revert_weight_conversion(self._empty, dict(weights))
-        except Exception:  # a conversion without a way back, of whatever kind
-            return None
-        return pieces
 
 
 class WeightWriter:
@@ -318,14 +304,7 @@ def _write_tensor(file: IO[bytes], tensor: torch.Tensor) -> None:
 
 
 def merged_config(base: Mapping[str, Any], dtype: str, stop_token_ids: Sequence[int], untied: bool) -> Tree:
-    """The config.json of a merged model, of its base's.
-
-    Args:
-        base: the content of the base's.
-        dtype: of the written weights, such as `bfloat16`.
-        stop_token_ids: the end of an answer first.
-        untied: whether the head has become a weight of its own.
-    """
+    """The config.json of a merged model, of its `base`'s; `untied`: the head has become a weight of its own."""
     quantized = "quantization_config" in base or "compression_config" in base
     tree = {key: value for key, value in base.items() if key not in _DROPPED}
     said = tree.get("dtype") or tree.get("torch_dtype")
@@ -353,16 +332,7 @@ def generation_config(base: Mapping[str, Any], stop_token_ids: Sequence[int], pa
 
 
 def write_adapter_texts(model: ModelConfig, renderer: Renderer, folder: Path) -> None:
-    """Write the tokenizer and the generation config beside an adapter.
-
-    Args:
-        model: the base.
-        renderer: how training turned messages into tokens.
-        folder: where to.
-
-    Raises:
-        OSError: the disk is full or must not be written; names what.
-    """
+    """Write the tokenizer and the generation config beside an adapter; an OSError names what cannot be written."""
     stops, template = renderer.stop_token_ids, renderer.chat_template
     write_tokenizer(renderer.tokenizer, stored_files(model, TOKENIZER_FILES), folder, template, stops[0])
     base = {name: read_tree(file) for name, file in stored_files(model, (GENERATION, CONFIG)).items()}
@@ -383,13 +353,10 @@ def write_tokenizer(
 
     Args:
         tokenizer: the one that training used.
-        sources: the base's files by name; empty if they are not known.
+        sources: the base's files by name.
         folder: where to.
         template: the chat template that training used; None for plain text.
         stop_token_id: the end of an answer.
-
-    Raises:
-        OSError: the disk is full or must not be written; names what.
     """
     with name_disk_errors(folder):
         if template is None or template == tokenizer.chat_template:
@@ -415,10 +382,7 @@ def write_tree(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def _rope_keys(part: Mapping[str, Any]) -> Tree:
-    """The keys that say to transformers 4 and its like what `rope_parameters` says to transformers 5.
-
-    None where transformers 5 would read something else with them, as for kinds of rotation that are newer than 4.
-    """
+    """What `rope_parameters` says, in the keys of transformers 4; none for a rotation that it does not know."""
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict) or not rope:
         return {}
@@ -431,27 +395,12 @@ def _rope_keys(part: Mapping[str, Any]) -> Tree:
     if "rope_theta" in (sliding := kinds.get("sliding_attention", {})):
         added["rope_local_base_freq"] = sliding["rope_theta"]
     kind = whole.get("rope_type", "default")
+    if kind not in _ROTATIONS_OF_4:
+        return {}
     if kind != "default":
         lifted = {key: value for key, value in whole.items() if key not in ("rope_theta", "partial_rotary_factor")}
         added["rope_scaling"] = {**lifted, "type": kind}
-    added = {key: value for key, value in added.items() if key not in part}
-    read = _rope_read_by_5(part)
-    return added if read is not None and read == _rope_read_by_5({**part, **added}) else {}
-
-
-def _rope_read_by_5(part: Mapping[str, Any]) -> Any:
-    """The rotation that transformers makes of a config; None if it cannot read it."""
-    from transformers import CONFIG_MAPPING
-
-    kind = part.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        return part.get("rope_parameters")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # it says that the older keys are older
-            read = getattr(CONFIG_MAPPING[kind].from_dict(dict(part)), "rope_parameters", None)
-    except Exception:  # of any kind: an entry that is missing, or that it does not take
-        return None
-    return {key: value for key, value in read.items() if key != "type"} if read else None  # `rope_type`'s older name
+    return {key: value for key, value in added.items() if key not in part}
 
 
 def _first(stated: Any, trained: int) -> Any:
@@ -492,7 +441,7 @@ def _save_anew(tokenizer: PreTrainedTokenizerBase, template: str | None, folder:
 
 
 def make_readable(folder: Path) -> None:
-    """Say what transformers 5 has written in words that transformers 4 knows too; leave what was never its own."""
+    """Say what transformers 5 has written in words that transformers 4 knows too."""
     path = folder / TOKENIZER_CONFIG
     tree = read_tree(path)
     changed = {key: value for key, value in tree.items() if key not in _ONLY_IN_5}

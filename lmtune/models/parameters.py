@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmtune.config.schema import LoraConfig
+from lmtune.io.text import pluralize
 from lmtune.models.structure import expert_tensors, linear_layers
 from lmtune.models.tuning.targets import ALL_LINEAR, Targets, adapter_parameters, find_targets, other_parts, routers
 
@@ -65,8 +66,8 @@ class Parameters:
 
     def describe(self) -> str:
         """The line."""
-        on = [_several(len(self.targets.modules), "module")] * bool(self.targets.modules)
-        on += [_several(len(self.targets.experts), "expert tensor")] * bool(self.targets.experts)
+        on = [pluralize(len(self.targets.modules), "module")] * bool(self.targets.modules)
+        on += [pluralize(len(self.targets.experts), "expert tensor")] * bool(self.targets.experts)
         held = f"{short_count(self.frozen)} frozen"
         if not self.quantized:
             held += f" in {self.dtype}"
@@ -138,10 +139,6 @@ def _not_adapted(model: PreTrainedModel, tuning: LoraConfig, found: Targets, bod
     said = sorted(left) if len(left) <= 8 else [*sorted(left)[:7], f"{len(left) - 7} more"]
     said += ["router"] * bool(choosing)
     return said + ([f"experts ({missing / total:.0%} of the weights)"] if missing else [])
-
-
-def _several(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def short_count(number: int) -> str:

@@ -1,17 +1,11 @@
 """Is a merged model the one that was trained? The logits of both on the same rows, and the largest difference.
 
-    report = verify(folder, sequences, reference=…, trained=…, …)
-    report.logits_difference, report.top1_agreement
+A row runs once through each model's body, and the head runs over some positions at a time through the model's own
+forward pass, so that caps and scales of logits are included. Only maxima and counts are kept.
 
-Plain transformers loads the written folder with its weights on the disk. A row runs once through each model's body;
-its last hidden states are kept, and the head runs over some positions at a time (by the model's own forward pass, so
-that caps and scales of the logits are included). Only maxima and counts are kept, so the logits of all models together
-take the memory of one row's.
-
-A mixture of experts sends each token to the experts that its router scores highest. Where two scores are almost equal,
-rounding decides, and a steep router makes a small difference large; from that token on two equal models differ by more
-than rounding. `Routing` records scores and choices: tokens at and after such a choice are *rerouted* and are counted
-apart, and only if the scores themselves agree to rounding.
+A mixture of experts sends each token to the experts with the highest scores. Where two scores are almost equal,
+rounding decides, and from that token on two equal models differ by more than rounding. Such tokens are *rerouted* and
+counted apart, and only if the scores themselves agree to rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import contextlib
 import inspect
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,10 +67,6 @@ class MergeReport:
     rerouted_difference: float | None = None
     accepted: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """For `merge.json` and the summary."""
-        return asdict(self)
-
 
 def verify(
     folder: Path, sequences: Sequence[Sequence[int]], *, reference: LogitsReader, trained: LogitsReader | None,
@@ -125,11 +115,7 @@ def verify(
 
 
 def require_bounds(report: MergeReport, accept_difference: bool = False) -> MergeReport:
-    """The report, if the merged model is the one that was trained, or its difference is accepted.
-
-    Raises:
-        LmtuneError: it differs by more than the bound.
-    """
+    """The report; LmtuneError where a difference is larger than its bound, unless it is accepted."""
     for difference, bound, other in (
         (report.logits_difference, report.bound, "the adapter over the same weights"),
         (report.difference_to_trained, report.bound_to_trained, "the model as it was trained"),
@@ -147,10 +133,8 @@ def require_bounds(report: MergeReport, accept_difference: bool = False) -> Merg
 
 
 def _load_plain(folder: Path, offloaded: Path, device: torch.device, is_whole: bool) -> LogitsReader:
-    """The folder as any user of transformers loads it, computing in fp32 so that only the weights are compared.
-
-    Its weights stay on the disk until the layer that they belong to runs, unless `is_whole`.
-    """
+    """The folder as any user of transformers loads it, computing in fp32; its weights stay on the disk until the layer
+    that they belong to runs, unless `is_whole`."""
     from transformers import AutoModelForCausalLM
 
     quiet_libraries()
@@ -172,13 +156,9 @@ def compare(
     sequences: Sequence[Sequence[int]], merged: LogitsReader, others: Sequence[tuple[LogitsReader, float]],
     each: Callable[[], None] | None = None,
 ) -> list[Comparison]:  # fmt: skip
-    """Compare a model with others on some rows.
+    """Compare a model with others, each with the share by which a router's scores may differ where it chose otherwise.
 
-    Args:
-        sequences: token ids of each row.
-        merged: the model.
-        others: each of the others, with the share by which a router's scores may differ where it chose otherwise.
-        each: called after each row.
+    `each` is called after each row.
     """
     results = [Comparison() for _ in others]
     for number, ids in enumerate(sequences):
@@ -202,11 +182,7 @@ class LogitsReader:
     """A model that is asked for the logits of a row, some positions at a time."""
 
     def __init__(self, model: PreTrainedModel, mode: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-        """
-        Args:
-            model: a transformers model, with or without adapter layers in it.
-            mode: a context in which it computes.
-        """
+        """`model` has adapter layers in it or not, and computes in the context `mode`."""
         self._model, self._mode = model, mode
         self._body = model.base_model  # all but the head, or the model itself where it has no such part
         self.routing = Routing(model)

@@ -91,12 +91,6 @@ def test_the_base_is_there_without_the_adapter_and_the_adapter_is_back_afterward
         assert torch.equal(logits(plain.model), logits(plain.model))
 
 
-def test_a_plain_folder_is_loaded_whole(there: Path) -> None:
-    loaded = load_for_inference("base")
-    assert (loaded.has_adapter, loaded.system, loaded.name) == (False, None, "base")
-    assert torch.equal(logits(loaded.model), logits(load_model(config_of("base").model, "cpu")))
-
-
 def test_an_adapter_of_another_tool_is_loaded_over_the_base_that_it_names(there: Path, tmp_path: Path) -> None:
     folder = tmp_path / "foreign"
     shutil.copytree(there / "runs/trial/adapter", folder)
@@ -109,14 +103,6 @@ def test_an_adapter_of_another_tool_is_loaded_over_the_base_that_it_names(there:
 
 
 # --- what cannot be loaded
-
-
-def test_a_run_without_adapter_says_how_to_finish_it(there: Path) -> None:
-    run = RunDirectory("runs/unfinished")
-    run.path.mkdir(exist_ok=True)
-    run.config.write_text(dump_config(config_of("base")))
-    with pytest.raises(ModelError, match="this run has no adapter yet; finish it with the same `lmtune finetune`"):
-        load_for_inference("unfinished")
 
 
 def test_a_model_of_the_hub_is_not_a_misspelt_run(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +149,7 @@ def test_the_name_in_shared_files_leads_nowhere_on_this_machine(
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
-        ("runs/trail", "did you mean runs/trial"), ("rums/trial", "did you mean runs/trial"), ("trail", "trial"),
-        ("runs/else", "trial"), ("数据", "trial"), ("./else", "trial"),
+        ("runs/trail", "did you mean runs/trial"), ("rums/trial", "did you mean runs/trial"), ("runs/else", "trial"),
     ],
 )  # fmt: skip
 def test_a_mistyped_run_is_not_looked_for_on_the_hub(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lmtune.config.schema import ModelConfig
-from lmtune.errors import ConfigError, LmtuneError, ModelError
+from lmtune.errors import ConfigError, LmtuneError
 from lmtune.export.merged import merge_run
 from lmtune.inference.load import load_for_inference
 from lmtune.models import base, merge
@@ -60,7 +60,6 @@ def merged(place: Path, name: str, into: Any = "trained", output: str = "merged"
     ("quantization", "into", "bound"),
     [
         ("none", "trained", 1e-5), ("nf4", "trained", 1e-5), ("int8", "trained", 1e-5), ("nf4", "original", 0.5),
-        ("int8", "original", 0.08),
     ],
 )  # fmt: skip
 def test_plain_transformers_loads_it_with_the_logits_of_training(
@@ -84,18 +83,6 @@ def test_plain_transformers_loads_it_with_the_logits_of_training(
     assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained.tokenizer.apply_chat_template(
         conversation, tokenize=False
     )
-
-
-def test_a_quantized_base_out_of_the_cache_gives_the_same_merged_model(
-    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As every base of some size is from the second start on."""
-    plain, _ = merged(places["float32"], "nf4", output="merged-without-cache")
-    monkeypatch.setattr(base, "_CACHED_FROM_BYTES", 0)
-    for _ in range(2):
-        folder, _ = merged(places["float32"], "nf4", output="merged-from-cache")
-    assert list((places["float32"] / "cache" / "quantized").glob("??/*/manifest.json"))
-    assert written_files(folder)["model.safetensors"] == written_files(plain)["model.safetensors"]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -132,9 +119,7 @@ def test_the_dtype_is_kept(places: dict[str, Path], stored: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("llama", {"model__dtype": "bfloat16"}),
         ("llama", {"model__dtype": "float16", "model__quantization": "nf4"}),
-        ("gpt2", {"model__quantization": "nf4"}),
         ("gpt2", {"model__quantization": "int8"}),
         ("llama", {"model__quantization": "int8", "tuning__target_modules": ["q_proj"]}),
         ("qwen3", {"model__quantization": "nf4", "tuning__use_dora": True}),
@@ -172,40 +157,27 @@ def test_everything_that_chat_needs_is_there(places: dict[str, Path]) -> None:
         assert str(place).encode() not in content, name
 
 
-def test_a_merged_model_stops_by_itself(places: dict[str, Path]) -> None:
-    """Its own generation config names the end of an answer, so plain `generate` ends there."""
-    folder, _ = merged(places["float32"], "none", output="stops")
-    plain = AutoModelForCausalLM.from_pretrained(folder)
-    plain.lm_head.weight.data[4] = 100 * plain.lm_head.weight.data.abs().max()
-    plain.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([4]), 1e4))
-    given = plain.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=50)
-    assert given.shape[1] == IDS.shape[1] + 1
-
-
-def spoil(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the merge go wrong: one of the written weights is another one."""
     real = merge._write_weights
 
     def corrupted(source: Any, folder: Path) -> bool:
         untied = real(source, folder)
         state = load_file(folder / "model.safetensors")
-        name = "model.embed_tokens.weight" if how == "embedding" else "model.norm.weight"
-        state[name] = state[name] * 1.1 if how == "norm" else state[name].index_fill(1, torch.tensor([0]), 3.0)
+        state["model.norm.weight"] *= 1.1
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         return untied
 
     monkeypatch.setattr(merge, "_write_weights", corrupted)
 
 
-@pytest.mark.parametrize(("how", "before"), [("embedding", False), ("norm", True)])
-def test_a_merge_that_is_not_the_trained_model_is_refused_and_nothing_is_left(
-    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, how: str, before: bool
+def test_a_merge_that_is_not_the_trained_model_is_refused_and_the_earlier_one_stays(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, output = places["float32"], f"refused-{how}-{before}"
-    if before:
-        merged(place, "none", output=output)
+    place, output = places["float32"], "refused"
+    merged(place, "none", output=output)
     kept = written_files(place / output)
-    spoil(monkeypatch, how)
+    spoil(monkeypatch)
     with pytest.raises(LmtuneError, match="the merged model's logits differ from those of the adapter over the same"):
         merged(place, "none", output=output)
     assert written_files(place / output) == kept
@@ -221,18 +193,10 @@ def test_a_merge_whose_logits_are_not_finite_is_refused() -> None:
     require_bounds(dataclasses.replace(fine, difference_to_trained=9.0, bound_to_trained=None))
 
 
-@pytest.mark.parametrize("output", ["runs/none/adapter", "runs/none", "base", "train.jsonl", "."])
+@pytest.mark.parametrize("output", ["runs/none/adapter", "train.jsonl"])
 def test_a_folder_that_merge_did_not_make_is_never_replaced(places: dict[str, Path], output: str) -> None:
     place = places["float32"]
     kept = written_files(place)
     with pytest.raises(ConfigError, match=r"--output: .* exists and was not made by lmtune merge"):
         merged(place, "none", output=output)
     assert written_files(place) == kept
-
-
-def test_over_another_base_nothing_is_merged(places: dict[str, Path], tmp_path: Path) -> None:
-    place = places["float32"]
-    base = ModelConfig(name=str(places["float16"] / "base"), quantization="none")
-    with pytest.raises(ModelError, match="trained over another base model"):
-        merge.merge(base, place / "runs/none/adapter", tmp_path / "out", "trained", [[5, 6, 7]], None, (1,))
-    assert list(tmp_path.iterdir()) == []

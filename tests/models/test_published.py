@@ -18,13 +18,12 @@ from lmtune.export.merged import merge_run
 from lmtune.models.base import load_tokenizer
 from lmtune.models.model_folder import (
     TOKENIZER_FILES,
-    generation_config,
     merged_config,
     write_adapter_texts,
 )
 from lmtune.runs.store import RunDirectory
 from tests.tiny import save_tiny
-from tests.tokenizers import CHATML, LLAMA2, NO_END
+from tests.tokenizers import CHATML, NO_END
 from tests.workplace import finetune, inside, make_workplace
 
 QUESTION = [Message("user", "What is the capital of France?")]
@@ -95,7 +94,7 @@ def test_an_end_token_that_the_template_writes_is_left_alone(tmp_path: Path) -> 
     assert files(tmp_path / "adapter") == files(base)
 
 
-@pytest.mark.parametrize("template", [CHATML, NO_END, LLAMA2, None])
+@pytest.mark.parametrize("template", [CHATML, NO_END, None])
 def test_what_transformers_5_wrote_is_put_in_words_of_4(tmp_path: Path, template: str | None) -> None:
     base = save_tiny(tmp_path / "base", chat_template=template)
     renderer = written(base, tmp_path / "adapter")
@@ -112,7 +111,7 @@ def test_what_transformers_5_wrote_is_put_in_words_of_4(tmp_path: Path, template
 
 @pytest.mark.parametrize(
     "stated",
-    [{"min_p": 0.1}, {"length_penalty": 2.0}, {"temperature": 0.5, "top_k": 9}, {"num_beam_groups": 2, "top_p": 0.5}],
+    [{"min_p": 0.1}, {"num_beam_groups": 2, "top_p": 0.5}],
 )
 def test_a_generation_config_that_is_read_but_not_written_again_does_no_harm(
     tmp_path: Path, stated: dict[str, Any]
@@ -124,13 +123,6 @@ def test_a_generation_config_that_is_read_but_not_written_again_does_no_harm(
     got = json.loads((tmp_path / "adapter" / "generation_config.json").read_text())
     assert got == {**tree, "eos_token_id": [4, 1], "pad_token_id": 2}
     assert GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id == [4, 1]
-
-
-def test_the_stop_tokens_of_training_are_first() -> None:
-    assert generation_config({"eos_token_id": [1, 4], "pad_token_id": 7, "top_p": 0.5}, (4, 1), None) == {
-        "eos_token_id": [4, 1], "pad_token_id": 7, "top_p": 0.5,
-    }  # fmt: skip
-    assert generation_config({}, (4,), None) == {"eos_token_id": [4], "pad_token_id": 4}
 
 
 # --- config.json
@@ -159,7 +151,6 @@ def test_the_stop_tokens_of_training_are_first() -> None:
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
             {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
         ),
-        ({"eos_token_id": 2}, {"eos_token_id": 4}),
         ({"eos_token_id": [2, 4]}, {"eos_token_id": [4, 2]}),
         ({}, {"eos_token_id": 4}),
     ],

@@ -107,7 +107,7 @@ def test_what_text_does_not_pass_is_left_out_and_said() -> None:
 
 
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), ("experts.down_proj",)])
+@pytest.mark.parametrize("targets", ["all-linear", ("experts.down_proj",)])
 def test_plain_peft_loads_the_saved_adapter_and_so_do_we(tmp_path: Path, kind: str, targets: Any) -> None:
     model = adapted(tiny_model(kind), target_modules=targets)
     save_adapter(model, tmp_path, Metadata())
@@ -118,8 +118,6 @@ def test_plain_peft_loads_the_saved_adapter_and_so_do_we(tmp_path: Path, kind: s
     with again.disable_adapter():
         assert torch.equal(logits(again), base)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model(kind), tmp_path)), wanted)
-    merged = again.merge_and_unload(safe_merge=True)
-    torch.testing.assert_close(logits(merged), wanted)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +162,6 @@ def test_a_name_that_is_not_there_says_what_is(kind: str, targets: Any, message:
     ("changes", "message"),
     [
         ({"dropout": 0.1}, "tuning.dropout: 0.1; expected 0 where the experts"),
-        ({"use_dora": True}, "tuning.use_dora: true; expected false where the experts"),
         ({"init_lora_weights": "pissa"}, "tuning.init_lora_weights: pissa; expected default where the experts"),
     ],
 )

@@ -19,8 +19,8 @@ from tests.workplace import finetune, inside, make_workplace, written_files
 pytestmark = pytest.mark.slow  # a run each
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {}, "dora": {"tuning__use_dora": True}, "pissa": {"tuning__init_lora_weights": "pissa"},
-    "nf4": {"model__quantization": "nf4"}, "some": {"tuning__target_modules": ["q_proj", "down_proj"]},
+    "dora": {"tuning__use_dora": True}, "pissa": {"tuning__init_lora_weights": "pissa"},
+    "nf4": {"model__quantization": "nf4", "tuning__target_modules": ["q_proj", "down_proj"]},
 }  # fmt: skip
 
 

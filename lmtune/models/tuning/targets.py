@@ -3,12 +3,9 @@
     found = find_targets(model, "all-linear")          # full names of layers and of experts' tensors
     LoraConfig(**for_peft(model, "all-linear", found)) # in PEFT's words
 
-`all-linear` is every linear layer but the head, and every tensor of fused experts; routers are not adapted. Since
-transformers 5 most mixtures of experts hold all experts of a layer in one 3-D parameter, `gate_up_proj[E, 2 I, D]`,
-where their files have a layer for each expert. PEFT adapts such a parameter through `target_parameters`, and rewrites
-`target_modules` for some of these models by itself: it applies every name of an expert's layer in the files to the
-experts, so that dense layers and shared experts of the same name get no adapter, and the router gets one. So lmtune is
-exact: a layer with such a name is listed by its weight, in `target_parameters`.
+`all-linear` is every linear layer but the head, and every tensor of fused experts (`gate_up_proj[E, 2 I, D]`); routers
+are not adapted. PEFT adapts such a tensor through `target_parameters`, but for some models rewrites `target_modules` so
+that dense layers of the same name get no adapter and the router gets one. So such a layer is listed by its weight.
 """
 
 from __future__ import annotations
@@ -98,9 +95,8 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> Target
         return Targets(tuple(name for name in layers if name not in left), tuple(tensors))
     parts = _stored_parts(model, tensors)
     _check_patterns(targets, [*layers, *tensors, *(name for names in parts.values() for name in names)])
-    matchers = [_matcher(target) for target in ([targets] if isinstance(targets, str) else targets)]
-    if isinstance(targets, str):
-        matchers = [re.compile(targets).fullmatch]
+    endings = [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(target)}" for target in targets]
+    matchers = [re.compile(ending).fullmatch for ending in endings]
 
     def named(name: str) -> bool:
         return any(matches(name) for matches in matchers)
@@ -136,8 +132,7 @@ def for_peft(model: PreTrainedModel, targets: str | Sequence[str], found: Target
 def use_layers_own_adapter(config: LoraConfig) -> None:
     """Let a `LoraConfig` that names the weight of a linear layer adapt the layer as if it were named itself.
 
-    The numbers are the same and so are the saved tensors, but the layer may be quantized, and nothing of the weight's
-    size is made in each forward pass. PEFT's own wrapper of a parameter is for what is not a layer.
+    Numbers and saved tensors are the same, but the layer may be quantized, and needs no copy of the weight's size.
     """
 
     def create(target: Any, adapter_name: str, config: Any, parameter_name: str | None = None, **kwargs: Any) -> Any:
@@ -184,10 +179,6 @@ def _fused_from(model: PreTrainedModel) -> dict[str, list[str]]:
         for way in get_model_conversion_mapping(model)
         if len(way.target_patterns) == 1 and hasattr(way, "operations")
     }
-
-
-def _matcher(target: str) -> Callable[[str], object]:
-    return lambda name: name == target or name.endswith("." + target)
 
 
 def _check_patterns(targets: str | Sequence[str], names: Sequence[str]) -> None:
