@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -192,7 +192,7 @@ def _check_patterns(targets: str | Sequence[str], names: Sequence[str]) -> None:
 
 
 def _nothing_named(
-    missing: dict[str, Callable[[str], Any]], layers: Iterable[str], parts: dict[str, tuple[str, ...]]
+    missing: Mapping[str, Callable[[str], Any]], layers: Iterable[str], parts: dict[str, tuple[str, ...]]
 ) -> str:
     """A message that says what exists instead of the `missing` targets."""
 
