@@ -127,11 +127,6 @@ def test_the_settings_and_the_surroundings_are_kept(done: Path) -> None:
     assert (fates["train"]["rows"], fates["train"]["kept"]) == (24, 24)
 
 
-def test_generation_stops_where_training_taught_it(done: Path) -> None:
-    config = json.loads((done / "runs/trial/adapter/generation_config.json").read_text())
-    assert config["eos_token_id"] == json.loads((done / "runs/trial/adapter/lmtune.json").read_text())["stop_token_ids"]
-
-
 @pytest.mark.slow
 def test_the_run_can_be_evaluated_and_gives_the_same_scores(done: Path) -> None:
     assert lmtune(done, "evaluate", "trial", "validation.jsonl", "--json", "--max-new-tokens", "8") == 0
@@ -153,15 +148,6 @@ def test_rows_that_a_run_was_trained_on_are_counted(done: Path) -> None:
         assert evaluate_loaded(loaded, ["mixed.jsonl"], 0, 8, 128).trained_rows is None
         write_rows(done / "train.jsonl", QUESTIONS)
         assert evaluate_loaded(load_for_inference("base"), ["mixed.jsonl"], 0, 8, 128).trained_rows is None
-
-
-def test_the_run_can_be_planned(done: Path) -> None:
-    assert lmtune(done, "plan", "run.yaml") == 0
-    text = said(done)
-    assert "optimizer steps" in text
-    assert "4,096 parameters" not in text
-    assert "8,192 trained" in text  # as the summary says
-    assert json.loads((done / "runs/trial/summary.json").read_text())["trainable_parameters"] == 8192
 
 
 # --- stopped or failed outside of a step; within one, see tests/faults
@@ -199,13 +185,6 @@ def test_wrong_input_is_code_2_and_nothing_is_written(tmp_path: Path, override: 
     assert WRONG[override] in said(folder)
     assert "Traceback" not in said(folder)
     assert not (folder / "runs").exists()
-
-
-def test_a_second_start_of_the_command(done: Path) -> None:
-    assert lmtune(done, "finetune", "run.yaml", "model.quantization=nf4") == 0
-    assert "runs/trial is complete already" in said(done)
-    assert lmtune(done, "finetune", "run.yaml", "model.quantization=nf4", "tuning.rank=2") == 2
-    assert "tuning.rank: was 4, now 2" in said(done)
 
 
 # --- it learns, and stops by itself

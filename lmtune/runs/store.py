@@ -101,11 +101,8 @@ class RunDirectory:
 
     def rendered_at(self) -> str | None:
         """The time that the template wrote in the run's rows; None for one that writes none, or that is not known."""
-        try:
-            told = self.read_json(self.data).get("rendered_at")
-            return None if told is None else datetime.fromisoformat(cast(str, told)).isoformat(" ")
-        except (CheckpointError, ValueError, TypeError):  # a damaged file is named where the run is resumed
-            return None
+        told = self.read_json(self.data).get("rendered_at")
+        return None if told is None else datetime.fromisoformat(str(told)).isoformat(" ")
 
     def read_json(self, path: Path) -> dict[str, object]:
         """One of the run's JSON files, or `{}` if it is not there yet; CheckpointError if it is damaged."""

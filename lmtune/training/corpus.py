@@ -178,9 +178,8 @@ def tokenize(documents: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -
 def _read_texts(path: Path, split: str) -> Iterator[Example]:
     """The documents in .txt files."""
     is_text = os.path.isfile(path) and path.suffix != ".jsonl"
-    files = [path] if is_text else sorted(path.rglob("*.txt")) if os.path.isdir(path) else []
     unreadable = []
-    for file in files:
+    for file in [path] if is_text else sorted(path.rglob("*.txt")) if os.path.isdir(path) else []:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:

@@ -91,12 +91,9 @@ class Forecast:
 
 
 def forecast(
-    config: FinetuneConfig,
-    rows: SequenceTable,
-    device: torch.device,
-    processes: int,
+    config: FinetuneConfig, rows: SequenceTable, device: torch.device, processes: int,
     held_out: SequenceTable | None = None,
-) -> Forecast:
+) -> Forecast:  # fmt: skip
     """Plan a run over the sequences of `rows`, scored on those of `held_out`."""
     dtype, quantization = compute_dtype(device, config.model.dtype), config.model.quantization
     shape, parameters = planned_shape(config.model, config.tuning, dtype)
