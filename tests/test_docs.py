@@ -1,4 +1,4 @@
-"""What the pages name exists: links and anchors, commands and their options, settings, files, layers."""
+"""What the pages name exists: commands and their options, settings, files, layers. `make docs` checks the links."""
 
 from __future__ import annotations
 
@@ -38,21 +38,6 @@ def code(page: str) -> list[str]:
     """What stands between backticks, and the lines of fenced shell blocks and YAML blocks."""
     blocks = re.findall(r"^```(?:sh|yaml)\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     return [*re.findall(r"`([^`\n]+)`", prose(page)), *(line for block in blocks for line in block.splitlines())]
-
-
-def anchors(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub and mkdocs make them of plain words."""
-    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@each_page
-def test_every_link_leads_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page)):
-        path, _, anchor = target.partition("#")
-        found = (ROOT / page).parent / path if path else ROOT / page
-        assert found.exists(), target
-        assert not anchor or anchor in anchors(found.read_text(encoding="utf-8")), target
 
 
 @each_page

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.chat_models import parrot
-from tests.ui.client import GOOD, JOIN, Client, wait_until_idle
+from tests.ui.client import GOOD, JOIN, Client, wait_until
 from tests.ui.conftest import RunningApp, start
 
 pytestmark = pytest.mark.slow  # after each request the app must answer another
@@ -33,7 +33,7 @@ def goes_on(app: RunningApp) -> Iterator[None]:
     assert "You asked: Hello" in str(
         Client(app.url, f"after {time.monotonic()}").run("send", ["Hello", *GOOD])["output"]
     )
-    wait_until_idle(app)
+    wait_until(lambda: not app.activity.num_answering)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
-
-from tests.ui.conftest import RunningApp
 
 JOIN = "/gradio_api/queue/join"
 GOOD = [0, "tuned", "", 0, 1, 20, ""]  # model, mode, system, temperature, top p, most tokens, seed
@@ -44,8 +43,8 @@ class Client:
         raise AssertionError("the stream ended too early")
 
 
-def wait_until_idle(app: RunningApp, seconds: float = 10.0) -> None:
+def wait_until(happened: Callable[[], object], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
-    while app.activity.num_answering:
-        assert time.monotonic() < end, "an answer goes on that nobody waits for"
+    while not happened():
+        assert time.monotonic() < end
         time.sleep(0.02)

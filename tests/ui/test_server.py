@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio_client
 import httpx
 import pytest
 
 from lmtune.errors import ConfigError
 from lmtune.serve.server import MAX_BODY_BYTES, Address, _listen
 from tests.chat_models import parrot
-from tests.ui.client import GOOD, JOIN, Client, wait_until_idle
+from tests.ui.client import GOOD, JOIN, Client, wait_until
 from tests.ui.conftest import RunningApp
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
@@ -165,15 +166,15 @@ def test_a_client_that_leaves_or_stops_ends_its_answer(app: RunningApp) -> None:
     assert client.join("send", ["count", *GOOD[:5], 3000, ""]).status_code == 200
     client.wait_for("process_generating")
     client.http.close()
-    wait_until_idle(app)
+    wait_until(lambda: not app.activity.num_answering)
 
     client = Client(app.url, "stopper")
     client.join("send", ["count", *GOOD[:5], 3000, ""])
-    client.wait_for("process_generating")
+    wait_until(lambda: app.activity.num_answering)
     stop = next(d["id"] for d in client.dependencies if any(target[1] == "stop" for target in d["targets"]))
     body = {"data": [], "fn_index": stop, "session_hash": "stopper"}
     assert client.http.post("/gradio_api/run/predict", json=body).status_code == 200
-    wait_until_idle(app, 3)
+    wait_until(lambda: not app.activity.num_answering, 3)
 
 
 def test_nothing_but_the_four_calls_is_offered_to_programs(app: RunningApp) -> None:
@@ -191,76 +192,33 @@ launch([parrot(0.01)], Address(port=int(sys.argv[1])))
 """
 
 
-class Served:
-    """The app in a process of its own."""
-
-    def __init__(self, port: int) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=Path(__file__).parents[2], env={**os.environ, "COLUMNS": "200"}, start_new_session=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert "lmtune app: " in line, line + self.process.stderr.read()  # type: ignore[union-attr]
-        self.url = line.split("lmtune app: ")[1].strip()
-
-    def count(self, max_new_tokens: int) -> Any:
-        """A job that counts, with its first words there."""
-        from gradio_client import Client
-
-        job = Client(self.url, verbose=False).submit("count", *GOOD[:5], max_new_tokens, "", api_name="/send")
-        begin = time.monotonic()
-        while not job.outputs():
-            assert time.monotonic() < begin + 20
-            time.sleep(0.05)
-        return job
-
-    def end(self, number: int, seconds: float = 20) -> tuple[int, str]:
-        """Exit code after a signal, and stderr."""
-        self.process.send_signal(number)
-        _, stderr = self.process.communicate(timeout=seconds)
-        assert "Traceback" not in stderr
-        return self.process.returncode, stderr
-
-
-@pytest.fixture
-def served() -> Iterator[Callable[[int], Served]]:
-    running: list[Served] = []
-
-    def serve(port: int) -> Served:
-        running.append(Served(port))
-        return running[-1]
-
-    yield serve
-    for app in running:
-        app.process.kill()
-        app.process.wait()
-
-
 @pytest.mark.long
-def test_sigterm_lets_an_answer_finish(served: Callable[[int], Served]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    app = served(port)
-    answer = app.count(200)
-    code, stderr = app.end(signal.SIGTERM)
-    assert (code, "finishing 1 answer(s)" in stderr) == (0, True)
-    output = answer.outputs()[-1]
-    assert output[1][-1]["content"][0]["text"].startswith("1 2 3 4 5 6 7 8 9 10")
-    assert "200 tokens" in str(output[3])
-
-
-@pytest.mark.long
-def test_the_next_free_port_is_taken_and_a_second_ctrl_c_stops_at_once(served: Callable[[int], Served]) -> None:
+def test_sigterm_lets_an_answer_finish_and_a_second_ctrl_c_does_not() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        app = served(port)
-    assert not app.url.endswith(f":{port}")
-    app.count(3000)
-    app.process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert app.process.poll() is None
-    begin = time.monotonic()
-    code, stderr = app.end(signal.SIGINT)
-    assert (code, time.monotonic() - begin < 8) == (0, True)
-    assert f"port {port} is taken, so the app is on" in stderr
+        for signals, tokens in (([signal.SIGTERM], 200), ([signal.SIGINT, signal.SIGINT], 3000)):
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                cwd=Path(__file__).parents[2], env={**os.environ, "COLUMNS": "200"}, start_new_session=True,
+            )  # fmt: skip
+            try:
+                url = process.stdout.readline().split("lmtune app: ")[1].strip()  # type: ignore[union-attr]
+                assert not url.endswith(f":{port}"), "the port is taken"
+                client = gradio_client.Client(url, verbose=False)
+                answer = client.submit("count", *GOOD[:5], tokens, "", api_name="/send")
+                wait_until(answer.outputs)
+                for number in signals:
+                    assert process.poll() is None
+                    process.send_signal(number)
+                    time.sleep(0.5)
+                _, stderr = process.communicate(timeout=20)
+                output = answer.outputs()[-1]
+            finally:
+                process.kill()
+                process.wait()
+            assert process.returncode == 0
+            assert "finishing 1 answer(s)" in stderr
+            assert f"port {port} is taken, so the app is on" in stderr
+            assert "Traceback" not in stderr
+            assert output[1][-1]["content"][0]["text"].startswith("1 2 3 4 5 6 7 8 9 10")
+            assert ("200 tokens" in str(output[3])) == (tokens == 200)
