@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from lmtune.data.rendering import Renderer
 from lmtune.data.replies import split_reply
-from lmtune.data.types import Message
+from lmtune.data.types import ExampleStore, Message, TokenizedExample
 from lmtune.io.console import progress
 
 
@@ -29,7 +30,7 @@ class Answer:
 
 
 def answers(
-    model: Any, renderer: Any, data: Any, rows: Sequence[int], max_new_tokens: int, who: str = "the model"
+    model: Any, renderer: Renderer, data: ExampleStore, rows: Sequence[int], max_new_tokens: int, who: str = "the model"
 ) -> list[Answer]:
     """Let the model answer the last turn of each of `rows` of `data`, greedily; `who` stands in the progress shown."""
     from lmtune.inference.engine import Sampling, TransformersEngine
@@ -47,7 +48,7 @@ def answers(
     ]
 
 
-def split_prompt(row: Any) -> tuple[list[int], list[int]]:
+def split_prompt(row: TokenizedExample) -> tuple[list[int], list[int]]:
     """The last turn of a row as (tokens before the answer, the answer's tokens with its end token).
 
     A plain text row is trained from its second token on and has no question: its prompt is empty.
@@ -59,10 +60,10 @@ def split_prompt(row: Any) -> tuple[list[int], list[int]]:
     return (ids[:start], ids[start:]) if start > 1 else ([], ids)
 
 
-def _question(renderer: Any, prompt: Sequence[int]) -> str:
+def _question(renderer: Renderer, prompt: Sequence[int]) -> str:
     """The prompt as text, without control tokens and, for a single question, without the template's words around it."""
-    text: str = renderer.tokenizer.decode(prompt, skip_special_tokens=True)
+    text = str(renderer.tokenizer.decode(prompt, skip_special_tokens=True))
     probe = "a question of its own"
-    around: str = renderer.tokenizer.decode(renderer.prompt_ids([Message("user", probe)]), skip_special_tokens=True)
+    around = str(renderer.tokenizer.decode(renderer.prompt_ids([Message("user", probe)]), skip_special_tokens=True))
     before, found, after = around.partition(probe)
     return text.removeprefix(before).removesuffix(after).strip() if found else text.strip()
