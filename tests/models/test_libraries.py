@@ -17,7 +17,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load a ker
 logging.getLogger("bitsandbytes").warning("no GPU here")
 """
 ENTRIES = {
-    "check": "from lmtune.models.base import check_bitsandbytes; check_bitsandbytes('nf4')",
     "tokenizer": "from lmtune.config.schema import ModelConfig; from lmtune.models.base import load_tokenizer;"
     "load_tokenizer(ModelConfig(name='tiny')); import bitsandbytes",
     "processes": "from lmtune.config.schema import ReplicatedConfig; from lmtune.parallel.launch import connect; "
