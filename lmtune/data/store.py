@@ -193,6 +193,9 @@ def _build(
             if sequences and (config.faulty_rows == "skip" or not report.num_faults):
                 table.append(sequences, number[example.source], example.line, content)
             progress(len(index))
+    for file, before in zip(files, contents, strict=True):
+        if file_sha256(file.path) != before:  # the rows would be kept under the hash of others
+            raise DataError(f"{file.name}: changed while it was read; start again when it is complete")
     report.raise_for_faults(config.faulty_rows, len(index))
     found.rows = len(index) + report.faulty.count
     found.formats, found.faulty = report.formats, report.faulty

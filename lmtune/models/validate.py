@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from lmtune.config.schema import ModelConfig
 from lmtune.errors import ModelError, is_failure
@@ -41,6 +42,7 @@ _OTHER_WEIGHTS = {
     ".pth": "pickled weights can run code; expected safetensors; convert them, or ask the author",
     ".gguf": "weights for llama.cpp; expected safetensors; use the model that they were made from",
 }
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _TEXT = "Hello, 12 plain words of text"
 
 
@@ -68,6 +70,8 @@ def check_base(name: str, folder: Path, tokenizer_only: bool = False) -> None:
         other, fix = next(found, (f"no {WEIGHTS}", "lmtune reads safetensors only; download the weights too"))
         raise ModelError(f"model.name: {name}: {other}: {fix}")
     _require_none(name, [*_text_problems(folder), *(_weight_problems(folder) if has_weights else ())])
+    if has_weights:
+        _require_none(name, list(_type_problems(folder)))
 
 
 def check_weights(name: str, folder: Path) -> None:
@@ -77,6 +81,7 @@ def check_weights(name: str, folder: Path) -> None:
         ModelError: with every problem.
     """
     _require_none(name, list(_weight_problems(folder)))
+    _require_none(name, list(_type_problems(folder)))
 
 
 def adapter_beside(name: str) -> ModelError:
@@ -107,18 +112,39 @@ def _text_problems(folder: Path) -> Iterator[str]:
 
 
 def _weight_problems(folder: Path) -> Iterator[str]:
-    shards = [WEIGHTS]
-    if not (folder / WEIGHTS).is_file():
-        try:
-            shards = sorted(set(read_object(folder / INDEX)["weight_map"].values()))
-        except ModelError as error:
-            yield str(error)
-            return
+    try:
+        shards = _shards(folder)
+    except ModelError as error:
+        yield str(error)
+        return
     for shard in shards:
         if not (folder / shard).is_file():
             yield f"{shard}: missing, but {INDEX} names it; download it too"
         elif problem := weights_problem(folder / shard):
             yield problem
+
+
+def _shards(folder: Path) -> list[str]:
+    """The names of the weight files; ModelError if their index is damaged."""
+    is_single = (folder / WEIGHTS).is_file()
+    return [WEIGHTS] if is_single else sorted(set(read_object(folder / INDEX)["weight_map"].values()))
+
+
+def _type_problems(folder: Path) -> Iterator[str]:
+    """Where the types in the headers contradict `quantization_config`: transformers would read codes as weights."""
+    config = read_object(folder / CONFIG)
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))  # a vision model has `text_config`
+    quantization = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    codes: dict[str, str] = {}
+    for shard in _shards(folder):
+        with safe_open(folder / shard, framework="pt") as file:
+            kinds = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - not a dict
+        codes |= {f"{shard}: {n}": kind for n, kind in kinds.items() if n.endswith("weight") and kind not in _FLOATS}
+    if codes and quantization is None:
+        name, kind = next(iter(codes.items()))
+        yield f"{name}: {kind} weights, and {CONFIG} has no quantization_config; download both again"
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes" and not codes:
+        yield f"{CONFIG}: quantization_config says bitsandbytes, but no weight is quantized; remove that key"
 
 
 def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:

@@ -68,6 +68,12 @@ def all_of(*changes: Change) -> Change:
     return lambda folder: [change(folder) for change in changes]
 
 
+def stored_as_int8(folder: Path) -> None:
+    """The weights as codes, without what they stand for."""
+    state = load_file(folder / "model.safetensors")
+    save_file({name: weight.to(torch.int8) for name, weight in state.items()}, folder / "model.safetensors")
+
+
 # --- base models, as `lmtune finetune` meets them
 
 INDEX = "model.safetensors.index.json"
@@ -138,6 +144,13 @@ BASES: dict[str, tuple[Change, str]] = {
     ),
     "a smaller vocabulary in the config": (
         settings("config.json", vocab_size=10), "shapes of the weights differ from config.json; download both again\n",
+    ),
+    "plain weights with a config for 4 bit": (
+        settings("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "config.json: quantization_config says bitsandbytes, but no weight is quantized; remove that key",
+    ),
+    "weights in integers": (
+        stored_as_int8, "model.safetensors: lm_head.weight: I8 weights, and config.json has no quantization_config",
     ),
     "an adapter in the base's folder": (
         written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}'),

@@ -117,6 +117,18 @@ class TestCache:
         assert a.key == b.key
         assert (a[0].location, b[0].location) == ("a.jsonl:1", "b.jsonl:1")
 
+    def test_a_file_that_changes_while_it_is_read_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        written("train.jsonl", rows(5))
+        render = Renderer.render
+
+        def meddling(self: Renderer, example: Example) -> tuple[TokenSequence, ...]:
+            written("train.jsonl", rows(6))
+            return render(self, example)
+
+        monkeypatch.setattr(Renderer, "render", meddling)
+        with pytest.raises(DataError, match="changed while it was read"):
+            tokenize(["train.jsonl"], renderer(), config())
+
 
 class TestTooLong:
     def long_rows(self) -> str:
