@@ -62,7 +62,7 @@ def known_model(name: str) -> KnownModel:
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
     from transformers import AutoConfig
 
     from lmtune.inference.load import build_renderer

@@ -76,6 +76,8 @@ DAMAGED: dict[str, tuple[str, str]] = {  # summary.json, and what is said of it
     "an unpaired surrogate": ('{"status": "failed", "reason": "\\ud800"}', "holds an unpaired surrogate"),
     "nested without end": ('{"a": ' + "[" * 100_000, "nested too deeply"),
     "another status": ('{"status": "[/x]"}', r"status: got '\[/x\]'; expected running or "),
+    "a score that is a text": ('{"tuned": {"loss": "low"}}', "tuned: got .*; expected scores"),
+    "steps that are a text": ('{"steps": "3"}', "steps: got '3'; expected int"),
     "scores that are a number": ('{"base": 3}', "base: got 3; expected scores"),
 }
 

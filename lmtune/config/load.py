@@ -30,7 +30,7 @@ def load_config(schema: type[T], path: str | Path, overrides: Overrides = ()) ->
 
     Raises ConfigError with every problem found, each by `section.key`.
     """
-    path = find_config(path)
+    path = find_config(path, "finetune" if schema is FinetuneConfig else "pretrain")
     return _checked(schema, _read(path), overrides, where=str(path), name=path.stem)
 
 

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from lmtune.config.files import plain_name
 from lmtune.errors import ConfigError
+from lmtune.io.console import HUB_TOKEN
 from lmtune.io.text import format_list, pluralize, shorten
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -213,6 +214,8 @@ class FinetuneConfig:
                 f"evaluation.patience: {patience} waits for validation scores, and data.validation_fraction: 0.0 holds "
                 "no row out; raise the fraction, name data.validation, or set evaluation.patience: null"
             )
+        if re.search(HUB_TOKEN, self.run.name or ""):
+            found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
         return found
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from lmtune.data.formats import Format, detect_format, parse_row
 from lmtune.data.report import FaultyRows, RowCounter
 from lmtune.data.sources import DataFile, foreign_kind
 from lmtune.data.types import Example
-from lmtune.data.values import RowFault, listed_keys
+from lmtune.data.values import RowFault, listed_keys, quoted
 from lmtune.errors import DataError
 from lmtune.io.text import format_list, pluralize
 
@@ -215,10 +216,21 @@ def _lines(file: IO[bytes]) -> Iterator[Row]:
             num_rows += 1
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key stands twice: one of the two values would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RowFault(f"the key {quoted(twice)} stands twice in one object; keep one")
+    return made
+
+
 def _parsed(raw: bytes) -> Any:
     """The JSON value that fills a line, or the fault in it."""
     try:
-        return json.loads(raw.decode())
+        return json.loads(raw.decode(), object_pairs_hook=_object)
+    except RowFault as fault:
+        return fault
     except UnicodeDecodeError as error:
         return _not_utf8(error)
     except json.JSONDecodeError as error:
@@ -250,12 +262,14 @@ def _list_items(file: IO[bytes]) -> Iterator[Row]:
         yield raw.count(b"\n", 0, error.start) + 1, None, _not_utf8(error, ends_file=True)
         return
     del raw
-    decoder, number, line, counted = json.JSONDecoder(), 0, 1, 0
+    decoder, number, line, counted = json.JSONDecoder(object_pairs_hook=_object), 0, 1, 0
     position = _skip(text, text.index("[") + 1)
     while not text.startswith("]", position):
         line, counted, number = line + text.count("\n", counted, position), position, number + 1
         try:
             value, end = decoder.raw_decode(text, position)
+        except RowFault as fault:
+            value, (_, end) = fault, json.JSONDecoder().raw_decode(text, position)
         except json.JSONDecodeError as error:
             yield error.lineno, number, _not_json(error, ends_file=True)
             return

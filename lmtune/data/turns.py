@@ -32,6 +32,10 @@ UNSUPPORTED = plain_table(
         ("reasoning_details", "thinking_blocks", "thought", "thoughts", "cot", "complex_cot", "chain_of_thought"),
         "this reasoning would be lost; write it into the answer as <think>…</think> with data.template: thinking",
     ),
+    (
+        ("mask", "masked", "is_masked", "no_train", "skip", "ignore", "exclude", "loss_mask"),
+        "this seems to say that the turn is not trained; write weight: 0 on an answer that is not",
+    ),
     (("documents",), "these would be lost; write them into the question, or remove the key"),
 )
 _ROLES: dict[str, Role] = {
@@ -44,7 +48,7 @@ _TOOL_ROLES = (
     "tool", "function", "ipython", "observation", "function_call", "function_response", "tool_call", "tool_response",
     "tool_result",
 )  # fmt: skip
-_WEIGHT_KEYS = ("weight", "train", "loss")
+_WEIGHT_KEYS = ("weight", "train", "loss", "include")
 _USED = ("role", "from", "content", "value", *REASONING_KEYS, *_WEIGHT_KEYS)
 _TEXT_PARTS = ("text", "input_text", "output_text")  # chat completions, and the two of OpenAI's Responses
 
@@ -92,6 +96,9 @@ def _message(turn: Any, where: str, parsed: ParsedRow) -> Message:
         raise RowFault(
             f"{where} has the keys {listed_keys(turn)}; a turn is an object with role and content (or from and value)"
         )
+    for one, other in (("role", "from"), ("content", "value")):
+        if one in turn and other in turn and turn[one] != turn[other]:
+            raise RowFault(f"{where} has both {one} and {other}, which differ; keep one")
     if problems := key_problems(turn, _USED, UNSUPPORTED, prefix=f"{where}."):
         raise RowFault("; ".join(problems))
     role = _role(turn, role_key, where)
@@ -168,7 +175,7 @@ def _check_order(roles: Sequence[Role], key: str) -> None:
         if role != expected:
             raise RowFault(
                 f"{key}[{index}] is from {role}; expected {expected}: a system turn comes first, then user and "
-                "assistant alternate; join it with the turn before it, or remove it"
+                f"assistant alternate; {'join it with the turn before it, or ' * (index > first)}remove it"
             )
     if roles[-1] != "assistant":
         raise RowFault(f"{key} ends with {roles[-1]}; expected an answer, which is what is trained")

@@ -145,7 +145,8 @@ def pull(repository: str, revision: str | None = None, output: Path | None = Non
         ModelError: there is no such repository or revision, or it holds no adapter that can be used safely.
         LmtuneError: the Hub cannot be reached.
     """
-    folder = output or Path("adapters") / checked_repository(repository).replace("/", "--")
+    checked_repository(repository)
+    folder = output or Path("adapters") / repository.replace("/", "--")
     require_possible(folder, "--output")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; delete it, or give another folder with --output")

@@ -169,11 +169,16 @@ def _loaded(
 def _check_spelling(target: str) -> None:
     """Raise ModelError for a name in `runs/`, or almost a run's, that is no known model: it is not asked of the Hub."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     if target == "tiny" or Path(target).is_dir():
         return
     near, is_run = similar_runs(target), Path(target).parent.name == "runs"
-    if is_run or (near and not isinstance(try_to_load_from_cache(target, "config.json"), str)):
+    try:
+        is_known = isinstance(try_to_load_from_cache(target, "config.json"), str)
+    except HFValidationError:  # no model can have this name
+        is_known = False
+    if is_run or (near and not is_known):
         hint = f"did you mean {' or '.join(near)}?" if near else run_hint(Path(target).name)
         raise ModelError(f"{target}: no such run or folder; {hint} (a model of the Hub is user/name)")
 

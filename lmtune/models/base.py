@@ -110,6 +110,8 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
         if stored := _stored_file(model, WEIGHTS) or _stored_file(model, INDEX):
             check_weights(model.name, stored.parent)
         raise _model_error(model, "weights", error) from error
+    if not Path(path).is_dir():  # a folder was looked at before
+        check_weights(model.name, weight_files(model)[0].parent)
     loaded.config._name_or_path = path
     loaded.requires_grad_(False)
     _disable_cpu_repacking(loaded)

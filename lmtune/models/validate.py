@@ -126,8 +126,12 @@ def _weight_problems(folder: Path) -> Iterator[str]:
 
 def _shards(folder: Path) -> list[str]:
     """The names of the weight files; ModelError if their index is damaged."""
-    is_single = (folder / WEIGHTS).is_file()
-    return [WEIGHTS] if is_single else sorted(set(read_object(folder / INDEX)["weight_map"].values()))
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    places = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) and n == Path(n).name for n in places.values()):
+        raise ModelError(f"{INDEX}: no weight_map from weights to files beside it; download it again")
+    return sorted(set(places.values()))
 
 
 def _type_problems(folder: Path) -> Iterator[str]:

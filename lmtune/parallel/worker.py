@@ -15,7 +15,6 @@ from typing import IO
 
 from lmtune.errors import ConfigError
 from lmtune.io.atomic import try_lock
-from lmtune.models.device import asks_for_cpu
 from lmtune.models.libraries import ignore_accelerate_settings
 
 NUM_PROCESSES = "LMTUNE_NUM_PROCESSES"  # set by `lmtune finetune --processes N` for the processes that it starts
@@ -29,7 +28,6 @@ _held: list[IO[str]] = []  # open while this process lives
 
 def check_world() -> None:
     """Leave Accelerate no settings but ours; ConfigError if fewer or more processes run than were asked for."""
-    asks_for_cpu()
     ignore_accelerate_settings()
     if not is_worker():
         for name in _LAUNCHER:

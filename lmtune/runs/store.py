@@ -51,9 +51,15 @@ class Summary:
             raise ValueError(f"status: got {shorten(status)}; expected {' or '.join(get_args(Status))}")
         scores: dict[str, Any] = {key: tree.get(key) for key in ("base", "tuned", "standard_errors")}
         for key, value in scores.items():
-            if not isinstance(value, Mapping | None):
+            is_scores = isinstance(value, Mapping) and (
+                key == "standard_errors" or all(one is None or is_finite_number(one) for one in value.values())
+            )
+            if value is not None and not is_scores:
                 raise ValueError(f"{key}: got {shorten(value)}; expected scores")
         values: dict[str, Any] = {key: tree.get(key) for key in ("steps", "reason", "started_from")}
+        for key, kind in (("steps", int), ("reason", str), ("started_from", str)):
+            if not isinstance(values[key], kind | None):
+                raise ValueError(f"{key}: got {shorten(values[key])}; expected {kind.__name__}")
         figures = {key: value for key, value in tree.items() if is_finite_number(value) and key != "format"}
         return cls(
             cast(Status, status), scores["base"], scores["tuned"], scores["standard_errors"] or {}, values["steps"],
@@ -102,7 +108,10 @@ class RunDirectory:
     def rendered_at(self) -> str | None:
         """The time that the template wrote in the run's rows; None for one that writes none, or that is not known."""
         told = self.read_json(self.data).get("rendered_at")
-        return None if told is None else datetime.fromisoformat(str(told)).isoformat(" ")
+        try:
+            return None if told is None else datetime.fromisoformat(str(told)).isoformat(" ")
+        except ValueError:
+            raise CheckpointError(f"{self.data}: damaged: rendered_at; delete it or restore it") from None
 
     def read_json(self, path: Path) -> dict[str, object]:
         """One of the run's JSON files, or `{}` if it is not there yet; CheckpointError if it is damaged."""
@@ -131,6 +140,8 @@ class RunDirectory:
     def read_verification(self) -> list[list[int]]:
         """The token ids of the rows on which a merge is verified; ModelError if `verification.json` is missing."""
         rows = self.read_json(self.verification).get("sequences")
+        if rows and not _are_token_ids(rows):
+            raise CheckpointError(f"{self.verification}: damaged: no lists of token ids; restore it")
         if not rows:
             raise ModelError(f"{self.path}: no verification.json, the rows to compare on; run it again to make it")
         return cast("list[list[int]]", rows)
@@ -182,6 +193,12 @@ class RunDirectory:
             number += 1
         self.path.rename(target)
         return target
+
+
+def _are_token_ids(rows: object) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and row and all(type(token) is int and token >= 0 for token in row) for row in rows
+    )
 
 
 def require_possible(path: Path, setting: str) -> None:

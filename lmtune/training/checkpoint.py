@@ -47,7 +47,7 @@ class CheckpointState:
     def from_dict(cls, tree: Any) -> CheckpointState:
         """From JSON."""
         return cls(
-            TrainState(**tree["counters"]), RunSignature.from_dict(tree["identity"]), tree["total_steps"],
+            TrainState.from_dict(tree["counters"]), RunSignature.from_dict(tree["identity"]), tree["total_steps"],
             tree["micro_batch_setting"],
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lmtune.config.load import to_tree
 from lmtune.config.schema import FinetuneConfig
@@ -30,6 +30,12 @@ class TrainState:
     best_step: int | None = None
     best_loss: float | None = None
     evaluations_without_gain: int = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, int | float | None]) -> TrainState:
+        """The state in a checkpoint; what another version has added is left out."""
+        known = {part.name for part in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,12 @@ class RunSignature:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> RunSignature:
         """The signature in a checkpoint."""
-        settings = {key: value for key, value in values.items() if "." in key}
+        settings = {_today(key): value for key, value in values.items() if "." in key}
         text = {key: str(value) for key, value in values.items() if "." not in key}
         return cls(settings, text[_DATA], text[_BASE], text.get(_TOKENS), text.get(_START))
+
+
+def _today(key: str) -> str:
+    """The name of a setting in this version: `tuning` was `adapter`, its `kind` was `method`."""
+    section, _, name = key.partition(".")
+    return f"tuning.{'kind' if name == 'method' else name}" if section == "adapter" else key

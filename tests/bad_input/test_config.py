@@ -63,6 +63,12 @@ def test_a_token_in_a_name_is_not_repeated(place: Path, refused: Callable[..., O
     assert token not in said
 
 
+def test_a_token_is_no_name_of_a_run(place: Path, refused: Callable[..., Outcome]) -> None:
+    token = "hf_" + "CanaryTokenForTests0123456789abcdef"
+    (place / "trial.yaml").write_text(LEAST)
+    assert "run.name: looks like a token of the Hub" in refused("finetune", "trial.yaml", f"run.name={token}").err
+
+
 def test_a_config_that_is_not_a_file(place: Path, refused: Callable[..., Outcome]) -> None:
     (place / "large.yaml").write_bytes(b"a: " + b"x" * 50_000_000)
     (place / "bytes.yaml").write_bytes(b"\x80\x04\x95")
@@ -76,7 +82,6 @@ def test_a_config_that_is_not_a_file(place: Path, refused: Callable[..., Outcome
 LONG = "n" * 5000
 PLACES: dict[str, tuple[tuple[str, ...], str]] = {  # arguments, what is said
     "a config": (("finetune", LONG), f"{LONG}: no such config file"),
-    "data": (("finetune", "trial.yaml", f"data.train={LONG}"), "cannot be opened (File name too long)"),
     "runs": (("finetune", "trial.yaml", f"run.dir={LONG}"), f"run.dir: {LONG}/trial: File name too long"),
     "runs below a file": (("finetune", "trial.yaml", "run.dir=trial.yaml/x"), "run.dir: trial.yaml/x/trial: Not a dir"),
     "a run to merge": (("merge", LONG), f"{LONG}: no such run"),

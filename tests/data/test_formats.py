@@ -130,6 +130,9 @@ def test_what_may_matter_is_a_warning(row: dict[str, Any], words: str) -> None:
         ({**PAIR, "system_instruction": "s"}, ["name it system"]),
         ({**PAIR, "chat_history": [["q", "a"]]}, ["under history"]),
         ({**PAIR, "train_on_input": True}, ["train_on_input", "only answers"]),
+        (talk(QUESTION, answer(**{"from": "user"})), ["both role and from, which differ"]),
+        (talk(QUESTION, answer(value="other")), ["both content and value, which differ"]),
+        (talk(QUESTION, answer(mask=True)), ["mask", "write weight: 0"]),
         # values
         ({"prompt": None, "completion": 3}, ["prompt is null", "completion is a number (3)"]),
         ({"instruction": "i", "input": 3, "output": "o"}, ["input is a number"]),
@@ -192,7 +195,7 @@ def test_faults_say_what_and_where(row: dict[str, Any], words: list[str]) -> Non
         assert word in str(fault.value), str(fault.value)
 
 
-@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}])
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"include": False}])
 def test_an_answer_without_weight_is_context_and_not_trained(off: dict[str, Any]) -> None:
     row = parsed(talk(QUESTION, answer(content="", **off), QUESTION, answer(weight=1), QUESTION, answer(**off)))
     assert said(row) == [(U, "q"), (A, ""), (U, "q"), (A, "a")], "what follows the last trained answer is cut off"

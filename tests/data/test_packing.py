@@ -45,11 +45,13 @@ def test_a_shared_prefix_counts_once_in_each_group() -> None:
 def test_groups_with_a_prefix_partition_the_items_within_the_budget(own: list[int], shared: int, budget: int) -> None:
     prefix = SharedPrefix(shared, tuple(range(0, len(own), 2)))
     lengths = [n + shared if index % 2 == 0 else n for index, n in enumerate(own)]
-    groups = pack_bins(lengths, budget, [prefix] if len(prefix.members) > 1 else [])
+    prefixes = [prefix] if len(prefix.members) > 1 else []
+    groups = pack_bins(lengths, budget, prefixes)
     assert sorted(index for group in groups for index in group) == list(range(len(own)))
     for group in groups:
         behind = sum(index % 2 == 0 for index in group)
-        size = sum(own[index] for index in group) + (shared + behind * (shared // 8) if behind else 0)
+        with_prefix = shared + behind * (shared // 8) if prefixes and behind else shared * behind
+        size = sum(own[index] for index in group) + with_prefix
         assert len(group) == 1 or size <= budget
 
 

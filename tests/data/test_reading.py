@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from lmtune.data import reading
-from lmtune.data.reading import ReadReport, read_examples
+from lmtune.data.reading import ReadReport, read_examples, read_rows
 from lmtune.data.sources import find_files, unread_entries
 from lmtune.data.types import Example
+from lmtune.data.values import RowFault
 from lmtune.errors import DataError
 
 GOOD = b'{"prompt": "p", "completion": "c"}'
@@ -157,3 +158,18 @@ class TestPaths:
         monkeypatch.chdir(tmp_path / "a")
         files = find_files([tmp_path / "a" / "rows.jsonl", tmp_path / "b" / "rows.jsonl", "../b/../a/" + odd.name])
         assert [file.portable_name for file in files] == ["rows.jsonl", "rows.jsonl (2)", "../b/../a/\ufffd.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": "p", "completion": "a", "completion": "b"}\n',
+        '[{"prompt": "p", "completion": "c"},\n{"prompt": "p", "prompt": "q"}]',
+    ],
+)
+def test_a_key_that_stands_twice_is_a_fault(tmp_path: Path, content: str) -> None:
+    """One of the two values would be lost without a word."""
+    (tmp_path / "rows.json").write_text(content)
+    faults = [row for _, _, row in read_rows(tmp_path / "rows.json") if isinstance(row, RowFault)]
+    assert "stands twice in one object; keep one" in str(faults[0])
+    assert len(faults) == 1

@@ -120,6 +120,20 @@ def test_damaged_weights_in_the_hubs_cache(downloaded: Path) -> None:
     assert text.startswith("model.name: user/name: model.safetensors: a web page; expected weights; download")
 
 
+def test_codes_in_the_hubs_cache_are_no_weights(downloaded: Path) -> None:
+    state = load_file(downloaded / "model.safetensors")
+    save_file({name: weight.to(torch.int8) for name, weight in state.items()}, downloaded / "model.safetensors")
+    assert "I8 weights, and config.json has no quantization_config" in error_of(config_of("user/name"))
+
+
+@pytest.mark.parametrize("places", [{}, {"weight_map": 3}, {"weight_map": {"a": "../sub/x.safetensors"}}])
+def test_an_index_that_names_no_files_beside_it(tmp_path: Path, places: dict[str, object]) -> None:
+    folder = save_tiny(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(places))
+    assert "no weight_map from weights to files beside it" in error_of(config_of(folder))
+
+
 @pytest.mark.parametrize(("quantization", "tied"), [("none", True), ("int8", False), ("nf4", False)])
 def test_weights_that_are_missing_are_never_made_up(tmp_path: Path, quantization: str, tied: bool) -> None:
     """transformers fills them with random numbers and a warning."""

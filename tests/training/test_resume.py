@@ -15,7 +15,7 @@ from lmtune.config.schema import DataConfig, FinetuneConfig, ModelConfig
 from lmtune.errors import CheckpointError
 from lmtune.runs.store import RunDirectory, checkpoint_folders
 from lmtune.training.resume import check_resumable
-from lmtune.training.state import RunSignature
+from lmtune.training.state import RunSignature, TrainState
 from tests.workplace import config_of, finetune, make_workplace
 
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
@@ -37,6 +37,14 @@ BINDING = {
 def signature_of(**changes: Any) -> RunSignature:
     """What must be equal, with the same data and base."""
     return RunSignature.of(config_of(**changes), "data", "base")
+
+
+def test_a_checkpoint_of_an_earlier_version_has_todays_names() -> None:
+    signature = RunSignature.from_dict({
+        "adapter.rank": 4, "adapter.method": "lora", "the data files' content": "d", "the base model's weights": "b"
+    })  # fmt: skip
+    assert signature.settings == {"tuning.rank": 4, "tuning.kind": "lora"}
+    assert TrainState.from_dict({"step": 3, "counter_of_tomorrow": 1}).step == 3
 
 
 @pytest.mark.parametrize("key", FREE)
