@@ -1,14 +1,20 @@
-"""A LoRA linear layer as one operation: y = x Wᵀ + s (x Aᵀ) Bᵀ, with a backward pass that keeps only what it needs.
+"""A LoRA linear layer as one operation, `y = x Wᵀ + s (x Aᵀ) Bᵀ`, whose sum is rounded once.
 
-PEFT's layer runs the low-rank product, the scaling and the sum as separate operations, each with its own result kept
-for the backward pass, and writes `[T, out]` three times. Here the low-rank part is added into the base product in place
-and only `x` and `x Aᵀ` are kept. Over a quantized base, W is dequantized inside the operation (or once, where
-memory allows, with the same values).
+In 16 bit, PEFT's layer rounds the base output and then adds the adapter's much smaller one. Where that is less than
+half a unit in the last place, the sum rounds back to the base output: the update is lost, always in the same direction.
+Here the low-rank product comes first, and the matrix multiplication accumulates the base product onto it in fp32, so a
+small update changes how often the sum rounds up. Training in 16 bit then learns what it learns in fp32. The backward
+pass sums the gradient of x in the same way. A bias comes last: it is added to the sum, not to the small addend.
 
-    fuse(model)       # each LoRA layer that is plain enough takes the fast path; the others stay as they are
+The operation keeps only `x` and `x Aᵀ` for the backward pass and writes `[T, out]` twice. Over a quantized base, W is
+dequantized inside the operation, or once where memory allows, with the same values. DoRA is `y = c ⊙ (x Wᵀ + s (x Aᵀ)
+Bᵀ)` with `c = magnitude / ‖W + s B A‖` of each row, in which the part `(c - 1) ⊙ x Wᵀ` belongs to the small addend.
+
+    fuse(model)       # each LoRA layer that is a linear layer takes this path; the others stay as they are
 
 The layer stays PEFT's own object with PEFT's parameter names: only its class becomes a subclass with another forward,
-so saving, merging and switching adapters work as before. LoRA: https://arxiv.org/abs/2106.09685.
+so saving, merging and switching adapters work as before. LoRA: https://arxiv.org/abs/2106.09685; DoRA:
+https://arxiv.org/abs/2402.09353.
 """
 
 from __future__ import annotations
@@ -17,11 +23,9 @@ from typing import Any
 
 import torch
 
-_ADAPTER = "default"
-
 
 class _LoraLinear(torch.autograd.Function):
-    """`x[T, in]`, `W[out, in]`, `A[r, in]`, `B[out, r]`, bias `[out]` or None, scaling s, dropout probability p."""
+    """`x[T, in]`, `W[out, in]`, bias `[out]` or None, `A[r, in]`, `B[out, r]`, scaling s, dropout probability p."""
 
     @staticmethod
     def forward(
@@ -29,28 +33,72 @@ class _LoraLinear(torch.autograd.Function):
         s: float, p: float,
     ) -> torch.Tensor:  # fmt: skip
         a, b = a.to(x.dtype), b.to(x.dtype)
-        dropped, mask = torch.native_dropout(x, p, True) if p > 0 else (x, None)
-        xa = dropped @ a.t()  # [T, r]
-        y = source.times(x, bias)
-        y.addmm_(xa, b.t(), alpha=s)
-        ctx.save_for_backward(x, xa, a, b, mask)
+        dropped, mask = _dropped(x, p)
+        h = (dropped @ a.t()).mul_(s)  # [T, r]
+        y = source.add_product_(h @ b.t(), x)
+        ctx.save_for_backward(x, h, a, b, mask)
         ctx.source, ctx.s, ctx.keep = source, s, 1 - p
-        return y
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (g,) = grads
-        x, xa, a, b, mask = ctx.saved_tensors
+        x, h, a, b, mask = ctx.saved_tensors
         gb = (g @ b).mul_(ctx.s)  # [T, r]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.source.times_transposed(g)
-            if mask is None:
-                dx.addmm_(gb, a)
-            else:
-                dx.add_((gb @ a).mul_(mask).div_(ctx.keep))
+            dx = gb @ a
+            if mask is not None:
+                dx.mul_(mask).div_(ctx.keep)
+            dx.addmm_(g, ctx.source.dense(g.dtype))
         dropped = x if mask is None else (x * mask).div_(ctx.keep)
-        return dx, None, None, (gb.t() @ dropped).float(), (g.t() @ xa).mul_(ctx.s).float(), None, None
+        return dx, None, None, (gb.t() @ dropped).float(), (g.t() @ h).float(), None, None
+
+
+class _DoraLinear(torch.autograd.Function):
+    """As `_LoraLinear`, with each output scaled by `c[out]`, fp32, which has a gradient too.
+
+    With `v = d Wᵀ + s (d Aᵀ) Bᵀ` of the dropped input d, the result is `x Wᵀ + [(c - 1) ⊙ v + s (d Aᵀ) Bᵀ]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, source: BaseWeight, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor,
+        c: torch.Tensor, s: float, p: float,
+    ) -> torch.Tensor:  # fmt: skip
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        dropped, mask = _dropped(x, p)
+        h = (dropped @ a.t()).mul_(s)
+        weight = source.dense(x.dtype)
+        low_rank = h @ b.t()
+        v = torch.addmm(low_rank, dropped, weight.t())
+        more = (c - 1).to(x.dtype)
+        y = low_rank.addcmul_(v, more).addmm_(x, weight.t())
+        ctx.save_for_backward(x, h, v, a, b, more, mask)
+        ctx.source, ctx.s, ctx.keep = source, s, 1 - p
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        (g,) = grads
+        x, h, v, a, b, more, mask = ctx.saved_tensors
+        scaled = torch.addcmul(g, g, more)  # c ⊙ g
+        gb = (scaled @ b).mul_(ctx.s)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.source.dense(g.dtype)
+            dx = (gb @ a).addmm_(g * more, weight)
+            if mask is not None:
+                dx.mul_(mask).div_(ctx.keep)
+            dx.addmm_(g, weight)
+        dropped = x if mask is None else (x * mask).div_(ctx.keep)
+        dc = (g * v).sum(0, dtype=torch.float32)
+        return dx, None, None, (gb.t() @ dropped).float(), (scaled.t() @ h).float(), dc, None, None
+
+
+def _dropped(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x with a share p of its elements dropped, and the mask of those that were kept."""
+    return torch.native_dropout(x, p, True) if p > 0 else (x, None)
 
 
 class BaseWeight:
@@ -60,17 +108,19 @@ class BaseWeight:
     """
 
     def __init__(self, layer: Any, keep: bool = False) -> None:
-        self.layer, self.keep = layer, keep and type(layer) is not torch.nn.Linear
+        self.layer, self.keep = layer, keep and _is_quantized(layer)
         self._dense: torch.Tensor | None = None
+        self._squared_norms: torch.Tensor | None = None
 
-    def times(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`x[T, in] Wᵀ + bias`."""
-        weight = self.dense(x.dtype)
-        return torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
+    def add_product_(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`y[T, out] + x[T, in] Wᵀ` in place, rounded once."""
+        state = getattr(self.layer.weight, "quant_state", None)
+        if state is None or self._dense is not None or len(x) > 1 or x.requires_grad:
+            return y.addmm_(x, self.dense(x.dtype).t())
+        from bitsandbytes import matmul_4bit
 
-    def times_transposed(self, g: torch.Tensor) -> torch.Tensor:
-        """`g[T, out] W`."""
-        return g @ self.dense(g.dtype)
+        # one token, as in generation: bitsandbytes multiplies by the 4-bit weight without making it dense
+        return y.copy_(y + matmul_4bit(x.float(), self.layer.weight, quant_state=state))
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in `dtype`."""
@@ -85,6 +135,15 @@ class BaseWeight:
         """Let go of a kept dense matrix."""
         self._dense = None
 
+    @torch.no_grad()
+    def row_norms(self, a: torch.Tensor, b: torch.Tensor, s: float, dtype: torch.dtype) -> torch.Tensor:
+        """`[out]` fp32: the norms of the rows of `W + s B A`, from products with W in `dtype`, without that sum."""
+        a, b, weight = a.float(), b.float() * s, self.dense(dtype)
+        if self._squared_norms is None:
+            self._squared_norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        with_base = ((weight @ a.to(dtype).t()) * b).sum(1)
+        return (self._squared_norms + 2 * with_base + ((b @ (a @ a.t())) * b).sum(1)).clamp_(0).sqrt()
+
     def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         weight = self.layer.weight
         if (state := getattr(weight, "quant_state", None)) is not None:
@@ -94,17 +153,18 @@ class BaseWeight:
             return dense.to(dtype)
         if weight.dtype == torch.int8:
             largest = weight.SCB if weight.SCB is not None else self.layer.state.SCB  # moved at the first forward
-            exact: torch.Tensor = weight.data.to(dtype) * (largest / 127.0).to(dtype)[:, None]
-            return exact
-        plain: torch.Tensor = weight.detach()
-        return plain.to(dtype)
+            exact: torch.Tensor = weight.data * (largest / 127.0).float()[:, None]  # fp32, rounded once
+            return exact.to(dtype)
+        plain: torch.Tensor = weight.detach().to(dtype)
+        return plain.t() if type(self.layer).__name__ == "Conv1D" else plain  # GPT-2 stores [in, out]
 
 
 def fuse(model: torch.nn.Module, keep_dense: bool = False) -> list[str]:
-    """Give every plain LoRA layer of `model` the fused forward pass; returns the names of those left as they are.
+    """Give every LoRA layer over a linear layer the fused forward pass; returns the names of those left as they are.
 
-    Plain is: one adapter without DoRA or a bias of its own, over a linear layer in full precision, 4 or 8 bit. In 8 bit
-    this is the weights rounded and nothing else; bitsandbytes' own layer rounds activations too where it can.
+    The base may be in full precision, 4 or 8 bit, and the adapters with or without DoRA; left are layers of other
+    kinds, and variants of LoRA. In 8 bit this is the weights rounded and nothing else; bitsandbytes' own layer rounds
+    activations too where it can.
 
     Args:
         model: a PeftModel.
@@ -116,7 +176,7 @@ def fuse(model: torch.nn.Module, keep_dense: bool = False) -> list[str]:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or type(module).__name__.startswith("Fused"):
             continue
-        if _is_plain(module):
+        if _is_fusible(module):
             module.lmtune_weight = BaseWeight(module.get_base_layer(), keep_dense)
             module.__class__ = _fused_class(type(module))
         else:
@@ -138,44 +198,74 @@ def drop_dense(model: Any) -> bool:
     return bool(held)
 
 
+def exact_magnitudes(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Set the magnitudes of new DoRA layers to the fp32 norms of their rows, so that they begin as the base.
+
+    PEFT rounds them to 16 bit where the base is. `dtype` is that of the forward pass, to which weights are rounded.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and _is_fusible(module):
+            weight = BaseWeight(module.get_base_layer())
+            for name, magnitude in module.lora_magnitude_vector.items():
+                a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                magnitude.weight.data = weight.row_norms(a, b, module.scaling[name], dtype)
+
+
 def _fused_class(kind: type[Any]) -> type[Any]:
     """A subclass of PEFT's layer class with the fused forward pass."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters or self.merged or args or kwargs or self.active_adapters != [_ADAPTER]:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        is_alone = len(names) == 1
+        if (
+            self.disable_adapters or self.merged or args or kwargs or not names
+            or (not is_alone and (self.lora_magnitude_vector or any(_dropout(self, name) for name in names)))
+        ):  # fmt: skip
             output: torch.Tensor = kind.forward(self, x, *args, **kwargs)
             return output
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         flat = x.reshape(-1, x.shape[-1])  # [T, in]
         base = self.get_base_layer()
-        a, b = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
-        result: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-            flat, self.lmtune_weight, base.bias, a, b, self.scaling[_ADAPTER], _dropout_of(self)
-        )
-        return result.view(*x.shape[:-1], -1)
+        weight = self.lmtune_weight if self.lmtune_weight.layer is base else BaseWeight(base)  # replaced for a while
+        if is_alone:
+            (name,) = names
+            a, b, s, p = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], _dropout(self, name)
+        else:  # their sum is one adapter of the sum of their ranks
+            a = torch.cat([self.lora_A[name].weight for name in names])
+            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], 1)
+            s, p = 1.0, 0.0
+        if self.lora_magnitude_vector:
+            c = self.lora_magnitude_vector[name].weight / weight.row_norms(a, b, s, flat.dtype)
+            result = _DoraLinear.apply(flat, weight, base.bias, a, b, c, s, p)  # type: ignore[no-untyped-call]
+        else:
+            result = _LoraLinear.apply(flat, weight, base.bias, a, b, s, p)  # type: ignore[no-untyped-call]
+        return result.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
 
 
-def _dropout_of(module: Any) -> float:
+def _dropout(module: Any, adapter: str) -> float:
     """The probability with which an input of the adapter is dropped now."""
-    dropout = module.lora_dropout[_ADAPTER]
+    dropout = module.lora_dropout[adapter]
     return float(dropout.p) if module.training and isinstance(dropout, torch.nn.Dropout) else 0.0
 
 
-def _is_plain(module: Any) -> bool:
+def _is_quantized(layer: Any) -> bool:
+    return type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def _is_fusible(module: Any) -> bool:
+    """Whether each adapter of a LoRA layer is the plain one, or DoRA, of a frozen linear layer."""
     base = module.get_base_layer()
-    kind = type(base).__name__
-    known = type(base) is torch.nn.Linear or (
-        getattr(base.weight, "quant_state", None) is not None if kind == "Linear4bit" else kind == "Linear8bitLt"
-    )
+    is_linear = type(base) is torch.nn.Linear or type(base).__name__ == "Conv1D" or _is_quantized(base)
     return bool(
-        known
-        and module.active_adapters == [_ADAPTER]
-        and _ADAPTER in module.lora_A
-        and not module.lora_variant
-        and not any(getattr(module, "lora_bias", {}).values())
-        and type(module.lora_dropout[_ADAPTER]) in (torch.nn.Identity, torch.nn.Dropout)
+        is_linear
+        and module.lora_A
         and not base.weight.requires_grad
+        and all(type(variant).__name__ == "DoraLinearVariant" for variant in module.lora_variant.values())
+        and not any(getattr(module, "lora_bias", {}).values())
+        and all(type(d) in (torch.nn.Identity, torch.nn.Dropout) for d in module.lora_dropout.values())
     )

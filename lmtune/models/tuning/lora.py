@@ -18,9 +18,10 @@ from lmtune.config.schema import LoraConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.atomic import name_disk_errors
 from lmtune.io.text import format_list
-from lmtune.kernels.lora_linear import fuse
+from lmtune.kernels.lora_linear import exact_magnitudes, fuse
 from lmtune.models.base import check_bitsandbytes
 from lmtune.models.device import dense_weights_fit
+from lmtune.models.structure import base_of
 from lmtune.models.tuning.adapter_files import (
     CONFIG,
     METADATA,
@@ -127,6 +128,7 @@ def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_n
     peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
     for parameter in trainable(peft_model).values():
         parameter.data = parameter.data.float()
+    exact_magnitudes(peft_model, base_of(peft_model).dtype)
     if tuning.init_lora_weights == "pissa":
         # PiSSA moves the initial product out of the base; it is needed again to save a plain LoRA for the whole base
         peft_model.lmtune_initial_adapter = {n: p.detach().clone() for n, p in trainable(peft_model).items()}
@@ -163,7 +165,7 @@ def save_adapter(model: PeftModel, folder: Path, metadata: Metadata, weights: Te
 
 
 def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None = None) -> PeftModel:
-    """Put a saved adapter on `model`; returns a PeftModel in evaluation mode.
+    """Put a saved adapter on `model`; returns a PeftModel in evaluation mode, which computes as in training.
 
     Args:
         model: the base the adapter was trained over.
@@ -175,9 +177,7 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     """
     peft_model = _with_saved(model, folder, fingerprint)
     peft_model.requires_grad_(False)
-    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        # bitsandbytes rounds activations too; training does not, and what was trained is what answers
-        fuse(peft_model, keep_dense=dense_weights_fit(peft_model, next(model.parameters()).device))
+    fuse(peft_model, dense_weights_fit(peft_model, next(model.parameters()).device))
     return peft_model.eval()
 
 
@@ -195,7 +195,6 @@ def _with_saved(
         raise ModelError(
             f"{folder}: this adapter was trained over another base model; it does not fit this one's weights"
         )
-    _check_dora(model, bool(config.get("use_dora")))
     if is_too_slow_to_match(config, [name for name, _ in model.named_modules()]):
         raise ModelError(f"{folder}: {CONFIG}: a regular expression is too slow (possible catastrophic backtracking)")
     own = {"init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)}
@@ -220,7 +219,6 @@ def read_adapter(folder: Path) -> tuple[LoraSettings, Tensors]:
 
 def check_variant(model: torch.nn.Module, tuning: LoraConfig, found: Targets) -> None:
     """Raise ConfigError for a variant that PEFT cannot run over this base, which may be on the meta device."""
-    _check_dora(model, tuning.use_dora)
     if not for_peft(model, tuning.target_modules, found)["target_parameters"]:
         return
     wrong = {
@@ -240,14 +238,6 @@ def _is_transposed(model: torch.nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())
-
-
-def _check_dora(model: torch.nn.Module, use_dora: bool) -> None:
-    """Raise ConfigError for what PEFT fails at in its second forward pass: it moves the int8 weights away."""
-    if use_dora and any(type(m).__name__ == "Linear8bitLt" and m.weight.device.type == "cpu" for m in model.modules()):
-        raise ConfigError(
-            "tuning.use_dora: PEFT cannot run DoRA over an int8 base on a CPU; set model.quantization: nf4 or none"
-        )
 
 
 def _check_tensors(peft_model: PeftModel, state: Tensors, folder: Path) -> None:
