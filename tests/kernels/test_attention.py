@@ -35,12 +35,10 @@ def masked(
     return torch.cat(outputs)
 
 
-def tensors(
-    layout: SegmentLayout, queries: int, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> list[torch.Tensor]:
+def tensors(layout: SegmentLayout, queries: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     torch.manual_seed(0)
     shapes = ((1, 4, queries, 16), (1, 2, sum(layout.lengths), 16), (1, 2, sum(layout.lengths), 16))
-    return [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
 
 
 @pytest.mark.parametrize("block", [2, 256])
@@ -132,18 +130,20 @@ def test_a_kernel_that_fails_or_differs_is_not_taken_and_why_is_said() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_gpus_kernel_gives_what_span_by_span_gives(name: str, labels: bool, window: int | None) -> None:
     layout = LAYOUTS[name]
     spans = layout.read_spans if labels else layout.spans
-    q, k, v = tensors(layout, sum(span.queries for span in spans), "cuda", torch.bfloat16)
+    q, k, v = tensors(layout, sum(span.queries for span in spans), torch.bfloat16)
     one = attend_varlen(torch_varlen, q, k, v, layout, spans, None, window)
     other = attend_span_by_span(q.float(), k.float(), v.float(), layout, spans, None, 0.0, window)
     torch.testing.assert_close(one.float(), other, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_the_gpus_kernel_is_taken() -> None:
     assert find_varlen(torch.device("cuda", 0), torch.bfloat16, 64, 2)[1] is None
