@@ -88,7 +88,7 @@ class ModelConfig:
     name: Annotated[str, Field(min_length=1)]  # a Hub id, a local folder, or `tiny`
     revision: str | None = None  # a branch, tag or commit on the Hub
     quantization: Quantization = "nf4"  # of the frozen weights: nf4 is 4 bit, int8 is 8 bit
-    dtype: Dtype = "auto"  # auto: bf16 on GPUs that have it, else fp32
+    dtype: Dtype = "auto"  # auto: bf16 where the device multiplies in it faster, else fp32
 
 
 @section

@@ -20,7 +20,7 @@ from lmtune.errors import LmtuneError, ModelError, is_failure
 from lmtune.io.atomic import cache_folder, get_or_build, key_of
 from lmtune.io.console import progress, warn
 from lmtune.io.text import one_line
-from lmtune.models.device import default_device
+from lmtune.models.device import BF16_GAIN, bf16_speedup, default_device
 from lmtune.models.libraries import quiet_libraries
 from lmtune.models.validate import (
     ADAPTER_CONFIG,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SIZES = 1024, 4096  # hidden and intermediate, where a model's are not known
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CACHED_FROM_BYTES = 200 * 2**20  # of stored weights; less is quantized in a second or two
 _CACHED_MODELS = 3
@@ -97,7 +98,7 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
     path = checked_path(model.name)
     if model.quantization != "none":
         check_bitsandbytes(model.quantization)
-    dtype = compute_dtype(device, model.dtype)
+    dtype = dtype_of(model, device)
     quantization = "" if model.quantization == "none" else f" in {model.quantization}"
     try:
         with progress(f"loading {model.name}{quantization}"):
@@ -118,16 +119,47 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
     return loaded.eval()
 
 
-def compute_dtype(device: torch.device, setting: str = "auto") -> torch.dtype:
+def compute_dtype(device: torch.device, setting: str = "auto", sizes: tuple[int, int] = _SIZES) -> torch.dtype:
     """The dtype of the frozen weights and the forward pass.
 
-    `auto` is bf16 on GPUs that have it and fp32 elsewhere: without AVX512-BF16 a bf16 matmul on a CPU is several times
-    slower than fp32.
+    Args:
+        device: where they are computed.
+        setting: a name, or `auto`: bf16 where the device multiplies in it clearly faster than in fp32.
+        sizes: of the model's largest weights, by which that is measured on a CPU.
     """
     if setting != "auto":
         return DTYPES[setting]
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if bf16_speedup(device, *sizes) >= BF16_GAIN else torch.float32
+
+
+def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """`compute_dtype` of a model."""
+    return compute_dtype(device, model.dtype, weight_sizes(model))
+
+
+def describe_dtype(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """`bfloat16: this CPU multiplies in it 2.4 times as fast as in float32`: the dtype of a model, and why."""
+    name = str(dtype).removeprefix("torch.")
+    if model.dtype != "auto":
+        return f"{name}: model.dtype"
+    if device.type == "cuda":
+        return f"{name}: this GPU {'has' if dtype == torch.bfloat16 else 'does not have'} bfloat16"
+    speedup = bf16_speedup(device, *weight_sizes(model))
+    if speedup == 1:
+        return f"{name}: a small model gains nothing from 16 bit"
+    return f"{name}: this CPU multiplies in bfloat16 {speedup:.1f} times as fast as in float32"
+
+
+def weight_sizes(model: ModelConfig) -> tuple[int, int]:
+    """Hidden and intermediate size of a model, by its config; usual ones where that is not on this machine yet."""
+    try:
+        file = stored_files(model, [CONFIG]).get(CONFIG)
+        tree = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        tree = tree.get("text_config", tree)
+        hidden = int(tree.get("hidden_size", tree.get("n_embd", _SIZES[0])))
+        return hidden, int(tree.get("intermediate_size") or 4 * hidden)
+    except (ModelError, OSError, ValueError, TypeError, AttributeError):  # `load_model` names what is wrong with it
+        return _SIZES
 
 
 def _from_pretrained(

@@ -27,7 +27,7 @@ from lmtune.models.base import (
     DTYPES,
     base_fingerprint,
     checked_path,
-    compute_dtype,
+    dtype_of,
     load_model,
     resolve_name,
     stored_dtype,
@@ -123,7 +123,7 @@ class _Source:
 
     def __init__(self, base: ModelConfig, adapter: Path, into: Into, sequences: Sequence[Sequence[int]]) -> None:
         checked_path(base.name)
-        self.device, self.trained_dtype = _merge_device(base), compute_dtype(default_device(), base.dtype)
+        self.device, self.trained_dtype = _merge_device(base), dtype_of(base, default_device())
         model = self._load(base, adapter)
         self.dtype = stored_dtype(base)
         self.config = read_tree(stored_files(base, [CONFIG])[CONFIG])

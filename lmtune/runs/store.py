@@ -113,6 +113,15 @@ class RunDirectory:
         except ValueError:
             raise CheckpointError(f"{self.data}: damaged: rendered_at; delete it or restore it") from None
 
+    def trained_dtype(self) -> str | None:
+        """The dtype of the base and the forward pass in training; None where it is not known."""
+        try:
+            made = self.read_json(self.environment)
+        except CheckpointError:  # as above
+            return None
+        before = "float32" if made.get("device") == "CPU" else None  # of a version that did not write it down
+        return str(made["dtype"]) if "dtype" in made else before
+
     def read_json(self, path: Path) -> dict[str, object]:
         """One of the run's JSON files, or `{}` if it is not there yet; CheckpointError if it is damaged."""
         try:

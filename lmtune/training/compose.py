@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from lmtune.batching.plan import Planner
 from lmtune.batching.prefixes import Ints, shareable_prefix
-from lmtune.config.schema import FinetuneConfig, LoraConfig, SftConfig
+from lmtune.config.schema import Dtype, FinetuneConfig, LoraConfig, ModelConfig, SftConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.store import LoadedData, load_data
 from lmtune.evaluation.generative import Answer
@@ -23,7 +24,7 @@ from lmtune.forward.packed import PackedForward
 from lmtune.inference.load import build_renderer
 from lmtune.io.console import progress, warn
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.base import base_fingerprint, check_bitsandbytes, compute_dtype, load_model, load_tokenizer
+from lmtune.models.base import base_fingerprint, check_bitsandbytes, dtype_of, load_model, load_tokenizer
 from lmtune.models.device import dense_weights_fit, free_memory
 from lmtune.models.locate import shareable_name
 from lmtune.models.parameters import Parameters, count_parameters
@@ -141,7 +142,7 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     renderer = _renderer(config)
     with parallel.main_first():  # the others find the rows in the cache
         data = load_data(config.data, renderer, config.train.seed)
-    base = load_model(config.model, parallel.device)
+    base = load_model(_with_dtype(config, parallel), parallel.device)
     parts = [part for part in (data.train, data.validation) if part is not None]
     check_lengths(base, parts, "data.max_length", tell=parallel.is_main)
     fingerprint = base_fingerprint(config.model)
@@ -166,6 +167,16 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     )
 
 
+def _with_dtype(config: FinetuneConfig, parallel: Parallel) -> ModelConfig:
+    """The model with its dtype chosen once for the run: `auto` measures, and a resumed run computes as it began."""
+    model = config.model
+    if model.dtype != "auto":
+        return model
+    before = None if config.run.resume == "never" else RunDirectory.of(config.run).trained_dtype()
+    chosen = before or str(dtype_of(model, parallel.device)).removeprefix("torch.")
+    return replace(model, dtype=cast(Dtype, parallel.gather([chosen])[0]))
+
+
 def _renderer(config: FinetuneConfig) -> Renderer:
     """The run's renderer; a template that writes the date writes one for the whole run, whenever it is continued."""
     tokenizer = load_tokenizer(config.model)
@@ -188,7 +199,7 @@ def _choose_micro_batch(
     activations = measure_activations(forward, share)
     if activations is None:
         shape = memory.shape_of(forward.model, parameters)
-        activations = memory.estimated_activations(shape, compute_dtype(device, config.model.dtype))
+        activations = memory.estimated_activations(shape, forward.base.dtype)
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
     fitting = memory.fitting_micro_batch(
         activations, data.train.sequences.longest, free_memory(device), device.type, asked

@@ -17,7 +17,7 @@ from lmtune.batching.plan import Planner, TokenCost
 from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig
 from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
-from lmtune.models.base import compute_dtype, resolve_name
+from lmtune.models.base import describe_dtype, dtype_of, resolve_name
 from lmtune.models.device import free_memory
 from lmtune.models.parameters import Parameters, count_parameters, size_text
 from lmtune.models.structure import empty_model
@@ -57,6 +57,7 @@ class Forecast:
     trained_tokens: int
     micro_batch_tokens: int
     checkpointed_layers: int
+    precision: str
     memory: MemoryEstimate
     free_gib: float
     parameters: Parameters
@@ -82,6 +83,7 @@ class Forecast:
             ("tokens read", f"{self.tokens:,} ({self.trained_tokens / max(1, self.tokens):.0%} trained)"),
             ("micro-batch", f"up to {self.micro_batch_tokens:,} tokens"),
             ("gradient checkpointing", f"{self.checkpointed_layers} layers" if self.checkpointed_layers else "off"),
+            ("precision", self.precision),
             ("parameters", self.parameters.describe()),
             *((f"memory: {name}", size_text(size)) for name, size in sizes),
             ("memory: total, estimated", f"{size_text(part.total)} of {size_text(self.free_gib)} free"),
@@ -95,7 +97,7 @@ def forecast(
     held_out: SequenceTable | None = None,
 ) -> Forecast:  # fmt: skip
     """Plan a run over the sequences of `rows`, scored on those of `held_out`."""
-    dtype, quantization = compute_dtype(device, config.model.dtype), config.model.quantization
+    dtype, quantization = dtype_of(config.model, device), config.model.quantization
     shape, parameters = planned_shape(config.model, config.tuning, dtype)
     share = float(rows.num_targets.sum() / rows.num_tokens.sum())
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
@@ -127,9 +129,10 @@ def forecast(
         answers=0.0 if held_out is None else _answer_seconds(shape, config, held_out, rate, device.type, processes),
     )
     advice = _advice(config, shape, part, free / GIB, device, checkpointed)
+    precision = describe_dtype(config.model, device, dtype)
     return Forecast(
-        steps, rows.num_rows, tokens, int(tokens * share), budget, checkpointed, part, free / GIB, parameters,
-        seconds, advice,
+        steps, rows.num_rows, tokens, int(tokens * share), budget, checkpointed, precision, part, free / GIB,
+        parameters, seconds, advice,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.io.atomic import name_disk_errors, write_json, write_text
 from lmtune.io.console import err, escape, warn
 from lmtune.io.text import pluralize, without_absolute_paths
+from lmtune.models.base import describe_dtype
 from lmtune.models.locate import local_paths
 from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interrupts
 from lmtune.runs.log import Records, read_predictions
@@ -156,6 +157,8 @@ def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | No
         err.print(escape(f"from the adapter {parts.start.name}, with its rank, alpha and layers"))
     err.print(escape(describe_report(data.report)))
     err.print(escape(parts.renderer.description))
+    dtype = describe_dtype(config.model, parts.parallel.device, parts.forward.base.dtype)
+    err.print(f"precision: {escape(dtype)}")
     err.print(f"parameters: {escape(parts.parameters.describe())}")
     for warning in evaluation_warnings(config, data.validation is not None, steps):
         warn(warning)

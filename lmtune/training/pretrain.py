@@ -95,7 +95,7 @@ def pretrain(model: PreTrainedModel, blocks: Blocks, validation: Blocks, config:
         max_grad_norm=settings.max_grad_norm, seed=settings.seed,
     )  # fmt: skip
     tuned = tuning.apply(model.to(parallel.device), settings.seed, config.output.name)
-    dtype = compute_dtype(parallel.device)
+    dtype = compute_dtype(parallel.device, sizes=(model.config.hidden_size, model.config.intermediate_size))
     forward = PackedForward(tuned.module, autocast=None if dtype == torch.float32 else dtype)
     budget = MOST_TOKENS[parallel.device.type]
     planner = Planner(blocks.sequences, rates, 1, budget)
