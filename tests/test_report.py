@@ -30,7 +30,7 @@ from tests.sample_run import SUMMARY, write_records
 
 MERGE = {
     "into": "trained", "dtype": "bfloat16", "rows": 16, "tokens": 300, "logits_difference": 0.0012, "bound": 0.02,
-    "top1_agreement": 0.9975, "difference_to_trained": None,
+    "top1_agreement": 0.9975, "kl": 1.5e-4, "update_kept": 0.998, "difference_to_trained": None,
 }  # fmt: skip
 RUN = Summary.parse(SUMMARY)
 DATA = DataReport.from_dict(DATA_TREE)

@@ -96,6 +96,7 @@ def _merge(
         f"verified on {pluralize(report['rows'])}, as a share of the largest logit:\n"
         f"  {report['logits_difference']:.1e} from the adapter over the same weights (bound {report['bound']:.0e})\n"
         f"  {report['difference_to_trained']:.1e} from the model as trained ({bound}; "
-        f"top-1 agreement {report['top1_agreement']:.1%})"
+        f"top-1 agreement {report['top1_agreement']:.1%}, KL {report['kl']:.1e} nats a token)\n"
+        f"  {report['update_kept']:.2%} of the adapter's update is left after rounding to {report['dtype']}"
     )
     return report

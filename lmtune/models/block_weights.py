@@ -46,6 +46,7 @@ class BlockWeights:
         self._quantized = {f"{name}.weight" for module, name in self._names.items() if _is_quantized(module)}
         self._dtype: torch.dtype | None = None
         self._dequantize = False
+        self._kept = self._update = 0.0
         self._restore: list[contextlib.ExitStack] = []
         self.blocks = list(_blocks(self.base))
         for block, whole in self.blocks:
@@ -82,9 +83,16 @@ class BlockWeights:
             return torch.empty(module.out_features, module.in_features, device="meta")
         return torch.empty(getattr(module, name.rpartition(".")[2]).shape, device="meta")
 
+    @property
+    def update_kept(self) -> float:
+        """The share of the adapter's update, by its norm, that is left when `merged` weights are rounded as written."""
+        return self._kept / self._update if self._update else 1.0
+
     @torch.no_grad()
-    def merged(self) -> Iterator[dict[str, torch.Tensor]]:
+    def merged(self, written: torch.dtype = torch.float32) -> Iterator[dict[str, torch.Tensor]]:
         """What the adapter changes and what was quantized, in fp32: a dict for each block, one block at a time.
+
+        `written` is the dtype they will be rounded to, for `update_kept`.
 
         Raises:
             LmtuneError: a merged weight is not finite.
@@ -94,7 +102,7 @@ class BlockWeights:
             if not names:
                 continue
             with self._materialized(block, whole, torch.float32, dequantize=True):
-                self._merge(block)
+                self._merge(block, written)
                 yield {name: self.parameter(name).data for name in names}
 
     def parameter(self, name: str) -> torch.nn.Parameter:
@@ -133,7 +141,7 @@ class BlockWeights:
                     found.add(name)
                     yield name, base
 
-    def _merge(self, block: Any) -> None:
+    def _merge(self, block: Any, written: torch.dtype) -> None:
         """Let PEFT add B A to the weights of a block in fp32; PEFT checks that the sum is finite."""
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora.layer import Linear
@@ -141,6 +149,8 @@ class BlockWeights:
         for module in block.modules():
             if not isinstance(module, LoraLayer) or module.merged:
                 continue
+            weight = getattr(_unwrapped(module), getattr(module, "parameter_name", "weight"))
+            before = weight.data.clone()
             try:
                 if any(kind.__name__ in _QUANTIZED for kind in type(module).__mro__):
                     Linear.merge(module, safe_merge=True)  # the layer's own method would quantize the sum again
@@ -155,6 +165,9 @@ class BlockWeights:
                 ) from error
             finally:
                 module.merged_adapters.clear()  # the weights are put back
+            update = weight.data - before
+            self._update += float(update.square().sum(dtype=torch.float64))
+            self._kept += float(((weight.data.to(written).float() - before) * update).sum(dtype=torch.float64))
 
     def _enter(self, block: Any, whole: bool) -> None:
         stack = contextlib.ExitStack()

@@ -99,7 +99,7 @@ def merge(
                 bound_to_trained=max(bound, to_trained),  # the trained model rounds activations to its dtype as well
                 into=into, dtype=source.dtype, device=source.device,
             )  # fmt: skip
-            report = require_bounds(report, accept_difference)
+            report = require_bounds(replace(report, update_kept=source.weights.update_kept), accept_difference)
             if describe is not None:
                 describe(staging, report)
     return report
@@ -216,7 +216,7 @@ def _write_weights(source: _Source, folder: Path) -> bool:
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, entry in copies.items():
             yield name, entry.read()
-        for changed in weights.merged():
+        for changed in weights.merged(source.dtype):
             for group in dict.fromkeys(groups[name] for name in changed):
                 merged = {name: _as_stored(source, name, weights.parameter(name).data.float()) for name in group}
                 for name, piece in layout.written(merged).items():

@@ -48,6 +48,9 @@ class MergeReport:
         difference_to_trained: the same to the adapter over the base as it was trained, quantized or not.
         bound_to_trained: the largest that is accepted; None for `original`, which is meant to differ.
         top1_agreement: share of tokens for which the trained model has the same most likely next token.
+        kl: mean over tokens of the Kullback-Leibler divergence of the merged model's next token from the trained
+            model's, in nats.
+        update_kept: share of the adapter's update of the weights, by its norm, that is left after rounding to `dtype`.
         rerouted_tokens: of a mixture of experts: tokens at or after one that rounding sent to other experts than in the
             adapter model; the differences above are of all other tokens.
         rerouted_difference: the largest difference of those tokens; None without such tokens.
@@ -63,6 +66,8 @@ class MergeReport:
     difference_to_trained: float
     bound_to_trained: float | None
     top1_agreement: float
+    kl: float
+    update_kept: float = 1.0
     rerouted_tokens: int = 0
     rerouted_difference: float | None = None
     accepted: bool = False
@@ -109,6 +114,7 @@ def verify(
         difference_to_trained=to_trained.difference,
         bound_to_trained=None if into == "original" else bound_to_trained,
         top1_agreement=to_trained.top1_agreement,
+        kl=to_trained.kl,
         rerouted_tokens=max(result.rerouted for result in results),
         rerouted_difference=max((d for r in results if (d := r.rerouted_difference) is not None), default=None),
     )
@@ -260,6 +266,7 @@ class Comparison:
 
     def __init__(self) -> None:
         self.tokens = self.rerouted = self._agreeing = 0
+        self._divergence = 0.0
         self._difference = self._rerouted_difference = self._largest_logit = torch.zeros(())
         self._first_rerouted: int | None = None
 
@@ -279,6 +286,11 @@ class Comparison:
         """The share of tokens with the same most likely next token."""
         return self._agreeing / max(1, self.tokens)
 
+    @property
+    def kl(self) -> float:
+        """Mean divergence of the other's next token from the reference's, in nats."""
+        return max(0.0, self._divergence / max(1, self.tokens))
+
     def begin_row(self, first_rerouted: int | None) -> None:
         """Tokens from `first_rerouted` on are counted apart."""
         self._first_rerouted = first_rerouted
@@ -296,6 +308,8 @@ class Comparison:
             self._rerouted_difference = torch.maximum(self._rerouted_difference, torch.cat([most[split:], zero]).max())
             self._largest_logit = torch.maximum(self._largest_logit, torch.stack(one.aminmax()).abs().max())
             self.rerouted += len(most) - split
+            logs, others = one.log_softmax(-1), two.log_softmax(-1)
+            self._divergence += float((logs.exp() * (logs - others)).sum(dtype=torch.float64))
             self._agreeing += int((one.argmax(-1) == two.argmax(-1)).sum())
             self.tokens += len(one)
 

@@ -127,6 +127,8 @@ def _merge_part(merge: Mapping[str, object]) -> str:
         "into": "Weights merged into", "dtype": "Stored as", "rows": "Held-out rows compared",
         "logits_difference": "Largest difference of a logit, as a share of the largest logit",
         "bound": "Allowed difference", "top1_agreement": "Top-1 agreement",
+        "kl": "KL divergence from the model as trained, nats a token",
+        "update_kept": "Share of the adapter's update left after rounding",
         "difference_to_trained": "Difference to the quantized model that was trained",
         "rerouted_tokens": "Tokens that rounding sent to other experts, or that follow one",
         "rerouted_difference": "Largest difference among those",
@@ -139,7 +141,7 @@ def _merge_part(merge: Mapping[str, object]) -> str:
     for key, name in names.items():
         value = merge.get(key)
         if isinstance(value, float):
-            rows.append((name, f"{100 * value:.2f} %" if key == "top1_agreement" else f"{value:.2g}"))
+            rows.append((name, f"{100 * value:.2f} %" if key in ("top1_agreement", "update_kept") else f"{value:.2g}"))
         elif value is not None:
             rows.append((name, str(value)))
     lead = "The logits of the merged model were compared with those of base and adapter:"

@@ -102,6 +102,28 @@ def test_a_base_that_is_stored_quantized(
 
 
 @pytest.mark.parametrize("stored", DTYPES)
+def test_what_rounding_leaves_of_the_update_is_measured(places: dict[str, Path], stored: str) -> None:
+    """Its share by the written files and plain PEFT's merge, and the divergence by the logits of both models."""
+    from peft import PeftModel
+
+    place = places[stored]
+    folder, report = merged(place, "nf4", output="measured")
+    with inside(place):
+        base_model = base.load_model(ModelConfig(name="base", quantization="nf4"), "cpu").dequantize()
+        before = {name: weight.detach().clone() for name, weight in base_model.named_parameters()}
+        exact = PeftModel.from_pretrained(base_model, "runs/nf4/adapter").merge_and_unload()
+    written, update, kept = load_file(folder / "model.safetensors"), 0.0, 0.0
+    for name, weight in exact.named_parameters():
+        if name in written and (delta := (weight - before[name]).detach().double()).any():
+            update += float((delta * delta).sum())
+            kept += float(((written[name].double() - before[name].double()) * delta).sum())
+    assert report["update_kept"] == pytest.approx(kept / update, abs=1e-3)
+    assert report["update_kept"] > 0.97
+    assert 0 <= report["kl"] < {"float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-2}[stored]
+    assert report["update_kept"] == 1 or stored != "float32"
+
+
+@pytest.mark.parametrize("stored", DTYPES)
 def test_the_dtype_is_kept(places: dict[str, Path], stored: str) -> None:
     folder, report = merged(places[stored], "nf4", output="kept")
     state = load_file(folder / "model.safetensors")
@@ -185,7 +207,7 @@ def test_a_merge_that_is_not_the_trained_model_is_refused_and_the_earlier_one_st
 
 
 def test_a_merge_whose_logits_are_not_finite_is_refused() -> None:
-    fine = MergeReport("trained", "float32", 1, 1, 0.0, 1e-4, 0.0, 1e-4, 1.0)
+    fine = MergeReport("trained", "float32", 1, 1, 0.0, 1e-4, 0.0, 1e-4, 1.0, 0.0)
     require_bounds(fine)
     for bad in ({"logits_difference": float("nan")}, {"difference_to_trained": 1e-3}):
         with pytest.raises(LmtuneError, match="nothing was kept"):
