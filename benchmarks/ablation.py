@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import compare, print_table
+from benchmarks.compare import compare, fast_dtypes, print_table
 from benchmarks.workload import SHAPES, Workload
 
 # name: (changes of the workload, arms beside lmtune)
@@ -46,7 +46,7 @@ def main() -> None:
         changes, others = GROUPS[name]
         work = replace(Workload(options.shape, batch_size=options.batch_size), **changes)
         arms = ["lmtune", *(f"lmtune-{other}" for other in others)]
-        reports[name] = compare(work, options.device, arms, options.repeats)
+        reports[name] = compare(work, options.device, arms, options.repeats, fast_dtypes(options.device, work)[-1:])
         print(f"\n{name}: {changes or 'the workload of benchmarks.compare'}")
         print_table(reports[name])
     if options.output:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.workload import Workload, adapted
+from benchmarks.workload import Workload, adapted, quantized
 
 
 class Arm:
@@ -27,7 +27,12 @@ class Arm:
         from lmtune.models.base import load_model
 
         self.work, self.device, self.computed = work, torch.device(device), 0
-        base = load_model(ModelConfig(name=str(folder), quantization=work.quantization, dtype=dtype), self.device)
+        if work.model is not None or (folder / "config.json").is_file():
+            base = load_model(ModelConfig(name=str(folder), quantization=work.quantization, dtype=dtype), self.device)
+        else:
+            base = work.random_base(self.device, getattr(torch, dtype)).requires_grad_(False)
+            if work.quantization != "none":
+                base = quantized(base, work.quantization, base.dtype)
         self.model = adapted(base, work.rank, work.seed)
         self.model.train()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -36,6 +41,11 @@ class Arm:
     def step(self, rows: list[Any]) -> float:
         """One optimizer step's forward and backward passes."""
         raise NotImplementedError
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """What a loop over a 16-bit base computes in; the adapter is fp32."""
+        base = self.model.get_base_model().dtype
+        return torch.autocast(self.device.type, base) if base.itemsize == 2 else contextlib.nullcontext()
 
     def update(self) -> None:
         """Clip and step the optimizer."""
@@ -122,7 +132,8 @@ class PlainPadded(Arm):
                 labels[i, :n] = torch.where(torch.as_tensor(d.loss_mask), torch.as_tensor(d.input_ids), -100)
             self.computed += ids.numel()
             padded = None if bool(mask.all()) else mask.to(self.device)
-            logits = self.model(input_ids=ids.to(self.device), attention_mask=padded, use_cache=False).logits
+            with self.autocast():
+                logits = self.model(input_ids=ids.to(self.device), attention_mask=padded, use_cache=False).logits
             total += _backward(logits[:, :-1], labels[:, 1:].to(self.device), trained)
         return total
 
@@ -144,7 +155,8 @@ class PlainPacked(Arm):
                 [torch.where(torch.as_tensor(d.loss_mask), torch.as_tensor(d.input_ids), -100) for d in some]
             )[None].to(self.device)
             self.computed += ids.numel()
-            logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            with self.autocast():
+                logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
             total += _backward(logits[:, :-1], labels[:, 1:], trained)
         return total
 

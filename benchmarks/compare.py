@@ -3,9 +3,12 @@
     python -m benchmarks.compare --device cpu --shape 30m --label-fraction 0.3
     python -m benchmarks.compare --data questions.jsonl --arms lmtune trl-padding-free
     python -m benchmarks.compare --shape 30m --shared-prefix 256 --arms lmtune lmtune-without-shared-prefix
+    python -m benchmarks.compare --model FOLDER --data questions.jsonl --dtypes float32 bfloat16
 
-Before any timing counts, each arm's first step must give the plain loop's loss (to 1e-5) and adapter gradients (to 1e-4
-of the largest), from the same weights and rows. An arm that does not is reported and its times are left out.
+Every arm runs in each of `--dtypes`: by default fp32 alone, or bf16 too where the machine multiplies it faster, so that
+each is seen at its best. Before any timing counts, each arm's first step in fp32 must give the plain loop's loss (to
+1e-5) and adapter gradients (to 1e-4 of the largest), from the same weights and rows. An arm that does not is reported
+and its times are left out. What 16 bit changes in training is measured by `benchmarks.curves`.
 """
 
 from __future__ import annotations
@@ -44,18 +47,19 @@ EXACT = {True: "yes", False: "NO", None: "other base"}
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
 
 
-def make_arm(name: str, work: Workload, folder: Path, device: str, steps: int, exact: bool = False) -> Any:
-    """The arm of that name, built in the process that runs it.
+def make_arm(title: str, work: Workload, folder: Path, device: str, steps: int, exact: bool = False) -> Any:
+    """The arm of that title, built in the process that runs it.
 
     Args:
-        name: one of `ARMS`.
+        title: one of `ARMS`, with `:DTYPE` where it is not fp32.
         work, folder, device: what it works on.
         steps: how many it will be asked for.
         exact: compute in fp32, for the gate.
     """
     from benchmarks import arms
 
-    place = (folder, device, "float32" if exact else "auto")
+    name, dtype = split_title(title)
+    place = (folder, device, "float32" if exact else dtype)
     if name.startswith("trl-"):
         from benchmarks.trl_arm import ROWS_AT_ONCE, Trl
 
@@ -74,6 +78,12 @@ def make_arm(name: str, work: Workload, folder: Path, device: str, steps: int, e
     return arms.PlainPadded(work, *place, rows_at_once={"plain-padded": 4, "plain-by-row": 1}[name])
 
 
+def split_title(title: str) -> tuple[str, str]:
+    """The arm and its dtype."""
+    name, _, dtype = title.partition(":")
+    return name, dtype or "float32"
+
+
 def main() -> None:
     """Run the comparison the command line asks for, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,25 +95,33 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shared-prefix", type=int, default=0)
     parser.add_argument("--data", help="rows of this file instead of random ones")
+    parser.add_argument("--model", help="a model folder, or tiny, instead of random weights; with --data")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16"), help="by default all that are fast here"
+    )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     work = Workload(
         options.shape, options.quantization, options.label_fraction, options.batch_size,
-        shared_prefix=options.shared_prefix, data=options.data,
+        shared_prefix=options.shared_prefix, data=options.data, model=options.model,
     )  # fmt: skip
     usual = ["lmtune", *OTHERS, *([VARLEN] if options.device == "cuda" else [])]
-    report = compare(work, options.device, options.arms or usual, options.repeats)
+    report = compare(work, options.device, options.arms or usual, options.repeats, options.dtypes)
     print_table(report)
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[str, Any]:
-    """Measure `arms` in turn; the reference is added for the gate if it is not among them."""
-    names = list(dict.fromkeys([REFERENCE, *arms]))
+def compare(
+    work: Workload, device: str, arms: list[str], repeats: int, dtypes: list[str] | None = None
+) -> dict[str, Any]:
+    """Measure `arms` in turn, in each of `dtypes`; the reference is added for the gate if it is not among them."""
+    dtypes = dtypes or fast_dtypes(device, work)
+    titles = [arm if dtype == "float32" else f"{arm}:{dtype}" for dtype in dtypes for arm in arms]
+    names = list(dict.fromkeys([REFERENCE, *titles]))
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder) / "base"
+        base = Path(folder) / "base" if work.model is None else Path(work.model)
         write_base(work, base)
         load_before, processes = load_average(), []
         for name in names:
@@ -115,19 +133,19 @@ def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[
             raise RuntimeError(f"the reference {REFERENCE} failed:\n{reference.error}")
         judged = {process.measured.name: gate(process.measured, reference) for process in processes}
         # the reference may be there for the gate alone, and what is not exact is not timed
-        timed = [p for p in processes if p.measured.name in arms and judged[p.measured.name]["exact"] is not False]
-        ceilings = [matmul_ceiling(device)]
+        timed = [p for p in processes if p.measured.name in titles and judged[p.measured.name]["exact"] is not False]
+        ceilings = {dtype: matmul_ceiling(device, dtype) for dtype in dtypes}
         for number in range(1, repeats + 1):
             for process in timed:
                 process.repeat(number)
-        ceilings.append(matmul_ceiling(device))
+        ceilings = {dtype: max(rate, matmul_ceiling(device, dtype)) for dtype, rate in ceilings.items()}
         for process in processes:
             process.stop()
-    ceiling, results, steps = max(ceilings), [], range(2, 2 * repeats + 1, 2)
+    results, steps = [], range(2, 2 * repeats + 1, 2)
     for process in processes:
         summary = {**process.measured.summary(), **judged[process.measured.name]}
-        rate = summary["tokens_per_second_median"]
-        summary["mfu"] = round(rate * flop_per_token(work, steps) / ceiling, 3) if rate else None
+        rate, ceiling = summary["tokens_per_second_median"], ceilings.get(split_title(process.measured.name)[1])
+        summary["mfu"] = round(rate * flop_per_token(work, steps) / ceiling, 3) if rate and ceiling else None
         results.append(summary)
     return {
         "work": {field.name: getattr(work, field.name) for field in dataclasses.fields(work)},
@@ -136,7 +154,7 @@ def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[
         "machine": machine(device),
         "load_average_before": load_before,
         "load_average_after": load_average(),
-        "matmul_ceiling_gflops": round(ceiling / 1e9, 1),
+        "matmul_ceiling_gflops": {dtype: round(rate / 1e9, 1) for dtype, rate in ceilings.items()},
         "arms": results,
     }
 
@@ -144,7 +162,7 @@ def compare(work: Workload, device: str, arms: list[str], repeats: int) -> dict[
 def _started(name: str, make: Any, work: Workload) -> ArmProcess:
     """An arm after its first step, with loss and gradients of that step in fp32."""
     judge = None
-    if make.args[3] != "cpu":  # on a CPU all is fp32 anyway; elsewhere another process, whose memory is then nobody's
+    if make.args[3] != "cpu" or split_title(name)[1] != "float32":  # in a process whose memory is then nobody's
         judge = ArmProcess(name, functools.partial(make, exact=True), work.rows)
         judge.first_step()
         judge.stop()
@@ -176,15 +194,14 @@ def gate(arm: Any, reference: Any) -> dict[str, Any]:
 
 def flop_per_token(work: Workload, steps: Iterable[int]) -> float:
     """Operations of a LoRA step per token: 4 N + 4 f H + 6 P + 7 s a L, as in lmtune.training.estimate."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[work.shape]
-    kv = hidden * kv_heads // heads
-    sizes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, intermediate)] * 3]
-    linear = layers * sum(a * b for a, b in sizes)
-    adapter = layers * work.rank * sum(a + b for a, b in sizes)
+    shape = work.dimensions
+    linear = shape.layers * sum(a * b for a, b in shape.linear)
+    adapter = shape.layers * work.rank * sum(a + b for a, b in shape.linear)
     documents = [row.sequences[0] for step in steps for row in work.rows(step)]
     lengths, trained = [len(d.input_ids) for d in documents], sum(int(d.loss_mask.sum()) for d in documents)
     seen, share = sum(n * n for n in lengths) / sum(lengths), trained / sum(lengths)
-    return 4 * linear + 4 * share * vocabulary * hidden + 6 * adapter + 7 * seen * hidden * layers
+    head, attention = shape.vocabulary * shape.hidden, shape.heads * shape.head_dim * shape.layers
+    return 4 * linear + 4 * share * head + 6 * adapter + 7 * seen * attention
 
 
 def write_base(work: Workload, folder: Path) -> None:
@@ -196,13 +213,24 @@ def write_base(work: Workload, folder: Path) -> None:
         raise RuntimeError("the base model could not be written")
 
 
-def matmul_ceiling(device: str) -> float:
+def fast_dtypes(device: str, work: Workload) -> list[str]:
+    """fp32, and bf16 where the machine multiplies it faster."""
+    import torch
+
+    from lmtune.models.device import BF16_GAIN, bf16_speedup
+
+    return ["float32"] + ["bfloat16"] * (
+        bf16_speedup(torch.device(device), work.dimensions.hidden, work.dimensions.intermediate) >= BF16_GAIN
+    )
+
+
+def matmul_ceiling(device: str, dtype: str = "float32") -> float:
     """The best rate of a large matrix product on this device, in operations per second."""
     import torch
 
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    kind = getattr(torch, dtype)
     size = 8192 if device == "cuda" else 1536
-    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         if device == "cuda":
@@ -232,13 +260,14 @@ def machine(device: str) -> dict[str, Any]:
 
 def print_table(report: dict[str, Any]) -> None:
     """The arms, fastest first."""
-    ours = next((a for a in report["arms"] if a["arm"] == "lmtune"), None)
-    print(f"matmul ceiling {report['matmul_ceiling_gflops']} GFLOP/s, load {report['load_average_before']}")
+    ours = max((a for a in report["arms"] if split_title(a["arm"])[0] == "lmtune"), key=_rate, default=None)
+    print(f"matmul ceilings {report['matmul_ceiling_gflops']} GFLOP/s, load {report['load_average_before']}")
     print(
-        f"{'arm':38}{'tok/s':>8}{'min':>8}{'max':>8}{'laid':>7}{'memory':>9}{'first':>8}{'MFU':>6}{'ours/it':>9}  exact"
+        f"{'arm':38}{'tok/s':>8}{'min':>8}{'max':>8}{'computed':>9}{'memory':>9}{'first':>8}{'MFU':>6}"
+        f"{'ours/it':>9}  exact"
     )
     shown = [arm for arm in report["arms"] if arm["repeats"] or arm["exact"] is False]
-    for arm in sorted(shown, key=lambda a: -(a["tokens_per_second_median"] or 0)):
+    for arm in sorted(shown, key=_rate, reverse=True):
         rate = arm["tokens_per_second_median"]
         if rate is None:
             why = (
@@ -249,9 +278,13 @@ def print_table(report: dict[str, Any]) -> None:
         ratio = f"{ours['tokens_per_second_median'] / rate:.2f}" if ours and ours["tokens_per_second_median"] else "-"
         print(
             f"{arm['arm']:38}{rate:8.0f}{arm['tokens_per_second_min']:8.0f}{arm['tokens_per_second_max']:8.0f}"
-            f"{arm['computed_per_real_token']:7.2f}{arm['peak_memory_gib']:7.2f} G"
+            f"{arm['computed_per_real_token']:9.2f}{arm['peak_memory_gib']:7.2f} G"
             f"{arm['first_step_seconds']:6.1f} s{arm['mfu']:6.2f}{ratio:>9}  {EXACT[arm['exact']]}"
         )
+
+
+def _rate(arm: dict[str, Any]) -> float:
+    return arm["tokens_per_second_median"] or 0.0
 
 
 if __name__ == "__main__":

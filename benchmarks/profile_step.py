@@ -57,7 +57,8 @@ def profile(work: Workload, device: str) -> dict[str, Any]:
         arm.step(work.rows(step))
         arm.update()
     steps = [work.rows(WARM_UP + step) for step in range(MEASURED)]
-    ceiling, on_gpu = matmul_ceiling(device), device == "cuda"
+    dtype, on_gpu = str(arm.model.get_base_model().dtype).removeprefix("torch."), device == "cuda"
+    ceiling = matmul_ceiling(device, dtype)
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()
         for rows in steps:

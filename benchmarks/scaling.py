@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare import compare, machine
+from benchmarks.compare import compare, fast_dtypes, machine, split_title
 from benchmarks.measure import load_average
 from benchmarks.workload import Workload
 
@@ -60,10 +60,11 @@ def main() -> None:
 
 def step_rate(name: str, value: int, work: Workload, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second and memory of lmtune's step, with the plain packed loop in the same run."""
-    report = compare(work, options.device, ["lmtune", "plain-packed"], options.repeats)
-    arms = {arm["arm"]: arm for arm in report["arms"]}
+    dtype = fast_dtypes(options.device, work)[-1]
+    report = compare(work, options.device, ["lmtune", "plain-packed"], options.repeats, [dtype])
+    arms = {split_title(arm["arm"])[0]: arm for arm in report["arms"]}
     ours, plain = arms["lmtune"], arms["plain-packed"]
-    rate, ceiling = ours["tokens_per_second_median"], report["matmul_ceiling_gflops"]
+    rate, ceiling = ours["tokens_per_second_median"], report["matmul_ceiling_gflops"][dtype]
     print(
         f"{name} {value:>6}: {rate:8.0f} tok/s, {ours['peak_memory_gib']:5.2f} GiB, MFU {ours['mfu']:.2f} of {ceiling} "
         f"GFLOP/s; plain packed {plain['tokens_per_second_median']:8.0f} tok/s, {plain['peak_memory_gib']:5.2f} GiB"
