@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two tests at once, each on one thread; `make test WORKERS=` runs them one after the other.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: quickstart test test-fast test-long test-real check bench docs clean
+.PHONY: quickstart test test-fast test-long test-real check bench bench-gpu docs clean
 
 quickstart: .venv/installed
 	$(BIN)/lmtune quickstart
@@ -32,6 +32,12 @@ check: .venv/installed-check
 
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks.compare
+
+# On a machine with a GPU, at most nine minutes: every kernel beside its twin, resuming, then speed beside others.
+bench-gpu: .venv/installed-test .venv/installed-bench
+	$(BIN)/python -m pytest tests -m gpu --timeout 300
+	mkdir -p build
+	$(BIN)/python -m benchmarks.gpu --output build/gpu.json
 
 # The site in build/site, every link checked.
 docs: .venv/installed-docs

@@ -73,6 +73,25 @@ def test_a_comparison_from_its_command_line(tmp_path: Path) -> None:
     assert "lmtune-without-last-layer" in done.stdout
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("module", "options", "key"),
+    [
+        ("gpu", ["--device", "cpu", "--cases", "1m:none", "1m:nf4", "--rows", "4", "--repeats", "1", "--arms", "lmtune",
+                 "lmtune-compiled", "plain-packed", "plain-by-row"], "results"),
+        ("curves", ["--data", "examples/support.jsonl", "--steps", "4", "--seeds", "0", "--learning-rate", "1e-3"],
+         "curves"),
+    ],
+)  # fmt: skip
+def test_a_benchmark_from_its_command_line(tmp_path: Path, module: str, options: list[str], key: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--output", str(tmp_path / "o.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "o.json").read_text())[key]
+    assert len(results) == (8 if module == "gpu" else 3), done.stdout
+    assert not [result for result in results if "error" in result], done.stdout
+
+
 @pytest.mark.slow
 def test_planning_and_balance_are_measured() -> None:
     found = planned(1000)
