@@ -168,7 +168,7 @@ class Renderer:
 
     @property
     def description(self) -> str:
-        """One line: which template, how answers end, and what generation stops at."""
+        """One line: which template, how answers end, what generation stops at, and the template's own system prompt."""
         names = [f"{self.tokenizer.convert_ids_to_tokens(index)} ({index})" for index in self.stop_token_ids]
         if self._chat is None:
             how = "plain text, no chat template"
@@ -180,7 +180,9 @@ class Renderer:
                 begun = "" if time[:10] == self._chat.time_now(given=False)[:10] else ", when this run began"
                 how += f", which writes today's date ({time[:10]}{begun})"
         more = f"; generation also stops at {', '.join(names[1:])}" if names[1:] else ""
-        return f"{how}; answers end in {names[0]}{more}"
+        words = self._chat.own_words if self._chat is not None and self._system is None else ""
+        own = f"; it begins with a system prompt of its own: {words[:100]}{'…' * (len(words) > 100)}" if words else ""
+        return f"{how}; answers end in {names[0]}{more}{own}"
 
     @property
     def fingerprint(self) -> str:

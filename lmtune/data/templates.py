@@ -13,6 +13,7 @@ trims answers, and where the prompt ends in something (an empty thought) that th
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -380,6 +381,22 @@ class ChatTemplate:
         question = [Message("user", _QUESTION)]
         first, second = [self._apply(question, prompt=True, text=True, source=source) for source in sources]
         return bool(first != second) or not _FORMATS.search(self.source)
+
+    @functools.cached_property
+    def own_words(self) -> str:
+        """What stands before a first question and not before a second one, without control tokens: a system prompt."""
+        question, said = Message("user", _QUESTION), Message("assistant", _ANSWER)
+        try:
+            first = self._text([question]).partition(_QUESTION)[0]
+            later = self._text([question, said, question]).rpartition(_QUESTION)[0].rpartition(_ANSWER)[2]
+        except TemplateFault:
+            return ""
+        same = next((n for n in range(min(len(first), len(later)), 0, -1) if first.endswith(later[-n:])), 0)
+        words = first[: len(first) - same]
+        for token in self._tokenizer.added_tokens_decoder.values():
+            words = words.replace(token.content, " ") if token.content.strip() else words
+        words = " ".join(words.split()).removeprefix("system").strip()
+        return words if any(letter.isalnum() for letter in words) else ""
 
 
 def _at(source: str, now: str) -> str:

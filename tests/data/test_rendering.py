@@ -272,3 +272,12 @@ def test_the_fingerprint_tells_what_decides_the_tokens() -> None:
     ]  # fmt: skip
     assert len(set(different)) == len(different)
     assert fingerprint() == fingerprint()
+
+
+def test_a_system_prompt_of_the_templates_own_is_said() -> None:
+    """As SmolLM2's and Qwen2.5's templates have one: it is trained over, and nobody asked for it."""
+    own = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are Bo.<|im_end|>\\n' }}{% endif %}"
+    with_own = Renderer(make_tokenizer(own + CHATML))
+    assert with_own.description.endswith("; it begins with a system prompt of its own: You are Bo.")
+    assert "of its own" not in Renderer(make_tokenizer(own + CHATML), system="Be brief.").description
+    assert "of its own" not in Renderer(make_tokenizer(CHATML)).description
