@@ -130,6 +130,9 @@ def launch(models: Sequence[LoadedModel], address: Address, examples: Sequence[S
     with progress("building the page"):
         application = build_application(models, address, activity, examples)
     with _listen(address) as listening:
+        received: list[int] = []  # before the address is said, since who reads it may end the app at once
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: received.append(number))
         port = listening.getsockname()[1]
         if port != address.port:
             err.print(f"port {address.port} is taken, so the app is on {port}")
@@ -142,7 +145,7 @@ def launch(models: Sequence[LoadedModel], address: Address, examples: Sequence[S
                 raise LmtuneError(f"--share: no public link: {error}") from error
             out.print(f"public link: {escape(link)}")
         err.print("[dim]Ctrl-C stops it[/]")
-        _serve(application, listening, activity)
+        _serve(application, listening, activity, received)
 
 
 def build_application(
@@ -248,17 +251,14 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-def _serve(application: ASGIApp, listening: socket.socket, activity: Activity) -> None:
-    """Run `application` until a signal; answers under way are finished, or at a second signal stopped.
+def _serve(application: ASGIApp, listening: socket.socket, activity: Activity, received: list[int]) -> None:
+    """Run `application` until a signal is in `received`; answers under way are finished, or at a second signal stopped.
 
     Raises:
         LmtuneError: the server cannot start.
     """
     import uvicorn
 
-    received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
     config = uvicorn.Config(
         application, log_level="error", access_log=False, ws="none", proxy_headers=in_space(), server_header=False,
         timeout_keep_alive=60,  # a busy server comes late to a connection used again
