@@ -142,6 +142,8 @@ def describe_dtype(model: ModelConfig, device: torch.device, dtype: torch.dtype)
     name = str(dtype).removeprefix("torch.")
     if model.dtype != "auto":
         return f"{name}: model.dtype"
+    if dtype != dtype_of(model, device):
+        return f"{name}: as this run began"
     if device.type == "cuda":
         return f"{name}: this GPU {'has' if dtype == torch.bfloat16 else 'does not have'} bfloat16"
     speedup = bf16_speedup(device, *weight_sizes(model))

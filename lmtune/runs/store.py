@@ -117,7 +117,7 @@ class RunDirectory:
         """The dtype of the base and the forward pass in training; None where it is not known."""
         try:
             made = self.read_json(self.environment)
-        except CheckpointError:  # as above
+        except CheckpointError:  # its other readers name it
             return None
         before = "float32" if made.get("device") == "CPU" else None  # of a version that did not write it down
         return str(made["dtype"]) if "dtype" in made else before

@@ -62,6 +62,8 @@ def test_a_resumed_run_computes_in_the_dtype_in_which_it_began(
     environment = json.loads(run.environment.read_text())
     assert environment["dtype"] == "bfloat16"
     finetune(place, train__max_steps=4, run__resume="auto" if resumed else "never")
+    why = "bfloat16: as this run began" if resumed else "float32: a small model gains nothing from 16 bit"
+    assert f"precision: {why}" in capsys.readouterr().err
     assert RunDirectory(run.path).trained_dtype() == ("bfloat16" if resumed else "float32")
 
 
