@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _CHUNK_ELEMENTS = 2**18  # 1 MiB in fp32, which fits into a core's cache
-_TOLERANCE = 1e-6
+_TOLERANCE = 1e-5  # of the largest result
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -81,7 +81,7 @@ def _offset(module: Any) -> float | None:
         weight.data = kept
     for offset in (0.0, 1.0):
         found = _RmsNorm.apply(probe, kept.float() + offset, eps)  # type: ignore[no-untyped-call]
-        if torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE):
+        if (found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max():
             return offset
     return None
 

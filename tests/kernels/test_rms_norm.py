@@ -35,6 +35,13 @@ def test_equals_the_models_own(kind: str, dtype: torch.dtype, monkeypatch: pytes
         torch.testing.assert_close(mine, theirs, atol=atol, rtol=1e-2)
 
 
+def test_a_norm_with_large_weights_is_known_too() -> None:
+    """Such as Gemma's, whose rounding in fp32 is as large as they are."""
+    norm = norms()["gemma"]
+    norm.weight.data.mul_(400)
+    assert fuse_norms(torch.nn.ModuleList([norm])) == ["0"]
+
+
 def test_what_is_no_rms_norm_keeps_its_own_forward() -> None:
     class OffsetRMSNorm(torch.nn.RMSNorm):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
