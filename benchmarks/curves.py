@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.arms import Lmtune, PlainPadded
 from benchmarks.compare import machine
 from benchmarks.workload import Workload
+from lmtune.models.device import bf16_speedup
 
 ARMS = {"fp32": (Lmtune, "float32"), "lmtune-bf16": (Lmtune, "bfloat16"), "peft-bf16": (PlainPadded, "bfloat16")}
 
@@ -100,8 +101,8 @@ def begin(arm: Any, seed: int) -> None:
 
 def products_rounded_once(device: str) -> contextlib.AbstractContextManager[Any]:
     """A context for CPUs without bf16 products, in which these take the time of fp32's; elsewhere nothing."""
-    has_native = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return contextlib.nullcontext() if has_native else _InFp32()
+    is_fast = bf16_speedup(torch.device(device), 1024, 4096) >= 1
+    return contextlib.nullcontext() if is_fast else _InFp32()
 
 
 class _InFp32(TorchDispatchMode):
