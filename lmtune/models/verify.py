@@ -308,8 +308,8 @@ class Comparison:
             self._rerouted_difference = torch.maximum(self._rerouted_difference, torch.cat([most[split:], zero]).max())
             self._largest_logit = torch.maximum(self._largest_logit, torch.stack(one.aminmax()).abs().max())
             self.rerouted += len(most) - split
-            logs, others = one.log_softmax(-1), two.log_softmax(-1)
-            self._divergence += float((logs.exp() * (logs - others)).sum(dtype=torch.float64))
+            logs, others = one.double().log_softmax(-1), two.double().log_softmax(-1)  # in fp32 small ones round to 0
+            self._divergence += float((logs.exp() * (logs - others)).sum())
             self._agreeing += int((one.argmax(-1) == two.argmax(-1)).sum())
             self.tokens += len(one)
 
