@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -221,7 +222,13 @@ def torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: Any)
     from torch.nn.attention.varlen import varlen_attn
 
     *bounds, scale, window = sizes
-    out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window, enable_gqa=q.shape[1] != k.shape[1])
+    grouped: Any = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped = {"enable_gqa": True}
+        else:  # an older PyTorch
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
+    out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window, **grouped)
     assert isinstance(out, torch.Tensor)
     return out
 
