@@ -109,7 +109,7 @@ def pack_rows(rows: Sequence[TokenizedExample], share_prefixes: bool = False) ->
     """All sequences of `rows`, each row an example, as one micro-batch."""
     sequences = [sequence for row in rows for sequence in row.sequences]
     example_of = [index for index, row in enumerate(rows) for _ in row.sequences]
-    return pack(sequences, example_of, len(rows), share_prefixes)
+    return pack(sequences, example_of, len(rows), share_prefixes).to(torch.get_default_device())
 
 
 def losses_of(forward: PackedForward, batch: MicroBatch) -> torch.Tensor:

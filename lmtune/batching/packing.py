@@ -230,7 +230,7 @@ def pack(
         sequence_of=torch.from_numpy(np.concatenate(sequence_of)),
         example_of=torch.from_numpy(np.asarray(example_of, dtype=np.int64)),
         values={
-            name: torch.tensor([of_one[name] for of_one in values], dtype=torch.float32)
+            name: torch.tensor([of_one[name] for of_one in values], dtype=torch.float32, device="cpu")
             for name in (values[0] if values else ())
         },
         num_examples=num_examples,

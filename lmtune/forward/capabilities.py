@@ -176,9 +176,9 @@ def _compare_head(forward: Paths) -> float:
 def _random_ids(forward: Paths, *lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random ids `[1, T]` of sequences of these lengths, and their position ids."""
     embedding = forward.base.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, embedding.shape[0], (1, sum(lengths)), generator=generator)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    generator = torch.Generator().manual_seed(0)  # on the CPU, whatever PyTorch's default device is
+    ids = torch.randint(0, embedding.shape[0], (1, sum(lengths)), generator=generator, device="cpu")
+    positions = torch.cat([torch.arange(length, device="cpu") for length in lengths])[None]
     return ids.to(embedding.device), positions.to(embedding.device)
 
 

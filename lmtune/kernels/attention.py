@@ -205,7 +205,7 @@ def _make_boundaries(segments: SegmentLayout, spans: Sequence[Span], device: tor
         runs = [np.arange(start, start + n) for start, n in zip(segments.starts, segments.lengths, strict=True)]
         parts = [p for s in spans for p in ([] if s.prefix is None else [runs[s.prefix]]) + [runs[s.segment][: s.keys]]]
         places = _on(device, torch.from_numpy(np.concatenate(parts)))
-    edges = [_on(device, torch.tensor(np.cumsum([0, *n]), dtype=torch.int32)) for n in (num_q, num_k)]
+    edges = [_on(device, torch.from_numpy(np.cumsum([0, *n], dtype=np.int32))) for n in (num_q, num_k)]
     return places, (edges[0], edges[1]), (max(num_q), max(num_k))
 
 
@@ -276,7 +276,8 @@ def _varlen_difference(kernel: Varlen, device: torch.device, dtype: torch.dtype,
             generator = torch.Generator().manual_seed(0)
             queries = sum(span.queries for span in spans)
             shapes = ((1, 2 * groups, queries, head_dim), (1, 2, 12, head_dim), (1, 2, 12, head_dim))
-            q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
+            drawn = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+            q, k, v = (tensor.to(device, dtype).requires_grad_() for tensor in drawn)
             results = []
             for out in (
                 attend_varlen(kernel, q, k, v, segments, spans, None, window),

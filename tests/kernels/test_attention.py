@@ -27,8 +27,8 @@ def masked(
     for (first_q, last_q), (first_k, last_k) in sizes:
         scores = torch.einsum("qhd,khd->hqk", q[first_q:last_q], k[first_k:last_k]) * (scale or q.shape[2] ** -0.5)
         num_q, num_k = scores.shape[1:]
-        place = torch.arange(num_q)[:, None] + num_k - num_q
-        back = place - torch.arange(num_k)[None]
+        place = torch.arange(num_q, device=q.device)[:, None] + num_k - num_q
+        back = place - torch.arange(num_k, device=q.device)[None]
         seen = (back >= 0) & ((window[0] < 0) | (back <= window[0]))
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", weights, v[first_k:last_k]))

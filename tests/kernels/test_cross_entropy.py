@@ -56,12 +56,12 @@ def test_chunks_cover_all_rows_in_parts_of_about_one_size(count: int, most: int)
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
-def test_logits_are_never_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_never_held_whole(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, real = list[tuple[int, ...]](), cross_entropy._chunk
     monkeypatch.setattr(cross_entropy, "_chunk", lambda raw, *rest: seen.append(tuple(raw.shape)) or real(raw, *rest))
-    label_logprobs(torch.randn(600, 2), torch.randn(50_000, 2), torch.zeros(600, dtype=torch.long))
-    assert sum(rows for rows, _ in seen) == 600
-    assert max(rows for rows, _ in seen) <= chunk_rows("cpu", 50_000) < 200
+    label_logprobs(torch.randn(6000, 2), torch.randn(50_000, 2), torch.zeros(6000, dtype=torch.long))
+    assert sum(rows for rows, _ in seen) == 6000
+    assert max(rows for rows, _ in seen) <= chunk_rows(device, 50_000) < 3000
 
 
 def test_a_backward_pass_needs_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:

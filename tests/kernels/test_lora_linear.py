@@ -40,13 +40,20 @@ def quantized_model(folder: Path, quantization: str):
     ],
 )
 def test_equals_pefts_layer(kind: str, use_dora: bool, dropout: float, tmp_path: Path) -> None:
+    """Over a quantized base that is PEFT's layer over the same weights made dense."""
     quantization, _, kept = kind.partition("-")
-    base = quantized_model(tmp_path, quantization) if quantization in ("nf4", "int8") else tiny_model(kind)
-    model = adapted(base, dropout=dropout, use_dora=use_dora).train()
-    for name, parameter in model.named_parameters():
-        if "magnitude" in name or name.endswith(".bias"):
-            parameter.data += torch.randn(parameter.shape) * 0.02
-    loss, gradients = loss_and_gradients(model)
+    is_quantized, models = quantization in ("nf4", "int8"), []
+    for make_dense in (True, False):
+        base = quantized_model(tmp_path, quantization) if is_quantized else tiny_model(kind)
+        base = base.dequantize() if is_quantized and make_dense else base
+        model = adapted(base.requires_grad_(False), dropout=dropout, use_dora=use_dora).train()
+        torch.manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name or name.endswith(".bias"):
+                parameter.data += torch.randn(parameter.shape) * 0.02
+        models.append(model)
+    plain, model = models
+    loss, gradients = loss_and_gradients(plain)
     assert fuse(model, keep_dense=bool(kept)) == []
     fused_loss, fused_gradients = loss_and_gradients(model)
     torch.testing.assert_close(fused_loss, loss, atol=1e-5, rtol=1e-5)
@@ -131,12 +138,13 @@ def model_of_one_layer(quantization: str, bias: bool, use_dora: bool = False):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    plain = torch.nn.Linear(192, 256, bias)
     kinds = {"none": torch.nn.Linear, "nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
     settings = {"nf4": {"quant_type": "nf4"}, "int8": {"has_fp16_weights": False}}.get(quantization, {})
-    linear = kinds[quantization](192, 256, bias, **settings)
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        plain, linear = torch.nn.Linear(192, 256, bias), kinds[quantization](192, 256, bias, **settings)
     linear.load_state_dict(plain.state_dict())
-    linear = linear.to(plain.weight.device)  # which quantizes
+    linear = linear.to(device)  # which quantizes
     net = torch.nn.ModuleDict({"linear": linear.bfloat16() if quantization == "none" else linear})
     net.requires_grad_(False)
     model = get_peft_model(net, LoraConfig(r=8, lora_alpha=16, target_modules=["linear"], use_dora=use_dora))

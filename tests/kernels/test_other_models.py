@@ -78,7 +78,7 @@ def norms_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     real: Callable[..., torch.Tensor] = F.layer_norm
 
     def wide(x: torch.Tensor, *rest: Any, **settings: Any) -> torch.Tensor:
-        if not torch.is_autocast_enabled("cpu"):
+        if not torch.is_autocast_enabled(x.device.type):
             return real(x, *rest, **settings)
         rest = tuple(part.float() if isinstance(part, torch.Tensor) else part for part in rest)
         return real(x.float(), *rest, **settings)

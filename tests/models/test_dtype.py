@@ -34,9 +34,12 @@ def test_it_is_measured_by_products_of_the_models_own_shape(tmp_path: Path, monk
     monkeypatch.setattr(device, "_seconds", lambda work: next(seconds) + 0 * work().numel())
     assert bf16_speedup(CPU, 512, 1024) == 3
     assert bf16_speedup(CPU, 512, 1024) == 3  # once in a process
-    slow = iter([1.0] * 4 + [9.0])
+    slow = iter([1.0] * 4 + [9.0] * 2)
     monkeypatch.setattr(device, "_seconds", lambda work: next(slow))
     assert bf16_speedup(CPU, 513, 1024) == pytest.approx(1 / 9)
+    first = iter([1.0] * 4 + [9.0] + [0.5] * 3)  # where the first product makes its kernel
+    monkeypatch.setattr(device, "_seconds", lambda work: next(first))
+    assert bf16_speedup(CPU, 514, 1024) == 2
     assert weight_sizes(ModelConfig(name=str(save_tiny(tmp_path / "llama")))) == (64, 128)
     assert weight_sizes(ModelConfig(name=str(save_tiny(tmp_path / "gpt2", "gpt2")))) == (64, 256)
     assert weight_sizes(ModelConfig(name="nobody/nothing")) == (1024, 4096)
