@@ -223,7 +223,7 @@ def finetune(
     with quiet(progress=progress, enabled=not verbose), _naming_rows(files):
         from lmtune.training.run import run_finetune
 
-        check_config(settings.data)
+        check_config(settings)
         run_finetune(settings, directory)
     return Run(directory.path)
 

@@ -43,10 +43,11 @@ def main(
     given = [*positional, *(data or [])]
     if not given and config is None:
         raise ConfigError("say what to check: lmtune check DATA, or lmtune check --config CONFIG")
-    settings = command_config(config, overrides, None, given, "check").data if config else None
+    whole = command_config(config, overrides, None, given, "check") if config else None
+    settings = whole.data if whole else None
     paths = data_paths(settings.train) if settings else tuple(given)
     validation = data_paths(settings.validation) if settings and settings.validation else ()
-    check = inspect_data(paths, validation)
+    check = inspect_data(paths, validation, whole.objective.rows if whole else None)
     skips = skip_faulty or (settings is not None and settings.faulty_rows == "skip")
     if as_json:
         print_json(check_tree(check))

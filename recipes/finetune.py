@@ -44,7 +44,7 @@ def main(
     config = command_config(config_file, overrides or [], model, data or [], "finetune")
     run_directory = RunDirectory.of(config.run)
     check_world()
-    check_config(config.data)  # before any model is loaded
+    check_config(config)  # before any model is loaded
     if processes > 1 and not is_worker():
         words = [*([config_file] if config_file else []), *(overrides or []), *(["--model", model] if model else [])]
         sys.exit(launch(Path(__file__), words + [word for path in data or [] for word in ("--data", path)], processes))

@@ -36,7 +36,7 @@ def main(
     Example: lmtune plan --model Qwen/Qwen3-0.6B --data my.jsonl
     """
     config = command_config(config_file, overrides or [], model, data or [], "plan")
-    check_config(config.data)
+    check_config(config)
 
     with progress("loading PyTorch and the libraries"):
         from lmtune.data.store import load_data
@@ -49,7 +49,7 @@ def main(
     config = with_starting_adapter(config)
     tokenizer = load_tokenizer(config.model, alone=True)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system)
-    rows = load_data(config.data, renderer, config.train.seed)
+    rows = load_data(config.data, renderer, config.train.seed, config.objective.rows)
     held_out = None if rows.validation is None else rows.validation.sequences
     with progress("reading the model's shape"):
         plan = forecast(config, rows.train.sequences, default_device(), processes, held_out)

@@ -37,10 +37,11 @@ def main(
     Example: lmtune preview train.jsonl --config qwen3_0.6b
     """
     settings = chosen(words or [], config, model, data or [])
+    kind = settings.objective.rows if config is not None else None
     model_config, data_config, paths = settings.model, settings.data, data_paths(settings.data.train)
 
     with progress("loading PyTorch and the libraries"):
-        from lmtune.data.preview import sequence_tree, show_tokens
+        from lmtune.data.preview import sequence_tree, show_tokens, shown_label
         from lmtune.data.reading import ReadReport, read_examples
         from lmtune.data.rendering import ControlText
         from lmtune.data.report import WHY_DROPPED
@@ -55,16 +56,19 @@ def main(
     err.print(f"{escape(model_config.name)}: {escape(renderer.description)}")
     shown: list[dict[str, object]] = []
     report, control_text = ReadReport(), ControlText(tokenizer)
-    for example in islice(read_examples(files, report), rows):
+    for example in islice(read_examples(files, report, kind), rows):
         control_text.add(example)
         kept, dropped = fit(example, whole := renderer.render(example), data_config)
         if as_json:
             found = [sequence_tree(tokenizer, sequence) for sequence in kept or whole]
             shown.append({"where": example.location, "dropped": dropped and WHY_DROPPED[dropped], "documents": found})
             continue
+        names = ("chosen", "rejected") if example.kind == "pair" else ()
+        about = "" if example.label is None else f"; label: {shown_label(example.label)}"
+        about += "" if example.weight == 1 else f"; weight: {example.weight:g}"
         for number, sequence in enumerate(kept or whole, start=1):
-            part = f" (sequence {number})" if len(whole) > 1 else ""
-            counts = f"{len(sequence):,} tokens, {sequence.num_targets:,} trained"
+            part = f" ({names[number - 1]})" if names else f" (sequence {number})" if len(whole) > 1 else ""
+            counts = f"{len(sequence):,} tokens, {sequence.num_targets:,} trained{about}"
             out.print(f"\n[bold]{escape(example.location)}[/]{part}: {counts}")
             out.print(show_tokens(tokenizer, sequence, out.is_terminal and not out.no_color))
         if dropped:

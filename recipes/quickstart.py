@@ -42,7 +42,7 @@ def main(
     paths = {"data.train": train, "data.validation": heldout, "run.dir": str(runs_dir)}
     config = load_config(FinetuneConfig, shipped_configs()["quickstart"], paths)
     run_directory = RunDirectory.of(config.run)
-    checked = check_config(config.data)
+    checked = check_config(config)
     out.print(escape(describe_check(checked)))
     if run_directory.read_summary().status == "complete":
         err.print(f"replacing the earlier {escape(str(run_directory.path))}")

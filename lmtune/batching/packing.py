@@ -133,7 +133,7 @@ class MicroBatch:
         target_ids: `[N]`.
         sequence_of: `[N]`, the sequence of each target, from 0 to S - 1, in the order in which they were given.
         example_of: `[S]`, the example of each sequence; others of its sequences may be elsewhere.
-        values: `[S]` each: what is stored beside the tokens of each sequence's example.
+        values: `[S]` or `[S, K]` each: what is stored beside the tokens of each sequence's example.
         num_examples: E.
         num_tokens: tokens of the sequences; T is less by what shared prefixes save.
     """
@@ -174,7 +174,7 @@ class MicroBatch:
 
 def pack(
     sequences: Sequence[TokenSequence], example_of: Sequence[int], num_examples: int, share_prefixes: bool = False,
-    values: Sequence[Mapping[str, float]] = (),
+    values: Sequence[Mapping[str, float | npt.NDArray[np.float32]]] = (),
 ) -> MicroBatch:  # fmt: skip
     """Put S sequences end to end, of which some may belong to the same example and others of it be elsewhere.
 
@@ -230,7 +230,7 @@ def pack(
         sequence_of=torch.from_numpy(np.concatenate(sequence_of)),
         example_of=torch.from_numpy(np.asarray(example_of, dtype=np.int64)),
         values={
-            name: torch.tensor([of_one[name] for of_one in values], dtype=torch.float32, device="cpu")
+            name: torch.from_numpy(np.array([of_one[name] for of_one in values], dtype=np.float32))
             for name in (values[0] if values else ())
         },
         num_examples=num_examples,

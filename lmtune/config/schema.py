@@ -61,6 +61,8 @@ Dtype = Annotated[
         )
     ),
 ]
+# What a row is: an answer, a better and a worse one, one that is judged, or a whole with a label.
+RowKind = Literal["answer", "pair", "judged", "labelled"]
 # A run's folder is `run.dir/run.name`: one plain folder name, which cannot climb out of `run.dir`.
 RunName = Annotated[str, AfterValidator(plain_name)]
 # One file or folder, or several.
@@ -112,6 +114,11 @@ class SftConfig:
     """What is minimized over the rows."""
 
     kind: Literal["sft"] = "sft"  # supervised fine-tuning: the cross-entropy of every answer token
+
+    @property
+    def rows(self) -> RowKind:
+        """Which rows it is minimized over."""
+        return "answer"
 
 
 @section

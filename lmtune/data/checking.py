@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.config.load import data_paths
-from lmtune.config.schema import DataConfig
+from lmtune.config.schema import FinetuneConfig, RowKind
 from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
 from lmtune.data.report import ContentReport, DuplicateIndex, RowCounter, describe_files, describe_shared, typed
 from lmtune.data.sources import find_files, unread_entries
@@ -21,7 +21,7 @@ from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, key_of
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
-_VERSION = 4
+_VERSION = 5
 _KEPT = 100  # results, of a few KB
 _Paths = Sequence[str | Path]
 
@@ -56,13 +56,20 @@ class DataCheck:
         self.report.raise_for_faults(faulty_rows, num_usable)
 
 
-def check_config(config: DataConfig) -> DataCheck:
-    """`check_data` of the files that a config names, as it says."""
-    return check_data(data_paths(config.train), data_paths(config.validation or ()), config.faulty_rows)
+def check_config(config: FinetuneConfig) -> DataCheck:
+    """`check_data` of the files that a config names, as it says, for its objective."""
+    data = config.data
+    return check_data(
+        data_paths(data.train), data_paths(data.validation or ()), data.faulty_rows, config.objective.rows
+    )  # fmt: skip
 
 
-def check_data(paths: _Paths, validation: _Paths = (), faulty_rows: FaultyChoice | None = None) -> DataCheck:
+def check_data(
+    paths: _Paths, validation: _Paths = (), faulty_rows: FaultyChoice | None = None, rows: RowKind | None = None
+) -> DataCheck:
     """Check files (or folders) of training rows, and of validation rows if given, against each other.
+
+    `rows` is the kind that they must be of; None where nothing says what they are for.
 
     Raises:
         DataError: with the first 20 faults and their number, or with the paths that cannot be read.
@@ -70,7 +77,7 @@ def check_data(paths: _Paths, validation: _Paths = (), faulty_rows: FaultyChoice
     found: list[DataCheck] = []
 
     def build(folder: Path) -> None:
-        check = inspect_data(paths, validation)
+        check = inspect_data(paths, validation, rows)
         check.raise_for_faults(faulty_rows)
         found.append(check)
         (folder / "check.json").write_text(json.dumps(check_tree(check)), encoding="utf-8")
@@ -80,31 +87,30 @@ def check_data(paths: _Paths, validation: _Paths = (), faulty_rows: FaultyChoice
         for part in (paths, validation)
         if part
     ]
-    key = key_of(
-        "check", _VERSION, hashes, [*unread_entries(paths), *unread_entries(validation)], faulty_rows == "skip"
-    )
+    unread = [*unread_entries(paths), *unread_entries(validation)]
+    key = key_of("check", _VERSION, hashes, unread, faulty_rows == "skip", rows)
     entry = get_or_build(cache_folder() / "checks", key, build, keep=_KEPT)
     return found[0] if found else typed(DataCheck, json.loads((entry / "check.json").read_text(encoding="utf-8")))
 
 
-def inspect_data(paths: _Paths, validation: _Paths = ()) -> DataCheck:
+def inspect_data(paths: _Paths, validation: _Paths = (), rows: RowKind | None = None) -> DataCheck:
     """As `check_data`, but faults of rows are left in the result's `report`, all of them, and nothing is cached.
 
     Raises:
         DataError: a path cannot be read at all.
     """
     report = ReadReport()
-    train, train_rows = _inspect_part(paths, report)
+    train, train_rows = _inspect_part(paths, report, rows)
     if not validation:
         return DataCheck(train, None, RowCounter(), report)
-    held_out, held_out_rows = _inspect_part(validation, report)
+    held_out, held_out_rows = _inspect_part(validation, report, rows)
     return DataCheck(train, held_out, held_out_rows.shared_with(train_rows), report)
 
 
-def _inspect_part(paths: _Paths, report: ReadReport) -> tuple[PartCheck, DuplicateIndex]:
+def _inspect_part(paths: _Paths, report: ReadReport, rows: RowKind | None) -> tuple[PartCheck, DuplicateIndex]:
     part, index = ReadReport(), DuplicateIndex()
     with row_progress("checking") as progress:
-        for example in read_examples(find_files(paths), part):
+        for example in read_examples(find_files(paths), part, rows):
             index.add(example)
             progress(len(index))
     report.include(part)

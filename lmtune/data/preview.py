@@ -6,12 +6,13 @@ number: 歷{3}.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from lmtune.data.types import TokenSequence
+from lmtune.data.types import Label, TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,11 @@ def sequence_tree(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -
         "text": tokenizer.decode(ids), "input_ids": ids, "tokens": [token_text(tokenizer, token) for token in ids],
         "trained": sequence.loss_mask.tolist(),
     }  # fmt: skip
+
+
+def shown_label(label: Label) -> str:
+    """A label as JSON, a text without quotation marks."""
+    return _visible(label) if isinstance(label, str) else json.dumps(label, ensure_ascii=False)
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from lmtune.data.formats import Format, detect_format, parse_row
+from lmtune.data.formats import Format, detect_format, kind_of_format, parse_row
 from lmtune.data.report import FaultyRows, RowCounter
 from lmtune.data.sources import DataFile, foreign_kind
-from lmtune.data.types import Example
+from lmtune.data.types import Example, RowKind
 from lmtune.data.values import RowFault, listed_keys, quoted
 from lmtune.errors import DataError
 from lmtune.io.text import format_list, pluralize
@@ -130,15 +130,20 @@ class ReadReport:
         return [line for file in self.files for line in file.describe_warnings()]
 
 
-def read_examples(files: Sequence[DataFile], report: ReadReport) -> Iterator[Example]:
-    """Every usable row, in order; faults of the others go to `report`."""
+def read_examples(
+    files: Sequence[DataFile], report: ReadReport, rows: RowKind | None = None
+) -> Iterator[Example]:  # fmt: skip
+    """Every usable row, in order; faults of the others go to `report`.
+
+    `rows` is what is needed, and rows of other kinds are faults; None takes each as its keys say.
+    """
     for file in files:
         found = FileReport(file.portable_name)
         report.files.append(found)
         faults_before = report.num_faults
         for line, item, row in read_rows(file.path):
             try:
-                example = _example(line, row, found)
+                example = _example(line, row, found, rows)
             except RowFault as fault:
                 if not fault.ends_file:
                     place = f"{file.portable_name}:{line}" + (f" (item {item})" if item else "")
@@ -154,12 +159,12 @@ def read_examples(files: Sequence[DataFile], report: ReadReport) -> Iterator[Exa
             report.add_fault(f"{file.name}:1", "the file holds no row; it must hold one row a line", fatal=True)
 
 
-def _example(line: int, row: object, found: FileReport) -> Example:
+def _example(line: int, row: object, found: FileReport, rows: RowKind | None) -> Example:
     if isinstance(row, RowFault):
         raise row
     if not isinstance(row, dict):
         raise RowFault('a row must be an object like {"prompt": "…", "completion": "…"}')
-    format = detect_format(row)
+    format = detect_format(row, rows)
     if found.format is None:
         found.format, found.format_line = format, line
     elif format != found.format:
@@ -173,7 +178,10 @@ def _example(line: int, row: object, found: FileReport) -> Example:
         found.ignored_keys |= parsed.ignored_keys
     for warning in parsed.warnings:
         found.warnings.setdefault(warning, RowCounter()).add(str(line))
-    return Example(found.name, line, parsed.messages, parsed.text)
+    return Example(
+        found.name, line, parsed.messages, parsed.text, parsed.rejected, parsed.label, parsed.weight,
+        kind_of_format(format),
+    )  # fmt: skip
 
 
 # Line, number in the list if the file is one (counted from 1), a JSON value or the `RowFault` in its place.

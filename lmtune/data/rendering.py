@@ -11,6 +11,9 @@ once they are history (Qwen3 drops their reasoning) begins a new sequence for ea
 
 Without a template: prompt, completion and the end token, encoded apart, because generation starts after the prompt's
 own tokens. Masking is by position, never by id, so a tokenizer that pads with its end token learns to stop too.
+
+The two answers of a pair are rendered behind the same prompt, one sequence each. A labelled row has no target: it is
+what a model reads to classify it, a conversation as the prompt of an answer, a text as the tokenizer encodes it.
 """
 
 from __future__ import annotations
@@ -89,7 +92,7 @@ class Renderer:
                 "the tokenizer has no EOS token, so the model could never learn to stop; set the tokenizer's eos_token"
             )
         self._end_token_id = self._chat.end_token_id if self._chat else eos_ids[0]
-        self._lead_ids = self._find_lead()
+        self._lead_ids, self._tail_ids = self._find_affixes()
         inside = self._chat.reply_format.marks if self._chat else {}  # such a token stands before the answer, too
         ends = [self._end_token_id, *(index for index in eos_ids if index not in inside)]
         self.stop_token_ids = tuple(dict.fromkeys(ends))
@@ -100,16 +103,19 @@ class Renderer:
         self.chat_template = self._chat.source if self._chat else None
 
     def render(self, example: Example) -> tuple[TokenSequence, ...]:
-        """The example's sequences, each ending in a stop token that is a target.
+        """The example's sequences, each ending in a stop token that is a target; of a labelled one without targets.
 
         Raises:
             DataError: the example cannot be rendered; names `file:line`.
         """
         try:
+            if example.kind == "labelled":
+                return (_Tokens().extended(self._read(example), ()).sequence(),)
             if example.text is not None:
                 built = [_Tokens().extended(self._lead_ids, self._with_end(example.text))]
             else:
-                built = self._render_answers(self._with_system(example.messages))
+                talks = [talk for talk in (example.messages, example.rejected) if talk]
+                built = [tokens for talk in talks for tokens in self._render_answers(self._with_system(talk))]
         except TemplateFault as fault:
             raise DataError(f"{example.location}: {fault}") from None
         sequences = tuple(tokens.sequence() for tokens in built)
@@ -208,6 +214,19 @@ class Renderer:
             return tuple(messages)
         return (self._system, *messages)
 
+    def _read(self, example: Example) -> list[int]:
+        """The tokens of a row without targets."""
+        if example.text is not None:
+            ids = [*self._lead_ids, *self._encode(example.text), *self._tail_ids]
+        else:
+            messages = self._with_system(example.messages)
+            is_answered = messages[-1].role == "assistant"
+            ids = self._prompt(messages[:-1] if is_answered else messages)
+            ids = [*ids, *self._answer(messages, ids)] if is_answered else ids
+        if not ids:
+            raise TemplateFault("the row has no tokens")
+        return ids
+
     def _render_answers(self, messages: tuple[Message, ...]) -> list[_Tokens]:
         found: list[_Tokens] = []
         for index, message in enumerate(messages):
@@ -261,14 +280,14 @@ class Renderer:
             return self._reply_format.lead
         return self.marked_text(ids).partition(answer)[0]
 
-    def _find_lead(self) -> list[int]:
-        """The tokens, usually one BOS or none, that the tokenizer puts before any text."""
+    def _find_affixes(self) -> tuple[list[int], list[int]]:
+        """The tokens, usually one BOS or none, that the tokenizer puts before any text, and those behind it."""
         bare = self.tokenizer.encode("a", add_special_tokens=False)
         whole = self.tokenizer.encode("a", add_special_tokens=True)
         for start in range(len(whole) - len(bare) + 1):
             if whole[start : start + len(bare)] == bare:
-                return list(whole[:start])
-        return []
+                return list(whole[:start]), list(whole[start + len(bare) :])
+        return [], []
 
 
 @dataclass
@@ -311,8 +330,7 @@ class ControlText:
 
     def add(self, example: Example) -> None:
         """Look at one row."""
-        texts = [example.text] if example.text is not None else [message.content for message in example.messages]
-        if found := [token for text in texts for token in _SHAPE.findall(text) if token in self._known]:
+        if found := [token for text in example.contents for token in _SHAPE.findall(text) if token in self._known]:
             self._rows.add(example.location)
             self._tokens.update(dict.fromkeys(found))
 

@@ -252,15 +252,15 @@ class DuplicateIndex:
         self._file_of = array("I")
         self._files: dict[str, int] = {}
 
-    def add(self, example: Example) -> int:
-        """Take one row; returns the hash of its content."""
-        row_hash = content_hash(example)
-        self._contents.append(row_hash)
-        self._prompts.append(prompt_hash(example))
+    def add(self, example: Example) -> tuple[int, int]:
+        """Take one row; returns the hashes of its content and its prompt."""
+        hashes = content_hash(example), prompt_hash(example)
+        self._contents.append(hashes[0])
+        self._prompts.append(hashes[1])
         self._lengths.append(min(example.num_characters, 2**32 - 1))
         self._lines.append(example.line)
         self._file_of.append(self._files.setdefault(example.source, len(self._files)))
-        return row_hash
+        return hashes
 
     def __len__(self) -> int:
         return len(self._contents)

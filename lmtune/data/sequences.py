@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class SequenceTable:
     Attributes:
         num_tokens, num_targets: int32 `[S]`.
         first: int64 `[N + 1]`, where each row's sequences begin, and where the last one's end.
+        weights: float64 `[N]`, how much each row counts in the loss; None where all count alike.
     """
 
     num_tokens: Int32
     num_targets: Int32
     first: Int64
+    weights: Float64 | None = None
 
     @classmethod
     def one_each(cls, num_tokens: Int32, num_targets: Int32) -> SequenceTable:
@@ -65,4 +68,5 @@ class SequenceTable:
         """Those of `rows` alone."""
         chosen = self.of_rows(rows)
         first = np.concatenate([[0], np.cumsum(self.first[rows + 1] - self.first[rows])])
-        return SequenceTable(self.num_tokens[chosen], self.num_targets[chosen], first)
+        weights = None if self.weights is None else self.weights[rows]
+        return SequenceTable(self.num_tokens[chosen], self.num_targets[chosen], first, weights)

@@ -28,13 +28,13 @@ from lmtune.data.rendering import ControlText, Renderer, render_all
 from lmtune.data.report import DataReport, DuplicateIndex, HeldOut, PartReport, RowCounter, describe_part, typed
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import DataFile, find_files, unread_entries
-from lmtune.data.types import Example, TokenizedExample, TokenSequence
+from lmtune.data.types import Example, Label, RowKind, TokenizedExample, TokenSequence
 from lmtune.errors import DataError
 from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, hold, key_of, write_json
 from lmtune.io.console import row_progress
 
 _VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
-_STORED = 6  # of the stored form; a new one leaves old entries unused
+_STORED = 7  # of the stored form; a new one leaves old entries unused
 _KEPT = 10  # entries: training and validation rows are two
 
 Int32 = npt.NDArray[np.int32]
@@ -48,7 +48,7 @@ class TokenizedData:
         key: SHA-256, in hex, of what the rows depend on; not of the files' names.
         report: what became of every row read.
         num_tokens, num_targets: int32 `[N]`, of each row.
-        content: uint64 `[N]`, equal for rows of equal content.
+        content, prompt: uint64 `[N]`, equal for rows of equal content, or with the same prompt.
     """
 
     def __init__(
@@ -62,12 +62,22 @@ class TokenizedData:
         self.num_targets: Int32 = table.num_targets[self._rows]
         self.sequences = table.sequences if selected is None else table.sequences.select(self._rows)
         self.content: npt.NDArray[np.uint64] = table.content[self._rows]
+        self.prompt: npt.NDArray[np.uint64] = table.prompt[self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        return TokenizedExample(self.location(index), self._table.sequences_of(int(self._rows[index])))
+        row = int(self._rows[index])
+        return TokenizedExample(
+            self.location(index), self._table.sequences_of(row), label=self._table.label_of(row),
+            weight=float(self._table.weight[row]),
+        )  # fmt: skip
+
+    @property
+    def labels(self) -> list[Label | None]:
+        """Of every row; read without its tokens."""
+        return [self._table.label_of(row) for row in self._rows.tolist()]
 
     def location(self, index: int) -> str:
         """`file:line` of a row."""
@@ -92,17 +102,19 @@ class LoadedData:
     signature: str
 
 
-def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
-    """The rows of `config`; without validation files, a part of train is held out, the same for the same seed.
+def load_data(config: DataConfig, renderer: Renderer, seed: int, rows: RowKind = "answer") -> LoadedData:
+    """The rows of `config`, which must be of the kind `rows`; without validation files, a part of train is held out.
+
+    That part is the same for the same seed.
 
     Raises:
         DataError: with every fault found, or no row is left.
     """
-    data = tokenize(data_paths(config.train), renderer, config, part="data.train")
+    data = tokenize(data_paths(config.train), renderer, config, part="data.train", rows=rows)
     train, validation = data, None
     held_out: PartReport | HeldOut | None = None
     if config.validation is not None:
-        validation = tokenize(data_paths(config.validation), renderer, config, part="data.validation")
+        validation = tokenize(data_paths(config.validation), renderer, config, part="data.validation", rows=rows)
         shared = np.flatnonzero(np.isin(validation.content, data.content))
         also = RowCounter(len(shared), [validation.location(int(index)) for index in shared[:5]])
         held_out = replace(validation.report, also_in_train=also)
@@ -120,10 +132,17 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int) -> LoadedData:
 def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Row numbers to train on and to hold out, both ascending; the same for the same content and seed.
 
-    Rows of equal content stay together, so what is held out is not trained under another line number. At least one row
-    is held out if that is possible at all, and at least one is left to train on.
+    Rows with the same prompt stay together, so what is held out is not trained under another line number or with
+    another answer; where all have the same prompt, rows of equal content do. At least one row is held out if that is
+    possible at all, and at least one is left to train on.
     """
-    _, group_of, sizes = np.unique(data.content, return_inverse=True, return_counts=True)
+    prompts, prompt_of = np.unique(data.prompt, return_inverse=True)
+    group = data.content
+    if len(prompts) > 1:  # each named by the least of its contents, so that the order is that of contents
+        least = np.full(len(prompts), np.iinfo(np.uint64).max, dtype=np.uint64)
+        np.minimum.at(least, prompt_of, data.content)
+        group = least[prompt_of]
+    _, group_of, sizes = np.unique(group, return_inverse=True, return_counts=True)
     wanted = max(1, round(fraction * len(data))) if fraction > 0 else 0
     if not wanted or len(sizes) < 2:
         return np.arange(len(data)), np.arange(0)
@@ -144,21 +163,24 @@ def tokenize(
     config: DataConfig,
     cache_dir: Path | None = None,
     part: str = "the data",
+    rows: RowKind = "answer",
 ) -> TokenizedData:
     """The rows of `paths` (files or folders) as tokens, from the cache or made now; `part` names them in messages.
+
+    `rows` is the kind that they must be of.
 
     Raises:
         DataError: with every fault of every row, or no row is left.
     """
     files = find_files(paths)
     contents = [file_sha256(file.path) for file in files]
-    skips = ["skip"] * (config.faulty_rows == "skip")
-    key = key_of("tokens", _VERSION, contents, renderer.fingerprint, config.max_length, config.too_long, *skips)
+    further = ["skip"] * (config.faulty_rows == "skip") + [rows] * (rows != "answer")
+    key = key_of("tokens", _VERSION, contents, renderer.fingerprint, config.max_length, config.too_long, *further)
     names = [file.portable_name for file in files]
     folder = (cache_dir or cache_folder()) / "tokens"
     entry = get_or_build(
-        folder, key_of(key, names, _STORED), lambda folder: _build(folder, files, contents, renderer, config, part),
-        keep=_KEPT,
+        folder, key_of(key, names, _STORED),
+        lambda folder: _build(folder, files, contents, renderer, config, part, rows), keep=_KEPT,
     )  # fmt: skip
     table = TokenTable(entry / "rows.arrow")
     hold(entry, table)
@@ -169,20 +191,21 @@ def tokenize(
 
 
 def _build(
-    folder: Path, files: Sequence[DataFile], contents: Sequence[str], renderer: Renderer, config: DataConfig, part: str
-) -> None:
+    folder: Path, files: Sequence[DataFile], contents: Sequence[str], renderer: Renderer, config: DataConfig, part: str,
+    rows: RowKind,
+) -> None:  # fmt: skip
     """Render every row into `folder`."""
     report, index, control_text = ReadReport(), DuplicateIndex(), ControlText(renderer.tokenizer)
     found = PartReport(files=[file.portable_name for file in files], sha256=list(contents))
     number = {name: place for place, name in enumerate(found.files)}
     num_bytes = sum(file.path.stat().st_size for file in files)
     with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
-        for example, outcome in render_all(read_examples(files, report), renderer, num_bytes):
+        for example, outcome in render_all(read_examples(files, report, rows), renderer, num_bytes):
             if isinstance(outcome, DataError):
                 report.faulty.add(_reason(outcome), example.location)
                 report.add_fault(example.location, _reason(outcome))
                 continue
-            content = index.add(example)
+            hashes = index.add(example)
             control_text.add(example)
             try:
                 sequences, dropped = fit(example, outcome, config)
@@ -191,7 +214,7 @@ def _build(
                 continue
             _count(found, example, outcome, sequences, dropped)
             if sequences and (config.faulty_rows == "skip" or not report.num_faults):
-                table.append(sequences, number[example.source], example.line, content)
+                table.append(sequences, number[example.source], example, hashes)
             progress(len(index))
     for file, before in zip(files, contents, strict=True):
         if file_sha256(file.path) != before:  # the rows would be kept under the hash of others
@@ -247,9 +270,17 @@ def fit(
         )
     if config.too_long == "drop":
         return (), "too_long"
-    cut = [truncated(sequence, config.max_length, example.text is not None) for sequence in sequences]
+    if example.kind == "labelled":
+        return tuple(
+            TokenSequence(one.input_ids[-config.max_length :], one.loss_mask[-config.max_length :]) for one in sequences
+        ), None
+    # the answers of a pair keep the same prompt
+    lengths = [len(one) - longest + config.max_length if example.rejected else config.max_length for one in sequences]
+    cut = [truncated(*pair, example.text is not None) for pair in zip(sequences, lengths, strict=True)]
     kept = tuple(sequence for sequence in cut if sequence is not None)
-    return kept, None if kept else "answer_too_long"
+    if not kept or (example.rejected and len(kept) < len(cut)):
+        return (), "answer_too_long"
+    return kept, None
 
 
 def truncated(sequence: TokenSequence, max_length: int, is_text: bool) -> TokenSequence | None:
@@ -272,6 +303,7 @@ _SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_())),
         ("sequence_tokens", pa.list_(pa.int32())), ("sequence_targets", pa.list_(pa.int32())),
         ("num_targets", pa.int32()), ("file", pa.int32()), ("line", pa.int32()), ("content", pa.uint64()),
+        ("prompt", pa.uint64()), ("label", pa.string()), ("weight", pa.float64()),
     ]
 )  # fmt: skip
 _BATCH_ROWS = 4096
@@ -290,7 +322,7 @@ class TableWriter:
 
     @property
     def sha256(self) -> str:
-        """Of all rows so far, in hex: their tokens, which of them are targets, and where sequences end."""
+        """Of all rows so far, in hex: tokens, which of them are targets, where sequences end; labels and weights."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> TableWriter:
@@ -302,14 +334,22 @@ class TableWriter:
         self._writer.close()
         self._sink.close()
 
-    def append(self, sequences: Sequence[TokenSequence], file: int, line: int, content: int) -> None:
-        """Add one row."""
+    def append(
+        self, sequences: Sequence[TokenSequence], file: int, example: Example, hashes: tuple[int, int]
+    ) -> None:  # fmt: skip
+        """Add one row, whose `hashes` are those of its content and its prompt."""
         input_ids = np.concatenate([sequence.input_ids for sequence in sequences])
         loss_mask = np.concatenate([sequence.loss_mask for sequence in sequences])
         lengths, targets = [len(sequence) for sequence in sequences], [sequence.num_targets for sequence in sequences]
         for numbers in (lengths, input_ids, loss_mask):
             self._digest.update(np.int32(len(numbers)).tobytes() + np.asarray(numbers, dtype=np.int32).tobytes())
-        self._rows.append((input_ids, loss_mask, lengths, targets, sum(targets), file, line, content))
+        label = None if example.label is None else json.dumps(example.label)
+        for value, plain in ((label, None), (example.weight, 1.0)):
+            if value != plain:  # so that other rows have the hash that they had without
+                self._digest.update(repr(value).encode())
+        self._rows.append(
+            (input_ids, loss_mask, lengths, targets, sum(targets), file, example.line, *hashes, label, example.weight)
+        )
         self._num_tokens += len(input_ids)
         if len(self._rows) >= _BATCH_ROWS or self._num_tokens >= _BATCH_TOKENS:
             self._flush()
@@ -328,7 +368,7 @@ class TokenTable:
     Attributes:
         num_tokens, num_targets: int32 `[N]`.
         sequences: lengths of the sequences of all rows.
-        file, line: int32 `[N]`; content: uint64 `[N]`.
+        file, line: int32 `[N]`; content, prompt: uint64 `[N]`; weight: float64 `[N]`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -336,15 +376,16 @@ class TokenTable:
             table = pa.ipc.open_stream(source).read_all()
         self._batches = table.to_batches()
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self.file, self.line, self.content, self.num_targets = (
-            table.column(name).to_numpy() for name in ("file", "line", "content", "num_targets")
+        self.file, self.line, self.content, self.prompt, self.num_targets, self.weight = (
+            table.column(name).to_numpy() for name in ("file", "line", "content", "prompt", "num_targets", "weight")
         )
+        self._labels = table.column("label")
         self.num_tokens = self._list_lengths("input_ids").astype(np.int32)
         tokens, targets = (
             pc.list_flatten(table.column(name)).to_numpy() for name in ("sequence_tokens", "sequence_targets")
         )
         first = np.concatenate([[0], np.cumsum(self._list_lengths("sequence_tokens"))])
-        self.sequences = SequenceTable(tokens, targets, first)
+        self.sequences = SequenceTable(tokens, targets, first, None if (self.weight == 1).all() else self.weight)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -357,6 +398,14 @@ class TokenTable:
         trained = batch.column(1)[row].values.to_numpy(zero_copy_only=False)
         ends = np.cumsum(batch.column(2)[row].values.to_numpy())[:-1]
         return tuple(map(TokenSequence, np.split(input_ids, ends), np.split(trained, ends)))
+
+    def label_of(self, row: int) -> Label | None:
+        """The label of a row."""
+        text = self._labels[row].as_py()
+        if text is None:
+            return None
+        label = json.loads(text)
+        return tuple(label) if isinstance(label, list) else label
 
     def _list_lengths(self, name: str) -> Rows:
         """int64 `[N]`; from the offsets alone, so that the tokens are not read."""

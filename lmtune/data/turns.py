@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from lmtune.data.types import Message, Role
+from lmtune.data.types import Label, Message, Role
 from lmtune.data.values import RowFault, is_filled, key_problems, kind_of, listed_keys, plain_table, quoted, strings
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -50,21 +50,25 @@ _TOOL_ROLES = (
 )  # fmt: skip
 _WEIGHT_KEYS = ("weight", "train", "loss", "include")
 _USED = ("role", "from", "content", "value", *REASONING_KEYS, *_WEIGHT_KEYS)
+Ending = Literal["answer", "question", "any"]  # which message a list of turns must end with
 _TEXT_PARTS = ("text", "input_text", "output_text")  # chat completions, and the two of OpenAI's Responses
 
 
 @dataclass
 class ParsedRow:
-    """A row's content, and what is odd about it though it is used."""
+    """A row's content, as `Example` has it, and what is odd about it though it is used."""
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    rejected: tuple[Message, ...] = ()
+    label: Label | None = None
+    weight: float = 1.0
     ignored_keys: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
 
 
-def parse_turns(turns: Any, key: str) -> ParsedRow:
-    """The messages of the list under `key`, up to the last answer that is trained.
+def parse_turns(turns: Any, key: str, ending: Ending = "answer") -> ParsedRow:
+    """The messages of the list under `key`; if it is to end with an answer, up to the last one that is trained.
 
     Raises:
         RowFault: a turn cannot be read, says what would be lost, or stands where it may not.
@@ -79,11 +83,33 @@ def parse_turns(turns: Any, key: str) -> ParsedRow:
         for name in turn.keys() - _USED
         if turn[name] is False or is_filled(turn[name])
     }
-    _check_order([message.role for message in messages], key)
+    _check_order([message.role for message in messages], key, ending)
+    parsed.messages = tuple(messages)
+    if ending != "answer":
+        return parsed
     answers = [index for index, message in enumerate(messages) if message.role == "assistant" and message.trained]
     if not answers:
         raise RowFault(f"every answer in {key} is marked as not trained; remove the row")
     parsed.messages = tuple(messages[: answers[-1] + 1])  # what follows has no influence on what is trained
+    return parsed
+
+
+def parse_answer(value: Any, key: str) -> ParsedRow:
+    """The answer under `key`: a text, a turn of the assistant, or a list of turns, which may begin with the prompt.
+
+    Raises:
+        RowFault: it is something else, or as `parse_turns`.
+    """
+    if isinstance(value, str):
+        return ParsedRow((Message("assistant", strings({key: value}, key, filled=key)[0]),))
+    turns = value if isinstance(value, list) else [value]
+    if len(turns) != 1:
+        return parse_turns(turns, key)
+    parsed = ParsedRow()
+    message = _message(turns[0], key if turns is not value else f"{key}[0]", parsed)
+    if message.role != "assistant" or not message.trained:
+        raise RowFault(f"{key} holds no answer that is trained; expected a text or turns that end with the assistant")
+    parsed.messages = (message,)
     return parsed
 
 
@@ -167,8 +193,8 @@ def _with_reasoning(turn: Mapping[str, Any], where: str, role: Role, content: st
     return f"<think>\n{thought}\n</think>\n\n{content}"
 
 
-def _check_order(roles: Sequence[Role], key: str) -> None:
-    """A system message only first; then user and assistant by turns, from a user to an assistant."""
+def _check_order(roles: Sequence[Role], key: str, ending: Ending) -> None:
+    """A system message only first; then user and assistant by turns, from a user on."""
     first = 1 if roles[0] == "system" else 0
     for index, role in enumerate(roles[first:], start=first):
         expected = "user" if (index - first) % 2 == 0 else "assistant"
@@ -177,5 +203,9 @@ def _check_order(roles: Sequence[Role], key: str) -> None:
                 f"{key}[{index}] is from {role}; expected {expected}: a system turn comes first, then user and "
                 f"assistant alternate; {'join it with the turn before it, or ' * (index > first)}remove it"
             )
-    if roles[-1] != "assistant":
+    if ending == "answer" and roles[-1] != "assistant":
         raise RowFault(f"{key} ends with {roles[-1]}; expected an answer, which is what is trained")
+    if ending == "question" and roles[-1] != "user":
+        raise RowFault(f"{key} ends with {roles[-1]}; expected the user, whom both answers answer")
+    if roles[-1] == "system":
+        raise RowFault(f"{key} ends with system; expected a turn of the user or the assistant")

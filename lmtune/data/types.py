@@ -1,6 +1,6 @@
 """What the data become on their way.
 
-    row of a file  →  Example(messages)  →  TokenizedExample(sequences)  →  ExampleStore
+    row of a file  →  Example(messages, …)  →  TokenizedExample(sequences)  →  ExampleStore
 
 Everything behind the reader works on `Example` alone, everything behind the store on `ExampleStore` alone. Each type
 keeps the file and line of its row, because every message about a row names them.
@@ -9,9 +9,12 @@ keeps the file and line of its row, because every message about a row names them
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+from lmtune.config.schema import RowKind as RowKind  # which of them a run needs, its `objective` section says
 
 if TYPE_CHECKING:  # `lmtune check` needs no NumPy until all rows are read
     import numpy as np
@@ -21,6 +24,7 @@ if TYPE_CHECKING:  # `lmtune check` needs no NumPy until all rows are read
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
+Label = bool | int | float | str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,26 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: `messages` that end with the assistant, or `text` if the row is plain text (then without messages)."""
+    """One row: `messages`, or `text` if the row is plain text (then without messages).
 
-    source: str  # the file's name, without the folders of this machine
-    line: int  # counted from 1
+    Attributes:
+        source: the file's name, without the folders of this machine.
+        line: counted from 1.
+        messages: a conversation that ends with the assistant; only a labelled one may end with the user.
+        rejected: of a pair the same conversation with the worse answer; `messages` end in the better one.
+        label: of a judged row whether its answer is good, of a labelled one what the whole is.
+        weight: how much the row counts in the loss.
+        kind: what the row can be used for.
+    """
+
+    source: str
+    line: int
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    rejected: tuple[Message, ...] = ()
+    label: Label | None = None
+    weight: float = 1.0
+    kind: RowKind = "answer"
 
     @property
     def location(self) -> str:
@@ -49,17 +67,35 @@ class Example:
     @property
     def num_characters(self) -> int:
         """Characters of all contents."""
-        return len(self.text) if self.text is not None else sum(len(message.content) for message in self.messages)
+        return sum(map(len, self.contents))
+
+    @property
+    def contents(self) -> list[str]:
+        """Every text of the row; of a pair the prompt once."""
+        if self.text is not None:
+            return [self.text]
+        return [message.content for message in (*self.messages, *self.rejected[-1:])]
 
 
 def content_hash(example: Example) -> int:
     """64 bits, equal for rows of equal content; two of 10 million different rows collide in one of 400,000 files."""
-    return _hash64(["text", example.text] if example.text is not None else _parts(example.messages))
+    parts = _content(example)
+    if example.rejected:
+        parts += ["rejected", *_parts(example.rejected[-1:])]
+    if example.label is not None:
+        parts += ["label", json.dumps(example.label)]
+    return _hash64(parts)
 
 
 def prompt_hash(example: Example) -> int:
-    """64 bits, equal for rows with the same messages before the last answer; of a text its `content_hash`."""
-    return content_hash(example) if example.text is not None else _hash64(_parts(example.messages[:-1]))
+    """64 bits, equal for rows with the same messages before the last answer, or with the same text."""
+    if example.text is not None or example.kind == "labelled":
+        return _hash64(_content(example))
+    return _hash64(_parts(example.messages[:-1]))
+
+
+def _content(example: Example) -> list[str]:
+    return ["text", example.text] if example.text is not None else _parts(example.messages)
 
 
 def _parts(turns: Sequence[Message]) -> list[str]:
@@ -100,11 +136,21 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """One row as tokens; `location` is `file:line`, `values` what an objective has stored beside its tokens."""
+    """One row as tokens.
+
+    Attributes:
+        location: `file:line`.
+        sequences: of a pair the better and the worse answer, each behind the prompt; of a labelled row one without
+            targets; of others as many as the template needs.
+        values: what an objective has stored beside the tokens: numbers, or fp32 `[K]`.
+        label, weight: as in `Example`.
+    """
 
     location: str
     sequences: tuple[TokenSequence, ...]
-    values: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float | npt.NDArray[np.float32]] = field(default_factory=dict)
+    label: Label | None = None
+    weight: float = 1.0
 
 
 class ExampleStore(Protocol):
@@ -132,7 +178,7 @@ class ExampleStore(Protocol):
 
 
 class WithValues:
-    """The rows of another store with numbers (`[N]` by name) beside their tokens: what an objective computes once."""
+    """The rows of another store with numbers beside their tokens, by name `[N]` or `[N, K]`: computed once."""
 
     def __init__(self, store: ExampleStore, **values: npt.NDArray[np.float32]) -> None:
         self._store, self._values = store, values
@@ -143,7 +189,9 @@ class WithValues:
 
     def __getitem__(self, index: int) -> TokenizedExample:
         row = self._store[index]
-        own = {name: float(column[index]) for name, column in self._values.items()}
+        own = {
+            name: float(column[index]) if column.ndim == 1 else column[index] for name, column in self._values.items()
+        }
         return replace(row, values={**row.values, **own})
 
     def location(self, index: int) -> str:

@@ -123,7 +123,7 @@ def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint
     """The hashes of the rows that `run` trained on; None if its data is not here any more, or is not the same."""
     try:
         config = load_config(FinetuneConfig, run.config)
-        data = load_data(config.data, loaded.renderer, config.train.seed)
+        data = load_data(config.data, loaded.renderer, config.train.seed, config.objective.rows)
         # by the files' content: the tokenizer beside an adapter may name another end token than the base's
         begun = run.read_data_report()
     except (LmtuneError, OSError):

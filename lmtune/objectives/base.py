@@ -19,7 +19,7 @@ import torch
 
 from lmtune.batching.packing import MicroBatch
 from lmtune.batching.plan import Totals
-from lmtune.data.types import ExampleStore
+from lmtune.data.types import ExampleStore, RowKind
 from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.models.tuning.base import TunedModel
 
@@ -45,11 +45,13 @@ class Objective(Protocol):
 
     Attributes:
         kind: its name in the config.
+        rows: the kind of rows that it is over.
         metrics: the names of its metrics, each the quotient of a sum and a count.
         selection: which score of the validation rows picks the best step, and whether it is the least or the greatest.
     """
 
     kind: ClassVar[str]
+    rows: ClassVar[RowKind]
     metrics: ClassVar[tuple[str, ...]]
     selection: ClassVar[tuple[str, Literal["min", "max"]]]
 

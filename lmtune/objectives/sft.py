@@ -12,7 +12,7 @@ import torch
 
 from lmtune.batching.packing import MicroBatch
 from lmtune.batching.plan import Totals, each_alone
-from lmtune.data.types import ExampleStore
+from lmtune.data.types import ExampleStore, RowKind
 from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.models.tuning.base import TunedModel
 from lmtune.objectives.base import LossSum
@@ -22,6 +22,7 @@ class Sft:
     """Answers, or plain text: each sequence by itself, every target alike."""
 
     kind: ClassVar[str] = "sft"
+    rows: ClassVar[RowKind] = "answer"
     metrics: ClassVar[tuple[str, ...]] = ("token_accuracy",)
     selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
 

@@ -141,7 +141,7 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
     renderer = _renderer(config)
     with parallel.main_first():  # the others find the rows in the cache
-        data = load_data(config.data, renderer, config.train.seed)
+        data = load_data(config.data, renderer, config.train.seed, config.objective.rows)
     base = load_model(_with_dtype(config, parallel), parallel.device)
     parts = [part for part in (data.train, data.validation) if part is not None]
     check_lengths(base, parts, "data.max_length", tell=parallel.is_main)

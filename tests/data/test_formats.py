@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from lmtune.data.formats import detect_format, parse_row
+from lmtune.data.formats import detect_format, kind_of_format, parse_row
 from lmtune.data.turns import ParsedRow
+from lmtune.data.types import RowKind
 from lmtune.data.values import RowFault, quoted
 
 U, A, S = "user", "assistant", "system"
@@ -16,8 +18,8 @@ QUESTION = {"role": "user", "content": "q"}
 CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 
-def parsed(row: dict[str, Any]) -> ParsedRow:
-    return parse_row(row, detect_format(row))
+def parsed(row: dict[str, Any], rows: RowKind | None = None) -> ParsedRow:
+    return parse_row(row, detect_format(row, rows))
 
 
 def said(row: ParsedRow) -> list[tuple[str, str]]:
@@ -90,7 +92,7 @@ def test_a_text_is_trained_as_it_stands() -> None:
         ({"prompt": "p", "messages": turns(U, A)}, "messages", {"prompt"}),
         (talk({**QUESTION, "name": "Ann"}, answer(is_good=False), id=3), "messages",
          {"id", "messages[].name", "messages[].is_good"}),
-        ({**PAIR, "answer": "c", "weight": 1}, "prompt/completion", {"answer", "weight"}),
+        ({**PAIR, "answer": "c", "weight": 1}, "prompt/completion", {"answer"}),
     ],
 )  # fmt: skip
 def test_keys_that_are_not_used_are_named(row: dict[str, Any], format: str, ignored: set[str]) -> None:
@@ -154,12 +156,9 @@ def test_what_may_matter_is_a_warning(row: dict[str, Any], words: str) -> None:
         (talk(QUESTION, answer(content=None, toolCalls=CALL)), ["messages[1].toolCalls"]),
         (talk(QUESTION, {"role": "tool", "tool_call_id": "c", "content": "1"}), ['role: "tool"', "tool calls"]),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, ['from: "function_call"']),
-        ({"messages": turns(U, A), "rejected": "bad"}, ["rejected", "preferences"]),
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ["preferences", "prompt and completion"]),
-        ({"conversations": turns(U), "chosen": {"value": "a"}, "rejected": {"value": "b"}}, ["preferences"]),
-        ({"input": {"messages": turns(U)}, "preferred_output": turns(A)}, ["preferences"]),
-        ({**PAIR, "label": False}, ["label is false"]),
-        ({**PAIR, "weight": 0.5}, ["weight is a number (0.5)"]),
+        ({"messages": turns(U, A), "rejected": "bad"}, ["rejected", "half of a preference pair"]),
+        ({**PAIR, "kto_tag": False}, ["kto_tag is false", "objective.kind: kto"]),
+        *(({**PAIR, "weight": weight}, ["weight is", "0 or more"]) for weight in (-1, "1", True, math.inf, math.nan)),
         ({**PAIR, "images": ["x.png"]}, ["images", "only text"]),
         (talk({**QUESTION, "images": ["x.png"]}, answer()), ["messages[0].images"]),
         (talk({"role": "user", "content": [{"text": "q"}, {"type": "image_url"}]}, answer()),
@@ -212,3 +211,136 @@ def test_reasoning_is_trained_as_a_think_part(key: str) -> None:
 
 def test_quoted_spells_out_what_a_terminal_would_obey() -> None:
     assert quoted("a\x1b[2Jb\ud800\u202e") == '"a\\x1b[2Jb\\ud800\\u202e"'
+
+
+HALVES = {"chosen": "good", "rejected": "bad"}
+ASKED = [{"role": "system", "content": "s"}, QUESTION]
+GOOD, BAD = answer(content="good"), answer(content="bad")
+
+
+@pytest.mark.parametrize(
+    ("row", "before"),
+    [
+        ({"prompt": "q", **HALVES}, [(U, "q")]),
+        ({"prompt": "q", **HALVES, "system": "s", "history": [["r", "b"]]}, [(S, "s"), (U, "r"), (A, "b"), (U, "q")]),
+        ({"instruction": "q", "input": "x", **HALVES}, [(U, "q\n\nx")]),
+        # TRL's conversational rows, with the prompt apart and within; UltraFeedback repeats it as a text
+        ({"prompt": ASKED, "chosen": [GOOD], "rejected": [BAD]}, [(S, "s"), (U, "q")]),
+        ({"chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]}, [(S, "s"), (U, "q")]),
+        ({"prompt": "q ", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD], "messages": [*ASKED, GOOD]},
+         [(S, "s"), (U, "q")]),
+        ({"chosen": [QUESTION, answer(), QUESTION, GOOD], "rejected": [BAD]}, [(U, "q"), (A, "a"), (U, "q")]),
+        # LLaMA-Factory
+        ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "good"},
+          "rejected": {"from": "gpt", "value": "bad"}}, [(U, "q")]),
+        # OpenAI
+        ({"input": {"messages": ASKED, "tools": [], "parallel_tool_calls": True}, "preferred_output": [GOOD],
+          "non_preferred_output": [BAD]}, [(S, "s"), (U, "q")]),
+    ],
+)  # fmt: skip
+def test_a_pair_has_one_prompt_and_two_answers(row: dict[str, Any], before: list[tuple[str, str]]) -> None:
+    for rows in (None, "pair"):
+        assert kind_of_format(detect_format(row, rows)) == "pair"
+        found = parsed(row, rows)
+        assert said(found) == [*before, (A, "good")]
+        assert [(message.role, message.content) for message in found.rejected] == [*before, (A, "bad")]
+        for messages in (found.messages, found.rejected):
+            trained = [message.trained for message in messages if message.role == A]
+            assert trained == [False] * (len(trained) - 1) + [True]
+        assert not found.warnings
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({**PAIR, "label": True}, [(U, "p"), (A, "c")]),
+        ({"prompt": ASKED, "completion": [answer()], "label": 1}, [(S, "s"), (U, "q"), (A, "a")]),
+        (talk(*ASKED, answer(), label=True), [(S, "s"), (U, "q"), (A, "a")]),
+    ],
+)
+def test_a_judged_row_has_an_answer_that_is_good_or_not(row: dict[str, Any], messages: list[tuple[str, str]]) -> None:
+    for judgement in (True, False):
+        row["label"] = type(row["label"])(judgement)
+        for rows in (None, "judged"):
+            assert kind_of_format(detect_format(row, rows)) == "judged"
+            found = parsed(row, rows)
+            assert (said(found), found.label) == (messages, judgement)
+
+
+@pytest.mark.parametrize("label", ["sport", 3, -0.5, True, ["a", "b"], []])
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"text": "t"}, []),
+        ({"prompt": "p", "system": "s"}, [(S, "s"), (U, "p")]),
+        (talk(*ASKED), [(S, "s"), (U, "q")]),
+        (talk(*ASKED, answer(), QUESTION), [(S, "s"), (U, "q"), (A, "a"), (U, "q")]),
+    ],
+)
+def test_a_labelled_row_is_read_whole(row: dict[str, Any], messages: list[tuple[str, str]], label: Any) -> None:
+    for rows in (None, "labelled"):
+        assert kind_of_format(detect_format({**row, "label": label}, rows)) == "labelled"
+        found = parsed({**row, "label": label}, rows)
+        assert (found.text, said(found)) == (row.get("text"), messages)
+        assert found.label == (tuple(label) if isinstance(label, list) else label)
+        assert type(found.label) is (tuple if isinstance(label, list) else type(label))
+
+
+def test_a_labelled_conversation_may_end_with_an_answer() -> None:
+    found = parsed(talk(*ASKED, answer(), label="kind"), "labelled")
+    assert (said(found)[-1], found.label) == ((A, "a"), "kind")
+    assert parsed(talk(*ASKED, answer(), label=True), "labelled").label is True
+
+
+@pytest.mark.parametrize(
+    ("row", "rows", "words"),
+    [
+        ({"prompt": "q", **HALVES}, "answer", ["a preference pair", "objective.kind: dpo", "prompt and completion"]),
+        (talk(QUESTION, answer(), **HALVES), "answer", ["a preference pair", "objective.kind: dpo"]),
+        ({**PAIR, "label": False}, "answer", ["a judged answer", "objective.kind: kto", "prompt and completion"]),
+        ({"text": "t", "label": "x"}, "answer", ["a labelled text", "objective.kind: classification"]),
+        (talk(QUESTION, label="x"), "answer", ["a labelled text", "objective.kind: classification"]),
+        (PAIR, "pair", ["an answer to train on", "objective.kind: sft", "prompt, chosen and rejected"]),
+        (PAIR, "judged", ["an answer to train on", "label (true or false)"]),
+        ({"text": "t"}, "labelled", ["an answer to train on", "text and label"]),
+        ({"prompt": "q", **HALVES}, "labelled", ["a preference pair", "text and label"]),
+        # of the right kind, but not right
+        ({"prompt": "q", "chosen": "a"}, "pair", ["half of a preference pair"]),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "pair", ["half of a preference pair"]),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "pair", ["rejected is empty"]),
+        ({"question": "q", **HALVES}, "pair", ["prompt is missing", 'rename "question" to prompt']),
+        ({"prompt": "q", "chosen": [GOOD], "rejected": [QUESTION]}, "pair", ["rejected", "no answer"]),
+        ({"chosen": [QUESTION, answer(), QUESTION, GOOD], "rejected": [QUESTION, BAD, QUESTION, BAD]}, "pair",
+         ["differ at turn 2", "end both with the first answer"]),
+        ({"prompt": "other", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]}, "pair", ["prompt", "keep one"]),
+        ({"prompt": [QUESTION, answer()], **HALVES}, "pair", ["prompt ends with assistant", "expected the user"]),
+        ({"input": "q", "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "pair", ["input is a string"]),
+        ({"input": {"messages": ASKED, "tools": CALL}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+         "pair", ["input.tools"]),
+        ({**PAIR, "label": "good"}, "judged", ["label is a string", "true or false"]),
+        ({**PAIR, "label": 2}, "judged", ["label is a number (2)"]),
+        ({"text": "t", "label": {"a": 1}}, "labelled", ["label is an object"]),
+        ({"text": "t", "label": ["a", 1]}, "labelled", ["label[1] is a number"]),
+        ({"text": "t", "label": ""}, "labelled", ["label is empty"]),
+        ({"text": "t", "label": math.nan}, "labelled", ["label is a number (nan)"]),
+        ({"text": "t", "labels": "x"}, "labelled", ["an answer to train on", '"labels" meant']),
+        ({**PAIR, "label": "x"}, "labelled", ["completion beside prompt would not be read"]),
+        (talk(*ASKED[:1], label="x"), "labelled", ["ends with system"]),
+    ],
+)  # fmt: skip
+def test_a_row_of_another_kind_says_what_to_do(row: dict[str, Any], rows: RowKind, words: list[str]) -> None:
+    with pytest.raises(RowFault) as fault:
+        parsed(row, rows)
+    for word in words:
+        assert word in str(fault.value), str(fault.value)
+
+
+def test_a_pair_of_equal_answers_teaches_nothing() -> None:
+    (warning,) = parsed({"prompt": "q", "chosen": "a", "rejected": "a"}).warnings
+    assert "same answer" in warning
+
+
+def test_every_format_takes_a_weight() -> None:
+    for row in (PAIR, talk(QUESTION, answer()), {"text": "t"}, {"prompt": "q", **HALVES}, {"text": "t", "label": "x"}):
+        for given, weight in ((0, 0.0), (2.5, 2.5), (None, 1.0)):
+            assert parsed({**row, "weight": given}).weight == weight

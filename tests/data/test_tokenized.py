@@ -256,7 +256,7 @@ class TestSplit:
     )  # fmt: skip
     def test_no_content_is_on_both_sides(self, contents: list[int], fraction: float, seed: int) -> None:
         class Rows:
-            content = np.array(contents, dtype=np.uint64)
+            content = prompt = np.array(contents, dtype=np.uint64)
 
             def __len__(self) -> int:
                 return len(contents)

@@ -17,7 +17,7 @@ from lmtune.batching.plan import Planner, Totals, Unit
 from lmtune.batching.prefetch import pack_units
 from lmtune.batching.prefixes import shareable_prefix
 from lmtune.config.schema import TrainConfig
-from lmtune.data.types import ExampleStore, TokenizedExample, WithValues
+from lmtune.data.types import ExampleStore, RowKind, TokenizedExample, WithValues
 from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.models.tuning.base import TunedModel
 from lmtune.objectives.base import LossSum
@@ -32,6 +32,7 @@ class Dpo:
     """`-log sigmoid(beta * (chosen - rejected))`, each the summed log-probability less that of the reference."""
 
     kind: ClassVar[str] = "dpo"
+    rows: ClassVar[RowKind] = "pair"
     metrics: ClassVar[tuple[str, ...]] = ("margin",)
     selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
 

@@ -1,0 +1,181 @@
+"""Pairs, judged and labelled rows as tokens: the same as those of answers, kept on disk with label and weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmtune.config.schema import DataConfig
+from lmtune.data.rendering import Renderer
+from lmtune.data.report import RowCounter
+from lmtune.data.store import TokenizedData, load_data, tokenize
+from lmtune.data.types import Example, Message, RowKind, WithValues, content_hash, prompt_hash
+from lmtune.errors import DataError
+from tests.tokenizers import CHATML, QWEN3, make_tokenizer
+
+PAIR = {"prompt": "Which city?", "chosen": "Paris.", "rejected": "I do not know."}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(*rows: dict[str, Any], name: str = "train.jsonl") -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def tokens_of(kind: RowKind, *rows: dict[str, Any], template: str | None = CHATML, **changes: Any) -> TokenizedData:
+    config = DataConfig(train="train.jsonl", validation_fraction=0.0, **changes)
+    return tokenize([written(*rows)], Renderer(make_tokenizer(template)), config, rows=kind)
+
+
+@pytest.mark.parametrize("template", [CHATML, QWEN3, None])
+def test_a_pair_is_two_answers_behind_one_prompt(template: str | None) -> None:
+    renderer = Renderer(make_tokenizer(template))
+    (pair,) = tokens_of("pair", PAIR, template=template)
+    prompt = renderer.prompt_ids([Message("user", "Which city?")])
+    for sequence, answer in zip(pair.sequences, ("Paris.", "I do not know."), strict=True):
+        alone = Example("f", 1, (Message("user", "Which city?"), Message("assistant", answer)))
+        assert (sequence,) == renderer.render(alone)
+        assert sequence.input_ids[: len(prompt)].tolist() == prompt
+        assert sequence.loss_mask.tolist() == [place >= len(prompt) for place in range(len(sequence))]
+
+
+def test_earlier_answers_of_a_pair_and_of_a_judged_row_are_not_targets() -> None:
+    turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "good")]
+    talk = [{"role": role, "content": content} for role, content in turns]
+    (pair,) = tokens_of("pair", {"chosen": talk, "rejected": [*talk[:3], {"role": "assistant", "content": "bad"}]})
+    (judged,) = tokens_of("judged", {"messages": talk, "label": False})
+    prompt = Renderer(make_tokenizer(CHATML)).prompt_ids([Message(*turn) for turn in turns[:3]])  # type: ignore[arg-type]
+    assert judged.sequences == pair.sequences[:1]
+    assert judged.label is False
+    for sequence in pair.sequences:
+        assert sequence.loss_mask.argmax() == len(prompt)
+        assert sequence.loss_mask[len(prompt) :].all()
+
+
+def test_a_labelled_text_is_what_the_tokenizer_makes_of_it() -> None:
+    """So that transformers' pipeline reads the same."""
+    tokenizer = make_tokenizer(CHATML)
+    for post in (None, "tail"):
+        if post:
+            from tokenizers.processors import TemplateProcessing
+
+            ends = [(token, int(tokenizer.convert_tokens_to_ids(token))) for token in (tokenizer.eos_token,)]
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"{tokenizer.eos_token} $A {tokenizer.eos_token}", special_tokens=ends
+            )
+        example = Example("f", 1, text="A fine film.", label="good", kind="labelled")
+        (sequence,) = Renderer(tokenizer).render(example)
+        assert sequence.input_ids.tolist() == tokenizer("A fine film.").input_ids
+        assert not sequence.loss_mask.any()
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_labelled_prompt_is_what_the_model_is_asked(template: str | None) -> None:
+    (row,) = tokens_of("labelled", {"prompt": "Is it good?", "label": ["yes", "warm"]}, template=template)
+    asked = Renderer(make_tokenizer(template)).prompt_ids([Message("user", "Is it good?")])
+    assert row.sequences[0].input_ids.tolist() == asked
+    assert not row.sequences[0].loss_mask.any()
+    assert row.label == ("yes", "warm")
+
+
+def test_labels_come_back_as_they_were_given() -> None:
+    labels = ["sport", 3, 0.25, True, ["a", "b"], [], "歷"]
+    data = tokens_of("labelled", *({"text": f"row {n}", "label": label} for n, label in enumerate(labels)))
+    expected = [tuple(label) if isinstance(label, list) else label for label in labels]
+    assert data.labels == expected == [row.label for row in data]
+    assert [type(label) for label in data.labels] == [type(label) for label in expected]
+    assert data.select(np.array([4, 1])).labels == [("a", "b"), 3]
+
+
+def test_a_long_pair_falls_as_one_and_is_cut_as_one() -> None:
+    short = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    one_long = {**short, "rejected": "long " * 30}
+    data = tokens_of("pair", short, one_long, max_length=40)
+    assert len(data) == 1
+    assert data.report.dropped == {"too_long": RowCounter(1, ["train.jsonl:2"])}
+    long_prompt = {"prompt": "long " * 30, "chosen": "Paris.", "rejected": "I do not know."}
+    whole = tokens_of("pair", long_prompt)[0].sequences
+    cut = tokens_of("pair", short, long_prompt, one_long, max_length=40, too_long="truncate")
+    assert cut.report.dropped == {"answer_too_long": RowCounter(1, ["train.jsonl:3"])}
+    chosen, rejected = cut[1].sequences
+    assert max(len(chosen), len(rejected)) == 40
+    assert [part.num_targets for part in (chosen, rejected)] == [part.num_targets for part in whole]
+    prompt = int(chosen.loss_mask.argmax())
+    assert prompt == rejected.loss_mask.argmax()
+    assert chosen.input_ids[:prompt].tolist() == rejected.input_ids[:prompt].tolist()
+
+
+def test_a_long_labelled_text_is_cut_at_its_beginning() -> None:
+    row = {"text": "long " * 30 + "end", "label": "x"}
+    (whole,) = tokens_of("labelled", row)
+    (cut,) = tokens_of("labelled", row, max_length=20, too_long="truncate")
+    assert cut.sequences[0].input_ids.tolist() == whole.sequences[0].input_ids[-20:].tolist()
+
+
+def test_rows_of_another_kind_are_faults_with_their_line() -> None:
+    with pytest.raises(DataError, match=r"train.jsonl:1: the row is a preference pair(.|\n)*objective.kind: dpo"):
+        tokens_of("answer", PAIR, PAIR)
+    with pytest.raises(DataError, match=r"train.jsonl:2: here messages rows begin|train.jsonl:2: the row is an answer"):
+        tokens_of("pair", PAIR, {"prompt": "p", "completion": "c"})
+
+
+def test_the_kind_and_the_labels_decide_key_and_signature() -> None:
+    rows = [{"prompt": "p", "completion": "c", "label": label} for label in (True, False)]
+    one, other = tokens_of("judged", rows[0]), tokens_of("judged", rows[1])
+    assert one[0].sequences == other[0].sequences
+    assert one.signature != other.signature
+    plain = {"prompt": "p", "completion": "c"}
+    assert tokens_of("answer", plain).signature != tokens_of("answer", {**plain, "weight": 2}).signature
+    assert tokens_of("answer", plain).signature == tokens_of("answer", {**plain, "weight": 1}).signature
+
+
+def test_hashes_tell_apart_what_is_not_the_same_row() -> None:
+    turns, other = ((Message("user", "q"), Message("assistant", text)) for text in "ab")
+    rows = [
+        Example("f", 1, turns), Example("f", 1, other), Example("f", 1, turns, rejected=other, kind="pair"),
+        Example("f", 1, turns, label=True, kind="judged"), Example("f", 1, turns, label=False, kind="judged"),
+        Example("f", 1, turns, label="x", kind="labelled"), Example("f", 1, turns, label="y", kind="labelled"),
+        Example("f", 1, text="t"), Example("f", 1, text="t", label="x", kind="labelled"),
+    ]  # fmt: skip
+    assert len({content_hash(row) for row in rows}) == len(rows)
+    assert len({prompt_hash(row) for row in rows[:5]}) == 1
+    assert prompt_hash(rows[5]) == prompt_hash(rows[6])
+    assert prompt_hash(rows[7]) == prompt_hash(rows[8])
+
+
+@pytest.mark.parametrize("kind", ["answer", "pair", "judged"])
+def test_no_prompt_is_on_both_sides_of_the_split(kind: RowKind) -> None:
+    halves: dict[RowKind, dict[str, Any]] = {
+        "answer": {"completion": "c"}, "pair": {"chosen": "c", "rejected": "d"},
+        "judged": {"completion": "c", "label": True},
+    }  # fmt: skip
+    first = "completion" if "completion" in halves[kind] else "chosen"
+    rows = [{"prompt": f"p{n % 10}", **halves[kind], first: f"answer {n}"} for n in range(30)]
+    config = DataConfig(train=written(*rows), validation_fraction=0.2)
+    loaded = load_data(config, Renderer(make_tokenizer(CHATML)), 0, kind)
+    assert loaded.validation is not None
+    assert (len(loaded.train), len(loaded.validation)) == (24, 6)
+    prompts = [{rows[int(row.location.partition(":")[2]) - 1]["prompt"] for row in part}  # type: ignore[attr-defined]
+               for part in (loaded.train, loaded.validation)]  # fmt: skip
+    assert not prompts[0] & prompts[1]
+
+
+def test_numbers_beside_the_tokens_may_be_several_a_row() -> None:
+    from lmtune.batching.plan import Unit
+    from lmtune.batching.prefetch import pack_units
+
+    store = tokens_of("pair", *({**PAIR, "prompt": f"{n}?"} for n in range(3)))
+    both = np.arange(6, dtype=np.float32).reshape(3, 2)
+    data = WithValues(store, reference=both, margin=np.float32([5, 6, 7]))
+    batch = pack_units(data, [Unit(0, 2, (0, 1)), Unit(1, 0, (0, 1))], 2)
+    assert batch.values["reference"].tolist() == [[4, 5], [4, 5], [0, 1], [0, 1]]
+    assert batch.values["margin"].tolist() == [7, 7, 5, 5]
