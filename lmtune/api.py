@@ -184,7 +184,7 @@ def finetune(
 
     Args:
         config: settings, or a YAML file; without one the defaults, for which `model` and `data` are needed.
-        model: a Hub id, a local folder, or `tiny`.
+        model: a Hub id, a local folder, a GGUF file, or `tiny`.
         data: rows to train on: a path, several, a list of dicts, a DataFrame or a Dataset.
         validation: rows to score on; without them `data.validation_fraction` of `data` is held out.
         name: of the run; from the data's file or content if neither this nor the config names it.

@@ -26,7 +26,7 @@ def main(
         str | None, typer.Option(help="Take model, template and data from this YAML file, or shipped one by name.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A Hub id, a local folder, or tiny; only its tokenizer loads.")
+        str | None, typer.Option(help="A Hub id, a local folder, a GGUF file, or tiny; only its tokenizer loads.")
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help="The same as DATA.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,

@@ -87,7 +87,7 @@ TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)],
 class ModelConfig:
     """Which base model, and how its frozen weights are held in memory."""
 
-    name: Annotated[str, Field(min_length=1)]  # a Hub id, a local folder, or `tiny`
+    name: Annotated[str, Field(min_length=1)]  # a Hub id, a local folder, a GGUF file, or `tiny`
     revision: str | None = None  # a branch, tag or commit on the Hub
     quantization: Quantization = "nf4"  # of the frozen weights: nf4 is 4 bit, int8 is 8 bit
     dtype: Dtype = "auto"  # auto: bf16 where the device multiplies in it faster, else fp32

@@ -27,7 +27,8 @@ from lmtune.errors import ConfigError, LmtuneError, ModelError, is_failure
 from lmtune.inference.engine import TransformersEngine
 from lmtune.io.console import err, escape
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer, resolve_name
-from lmtune.models.locate import adapter_base, run_config, shareable_name
+from lmtune.models.gguf import is_gguf
+from lmtune.models.locate import adapter_base, is_local, run_config, shareable_name
 from lmtune.models.model_folder import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
 from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, Metadata
@@ -50,7 +51,7 @@ from lmtune.runs.store import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_TARGETS = "a run, an adapter or model folder, a Hub id, or tiny"
+_TARGETS = "a run, an adapter or model folder, a GGUF file, a Hub id, or tiny"
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ def load_for_inference(
     """Load what `target` names.
 
     Args:
-        target: run directory or name, adapter folder, merged or plain model folder, Hub id, or `tiny`.
+        target: run directory or name, adapter folder, merged or plain model folder, GGUF file, Hub id, or `tiny`.
         quantization: of the base; by default what the adapter was trained over, and none for a plain model.
-        base: where the base of a run or adapter is, a folder or Hub id, if not where it names it.
+        base: where the base of a run or adapter is, a folder, GGUF file or Hub id, if not where it names it.
 
     Raises:
         ConfigError: `base` is given for a model without adapter.
@@ -171,7 +172,7 @@ def _check_spelling(target: str) -> None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if target == "tiny" or Path(target).is_dir():
+    if target == "tiny" or is_local(target) or is_gguf(target):
         return
     near, is_run = similar_runs(target), Path(target).parent.name == "runs"
     try:

