@@ -107,7 +107,8 @@ class Lmtune(Arm):
         groups = pack_bins(lengths, self.budget, find_prefixes(shareable, lengths) if shares else [])
         batches = [pack([documents[i] for i in group], group, len(rows), shares) for group in groups]
         self.computed += sum(batch.input_ids.numel() for batch in batches)
-        totals = Totals(len(rows), len(rows), sum(lengths), sum(int(d.loss_mask.sum()) for d in documents))
+        targets = sum(int(d.loss_mask.sum()) for d in documents)
+        totals = Totals(len(rows), len(rows), sum(lengths), targets, len(rows), targets)
         return step_gradients(self.forward, Sft(), self.parameters, batches, totals, Single(self.device)).loss
 
 

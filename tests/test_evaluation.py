@@ -15,25 +15,26 @@ from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.generative import Answer, answers, split_prompt
 from lmtune.evaluation.scoring import check_lengths, evaluate, standard_error, teacher_forced, with_exact_match
 from lmtune.forward.packed import PackedForward
-from tests.tiny import SAVED_VOCABULARY, Rows, adapted, random_rows, tiny_model, token_sequence
+from tests.tiny import SAVED_VOCABULARY, Rows, adapted, random_rows, tiny_model, token_sequence, weighted
 from tests.tokenizers import CHATML, make_tokenizer
 
 
 @torch.no_grad()
 def by_hand(model, rows: Rows) -> dict[str, float]:
     """Each document alone, in plain PyTorch."""
-    losses, right, right_rows = [], [], 0
+    losses, weights, right, right_rows = [], [], [], 0
     for row in rows.rows:
         of_row = []
         for document in row.sequences:
             ids = torch.tensor(document.input_ids, dtype=torch.long)
             kept = torch.tensor(document.loss_mask[1:])
             logits = model(input_ids=ids[None]).logits[0, :-1][kept]
-            losses += F.cross_entropy(logits, ids[1:][kept], reduction="none").tolist()
+            losses += (row.weight * F.cross_entropy(logits, ids[1:][kept], reduction="none")).tolist()
+            weights += [row.weight] * len(logits)
             of_row += (logits.argmax(-1) == ids[1:][kept]).tolist()
         right += of_row
         right_rows += all(of_row)
-    loss = sum(losses) / len(losses)
+    loss = sum(losses) / sum(weights)
     return {
         "loss": loss, "perplexity": math.exp(loss), "token_accuracy": sum(right) / len(right),
         "sequence_accuracy": right_rows / len(rows),
@@ -54,9 +55,12 @@ def rows_partly_right(model) -> Rows:
 
 
 @pytest.mark.parametrize("budget", [1, 70, 10**6])
-def test_the_scores_are_those_of_a_plain_loop(budget: int) -> None:
+@pytest.mark.parametrize("weigh", [False, True])
+def test_the_scores_are_those_of_a_plain_loop(budget: int, weigh: bool) -> None:
+    """A row's weight counts in the loss, as in training, and not in the shares of right tokens and rows."""
     model = adapted(tiny_model()).eval()
     rows = rows_partly_right(model)
+    rows = weighted(rows) if weigh else rows
     wanted = by_hand(model, rows)
     scores = teacher_forced(PackedForward(model), rows, budget)
     assert 0.3 < scores.sequence_accuracy < 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Rows:
             np.array([len(sequence.input_ids) for sequence in sequences], dtype=np.int32),
             np.array([sequence.loss_mask.sum() for sequence in sequences], dtype=np.int32),
             np.cumsum([0, *(len(row.sequences) for row in self.rows)]),
+            np.array([row.weight for row in self.rows]) if any(row.weight != 1 for row in self.rows) else None,
         )
 
     @property
@@ -109,7 +110,8 @@ def pack_rows(rows: Sequence[TokenizedExample], share_prefixes: bool = False) ->
     """All sequences of `rows`, each row an example, as one micro-batch."""
     sequences = [sequence for row in rows for sequence in row.sequences]
     example_of = [index for index, row in enumerate(rows) for _ in row.sequences]
-    return pack(sequences, example_of, len(rows), share_prefixes).to(torch.get_default_device())
+    weights = [row.weight for row in rows for _ in row.sequences]
+    return pack(sequences, example_of, len(rows), share_prefixes, weights=weights).to(torch.get_default_device())
 
 
 def losses_of(forward: PackedForward, batch: MicroBatch) -> torch.Tensor:
@@ -132,6 +134,11 @@ def random_rows(count: int, seed: int = 0, longest: int = 40) -> Rows:
             documents.append(TokenSequence(ids, trained))
         rows.append(TokenizedExample(f"rows.jsonl:{index + 1}", tuple(documents)))
     return Rows(rows)
+
+
+def weighted(rows: Rows) -> Rows:
+    """The same rows with weights from 0.25 on."""
+    return Rows([replace(row, weight=0.25 + 0.5 * index) for index, row in enumerate(rows.rows)])
 
 
 def adapted(model: Any, seed: int = 1, **settings: Any) -> Any:

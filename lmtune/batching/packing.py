@@ -133,6 +133,7 @@ class MicroBatch:
         target_ids: `[N]`.
         sequence_of: `[N]`, the sequence of each target, from 0 to S - 1, in the order in which they were given.
         example_of: `[S]`, the example of each sequence; others of its sequences may be elsewhere.
+        weights: `[S]` fp32, how much the example of each sequence counts in the loss.
         values: `[S]` or `[S, K]` each: what is stored beside the tokens of each sequence's example.
         num_examples: E.
         num_tokens: tokens of the sequences; T is less by what shared prefixes save.
@@ -146,6 +147,7 @@ class MicroBatch:
     target_ids: torch.Tensor
     sequence_of: torch.Tensor
     example_of: torch.Tensor
+    weights: torch.Tensor
     values: Mapping[str, torch.Tensor]
     num_examples: int
     num_tokens: int
@@ -174,7 +176,7 @@ class MicroBatch:
 
 def pack(
     sequences: Sequence[TokenSequence], example_of: Sequence[int], num_examples: int, share_prefixes: bool = False,
-    values: Sequence[Mapping[str, float | npt.NDArray[np.float32]]] = (),
+    values: Sequence[Mapping[str, float | npt.NDArray[np.float32]]] = (), weights: Sequence[float] | None = None,
 ) -> MicroBatch:  # fmt: skip
     """Put S sequences end to end, of which some may belong to the same example and others of it be elsewhere.
 
@@ -184,6 +186,7 @@ def pack(
         num_examples: of the step, or whatever they are numbered in.
         share_prefixes: whether a beginning that several have in common is there once.
         values: for each what is stored beside the tokens of its example; none by default.
+        weights: of the example of each; 1 by default.
     """
     ids = [np.asarray(sequence.input_ids, dtype=np.int64) for sequence in sequences]
     masks = [np.asarray(sequence.loss_mask, dtype=bool) for sequence in sequences]
@@ -229,6 +232,7 @@ def pack(
         target_ids=torch.from_numpy(np.concatenate(targets)),
         sequence_of=torch.from_numpy(np.concatenate(sequence_of)),
         example_of=torch.from_numpy(np.asarray(example_of, dtype=np.int64)),
+        weights=torch.from_numpy(np.asarray([1.0] * len(ids) if weights is None else weights, dtype=np.float32)),
         values={
             name: torch.from_numpy(np.array([of_one[name] for of_one in values], dtype=np.float32))
             for name in (values[0] if values else ())

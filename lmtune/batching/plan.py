@@ -47,12 +47,30 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Totals:
-    """What a step's examples add up to, over all ranks; an objective's denominator is made of these."""
+    """What a step's examples add up to, over all ranks; an objective's denominator is made of these.
+
+    Attributes:
+        weight: the sum of the examples' weights: their number where all count alike.
+        weighted_targets: the sum of the targets, each times the weight of its example.
+    """
 
     examples: int
     sequences: int
     tokens: int
     targets: int
+    weight: float
+    weighted_targets: float
+
+    @classmethod
+    def of(cls, table: SequenceTable, rows: Sequence[int] | npt.NDArray[np.int64]) -> Totals:
+        """What `rows` of `table` add up to."""
+        members = table.of_rows(rows)
+        tokens, targets = table.num_tokens[members], table.num_targets[members]
+        weight: float = len(rows)
+        weighted: float = int(targets.sum())
+        if table.weights is not None:
+            weight, weighted = float(table.weights[rows].sum()), float(table.weights[table.row[members]] @ targets)
+        return cls(len(rows), len(members), int(tokens.sum()), int(targets.sum()), weight, weighted)
 
 
 @dataclass(frozen=True)
@@ -136,7 +154,7 @@ class Planner:
             step=number,
             epoch=epoch + min(1.0, (place + 1) * size / table.num_rows),
             rows=rows.tolist(),
-            totals=Totals(len(rows), len(members), int(tokens.sum()), int(targets.sum())),
+            totals=Totals.of(table, rows),
             longest=max(lengths),
             micro_batches=[self._bins(units, lengths, share, prefixes) for share in shares],
         )

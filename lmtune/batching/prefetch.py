@@ -39,6 +39,7 @@ def pack_units(data: Examples, units: Sequence[Unit], num_examples: int, share_p
     return pack(
         [read[unit.row].sequences[sequence] for unit, sequence in chosen], [unit.example for unit, _ in chosen],
         num_examples, share_prefixes, [read[unit.row].values for unit, _ in chosen],
+        [read[unit.row].weight for unit, _ in chosen],
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 *Teacher-forced* scores run each row once with its right answer: loss (mean over trained tokens, so long answers count
 for their length), perplexity, the share of trained tokens that were the model's top-1 token, and of rows all of whose
-were. *Exact match* lets the model answer by itself, greedily, and compares the answers' text, less any reasoning.
+were. A row's weight counts in the loss and perplexity, which are what training minimizes, and not in the shares.
+*Exact match* lets the model answer by itself, greedily, and compares the answers' text, less any reasoning.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Scores:
     """What a model scores on some rows.
 
     Attributes:
-        loss: nats per trained token.
+        loss: nats per trained token; rows that have weights count by them, as in training.
         perplexity: e to the loss.
         token_accuracy, sequence_accuracy, exact_match: shares from 0 to 1; exact_match is None if not measured.
         rows: how many rows were scored, `exact_match_rows` of them by generation.
@@ -221,10 +222,12 @@ def teacher_forced(
             "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
         )
     losses, targets, right = sums  # [rows] each
-    loss, accuracy = float(losses.sum() / targets.sum()), float(right.sum() / targets.sum())
+    weights = np.ones(len(data)) if sequences.weights is None else sequences.weights
+    loss = float((weights * losses).sum() / (weights * targets).sum())
+    accuracy = float(right.sum() / targets.sum())
     return Scores(
         loss, math.exp(min(loss, 700.0)), accuracy, float((right == targets).mean()), None, len(data), 0,
-        standard_error(losses, targets), standard_error(right, targets),
+        standard_error(weights * losses, weights * targets), standard_error(right, targets),
     )  # fmt: skip
 
 

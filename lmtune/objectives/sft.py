@@ -1,6 +1,8 @@
 """Supervised fine-tuning: the cross-entropy of every target, averaged over the targets of the whole step.
 
-loss = -sum of log-probabilities / number of targets in the step
+loss = -sum of weight * log-probability / sum of weights, both over the targets of the step
+
+The weight of a target is that of its row, 1 unless the row says otherwise.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ class Sft:
         return each_alone(num_sequences)
 
     def denominator(self, totals: Totals) -> float:
-        """The targets of the step: long answers count for their length."""
-        return totals.targets
+        """The targets of the step, by the weights of their rows: long answers count for their length."""
+        return totals.weighted_targets
 
     def precompute(self, model: TunedModel, forward: PackedForward, store: ExampleStore) -> ExampleStore:
         """Nothing."""
@@ -42,7 +44,8 @@ class Sft:
         """The negative log-probabilities; an error is a target that is not the most likely token."""
         right = outputs.is_top1.sum().float()
         count = torch.full_like(right, len(outputs.is_top1))  # made on the device: no copy to wait for
-        return LossSum(-outputs.logprobs.sum(), wrong_targets(outputs, batch), {"token_accuracy": (right, count)})
+        loss = -(outputs.logprobs * batch.weights[batch.sequence_of]).sum()
+        return LossSum(loss, wrong_targets(outputs, batch), {"token_accuracy": (right, count)})
 
 
 def wrong_targets(outputs: Outputs, batch: MicroBatch) -> torch.Tensor:

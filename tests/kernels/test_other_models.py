@@ -104,9 +104,8 @@ def test_gradients_in_fp16_do_not_vanish_in_a_large_step() -> None:
         model = adapted(model_of("LlamaForCausalLM", SHAPE).to(dtype)).eval()
         for parameter in trainable(model).values():
             parameter.data = parameter.data.float()
-        step_gradients(
-            PackedForward(model), Sft(), trainable(model), [pack_rows(rows.rows)], Totals(6, 6, 0, 40_000), Single()
-        )
+        totals = Totals(6, 6, 0, 40_000, 6, 40_000)
+        step_gradients(PackedForward(model), Sft(), trainable(model), [pack_rows(rows.rows)], totals, Single())
         results.append({name: parameter.grad.clone() for name, parameter in trainable(model).items()})
     for name, wanted in results[0].items():
         assert (results[1][name] - wanted).norm() < 0.02 * wanted.norm(), name

@@ -1,5 +1,7 @@
 """A step's loss and gradient are those of a hand-written loop, however the step is cut."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,20 +19,20 @@ from lmtune.parallel.base import GradientBuffer
 from lmtune.parallel.single import Single
 from lmtune.training.optim import update
 from lmtune.training.step import find_nonfinite_examples, step_gradients
-from tests.tiny import KINDS, Rows, adapted, pack_rows, random_rows, tiny_model
+from tests.tiny import KINDS, Rows, adapted, pack_rows, random_rows, tiny_model, weighted
 
 
 def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
     """Loss, gradients and their norm of all rows, one sequence at a time, in plain PyTorch."""
     parameters, base = trainable(model), model.get_base_model()
     model.zero_grad()
-    num_targets, total = rows.num_targets, 0.0
+    denominator, total = sum(row.weight * sum(s.num_targets for s in row.sequences) for row in rows.rows), 0.0
     for row in rows.rows:
         for sequence in row.sequences:
             ids = torch.tensor(sequence.input_ids, dtype=torch.long)
             kept = torch.tensor(sequence.loss_mask[1:])
             logits = base(input_ids=ids[None]).logits[0, :-1]
-            loss = F.cross_entropy(logits[kept], ids[1:][kept], reduction="sum") / num_targets
+            loss = row.weight * F.cross_entropy(logits[kept], ids[1:][kept], reduction="sum") / denominator
             loss.backward()
             total += loss.item()
     gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
@@ -39,8 +41,7 @@ def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
 
 def totals_of(rows: Rows) -> Totals:
     """Of a step of all rows."""
-    table = rows.sequences
-    return Totals(len(rows), len(table.num_tokens), int(table.num_tokens.sum()), rows.num_targets)
+    return Totals.of(rows.sequences, range(len(rows)))
 
 
 def lmtune_step(model, rows: Rows, budget: int, parallel: Single | None = None):
@@ -57,8 +58,10 @@ def lmtune_step(model, rows: Rows, budget: int, parallel: Single | None = None):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
-def test_loss_and_gradients_equal_a_plain_loop(kind: str, budget: int) -> None:
+@pytest.mark.parametrize("weigh", [False, True])
+def test_loss_and_gradients_equal_a_plain_loop(kind: str, budget: int, weigh: bool) -> None:
     model, rows = adapted(tiny_model(kind)), random_rows(8)
+    rows = weighted(rows) if weigh else rows
     model.eval()  # GPT-2 has dropout of its own
     loss, gradients, norm = by_hand(model, rows)
     sums = lmtune_step(model, rows, budget)
@@ -66,6 +69,16 @@ def test_loss_and_gradients_equal_a_plain_loop(kind: str, budget: int) -> None:
     assert sums.grad_norm == pytest.approx(norm, rel=1e-5)
     for name, parameter in trainable(model).items():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_row_of_weight_two_is_the_row_twice() -> None:
+    model, (one, other) = adapted(tiny_model()), random_rows(2).rows
+    twice = lmtune_step(model, Rows([one, one, other]), 10**6)
+    expected = {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+    weighted_once = lmtune_step(model, Rows([replace(one, weight=2.0), other]), 10**6)
+    assert weighted_once.loss == pytest.approx(twice.loss, abs=1e-6)
+    for name, parameter in trainable(model).items():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-7, rtol=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

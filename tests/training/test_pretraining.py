@@ -212,7 +212,7 @@ def test_a_step_is_that_of_a_plain_loop_over_all_parameters() -> None:
     units = [Unit(row, row, tuple(range(len(blocks[row].sequences)))) for row in range(len(blocks))]
     forward = PackedForward(tuned.module)
     batches = [pack_units(blocks, units, len(blocks))]
-    totals = Totals(len(blocks), len(sequences), blocks.num_tokens, count)
+    totals = Totals.of(blocks.sequences, range(len(blocks)))
     step_gradients(forward, Sft(), tuned.trainable(), batches, totals, Single())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-4)
