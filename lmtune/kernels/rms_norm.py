@@ -11,6 +11,7 @@ RMSNorm: https://arxiv.org/abs/1910.07467.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def _offset(module: Any) -> float | None:
     weight, eps = getattr(module, "weight", None), _epsilon(module)
     is_candidate = "RMSNorm" in type(module).__name__ and not type(module).__name__.startswith("Fused")
     if not is_candidate or eps is None or weight is None or weight.dim() != 1 or len(list(module.parameters())) != 1:
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gate, which is multiplied to the result
         return None
     probe = torch.linspace(-2, 3, 3 * len(weight), device=weight.device).view(3, -1).contiguous()
     kept = weight.data

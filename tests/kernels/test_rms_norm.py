@@ -50,7 +50,11 @@ def test_what_is_no_rms_norm_keeps_its_own_forward() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + 0.1
 
-    model = torch.nn.ModuleList([OffsetRMSNorm(8, eps=1e-6), torch.nn.LayerNorm(8)])
+    class GatedRMSNorm(torch.nn.RMSNorm):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x) if gate is None else super().forward(x) * torch.nn.functional.silu(gate)
+
+    model = torch.nn.ModuleList([OffsetRMSNorm(8, eps=1e-6), GatedRMSNorm(8, eps=1e-6), torch.nn.LayerNorm(8)])
     assert fuse_norms(model) == []
 
 
