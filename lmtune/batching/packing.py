@@ -58,11 +58,13 @@ class Derived:
         masks: by their size, window, type and device.
         boundaries: by whether every token is a query, and the device.
         window: the sliding window that a layer asked for, if any did.
+        by_blocks: whether a layer has scores that only plain operations compute.
     """
 
     masks: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
     boundaries: dict[tuple[bool, torch.device], Boundaries] = field(default_factory=dict)
     window: int | None = None
+    by_blocks: bool = False
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,18 @@ def find_capabilities(forward: Paths) -> Capabilities:
     return Capabilities(packing, fused_head, label_only, prefixes)
 
 
-def attention_note(base: PreTrainedModel) -> str | None:
+def attention_note(forward: Paths) -> str | None:
     """Why the segments of a micro-batch attend one after another on a GPU, or None."""
+    base = forward.base
     embedding, config = base.get_input_embeddings().weight, base.config.get_text_config()
     if embedding.device.type != "cuda":
         return None
+    ids, positions = _random_ids(forward, 2)
+    segments = SegmentLayout.of_segments(2)
+    with torch.no_grad(), _evaluating(forward.model), packed_attention(base):
+        forward.hidden(ids, positions, positions[0], segments)
+    if segments.derived.by_blocks:
+        return "one attention kernel for all segments disabled: it has no soft caps and no attention sinks"
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = heads // (getattr(config, "num_key_value_heads", None) or heads)

@@ -88,7 +88,7 @@ class PackedForward:
     @property
     def disabled_optimizations(self) -> list[str]:
         """What is slower for this model than it could be, and why; the result is the same."""
-        note = attention_note(self.base) if self.packs else None
+        note = attention_note(self) if self.packs else None
         return [*self.capabilities.disabled, *([note] if note else [])]
 
     def context(self) -> contextlib.AbstractContextManager[None]:

@@ -2,9 +2,10 @@
 
 A micro-batch's sequences follow one another in a single row. The stock way to keep them apart is a mask of the whole
 row squared; here each span of queries goes with its own keys alone: PyTorch's scaled dot product attention span by
-span on a CPU, one kernel for spans of any length on a GPU (`torch.nn.attention.varlen`, or flash-attn). The function is
-registered under a name with transformers' public `AttentionInterface`, so no model code is touched; the layout reaches
-it as an extra argument of the model's forward.
+span on a CPU, one kernel for spans of any length on a GPU (`torch.nn.attention.varlen`, or flash-attn). Scores with a
+soft cap (https://arxiv.org/abs/2408.00118) or a sink (https://arxiv.org/abs/2309.17453), which those do not have, are
+computed block by block. The function is registered under a name with transformers' public `AttentionInterface`, so no
+model code is touched; the layout reaches it as an extra argument of the model's forward.
 
     with packed_attention(model):
         model(input_ids=…, position_ids=…, segments=SegmentLayout.of_segments(5, 7))
@@ -16,11 +17,13 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lmtune.batching.packing import Boundaries, SegmentLayout, Span
 from lmtune.batching.prefixes import MASKED_BLOCK
@@ -54,6 +57,8 @@ def segment_attention(
         scaling: of the scores; None is `1 / sqrt(d)`.
         segments: which tokens belong together.
         sliding_window: how many tokens back a token sees, itself included; None is all.
+        softcap: `c` of scores that are `c tanh(score / c)`.
+        s_aux: `[heads]`, the score of a sink, which takes its share of the attention of every token and gives nothing.
         label_layer: set in the last layer, which takes keys and values first and few queries later; see
             `lmtune.kernels.label_only_layer`.
 
@@ -61,21 +66,47 @@ def segment_attention(
         `[1, T, heads, d]` and None for the weights, which are never formed.
 
     Raises:
-        NotImplementedError: the model wants soft-capped scores or attention sinks, which this kernel does not have.
+        NotImplementedError: the model hands a mask of its own on, or no segments.
     """
-    if softcap is not None or s_aux is not None or attention_mask is not None:
-        raise NotImplementedError("soft-capped scores, attention sinks and masks need the model's own attention")
+    if attention_mask is not None:
+        raise NotImplementedError("the model makes an attention mask of its own")
     if segments is None:
         raise NotImplementedError("the model does not hand extra arguments on to its attention")
     segments.derived.window = segments.derived.window or sliding_window
+    scores = Scores(scaling, dropout, sliding_window, softcap, s_aux)
+    segments.derived.by_blocks |= not scores.is_plain
     if label_layer is not None:
-        return label_layer.attend(query, key, value, segments, scaling, dropout, sliding_window), None
-    return attend(query, key, value, segments, segments.spans, scaling, dropout, sliding_window), None
+        return label_layer.attend(query, key, value, segments, scores), None
+    return attend(query, key, value, segments, segments.spans, scores), None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores are made of queries and keys, and attention of scores.
+
+    Attributes:
+        scaling: of the products; None is `1 / sqrt(d)`.
+        dropout: share of the attention that is set to 0.
+        window: how many tokens back a token sees, itself included; None is all.
+        softcap: scores are `softcap * tanh(score / softcap)`; None is no cap.
+        sinks: `[heads]`, one more score in the denominator of the softmax; None is none.
+    """
+
+    scaling: float | None = None
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether they are those of scaled dot product attention."""
+        return self.softcap is None and self.sinks is None
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SegmentLayout, spans: Sequence[Span],
-    scaling: float | None, dropout: float, window: int | None,
+    scores: Scores,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention of each span's queries to its keys, by the quickest way that works here.
 
@@ -84,25 +115,25 @@ def attend(
         key, value: `[1, key_value_heads, T, d]`, in the order of `segments`.
         segments: where the keys lie.
         spans: `segments.spans`, or `segments.read_spans`.
-        scaling, dropout, window: as in `segment_attention`.
+        scores: how they are made.
 
     Returns:
         `[1, Q, heads, d]`.
     """
-    if not dropout and query.device.type != "cpu":
+    if scores.is_plain and not scores.dropout and query.device.type != "cpu":
         varlen, _ = find_varlen(query.device, query.dtype, query.shape[-1], query.shape[1] // key.shape[1])
         if varlen is not None:
-            return attend_varlen(varlen, query, key, value, segments, spans, scaling, window)
-    return attend_span_by_span(query, key, value, segments, spans, scaling, dropout, window)
+            return attend_varlen(varlen, query, key, value, segments, spans, scores)
+    return attend_span_by_span(query, key, value, segments, spans, scores)
 
 
 def attend_span_by_span(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SegmentLayout, spans: Sequence[Span],
-    scaling: float | None, dropout: float, window: int | None,
+    scores: Scores,
 ) -> torch.Tensor:  # fmt: skip
-    """`attend` with one scaled dot product attention for each span."""
+    """`attend` with one scaled dot product attention for each span, or block by block where that cannot do it."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    if groups > 1 and scores.is_plain:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     span_queries = torch.split(query, [span.queries for span in spans], 2)
     keys, values = (torch.split(tensor, list(segments.lengths), 2) for tensor in (key, value))
@@ -113,19 +144,58 @@ def attend_span_by_span(
             k, v = k[:, :, : span.keys], v[:, :, : span.keys]
         if span.prefix is not None:
             k, v = torch.cat([keys[span.prefix], k], 2), torch.cat([values[span.prefix], v], 2)
-        for queries_of, keys_of in _blocks(q.shape[2], k.shape[2], window):
+        for queries_of, keys_of in _blocks(q.shape[2], k.shape[2], scores.window, masked=not scores.is_plain):
             some_q, some_k, some_v = q[:, :, queries_of], k[:, :, keys_of], v[:, :, keys_of]
-            causal = queries_of == keys_of and (window is None or queries_of.stop <= window)
-            mask = None if causal else _mask(segments, some_q, some_k.shape[2], window)
+            if not scores.is_plain:
+                # computed again in the backward pass: autograd would keep the scores of all blocks
+                outputs.append(
+                    checkpoint(
+                        _attend_block, some_q, some_k, some_v, scores, use_reentrant=False,
+                        preserve_rng_state=scores.dropout > 0,
+                    )
+                )  # fmt: skip
+                continue
+            causal = queries_of == keys_of and (scores.window is None or queries_of.stop <= scores.window)
+            mask = None if causal else _mask(segments, some_q, some_k.shape[2], scores.window)
             outputs.append(
                 F.scaled_dot_product_attention(
-                    some_q, some_k, some_v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+                    some_q, some_k, some_v, attn_mask=mask, dropout_p=scores.dropout, is_causal=causal,
+                    scale=scores.scaling,
                 )
-            )
+            )  # fmt: skip
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
-def _blocks(num_q: int, num_k: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """Attention of a block, in plain operations; its last query is at its last key.
+
+    Args:
+        q: `[1, heads, q, d]`.
+        k, v: `[1, key_value_heads, k, d]`.
+        scores: how they are made; they are fp32, whatever the inputs are.
+
+    Returns:
+        `[1, heads, q, d]`.
+    """
+    kv_heads, (num_q, head_dim), num_k = k.shape[1], q.shape[2:], k.shape[2]
+    scaling = head_dim**-0.5 if scores.scaling is None else scores.scaling
+    with torch.autocast(q.device.type, enabled=False):
+        grouped = q[0].float().reshape(kv_heads, -1, head_dim)  # [kv_heads, groups * q, d]
+        score = (grouped @ k[0].float().transpose(1, 2)).view(-1, num_q, num_k) * scaling  # [heads, q, k]
+        if scores.softcap is not None:
+            score = scores.softcap * torch.tanh(score / scores.softcap)
+        places = torch.arange(num_k, device=q.device)
+        score = score.masked_fill(~visible(places[num_k - num_q :], places, scores.window), -torch.inf)
+        if scores.sinks is not None:
+            sinks = scores.sinks.float().view(-1, 1, 1).expand(-1, num_q, 1)
+            share = torch.cat([score, sinks], 2).softmax(2)[..., :-1]
+        else:
+            share = score.softmax(2)
+        share = F.dropout(share, scores.dropout).to(v.dtype).view(kv_heads, -1, num_k)
+        return (share @ v[0]).view(1, -1, num_q, v.shape[3])
+
+
+def _blocks(num_q: int, num_k: int, window: int | None, masked: bool = False) -> Iterator[tuple[slice, slice]]:
     """The queries of a span in parts, each with the keys that they may see.
 
     Queries that need no mask stay together. The others are cut into blocks, so that little is computed that a mask
@@ -134,9 +204,10 @@ def _blocks(num_q: int, num_k: int, window: int | None) -> Iterator[tuple[slice,
     Args:
         num_q, num_k: the span's; its last query is at the place of its last key.
         window: how many tokens back a query sees, itself included; None is all.
+        masked: whether all are masked, so that no block is large.
     """
     before = num_k - num_q
-    start = 0 if before else min(num_q, window or num_q)
+    start = 0 if before or masked else min(num_q, window or num_q)
     if start:
         yield slice(0, start), slice(0, start)
     while start < num_q:
@@ -175,7 +246,7 @@ def visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> to
 
 def attend_varlen(
     varlen: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    segments: SegmentLayout, spans: Sequence[Span], scaling: float | None, window: int | None,
+    segments: SegmentLayout, spans: Sequence[Span], scores: Scores,
 ) -> torch.Tensor:  # fmt: skip
     """`attend` with one call of `varlen`, which aligns a span's queries with the last of its keys."""
     places, edges, longest = _boundaries(segments, spans, query.device)
@@ -183,8 +254,8 @@ def attend_varlen(
     if places is not None:
         k, v = k.index_select(0, places), v.index_select(0, places)
     attended = varlen(
-        q.contiguous(), k.contiguous(), v.contiguous(), *edges, *longest, scaling,
-        (-1 if window is None else window - 1, 0),
+        q.contiguous(), k.contiguous(), v.contiguous(), *edges, *longest, scores.scaling,
+        (-1 if scores.window is None else scores.window - 1, 0),
     )  # fmt: skip
     return attended[None]
 
@@ -280,8 +351,8 @@ def _varlen_difference(kernel: Varlen, device: torch.device, dtype: torch.dtype,
             q, k, v = (tensor.to(device, dtype).requires_grad_() for tensor in drawn)
             results = []
             for out in (
-                attend_varlen(kernel, q, k, v, segments, spans, None, window),
-                attend_span_by_span(q, k, v, segments, spans, None, 0.0, window),
+                attend_varlen(kernel, q, k, v, segments, spans, Scores(window=window)),
+                attend_span_by_span(q, k, v, segments, spans, Scores(window=window)),
             ):
                 results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
             for mine, plain in zip(*results, strict=True):

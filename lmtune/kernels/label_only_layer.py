@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lmtune.batching.packing import SegmentLayout
-from lmtune.kernels.attention import attend
+from lmtune.kernels.attention import Scores, attend
 
 
 class _KeysAndValues(Exception):
@@ -46,11 +46,10 @@ class _Selected:
         self.key, self.value = key, value
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SegmentLayout,
-        scaling: float | None, dropout: float, window: int | None,
-    ) -> torch.Tensor:  # fmt: skip
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: SegmentLayout, scores: Scores
+    ) -> torch.Tensor:
         """`[1, P, heads, d]` for the read positions of `segments`."""
-        return attend(query, self.key, self.value, segments, segments.read_spans, scaling, dropout, window)
+        return attend(query, self.key, self.value, segments, segments.read_spans, scores)
 
 
 def install(layer: Any) -> None:

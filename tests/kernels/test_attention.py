@@ -1,13 +1,14 @@
 """Spans of queries see their own keys and no others, span by span as in one kernel for all."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 from lmtune.batching.packing import SegmentLayout, Span
 from lmtune.kernels import attention
-from lmtune.kernels.attention import attend_span_by_span, attend_varlen, find_varlen, torch_varlen
+from lmtune.kernels.attention import Scores, attend_span_by_span, attend_varlen, find_varlen, torch_varlen
 
 LAYOUTS = {
     "plain": SegmentLayout((5, 1, 9), (None, None, None), (0, 1, 2, 5, 8, 9, 10, 14)),
@@ -17,7 +18,8 @@ LAYOUTS = {
 
 def masked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges_q: torch.Tensor, edges_k: torch.Tensor, longest_q: int,
-    longest_k: int, scale: float | None, window: tuple[int, int],
+    longest_k: int, scale: float | None, window: tuple[int, int], softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """What a varlen kernel promises, written out: queries are aligned with the last of their span's keys."""
     k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
@@ -26,11 +28,13 @@ def masked(
     outputs = []
     for (first_q, last_q), (first_k, last_k) in sizes:
         scores = torch.einsum("qhd,khd->hqk", q[first_q:last_q], k[first_k:last_k]) * (scale or q.shape[2] ** -0.5)
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
         num_q, num_k = scores.shape[1:]
         place = torch.arange(num_q, device=q.device)[:, None] + num_k - num_q
         back = place - torch.arange(num_k, device=q.device)[None]
         seen = (back >= 0) & ((window[0] < 0) | (back <= window[0]))
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        weights = scores.masked_fill(~seen, -torch.inf).exp()
+        weights = weights / (weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None]))
         outputs.append(torch.einsum("hqk,khd->qhd", weights, v[first_k:last_k]))
     return torch.cat(outputs)
 
@@ -52,8 +56,9 @@ def test_one_kernel_gives_what_span_by_span_gives(
     layout = LAYOUTS[name]
     spans = layout.read_spans if labels else layout.spans
     q, k, v = tensors(layout, sum(span.queries for span in spans))
-    one = attend_varlen(masked, q, k, v, layout, spans, 0.3, window)
-    other = attend_span_by_span(q, k, v, layout, spans, 0.3, 0.0, window)
+    scores = Scores(0.3, window=window)
+    one = attend_varlen(masked, q, k, v, layout, spans, scores)
+    other = attend_span_by_span(q, k, v, layout, spans, scores)
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     weight = torch.randn(one.shape)
     gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v), retain_graph=True) for out in (one, other)]
@@ -61,7 +66,32 @@ def test_one_kernel_gives_what_span_by_span_gives(
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_what_a_window_keeps_grows_with_the_sequence_and_not_with_its_square() -> None:
+@pytest.mark.parametrize("block", [2, 256])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_soft_caps_and_sinks_are_those_of_the_formula(
+    name: str, labels: bool, window: int | None, has_sinks: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MASKED_BLOCK", block)
+    layout = LAYOUTS[name]
+    spans = layout.read_spans if labels else layout.spans
+    inputs = [*tensors(layout, sum(span.queries for span in spans)), torch.randn(4).requires_grad_()]
+    q, k, v, sinks = inputs
+    special = {"sinks": sinks} if has_sinks else {"softcap": 1.5}
+    kernel = partial(masked, **special)
+    one = attend_varlen(kernel, q, k, v, layout, spans, Scores(0.3, window=window))
+    other = attend_span_by_span(q, k, v, layout, spans, Scores(0.3, window=window, **special))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    weight, wanted = torch.randn(one.shape), inputs[: 3 + has_sinks]
+    gradients = [torch.autograd.grad((out * weight).sum(), wanted) for out in (one, other)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("special", [{}, {"softcap": 2.0}], ids=["plain", "soft cap"])
+def test_what_a_window_keeps_grows_with_the_sequence_and_not_with_its_square(special: dict[str, float]) -> None:
     """Of a sequence of 2,048 tokens that look 64 back: its queries, keys, values and outputs, and a few small masks."""
 
     def kept_beside(tokens: int) -> int:
@@ -73,7 +103,7 @@ def test_what_a_window_keeps_grows_with_the_sequence_and_not_with_its_square() -
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            out = attend_span_by_span(q, k, v, layout, layout.spans, None, 0.0, 64)
+            out = attend_span_by_span(q, k, v, layout, layout.spans, Scores(window=64, **special))
         del out
         return sum(storages.values())
 
@@ -84,9 +114,9 @@ def test_what_a_window_keeps_grows_with_the_sequence_and_not_with_its_square() -
 def test_read_positions_get_what_they_get_among_all(name: str) -> None:
     layout = LAYOUTS[name]
     q, k, v = tensors(layout, sum(layout.lengths))
-    everywhere = attend_span_by_span(q, k, v, layout, layout.spans, None, 0.0, None)
+    everywhere = attend_span_by_span(q, k, v, layout, layout.spans, Scores())
     places = list(layout.read_positions)
-    few = attend_span_by_span(q[:, :, places], k, v, layout, layout.read_spans, None, 0.0, None)
+    few = attend_span_by_span(q[:, :, places], k, v, layout, layout.read_spans, Scores())
     torch.testing.assert_close(few, everywhere[:, places])
 
 
@@ -138,8 +168,8 @@ def test_the_gpus_kernel_gives_what_span_by_span_gives(name: str, labels: bool, 
     layout = LAYOUTS[name]
     spans = layout.read_spans if labels else layout.spans
     q, k, v = tensors(layout, sum(span.queries for span in spans), torch.bfloat16)
-    one = attend_varlen(torch_varlen, q, k, v, layout, spans, None, window)
-    other = attend_span_by_span(q.float(), k.float(), v.float(), layout, spans, None, 0.0, window)
+    one = attend_varlen(torch_varlen, q, k, v, layout, spans, Scores(window=window))
+    other = attend_span_by_span(q.float(), k.float(), v.float(), layout, spans, Scores(window=window))
     torch.testing.assert_close(one.float(), other, atol=2e-2, rtol=2e-2)
 
 
