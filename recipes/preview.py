@@ -41,12 +41,11 @@ def main(
     model_config, data_config, paths = settings.model, settings.data, data_paths(settings.data.train)
 
     with progress("loading PyTorch and the libraries"):
-        from lmtune.data.preview import sequence_tree, show_tokens, shown_label
+        from lmtune.data.lengths import fit
+        from lmtune.data.preview import parts_of, sequence_tree, show_tokens, why_dropped
         from lmtune.data.reading import ReadReport, read_examples
         from lmtune.data.rendering import ControlText
-        from lmtune.data.report import WHY_DROPPED
         from lmtune.data.sources import find_files, unread_entries
-        from lmtune.data.store import fit
         from lmtune.inference.load import build_renderer
         from lmtune.models.base import load_tokenizer
 
@@ -58,21 +57,19 @@ def main(
     report, control_text = ReadReport(), ControlText(tokenizer)
     for example in islice(read_examples(files, report, kind), rows):
         control_text.add(example)
-        kept, dropped = fit(example, whole := renderer.render(example), data_config)
+        fitted = fit(example, whole := renderer.render(example), data_config)
+        why = why_dropped(example, fitted, data_config.max_length)
+        parts = parts_of(example, fitted, whole)
         if as_json:
-            found = [sequence_tree(tokenizer, sequence) for sequence in kept or whole]
-            shown.append({"where": example.location, "dropped": dropped and WHY_DROPPED[dropped], "documents": found})
+            about = {"kind": example.kind, "label": example.label, "weight": example.weight}
+            found = [sequence_tree(tokenizer, sequence) for _, _, sequence in parts]
+            shown.append({"where": example.location, "dropped": why, **about, "documents": found})
             continue
-        names = ("chosen", "rejected") if example.kind == "pair" else ()
-        about = "" if example.label is None else f"; label: {shown_label(example.label)}"
-        about += "" if example.weight == 1 else f"; weight: {example.weight:g}"
-        for number, sequence in enumerate(kept or whole, start=1):
-            part = f" ({names[number - 1]})" if names else f" (sequence {number})" if len(whole) > 1 else ""
-            counts = f"{len(sequence):,} tokens, {sequence.num_targets:,} trained{about}"
-            out.print(f"\n[bold]{escape(example.location)}[/]{part}: {counts}")
+        for name, noted, sequence in parts:
+            out.print(f"\n[bold]{escape(name)}[/]: {escape(noted)}")
             out.print(show_tokens(tokenizer, sequence, out.is_terminal and not out.no_color))
-        if dropped:
-            out.print(f"[yellow]this row will be dropped: {WHY_DROPPED[dropped]} ({data_config.max_length})[/]")
+        if why:
+            out.print(f"[yellow]this row will be dropped: {why}[/]")
     for warning in (*report.warnings, *control_text.warnings(), *unread_entries(paths)):
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     if as_json:

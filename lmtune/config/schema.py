@@ -129,7 +129,8 @@ class DataConfig:
     validation: DataPaths | None = None  # rows of their own; without them `validation_fraction` of `train` is held out
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # share of `train` held out to score on
     max_length: Annotated[int, Field(ge=8)] = 2048  # tokens of a row
-    too_long: Literal["drop", "truncate", "error"] = "drop"  # for longer rows; truncate cuts the beginning
+    # for longer rows; truncate cuts the beginning, split cuts plain texts into pieces and drops other rows
+    too_long: Literal["drop", "truncate", "split", "error"] = "drop"
     template: Literal["auto", "chat", "plain", "thinking"] = "auto"  # auto: the tokenizer's own chat template, if any
     system: str | None = None  # system prompt for rows that have none
     faulty_rows: Literal["error", "skip"] = "error"  # skip: rows that cannot be used are dropped, counted and named

@@ -24,6 +24,8 @@ from lmtune.io.text import pluralize
 _VERSION = 5
 _KEPT = 100  # results, of a few KB
 _Paths = Sequence[str | Path]
+# What rows with the same prompt differ in.
+_OTHER: dict[RowKind, str] = {"answer": "answer", "pair": "pair", "judged": "answer", "labelled": "label"}
 
 
 @dataclass(kw_only=True)
@@ -109,13 +111,19 @@ def inspect_data(paths: _Paths, validation: _Paths = (), rows: RowKind | None = 
 
 def _inspect_part(paths: _Paths, report: ReadReport, rows: RowKind | None) -> tuple[PartCheck, DuplicateIndex]:
     part, index = ReadReport(), DuplicateIndex()
+    found = ContentReport()
     with row_progress("checking") as progress:
-        for example in read_examples(find_files(paths), part, rows):
+        for example in found.without_zero_weights(read_examples(find_files(paths), part, rows)):
             index.add(example)
+            found.add(example)
             progress(len(index))
     report.include(part)
     check = PartCheck(
-        num_rows=len(index),
+        num_rows=len(index) + found.zero_weight.count,
+        kind=found.kind,
+        labels=found.labels,
+        zero_weight=found.zero_weight,
+        total_weight=found.total_weight,
         formats=part.formats,
         rows_by_file={file.name: file.num_rows for file in part.files},
         duplicates=index.duplicates(),
@@ -148,9 +156,10 @@ def _describe_part(part: PartCheck, skips: bool) -> list[str]:
     lines += part.faulty.describe() if skips else []
     if part.characters:
         lines.append("  characters a row: " + ", ".join(f"{name} {value:,}" for name, value in part.characters.items()))
+    lines += part.describe_weights(part.num_rows - part.zero_weight.count)
     for rows, what in (
         (part.duplicates, "equal to an earlier one, kept"),
-        (part.same_prompt, "with an earlier row's prompt and another answer"),
+        (part.same_prompt, f"with an earlier row's prompt and another {_OTHER[part.kind]}"),
     ):
         if rows.count:
             lines.append(f"  {pluralize(rows.count)} {what}: {rows.examples}")

@@ -6,13 +6,14 @@ number: 歷{3}.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from lmtune.data.types import Label, TokenSequence
+from lmtune.data.lengths import WHY_DROPPED, Fitted
+from lmtune.data.report import label_name
+from lmtune.data.types import Example, TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,33 @@ def show_tokens(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence, col
     return shown
 
 
+def parts_of(
+    example: Example, fitted: Fitted, whole: Sequence[TokenSequence]
+) -> list[tuple[str, str, TokenSequence]]:  # fmt: skip
+    """The sequences of a row, those of `whole` if it is dropped, each with its name and what is to say of it.
+
+    ("rows.jsonl:3 (chosen)", "42 tokens, 7 trained", …)
+    """
+    sequences = [sequence for row in fitted.rows for sequence in row] or whole
+    noted = "" if example.label is None else f"; label: {label_name(example.label)}"
+    noted += "" if example.weight == 1 else f"; weight: {example.weight:g}"
+    kind = "piece" if len(fitted.rows) > 1 else "sequence"
+    names = [f" ({kind} {number + 1})" for number in range(len(sequences))] if len(sequences) > 1 else [""]
+    if example.kind == "pair":
+        names = [" (chosen)", " (rejected)"]
+    return [
+        (example.location + name, f"{len(one):,} tokens, {one.num_targets:,} trained{noted}", one)
+        for name, one in zip(names, sequences, strict=True)
+    ]
+
+
+def why_dropped(example: Example, fitted: Fitted, max_length: int) -> str | None:
+    """Why a row is left out, if it is."""
+    if not example.weight:
+        return "its weight is 0"
+    return None if fitted.dropped is None else f"{WHY_DROPPED[fitted.dropped]} ({max_length:,})"
+
+
 def sequence_tree(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> dict[str, Any]:
     """A sequence as `lmtune preview --json` gives it: text, input_ids `[T]`, tokens `[T]`, trained `[T]`."""
     ids = sequence.input_ids.tolist()
@@ -44,11 +72,6 @@ def sequence_tree(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -
         "text": tokenizer.decode(ids), "input_ids": ids, "tokens": [token_text(tokenizer, token) for token in ids],
         "trained": sequence.loss_mask.tolist(),
     }  # fmt: skip
-
-
-def shown_label(label: Label) -> str:
-    """A label as JSON, a text without quotation marks."""
-    return _visible(label) if isinstance(label, str) else json.dumps(label, ensure_ascii=False)
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

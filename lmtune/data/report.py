@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lmtune.data.types import Example, content_hash, prompt_hash
+from lmtune.data.lengths import WHY_DROPPED
+from lmtune.data.types import Example, Label, RowKind, content_hash, prompt_hash
+from lmtune.data.values import quoted
 from lmtune.io.text import pluralize
 
 if TYPE_CHECKING:  # NumPy is imported once all rows are read, so that `lmtune check` answers faults at once
@@ -19,13 +22,13 @@ if TYPE_CHECKING:  # NumPy is imported once all rows are read, so that `lmtune c
     import numpy.typing as npt
 
 T = TypeVar("T")
-WHY_DROPPED = {
-    "too_long": "longer than data.max_length",
-    "answer_too_long": "the answer alone is longer than data.max_length",
-}
 _MAX_LOCATIONS = 5
 _MAX_FILES = 10
 _MAX_REASONS = 20
+_MAX_LABELS = 1000  # different ones that are counted
+_MAX_CLASSES = 20  # different numbers; more are quantities
+_SHOWN_LABELS = 10
+_NAMES: dict[RowKind, str] = {"answer": "row", "pair": "pair", "judged": "judged answer", "labelled": "labelled row"}
 
 
 @dataclass
@@ -83,22 +86,98 @@ class FaultyRows:
         return lines + [f"    {found.count:,}: {found.reason}: {found.examples}" for found in self.reasons]
 
 
+def label_name(label: Label) -> str:
+    """A label as JSON, a text without quotation marks; what a terminal cannot show is spelt out."""
+    return quoted(label)[1:-1] if isinstance(label, str) else json.dumps(label, ensure_ascii=False)
+
+
+@dataclass
+class LabelCounts:
+    """How often each label occurs.
+
+    Attributes:
+        counts: by name; of a row with several labels each counts.
+        least, greatest, mean: of those that are numbers.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    num_numbers: int = 0
+    least: float | None = None
+    greatest: float | None = None
+    mean: float | None = None
+
+    def add(self, label: Label) -> None:
+        """Count the label of one row."""
+        if isinstance(label, (int, float)) and not isinstance(label, bool):
+            self.num_numbers += 1
+            self.least = label if self.least is None else min(self.least, label)
+            self.greatest = label if self.greatest is None else max(self.greatest, label)
+            before = self.mean or 0.0
+            self.mean = before + (label - before) / self.num_numbers
+        for name in map(label_name, label if isinstance(label, tuple) else (label,)):
+            if name in self.counts or len(self.counts) < _MAX_LABELS:
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def describe(self) -> list[str]:
+        """A line, or nothing where there are no labels."""
+        if self.num_numbers and len(self.counts) > _MAX_CLASSES:
+            return [f"  labels: numbers from {self.least:g} to {self.greatest:g}, mean {self.mean:.4g}"]
+        if not self.counts:
+            return []
+        often = sorted(self.counts.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {count:,}" for name, count in often[:_SHOWN_LABELS])
+        more = f" and {len(often) - _SHOWN_LABELS} more" if len(often) > _SHOWN_LABELS else ""
+        return [f"  {pluralize(len(often), 'label')}: {shown}{more}"]
+
+
 @dataclass(kw_only=True)
 class ContentReport:
     """What the rows of some files hold, whatever model reads them.
 
     Attributes:
+        kind: of the rows.
+        labels: of judged and labelled rows.
+        zero_weight: rows of weight 0, which are left out.
+        total_weight: of the rows that are used; their number, if no row has a weight.
         formats: the row format of each file, by the file's name.
         duplicates: rows equal to an earlier row.
         same_prompt: rows with the prompt of an earlier row and another answer.
         faulty: rows left out because they cannot be used.
     """
 
+    kind: RowKind = "answer"
+    labels: LabelCounts = field(default_factory=LabelCounts)
+    zero_weight: RowCounter = field(default_factory=RowCounter)
+    total_weight: float = 0.0
     formats: dict[str, str] = field(default_factory=dict)
     duplicates: RowCounter = field(default_factory=RowCounter)
     same_prompt: RowCounter = field(default_factory=RowCounter)
     faulty: FaultyRows = field(default_factory=FaultyRows)
     warnings: list[str] = field(default_factory=list)
+
+    def add(self, example: Example) -> None:
+        """Count the label and the weight of a row that is used."""
+        self.kind = example.kind
+        self.total_weight += example.weight
+        if example.label is not None:
+            self.labels.add(example.label)
+
+    def without_zero_weights(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """Those that count; the others are counted here."""
+        for example in examples:
+            if example.weight:
+                yield example
+            else:
+                self.zero_weight.add(example.location)
+
+    def describe_weights(self, num_used: int) -> list[str]:
+        """The lines about labels and weights."""
+        lines = self.labels.describe()
+        if self.zero_weight.count:
+            lines.append(f"  {self.zero_weight.count:,} left out, weight 0: {self.zero_weight.examples}")
+        if self.total_weight != num_used:
+            lines.append(f"  the weights of the {pluralize(num_used)} used sum to {self.total_weight:,.6g}")
+        return lines
 
 
 @dataclass(kw_only=True)
@@ -110,6 +189,7 @@ class PartReport(ContentReport):
         rows: rows read, faulty ones included; `kept` of them are used.
         dropped: rows left out by `data.max_length`, by a key of `WHY_DROPPED`.
         truncated: rows whose beginning is cut off.
+        split: plain texts that are split, together into `pieces`.
         tokens, trained_tokens: of the rows kept.
         longest_row_tokens: of a sequence, before rows are dropped or truncated.
         also_in_train: validation rows that are training rows too.
@@ -121,6 +201,8 @@ class PartReport(ContentReport):
     kept: int = 0
     dropped: dict[str, RowCounter] = field(default_factory=dict)
     truncated: RowCounter = field(default_factory=RowCounter)
+    split: RowCounter = field(default_factory=RowCounter)
+    pieces: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     longest_row_tokens: int = 0
@@ -191,15 +273,18 @@ def describe_report(report: DataReport) -> str:
 def describe_part(part: PartReport) -> list[str]:
     """The lines about one part."""
     lines = describe_files([f"{name}: {format}" for name, format in part.formats.items()])
+    trained = "" if part.kind == "labelled" else f", {part.trained_tokens:,} of them trained"
     lines.append(
-        f"  {pluralize(part.rows)}, {part.kept:,} kept: {part.tokens:,} tokens, {part.trained_tokens:,} of them "
-        f"trained; the longest row has {part.longest_row_tokens:,}"
+        f"  {pluralize(part.rows, _NAMES[part.kind])}, {part.kept:,} kept: {part.tokens:,} tokens{trained}; "
+        f"the longest row has {part.longest_row_tokens:,}"
     )
-    lines += part.faulty.describe()
+    lines += [*part.describe_weights(part.kept), *part.faulty.describe()]
     for reason, rows in part.dropped.items():
         lines.append(f"  {rows.count:,} dropped, {WHY_DROPPED.get(reason, reason)}: {rows.examples}")
     if part.truncated.count:
         lines.append(f"  {part.truncated.count:,} left-truncated: {part.truncated.examples}")
+    if part.split.count:
+        lines.append(f"  {part.split.count:,} split into {part.pieces:,} pieces: {part.split.examples}")
     if part.duplicates.count:
         lines.append(f"  {part.duplicates.count:,} repeat an earlier row: {part.duplicates.examples}")
     lines += [f"  warning: {warning}" for warning in part.warnings]

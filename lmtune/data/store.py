@@ -23,12 +23,13 @@ import pyarrow.compute as pc
 
 from lmtune.config.load import data_paths
 from lmtune.config.schema import DataConfig
+from lmtune.data.lengths import Fitted, fit
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import ControlText, Renderer, render_all
 from lmtune.data.report import DataReport, DuplicateIndex, HeldOut, PartReport, RowCounter, describe_part, typed
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import DataFile, find_files, unread_entries
-from lmtune.data.types import Example, Label, RowKind, TokenizedExample, TokenSequence
+from lmtune.data.types import Example, Label, RowKind, TokenizedExample, TokenSequence, piece_hash
 from lmtune.errors import DataError
 from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, hold, key_of, write_json
 from lmtune.io.console import row_progress
@@ -200,7 +201,8 @@ def _build(
     number = {name: place for place, name in enumerate(found.files)}
     num_bytes = sum(file.path.stat().st_size for file in files)
     with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
-        for example, outcome in render_all(read_examples(files, report, rows), renderer, num_bytes):
+        examples = found.without_zero_weights(read_examples(files, report, rows))
+        for example, outcome in render_all(examples, renderer, num_bytes):
             if isinstance(outcome, DataError):
                 report.faulty.add(_reason(outcome), example.location)
                 report.add_fault(example.location, _reason(outcome))
@@ -208,25 +210,28 @@ def _build(
             hashes = index.add(example)
             control_text.add(example)
             try:
-                sequences, dropped = fit(example, outcome, config)
+                fitted = fit(example, outcome, config)
             except DataError as fault:  # `faulty_rows: skip` does not skip what `too_long: error` refuses
                 report.add_fault(example.location, _reason(fault), fatal=True)
                 continue
-            _count(found, example, outcome, sequences, dropped)
-            if sequences and (config.faulty_rows == "skip" or not report.num_faults):
-                table.append(sequences, number[example.source], example, hashes)
+            _count(found, example, outcome, fitted)
+            if config.faulty_rows == "skip" or not report.num_faults:
+                for piece, sequences in enumerate(fitted.rows):  # the pieces of a text may be on both sides of a split
+                    own = hashes if not piece else (piece_hash(hashes[0], piece),) * 2
+                    table.append(sequences, number[example.source], example, own)
             progress(len(index))
     for file, before in zip(files, contents, strict=True):
         if file_sha256(file.path) != before:  # the rows would be kept under the hash of others
             raise DataError(f"{file.name}: changed while it was read; start again when it is complete")
     report.raise_for_faults(config.faulty_rows, len(index))
-    found.rows = len(index) + report.faulty.count
+    found.rows = len(index) + found.zero_weight.count + report.faulty.count
     found.formats, found.faulty = report.formats, report.faulty
     found.duplicates, found.same_prompt = index.duplicates(), index.same_prompt()
     found.warnings = [*report.warnings, *control_text.warnings()]
     if not found.kept:
         lines = "\n".join(describe_part(found))
-        raise DataError(f"{part}: no row is left; raise data.max_length ({config.max_length})\n{lines}")
+        advice = f"raise data.max_length ({config.max_length})" if found.dropped else "give rows a weight above 0"
+        raise DataError(f"{part}: no row is left; {advice}\n{lines}")
     write_json(folder / "report.json", found.to_dict())
     write_json(folder / "tokens.json", {"sha256": table.sha256})
 
@@ -236,66 +241,22 @@ def _reason(fault: DataError) -> str:
     return str(fault).partition(": ")[2]
 
 
-def _count(
-    found: PartReport, example: Example, rendered: Sequence[TokenSequence], kept: Sequence[TokenSequence],
-    dropped: str | None,
-) -> None:  # fmt: skip
+def _count(found: PartReport, example: Example, rendered: Sequence[TokenSequence], fitted: Fitted) -> None:
     """Add one row to the counts."""
     found.longest_row_tokens = max(found.longest_row_tokens, *map(len, rendered))
-    if dropped is not None:
-        found.dropped.setdefault(dropped, RowCounter()).add(example.location)
+    if fitted.dropped is not None:
+        found.dropped.setdefault(fitted.dropped, RowCounter()).add(example.location)
         return
-    if kept is not rendered:
+    if fitted.truncated:
         found.truncated.add(example.location)
+    if len(fitted.rows) > 1:
+        found.split.add(example.location)
+        found.pieces += len(fitted.rows)
     found.kept += 1
+    found.add(example)
+    kept = [sequence for row in fitted.rows for sequence in row]
     found.tokens += sum(map(len, kept))
     found.trained_tokens += sum(sequence.num_targets for sequence in kept)
-
-
-def fit(
-    example: Example, sequences: tuple[TokenSequence, ...], config: DataConfig
-) -> tuple[tuple[TokenSequence, ...], str | None]:
-    """The sequences of one row within `max_length`, or none and the reason why the row is dropped.
-
-    Raises:
-        DataError: the row is too long and `too_long` is `error`.
-    """
-    longest = max(map(len, sequences))
-    if longest <= config.max_length:
-        return sequences, None
-    if config.too_long == "error":
-        raise DataError(
-            f"{example.location}: {longest:,} tokens, but data.max_length is {config.max_length:,}; shorten the row, "
-            "raise max_length, or set data.too_long: drop or truncate"
-        )
-    if config.too_long == "drop":
-        return (), "too_long"
-    if example.kind == "labelled":
-        return tuple(
-            TokenSequence(one.input_ids[-config.max_length :], one.loss_mask[-config.max_length :]) for one in sequences
-        ), None
-    # the answers of a pair keep the same prompt
-    lengths = [len(one) - longest + config.max_length if example.rejected else config.max_length for one in sequences]
-    cut = [truncated(*pair, example.text is not None) for pair in zip(sequences, lengths, strict=True)]
-    kept = tuple(sequence for sequence in cut if sequence is not None)
-    if not kept or (example.rejected and len(kept) < len(cut)):
-        return (), "answer_too_long"
-    return kept, None
-
-
-def truncated(sequence: TokenSequence, max_length: int, is_text: bool) -> TokenSequence | None:
-    """The last `max_length` tokens of a sequence, or None if they hold no target.
-
-    The rest of an answer that lost its beginning or its prompt is not a target: it follows from nothing. A plain
-    text may begin anywhere.
-    """
-    start = len(sequence) - max_length
-    if start <= 0:
-        return sequence
-    loss_mask = sequence.loss_mask[start:].copy()
-    lost = 1 if is_text else len(loss_mask) if loss_mask.all() else int(loss_mask.argmin())
-    loss_mask[:lost] = False
-    return TokenSequence(sequence.input_ids[start:], loss_mask) if loss_mask.any() else None
 
 
 _SCHEMA = pa.schema(

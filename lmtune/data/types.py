@@ -94,6 +94,11 @@ def prompt_hash(example: Example) -> int:
     return _hash64(_parts(example.messages[:-1]))
 
 
+def piece_hash(content: int, number: int) -> int:
+    """64 bits: of the piece of this number of a row with this `content_hash`."""
+    return _hash64(["piece", str(content), str(number)])
+
+
 def _content(example: Example) -> list[str]:
     return ["text", example.text] if example.text is not None else _parts(example.messages)
 

@@ -198,7 +198,12 @@ def _read_rows(path: Path) -> Iterator[Example]:
     files = [path] if is_rows else sorted(path.rglob("*.jsonl")) if os.path.isdir(path) else []
     if files:
         report = ReadReport()
-        yield from read_examples(find_files(files), report)
+        for example in read_examples(find_files(files), report, "answer"):
+            if example.weight not in (0, 1):
+                reason = f"weight is {example.weight:g}; pretrain trains every document alike: remove the key"
+                report.add_fault(example.location, reason)
+            elif example.weight:
+                yield example
         report.raise_for_faults("error", 1)
 
 

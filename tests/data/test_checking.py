@@ -75,3 +75,14 @@ def test_what_a_folder_holds_besides_is_said_though_the_check_is_remembered(trai
     assert check_data(["data"]).train.warnings == []
     Path("data/more.jsonl.gz").write_bytes(b"")
     assert "data: not read: more.jsonl.gz" in check_data(["data"]).train.warnings[0]
+
+
+def test_labels_weights_and_contradictions_are_counted(tmp_path: Path) -> None:
+    rows = [{"text": f"t {n // 2}", "label": "xy"[n % 2], "weight": n % 3} for n in range(6)]
+    check = check_data([written(tmp_path / "train.jsonl", *rows)], rows="labelled")
+    assert (check.train.num_rows, check.train.zero_weight.count, check.train.total_weight) == (6, 2, 6)
+    assert check.train.labels.counts == {"y": 2, "x": 2}
+    described = describe_check(check)
+    assert "2 labels" in described
+    assert "with an earlier row's prompt and another label: " in described
+    assert check_data([tmp_path / "train.jsonl"], rows="labelled").train == check.train, "from the cache"

@@ -11,7 +11,7 @@ import pytest
 
 from lmtune.config.schema import DataConfig
 from lmtune.data.rendering import Renderer
-from lmtune.data.report import RowCounter
+from lmtune.data.report import PartReport, RowCounter, describe_part, typed
 from lmtune.data.store import TokenizedData, load_data, tokenize
 from lmtune.data.types import Example, Message, RowKind, WithValues, content_hash, prompt_hash
 from lmtune.errors import DataError
@@ -179,3 +179,80 @@ def test_numbers_beside_the_tokens_may_be_several_a_row() -> None:
     batch = pack_units(data, [Unit(0, 2, (0, 1)), Unit(1, 0, (0, 1))], 2)
     assert batch.values["reference"].tolist() == [[4, 5], [4, 5], [0, 1], [0, 1]]
     assert batch.values["margin"].tolist() == [7, 7, 5, 5]
+
+
+def test_rows_of_weight_zero_are_counted_and_left_out() -> None:
+    rows = [{"prompt": f"p {n}", "completion": "c", "weight": weight} for n, weight in enumerate([1, 0, 0.5, 0])]
+    data = tokens_of("answer", *rows)
+    assert [row.location for row in data] == ["train.jsonl:1", "train.jsonl:3"]
+    assert [row.weight for row in data] == [1, 0.5]
+    assert data.sequences.weights is not None
+    assert data.sequences.weights.tolist() == [1, 0.5]
+    assert (data.report.rows, data.report.kept, data.report.total_weight) == (4, 2, 1.5)
+    assert data.report.zero_weight == RowCounter(2, ["train.jsonl:2", "train.jsonl:4"])
+    described = "\n".join(describe_part(data.report))
+    assert "2 left out, weight 0: train.jsonl:2, train.jsonl:4" in described
+    assert "the weights of the 2 rows used sum to 1.5" in described
+    with pytest.raises(DataError, match="no row is left; give rows a weight above 0"):
+        tokens_of("answer", {**rows[0], "weight": 0})
+
+
+def test_the_report_counts_labels() -> None:
+    judged = tokens_of("judged", *({"prompt": f"p {n}", "completion": "c", "label": n < 5} for n in range(7)))
+    assert judged.report.labels.counts == {"true": 5, "false": 2}
+    assert "7 judged answers, 7 kept" in (described := "\n".join(describe_part(judged.report)))
+    assert "2 labels: true 5, false 2" in described
+    labelled = tokens_of("labelled", *({"text": f"t {n}", "label": ["a", "b"] if n else "b"} for n in range(3)))
+    assert labelled.report.labels.counts == {"b": 3, "a": 2}
+    assert "2 labels: b 3, a 2" in (described := "\n".join(describe_part(labelled.report)))
+    assert "trained" not in described
+    numbers = tokens_of("labelled", *({"text": f"t {n}", "label": n / 4} for n in range(41)))
+    assert "labels: numbers from 0 to 10, mean 5" in "\n".join(describe_part(numbers.report))
+    pairs = tokens_of("pair", PAIR)
+    assert "1 pair, 1 kept" in "\n".join(describe_part(pairs.report))
+    assert typed(PartReport, json.loads(json.dumps(labelled.report.to_dict()))) == labelled.report
+
+
+class TestSplit:
+    TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 20
+
+    @pytest.mark.parametrize("length", [8, 20, 33, 1000])
+    def test_every_token_of_a_text_is_a_target_once(self, length: int) -> None:
+        (whole,) = tokens_of("answer", {"text": self.TEXT}, max_length=10_000)[0].sequences
+        data = tokens_of("answer", {"text": self.TEXT, "weight": 2}, max_length=length, too_long="split")
+        ids, targets = list(whole.input_ids[:1]), 0
+        for row in data:
+            (piece,) = row.sequences
+            assert len(piece) <= length
+            assert piece.loss_mask.tolist() == [False, *[True] * (len(piece) - 1)]
+            assert piece.input_ids[0] == ids[-1], "each reads the last token of the one before"
+            ids += piece.input_ids[1:].tolist()
+            targets += piece.num_targets
+            assert (row.weight, row.location) == (2, "train.jsonl:1")
+        assert ids == whole.input_ids.tolist()
+        assert targets == whole.num_targets == data.report.trained_tokens
+        if len(data) > 1:
+            assert (data.report.split, data.report.pieces) == (RowCounter(1, ["train.jsonl:1"]), len(data))
+            assert f"1 split into {len(data)} pieces: train.jsonl:1" in "\n".join(describe_part(data.report))
+
+    def test_pieces_can_be_held_out(self) -> None:
+        config = DataConfig(
+            train=written({"text": self.TEXT}), validation_fraction=0.2, max_length=20, too_long="split"
+        )
+        loaded = load_data(config, Renderer(make_tokenizer(CHATML)), 0)
+        assert loaded.validation is not None
+        assert len(loaded.validation) == round(0.2 * (len(loaded.train) + len(loaded.validation)))
+
+    @pytest.mark.parametrize(
+        ("kind", "row"),
+        [
+            ("answer", {"prompt": TEXT, "completion": "c"}), ("pair", {**PAIR, "prompt": TEXT}),
+            ("labelled", {"text": TEXT, "label": "x"}),
+        ],
+    )  # fmt: skip
+    def test_other_rows_are_dropped(self, kind: RowKind, row: dict[str, Any]) -> None:
+        short = json.loads(json.dumps(row).replace(self.TEXT, "short"))
+        data = tokens_of(kind, short, row, max_length=60, too_long="split")
+        assert len(data) == 1
+        assert data.report.dropped == {"not_split": RowCounter(1, ["train.jsonl:2"])}
+        assert "only plain text is split: train.jsonl:2" in "\n".join(describe_part(data.report))

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmtune.config.schema import DataConfig
+from lmtune.data.lengths import truncated
 from lmtune.data.rendering import Renderer
 from lmtune.data.report import PartReport, RowCounter, describe_part, describe_report
-from lmtune.data.store import load_data, split, tokenize, truncated
+from lmtune.data.store import load_data, split, tokenize
 from lmtune.data.types import Example, Message, TokenSequence
 from lmtune.errors import DataError
 from lmtune.io import atomic
