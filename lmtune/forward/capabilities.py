@@ -21,6 +21,7 @@ from lmtune.batching.packing import SegmentLayout
 from lmtune.kernels import label_only_layer
 from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
+from lmtune.kernels.lora_group import group_layers, separate_layers
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.structure import decoder_layers
 
@@ -89,6 +90,30 @@ def find_capabilities(forward: Paths) -> Capabilities:
         label_only = fused_head or packing or _probe(forward, "label-only last layer disabled", _compare_label_only)
         prefixes = packing or _probe(forward, "shared prefixes disabled", _compare_prefix)
     return Capabilities(packing, fused_head, label_only, prefixes)
+
+
+def join_lora_layers(forward: Paths) -> str | None:
+    """Let LoRA layers of one input compute as one, on devices that gain by it and where it gives the plain result.
+
+    Returns why it does not, or None.
+    """
+    if forward.base.dtype.itemsize != 2:
+        return None
+    ids, positions = _random_ids(forward, 7)
+    keep = torch.arange(7, device=ids.device)
+    with torch.no_grad(), _evaluating(forward.model):
+        alone: list[torch.Tensor] = []
+        groups = group_layers(forward.model, lambda: alone.append(forward.logits(ids, positions, keep)))
+        if not groups:
+            return None
+        reason = _probe(
+            forward,
+            "joined LoRA layers disabled",
+            lambda _: _difference(forward.logits(ids, positions, keep), alone[0]),
+        )
+    if reason is not None:
+        separate_layers(forward.model)
+    return reason
 
 
 def attention_note(forward: Paths) -> str | None:
@@ -227,5 +252,6 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference relative to the largest value."""
-    return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-6))
+    """How far the rows `[N, D]` are from the same ones of `other` at most, relative to their norms."""
+    difference, wanted = (one.float() - other.float()).norm(dim=-1), other.float().norm(dim=-1)
+    return float((difference / wanted.clamp_min(1e-6)).max())

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from lmtune.batching.packing import MicroBatch, SegmentLayout
-from lmtune.forward.capabilities import Capabilities, attention_note, find_capabilities
+from lmtune.forward.capabilities import Capabilities, attention_note, find_capabilities, join_lora_layers
 from lmtune.kernels.attention import packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
 from lmtune.kernels.rms_norm import fuse_norms
@@ -56,17 +56,17 @@ class PackedForward:
         """
         Args:
             model: with or without an adapter.
-            autocast: the type in which products are computed; by default that of a 16-bit base, so that an fp32 adapter
-                computes in it too. Weights and gradients that are fp32 stay fp32.
+            autocast: the type in which products are computed; by default that of a 16-bit base with fp32 weights beside
+                it, which compute in it too. Weights and gradients that are fp32 stay fp32.
         """
         self.model = model
         self.base: PreTrainedModel = base_of(model)
-        if self.device.type == "cpu":
-            fuse_norms(self.base)
+        fuse_norms(self.base)
         self.transform = LogitTransform.of(self.base.config.get_text_config())
         self._logits_to_keep = "logits_to_keep" in inspect.signature(self.base.forward).parameters
-        self._autocast_dtype = autocast or (self.base.dtype if self.base.dtype.itemsize == 2 else None)
+        self._autocast_dtype = autocast or self._mixed_dtype()
         self.capabilities = Capabilities.none()
+        self._separate_lora = join_lora_layers(self)
         self.capabilities = find_capabilities(self)
 
     @property
@@ -89,7 +89,7 @@ class PackedForward:
     def disabled_optimizations(self) -> list[str]:
         """What is slower for this model than it could be, and why; the result is the same."""
         note = attention_note(self) if self.packs else None
-        return [*self.capabilities.disabled, *([note] if note else [])]
+        return [*self.capabilities.disabled, *filter(None, (note, self._separate_lora))]
 
     def context(self) -> contextlib.AbstractContextManager[None]:
         """Hold the model in the attention that forward and backward passes need; outside it is free to generate."""
@@ -160,6 +160,14 @@ class PackedForward:
                 parts.append(run(batch.input_ids[:, window], batch.position_ids[:, window], keep))
                 places.append(inside)
         return torch.cat(parts)[torch.cat(places).argsort()]
+
+    def _mixed_dtype(self) -> torch.dtype | None:
+        """The type of a 16-bit base that has fp32 weights beside it, other than adapters that are fused."""
+        fused = [module for module in self.model.modules() if hasattr(module, "lmtune_weight")]
+        known = {id(parameter) for module in fused for parameter in module.parameters()}
+        others = (parameter for parameter in self.model.parameters() if id(parameter) not in known)
+        is_mixed = any(parameter.dtype == torch.float32 for parameter in others)
+        return self.base.dtype if self.base.dtype.itemsize == 2 and is_mixed else None
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         dtype = self._autocast_dtype

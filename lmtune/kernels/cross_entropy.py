@@ -97,6 +97,8 @@ class _LabelLogprobs(torch.autograd.Function):
             logprobs[part], is_top1[part], d_raw = _chunk(raw, target_ids[part], transform, d_hidden is not None)
             if d_raw is not None and d_hidden is not None:
                 torch.mm(d_raw.to(hidden.dtype), head, out=d_hidden[part])
+        if d_hidden is not None:
+            d_hidden.neg_()
         ctx.save_for_backward(d_hidden, *((hidden, head, target_ids) if grad and ctx.needs_input_grad[1] else ()))
         ctx.transform, ctx.rows = transform, rows
         ctx.mark_non_differentiable(is_top1)
@@ -123,7 +125,7 @@ def _head_gradient(
     for part in _chunks(len(hidden), rows):
         _, _, d_raw = _chunk(hidden[part] @ head.t(), target_ids[part], transform, True)
         assert d_raw is not None
-        d_head += (d_raw * d_logprobs[part]).to(hidden.dtype).t() @ hidden[part]
+        d_head -= (d_raw * d_logprobs[part]).to(hidden.dtype).t() @ hidden[part]
     return d_head.to(head.dtype)
 
 
@@ -137,21 +139,23 @@ def _chunks(count: int, most: int) -> list[slice]:
 def _chunk(
     raw: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities `[n]`, top-1 `[n]`, and with `grad` the gradient `[n, V]` of their sum by the raw logits."""
-    logits = transform.apply(raw).float()
-    target = targets[:, None]
-    most, top1 = logits.max(1, keepdim=True)
-    wanted = logits.gather(1, target)
-    keep = None if transform.softcap is None or not grad else logits / transform.softcap  # tanh(z / softcap)
-    probabilities = logits.sub_(most).exp_()  # in place: the logits themselves are not needed any more
-    total = probabilities.sum(1, keepdim=True)
-    logprobs = (total.log() + most - wanted).neg_()[:, 0]
+    """Log-probabilities `[n]`, top-1 `[n]`, and with `grad` the gradient `[n, V]` of minus their sum by the raw logits.
+
+    The statistics are in fp32, and the passes over the logits few. `raw` is overwritten.
+    """
+    logits, target = transform.apply(raw), targets[:, None]
+    is_top1 = logits.argmax(1) == targets
+    each = torch.log_softmax(logits, 1, dtype=torch.float32)
+    of_target = each.gather(1, target)
+    logprobs = of_target[:, 0]
     if not grad:
-        return logprobs, (top1 == target)[:, 0], None
-    gradient = probabilities.div_(total).neg_()
-    gradient.scatter_add_(1, target, torch.full_like(wanted, 1.0))
-    if keep is not None:
-        gradient.mul_(1 - keep.square_())  # the derivative of softcap * tanh(z / softcap)
+        return logprobs, is_top1, None
+    gradient = torch.exp(each, out=raw if logits is raw else each)
+    gradient.scatter_(1, target, of_target.expm1().to(gradient.dtype))  # p - 1, where that is near 0 too
+    if transform.softcap is not None:
+        gradient.mul_(
+            1 - (logits / transform.softcap).float().square_()
+        )  # the derivative of softcap * tanh(z / softcap)
     if transform.scale != 1.0:
         gradient.mul_(transform.scale)
-    return logprobs, (top1 == target)[:, 0], gradient
+    return logprobs, is_top1, gradient

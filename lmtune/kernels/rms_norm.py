@@ -1,10 +1,10 @@
 """RMSNorm as one operation with fp32 statistics: `y = w ⊙ x / rms(x)`, rounded once.
 
-transformers runs it as seven operations on whole tensors, each with a result of its own, most of them in fp32. Here a
-few rows at a time pass through all of them while they are in the processor's cache, and only x and `1 / rms` are kept
-for the backward pass. In 16 bit the normalized values are not rounded before they meet the weight.
+transformers runs it as seven operations on whole tensors, each with a result of its own, most of them in fp32. On a GPU
+PyTorch has one kernel for all. On a CPU a few rows at a time pass through them while they are in the processor's cache.
+Only x and `1 / rms` are kept for the backward pass. In 16 bit the values are not rounded before they meet the weight.
 
-    fuse_norms(model)       # on a CPU; each layer that computes this takes the fast path
+    fuse_norms(model)       # each layer that computes this takes the fast path
 
 RMSNorm: https://arxiv.org/abs/1910.07467.
 """
@@ -15,8 +15,9 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-_CHUNK_ELEMENTS = 2**18  # 1 MiB in fp32, which fits into a core's cache
+_CHUNK_ELEMENTS = 2**18  # on a CPU: 1 MiB in fp32, which fits into a core's cache
 _TOLERANCE = 1e-5  # of the largest result
 
 
@@ -98,6 +99,8 @@ def _fused_class(kind: type[Any]) -> type[Any]:
     """A subclass of a norm's class with the fused path."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cuda" and not self.lmtune_offset and x.dtype == self.weight.dtype:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, _epsilon(self)).to(x.dtype)  # autocast wants fp32
         scale = self.weight.float() + self.lmtune_offset
         flat = x.reshape(-1, x.shape[-1])
         normal: torch.Tensor = _RmsNorm.apply(flat, scale, _epsilon(self))  # type: ignore[no-untyped-call]
@@ -108,5 +111,5 @@ def _fused_class(kind: type[Any]) -> type[Any]:
 
 def _chunks(x: torch.Tensor) -> list[slice]:
     """Rows that are worked on at once."""
-    rows = max(1, _CHUNK_ELEMENTS // x.shape[-1])
+    rows = max(1, _CHUNK_ELEMENTS // x.shape[-1]) if x.device.type == "cpu" else max(1, len(x))
     return [slice(start, start + rows) for start in range(0, len(x), rows)]
