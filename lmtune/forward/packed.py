@@ -25,6 +25,7 @@ from lmtune.batching.packing import MicroBatch, SegmentLayout
 from lmtune.forward.capabilities import Capabilities, attention_note, find_capabilities, join_lora_layers
 from lmtune.kernels.attention import packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
+from lmtune.kernels.elementwise import fuse_elementwise
 from lmtune.kernels.rms_norm import fuse_norms
 from lmtune.models.structure import base_of
 
@@ -62,6 +63,7 @@ class PackedForward:
         self.model = model
         self.base: PreTrainedModel = base_of(model)
         fuse_norms(self.base)
+        fuse_elementwise(self.base)
         self.transform = LogitTransform.of(self.base.config.get_text_config())
         self._logits_to_keep = "logits_to_keep" in inspect.signature(self.base.forward).parameters
         self._autocast_dtype = autocast or self._mixed_dtype()

@@ -293,15 +293,18 @@ def torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: Any)
     from torch.nn.attention.varlen import varlen_attn
 
     *bounds, scale, window = sizes
-    grouped: Any = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            grouped = {"enable_gqa": True}
-        else:  # an older PyTorch
-            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
-    out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window, **grouped)
+    settings: Any = {"scale": scale, "window_size": window}
+    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        settings["enable_gqa"] = True  # torch 2.11 has no such switch, and takes fewer keys than queries without
+    out = varlen_attn(q, k, v, *bounds, **settings)
     assert isinstance(out, torch.Tensor)
     return out
+
+
+def repeated_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: Any) -> torch.Tensor:
+    """PyTorch's, for versions that want a key for each query."""
+    groups = q.shape[1] // k.shape[1]
+    return torch_varlen(q, *(tensor.repeat_interleave(groups, 1) for tensor in (k, v)), *sizes)
 
 
 def flash_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sizes: Any) -> torch.Tensor:
@@ -326,7 +329,7 @@ def find_varlen(
     if dtype not in (torch.bfloat16, torch.float16) and not kernels:
         return None, f"the kernels for spans compute in 16 bit only, not in {dtype}"
     problems = []
-    for kernel in kernels or (torch_varlen, flash_varlen):
+    for kernel in kernels or (torch_varlen, repeated_varlen, flash_varlen):
         try:
             difference = _varlen_difference(kernel, device, dtype, head_dim, groups)
         except (ImportError, RuntimeError, TypeError, ValueError) as error:

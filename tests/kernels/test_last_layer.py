@@ -20,7 +20,7 @@ def gradients(forward: PackedForward, share: bool = False) -> tuple[float, dict[
 
 def assert_equals_the_whole_layer(forward: PackedForward) -> None:
     """Every optimized path is used, and without that of the last layer loss and gradients are the same."""
-    assert forward.disabled_optimizations == []
+    assert forward.capabilities.disabled == []
     loss, fast = gradients(forward)
     forward.capabilities = Capabilities(label_only_layer="switched off")
     plain_loss, plain = gradients(forward)
@@ -93,7 +93,7 @@ def test_a_layer_that_does_not_reproduce_the_plain_result_is_not_used(monkeypatc
     monkeypatch.setattr(label_only_layer._Selected, "attend", lambda self, *args: real(self, *args) * 1.01)
     forward = PackedForward(adapted(tiny_model()))
     assert "outputs differ" in str(forward.capabilities.label_only_layer)
-    assert forward.disabled_optimizations == [forward.capabilities.label_only_layer]
+    assert forward.capabilities.disabled == [forward.capabilities.label_only_layer]
 
 
 def test_generation_and_other_attention_are_untouched() -> None:

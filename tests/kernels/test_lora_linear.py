@@ -28,7 +28,7 @@ def quantized_model(folder: Path, quantization: str):
     from lmtune.models.base import load_model
 
     tiny_model().save_pretrained(folder)
-    return load_model(ModelConfig(name=str(folder), quantization=quantization))
+    return load_model(ModelConfig(name=str(folder), quantization=quantization, dtype="float32"))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -108,7 +108,7 @@ def test_the_tensors_of_experts_keep_pefts_wrapper_and_a_shared_expert_is_fused(
 
     tiny_model("qwen2_moe").save_pretrained(tmp_path)
     for quantization in ("none", "nf4"):
-        model = adapted(load_model(ModelConfig(name=str(tmp_path), quantization=quantization)))
+        model = adapted(load_model(ModelConfig(name=str(tmp_path), quantization=quantization, dtype="float32")))
         loss, gradients = loss_and_gradients(model)
         left = fuse(model)
         assert {type(model.get_submodule(name)).__name__ for name in left} == {"ParamWrapper"}
