@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lmtune.config.load import command_config
-from lmtune.config.schema import FinetuneConfig
+from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.data.checking import check_config
 from lmtune.io.console import command, err, escape, out, progress
 from lmtune.parallel.launch import launch
@@ -70,7 +70,8 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers:
                 lines = [escape(line) for line in describe_scores(base, tuned, result.summary.standard_errors)]
                 out.print("\n".join([*lines, *predictions_shown(read_predictions(run_directory), shown_answers)]))
             talk = escape(command("chat", run_directory.path))
-            err.print(f"the adapter is in {escape(str(run_directory.adapter))}; talk to it: {talk}")
+            what = "adapter" if isinstance(config.tuning, LoraConfig) else "model"
+            err.print(f"the {what} is in {escape(str(run_directory.result(config.tuning)))}; talk to it: {talk}")
     return result.summary
 
 

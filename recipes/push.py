@@ -1,4 +1,4 @@
-"""Upload a run's adapter to the Hugging Face Hub, with a card of what was measured.
+"""Upload what a run has trained to the Hugging Face Hub, with a card of what was measured.
 
 lmtune push runs/support anna/support
 """
@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.io.console import err, escape, out
 from lmtune.run import run
 from lmtune.runs.store import choose_run
@@ -20,7 +22,7 @@ def main(
     revision: Annotated[str | None, typer.Option(help="A branch other than the main one.")] = None,
     message: Annotated[str | None, typer.Option(help="What the commit says.")] = None,
 ) -> None:
-    """Upload the adapter of RUN as plain PEFT loads it: weights, settings, tokenizer and model card.
+    """Upload the adapter of RUN as plain PEFT loads it, or its model if that was trained itself, with a model card.
 
     Your Hub token is read from `hf auth login` or HF_TOKEN, and is never written anywhere.
 
@@ -38,10 +40,12 @@ def main(
             out.print(f"{'stays here':>19}  {escape(name)}")
         err.print(f"nothing was uploaded; without --dry-run these {len(upload.sizes)} files go to {escape(repository)}")
         return
-    err.print(f"uploading {escape(str(run_directory.adapter))} to {escape(repository)} …")
+    tuning = load_config(FinetuneConfig, run_directory.config).tuning
+    err.print(f"uploading {escape(str(run_directory.result(tuning)))} to {escape(repository)} …")
     address = push(run_directory, repository, private=not public, revision=revision, message=message)
     out.print(escape(address))
-    err.print(f"others load it with: lmtune pull {escape(repository)}")
+    verb = "pull" if isinstance(tuning, LoraConfig) else "chat"
+    err.print(f"others load it with: lmtune {verb} {escape(repository)}")
 
 
 if __name__ == "__main__":

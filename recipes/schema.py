@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from lmtune.config.json_schema import REQUIRED, json_schema, settings
+from lmtune.config.json_schema import REQUIRED, every_kind, json_schema
 from lmtune.io.console import escape, out
 from lmtune.run import run
 
@@ -32,7 +32,7 @@ def main(
     table = Table(box=None, pad_edge=False)
     for title in ("setting", "default", "meaning"):
         table.add_column(title, overflow="fold", no_wrap=title == "setting")
-    for setting in settings().values():
+    for setting in (setting for *_, known in every_kind() for setting in known):
         default = "" if setting.default is REQUIRED else "null" if setting.default is None else str(setting.default)
         table.add_row(setting.key, escape(default), escape(setting.meaning))
     out.print(table, soft_wrap=False)

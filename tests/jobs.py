@@ -17,12 +17,11 @@ from lmtune.evaluation.scoring import Scores
 from lmtune.forward.packed import PackedForward
 from lmtune.models.parameters import count_parameters
 from lmtune.models.tuning.base import TunedModel
-from lmtune.models.tuning.lora import Lora
 from lmtune.objectives.sft import Sft
 from lmtune.parallel.single import Single
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import Checkpoint
-from lmtune.training.compose import Components
+from lmtune.training.compose import TUNINGS, Components
 from lmtune.training.loop import TrainingJob
 from lmtune.training.run import run_loop
 from lmtune.training.state import TrainResult
@@ -63,9 +62,13 @@ class Job:
 
 def job_for(
     folder: Path, dropout: float = 0.0, resumed: Checkpoint | None = None,
-    validate: Callable[[], Scores] | None = None, model: Any = None, **settings: Any,
+    validate: Callable[[], Scores] | None = None, model: Any = None, tuning: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Job:  # fmt: skip
-    """A job of 12 rows, batches of 4, over a tiny model; settings as `section__key`."""
+    """A job of 12 rows, batches of 4, over a tiny model; settings as `section__key`, `tuning` as in a config.
+
+    Without `tuning` an adapter learns whose B is not zero at the start.
+    """
     tree: dict[str, dict[str, Any]] = {
         "model": {"name": "tiny-random", "quantization": "none"}, "data": {"train": "rows.jsonl"},
         "train": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}, "evaluation": {}, "run": {"name": "test"},
@@ -73,15 +76,21 @@ def job_for(
     for key, value in settings.items():
         section, _, name = key.partition("__")
         tree[section][name] = value
+    if tuning is not None:
+        tree["tuning"] = tuning
     config = build_config(FinetuneConfig, tree, "test")
     folder.mkdir(exist_ok=True)
-    tuned = TunedModel(adapted(tiny_model(), dropout=dropout) if model is None else model)
+    way = TUNINGS[type(config.tuning)](config.tuning, config.model, None)
+    if tuning is not None:
+        tuned = way.apply(tiny_model() if model is None else model, 1, "tiny-random")
+    else:
+        tuned = TunedModel(adapted(tiny_model(), dropout=dropout) if model is None else model)
     parameters = count_parameters(tiny_model(), config.tuning, "none", torch.float32)
     asked = config.train.micro_batch_tokens
     rows = random_rows(12)
     data: Any = SimpleNamespace(train=rows, validation=rows if validate else None, key="x", signature="x")
     parts = Components(
-        config, Single(), None, data, Lora(config.tuning), Sft(), tuned, PackedForward(tuned.module), "base",
+        config, Single(), None, data, way, Sft(), tuned, PackedForward(tuned.module), "base",
         parameters, 10**6 if asked == "auto" else asked,
     )  # fmt: skip
     if validate is not None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtune.config import schema as config_module
+from lmtune.config.json_schema import kinds
 from lmtune.config.load import build_config, command_config, dump_config, load_config, to_tree
 from lmtune.config.pretrain import PretrainConfig
 from lmtune.config.schema import FinetuneConfig, ModelConfig, RunConfig
@@ -38,9 +38,8 @@ def message_of(folder: Path, text: str, *overrides: str) -> str:
 
 
 def every_field() -> list[tuple[str, str]]:
-    """(section, key) of every setting."""
-    sections = {field.name: getattr(config_module, str(field.type)) for field in dataclasses.fields(FinetuneConfig)}
-    return [(name, field.name) for name, section in sections.items() for field in dataclasses.fields(section)]
+    """(section, key) of every setting; of a section of several kinds, of the default one."""
+    return [(name, field.name) for name, types in kinds().items() for field in dataclasses.fields(types[0])]
 
 
 @pytest.mark.parametrize(("section", "key"), every_field())
@@ -81,7 +80,11 @@ def test_all_mistakes_stand_in_one_message(tmp_path: Path) -> None:
         ("data.train=[]", r"data\.train: got \[\]; should be .*at least 1 item"),
         ("tuning.target_modules=[q_proj, 3]", r"tuning\.target_modules"),
         ("tuning.rank=1000000000", r"tuning\.rank: got 1000000000; should be less than"),
-        ("tuning.kind=full", "tuning.kind: got 'full'"),
+        ("tuning.kind=fll", "tuning.kind: got 'fll'; should be 'lora', 'full' or 'partial'"),
+        ("tuning={kind: full, rank: 4}", "tuning.rank: unknown key of tuning.kind: full; it belongs to .*kind: lora"),
+        ("tuning={kind: partial, part: [head]}", r"tuning.part: unknown key; did you mean parts\?"),
+        ("tuning.kind=partial", "tuning.parts: missing; it has no default"),
+        ("tuning=3", "tuning: must be a section of `key: value` lines, got 3"),
         ("model.revision=1234567", r"model\.revision: got 1234567; should be a valid string \(put it in quotes"),
         ("train.epochs", "'train.epochs': an override is written section.key=value"),
         ("train..epochs=3", "an override is written section.key=value"),
@@ -140,6 +143,8 @@ def test_adapter_is_the_old_name_of_tuning(tmp_path: Path, capsys: pytest.Captur
         ({"model": {"quantization": "nf4"}, "tuning": {"init_lora_weights": "pissa"}}, "pissa rewrites the base"),
         ({"tuning": {"init_lora_weights": "pissa", "use_dora": True}}, "tuning.use_dora: cannot be combined"),
         ({"tuning": {"init_lora_weights": "pissa", "adapter": "x"}}, "tuning.adapter: x gives the initial weights"),
+        ({"model": {"quantization": "int8"}, "tuning": {"kind": "full"}}, "quantization: int8 holds frozen weights"),
+        ({"model": {"quantization": "nf4"}, "tuning": {"kind": "partial", "parts": ["head"]}}, "set .*: none, or"),
         ({"evaluation": {"patience": 2}}, "evaluation.patience: needs evaluation.every_steps"),
         ({"evaluation": {"patience": 2, "every_steps": 1}, "data": {"train": "x", "validation_fraction": 0.0}},
          r"evaluation\.patience: 2 waits for .*data\.validation_fraction: 0\.0 holds no row out"),
@@ -161,7 +166,10 @@ FULL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("tree", [FULL, {**TREE, "run": {"name": "y"}}])
+PARTIAL = {"model": FULL["model"], "data": {"train": "x"}, "tuning": {"kind": "partial", "parts": ["head", "norms"]}}
+
+
+@pytest.mark.parametrize("tree", [FULL, {**TREE, "run": {"name": "y"}}, {**PARTIAL, "run": {"name": "z"}}])
 def test_a_dumped_config_reads_back_equal(tmp_path: Path, tree: dict[str, Any]) -> None:
     config = build_config(FinetuneConfig, tree, "test")
     assert load_config(FinetuneConfig, written(tmp_path, dump_config(config))) == config
@@ -192,8 +200,8 @@ def test_the_dump_holds_no_absolute_path(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_sections_are_those_of_the_design_small_and_frozen() -> None:
     assert {field.name for field in dataclasses.fields(FinetuneConfig)} == set(SECTIONS)
-    for section in SECTIONS:
-        assert sum(name == section for name, _ in every_field()) <= 15, section
+    for types in kinds().values():
+        assert all(len(dataclasses.fields(section)) <= 15 for section in types)
     config = build_config(FinetuneConfig, TREE, "test")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.train.epochs = 5  # type: ignore[misc]

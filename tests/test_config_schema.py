@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from lmtune.config.json_schema import REQUIRED, commented_yaml, json_schema, settings
+from lmtune.config.json_schema import REQUIRED, commented_yaml, every_kind, json_schema, settings
 from lmtune.config.load import build_config, to_tree
 from lmtune.config.pretrain import PretrainConfig
-from lmtune.config.schema import FinetuneConfig
+from lmtune.config.schema import FinetuneConfig, PartialConfig
 from lmtune.config.yaml import read_yaml
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
@@ -38,6 +38,8 @@ def test_the_schema_is_one(schema: type[Any]) -> None:
         {"model": {"name": "tiny"}}, {"model": {"name": "tiny"}, "data": {"train": "a"}, "trian": {}},
         {"model": {"name": "tiny", "dtype": "int4"}, "data": {"train": "a"}},
         {"model": {"name": "tiny"}, "data": {"train": "a"}, "train": {"epochs": -1}},
+        {"model": {"name": "tiny"}, "data": {"train": "a"}, "tuning": {"kind": "full", "rank": 4}},
+        {"model": {"name": "tiny"}, "data": {"train": "a"}, "tuning": {"parts": ["head"]}},
     ],
 )  # fmt: skip
 def test_what_lmtune_refuses_does_not_follow_it(tree: Any) -> None:
@@ -45,8 +47,17 @@ def test_what_lmtune_refuses_does_not_follow_it(tree: Any) -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    silent = [setting.key for setting in settings().values() if not setting.meaning]
+    silent = [setting.key for *_, known in every_kind() for setting in known if not setting.meaning]
     assert not silent, f"put a comment beside these fields: {silent}"
+
+
+def test_a_section_of_another_kind_is_written_with_its_own_settings(tmp_path: Path) -> None:
+    chosen = {**LEAST, "model.quantization": "none", "tuning.kind": "partial", "tuning.parts": ["head"]}
+    path = tmp_path / "partial.yaml"
+    path.write_text(commented_yaml(chosen, {}))
+    config = build_config(FinetuneConfig, read_yaml(path), "partial")
+    assert config.tuning == PartialConfig(parts=("head",))
+    assert not faults(read_yaml(path))
 
 
 def test_a_written_config_holds_every_default(tmp_path: Path) -> None:
@@ -110,4 +121,4 @@ def test_the_verb_prints_schema_or_list(capsys: pytest.CaptureFixture[str]) -> N
         assert json.loads(capsys.readouterr().out) == json_schema()
     main(False, True)
     listed = capsys.readouterr().out
-    assert all(key in listed for key in settings())
+    assert all(setting.key in listed for *_, known in every_kind() for setting in known)

@@ -14,7 +14,7 @@ import typer
 
 import lmtune
 from lmtune.cli import VERBS
-from lmtune.config.json_schema import settings
+from lmtune.config.json_schema import every_kind
 from lmtune.config.pretrain import PretrainConfig
 from lmtune.config.schema import FinetuneConfig
 from tests.test_imports import LAYERS
@@ -25,7 +25,7 @@ PAGES = {
     for path in [*(ROOT / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md")), *(ROOT / "docs").glob("*.md")]
 }
 SECTIONS = "model|data|adapter|tuning|objective|train|evaluation|parallel|run"
-KEYS = {*settings(FinetuneConfig), *settings(PretrainConfig)}
+KEYS = {one.key for schema in (FinetuneConfig, PretrainConfig) for *_, known in every_kind(schema) for one in known}
 each_page = pytest.mark.parametrize("page", sorted(PAGES))
 
 

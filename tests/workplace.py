@@ -56,6 +56,8 @@ def tree_of(**changes: Any) -> dict[str, dict[str, Any]]:
     for key, value in changes.items():
         section, _, name = key.partition("__")
         tree[section][name] = value
+    if tree["tuning"].get("kind", "lora") != "lora":  # it has settings of its own
+        tree["tuning"] = {key: value for key, value in tree["tuning"].items() if key not in SETTINGS["tuning"]}
     return tree
 
 
@@ -90,12 +92,13 @@ def finetune(folder: Path, **changes: Any) -> tuple[RunDirectory, dict[str, Any]
 
 
 def lasting(folder: Path, name: str = "trial") -> dict[str, Any]:
-    """What must be the same bit for bit however often a run was killed: the adapter, and every record but times."""
+    """What must be the same bit for bit however often a run was killed: the result, and every record but times."""
     run = folder / "runs" / name
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     return {
         "adapter": written_files(run / "adapter"),
+        "model": written_files(run / "merged"),
         "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
         "results": (run / "results.csv").read_text(),
         "answers": (run / "predictions.jsonl").read_text(),

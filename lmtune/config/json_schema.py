@@ -13,13 +13,13 @@ import ast
 import inspect
 import json
 import textwrap
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 
-from lmtune.config.schema import FinetuneConfig
+from lmtune.config.schema import FinetuneConfig, kind_of, section_types
 from lmtune.config.yaml import read_yaml_value, write_yaml
 from lmtune.errors import ConfigError
 
@@ -38,32 +38,66 @@ class Setting:
     choices: tuple[str, ...] = ()  # the words it may be, if these are all it may be
 
 
-def settings(schema: type[Any] = FinetuneConfig) -> dict[str, Setting]:
-    """Every setting of `schema`, by `section.key`, in the order of its definition."""
+def kinds(schema: type[Any] = FinetuneConfig) -> dict[str, tuple[type[Any], ...]]:
+    """The types that each section of `schema` may be, the default one first."""
+    hints = get_type_hints(schema)
     found = {}
-    tree = json_schema(schema)
-    for section in fields(schema):
-        kind = get_type_hints(schema)[section.name]
-        properties = tree["$defs"][kind.__name__]["properties"]
-        for field in fields(kind):
-            known = properties[field.name]
-            key = f"{section.name}.{field.name}"
-            default = field.default_factory() if field.default_factory is not MISSING else field.default
-            found[key] = Setting(key, default, known.get("description", ""), tuple(known.get("enum", ())))
+    for field in fields(schema):
+        types = section_types(hints[field.name])
+        found[field.name] = tuple(sorted(types, key=lambda one: one is not type(field.default)))
     return found
+
+
+def chosen_types(schema: type[Any], values: Mapping[str, Any]) -> dict[str, type[Any]]:
+    """The type of each section: of the kind that `values` has for `section.kind`, or the default one."""
+    found = {}
+    for section, types in kinds(schema).items():
+        named = [one for one in types if len(types) > 1 and kind_of(one) == values.get(f"{section}.kind")]
+        found[section] = named[0] if named else types[0]
+    return found
+
+
+def settings(schema: type[Any] = FinetuneConfig, values: Mapping[str, Any] | None = None) -> dict[str, Setting]:
+    """Every setting of `schema`, by `section.key`, in the order of its definition.
+
+    Of a section that may be of several kinds: those of the kind that `values` chooses by `section.kind`, or the
+    default.
+    """
+    found = {}
+    tree, types = json_schema(schema), kinds(schema)
+    for section, kind in chosen_types(schema, values or {}).items():
+        known = tree["$defs"][kind.__name__]["properties"]
+        for field in fields(kind):
+            described = known[field.name]
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            choices = tuple(described.get("enum", ()))
+            if len(types[section]) > 1 and field.name == "kind":
+                choices = tuple(map(kind_of, types[section]))
+            key = f"{section}.{field.name}"
+            found[key] = Setting(key, default, described.get("description", ""), choices)
+    return found
+
+
+def every_kind(schema: type[Any] = FinetuneConfig) -> Iterator[tuple[str, type[Any], list[Setting]]]:
+    """Section, type and settings of each kind of each section."""
+    for section, types in kinds(schema).items():
+        for one in types:
+            known = settings(schema, {f"{section}.kind": kind_of(one)} if len(types) > 1 else {})
+            yield section, one, [setting for key, setting in known.items() if key.startswith(f"{section}.")]
 
 
 def json_schema(schema: type[Any] = FinetuneConfig) -> dict[str, Any]:
     """The JSON Schema of a config, its descriptions taken from the docstrings and comments of the types."""
     tree: dict[str, Any] = TypeAdapter(schema).json_schema()
     tree = {"$schema": DRAFT, "title": "lmtune config", **{k: v for k, v in tree.items() if k != "title"}}
-    for kind in get_type_hints(schema).values():
-        if not (isinstance(kind, type) and is_dataclass(kind)):
-            continue
-        part = tree["$defs"][kind.__name__]
-        part["description"] = " ".join((inspect.getdoc(kind) or "").split())
-        for name, meaning in _comments(kind).items():
-            part["properties"][name]["description"] = meaning
+    for types in kinds(schema).values():
+        for kind in types:
+            part = tree["$defs"][kind.__name__]
+            part["description"] = " ".join((inspect.getdoc(kind) or "").split())
+            for name, meaning in _comments(kind).items():
+                part["properties"][name]["description"] = meaning
+            if kind is not types[0]:  # a section without `kind` is of the default kind
+                part["required"] = ["kind", *part.get("required", ())]
     tree["description"] = " ".join((inspect.getdoc(schema) or "").split())
     return tree
 
@@ -74,13 +108,15 @@ def commented_yaml(values: Mapping[str, Any], reasons: Mapping[str, str]) -> str
     `values` and `reasons` are by `section.key`; a setting without a value has its default.
     """
     lines, section = list[str](), ""
-    kinds = get_type_hints(FinetuneConfig)
-    known = sorted(settings().values(), key=lambda setting: _ORDER.index(setting.key.partition(".")[0]))
+    types = chosen_types(FinetuneConfig, values)
+    known = sorted(
+        settings(FinetuneConfig, values).values(), key=lambda setting: _ORDER.index(setting.key.partition(".")[0])
+    )
     for setting in known:
         part, _, name = setting.key.partition(".")
         if part != section:
             section = part
-            lines += ["", f"{part}:  # {(inspect.getdoc(kinds[part]) or '').splitlines()[0].rstrip('.')}"]
+            lines += ["", f"{part}:  # {(inspect.getdoc(types[part]) or '').splitlines()[0].rstrip('.')}"]
         line = f"  {name}: {_inline(values.get(setting.key, setting.default))}"
         said = [" | ".join(setting.choices), setting.meaning, reasons.get(setting.key, "")]
         default = "" if setting.default is REQUIRED else f"default {_inline(setting.default)}"

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from lmtune.config.files import find_config, is_override, run_name, shipped_configs, shipped_example
-from lmtune.config.schema import FinetuneConfig, T, describe_all, settings_error
+from lmtune.config.schema import FinetuneConfig, T, describe_all, kind_of, section_types, settings_error
 from lmtune.config.yaml import read_yaml, read_yaml_value, write_yaml
 from lmtune.errors import ConfigError
 from lmtune.io.console import warn
@@ -119,10 +119,20 @@ def _with_tuning_section(tree: Mapping[str, Any]) -> dict[str, Any]:
     return dict(tree)
 
 
+def _with_kinds(schema: type[Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with the default kind in each section that may be of several and names none."""
+    hints, filled = get_type_hints(schema), dict(tree)
+    for field in fields(schema):
+        section = tree.get(field.name)
+        if len(section_types(hints[field.name])) > 1 and isinstance(section, Mapping) and "kind" not in section:
+            filled[field.name] = {"kind": kind_of(type(field.default)), **section}
+    return filled
+
+
 def build_config(schema: type[T], tree: Mapping[str, Any], where: str) -> T:
     """The checked config of a plain nested mapping; `where` begins the error message."""
     if schema is FinetuneConfig:
-        tree = _with_tuning_section(tree)
+        tree = _with_kinds(schema, _with_tuning_section(tree))
     try:
         # Through JSON, where strict means what it should: a list is a tuple, a mapping a section, "3" no number.
         config = TypeAdapter(schema).validate_json(json.dumps(tree, default=str))
@@ -150,6 +160,7 @@ def data_paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
+_DEFAULT_KINDS = {field.name: getattr(field.default, "kind", None) for field in fields(FinetuneConfig)}
 _PATHS = ("name", "train", "validation", "dir", "path", "adapter")  # keys whose values may be paths
 
 
@@ -164,10 +175,13 @@ def _plain(value: Any, is_path: bool = False) -> Any:
 
 
 def _apply(tree: dict[str, Any], overrides: Overrides) -> None:
-    """Put each value at its `section.key` of `tree`."""
+    """Put each value at its `section.key` of `tree`; another kind of a section replaces what `tree` has of it."""
     items = overrides.items() if isinstance(overrides, Mapping) else [_parse_override(text) for text in overrides]
-    for key, value in items:
+    for key, value in sorted(items, key=lambda item: _today(item[0])[-1] != "kind"):
         *parts, last = _today(key)
+        if last == "kind" and len(parts) == 1 and isinstance(section := tree.get(parts[0]), dict):
+            if section.get("kind", _DEFAULT_KINDS.get(parts[0], value)) != value:
+                tree[parts[0]] = {}
         node = tree
         for part in parts:
             if node.get(part) is None:

@@ -13,8 +13,8 @@ import difflib
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import is_dataclass
-from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -81,6 +81,8 @@ def _names(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 # `all-linear`, names, or a regular expression on full names
 TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], AfterValidator(_names)]
+# Names of parts, or a regular expression on full names of parameters
+Parts = TargetModules
 
 
 @section
@@ -95,9 +97,9 @@ class ModelConfig:
 
 @section
 class LoraConfig:
-    """What is trained: a LoRA adapter; names and meanings are PEFT's."""
+    """What is trained: a low-rank adapter beside the frozen base; names and meanings are PEFT's."""
 
-    kind: Literal["lora"] = "lora"  # https://arxiv.org/abs/2106.09685
+    kind: Literal["lora"] = "lora"  # lora: https://arxiv.org/abs/2106.09685; full: every weight; partial: some parts
     # a run or an adapter folder to begin from; its rank, alpha, layers and variant hold where these are left at default
     adapter: Annotated[str, Field(min_length=1)] | None = None
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16  # higher: more capacity, more memory
@@ -107,6 +109,26 @@ class LoraConfig:
     use_rslora: bool = False  # scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
     use_dora: bool = False  # https://arxiv.org/abs/2402.09353
     init_lora_weights: Literal["default", "pissa"] = "default"  # PiSSA: https://arxiv.org/abs/2404.02948
+
+
+@section
+class FullConfig:
+    """What is trained: every weight of the model; needs `model.quantization: none`, and 16 bytes a weight."""
+
+    kind: Literal["full"] = "full"  # the result is a plain model, in `merged/` of the run
+
+
+@section
+class PartialConfig:
+    """What is trained: parts of the model's own weights; needs `model.quantization: none`."""
+
+    kind: Literal["partial"] = "partial"  # the result is a plain model, in `merged/` of the run
+    # head, embeddings, norms, last_4_layers (or another number), or a regular expression on full names of parameters
+    parts: Parts
+
+
+# What is trained is told apart by `kind`
+TuningConfig = Annotated[LoraConfig | FullConfig | PartialConfig, Field(discriminator="kind")]
 
 
 @section
@@ -192,7 +214,7 @@ class FinetuneConfig:
 
     model: ModelConfig
     data: DataConfig
-    tuning: LoraConfig = LoraConfig()
+    tuning: TuningConfig = LoraConfig()
     objective: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -201,19 +223,12 @@ class FinetuneConfig:
 
     def problems(self) -> list[str]:
         """What is wrong between settings that are each right alone."""
-        found = []
-        tuning, patience = self.tuning, self.evaluation.patience
-        if tuning.init_lora_weights == "pissa" and self.model.quantization != "none":
+        patience = self.evaluation.patience
+        found = _lora_problems(self.tuning, self.model) if isinstance(self.tuning, LoraConfig) else []
+        if not isinstance(self.tuning, LoraConfig) and self.model.quantization != "none":
             found.append(
-                f"tuning.init_lora_weights: pissa rewrites the base weights, which {self.model.quantization} cannot "
-                "hold; set model.quantization: none, or init_lora_weights: default"
-            )
-        if tuning.init_lora_weights == "pissa" and tuning.use_dora:
-            found.append("tuning.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
-        if tuning.adapter is not None and tuning.init_lora_weights != "default":
-            found.append(
-                f"tuning.adapter: {tuning.adapter} gives the initial weights, and so does "
-                f"tuning.init_lora_weights: {tuning.init_lora_weights}; choose one"
+                f"model.quantization: {self.model.quantization} holds frozen weights, and with tuning.kind: "
+                f"{self.tuning.kind} the model's own weights are trained; set model.quantization: none, or tuning.kind: lora"
             )
         if patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
@@ -225,6 +240,40 @@ class FinetuneConfig:
         if re.search(HUB_TOKEN, self.run.name or ""):
             found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
         return found
+
+
+def _lora_problems(tuning: LoraConfig, model: ModelConfig) -> list[str]:
+    """What is wrong between settings of an adapter and its base."""
+    found = []
+    if tuning.init_lora_weights == "pissa" and model.quantization != "none":
+        found.append(
+            f"tuning.init_lora_weights: pissa rewrites the base weights, which {model.quantization} cannot "
+            "hold; set model.quantization: none, or init_lora_weights: default"
+        )
+    if tuning.init_lora_weights == "pissa" and tuning.use_dora:
+        found.append("tuning.use_dora: cannot be combined with init_lora_weights: pissa; choose one")
+    if tuning.adapter is not None and tuning.init_lora_weights != "default":
+        found.append(
+            f"tuning.adapter: {tuning.adapter} gives the initial weights, and so does "
+            f"tuning.init_lora_weights: {tuning.init_lora_weights}; choose one"
+        )
+    return found
+
+
+# --- sections, also those of several types
+
+
+def section_types(hint: Any) -> tuple[type[Any], ...]:
+    """The types that a section may be, told apart by `kind`; none for the type of a plain setting."""
+    return tuple(kind for kind in get_args(hint) or (hint,) if isinstance(kind, type) and is_dataclass(kind))
+
+
+def kind_of(section: type[Any]) -> str:
+    """The `kind` that stands for a type of a section."""
+    return next(str(field.default) for field in fields(section) if field.name == "kind")
+
+
+# --- what is wrong, in words
 
 
 def settings_error(where: str, problems: Sequence[str]) -> ConfigError:
@@ -249,20 +298,23 @@ def describe_all(schema: type[Any], error: ValidationError) -> list[str]:
 def _describe(schema: type[Any], error: dict[str, Any]) -> str:
     """One line for one pydantic error: where, what is wrong, what was found, what is meant."""
     location = [str(part) for part in error["loc"]]
+    types = section_types(get_type_hints(schema)[location[0]]) if location and location[0] in _keys(schema) else ()
+    if len(types) > 1 and len(location) > 1:
+        tag = location.pop(1)  # which pydantic puts between
+        types = tuple(one for one in types if kind_of(one) == tag)
+    elif len(types) > 1 and error["type"].startswith("union_tag"):
+        named = shorten(error["input"].get("kind"))
+        return f"{location[0]}.kind: got {named}; should be {_either([repr(kind_of(one)) for one in types])}"
     known = _known_keys(schema)
     while location and ".".join(location) not in known and len(location) > 2:
         location.pop()  # the branch names that pydantic adds inside a union
     key = ".".join(location) or "the file"
     got = error.get("input")
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        names = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(location[:-1])]
-        near = difflib.get_close_matches(location[-1], names, n=1)
-        elsewhere = [name for name in known if name.rpartition(".")[2] == location[-1]]
-        hint = near or elsewhere
-        return f"{key}: unknown key" + (f"; did you mean {hint[0]}?" if hint else f"; known: {', '.join(names)}")
+        return f"{key}: unknown key{_hint(schema, location, types, known)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: missing; it has no default"
-    if error["type"].startswith("dataclass_type"):
+    if error["type"] == "dataclass_type" or (len(types) > 1 and not isinstance(got, dict)):
         return f"{key}: must be a section of `key: value` lines, got {shorten(got)}"
     wanted = re.sub(r"^(Input|String) should (be )?", "", error["msg"])
     if error["type"] == "string_type" and isinstance(got, (bool, int, float)):
@@ -271,11 +323,33 @@ def _describe(schema: type[Any], error: dict[str, Any]) -> str:
     return f"{key}: got {shorten(got)}; should be {wanted}"
 
 
+def _hint(schema: type[Any], location: list[str], types: Sequence[type[Any]], known: Sequence[str]) -> str:
+    """What may be meant by a key that is unknown in its section, which is of one of `types` where it has several."""
+    *above, last = location
+    names = [name for one in types for name in _keys(one)] if above else _keys(schema)
+    if near := difflib.get_close_matches(last, names, n=1):
+        return f"; did you mean {near[0]}?"
+    if above and ".".join(location) in known:
+        owners = [kind_of(one) for one in section_types(get_type_hints(schema)[above[0]]) if last in _keys(one)]
+        return f" of {above[0]}.kind: {kind_of(types[0])}; it belongs to {above[0]}.kind: {_either(owners)}"
+    if elsewhere := [name for name in known if name.rpartition(".")[2] == last]:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; known: {', '.join(names)}"
+
+
+def _either(words: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _keys(schema: type[Any]) -> list[str]:
+    return [field.name for field in fields(schema)]
+
+
 def _known_keys(schema: type[Any], prefix: str = "") -> list[str]:
-    """Every `section.key` of `schema`."""
+    """Every `section.key` of `schema`, of all kinds of a section."""
     keys = []
-    for name, kind in get_type_hints(schema).items():
+    for name, hint in get_type_hints(schema).items():
         keys.append(prefix + name)
-        if isinstance(kind, type) and is_dataclass(kind):
-            keys += _known_keys(kind, f"{prefix}{name}.")
-    return keys
+        keys += [key for one in section_types(hint) for key in _known_keys(one, f"{prefix}{name}.")]
+    return list(dict.fromkeys(keys))

@@ -1,4 +1,4 @@
-"""Sharing an adapter through the Hugging Face Hub: `push` a run's adapter folder, `pull` one back.
+"""Sharing through the Hugging Face Hub: `push` what a run has trained, `pull` an adapter back.
 
     url = push(RunDirectory("runs/support"), "anna/support")
     folder = pull("anna/support")              # adapters/anna--support, which `lmtune chat` loads
@@ -23,14 +23,15 @@ from typing import Any
 
 from lmtune import __version__
 from lmtune.config.load import load_config
-from lmtune.config.schema import FinetuneConfig
+from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.io.atomic import new_folder
 from lmtune.io.console import HUB_TOKEN, warn
 from lmtune.io.text import format_list, one_line
 from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata, check_adapter
-from lmtune.models.validate import read_object
-from lmtune.runs.cards import adapter_card, is_hub_id
+from lmtune.models.validate import CONFIG as MODEL_CONFIG
+from lmtune.models.validate import check_weights, read_object
+from lmtune.runs.cards import is_hub_id, result_card
 from lmtune.runs.store import RunDirectory, require_possible
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -41,7 +42,7 @@ class Upload:
     """What a push would send.
 
     Attributes:
-        folder: the adapter folder.
+        folder: of the adapter, or of the model whose own weights were trained.
         sizes: bytes of each file by its name.
         kept_here: names in the folder that are not sent.
         card: the text of README.md, written for this repository.
@@ -56,45 +57,46 @@ class Upload:
 
 
 def prepare_push(run: RunDirectory, repository: str) -> Upload:
-    """Choose and check the files of a run's adapter, without any network.
+    """Choose and check the files of what a run has trained, without any network.
 
     Raises:
         ConfigError: the repository's name is not `user/name`.
-        ModelError: the run has no adapter, or one that nobody could use, or its files hold something private.
+        ModelError: the run has no result, or one that nobody could use, or its files hold something private.
         CheckpointError: the run's records are damaged.
     """
     checked_repository(repository)
-    present = sorted(path.name for path in run.adapter.iterdir()) if run.adapter.is_dir() else []
-    if missing := [name for name in (WEIGHTS, CONFIG) if name not in present]:
-        raise ModelError(f"{run.adapter}: no {' and no '.join(missing)}; finish the run with `lmtune finetune` first")
-    names = [name for name in present if name in ADAPTER_FILES]
-    if links := [name for name in names if (run.adapter / name).is_symlink()]:
-        raise ModelError(f"{run.adapter}: {', '.join(links)} is a link; put the file itself there")
     config, summary = load_config(FinetuneConfig, run.config), run.read_summary()
+    folder, is_adapter = run.result(config.tuning), isinstance(config.tuning, LoraConfig)
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if missing := [name for name in ((WEIGHTS, CONFIG) if is_adapter else (MODEL_CONFIG,)) if name not in present]:
+        raise ModelError(f"{folder}: no {' and no '.join(missing)}; finish the run with `lmtune finetune` first")
+    names = [name for name in present if name in ADAPTER_FILES or (not is_adapter and _MODEL_FILES.fullmatch(name))]
+    if links := [name for name in names if (folder / name).is_symlink()]:
+        raise ModelError(f"{folder}: {', '.join(links)} is a link; put the file itself there")
     if "base" in run.read_json(run.local):  # a folder, wherever the command is called
         config = replace(config, model=replace(config.model, name=f"./{Path(config.model.name).name}"))
-    stops = list(Metadata.read(run.adapter).stop_tokens)
-    card = adapter_card(config, summary, run.read_data_report(), repository, stops)
-    _check_private(run.adapter, names, card, _token())
-    _check_usable(run.adapter)
+    stops = list(Metadata.read(folder).stop_tokens)
+    card = result_card(config, summary, run.read_data_report(), repository, stops)
+    _check_private(folder, names, card, _token())
+    _check_usable(folder, is_adapter)
     base = config.model.name
-    if base != "tiny" and not is_hub_id(base):
+    if is_adapter and base != "tiny" and not is_hub_id(base):
         warn(f"the base model {Path(base).name} is a folder of yours: others need that very model to use the adapter")
     if summary.status != "complete":
         warn(f"{run.path} is {summary.status}: the card tells only what was measured so far")
-    texts = shared_texts(run.adapter)
-    sizes = {name: (run.adapter / name).stat().st_size for name in names} | {CARD: len(card.encode())}
+    texts = shared_texts(folder)
+    sizes = {name: (folder / name).stat().st_size for name in names} | {CARD: len(card.encode())}
     sizes |= {name: len(text) for name, text in texts.items()}
-    return Upload(run.adapter, sizes, [name for name in present if name not in names], card, texts)
+    return Upload(folder, sizes, [name for name in present if name not in names], card, texts)
 
 
 def push(
     run: RunDirectory, repository: str, private: bool = True, revision: str | None = None, message: str | None = None
 ) -> str:
-    """Upload a run's adapter; returns the address of the commit.
+    """Upload what a run has trained; returns the address of the commit.
 
     Args:
-        run: a run with an adapter.
+        run: a run with an adapter, or with a model whose own weights were trained.
         repository: `user/name`; made if it is not there.
         private: whether a new repository is private, and that an existing public one is not written to.
         revision: a branch, made if it is not there; None is the main one.
@@ -115,7 +117,7 @@ def push(
         is_private = bool(api.repo_info(repository).private)
         if private and not is_private:
             raise ConfigError(
-                f"{repository} exists and is public: everyone could read the adapter; --public permits it"
+                f"{repository} exists and is public: everyone could read the weights; --public permits it"
             )
         if not private and is_private:
             warn(f"{repository} exists and stays private; its settings on the Hub can change that")
@@ -124,7 +126,7 @@ def push(
         sources = {name: upload.folder / name for name in upload.sizes} | upload.texts | {CARD: upload.card.encode()}
         commit = api.create_commit(
             repository, [CommitOperationAdd(name, source) for name, source in sources.items()], revision=revision,
-            commit_message=message or f"Upload adapter {run.name} with lmtune {__version__}",
+            commit_message=message or f"Upload {run.name} with lmtune {__version__}",
         )  # fmt: skip
     return str(commit.commit_url)
 
@@ -250,6 +252,7 @@ ADAPTER_FILES = (
     WEIGHTS, CONFIG, METADATA, CARD, *_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+_MODEL_FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _TOKEN = re.compile(HUB_TOKEN.encode())
 _ABSOLUTE = re.compile(r"(/[^/\s]+){2,}/?|~/.+|[A-Za-z]:[\\/].+|\\\\.+")
@@ -304,29 +307,31 @@ def _check_private(folder: Path, names: list[str], card: str, token: str | None)
         raise ModelError(f"{folder}: not uploaded, these files would tell what is private\n{format_list(problems)}")
 
 
-def _check_usable(folder: Path) -> None:
-    """Raise ModelError where nobody could use an adapter, as far as that can be said without its base."""
+def _check_usable(folder: Path, is_adapter: bool) -> None:
+    """Raise ModelError where nobody could use an adapter or a model, as far as that can be said without its base."""
     try:
-        check_adapter(folder)
+        if is_adapter:
+            check_adapter(folder)
+        else:
+            check_weights(str(folder), folder)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
-    if problems := list(_tensor_faults(folder / WEIGHTS)):
-        raise ModelError(
-            f"{folder}: not uploaded, nobody could use this adapter; train it again\n{format_list(problems, 8)}"
-        )
+    files = [folder / WEIGHTS] if is_adapter else sorted(folder.glob("*.safetensors"))
+    if problems := [problem for file in files for problem in _tensor_faults(file, is_adapter)]:
+        raise ModelError(f"{folder}: not uploaded, nobody could use it; train it again\n{format_list(problems, 8)}")
 
 
-def _tensor_faults(path: Path) -> Iterator[str]:
-    """Which tensors have names that PEFT does not give, or hold NaN or infinity."""
+def _tensor_faults(path: Path, is_adapter: bool) -> Iterator[str]:
+    """Which tensors hold NaN or infinity, and of an adapter have names that PEFT does not give."""
     import torch
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
-            if not name.startswith("base_model.model.") or ".lora_" not in name:
-                yield f"{WEIGHTS}: {name}: no name that PEFT gives a LoRA tensor"
+            if is_adapter and (not name.startswith("base_model.model.") or ".lora_" not in name):
+                yield f"{path.name}: {name}: no name that PEFT gives a LoRA tensor"
             elif not torch.isfinite(file.get_tensor(name)).all():
-                yield f"{WEIGHTS}: {name}: holds NaN or infinity"
+                yield f"{path.name}: {name}: holds NaN or infinity"
 
 
 def _leaks(name: str, content: Any, secrets: list[bytes]) -> Iterator[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.errors import ConfigError, ModelError
-from lmtune.io.atomic import write_json, write_text
+from lmtune.io.atomic import new_folder, write_json, write_text
 from lmtune.io.console import escape, out
 from lmtune.io.text import pluralize
 from lmtune.runs.store import RunDirectory, checkpoint_folders, require_possible
@@ -40,17 +43,38 @@ def merge_run(
     require_possible(output, "--output")
     if output.is_symlink():
         raise ConfigError(f"--output: {output} is a link; give the folder itself")
-    if output.exists() and not (output / "merge.json").is_file():
+    tuning = load_config(FinetuneConfig, run_directory.config).tuning
+    is_own = output == run_directory.merged and not isinstance(tuning, LoraConfig)
+    if output.exists() and not is_own and not (output / "merge.json").is_file():
         raise ConfigError(f"--output: {output} exists and was not made by lmtune merge; choose another folder")
 
-    has_adapter = (run_directory.adapter / "adapter_model.safetensors").is_file()
-    if not has_adapter and not checkpoint_folders(run_directory.checkpoints):
+    if not run_directory.has_result(tuning) and not checkpoint_folders(run_directory.checkpoints):
         raise ModelError(f"{run_directory.path}: no adapter to merge; finish the run with `lmtune finetune` first")
+    if not isinstance(tuning, LoraConfig):
+        _write_whole(run_directory, output, base)
+        return {}
 
     from lmtune.inference.load import usable_adapter
 
     with usable_adapter(run_directory, base) as adapter:
         return _merge(run_directory, adapter, output, into, accept_difference, base)
+
+
+def _write_whole(run: RunDirectory, output: Path, base: str | None) -> None:
+    """Write the model of a run that trained the model's own weights: there is nothing to merge."""
+    from lmtune.inference.load import saved_weights, write_model
+
+    saved = saved_weights(run)
+    if saved is None and output == run.merged:
+        out.print(f"{escape(str(output))} is the trained model already: the run has no adapter")
+        return
+    with new_folder(output) as staging:
+        if saved is None:
+            shutil.copytree(run.merged, staging, dirs_exist_ok=True)
+        else:
+            write_model(run, saved, staging, base)
+        write_json(staging / "merge.json", {"run": run.name})  # the folder may be replaced by another merge
+    out.print(f"{escape(str(output))} is the trained model: the run has no adapter, so nothing was merged")
 
 
 def _merge(

@@ -34,6 +34,7 @@ class Paths(Protocol):
 
     model: torch.nn.Module
     base: PreTrainedModel
+    dtype: torch.dtype
     transform: LogitTransform
 
     def hidden(
@@ -97,7 +98,7 @@ def join_lora_layers(forward: Paths) -> str | None:
 
     Returns why it does not, or None.
     """
-    if forward.base.dtype.itemsize != 2:
+    if forward.dtype.itemsize != 2:
         return None
     ids, positions = _random_ids(forward, 7)
     keep = torch.arange(7, device=ids.device)
@@ -131,13 +132,13 @@ def attention_note(forward: Paths) -> str | None:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    _, why = find_varlen(embedding.device, base.dtype, head_dim, groups)
+    _, why = find_varlen(embedding.device, forward.dtype, head_dim, groups)
     return None if why is None else f"one attention kernel for all segments disabled: {why}"
 
 
 def _probe(forward: Paths, consequence: str, compare: Callable[[Paths], float]) -> str | None:
     """None if `compare` finds no difference, else the consequence and its reason."""
-    tolerance = _TOLERANCE_FP32 if forward.base.dtype == torch.float32 else _TOLERANCE
+    tolerance = _TOLERANCE_FP32 if forward.dtype == torch.float32 else _TOLERANCE
     try:
         difference = compare(forward)
     except Exception as error:  # whatever a model's code raises for what it was not written for

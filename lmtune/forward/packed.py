@@ -49,16 +49,17 @@ class PackedForward:
     Attributes:
         model: with or without an adapter.
         base: the transformers model in it.
+        dtype: in which products are computed.
         transform: what the model does to its logits after the head.
         capabilities: which optimized paths are used.
     """
 
-    def __init__(self, model: torch.nn.Module, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
         """
         Args:
             model: with or without an adapter.
-            autocast: the type in which products are computed; by default that of a 16-bit base with fp32 weights beside
-                it, which compute in it too. Weights and gradients that are fp32 stay fp32.
+            dtype: in which products are computed, those with fp32 weights too; by default the base's. Weights and
+                gradients that are fp32 stay fp32.
         """
         self.model = model
         self.base: PreTrainedModel = base_of(model)
@@ -66,7 +67,8 @@ class PackedForward:
         fuse_elementwise(self.base)
         self.transform = LogitTransform.of(self.base.config.get_text_config())
         self._logits_to_keep = "logits_to_keep" in inspect.signature(self.base.forward).parameters
-        self._autocast_dtype = autocast or self._mixed_dtype()
+        self.dtype = dtype or self.base.dtype
+        self._autocast_dtype = self.dtype if self._is_mixed() else None
         self.capabilities = Capabilities.none()
         self._separate_lora = join_lora_layers(self)
         self.capabilities = find_capabilities(self)
@@ -163,13 +165,12 @@ class PackedForward:
                 places.append(inside)
         return torch.cat(parts)[torch.cat(places).argsort()]
 
-    def _mixed_dtype(self) -> torch.dtype | None:
-        """The type of a 16-bit base that has fp32 weights beside it, other than adapters that are fused."""
+    def _is_mixed(self) -> bool:
+        """Whether there are fp32 weights, other than adapters that are fused, that compute in 16 bit."""
         fused = [module for module in self.model.modules() if hasattr(module, "lmtune_weight")]
         known = {id(parameter) for module in fused for parameter in module.parameters()}
         others = (parameter for parameter in self.model.parameters() if id(parameter) not in known)
-        is_mixed = any(parameter.dtype == torch.float32 for parameter in others)
-        return self.base.dtype if self.base.dtype.itemsize == 2 and is_mixed else None
+        return self.dtype.itemsize == 2 and any(parameter.dtype == torch.float32 for parameter in others)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         dtype = self._autocast_dtype

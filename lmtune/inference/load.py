@@ -16,24 +16,28 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import torch
 from safetensors.torch import load_file
 
 from lmtune.config.load import load_config
-from lmtune.config.schema import FinetuneConfig, ModelConfig, Quantization
+from lmtune.config.schema import Dtype, FinetuneConfig, LoraConfig, ModelConfig, Quantization
 from lmtune.data.rendering import Renderer, Template
 from lmtune.errors import ConfigError, LmtuneError, ModelError, is_failure
 from lmtune.inference.engine import TransformersEngine
+from lmtune.io.atomic import write_json
 from lmtune.io.console import err, escape
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer, resolve_name
+from lmtune.models.changed_weights import write_changed
 from lmtune.models.gguf import is_gguf
 from lmtune.models.locate import adapter_base, is_local, run_config, shareable_name
 from lmtune.models.model_folder import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
-from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, Metadata
+from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata
 from lmtune.models.tuning.base import Tensors
 from lmtune.models.tuning.lora import attach_adapter, load_adapter, save_adapter
+from lmtune.models.validate import CONFIG as MODEL_CONFIG
 from lmtune.models.validate import tokenizer_problem
 from lmtune.runs.store import (
     ADAPTER,
@@ -121,6 +125,8 @@ def load_for_inference(
         raise ModelError(f"no model is named; give {_TARGETS}")
     run = find_run(target)
     if run is not None:
+        if not isinstance((settings := load_config(FinetuneConfig, run.config)).tuning, LoraConfig):
+            return replace(_load_whole(run, settings, quantization, base), run=run)
         config = run_config(run, base)
         model = config.model if quantization is None else replace(config.model, quantization=quantization)
         with usable_adapter(run, base) as adapter:
@@ -142,6 +148,28 @@ def load_for_inference(
         raise ModelError(
             f"{target}: no such run, folder or model; {run_hint(target)} (a model of the Hub is user/name)"
         ) from error
+
+
+def _load_whole(
+    run: RunDirectory, config: FinetuneConfig, quantization: Quantization | None, base: str | None
+) -> LoadedModel:
+    """What a run made of the model's own weights: its folder, or the base with those of a checkpoint."""
+    name = f"{run.name} ({config.model.name})"
+    saved = saved_weights(run)
+    if saved is None:
+        if base is not None:
+            raise ConfigError(f"--base: {run.path} holds a whole model, so no base belongs to it; leave --base out")
+        dtype = config.model.dtype
+        return replace(_load_plain(ModelConfig(name=str(run.merged), quantization=quantization or "none", dtype=dtype)),
+                       name=name)  # fmt: skip
+    config = run_config(run, base)
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    with torch.no_grad():
+        for key, tensor in saved.weights.items():
+            model.get_parameter(key).copy_(tensor)
+    renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
+    metadata = run_metadata(config, renderer, base_fingerprint(config.model))
+    return _loaded(model, tokenizer, config.model, name, metadata, has_adapter=False)
 
 
 def _load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:
@@ -257,19 +285,19 @@ _TRIES = 5  # the run deletes checkpoints as it writes newer ones
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint's adapter.
+    """A checkpoint's weights.
 
     Attributes:
         step: after which it was saved.
         total_steps: of the run.
         is_best: whether it was chosen by the validation rows, and is not the newest.
-        adapter: trainable parameters by name.
+        weights: what is trained, by name.
     """
 
     step: int
     total_steps: int | None
     is_best: bool
-    adapter: Tensors
+    weights: Tensors
 
     def __str__(self) -> str:
         of = f" of {self.total_steps}" if self.total_steps else ""
@@ -283,26 +311,37 @@ def usable_adapter(run: RunDirectory, base: str | None = None) -> Iterator[Path]
     Raises:
         ModelError: the run has neither an adapter nor a checkpoint that is whole.
     """
-    status = None
-    with contextlib.suppress(LmtuneError):  # a summary that is damaged says nothing about the adapter
-        status = run.read_summary().status
-    has_adapter = (run.adapter / CONFIG).is_file() and (run.adapter / WEIGHTS).is_file()
-    saved = None if has_adapter and status in ("complete", None) else newest_saved(run)
+    saved = saved_weights(run)
     if saved is None:
-        if not (run.adapter / CONFIG).exists():  # what is there and no file is named by who reads it
-            raise ModelError(
-                f"{run.path}: this run has no adapter yet; finish it with the same `lmtune finetune` command"
-            )
         yield run.adapter
         return
-    err.print(f"{escape(str(run.path))} is not finished: uses {saved}")
     with tempfile.TemporaryDirectory(prefix="lmtune-") as folder:
         write_adapter(run, saved, Path(folder), base)
         yield Path(folder)
 
 
+def saved_weights(run: RunDirectory) -> Saved | None:
+    """What to take of a run that is not finished, and says so; None where its result is there.
+
+    Raises:
+        ModelError: the run has neither a result nor a checkpoint that is whole.
+    """
+    status = None
+    with contextlib.suppress(LmtuneError):  # a summary that is damaged says nothing about the weights
+        status = run.read_summary().status
+    tuning = load_config(FinetuneConfig, run.config).tuning
+    saved = None if run.has_result(tuning) and status in ("complete", None) else newest_saved(run)
+    if saved is not None:
+        err.print(f"{escape(str(run.path))} is not finished: uses {saved}")
+    elif not (run.result(tuning) / (CONFIG if isinstance(tuning, LoraConfig) else MODEL_CONFIG)).exists():
+        # what is there and no file is named by who reads it
+        what = "adapter" if isinstance(tuning, LoraConfig) else "model"
+        raise ModelError(f"{run.path}: this run has no {what} yet; finish it with the same `lmtune finetune` command")
+    return saved
+
+
 def newest_saved(run: RunDirectory) -> Saved | None:
-    """The adapter of the run's newest checkpoint that is whole, or of its best one where the run keeps that."""
+    """The weights of the run's newest checkpoint that is whole, or of its best one where the run keeps that."""
     for _ in range(_TRIES):
         with contextlib.suppress(OSError):
             folders = [path for path in reversed(checkpoint_folders(run.checkpoints)) if problem_of(path) is None]
@@ -323,10 +362,23 @@ def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | Non
     tokenizer = load_tokenizer(config.model)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
     metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.adapter)
+    assert isinstance(config.tuning, LoraConfig)
     if config.tuning.init_lora_weights == "pissa":  # which takes a part of the base's weights
         model = load_model(config.model)
     else:
         model = empty_model(resolve_name(config.model.name), config.model.revision)
     adapted = attach_adapter(model, config.tuning, config.train.seed, shareable_name(config.model.name))
-    save_adapter(adapted, folder, metadata, saved.adapter)
+    save_adapter(adapted, folder, metadata, saved.weights)
+    write_adapter_texts(config.model, renderer, folder)
+
+
+def write_model(run: RunDirectory, saved: Saved, folder: Path, base: str | None = None) -> None:
+    """Fill an empty folder as the run would fill `merged/` with these weights; `base` is where its base is now."""
+    config = run_config(run, base)
+    stored = replace(config.model, dtype=cast(Dtype, run.trained_dtype() or "float32"))
+    tokenizer = load_tokenizer(config.model)
+    renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
+    metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.merged)
+    write_changed(stored, load_model(stored, "cpu"), saved.weights, folder, metadata.stop_token_ids)
+    write_json(folder / METADATA, metadata.as_dict())
     write_adapter_texts(config.model, renderer, folder)

@@ -72,6 +72,9 @@ def segment_attention(
         raise NotImplementedError("the model makes an attention mask of its own")
     if segments is None:
         raise NotImplementedError("the model does not hand extra arguments on to its attention")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings of an fp32 model have widened queries and keys
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     segments.derived.window = segments.derived.window or sliding_window
     scores = Scores(scaling, dropout, sliding_window, softcap, s_aux)
     segments.derived.by_blocks |= not scores.is_plain

@@ -8,20 +8,23 @@ The count is the same for a loaded base and for one on the meta device.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmtune.config.schema import LoraConfig
+from lmtune.config.schema import FullConfig, LoraConfig, PartialConfig
 from lmtune.io.text import pluralize
 from lmtune.models.structure import expert_tensors, linear_layers
+from lmtune.models.tuning.partial import find_parameters
 from lmtune.models.tuning.targets import ALL_LINEAR, Targets, adapter_parameters, find_targets, other_parts, routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _GIB = 2**30
+_NO_TARGETS = Targets((), ())
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,11 @@ class Parameters:
     """Numbers of parameters.
 
     Attributes:
-        trained: of the adapter.
-        trained_on_experts: of those, what is on experts.
+        trained: all that learn.
+        what: those in words.
+        own: of those, weights of the model itself; the others are an adapter's.
+        own_linear: of those, what is in linear layers but the head, and in experts.
+        trained_on_experts: of the adapter's, what is on experts.
         rank: of the adapter.
         targets: what it is on.
         linear: of all linear layers but the head, biases left out.
@@ -45,6 +51,9 @@ class Parameters:
     """
 
     trained: int
+    what: str
+    own: int
+    own_linear: int
     trained_on_experts: int
     rank: int
     targets: Targets
@@ -61,13 +70,18 @@ class Parameters:
 
     @property
     def frozen(self) -> int:
-        """All of the base."""
-        return self.linear + self.experts + self.other
+        """All of the base that does not learn."""
+        return self.linear + self.experts + self.other - self.own
+
+    @property
+    def adapter(self) -> int:
+        """Those of the adapter."""
+        return self.trained - self.own
 
     def describe(self) -> str:
         """The line."""
-        on = [pluralize(len(self.targets.modules), "module")] * bool(self.targets.modules)
-        on += [pluralize(len(self.targets.experts), "expert tensor")] * bool(self.targets.experts)
+        if not self.frozen:
+            return f"{self.trained:,} trained ({self.what})"
         held = f"{short_count(self.frozen)} frozen"
         if not self.quantized:
             held += f" in {self.dtype}"
@@ -78,22 +92,26 @@ class Parameters:
             share, size = self.experts / self.frozen, self.experts * each / _GIB
             held += f": experts ({share:.0%} of the weights) stay in {each * 8} bit: {size_text(size)}"
         left = f"; not adapted: {', '.join(self.not_adapted)}" if self.not_adapted else ""
-        return f"{self.trained:,} trained (LoRA r={self.rank} on {' and '.join(on)}); {held}{left}"
+        return f"{self.trained:,} trained ({self.what}); {held}{left}"
 
 
-def count_parameters(model: PreTrainedModel, tuning: LoraConfig, quantization: str, dtype: torch.dtype) -> Parameters:
-    """Count what is there and what will be attached.
+def count_parameters(
+    model: PreTrainedModel, tuning: LoraConfig | FullConfig | PartialConfig, quantization: str, dtype: torch.dtype
+) -> Parameters:
+    """Count what is there and what will learn.
 
     Args:
         model: the base without an adapter, loaded or on the meta device.
-        tuning: rank and targets.
+        tuning: what is trained.
         quantization: asked for; a loaded model shows which layers are quantized.
         dtype: of the weights that are not quantized.
 
     Raises:
-        ConfigError: a target names nothing in the model.
+        ConfigError: a target or a part names nothing in the model.
     """
-    found, layers, tensors = find_targets(model, tuning.target_modules), linear_layers(model), expert_tensors(model)
+    layers, tensors = linear_layers(model), expert_tensors(model)
+    learns = _LEARNS[type(tuning)](model, tuning)
+    found, own = learns.targets, learns.own
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
     body = {name: ins * outs for name, (ins, outs) in layers.items() if modules[name] is not head}
@@ -104,24 +122,76 @@ def count_parameters(model: PreTrainedModel, tuning: LoraConfig, quantization: s
     if not in_few_bits and quantization != "none":
         in_few_bits = set(body)
     return Parameters(
-        trained=adapter_parameters(model, found, tuning.rank, tuning.use_dora),
-        trained_on_experts=adapter_parameters(model, Targets((), found.experts), tuning.rank),
-        rank=tuning.rank, targets=found,
+        trained=learns.adapter + sum(parameter.numel() for parameter in own),
+        what=learns.what,
+        own=sum(parameter.numel() for parameter in own),
+        own_linear=sum(parameter.numel() for parameter in own if id(parameter) in counted),
+        trained_on_experts=adapter_parameters(model, Targets((), found.experts), learns.rank),
+        rank=learns.rank, targets=found,
         linear=sum(body.values()), experts=experts, other=other, quantized=sum(body[name] for name in in_few_bits),
         quantization=quantization, dtype=str(dtype).removeprefix("torch."),
         adapted_linear=sum(a * b for name, (a, b) in layers.items() if name in found.modules),
         adapted_experts=sum(tensors[name].numel() for name in found.experts),
         num_experts=max((len(tensor) for tensor in tensors.values()), default=0),
-        not_adapted=tuple(_not_adapted(model, tuning, found, set(body), sum(body.values()) + experts + other)),
+        not_adapted=() if learns.asked is None else tuple(
+            _not_adapted(model, learns.asked, found, set(body), sum(body.values()) + experts + other)
+        ),
     )  # fmt: skip
 
 
-def _not_adapted(model: PreTrainedModel, tuning: LoraConfig, found: Targets, body: set[str], total: int) -> list[str]:
+@dataclass(frozen=True)
+class _Learns:
+    """What a tuning lets learn.
+
+    Attributes:
+        what: in words.
+        own: weights of the model itself.
+        targets, adapter, rank: of the adapter: what it is on, its parameters.
+        asked: for which targets; None without an adapter.
+    """
+
+    what: str
+    own: list[torch.nn.Parameter]
+    targets: Targets = _NO_TARGETS
+    adapter: int = 0
+    rank: int = 0
+    asked: str | Sequence[str] | None = None
+
+
+def _lora(model: PreTrainedModel, tuning: LoraConfig) -> _Learns:
+    found = find_targets(model, tuning.target_modules)
+    on = [pluralize(len(found.modules), "module")] * bool(found.modules)
+    on += [pluralize(len(found.experts), "expert tensor")] * bool(found.experts)
+    number = adapter_parameters(model, found, tuning.rank, tuning.use_dora)
+    return _Learns(f"LoRA r={tuning.rank} on {' and '.join(on)}", [], found, number, tuning.rank, tuning.target_modules)
+
+
+def _full(model: PreTrainedModel, tuning: FullConfig) -> _Learns:
+    return _Learns("every weight", [parameter for parameter in model.parameters() if parameter.is_floating_point()])
+
+
+def _partial(model: PreTrainedModel, tuning: PartialConfig) -> _Learns:
+    own = find_parameters(model, tuning.parts)
+    table = model.get_input_embeddings().weight
+    is_tied = getattr(model.get_output_embeddings(), "weight", None) is table
+    parts = tuning.parts if isinstance(tuning.parts, str) else ", ".join(tuning.parts)
+    note = "; head and embeddings are one weight" if is_tied and any(one is table for one in own.values()) else ""
+    return _Learns(f"{parts}{note}", list(own.values()))
+
+
+_LEARNS: dict[type, Callable[[PreTrainedModel, Any], _Learns]] = {
+    LoraConfig: _lora, FullConfig: _full, PartialConfig: _partial,
+}  # fmt: skip
+
+
+def _not_adapted(
+    model: PreTrainedModel, asked: str | Sequence[str], found: Targets, body: set[str], total: int
+) -> list[str]:
     """What has no adapter: linear layers by the last part of their names, experts, routers, other matrices."""
     choosing, tensors, others = routers(model), expert_tensors(model), other_parts(model)
     left = set(others.values())
     known = {f"{name}.weight" for name in (*body, *choosing)} | tensors.keys()
-    if tuning.target_modules != ALL_LINEAR:
+    if asked != ALL_LINEAR:
         left |= {
             name.rpartition(".")[2]
             for name in body

@@ -1,4 +1,4 @@
-"""Facts about a transformers model, found without knowing its name: base, layers, linear layers, experts, positions."""
+"""Facts about a transformers model, found without knowing its name: base, layers, head, norms, experts, positions."""
 
 from __future__ import annotations
 
@@ -36,6 +36,28 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
     count = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     return lists[0] if len(lists) == 1 or (lists and count > 1) else None
+
+
+def heads(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """What turns hidden states into the result: the head of a language model, `score` of a classifier."""
+    if (head := model.get_output_embeddings()) is not None:
+        return [head]
+    body = model.base_model
+    return [part for part in model.children() if part is not body and any(True for _ in part.parameters())]
+
+
+def embeddings(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The tables of tokens, and of positions where the model has one."""
+    return [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+
+
+def norms(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The normalization layers that have weights: one number for each channel."""
+    return [
+        module for module in model.modules()
+        if "norm" in type(module).__name__.lower() and (own := list(module.parameters()))
+        and all(parameter.dim() == 1 for parameter in own)
+    ]  # fmt: skip
 
 
 def linear_layers(model: torch.nn.Module) -> dict[str, tuple[int, int]]:

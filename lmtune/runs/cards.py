@@ -17,7 +17,7 @@ import yaml
 
 from lmtune import __version__
 from lmtune.config.load import to_tree
-from lmtune.config.schema import FinetuneConfig, ModelConfig
+from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig, PartialConfig
 from lmtune.data.report import DataReport, PartReport
 from lmtune.runs.store import ScoreValues, Summary
 from lmtune.runs.tables import NOT_MEASURED, SCORES, format_score
@@ -51,6 +51,39 @@ def adapter_card(
     )
 
 
+def model_card(
+    config: FinetuneConfig, summary: Summary, data: DataReport | None, repository: str | None = None,
+    stops: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """The README.md of a model whose own weights were trained."""
+    base, title = config.model.name, repository or config.run.name or "tuned model"
+    tuning = config.tuning
+    learned = "Every weight was trained"
+    if isinstance(tuning, PartialConfig):
+        parts = (tuning.parts,) if isinstance(tuning.parts, str) else tuning.parts
+        learned = f"Of its weights, these were trained: {', '.join(f'`{part}`' for part in parts)}"
+    return join_parts(
+        _front_matter(base, "transformers", [tuning.kind, "lmtune"], summary.tuned or {}, title),
+        f"# {title.rpartition('/')[2]}",
+        f"{_linked(base)}, fine-tuned with lmtune {__version__}. {learned}. It is a whole model and needs no adapter.",
+        _base_table(config.model),
+        _scores_part(summary),
+        _data_part(data),
+        _settings_part(config),
+        merged_usage(config, repository or "path/to/model", stops),
+        _limits(base),
+    )
+
+
+def result_card(
+    config: FinetuneConfig, summary: Summary, data: DataReport | None, repository: str | None = None,
+    stops: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """The card of what a run has trained: an adapter, or the model itself."""
+    card = adapter_card if isinstance(config.tuning, LoraConfig) else model_card
+    return card(config, summary, data, repository, stops)
+
+
 def merged_card(
     config: FinetuneConfig, summary: Summary, merge: Mapping[str, object], repository: str | None = None,
     stops: Sequence[str] = (),
@@ -76,7 +109,7 @@ def _front_matter(base: str, library: str, tags: Sequence[str], tuned: ScoreValu
     """The YAML block that the Hub reads. It names the base; one from a folder of this machine has no place in it."""
     tree: dict[str, object] = {"base_model": base} if is_hub_id(base) or base == "tiny" else {}
     tree |= {"pipeline_tag": "text-generation", "library_name": library, "tags": list(tags)}
-    if is_hub_id(base) and "merged" in tags:
+    if is_hub_id(base) and library == "transformers":
         tree["base_model_relation"] = "finetune"
     metrics = [
         {"name": name, "type": kind, "value": float(f"{tuned[key]:.6g}")}

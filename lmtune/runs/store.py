@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from lmtune.config.schema import RunConfig
+from lmtune.config.schema import FullConfig, LoraConfig, PartialConfig, RunConfig
 from lmtune.data.report import DataReport
 from lmtune.errors import CheckpointError, ConfigError, ModelError
 from lmtune.io.atomic import parse_object, remove_leftovers, try_lock
@@ -95,6 +95,15 @@ class RunDirectory:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run.name: {path} is a file; choose another run.name")
         return cls(path)
+
+    def result(self, tuning: LoraConfig | FullConfig | PartialConfig) -> Path:
+        """The folder of what was trained: an adapter, or a whole model where the model's own weights were."""
+        return self.adapter if isinstance(tuning, LoraConfig) else self.merged
+
+    def has_result(self, tuning: LoraConfig | FullConfig | PartialConfig) -> bool:
+        """Whether the end of the run, or an earlier end of it, has written that folder."""
+        weights = "adapter_model.safetensors" if isinstance(tuning, LoraConfig) else "config.json"
+        return (self.result(tuning) / weights).is_file()
 
     @property
     def name(self) -> str:

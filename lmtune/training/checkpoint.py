@@ -139,11 +139,14 @@ def restore(
     wanted = {name: parameter.shape for name, parameter in parameters.items()}
     if wanted != {name: tensor.shape for name, tensor in checkpoint.weights.items()}:
         raise CheckpointError("the checkpoint has other tensors than this model; see tuning and model.name")
-    state = {}
+    names, state = {id(parameter): name for name, parameter in parameters.items()}, {}
     with torch.no_grad():
-        for index, (name, parameter) in enumerate(parameters.items()):
+        for name, parameter in parameters.items():
             parameter.copy_(checkpoint.weights[name])
-            moments = {kind: checkpoint.optimizer[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
-            state[index] = {"step": torch.tensor(float(checkpoint.step)), **moments}
+    grouped = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for index, parameter in enumerate(grouped):  # as PyTorch counts them: through the groups, not through the model
+        name = names[id(parameter)]
+        moments = {kind: checkpoint.optimizer[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
+        state[index] = {"step": torch.tensor(float(checkpoint.step)), **moments}
     # PyTorch decides where each tensor lives: a fused AdamW reads `step` on the parameter's device, another on the CPU
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from lmtune.batching.plan import Planner
 from lmtune.batching.prefixes import Ints, shareable_prefix
-from lmtune.config.schema import Dtype, FinetuneConfig, LoraConfig, ModelConfig, SftConfig
+from lmtune.config.schema import (
+    Dtype,
+    FinetuneConfig,
+    FullConfig,
+    LoraConfig,
+    ModelConfig,
+    PartialConfig,
+    SftConfig,
+)
 from lmtune.data.rendering import Renderer
 from lmtune.data.store import LoadedData, load_data
 from lmtune.evaluation.generative import Answer
@@ -24,12 +32,14 @@ from lmtune.forward.packed import PackedForward
 from lmtune.inference.load import build_renderer
 from lmtune.io.console import progress, warn
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.base import base_fingerprint, check_bitsandbytes, dtype_of, load_model, load_tokenizer
+from lmtune.models.base import DTYPES, base_fingerprint, check_bitsandbytes, dtype_of, load_model, load_tokenizer
 from lmtune.models.device import dense_weights_fit, free_memory
 from lmtune.models.locate import shareable_name
 from lmtune.models.parameters import Parameters, count_parameters
 from lmtune.models.tuning.base import TunedModel, Tuning
+from lmtune.models.tuning.full import Full
 from lmtune.models.tuning.lora import Lora
+from lmtune.models.tuning.partial import Partial
 from lmtune.objectives.base import Objective
 from lmtune.objectives.sft import Sft
 from lmtune.parallel.base import Parallel
@@ -43,8 +53,13 @@ from lmtune.training.optim import adamw
 from lmtune.training.start_adapter import StartingAdapter, starting_adapter
 from lmtune.training.state import RunSignature, TrainResult, TrainState
 
-# What a section of the config stands for, by its type.
-TUNINGS: dict[type, Callable[[LoraConfig, Path | None, str | None], Tuning]] = {LoraConfig: Lora}
+# What a section of the config stands for, by its type. A tuning is made from its section, the base in the dtype of
+# computation, and the adapter that it begins from.
+TUNINGS: dict[type, Callable[[Any, ModelConfig, Path | None], Tuning]] = {
+    LoraConfig: Lora,
+    FullConfig: lambda section, base, start: Full(base),
+    PartialConfig: lambda section, base, start: Partial(section, base),
+}
 OBJECTIVES: dict[type, Callable[[], Objective]] = {SftConfig: Sft}
 
 
@@ -142,18 +157,21 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     renderer = _renderer(config)
     with parallel.main_first():  # the others find the rows in the cache
         data = load_data(config.data, renderer, config.train.seed, config.objective.rows)
-    base = load_model(_with_dtype(config, parallel), parallel.device)
+    stored = _with_dtype(config, parallel)
+    dtype = DTYPES[stored.dtype]
+    tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
+    base = load_model(replace(stored, dtype=tuning.load_dtype or stored.dtype), parallel.device)
     parts = [part for part in (data.train, data.validation) if part is not None]
     check_lengths(base, parts, "data.max_length", tell=parallel.is_main)
     fingerprint = base_fingerprint(config.model)
-    parameters = count_parameters(base, config.tuning, config.model.quantization, base.dtype)
-    tuning = TUNINGS[type(config.tuning)](config.tuning, None if start is None else start.folder, fingerprint)
+    parameters = count_parameters(base, config.tuning, config.model.quantization, dtype)
     with progress("preparing the adapter and the kernels"):
         model = tuning.apply(base, config.train.seed, shareable_name(config.model.name))
         for tensor in tuning.initial_tensors(model):
             parallel.broadcast(tensor)
-        fuse(model.module, all(parallel.gather([dense_weights_fit(model.module, parallel.device)])))
-        forward = PackedForward(model.module)
+        if model.has_adapter:
+            fuse(model.module, all(parallel.gather([dense_weights_fit(model.module, parallel.device)])))
+        forward = PackedForward(model.module, dtype)
     for capabilities in parallel.gather([forward.capabilities]):  # the plan, which all ranks make alike, depends on it
         forward.capabilities = forward.capabilities.intersect(capabilities)
     if parallel.is_main:
@@ -199,7 +217,7 @@ def _choose_micro_batch(
     activations = measure_activations(forward, share)
     if activations is None:
         shape = memory.shape_of(forward.model, parameters)
-        activations = memory.estimated_activations(shape, forward.base.dtype)
+        activations = memory.estimated_activations(shape, forward.dtype)
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
     fitting = memory.fitting_micro_batch(
         activations, data.train.sequences.longest, free_memory(device), device.type, asked

@@ -22,7 +22,7 @@ def environment(parts: Components) -> dict[str, Any]:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "dtype": str(parts.forward.base.dtype).removeprefix("torch."),
+        "dtype": str(parts.forward.dtype).removeprefix("torch."),
         "processes": parts.parallel.world_size,
         "torch_threads": torch.get_num_threads(),
         "git_revision": _git_revision(),

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from lmtune.batching.plan import Planner, TokenCost
-from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig
+from lmtune.config.schema import FinetuneConfig, FullConfig, LoraConfig, ModelConfig, PartialConfig
 from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
 from lmtune.models.base import describe_dtype, dtype_of, resolve_name
@@ -70,7 +70,7 @@ class Forecast:
         beside = [("dense copies of quantized weights", part.dense_copies)] * bool(part.dense_copies)
         beside += [("experts with their adapter added", part.expert_copies)] * bool(part.expert_copies)
         sizes = [
-            ("base weights", part.base_weights), *beside, ("adapter, optimizer", part.adapter_and_optimizer),
+            ("base weights", part.base_weights), *beside, ("trained weights, optimizer", part.trained_and_optimizer),
             ("activations", part.activations), ("logits", part.logits),
         ]  # fmt: skip
         times = [
@@ -103,7 +103,7 @@ def forecast(
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
     left = max(0.0, free - memory.base_weights(shape, quantization, dtype))
     dense = memory.dense_copies(shape, quantization, dtype, left)
-    left = max(0.0, left - dense - 16 * shape.adapter_parameters)
+    left = max(0.0, left - dense - memory.trained_bytes(shape, dtype))
     setting = config.train.micro_batch_tokens
     budget, checkpointed = memory.fitting_micro_batch(
         memory.estimated_activations(shape, dtype), rows.longest, int(left), device.type,
@@ -189,11 +189,14 @@ def token_cost(shape: ModelShape) -> TokenCost:
 
 
 def _plain_flop(shape: ModelShape) -> float:
-    """What every token needs in linear layers and adapters."""
-    return float(4 * shape.active_parameters + 6 * (shape.adapter_parameters - shape.adapter_on_experts))
+    """What every token needs in linear layers and adapters; the model's own weights that learn need their gradient."""
+    adapters = 6 * (shape.adapter_parameters - shape.adapter_on_experts)
+    return float(4 * shape.active_parameters + 2 * shape.own_linear + adapters)
 
 
-def planned_shape(model: ModelConfig, tuning: LoraConfig, dtype: torch.dtype) -> tuple[ModelShape, Parameters]:
+def planned_shape(
+    model: ModelConfig, tuning: LoraConfig | FullConfig | PartialConfig, dtype: torch.dtype
+) -> tuple[ModelShape, Parameters]:
     """The shape of `model` under `tuning`, and what is adapted and quantized, from its config alone.
 
     ModelError if the config cannot be read; ConfigError if a target names nothing, or the variant does not fit.
@@ -203,7 +206,8 @@ def planned_shape(model: ModelConfig, tuning: LoraConfig, dtype: torch.dtype) ->
     except Exception as error:
         raise ModelError(f"model.name: cannot read the config of {model.name}: {error}") from error
     parameters = count_parameters(empty, tuning, model.quantization, dtype)
-    check_variant(empty, tuning, parameters.targets)
+    if isinstance(tuning, LoraConfig):
+        check_variant(empty, tuning, parameters.targets)
     return memory.shape_of(empty, parameters), parameters
 
 
@@ -240,7 +244,7 @@ def _advice(
             "model.quantization=nf4" if config.model.quantization != "nf4" and mostly_linear else "a smaller model"
         )
         found.append(f"it does not fit the {free_gib:.1f} GiB that are free: try {smaller}, or a lower data.max_length")
-        if shape.adapted_experts and part.total - part.expert_copies - part.adapter_and_optimizer < free_gib:
+        if shape.adapted_experts and part.total - part.expert_copies - part.trained_and_optimizer < free_gib:
             found.append("most of it is the adapter of the experts: tuning.target_modules without them needs less")
     elif checkpointed:
         found.append("activation checkpointing covers some layers; a lower data.max_length may avoid it")

@@ -100,8 +100,8 @@ def _with_its_length(
     Returns the checkpoint to resume from, whether nothing is left to do, and what to say of another number of steps.
     Raises CheckpointError if more steps are done than are asked for, or the steps done are not there to go on from.
     """
-    train, has_adapter = parts.config.train, (run.adapter / "adapter_model.safetensors").is_file()
-    complete = has_adapter and run.read_summary().status == "complete"
+    train = parts.config.train
+    complete = run.has_result(parts.config.tuning) and run.read_summary().status == "complete"
     before = checkpoint.state.signature if checkpoint else _signature_of(run) if complete else None
     if complete and checkpoint is None and before is not None:  # they were deleted to save room
         check_resumable(run, before, parts.signature, parts.data.report)
@@ -157,7 +157,7 @@ def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | No
         err.print(escape(f"from the adapter {parts.start.name}, with its rank, alpha and layers"))
     err.print(escape(describe_report(data.report)))
     err.print(escape(parts.renderer.description))
-    dtype = describe_dtype(config.model, parts.parallel.device, parts.forward.base.dtype)
+    dtype = describe_dtype(config.model, parts.parallel.device, parts.forward.dtype)
     err.print(f"precision: {escape(dtype)}")
     err.print(f"parameters: {escape(parts.parameters.describe())}")
     for warning in evaluation_warnings(config, data.validation is not None, steps):

@@ -46,6 +46,8 @@ class ModelShape:
     linear_parameters: int
     other_parameters: int
     adapter_parameters: int
+    own_parameters: int = 0  # of the model itself that learn
+    own_linear: int = 0  # of those, in linear layers and experts
     expert_parameters: int = 0
     active_share: float = 1.0  # of the experts, that a token passes through
     adapted_linear: int = 0  # elements under the adapter
@@ -84,7 +86,7 @@ class MemoryEstimate:
     """GiB by part for a micro-batch of `micro_batch_tokens`."""
 
     base_weights: float
-    adapter_and_optimizer: float
+    trained_and_optimizer: float
     activations: float
     logits: float
     dense_copies: float = 0.0
@@ -109,8 +111,8 @@ def shape_of(model: Any, parameters: Parameters) -> ModelShape:
         intermediate = max(1, round(active * parameters.experts / layers / hidden / 3))
     return ModelShape(
         layers, hidden, width, intermediate, int(config.vocab_size), parameters.linear, parameters.other,
-        parameters.trained, parameters.experts, active, parameters.adapted_linear, parameters.adapted_experts,
-        parameters.trained_on_experts, parameters.rank,
+        parameters.adapter, parameters.own, parameters.own_linear, parameters.experts, active,
+        parameters.adapted_linear, parameters.adapted_experts, parameters.trained_on_experts, parameters.rank,
     )  # fmt: skip
 
 
@@ -125,7 +127,14 @@ def base_weights(shape: ModelShape, quantization: str, dtype: torch.dtype) -> fl
     """Bytes of the frozen weights; experts, embeddings, head, router and norms are not quantized."""
     wide = dtype.itemsize
     per_element = {"none": float(wide), **_QUANTIZED_BYTES}[quantization]
-    return shape.linear_parameters * per_element + (shape.expert_parameters + shape.other_parameters) * wide
+    others = shape.expert_parameters + shape.other_parameters - shape.own_parameters
+    return shape.linear_parameters * per_element + others * wide
+
+
+def trained_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Of what is trained: weight, gradient and two moments in fp32; of own weights also copies in a narrow `dtype`."""
+    narrow = dtype.itemsize if dtype.itemsize < 4 else 0
+    return 16 * (shape.adapter_parameters + shape.own_parameters) + narrow * shape.own_parameters
 
 
 def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_bytes: float) -> float:
@@ -149,7 +158,7 @@ def estimate(
     logits = rows * shape.vocabulary_size * 4 * 3  # of a chunk: fp32 logits, their softmax and gradient
     return MemoryEstimate(
         base_weights=base_weights(shape, quantization, dtype) / GIB,
-        adapter_and_optimizer=shape.adapter_parameters * 16 / GIB,  # weight, gradient and two moments in fp32
+        trained_and_optimizer=trained_bytes(shape, dtype) / GIB,
         activations=tokens * activations.per_token(checkpointed) / GIB,
         logits=logits / GIB,
         dense_copies=dense_bytes / GIB,
@@ -220,7 +229,7 @@ def measure_activations(forward: PackedForward, trained_share: float) -> Activat
     more = _PROBE_TOKENS[1] - _PROBE_TOKENS[0]
     per_layer = [max(0, b - a) / more for a, b in zip(short, long, strict=True)]
     fixed = [max(0.0, a - each * _PROBE_TOKENS[0]) for a, each in zip(short, per_layer, strict=True)]
-    boundary = forward.base.config.get_text_config().hidden_size * forward.base.dtype.itemsize
+    boundary = forward.base.config.get_text_config().hidden_size * forward.dtype.itemsize
     return ActivationBytes(max(per_layer[:-1]), float(boundary), per_layer[-1], len(layers), max(fixed[:-1]))
 
 

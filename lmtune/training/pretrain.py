@@ -96,7 +96,7 @@ def pretrain(model: PreTrainedModel, blocks: Blocks, validation: Blocks, config:
     )  # fmt: skip
     tuned = tuning.apply(model.to(parallel.device), settings.seed, config.output.name)
     dtype = compute_dtype(parallel.device, sizes=(model.config.hidden_size, model.config.intermediate_size))
-    forward = PackedForward(tuned.module, autocast=None if dtype == torch.float32 else dtype)
+    forward = PackedForward(tuned.module, dtype)
     budget = MOST_TOKENS[parallel.device.type]
     planner = Planner(blocks.sequences, rates, 1, budget)
     optimizer = adamw(tuning.parameter_groups(tuned, settings.weight_decay), betas=(0.9, 0.95))

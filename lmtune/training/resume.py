@@ -64,7 +64,8 @@ def check_resumable(run: RunDirectory, before: RunSignature, now: RunSignature, 
 
     A setting that the run's version did not know yet counts as its default, which keeps what was done before.
     """
-    defaults = {key: setting.default for key, setting in settings().items() if key in now.settings}
+    known = settings(FinetuneConfig, now.settings)
+    defaults = {key: setting.default for key, setting in known.items() if key in now.settings}
     old, new = ({k: v for k, v in one.items() if k not in _LENGTH} for one in (
         {**defaults, **before.settings}, now.settings))  # fmt: skip
     differences = [

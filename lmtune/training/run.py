@@ -22,7 +22,7 @@ from lmtune.io.atomic import new_folder, write_json, write_text
 from lmtune.models.model_folder import write_adapter_texts
 from lmtune.models.tuning.base import Tensors
 from lmtune.parallel.launch import connect
-from lmtune.runs.cards import adapter_card
+from lmtune.runs.cards import result_card
 from lmtune.runs.log import Records, read_predictions
 from lmtune.runs.store import RunDirectory, ScoreValues, Summary
 from lmtune.training.checkpoint import Checkpoint
@@ -62,10 +62,10 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
             summary["standard_errors"] = {**known, "tuned": tuned[0].standard_errors}
         if parallel.is_main:
             save_tuned(run, parts, result.weights)
-            card = adapter_card(
+            card = result_card(
                 parts.config, Summary.parse(summary), parts.data.report, stops=parts.renderer.stop_tokens
             )
-            write_text(run.adapter / "README.md", card)
+            write_text(run.result(parts.config.tuning) / "README.md", card)
             if tuned is not None:
                 add_tuned_predictions(run, tuned[1])
             write_json(run.summary, summary)  # last: it says that the run is complete
@@ -99,12 +99,14 @@ def run_loop(run: RunDirectory, parts: Components, resumed: Checkpoint | None) -
 
 
 def save_tuned(run: RunDirectory, parts: Components, weights: Tensors | None) -> None:
-    """Write the adapter folder: plain PEFT files, tokenizer with template, generation config with the stop tokens.
+    """Write what was trained: weights and config, tokenizer with template, generation config with the stop tokens.
 
-    The folder appears complete or not at all; one from before is replaced. `weights` None are the model's own.
+    That is an adapter folder, or a whole model. It appears complete or not at all; one from before is replaced.
+    `weights` None are the model's own.
     """
-    with new_folder(run.adapter) as staging:
-        metadata = run_metadata(parts.config, parts.renderer, parts.fingerprint, run.adapter)
+    folder = run.result(parts.config.tuning)
+    with new_folder(folder) as staging:
+        metadata = run_metadata(parts.config, parts.renderer, parts.fingerprint, folder)
         parts.tuning.save(parts.model, staging, metadata, weights)
         write_adapter_texts(parts.config.model, parts.renderer, staging)
 
@@ -119,6 +121,7 @@ def base_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
     parts.parallel.barrier()
     wanted = known is None and parts.config.evaluation.score_base
     errors = run.read_summary().standard_errors
+    # before the first step the model is the base; of a resumed run too, as its checkpoint is restored later
     with parts.model.without_adapter() if parts.start is not None else contextlib.nullcontext():
         scored = parts.score("the base") if wanted else None
     if scored is not None:

@@ -45,8 +45,9 @@ def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]
 
     ConfigError if there is none, it is this very run, or the config contradicts it; ModelError if it is damaged.
     """
-    target = config.tuning.adapter
-    if target is None:
+    tuning = config.tuning
+    target = tuning.adapter if isinstance(tuning, LoraConfig) else None
+    if target is None or not isinstance(tuning, LoraConfig):
         yield None
         return
     run = find_run(target, config.run.dir)
@@ -65,7 +66,7 @@ def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]
             raise ModelError(f"tuning.adapter: {target}: {error}") from None
         sha256 = content_sha256(folder / WEIGHTS)
         name = run.name if run is not None else folder.resolve().name
-        yield StartingAdapter(folder, name, _settings(config.tuning, saved, target), sha256)
+        yield StartingAdapter(folder, name, _settings(tuning, saved, target), sha256)
 
 
 def with_starting_adapter(config: FinetuneConfig) -> FinetuneConfig:

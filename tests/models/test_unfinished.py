@@ -70,7 +70,7 @@ def test_an_unfinished_run_is_used_as_far_as_it_got(tmp_path: Path, capsys: pyte
     assert report["rows"] > 0
     assert capsys.readouterr().err.count("runs/trial is not finished: uses step 4 of 8\n") == 2
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight"
-    assert torch.equal(dict(loaded.model.named_parameters())[name], saved.adapter[name])
+    assert torch.equal(dict(loaded.model.named_parameters())[name], saved.weights[name])
     assert "merge" not in json.loads(run.summary.read_text())
     assert not run.adapter.exists()
 

@@ -13,7 +13,9 @@ from lmtune.batching.plan import Totals, Unit
 from lmtune.batching.prefetch import pack_units
 from lmtune.forward.packed import PackedForward
 from lmtune.models.device import is_out_of_memory
+from lmtune.models.structure import base_of
 from lmtune.models.tuning.base import trainable
+from lmtune.models.tuning.full import Full
 from lmtune.objectives.sft import Sft
 from lmtune.parallel.base import GradientBuffer
 from lmtune.parallel.single import Single
@@ -24,7 +26,7 @@ from tests.tiny import KINDS, Rows, adapted, pack_rows, random_rows, tiny_model,
 
 def by_hand(model, rows: Rows) -> tuple[float, dict[str, torch.Tensor], float]:
     """Loss, gradients and their norm of all rows, one sequence at a time, in plain PyTorch."""
-    parameters, base = trainable(model), model.get_base_model()
+    parameters, base = trainable(model), base_of(model)
     model.zero_grad()
     denominator, total = sum(row.weight * sum(s.num_targets for s in row.sequences) for row in rows.rows), 0.0
     for row in rows.rows:
@@ -79,6 +81,19 @@ def test_a_row_of_weight_two_is_the_row_twice() -> None:
     assert weighted_once.loss == pytest.approx(twice.loss, abs=1e-6)
     for name, parameter in trainable(model).items():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen3", False), ("gpt2", True)])
+@pytest.mark.parametrize("budget", [60, 10**6])
+def test_gradients_of_every_weight_equal_a_plain_loop(kind: str, tied: bool, budget: int) -> None:
+    model, rows = Full().apply(tiny_model(kind, tie_word_embeddings=tied), 0, "x").module, random_rows(8)
+    loss, gradients, norm = by_hand(model, rows)
+    sums = lmtune_step(model, rows, budget)
+    assert sums.loss == pytest.approx(loss, abs=1e-5)
+    assert sums.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert ("lm_head.weight" in gradients) is not tied
+    for name, parameter in trainable(model).items():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=2e-6, rtol=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

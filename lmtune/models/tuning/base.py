@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, NotRequired, Protocol, TypedDict
 
 import torch
 
+from lmtune.config.schema import Dtype
 from lmtune.models.structure import base_of
 from lmtune.models.tuning.adapter_files import Metadata
 
@@ -30,6 +31,7 @@ class ParameterGroup(TypedDict):
 
     params: list[torch.nn.Parameter]
     weight_decay: NotRequired[float]
+    lr_scale: NotRequired[float]  # times the learning rate of the step
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -56,19 +58,30 @@ class TunedModel:
         """The trained parameters by name, in the model's order."""
         return trainable(self.module)
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the base is still there, under an adapter."""
+        return hasattr(self.module, "disable_adapter")
+
     def without_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """The base alone inside the block: the reference of preferences, and what a run is compared with."""
-        disable = getattr(self.module, "disable_adapter", None)
-        return contextlib.nullcontext() if disable is None else disable()
+        """The base alone inside the block; only where `has_adapter`.
+
+        What a run begins from, which is the reference of preferences, is the model itself before the first step: with
+        whatever tuning, and also in a run that is resumed, until its checkpoint is restored.
+        """
+        assert self.has_adapter, "the base's own weights were trained"
+        disabled: contextlib.AbstractContextManager[None] = self.module.disable_adapter()  # type: ignore[operator]
+        return disabled
 
 
 class Tuning(Protocol):
     """Which parameters are trained, how they are grouped for the optimizer, and how they are saved and loaded."""
 
     kind: ClassVar[str]
+    load_dtype: ClassVar[Dtype | None]  # in which the base is loaded; None is the dtype of computation
 
     def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
-        """Make `base`, which is frozen, trainable; what is random depends on `seed` alone."""
+        """Make `base`, which is frozen, trainable in fp32; what is random depends on `seed` alone."""
 
     def parameter_groups(self, model: TunedModel, weight_decay: float) -> list[ParameterGroup]:
         """The trained parameters, grouped for the optimizer."""

@@ -1,13 +1,18 @@
-"""Full tuning: every parameter of the model learns."""
+"""Full tuning: every weight of the model learns, and the result is a plain model folder."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 
+from lmtune.config.schema import Dtype, ModelConfig
+from lmtune.errors import ConfigError
+from lmtune.io.atomic import name_disk_errors
+from lmtune.models.base import DTYPES, load_model
+from lmtune.models.changed_weights import write_changed
 from lmtune.models.tuning.adapter_files import METADATA, Metadata
 from lmtune.models.tuning.base import ParameterGroup, Tensors, TunedModel
 
@@ -16,37 +21,62 @@ if TYPE_CHECKING:
 
 
 class Full:
-    """All parameters; matrices decay towards zero, norms and biases do not."""
+    """All weights; matrices decay towards zero, norms and biases do not."""
 
     kind: ClassVar[str] = "full"
+    load_dtype: ClassVar[Dtype | None] = "float32"
+
+    def __init__(self, base: ModelConfig | None = None) -> None:
+        """`base` is the stored model, of which `save` takes over what has not changed; None where nothing is saved."""
+        self.base = base
 
     def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
-        """Let every floating-point parameter of `base` learn."""
-        for parameter in base.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        return TunedModel(base)
+        """Let every floating-point parameter of `base` learn, in fp32.
+
+        Raises:
+            ConfigError: the model is stored in few bits, which cannot learn.
+        """
+        return learning(base, {name: p for name, p in base.named_parameters() if p.is_floating_point()})
 
     def parameter_groups(self, model: TunedModel, weight_decay: float) -> list[ParameterGroup]:
         """Matrices, and all others."""
         parameters = list(model.trainable().values())
-        return [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        matrices, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+        groups: list[ParameterGroup] = [
+            {"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0},
+        ]  # fmt: skip
+        return [group for group in groups if group["params"]]
 
     def initial_tensors(self, model: TunedModel) -> list[torch.Tensor]:
         """Nothing is computed."""
         return []
 
     def save(self, model: TunedModel, folder: Path, metadata: Metadata, tensors: Tensors | None = None) -> None:
-        """Write a model folder as transformers does, and `lmtune.json` beside it."""
-        own = model.trainable()
-        instead = {own[name].data_ptr(): tensor for name, tensor in (tensors or {}).items()}  # a tied head goes along
-        state = {name: instead.get(value.data_ptr(), value) for name, value in model.base.state_dict().items()}
-        model.base.save_pretrained(folder, state_dict=state)
-        (folder / METADATA).write_text(json.dumps(metadata.as_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write weights and config of a plain model, and `lmtune.json` beside them.
+
+        Stored tensors that were not trained are copied bit for bit.
+        """
+        assert self.base is not None
+        changed = {name: parameter.detach() for name, parameter in model.trainable().items()} | dict(tensors or {})
+        write_changed(self.base, model.base, changed, folder, metadata.stop_token_ids)
+        with name_disk_errors(folder / METADATA):
+            (folder / METADATA).write_text(json.dumps(metadata.as_dict(), indent=2) + "\n", encoding="utf-8")
 
     def load(self, base: PreTrainedModel, folder: Path, fingerprint: str | None = None) -> TunedModel:
-        """The model of the folder, in place of `base`."""
-        loaded = type(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True)
-        return TunedModel(loaded.to(base.device).requires_grad_(False).eval())
+        """The model of the folder, in place of `base`, in evaluation mode."""
+        name = next(name for name, dtype in DTYPES.items() if dtype == base.dtype)
+        stored = ModelConfig(name=str(folder), quantization="none", dtype=cast(Dtype, name))
+        return TunedModel(load_model(stored, base.device))
+
+
+def learning(base: PreTrainedModel, parameters: dict[str, torch.nn.Parameter]) -> TunedModel:
+    """`base` in which these `parameters` learn."""
+    if getattr(base, "is_quantized", False) or not parameters:
+        raise ConfigError(
+            "model.name: the weights of this model are stored in few bits, which cannot learn; take the model as it "
+            "was published in 16 or 32 bit, or set tuning.kind: lora"
+        )
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return TunedModel(base)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmtune.config.schema import LoraConfig
+from lmtune.config.schema import Dtype, LoraConfig, ModelConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.atomic import name_disk_errors
 from lmtune.io.text import format_list
 from lmtune.kernels.lora_linear import exact_magnitudes, fuse
-from lmtune.models.base import check_bitsandbytes
+from lmtune.models.base import base_fingerprint, check_bitsandbytes
 from lmtune.models.device import dense_weights_fit
 from lmtune.models.structure import base_of
 from lmtune.models.tuning.adapter_files import (
@@ -45,15 +45,16 @@ class Lora:
     """A LoRA adapter, new or started from a saved one."""
 
     kind: ClassVar[str] = "lora"
+    load_dtype: ClassVar[Dtype | None] = None
 
-    def __init__(self, config: LoraConfig, start: Path | None = None, fingerprint: str | None = None) -> None:
+    def __init__(self, config: LoraConfig, base: ModelConfig | None = None, start: Path | None = None) -> None:
         """
         Args:
             config: rank, alpha, dropout, target modules, variant.
+            base: the stored model, whose fingerprint is compared with that of `start`; None does not compare.
             start: the adapter folder that training begins from; None for a new adapter.
-            fingerprint: of the base, compared with that of `start`.
         """
-        self.config, self.start, self.fingerprint = config, start, fingerprint
+        self.config, self.base, self.start = config, base, start
 
     def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
         """Put the adapter on `base`; `adapter_config.json` will name `base_name`.
@@ -66,7 +67,8 @@ class Lora:
             return TunedModel(attach_adapter(base, self.config, seed, base_name))
         check_variant(base, self.config, find_targets(base, self.config.target_modules))
         changes = {"lora_dropout": self.config.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
-        peft_model = _with_saved(base, self.start, self.fingerprint, changes)
+        fingerprint = None if self.base is None else base_fingerprint(self.base)
+        peft_model = _with_saved(base, self.start, fingerprint, changes)
         peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
         for parameter in trainable(peft_model).values():
             parameter.data = parameter.data.float()

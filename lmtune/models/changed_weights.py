@@ -1,0 +1,95 @@
+"""A plain model folder in which some of a base's weights are others: what full and partial tuning save.
+
+    write_changed(base, model, {"model.norm.weight": tensor}, folder, stop_token_ids=(2,))
+
+As in a merge, the files keep the names and the order that the base published, tied weights stay tied, and a tensor
+without a change is copied bit for bit. A changed one is stored in the wider of two types, the stored one and that of
+computation: nothing that the training computed with is rounded away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lmtune.config.schema import ModelConfig
+from lmtune.io.atomic import name_disk_errors
+from lmtune.models.base import DTYPES, stored_files, weight_files
+from lmtune.models.model_folder import (
+    Layout,
+    StoredWeights,
+    Tensors,
+    WeightWriter,
+    merged_config,
+    read_tree,
+    write_tree,
+)
+from lmtune.models.validate import CONFIG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def write_changed(
+    base: ModelConfig, model: PreTrainedModel, changed: Mapping[str, torch.Tensor], folder: Path,
+    stop_token_ids: Sequence[int],
+) -> None:  # fmt: skip
+    """Write weights and config of `base` with `changed` weights into an existing folder, tensor by tensor.
+
+    Args:
+        base: the stored model; its `dtype` is that of computation.
+        model: it in memory, for stored tensors that hold a changed weight and others together.
+        changed: weights by their names in the model, each once.
+        folder: where to.
+        stop_token_ids: the end of an answer first.
+
+    Raises:
+        OSError: names the file that could not be written.
+    """
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    stored = StoredWeights(weight_files(base))
+    layout = Layout(empty, stored)
+    weights = _with_tied(empty, layout, changed)
+    groups = list(dict.fromkeys(layout.group(name) for name in weights))
+    computed = DTYPES[base.dtype]
+
+    def pieces(group: Iterable[str], prepared: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
+        """What is stored of a group of weights, which is made of them by copies and views."""
+        own = {name: weights[name] if name in weights else model.get_parameter(name).detach() for name in group}
+        return layout.written({name: prepared(weight) for name, weight in own.items()})
+
+    coming: Tensors = {}
+    for group in groups:
+        for name, piece in pieces(group, lambda weight: weight.to("meta")).items():
+            entry = stored.entries.get(name)
+            dtype = computed if entry is None or entry.dtype is None else torch.promote_types(entry.dtype, computed)
+            coming[name] = piece.to(dtype)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for group in groups:
+            for name, piece in pieces(group, torch.Tensor.float).items():
+                yield name, piece.to(coming[name].dtype)
+
+    gone = layout.replaced(name for group in groups for name in group)
+    with name_disk_errors(folder):
+        WeightWriter(stored, coming, gone).write(folder, tensors())
+        widest = computed
+        for tensor in coming.values():
+            widest = torch.promote_types(widest, tensor.dtype)
+        name = str(widest).removeprefix("torch.")
+        tree = merged_config(read_tree(stored_files(base, [CONFIG])[CONFIG]), name, stop_token_ids, untied=False)
+        write_tree(folder / CONFIG, {**tree, "dtype": name, "torch_dtype": name})
+
+
+def _with_tied(empty: PreTrainedModel, layout: Layout, changed: Mapping[str, torch.Tensor]) -> Tensors:
+    """`changed`, and what is tied to it where that is stored on its own too."""
+    own = {name: id(parameter) for name, parameter in empty.named_parameters(remove_duplicate=False)}
+    values = {own[name]: tensor for name, tensor in changed.items()}
+    return {
+        name: values[same] for name, same in own.items()
+        if name in changed or (same in values and layout.source(name) is not None)
+    }  # fmt: skip

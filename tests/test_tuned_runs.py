@@ -1,0 +1,182 @@
+"""Runs in which the model's own weights learn, from the command to every way to use the result."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lmtune
+from lmtune.config.schema import ModelConfig
+from lmtune.errors import ConfigError
+from lmtune.evaluation.scoring import evaluate_loaded
+from lmtune.export.hub import prepare_push
+from lmtune.export.merged import merge_run
+from lmtune.inference.load import load_for_inference
+from lmtune.models.base import load_model
+from lmtune.runs.store import RunDirectory
+from lmtune.training.checkpoint import load_checkpoint
+from tests.processes import KILL, after_update
+from tests.processes import lmtune as command
+from tests.workplace import finetune, inside, lasting, make_workplace, write_config, written_files
+
+pytestmark = pytest.mark.slow  # a run each
+
+TUNINGS: dict[str, dict[str, Any]] = {
+    "full": {"kind": "full"},
+    "partial": {"kind": "partial", "parts": ["embeddings", "last_1_layers"]},
+}  # fmt: skip
+RATE = {"train__learning_rate": 3e-3}
+FILES = {
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "lmtune.json", "model.safetensors",
+    "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def tuned_by(name: str) -> dict[str, Any]:
+    """Changes of the workplace's settings."""
+    return {f"tuning__{key}": value for key, value in TUNINGS[name].items()} | RATE
+
+
+@pytest.fixture(scope="module", params=TUNINGS)
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunDirectory, str]:
+    """A workplace with a run that has kept every checkpoint."""
+    place = make_workplace(tmp_path_factory.mktemp("work"))
+    run, _ = finetune(place, run__checkpoint_every_steps=1, run__keep_checkpoints=99, **tuned_by(request.param))
+    return place, run, request.param
+
+
+def test_the_result_is_a_plain_model_with_the_weights_of_the_last_step(done: tuple[Path, RunDirectory, str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place, run, name = done
+    assert set(written_files(run.merged)) == FILES
+    assert not run.adapter.exists()
+    plain, info = AutoModelForCausalLM.from_pretrained(run.merged, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    base = load_model(ModelConfig(name=str(place / "base"), quantization="none", dtype="float32"), "cpu")
+    last = load_checkpoint(run.checkpoints / "step-000008").weights
+    for key, parameter in plain.named_parameters():
+        assert torch.equal(parameter, last.get(key, base.get_parameter(key)))
+        assert torch.equal(parameter, base.get_parameter(key)) is (key not in last)
+    assert (len(last) == len(list(plain.named_parameters()))) is (name == "full")
+    assert AutoTokenizer.from_pretrained(run.merged).chat_template is not None
+
+
+def test_it_scores_and_answers_as_the_run_said(done: tuple[Path, RunDirectory, str]) -> None:
+    place, run, _ = done
+    summary = json.loads(run.summary.read_text())
+    with inside(place):
+        loaded = load_for_inference("trial")
+        scored = evaluate_loaded(loaded, ["validation.jsonl"], 3, 8, 128)
+        assert load_for_inference("runs/trial/merged").run is not None
+        with pytest.raises(ConfigError, match=r"--base: .* holds a whole model"):
+            load_for_inference("trial", base="base")
+        model = lmtune.load("trial")
+    assert summary["tuned"]["loss"] < summary["base"]["loss"]
+    assert scored.tuned.as_dict() == pytest.approx(summary["tuned"], abs=1e-5)
+    assert scored.base is None
+    assert not model.has_adapter
+    assert loaded.name == "trial (base)"
+
+
+def test_there_is_nothing_to_merge_and_it_can_be_put_elsewhere(done: tuple[Path, RunDirectory, str]) -> None:
+    place, run, _ = done
+    before = written_files(run.merged)
+    with inside(place):
+        merge_run(RunDirectory("runs/trial"), Path("runs/trial/merged"))
+        assert written_files(run.merged) == before
+        for _ in range(2):  # the second replaces the first
+            merge_run(RunDirectory("runs/trial"), Path("elsewhere"))
+        assert {
+            name: text for name, text in written_files(place / "elsewhere").items() if name != "merge.json"
+        } == before
+        (place / "mine").mkdir()
+        with pytest.raises(ConfigError, match="was not made by lmtune merge"):
+            merge_run(RunDirectory("runs/trial"), Path("mine"))
+
+
+def test_what_is_pushed_is_the_model(done: tuple[Path, RunDirectory, str]) -> None:
+    place, _, name = done
+    with inside(place):
+        upload = prepare_push(RunDirectory("runs/trial"), "me/whole")
+    assert set(upload.sizes) == FILES
+    assert "It is a whole model and needs no adapter" in upload.card
+    assert f"- {name}\n" in upload.card
+
+
+def test_an_unfinished_run_is_used_as_far_as_it_got(
+    done: tuple[Path, RunDirectory, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, run, _ = done
+    shutil.copytree(place, tmp_path / "work")
+    run = RunDirectory(tmp_path / "work" / "runs" / "trial")
+    shutil.rmtree(run.merged)
+    for step in range(5, 9):
+        shutil.rmtree(run.checkpoints / f"step-{step:06d}")
+    run.summary.write_text(json.dumps({**json.loads(run.summary.read_text()), "status": "interrupted", "tuned": None}))
+    capsys.readouterr()
+    with inside(tmp_path / "work"):
+        loaded = load_for_inference("trial").model
+        merge_run(RunDirectory("runs/trial"), Path("four"))
+        written = load_for_inference("four").model
+    assert capsys.readouterr().err.count("runs/trial is not finished: uses step 4 of 8\n") == 2
+    saved = load_checkpoint(run.checkpoints / "step-000004").weights
+    for key, tensor in saved.items():
+        assert torch.equal(loaded.get_parameter(key), tensor)
+        assert torch.equal(written.get_parameter(key), tensor)
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path, name: str) -> None:
+    whole, killed = (make_workplace(tmp_path / part) for part in ("whole", "killed"))
+    for place in (whole, killed):
+        write_config(place, evaluation__every_steps=2, run__checkpoint_every_steps=2, **tuned_by(name))
+    assert command(whole, "finetune", "run.yaml") == 0
+    assert command(killed, "finetune", "run.yaml", trouble=after_update(5, KILL)) == -9
+    assert command(killed, "finetune", "run.yaml") == 0
+    assert lasting(killed) == lasting(whole)
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_two_processes_give_the_model_of_one(tmp_path: Path, name: str) -> None:
+    place = make_workplace(tmp_path / "work")
+    write_config(place, **tuned_by(name))
+    assert command(place, "finetune", "run.yaml", "run.name=one") == 0
+    assert command(place, "finetune", "run.yaml", "run.name=two", "--processes", "2") == 0
+    one, two = (load_file(place / "runs" / run / "merged" / "model.safetensors") for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=0)
+
+
+def test_the_base_and_the_reference_are_the_weights_before_the_first_step(tmp_path: Path) -> None:
+    """Of a resumed run too: its checkpoint is restored after both were computed."""
+    from lmtune.parallel.single import Single
+    from lmtune.training.compose import compose
+    from tests.workplace import config_of
+
+    place = make_workplace(tmp_path / "work")
+    run, summary = finetune(place, **tuned_by("full"))
+    with inside(place):
+        parts = compose(config_of(**tuned_by("full")), Single())
+        seen: list[bool] = []
+        base = load_model(ModelConfig(name="base", quantization="none", dtype="float32"), "cpu")
+
+        def precompute(model: Any, forward: Any, data: Any) -> Any:
+            weights = model.trainable()
+            seen.append(all(torch.equal(weights[key], base.get_parameter(key)) for key in weights))
+            return data
+
+        parts.objective.precompute = precompute  # type: ignore[method-assign]
+        resumed = load_checkpoint(run.checkpoints / "step-000008")
+        parts.job(resumed)
+    assert seen == [True]
+    key = "model.norm.weight"
+    assert torch.equal(parts.model.trainable()[key], resumed.weights[key])
+    assert summary["base"] is not None
+    with pytest.raises(AssertionError, match="the base's own weights were trained"):
+        parts.model.without_adapter()

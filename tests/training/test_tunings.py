@@ -1,0 +1,54 @@
+"""Whatever learns, a step is defined by its examples, and a resumed run is the same bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmtune.runs.store import checkpoint_folders
+from lmtune.training.checkpoint import load_checkpoint
+from tests.jobs import final_weights, job_for
+from tests.tiny import tiny_model
+
+TUNINGS: dict[str, dict[str, Any]] = {
+    "full": {"kind": "full"},
+    "partial": {"kind": "partial", "parts": ["head", "norms", "last_1_layers"]},
+}  # fmt: skip
+each_tuning = pytest.mark.parametrize("name", TUNINGS)
+# AdamW moves a weight by about the learning rate in a step, also one whose gradient is all rounding
+SETTINGS: dict[str, Any] = {"train__weight_decay": 0.1, "train__learning_rate": 1e-4}
+
+
+@each_tuning
+def test_micro_batches_of_any_size_give_the_same_weights(tmp_path: Path, name: str) -> None:
+    job = job_for(tmp_path / "whole", tuning=TUNINGS[name], **SETTINGS)
+    before = {key: parameter.detach().clone() for key, parameter in job.trainable.items()}
+    whole = final_weights(job)
+    assert not any(torch.equal(weight, before[key]) for key, weight in whole.items())
+    for budget in (1, 50, 120):
+        cut = job_for(tmp_path / f"cut{budget}", tuning=TUNINGS[name], train__micro_batch_tokens=budget, **SETTINGS)
+        for key, weight in final_weights(cut).items():
+            torch.testing.assert_close(weight, whole[key], atol=1e-5, rtol=0)
+
+
+@each_tuning
+def test_resuming_from_any_step_is_bitwise_the_same(tmp_path: Path, name: str) -> None:
+    settings = {"run__checkpoint_every_steps": 1, "run__keep_checkpoints": 10, **SETTINGS}
+    whole = final_weights(job_for(tmp_path / "whole", tuning=TUNINGS[name], **settings))
+    for path in checkpoint_folders(tmp_path / "whole" / "checkpoints")[:-1]:
+        resumed = load_checkpoint(path)
+        folder = tmp_path / f"from{resumed.step}"
+        again = final_weights(job_for(folder, resumed=resumed, tuning=TUNINGS[name], **settings))
+        assert all(torch.equal(again[key], weight) for key, weight in whole.items()), path.name
+
+
+@each_tuning
+def test_what_does_not_learn_stays_as_it_was(tmp_path: Path, name: str) -> None:
+    model = tiny_model()
+    job = job_for(tmp_path, tuning=TUNINGS[name], model=model, **SETTINGS)
+    final_weights(job)
+    learned = {key.replace("base_model.model.", "").replace(".base_layer", "") for key in job.trainable}
+    for key, parameter in tiny_model().named_parameters():
+        now = job.parts.model.base.get_parameter(key)
+        assert torch.equal(now, parameter) is (key not in learned), key
