@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lmtune.config.json_schema import kinds
 from lmtune.config.load import build_config, command_config, dump_config, load_config, to_tree
 from lmtune.config.pretrain import PretrainConfig
-from lmtune.config.schema import FinetuneConfig, ModelConfig, RunConfig
+from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig, PartialConfig, RunConfig
 from lmtune.config.yaml import read_yaml, read_yaml_value
 from lmtune.errors import ConfigError
 from lmtune.io.text import without_absolute_paths
@@ -245,3 +245,13 @@ def test_absolute_paths_in_text_become_relative(
     monkeypatch.chdir(tmp_path)
     text = text.replace("HERE", str(tmp_path)).replace("UP", str(tmp_path.parent))
     assert without_absolute_paths(text) == expected
+
+
+def test_another_kind_on_the_command_line_replaces_the_section(tmp_path: Path) -> None:
+    path = written(tmp_path, LEAST + "tuning: {rank: 4, alpha: 8}\n")
+    config = load_config(
+        FinetuneConfig, path, ["tuning.parts=[head]", "tuning.kind=partial", "model.quantization=none"]
+    )
+    assert config.tuning == PartialConfig(parts=("head",))
+    same = load_config(FinetuneConfig, path, ["tuning.kind=lora", "tuning.alpha=16"])
+    assert same.tuning == LoraConfig(rank=4, alpha=16)

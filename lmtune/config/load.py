@@ -179,9 +179,9 @@ def _apply(tree: dict[str, Any], overrides: Overrides) -> None:
     items = overrides.items() if isinstance(overrides, Mapping) else [_parse_override(text) for text in overrides]
     for key, value in sorted(items, key=lambda item: _today(item[0])[-1] != "kind"):
         *parts, last = _today(key)
-        if last == "kind" and len(parts) == 1 and isinstance(section := tree.get(parts[0]), dict):
-            if section.get("kind", _DEFAULT_KINDS.get(parts[0], value)) != value:
-                tree[parts[0]] = {}
+        section = tree.get(parts[0]) if last == "kind" and len(parts) == 1 else None
+        if isinstance(section, dict) and section.get("kind", _DEFAULT_KINDS.get(parts[0])) != value:
+            tree[parts[0]] = {}
         node = tree
         for part in parts:
             if node.get(part) is None:

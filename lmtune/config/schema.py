@@ -227,8 +227,8 @@ class FinetuneConfig:
         found = _lora_problems(self.tuning, self.model) if isinstance(self.tuning, LoraConfig) else []
         if not isinstance(self.tuning, LoraConfig) and self.model.quantization != "none":
             found.append(
-                f"model.quantization: {self.model.quantization} holds frozen weights, and with tuning.kind: "
-                f"{self.tuning.kind} the model's own weights are trained; set model.quantization: none, or tuning.kind: lora"
+                f"model.quantization: {self.model.quantization} holds frozen weights, and tuning.kind: "
+                f"{self.tuning.kind} trains the model's own; set model.quantization: none, or tuning.kind: lora"
             )
         if patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
