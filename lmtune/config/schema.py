@@ -166,6 +166,8 @@ class TrainConfig:
     max_steps: Count | None = None  # overrules `epochs`
     batch_size: Count = 32  # examples an optimizer step, over all processes
     micro_batch_tokens: Count | Literal["auto"] = "auto"  # memory and speed only; never the result
+    # adamw_8bit: its two moments in 8 bit through bitsandbytes, 2 bytes a trained weight instead of 8
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2.0e-4  # at its highest; small models take more
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how the learning rate falls
     warmup_ratio: Fraction = 0.03  # share of the steps in which the learning rate rises

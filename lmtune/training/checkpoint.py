@@ -57,7 +57,7 @@ class Checkpoint:
     """What a run needs to go on."""
 
     weights: Tensors  # what is trained, by name
-    optimizer: Tensors  # `exp_avg.NAME` and `exp_avg_sq.NAME` for each
+    optimizer: Tensors  # by kind and name: AdamW's `exp_avg.NAME` and `exp_avg_sq.NAME`
     state: CheckpointState
 
     @property
@@ -123,13 +123,17 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None, written: i
             shutil.rmtree(path)
 
 
+_DERIVED = ("step", "qmap1", "qmap2")  # of an optimizer's state: the run's step, and constants of 8-bit AdamW
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
-    """AdamW's moments under `exp_avg.NAME` and `exp_avg_sq.NAME`."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        for kind in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{kind}.{name}"] = optimizer.state[parameter][kind].detach().contiguous().cpu()
-    return tensors
+    """The optimizer's tensors, AdamW's moments as `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+    return {
+        f"{kind}.{name}": tensor.detach().contiguous().cpu()
+        for name, parameter in parameters.items()
+        for kind, tensor in optimizer.state[parameter].items()
+        if kind not in _DERIVED
+    }
 
 
 def restore(
@@ -139,14 +143,29 @@ def restore(
     wanted = {name: parameter.shape for name, parameter in parameters.items()}
     if wanted != {name: tensor.shape for name, tensor in checkpoint.weights.items()}:
         raise CheckpointError("the checkpoint has other tensors than this model; see tuning and model.name")
-    names, state = {id(parameter): name for name, parameter in parameters.items()}, {}
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(checkpoint.weights[name])
-    grouped = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    for index, parameter in enumerate(grouped):  # as PyTorch counts them: through the groups, not through the model
-        name = names[id(parameter)]
-        moments = {kind: checkpoint.optimizer[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
-        state[index] = {"step": torch.tensor(float(checkpoint.step)), **moments}
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    saved: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
+    for key, tensor in checkpoint.optimizer.items():
+        kind, _, name = key.partition(".")
+        saved[name][kind] = tensor
+    # as an optimizer counts parameters: through its groups, not through the model
+    places = [
+        (names[id(parameter)], parameter, group, number, index)
+        for number, group in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(group["params"])
+    ]
+    if hasattr(optimizer, "init_state"):  # bitsandbytes, which makes the constants too
+        for name, parameter, group, number, index in places:
+            optimizer.init_state(group, parameter, number, index)
+            state = optimizer.state[parameter]
+            state["step"] = checkpoint.step
+            for kind, tensor in saved[name].items():
+                state[kind].copy_(tensor)
+        return
+    step = torch.tensor(float(checkpoint.step))
+    states = {place: {"step": step.clone(), **saved[name]} for place, (name, *_) in enumerate(places)}
     # PyTorch decides where each tensor lives: a fused AdamW reads `step` on the parameter's device, another on the CPU
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

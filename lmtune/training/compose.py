@@ -49,7 +49,7 @@ from lmtune.training.checkpoint import Checkpoint, restore
 from lmtune.training.estimate import token_cost
 from lmtune.training.loop import TrainingJob
 from lmtune.training.memory import checkpoint_layers, measure_activations
-from lmtune.training.optim import adamw
+from lmtune.training.optim import MOMENT_BYTES, OPTIMIZERS, check_optimizer
 from lmtune.training.start_adapter import StartingAdapter, starting_adapter
 from lmtune.training.state import RunSignature, TrainResult, TrainState
 
@@ -95,7 +95,7 @@ class Components:
         """
         train = self.config.train
         data = self.objective.precompute(self.model, self.forward, self.data.train)
-        optimizer = adamw(self.tuning.parameter_groups(self.model, train.weight_decay))
+        optimizer = OPTIMIZERS[train.optimizer](self.tuning.parameter_groups(self.model, train.weight_decay))
         state = TrainState(micro_batch_tokens=self.micro_batch_tokens)
         if resumed is not None:
             restore(resumed, optimizer, self.model.trainable())
@@ -152,6 +152,7 @@ def compose(config: FinetuneConfig, parallel: Parallel) -> Components:
 
 def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter | None) -> Components:
     check_bitsandbytes(config.model.quantization)
+    check_optimizer(config.train.optimizer, parallel.device)
     if parallel.device.type == "cuda" and config.model.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
     renderer = _renderer(config)
@@ -214,13 +215,13 @@ def _choose_micro_batch(
     """
     device, tokens = parallel.device, data.train.num_tokens
     share = float(data.train.num_targets.sum() / tokens.sum())
-    activations = measure_activations(forward, share)
-    if activations is None:
-        shape = memory.shape_of(forward.model, parameters)
-        activations = memory.estimated_activations(shape, forward.dtype)
+    shape = memory.shape_of(forward.model, parameters)
+    activations = measure_activations(forward, share) or memory.estimated_activations(shape, forward.dtype)
+    # the weights are there already; their gradients and moments come with the first step
+    coming = memory.trained_bytes(shape, forward.dtype, MOMENT_BYTES[config.train.optimizer]) - 4 * parameters.trained
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
     fitting = memory.fitting_micro_batch(
-        activations, data.train.sequences.longest, free_memory(device), device.type, asked
+        activations, data.train.sequences.longest, max(0, free_memory(device) - coming), device.type, asked
     )
     of_ranks = parallel.gather([fitting])
     budget, needed = min(tokens for tokens, _ in of_ranks), max(layers for _, layers in of_ranks)

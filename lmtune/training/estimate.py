@@ -24,6 +24,7 @@ from lmtune.models.structure import empty_model
 from lmtune.models.tuning.lora import check_variant
 from lmtune.training import memory
 from lmtune.training.memory import GIB, MemoryEstimate, ModelShape
+from lmtune.training.optim import MOMENT_BYTES
 
 _EFFICIENCY = 0.5  # of the matrix product's rate, what a whole step reaches at the least
 _LAYER_SECONDS = {"cuda": 4e-4, "mps": 6e-4, "cpu": 8e-4}  # of Python's work in one layer for one token of an answer
@@ -103,7 +104,8 @@ def forecast(
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
     left = max(0.0, free - memory.base_weights(shape, quantization, dtype))
     dense = memory.dense_copies(shape, quantization, dtype, left)
-    left = max(0.0, left - dense - memory.trained_bytes(shape, dtype))
+    moments = MOMENT_BYTES[config.train.optimizer]
+    left = max(0.0, left - dense - memory.trained_bytes(shape, dtype, moments))
     setting = config.train.micro_batch_tokens
     budget, checkpointed = memory.fitting_micro_batch(
         memory.estimated_activations(shape, dtype), rows.longest, int(left), device.type,
@@ -117,7 +119,7 @@ def forecast(
     epochs, all_tokens = steps * config.train.batch_size / rows.num_rows, rows.num_tokens.sum()
     tokens, per_step = int(all_tokens * epochs), int(all_tokens / rows.num_rows * config.train.batch_size)
     micro_batch = min(max(budget, rows.longest), per_step)
-    part = memory.estimate(shape, micro_batch, quantization, dtype, share, checkpointed, dense)
+    part = memory.estimate(shape, micro_batch, quantization, dtype, share, checkpointed, dense, moments)
     rate = matmul_rate(device, dtype) * _EFFICIENCY * (processes if device.type == "cuda" else 1)
     again = 1 + checkpointed / shape.num_layers / 3
     work = tokens * flop_per_token(shape, share, _mean_context(rows.num_tokens))

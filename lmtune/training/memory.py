@@ -131,10 +131,10 @@ def base_weights(shape: ModelShape, quantization: str, dtype: torch.dtype) -> fl
     return shape.linear_parameters * per_element + others * wide
 
 
-def trained_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Of what is trained: weight, gradient and two moments in fp32; of own weights also copies in a narrow `dtype`."""
+def trained_bytes(shape: ModelShape, dtype: torch.dtype, moments: int = 8) -> int:
+    """Of what is trained: weight, gradient and `moments` bytes; of own weights also copies in a narrow `dtype`."""
     narrow = dtype.itemsize if dtype.itemsize < 4 else 0
-    return 16 * (shape.adapter_parameters + shape.own_parameters) + narrow * shape.own_parameters
+    return (8 + moments) * (shape.adapter_parameters + shape.own_parameters) + narrow * shape.own_parameters
 
 
 def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_bytes: float) -> float:
@@ -145,12 +145,12 @@ def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_
 
 def estimate(
     shape: ModelShape, tokens: int, quantization: str, dtype: torch.dtype, trained_share: float, checkpointed: int = 0,
-    dense_bytes: float = 0,
+    dense_bytes: float = 0, moments: int = 8,
 ) -> MemoryEstimate:  # fmt: skip
     """The memory of one training step over a micro-batch of `tokens`, of which `trained_share` are trained.
 
     `dtype` is that of computation and of unquantized weights; `checkpointed` is a number of layers; `dense_bytes` are
-    those of matrices held beside quantized weights.
+    those of matrices held beside quantized weights; `moments` are those that the optimizer keeps of a trained weight.
     """
     wide = dtype.itemsize
     activations = estimated_activations(shape, dtype)
@@ -158,7 +158,7 @@ def estimate(
     logits = rows * shape.vocabulary_size * 4 * 3  # of a chunk: fp32 logits, their softmax and gradient
     return MemoryEstimate(
         base_weights=base_weights(shape, quantization, dtype) / GIB,
-        trained_and_optimizer=trained_bytes(shape, dtype) / GIB,
+        trained_and_optimizer=trained_bytes(shape, dtype, moments) / GIB,
         activations=tokens * activations.per_token(checkpointed) / GIB,
         logits=logits / GIB,
         dense_copies=dense_bytes / GIB,

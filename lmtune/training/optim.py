@@ -1,13 +1,15 @@
-"""AdamW, and its learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+"""AdamW, its moments in fp32 or 8 bit, and its learning rate as a pure function of the step: resuming needs no more."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from lmtune.config.schema import TrainConfig
+from lmtune.errors import ConfigError
+from lmtune.io.text import one_line
 from lmtune.models.tuning.base import ParameterGroup
 
 
@@ -25,9 +27,46 @@ def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
     return train.learning_rate * factor[train.schedule]
 
 
-def adamw(groups: Sequence[ParameterGroup], betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
-    """AdamW over `groups`, whose learning rate is set before each step."""
+Betas = tuple[float, float]
+
+
+def adamw(groups: Sequence[ParameterGroup], betas: Betas = (0.9, 0.999)) -> torch.optim.Optimizer:
+    """PyTorch's AdamW over `groups`, whose learning rate is set before each step."""
     return torch.optim.AdamW([dict(group) for group in groups], lr=0.0, betas=betas, fused=True)
+
+
+def adamw_8bit(groups: Sequence[ParameterGroup], betas: Betas = (0.9, 0.999)) -> torch.optim.Optimizer:
+    """AdamW with its moments in 8 bit, in blocks (https://arxiv.org/abs/2110.02861); small tensors keep fp32."""
+    from bitsandbytes.optim import AdamW8bit
+
+    made: torch.optim.Optimizer = AdamW8bit([dict(group) for group in groups], lr=0.0, betas=betas)
+    return made
+
+
+# `train.optimizer`, and the bytes that it keeps of a trained weight.
+OPTIMIZERS: dict[str, Callable[[Sequence[ParameterGroup]], torch.optim.Optimizer]] = {
+    "adamw": adamw, "adamw_8bit": adamw_8bit,
+}  # fmt: skip
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2}
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Try one step on `device`: each weight of a tensor that is large enough for 8 bit moves by the learning rate.
+
+    Raises:
+        ConfigError: the optimizer does not work there.
+    """
+    weight = torch.nn.Parameter(torch.zeros(64, 128, device=device))
+    weight.grad = torch.ones_like(weight)
+    try:
+        update(OPTIMIZERS[name]([{"params": [weight]}]), [weight], 0.5, 1.0, None)
+        if not bool(((weight + 0.5).abs() < 0.05).all()):
+            raise RuntimeError("a step gave a wrong result")
+    except Exception as error:  # of any kind: a missing library, or a kernel that the device does not have
+        raise ConfigError(
+            f"train.optimizer: {name} does not work on this device ({device.type}): {one_line(error)}; set "
+            "train.optimizer: adamw (`lmtune doctor` looks at bitsandbytes)"
+        ) from error
 
 
 def update(

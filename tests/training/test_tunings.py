@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from lmtune.errors import ConfigError
 from lmtune.runs.store import checkpoint_folders
 from lmtune.training.checkpoint import load_checkpoint
+from lmtune.training.optim import check_optimizer
 from tests.jobs import final_weights, job_for
 from tests.tiny import tiny_model
 
@@ -32,15 +34,50 @@ def test_micro_batches_of_any_size_give_the_same_weights(tmp_path: Path, name: s
             torch.testing.assert_close(weight, whole[key], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 @each_tuning
-def test_resuming_from_any_step_is_bitwise_the_same(tmp_path: Path, name: str) -> None:
-    settings = {"run__checkpoint_every_steps": 1, "run__keep_checkpoints": 10, **SETTINGS}
+def test_resuming_from_any_step_is_bitwise_the_same(tmp_path: Path, name: str, optimizer: str) -> None:
+    settings = {
+        "run__checkpoint_every_steps": 1,
+        "run__keep_checkpoints": 10,
+        "train__optimizer": optimizer,
+        **SETTINGS,
+    }
     whole = final_weights(job_for(tmp_path / "whole", tuning=TUNINGS[name], **settings))
     for path in checkpoint_folders(tmp_path / "whole" / "checkpoints")[:-1]:
         resumed = load_checkpoint(path)
         folder = tmp_path / f"from{resumed.step}"
         again = final_weights(job_for(folder, resumed=resumed, tuning=TUNINGS[name], **settings))
         assert all(torch.equal(again[key], weight) for key, weight in whole.items()), path.name
+
+
+def test_moments_in_8_bit_train_almost_as_those_in_32(tmp_path: Path) -> None:
+    settings = {"tuning": TUNINGS["full"], "train__learning_rate": 1e-3}
+    start = {key: weight.detach().clone() for key, weight in job_for(tmp_path / "0", **settings).trainable.items()}
+    wide = final_weights(job_for(tmp_path / "32", **settings))
+    job = job_for(tmp_path / "8", train__optimizer="adamw_8bit", **settings)
+    narrow = final_weights(job)
+    moved, apart = (
+        torch.cat([(one[key] - other[key]).flatten() for key in start]).norm()
+        for one, other in ((wide, start), (wide, narrow))
+    )
+    assert 0 < apart < 0.2 * moved
+    saved = load_checkpoint(checkpoint_folders(job.run.checkpoints)[-1]).optimizer
+    assert saved["state1.model.embed_tokens.weight"].dtype == torch.uint8
+
+
+def test_an_optimizer_that_does_not_work_here_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import bitsandbytes
+
+    def wrong(groups: Any, **settings: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=0.0, maximize=True)
+
+    for broken, said in ((wrong, "a step gave a wrong result"), (None, "NoneType")):
+        monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", broken)
+        with pytest.raises(ConfigError, match=rf"train\.optimizer: adamw_8bit does not work .*{said}.*: adamw"):
+            check_optimizer("adamw_8bit", torch.device("cpu"))
 
 
 @each_tuning
