@@ -7,6 +7,7 @@ the roles. What a turn says besides its text is used (`weight`, `reasoning_conte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -44,6 +45,7 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
     "ai": "assistant",
 }  # fmt: skip
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _TOOL_ROLES = (
     "tool", "function", "ipython", "observation", "function_call", "function_response", "tool_call", "tool_response",
     "tool_result",
@@ -111,6 +113,14 @@ def parse_answer(value: Any, key: str) -> ParsedRow:
         raise RowFault(f"{key} holds no answer that is trained; expected a text or turns that end with the assistant")
     parsed.messages = (message,)
     return parsed
+
+
+def from_transcript(text: Any) -> list[dict[str, str]] | None:
+    """The turns of a text of `Human:` and `Assistant:` paragraphs, as HH-RLHF writes them; None for any other."""
+    before, *found = _SPEAKER.split(text) if isinstance(text, str) else [""]
+    if before.strip() or not found:
+        return None
+    return [{"role": who, "content": said.strip()} for who, said in zip(found[::2], found[1::2], strict=True)]
 
 
 def _message(turn: Any, where: str, parsed: ParsedRow) -> Message:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -72,12 +72,12 @@ def plain_table(*rows: tuple[Iterable[str], str]) -> dict[str, str]:
 
 
 def key_problems(
-    keys: Mapping[str, Any], known: tuple[str, ...], refused: Mapping[str, str], prefix: str = ""
+    keys: Mapping[str, Any], known: Collection[str], refused: Mapping[str, str], prefix: str = ""
 ) -> list[str]:
     """What keys that are not `known` would lose: other spellings of known ones, and those that are `refused`."""
     own = {plain(key): key for key in known}
     problems = []
-    for key in sorted(keys.keys() - known):
+    for key in sorted(keys.keys() - set(known)):
         if (name := plain(key)) in own and keys[key] is not None:
             problems.append(f"{prefix}{key} is used only as {own[name]}; rename it, or remove the key")
         elif name in refused and is_filled(keys[key]):

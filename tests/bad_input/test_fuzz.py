@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lmtune.data import templates as templates_module
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import Renderer
 from lmtune.data.sources import find_files
-from lmtune.data.types import Example, Message
+from lmtune.data.types import Example, Message, content_hash, prompt_hash
 from lmtune.errors import LmtuneError
 from lmtune.models.tuning.adapter_files import LoraSettings, Metadata
 from lmtune.models.tuning.lora import load_adapter, save_adapter
@@ -64,8 +65,9 @@ json_values = st.recursive(
     max_leaves=10,
 )
 keys = st.sampled_from(
-    ["prompt", "completion", "messages", "role", "content", "text", "from", "conversations", "value", "instruction"]
-)
+    ["prompt", "completion", "messages", "role", "content", "text", "from", "conversations", "value", "instruction",
+     "chosen", "rejected", "input", "preferred_output", "non_preferred_output", "label", "weight", "history"]
+)  # fmt: skip
 roles = st.sampled_from(["user", "assistant", "system", "human", "gpt"])
 rows = st.dictionaries(
     keys,
@@ -82,8 +84,9 @@ def read(path: Path, content: bytes) -> None:
     assert found or report.faults
     for example in found:
         assert example.line >= 1
-        (example.text or "").encode()
-        [message.content.encode() for message in example.messages]
+        [content.encode() for content in example.contents]
+        assert 0 <= example.weight < math.inf
+        content_hash(example), prompt_hash(example)
     for text in (*report.faults, *report.warnings):
         text.encode()
     assert all(fault.removeprefix(f"{path}:").partition(":")[0].isdecimal() for fault in report.faults)

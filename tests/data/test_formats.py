@@ -230,6 +230,10 @@ GOOD, BAD = answer(content="good"), answer(content="bad")
         ({"prompt": "q ", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD], "messages": [*ASKED, GOOD]},
          [(S, "s"), (U, "q")]),
         ({"chosen": [QUESTION, answer(), QUESTION, GOOD], "rejected": [BAD]}, [(U, "q"), (A, "a"), (U, "q")]),
+        # HH-RLHF
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r: x\n\ny\n\nAssistant: good",
+          "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r: x\n\ny\n\nAssistant: bad"},
+         [(U, "q"), (A, "a"), (U, "r: x\n\ny")]),
         # LLaMA-Factory
         ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "good"},
           "rejected": {"from": "gpt", "value": "bad"}}, [(U, "q")]),
@@ -248,6 +252,7 @@ def test_a_pair_has_one_prompt_and_two_answers(row: dict[str, Any], before: list
             trained = [message.trained for message in messages if message.role == A]
             assert trained == [False] * (len(trained) - 1) + [True]
         assert not found.warnings
+        assert found.ignored_keys <= {"messages"}
 
 
 @pytest.mark.parametrize(
@@ -317,6 +322,9 @@ def test_a_labelled_conversation_may_end_with_an_answer() -> None:
         ({"input": "q", "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "pair", ["input is a string"]),
         ({"input": {"messages": ASKED, "tools": CALL}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
          "pair", ["input.tools"]),
+        (HALVES, "pair", ["prompt is missing"]),
+        ({"prompt": [QUESTION], **HALVES, "history": [["q", "a"]]}, "pair", ["history beside turns"]),
+        ({**PAIR, "completion": [QUESTION, answer()], "label": 1}, "judged", ["completion is a conversation"]),
         ({**PAIR, "label": "good"}, "judged", ["label is a string", "true or false"]),
         ({**PAIR, "label": 2}, "judged", ["label is a number (2)"]),
         ({"text": "t", "label": {"a": 1}}, "labelled", ["label is an object"]),
@@ -338,6 +346,12 @@ def test_a_row_of_another_kind_says_what_to_do(row: dict[str, Any], rows: RowKin
 def test_a_pair_of_equal_answers_teaches_nothing() -> None:
     (warning,) = parsed({"prompt": "q", "chosen": "a", "rejected": "a"}).warnings
     assert "same answer" in warning
+
+
+def test_what_a_pair_does_not_use_is_said() -> None:
+    found = parsed({"prompt": "q", "instruction": "Translate.", **HALVES, "messages": [QUESTION, GOOD]})
+    assert found.ignored_keys == {"instruction", "messages"}
+    assert found.warnings == ["instruction is not in the prompt; write it into the prompt if needed"]
 
 
 def test_every_format_takes_a_weight() -> None:
