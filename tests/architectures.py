@@ -29,7 +29,7 @@ MAMBA = {
     "mamba_chunk_size": 16,
 }  # fmt: skip
 
-# Name in transformers: what its config holds beside SHAPE.
+# Name in transformers: what its config holds beside SHAPE; `...` is a key of SHAPE that it does not have.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama4_text": {
@@ -89,7 +89,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "gpt_neox": {},
     "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "parallel_attn": True},
+    "falcon": {"head_dim": ..., "new_decoder_architecture": True, "num_kv_heads": 2},
     "bloom": {"n_head": 4, "n_layer": 2},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 16, "expand": 2},
@@ -112,7 +112,8 @@ def architecture(name: str, seed: int = 0) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[name](**{**SHAPE, **ARCHITECTURES[name]})
+    settings = {key: value for key, value in {**SHAPE, **ARCHITECTURES[name]}.items() if value is not ...}
+    config = CONFIG_MAPPING[name](**settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():  # the stock initialization is too small for differences to show
         parameter.data.normal_(0, 0.08) if parameter.dim() > 1 else None

@@ -18,7 +18,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lmtune.batching.packing import SegmentLayout
-from lmtune.kernels import label_only_layer
+from lmtune.kernels import label_only_layer, recurrent_layer
 from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
 from lmtune.kernels.lora_group import group_layers, separate_layers
@@ -82,7 +82,7 @@ class Capabilities:
 def find_capabilities(forward: Paths) -> Capabilities:
     """Compare each optimized path of `forward` with the plain one."""
     with torch.no_grad(), _evaluating(forward.model):
-        packing = _probe(forward, "sequence packing disabled", _compare_packing)
+        packing = _find_packing(forward)
         head = forward.base.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head.bias is not None:
             fused_head: str | None = "fused cross-entropy disabled: lm_head is not nn.Linear without bias"
@@ -115,6 +115,28 @@ def join_lora_layers(forward: Paths) -> str | None:
     if reason is not None:
         separate_layers(forward.model)
     return reason
+
+
+def _find_packing(forward: Paths) -> str | None:
+    """Why sequences cannot share a forward pass, or None; layers with a state are prepared as far as it takes."""
+    consequence = "sequence packing disabled"
+    if not recurrent_layer.install(forward.base):
+        return _probe(forward, consequence, _compare_packing)
+    recurrent_layer.use_kernels(forward.base, True)
+    if _probe(forward, consequence, _compare_packing) is None:
+        return None
+    recurrent_layer.use_kernels(forward.base, False)
+    return _probe(forward, consequence, _compare_packing)
+
+
+def recurrence_note(base: PreTrainedModel) -> str | None:
+    """What to install on a GPU where layers with a state run sequence by sequence, or None."""
+    if base.device.type != "cuda" or not recurrent_layer.runs_by_sequence(base):
+        return None
+    return (
+        f"one kernel for all sequences of linear attention disabled: `pip install {recurrent_layer.KERNELS}` "
+        "gives kernels that take packed sequences"
+    )
 
 
 def attention_note(forward: Paths) -> str | None:

@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from lmtune.batching.packing import MicroBatch, SegmentLayout
-from lmtune.forward.capabilities import Capabilities, attention_note, find_capabilities, join_lora_layers
+from lmtune.forward.capabilities import (
+    Capabilities,
+    attention_note,
+    find_capabilities,
+    join_lora_layers,
+    recurrence_note,
+)
 from lmtune.kernels.attention import packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
 from lmtune.kernels.elementwise import fuse_elementwise
@@ -92,8 +98,8 @@ class PackedForward:
     @property
     def disabled_optimizations(self) -> list[str]:
         """What is slower for this model than it could be, and why; the result is the same."""
-        note = attention_note(self) if self.packs else None
-        return [*self.capabilities.disabled, *filter(None, (note, self._separate_lora))]
+        notes = (attention_note(self), recurrence_note(self.base)) if self.packs else ()
+        return [*self.capabilities.disabled, *filter(None, (*notes, self._separate_lora))]
 
     def context(self) -> contextlib.AbstractContextManager[None]:
         """Hold the model in the attention that forward and backward passes need; outside it is free to generate."""

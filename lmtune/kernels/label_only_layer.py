@@ -112,7 +112,7 @@ def _label_only_class(kind: type[Any]) -> type[Any]:
             self.lmtune_probe["projected"] = (found.query, found.key, found.value)
         few = _Selected(found.key, found.value)
         total = hidden_states.shape[1]
-        args, kwargs = (_at(part, read_positions, total) for part in (args, kwargs))
+        args, kwargs = (at_positions(part, read_positions, total) for part in (args, kwargs))
         return kind.forward(self, hidden_states[:, read_positions], *args, **kwargs, label_layer=few)
 
     return type(f"LabelOnly{kind.__name__}", (kind,), {"forward": forward})
@@ -134,12 +134,12 @@ class _zero_output:
             del self.linear.forward
 
 
-def _at(value: Any, positions: torch.Tensor, total: int) -> Any:
+def at_positions(value: Any, positions: torch.Tensor, total: int) -> Any:
     """`value` with every tensor `[1, total, …]` in it cut down to `positions`."""
     if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[:2] == (1, total):
         return value[:, positions]
     if isinstance(value, (tuple, list)):
-        return type(value)(_at(item, positions, total) for item in value)
+        return type(value)(at_positions(item, positions, total) for item in value)
     if isinstance(value, dict):
-        return {key: _at(item, positions, total) for key, item in value.items()}
+        return {key: at_positions(item, positions, total) for key, item in value.items()}
     return value

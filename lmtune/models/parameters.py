@@ -18,7 +18,15 @@ from lmtune.config.schema import FullConfig, LoraConfig, PartialConfig
 from lmtune.io.text import pluralize
 from lmtune.models.structure import expert_tensors, linear_layers
 from lmtune.models.tuning.partial import find_parameters
-from lmtune.models.tuning.targets import ALL_LINEAR, Targets, adapter_parameters, find_targets, other_parts, routers
+from lmtune.models.tuning.targets import (
+    ALL_LINEAR,
+    Targets,
+    adapter_parameters,
+    find_targets,
+    other_parts,
+    read_by_kernels,
+    routers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -190,6 +198,8 @@ def _not_adapted(
     """What has no adapter: linear layers by the last part of their names, experts, routers, other matrices."""
     choosing, tensors, others = routers(model), expert_tensors(model), other_parts(model)
     left = set(others.values())
+    if asked == ALL_LINEAR:
+        left |= {name.rpartition(".")[2] for name in read_by_kernels(model)}
     known = {f"{name}.weight" for name in (*body, *choosing)} | tensors.keys()
     if asked != ALL_LINEAR:
         left |= {

@@ -16,6 +16,7 @@ from lmtune.models.tuning.adapter_files import Metadata
 from lmtune.models.tuning.base import trainable
 from lmtune.models.tuning.lora import attach_adapter, load_adapter, save_adapter
 from lmtune.models.tuning.targets import adapter_parameters, find_targets
+from tests.architectures import architecture
 from tests.tiny import EXPERT_KINDS, KINDS, VOCABULARY, adapted, tiny_model
 
 IDS = torch.arange(3, 35).view(2, 16)
@@ -67,6 +68,19 @@ def test_all_linear_is_every_linear_layer_and_all_experts_but_not_the_router(kin
     assert adapted_names(model) == ALL[kind]
     experts = [name for name in trainable(model) if ".experts." in name]
     assert len(experts) == 4, "two tensors, with A and B each"
+
+
+@pytest.mark.parametrize("name", ["bamba", "falcon_h1", "jamba"])
+def test_of_mamba_layers_only_the_input_is_adapted(name: str) -> None:
+    """Their kernels read the weights of the other layers themselves, so that an adapter there would do nothing."""
+    model = architecture(name)
+    counted = count_parameters(model, LoraConfig(rank=4), "none", torch.float32)
+    attached = attach_adapter(model, settings(target_modules="all-linear"), 1, "x")
+    assert {part.rpartition(".")[2] for part in adapted_names(attached) if ".mamba." in part} == {"in_proj"}
+    assert "out_proj" in counted.not_adapted
+    assert counted.trained == sum(parameter.numel() for parameter in trainable(attached).values())
+    attached(input_ids=IDS).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in trainable(attached).values())
 
 
 @pytest.mark.parametrize("kind", [*EXPERT_KINDS, *KINDS])

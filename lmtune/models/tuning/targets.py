@@ -4,8 +4,9 @@
     LoraConfig(**for_peft(model, "all-linear", found)) # in PEFT's words
 
 `all-linear` is every linear layer but the head, and every tensor of fused experts (`gate_up_proj[E, 2 I, D]`); routers
-are not adapted. PEFT adapts such a tensor through `target_parameters`, but for some models rewrites `target_modules` so
-that dense layers of the same name get no adapter and the router gets one. So such a layer is listed by its weight.
+are not adapted, nor what kernels of Mamba layers read past an adapter. PEFT adapts such a tensor through
+`target_parameters`, but for some models rewrites `target_modules` so that dense layers of the same name get no adapter
+and the router gets one. So such a layer is listed by its weight.
 """
 
 from __future__ import annotations
@@ -59,6 +60,19 @@ def routers(model: PreTrainedModel) -> set[str]:
     }  # fmt: skip
 
 
+def read_by_kernels(model: PreTrainedModel) -> set[str]:
+    """Full names of the linear layers of Mamba layers but `in_proj`: kernels read their weights past an adapter.
+
+    A Mamba layer is told by its parameters `A_log` and `D`.
+    """
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if {"A_log", "D"} <= {key for key, _ in module.named_parameters(recurse=False)}:
+            inside = linear_layers(module)
+            found |= {f"{name}.{layer}" for layer in inside if layer != "in_proj"}
+    return found
+
+
 def other_parts(model: PreTrainedModel) -> dict[str, str]:
     """Linear layers outside the text decoder and its head, by full name, with their part: `vision_tower`, a projector.
 
@@ -91,7 +105,8 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> Target
     others, tensors = other_parts(model), expert_tensors(model)
     layers = {name: size for name, size in linear_layers(model).items() if name not in others}
     if targets == ALL_LINEAR:
-        left = routers(model) | {name for name, module in model.named_modules() if module is _head(model)}
+        left = routers(model) | read_by_kernels(model)
+        left |= {name for name, module in model.named_modules() if module is _head(model)}
         return Targets(tuple(name for name in layers if name not in left), tuple(tensors))
     parts = _stored_parts(model, tensors)
     _check_patterns(targets, [*layers, *tensors, *(name for names in parts.values() for name in names)])
@@ -113,12 +128,13 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> Target
 def for_peft(model: PreTrainedModel, targets: str | Sequence[str], found: Targets) -> PeftTargets:
     """`target_modules` and `target_parameters` with which PEFT adapts what was found, no more and no less.
 
-    They are what the user wrote, unless PEFT would take it for other things: in a model of more than text, and in one
-    whose kind PEFT knows as a mixture of experts, whether it has experts or not.
+    They are what the user wrote, unless PEFT would take it for other things: in a model of more than text, in one with
+    Mamba layers, and in one whose kind PEFT knows as a mixture of experts, whether it has experts or not.
     """
     parts = {part for leaf, made_of in _fused_from(model).items() for part in (leaf, *made_of)}
     parts |= {name.rpartition(".")[2] for name in expert_tensors(model)}
-    if not parts and not other_parts(model):
+    is_whole = targets != ALL_LINEAR or not read_by_kernels(model)
+    if not parts and not other_parts(model) and is_whole:
         return {"target_modules": targets if isinstance(targets, str) else list(targets), "target_parameters": None}
     by_weight = [name for name in found.modules if name.rpartition(".")[2] in parts]
     modules = [name for name in found.modules if name not in by_weight]
