@@ -103,8 +103,8 @@ _ANSWER_KEYS = ("completion", "answer", "response", "output", "reply", "target",
 _REFUSED = UNSUPPORTED | plain_table(
     (
         ("chosen", "rejected", "preferred_output", "non_preferred_output", "chosen_response", "rejected_response"),
-        "half of a preference pair; write prompt, chosen and rejected, or to train on the better answer alone prompt "
-        "and completion",
+        "half of a preference pair; write prompt, chosen and rejected (or prompt and completion, to train on the "
+        "better answer alone)",
     ),
     (
         REASONING_KEYS,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -358,3 +361,10 @@ def test_every_format_takes_a_weight() -> None:
     for row in (PAIR, talk(QUESTION, answer()), {"text": "t"}, {"prompt": "q", **HALVES}, {"text": "t", "label": "x"}):
         for given, weight in ((0, 0.0), (2.5, 2.5), (None, 1.0)):
             assert parsed({**row, "weight": given}).weight == weight
+
+
+def test_the_rows_of_the_manual_are_of_the_kinds_that_it_says() -> None:
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    blocks = [block.splitlines() for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    kinds = [[kind_of_format(detect_format(json.loads(line))) for line in block] for block in blocks]
+    assert kinds == [["answer"] * 5, ["pair", "judged", "labelled"]]

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lmtune.config.schema import DataConfig
+from lmtune.data.in_memory import paths_or_rows, rows_file
 from lmtune.data.rendering import Renderer
 from lmtune.data.report import PartReport, RowCounter, describe_part, typed
 from lmtune.data.store import TokenizedData, load_data, tokenize
@@ -167,6 +169,27 @@ def test_no_prompt_is_on_both_sides_of_the_split(kind: RowKind) -> None:
     prompts = [{rows[int(row.location.partition(":")[2]) - 1]["prompt"] for row in part}  # type: ignore[attr-defined]
                for part in (loaded.train, loaded.validation)]  # fmt: skip
     assert not prompts[0] & prompts[1]
+
+
+def test_rows_in_memory_carry_weights_labels_and_turns(tmp_path: Path) -> None:
+    turns = np.array([{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}])
+    worse = np.array([turns[0], {"role": "assistant", "content": "bad"}])
+    tables: dict[RowKind, Any] = {
+        "answer": pd.DataFrame({"prompt": ["a", "b", "c"], "completion": ["x", "y", "z"], "weight": [0.5, None, 0]}),
+        "pair": pd.DataFrame({"chosen": [turns], "rejected": [worse], "weight": np.array([2], dtype=np.int64)}),
+        "judged": pd.DataFrame({"prompt": ["a"], "completion": ["x"], "label": np.array([False])}),
+        "labelled": [{"text": "a", "label": np.int64(3)}, {"text": "b", "label": np.array(["x", "y"])}],
+    }
+    found = {}
+    for kind, table in tables.items():
+        path = rows_file(paths_or_rows(table), tmp_path)  # type: ignore[arg-type]
+        config = DataConfig(train=str(path), validation_fraction=0.0)
+        data = tokenize([path], Renderer(make_tokenizer(CHATML)), config, rows=kind)
+        found[kind] = [(row.label, row.weight) for row in data]
+    assert found == {
+        "answer": [(None, 0.5), (None, 1)], "pair": [(None, 2)], "judged": [(False, 1)],
+        "labelled": [(3, 1), (("x", "y"), 1)],
+    }  # fmt: skip
 
 
 def test_numbers_beside_the_tokens_may_be_several_a_row() -> None:

@@ -115,3 +115,10 @@ def test_preferences_inherit_packing_shared_prefixes_and_the_layout_that_changes
     assert result.metrics["margin"] == pytest.approx(margin, abs=1e-5)
     for name, parameter in model.trainable().items():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_section_of_the_config_says_which_rows_its_objective_is_over() -> None:
+    """`check` needs it before torch is imported, the objective states it for whoever reads it."""
+    from lmtune.training.compose import OBJECTIVES
+
+    assert all(section().rows == objective.rows for section, objective in OBJECTIVES.items())  # type: ignore[attr-defined]
