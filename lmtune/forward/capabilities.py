@@ -25,7 +25,8 @@ from lmtune.kernels.lora_group import group_layers, separate_layers
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.structure import decoder_layers
 
-_TOLERANCE = 5e-2  # relative, in 16 bit; a segment that leaks or a wrong position moves outputs by about 1
+# Relative, in 16 bit: rounding moves the outputs of 32 random layers by 0.06, a segment that leaks by about 1.
+_TOLERANCE = 0.2
 _TOLERANCE_FP32 = 1e-4
 
 

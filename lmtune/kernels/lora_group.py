@@ -43,10 +43,15 @@ class LoraGroup:
         outputs, ranks = [layer.out_features for layer in layers], [len(a) for a, _, _ in adapters]
         self.inputs, self.outputs = layers[0].in_features, sum(outputs)
         self.rows, self.columns = _slices(outputs), _slices(ranks)
-        rank = -(-sum(ranks) // _MULTIPLE) * _MULTIPLE
-        self.matrix = torch.zeros(
-            self.outputs + rank, self.inputs + rank, dtype=dtype, device=adapters[0][0].device
-        )  # fmt: skip
+        self.padding = -sum(ranks) % _MULTIPLE
+        rank = sum(ranks) + self.padding
+        self.matrix = torch.zeros(self.outputs + rank, self.inputs + rank, dtype=dtype, device=adapters[0][0].device)
+        self.a = self.matrix[self.outputs :, : self.inputs]
+        self.own = [self.matrix[rows] for rows in self.rows]  # of each layer, its weight and where B stands
+        self._adapter_places = [
+            (self.a[columns], own[:, self.inputs :][:, columns])
+            for own, columns in zip(self.own, self.columns, strict=True)
+        ]
         for layer, rows in zip(layers, self.rows, strict=True):
             own = self.matrix[rows, : self.inputs]
             own.copy_(layer.lmtune_weight.dense(dtype))
@@ -88,9 +93,9 @@ class LoraGroup:
 
     def fill(self, scales: Sequence[float], ab: Sequence[torch.Tensor]) -> None:
         """Put the adapters' present values, A and B of each layer, into the matrix."""
-        for rows, columns, s, a, b in zip(self.rows, self.columns, scales, ab[::2], ab[1::2], strict=True):
-            self.matrix[self.outputs + columns.start : self.outputs + columns.stop, : self.inputs].copy_(a)
-            torch.mul(b, s, out=self.matrix[rows, self.inputs + columns.start : self.inputs + columns.stop])
+        for places, s, a, b in zip(self._adapter_places, scales, ab[::2], ab[1::2], strict=True):
+            places[0].copy_(a)
+            torch.mul(b, s, out=places[1])
 
 
 class _GroupedLora(torch.autograd.Function):
@@ -101,32 +106,25 @@ class _GroupedLora(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, group: LoraGroup, scales: tuple[float, ...], *ab: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         group.fill(scales, ab)
-        matrix, inputs = group.matrix, group.inputs
-        wide = x.new_empty(len(x), matrix.shape[1])  # [x | h]
-        wide[:, :inputs].copy_(x)
-        torch.mm(x, matrix[group.outputs :, :inputs].t(), out=wide[:, inputs:])
+        wide = torch.cat([x, x @ group.a.t()], 1)  # [x | h]
         ctx.save_for_backward(wide)
         ctx.group, ctx.scales = group, scales
-        ctx.set_materialize_grads(False)
         results = []
-        for layer, rows in zip(group.layers, group.rows, strict=True):
-            y = wide @ matrix[rows].t()
-            bias = layer.get_base_layer().bias
+        for own, layer in zip(group.own, group.layers, strict=True):
+            y, bias = wide @ own.t(), layer.get_base_layer().bias
             results.append(y if bias is None else y.add_(bias))
         return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (wide,) = ctx.saved_tensors
         group: LoraGroup = ctx.group
-        matrix, inputs, outputs = group.matrix, group.inputs, group.outputs
-        g = wide.new_empty(len(wide), len(matrix))  # [gradients of the results | their products with s B]
-        for rows, grad in zip(group.rows, grads, strict=True):
-            g[:, rows].copy_(grad) if grad is not None else g[:, rows].zero_()
-        torch.mm(g[:, :outputs], matrix[:outputs, inputs:], out=g[:, outputs:])
-        dx = g @ matrix[:, :inputs] if ctx.needs_input_grad[0] else None
-        da = product_in_fp32(g[:, outputs:].t(), wide[:, :inputs])  # [R, in]
-        db = product_in_fp32(g[:, :outputs].t(), wide[:, inputs:])  # [O, R]
+        products = [g @ places[1] for g, places in zip(grads, group._adapter_places, strict=True)]
+        padding = [wide.new_zeros(len(wide), group.padding)] if group.padding else []
+        g = torch.cat([*grads, *products, *padding], 1)  # [gradients of the results | their products with s B]
+        dx = g @ group.matrix[:, : group.inputs] if ctx.needs_input_grad[0] else None
+        da = product_in_fp32(g[:, group.outputs :].t(), wide[:, : group.inputs])  # [R, in]
+        db = product_in_fp32(g[:, : group.outputs].t(), wide[:, group.inputs :])  # [O, R]
         of_adapters = []
         for rows, columns, s in zip(group.rows, group.columns, ctx.scales, strict=True):
             of_adapters += [da[columns], db[rows, columns].mul_(s)]
