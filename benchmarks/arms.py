@@ -62,15 +62,17 @@ class Lmtune(Arm):
         micro_batch_tokens: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(work, folder, device, dtype)
+        from lmtune.forward import packed
         from lmtune.forward.capabilities import Capabilities
-        from lmtune.forward.packed import PackedForward
         from lmtune.kernels.lora_linear import fuse
         from lmtune.models.structure import decoder_layers
-        from lmtune.training.memory import MOST_TOKENS, checkpoint_layers
+        from lmtune.training.memory import checkpoint_layers
 
         if "fused LoRA" not in without:
             fuse(self.model, keep_dense="kept dense weights" not in without)
-        self.forward = PackedForward(self.model)
+        if "fused elementwise" in without:
+            packed.fuse_elementwise = packed.fuse_norms = lambda model: []
+        self.forward = packed.PackedForward(self.model)
         disabled = {
             name: "left out"
             for technique, name in (
@@ -87,9 +89,19 @@ class Lmtune(Arm):
         self.forward.capabilities = self.forward.capabilities.intersect(Capabilities(**disabled))
         if "checkpointing by need" in without:
             checkpoint_layers(self.forward.base, len(decoder_layers(self.forward.base)))
-        self.budget = micro_batch_tokens or MOST_TOKENS[self.device.type]
+        self.budget = micro_batch_tokens or self._fitting()
         if "fused optimizer" in without:
             self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, weight_decay=0.0)
+
+    def _fitting(self) -> int:
+        """The tokens of a micro-batch that training would take here."""
+        from lmtune.models.device import free_memory
+        from lmtune.training.memory import MOST_TOKENS, fitting_micro_batch, measure_activations
+
+        activations = measure_activations(self.forward, self.work.label_fraction)
+        if self.device.type != "cuda" or activations is None:
+            return MOST_TOKENS[self.device.type]
+        return fitting_micro_batch(activations, self.work.max_length, free_memory(self.device), "cuda", None)[0]
 
     def step(self, rows: list[Any]) -> float:
         """Packed micro-batches, with prefixes shared; by default of the size that training has."""
@@ -143,12 +155,12 @@ class PlainPacked(Arm):
     """One packed sequence for the whole step, isolated by restarting position ids, with full logits."""
 
     def step(self, rows: list[Any]) -> float:
-        """Micro-batches of at most 2,048 tokens."""
+        """Micro-batches of at most 2,048 tokens, on a GPU of 4,096."""
         from lmtune.batching.packing import pack_bins
 
         documents = [row.sequences[0] for row in rows]
         trained, total = sum(int(d.loss_mask.sum()) for d in documents), 0.0
-        for group in pack_bins([len(d.input_ids) for d in documents], 2048):
+        for group in pack_bins([len(d.input_ids) for d in documents], 4096 if self.device.type == "cuda" else 2048):
             some = [documents[i] for i in group]
             ids = torch.cat([torch.as_tensor(d.input_ids) for d in some])[None].to(self.device)
             positions = torch.cat([torch.arange(len(d.input_ids)) for d in some])[None].to(self.device)

@@ -26,10 +26,11 @@ from benchmarks.measure import ArmProcess
 from benchmarks.workload import Workload
 
 CASES = ("0.6b:none", "8b:none", "8b:nf4", "0.6b:nf4")
-ARMS = ("lmtune", "plain-packed", "lmtune-compiled", "trl-padding-free", "plain-by-row")
+ARMS = ("lmtune", "lmtune-auto", "lmtune-unfused", "plain-packed", "trl-padding-free", "plain-by-row")
 LIGER = "liger"
 BUDGET = 4096  # tokens of a micro-batch
 ROWS = 48  # of a step: about 8,000 tokens
+PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16 operations a second, by NVIDIA's data sheets
 
 
 def main() -> None:
@@ -46,8 +47,9 @@ def main() -> None:
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     arms = options.arms or [*ARMS, *([LIGER] if importlib.util.find_spec("liger_kernel") else [])]
     ends, results = time.monotonic() + 60 * options.minutes, []
-    ceiling = matmul_ceiling(options.device, dtype)
-    print(f"{machine(options.device)['gpu'] or 'CPU'}, {dtype}: {ceiling / 1e12:.1f} TFLOP/s")
+    measured, gpu = matmul_ceiling(options.device, dtype), machine(options.device)["gpu"] or "CPU"
+    ceiling = next((peak for name, peak in PEAKS.items() if name in gpu), measured)
+    print(f"{gpu}, {dtype}: {measured / 1e12:.1f} TFLOP/s measured, MFU of {ceiling / 1e12:.1f}")
     for case in options.cases:
         shape, _, quantization = case.partition(":")
         work = Workload(shape, quantization or "none", label_fraction=1.0, batch_size=options.rows)
@@ -58,7 +60,13 @@ def main() -> None:
                 results.append({"case": case, **measure(arm, work, options.device, dtype, options.repeats, ceiling)})
             print(line_of(results[-1]), flush=True)
     if options.output:
-        report = {"machine": machine(options.device), "dtype": dtype, "tflops": ceiling / 1e12, "results": results}
+        report = {
+            "machine": machine(options.device),
+            "dtype": dtype,
+            "tflops": measured / 1e12,
+            "mfu_of_tflops": ceiling / 1e12,
+            "results": results,
+        }
         options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
@@ -91,10 +99,9 @@ def make_gpu_arm(arm: str, work: Workload, folder: Path, device: str, dtype: str
     from benchmarks import arms
 
     if arm.startswith("lmtune"):
-        made = arms.Lmtune(work, folder, device, dtype, micro_batch_tokens=BUDGET)
-        if arm == "lmtune-compiled":
-            compile_between_products(made.model)
-        return made
+        budget = None if arm == "lmtune-auto" else BUDGET
+        without = ("fused elementwise",) if arm == "lmtune-unfused" else ()
+        return arms.Lmtune(work, folder, device, dtype, without, budget)
     if arm == LIGER:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -102,14 +109,6 @@ def make_gpu_arm(arm: str, work: Workload, folder: Path, device: str, dtype: str
         apply_liger_kernel_to_llama(model=made.model.get_base_model())
         return made
     return make_arm(f"{arm}:{dtype}", work, folder, device, steps)
-
-
-def compile_between_products(model: Any) -> None:
-    """Compile the norms and activations, which lie between the matrix products."""
-    for module in model.modules():
-        name = type(module).__name__
-        if "RMSNorm" in name or name.startswith(("SiLU", "GELU")):
-            module.compile(dynamic=True)
 
 
 def line_of(result: dict[str, Any]) -> str:

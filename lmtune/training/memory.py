@@ -298,5 +298,6 @@ class _Watch:
 def _random_row(forward: PackedForward, trained_share: float, tokens: int) -> MicroBatch:
     embedding = forward.base.get_input_embeddings().weight
     ids = np.random.default_rng(0).integers(0, embedding.shape[0], tokens)
-    trained = np.arange(tokens) >= tokens - max(1, round(trained_share * tokens))
+    count = min(max(1, round(trained_share * tokens)), tokens - 1)  # nothing predicts the first
+    trained = np.arange(tokens) >= tokens - count
     return pack([TokenSequence(ids.astype(np.int32), trained)], [0], 1).to(embedding.device)
