@@ -11,6 +11,7 @@ import torch
 
 from lmtune.config.schema import LoraConfig, ModelConfig
 from lmtune.data.sequences import SequenceTable
+from lmtune.forward.packed import PackedForward
 from lmtune.models.base import load_model
 from lmtune.models.device import free_memory, return_freed_memory
 from lmtune.models.parameters import Parameters, count_parameters
@@ -23,9 +24,10 @@ from lmtune.training.memory import (
     ModelShape,
     estimate,
     fitting_micro_batch,
+    measure_activations,
     shape_of,
 )
-from tests.tiny import EXPERT_KINDS, save_tiny, tiny_model
+from tests.tiny import EXPERT_KINDS, adapted, save_tiny, tiny_model
 from tests.workplace import config_of
 
 QWEN_LIKE = ModelShape(28, 1024, 2048, 3072, 151_936, 440_000_000, 155_000_000, 10_000_000)
@@ -202,3 +204,7 @@ def test_a_forecast_counts_what_is_there_of_a_mixture_of_experts(tmp_path: Path)
     assert " in nf4, the rest in float32: experts (" in said
     assert "of the weights) stay in 32 bit: 0.188 MiB; not adapted: router" in said
     assert not [value for _, value in found.lines() if value.startswith("0.0")]
+
+
+def test_activations_of_texts_are_measured_though_nothing_predicts_their_first_token() -> None:
+    assert measure_activations(PackedForward(adapted(tiny_model())), 1.0) is not None
