@@ -141,6 +141,19 @@ def weighted(rows: Rows) -> Rows:
     return Rows([replace(row, weight=0.25 + 0.5 * index) for index, row in enumerate(rows.rows)])
 
 
+def rows_behind_a_prefix() -> Rows:
+    """Six rows, four of which begin alike for longer than a window of eight."""
+    rows = random_rows(6).rows
+    prefix = rows[0].sequences[0].input_ids[:1].repeat(18)
+    for index in range(2, 6):
+        sequences = [
+            token_sequence(np.append(prefix, s.input_ids), np.append(np.zeros(18, dtype=bool), s.loss_mask))
+            for s in rows[index].sequences
+        ]
+        rows[index] = replace(rows[index], sequences=tuple(sequences))
+    return Rows(rows)
+
+
 def adapted(model: Any, seed: int = 1, **settings: Any) -> Any:
     """`model` with an adapter whose B is not zero, so that every gradient is."""
     from lmtune.config.schema import LoraConfig
