@@ -169,12 +169,13 @@ def _add_lengths(values: dict[str, Any], reasons: dict[str, str], data: Sequence
     from lmtune.data.reading import ReadReport, read_examples
     from lmtune.data.sources import find_files
 
-    rows, answers = [], []
+    rows, answers, is_text = [], [], True
     with progress("measuring the rows", unit="rows") as shown:
         for example in islice(read_examples(find_files(data), ReadReport()), _ROWS_READ):
             sequences = known.renderer.render(example)
             rows.append(max(map(len, sequences)))
             answers.append(max(sequence.num_targets for sequence in sequences))
+            is_text &= example.text is not None and example.kind == "answer"
             shown.advance()
     if not rows:
         return
@@ -184,6 +185,8 @@ def _add_lengths(values: dict[str, Any], reasons: dict[str, str], data: Sequence
     longer = f"; {beyond:,} rows are longer" if beyond else ""
     values["data.max_length"] = limit
     reasons["data.max_length"] = f"the longest row has {max(rows):,}{longer}{measured}"
+    if beyond and is_text:
+        values["data.too_long"], reasons["data.too_long"] = "split", "longer texts are trained in pieces"
     values["evaluation.max_new_tokens"] = min(1024, max(32, _rounded(max(answers) + 8, 16)))
     reasons["evaluation.max_new_tokens"] = f"the longest answer has {max(answers):,} tokens"
 

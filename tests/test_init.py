@@ -11,11 +11,12 @@ import pytest
 
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig
+from lmtune.data.rendering import Renderer
 from lmtune.errors import ConfigError, DataError, LmtuneError
 from lmtune.proposal import KnownModel, Machine, known_model, propose, propose_quantization
 from lmtune.recipes.init import main
 from tests.tiny import save_tiny
-from tests.tokenizers import CHATML
+from tests.tokenizers import CHATML, make_tokenizer
 
 GIB = 2**30
 
@@ -136,3 +137,12 @@ def test_quantization_follows_from_size_and_memory(parameters: int, machine: Mac
 def test_batch_and_held_out_rows_follow_from_the_number_of_rows(rows: int, batch: int, fraction: float) -> None:
     values, _ = propose("x", ["my.jsonl"], "none", rows, Machine("cpu", 8 * GIB), KnownModel())
     assert (values["train.batch_size"], values["data.validation_fraction"]) == (batch, fraction)
+
+
+def test_long_texts_are_split_and_long_answers_are_not(folder: Path) -> None:
+    known = KnownModel(positions=64, renderer=Renderer(make_tokenizer(CHATML)))
+    for row, wanted in (({"text": "word " * 300}, "split"), ({"prompt": "word " * 300, "completion": "c"}, None)):
+        (folder / "long.jsonl").write_text(json.dumps(row))
+        values, reasons = propose("tiny", ["long.jsonl"], "none", 1, Machine("cpu", GIB), known)
+        assert values.get("data.too_long") == wanted
+        assert ("data.too_long" in reasons) == (wanted is not None)
