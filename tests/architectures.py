@@ -59,7 +59,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**LOCAL_EXPERTS, **WINDOW},
     "phi": {},
     "phi3": {},
-    "phimoe": LOCAL_EXPERTS,
+    "phimoe": {**LOCAL_EXPERTS, **WINDOW},
     "olmo2": {},
     "olmo3": {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
     "olmoe": {**EXPERTS, "num_key_value_heads": 4},

@@ -57,7 +57,7 @@ class Derived:
     Attributes:
         masks: by their size, window, type and device.
         boundaries: by whether every token is a query, and the device.
-        window: the sliding window that a layer asked for, if any did.
+        window: the sliding window or chunk that a layer asked for, if any did.
         by_blocks: whether a layer has scores that only plain operations compute.
     """
 

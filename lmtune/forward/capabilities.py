@@ -253,10 +253,11 @@ def window_in_mask_only(config: PretrainedConfig, window: int | None) -> str | N
 
     Args:
         config: of the text model.
-        window: what its attention was told; transformers makes no mask for an attention of ours.
+        window: what its attention was told, by its layers or in place of a mask.
     """
     kinds = getattr(config, "layer_types", None)
-    if getattr(config, "attention_chunk_size", None) and (kinds is None or "chunked_attention" in kinds):
+    has_chunks = getattr(config, "attention_chunk_size", None) and (kinds is None or "chunked_attention" in kinds)
+    if has_chunks and window is None:
         return "its attention by chunks is known to its mask alone"
     asked = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if asked and window is None and (kinds is None or any("sliding" in kind for kind in kinds)):

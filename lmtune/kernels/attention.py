@@ -37,7 +37,7 @@ def segment_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | LocalMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: SegmentLayout | None = None,
@@ -53,7 +53,7 @@ def segment_attention(
         module: the attention layer, unused but part of transformers' interface.
         query: `[1, heads, T, d]`.
         key, value: `[1, key_value_heads, T, d]`.
-        attention_mask: None; transformers builds no mask for an attention it does not know.
+        attention_mask: what `segment_mask` has made.
         scaling: of the scores; None is `1 / sqrt(d)`.
         segments: which tokens belong together.
         sliding_window: how many tokens back a token sees, itself included; None is all.
@@ -68,19 +68,56 @@ def segment_attention(
     Raises:
         NotImplementedError: the model hands a mask of its own on, or no segments.
     """
-    if attention_mask is not None:
+    local = attention_mask if isinstance(attention_mask, LocalMask) else LocalMask()
+    if local.is_custom or isinstance(attention_mask, torch.Tensor):
         raise NotImplementedError("the model makes an attention mask of its own")
+    if not local.is_chunked:
+        sliding_window = sliding_window or local.size
     if segments is None:
         raise NotImplementedError("the model does not hand extra arguments on to its attention")
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings of an fp32 model have widened queries and keys
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    segments.derived.window = segments.derived.window or sliding_window
-    scores = Scores(scaling, dropout, sliding_window, softcap, s_aux)
+    segments.derived.window = segments.derived.window or sliding_window or local.size
+    scores = Scores(scaling, dropout, sliding_window, softcap, s_aux, local.size if local.is_chunked else None)
     segments.derived.by_blocks |= not scores.is_plain
     if label_layer is not None:
         return label_layer.attend(query, key, value, segments, scores), None
     return attend(query, key, value, segments, segments.spans, scores), None
+
+
+@dataclass(frozen=True)
+class LocalMask:
+    """What transformers would write into the mask of a layer.
+
+    Attributes:
+        size: of a window, or of chunks; None is no limit.
+        is_chunked: whether a token sees the tokens of its own chunk alone (Llama 4), counted from a sequence's start.
+        is_custom: whether the model has a rule of its own.
+    """
+
+    size: int | None = None
+    is_chunked: bool = False
+    is_custom: bool = False
+
+
+def segment_mask(
+    config: Any = None, local_size: int | None = None, use_vmap: bool = False, **settings: Any
+) -> LocalMask | None:  # fmt: skip
+    """What transformers calls for a layer's mask: the rule alone, in the place of a mask of the whole row.
+
+    Args:
+        config: of the model.
+        local_size: of the layer's window or chunks, if it has any.
+        use_vmap: whether the model adds a rule of its own.
+        settings: what else a mask is made of; segments follow from the layout.
+    """
+    if use_vmap:
+        return LocalMask(is_custom=True)
+    if local_size is None:
+        return None
+    is_window = local_size == getattr(config, "sliding_window", None)
+    return LocalMask(local_size, is_chunked=not is_window and hasattr(config, "attention_chunk_size"))
 
 
 @dataclass(frozen=True)
@@ -93,6 +130,7 @@ class Scores:
         window: how many tokens back a token sees, itself included; None is all.
         softcap: scores are `softcap * tanh(score / softcap)`; None is no cap.
         sinks: `[heads]`, one more score in the denominator of the softmax; None is none.
+        chunk: a token sees the tokens of its chunk of so many alone; None is all.
     """
 
     scaling: float | None = None
@@ -100,11 +138,12 @@ class Scores:
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    chunk: int | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether they are those of scaled dot product attention."""
-        return self.softcap is None and self.sinks is None
+        return self.softcap is None and self.sinks is None and self.chunk is None
 
 
 def attend(
@@ -153,7 +192,7 @@ def attend_span_by_span(
                 # computed again in the backward pass: autograd would keep the scores of all blocks
                 outputs.append(
                     checkpoint(
-                        _attend_block, some_q, some_k, some_v, scores, use_reentrant=False,
+                        _attend_block, some_q, some_k, some_v, scores, keys_of.start, use_reentrant=False,
                         preserve_rng_state=scores.dropout > 0,
                     )
                 )  # fmt: skip
@@ -169,13 +208,16 @@ def attend_span_by_span(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
-def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+def _attend_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, first_key: int
+) -> torch.Tensor:  # fmt: skip
     """Attention of a block, in plain operations; its last query is at its last key.
 
     Args:
         q: `[1, heads, q, d]`.
         k, v: `[1, key_value_heads, k, d]`.
         scores: how they are made; they are fp32, whatever the inputs are.
+        first_key: its place in the sequence.
 
     Returns:
         `[1, heads, q, d]`.
@@ -187,8 +229,11 @@ def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Sco
         score = (grouped @ k[0].float().transpose(1, 2)).view(-1, num_q, num_k) * scaling  # [heads, q, k]
         if scores.softcap is not None:
             score = scores.softcap * torch.tanh(score / scores.softcap)
-        places = torch.arange(num_k, device=q.device)
-        score = score.masked_fill(~visible(places[num_k - num_q :], places, scores.window), -torch.inf)
+        places = torch.arange(first_key, first_key + num_k, device=q.device)
+        seen = visible(places[num_k - num_q :], places, scores.window)
+        if scores.chunk is not None:
+            seen &= places[num_k - num_q :, None] // scores.chunk == places[None] // scores.chunk
+        score = score.masked_fill(~seen, -torch.inf)
         if scores.sinks is not None:
             sinks = scores.sinks.float().view(-1, 1, 1).expand(-1, num_q, 1)
             share = torch.cat([score, sinks], 2).softmax(2)[..., :-1]
@@ -380,7 +425,8 @@ def packed_attention(model: Any) -> Iterator[None]:
 
 
 def register() -> None:
-    """Make the function known to transformers under `NAME`; calling it again changes nothing."""
-    from transformers import AttentionInterface
+    """Make the functions known to transformers under `NAME`; calling it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
+    AttentionMaskInterface.register(NAME, segment_mask)
     AttentionInterface.register(NAME, segment_attention)

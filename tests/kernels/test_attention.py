@@ -2,13 +2,23 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lmtune.batching.packing import SegmentLayout, Span
 from lmtune.kernels import attention
-from lmtune.kernels.attention import Scores, attend_span_by_span, attend_varlen, find_varlen, torch_varlen
+from lmtune.kernels.attention import (
+    LocalMask,
+    Scores,
+    attend_span_by_span,
+    attend_varlen,
+    find_varlen,
+    segment_attention,
+    segment_mask,
+    torch_varlen,
+)
 
 LAYOUTS = {
     "plain": SegmentLayout((5, 1, 9), (None, None, None), (0, 1, 2, 5, 8, 9, 10, 14)),
@@ -118,6 +128,18 @@ def test_read_positions_get_what_they_get_among_all(name: str) -> None:
     places = list(layout.read_positions)
     few = attend_span_by_span(q[:, :, places], k, v, layout, layout.read_spans, Scores())
     torch.testing.assert_close(few, everywhere[:, places])
+
+
+def test_a_rule_of_the_models_own_for_its_mask_is_refused() -> None:
+    """Such as images that see themselves whole; the model then runs row by row."""
+    layout = SegmentLayout.of_segments(3, 2)
+    q, k, v = tensors(layout, 5)
+    assert segment_mask(local_size=None) is None
+    with pytest.raises(NotImplementedError, match="mask of its own"):
+        segment_attention(torch.nn.Identity(), q, k, v, segment_mask(use_vmap=True), segments=layout)
+    chunks = segment_mask(SimpleNamespace(attention_chunk_size=8, sliding_window=None), 8)
+    assert chunks == LocalMask(8, is_chunked=True)
+    assert segment_mask(SimpleNamespace(sliding_window=8), 8) == LocalMask(8)
 
 
 def test_label_spans_are_the_unbroken_rows_of_labels_in_a_run() -> None:

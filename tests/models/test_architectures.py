@@ -12,7 +12,7 @@ from tests.architectures import ARCHITECTURES, architecture
 from tests.tiny import adapted, rows_behind_a_prefix
 from tests.training.test_gradients import by_hand, lmtune_step
 
-FAST = ("gemma2", "gpt_oss", "qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid")
+FAST = ("gemma2", "gpt_oss", "phimoe", "llama4_text", "qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid")
 
 
 @pytest.mark.parametrize("name", FAST)
