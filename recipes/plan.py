@@ -40,14 +40,13 @@ def main(
 
     with progress("loading PyTorch and the libraries"):
         from lmtune.data.store import load_data
-        from lmtune.inference.load import build_renderer
-        from lmtune.models.base import load_tokenizer
+        from lmtune.inference.load import build_renderer, load_run_tokenizer
         from lmtune.models.device import default_device
         from lmtune.training.estimate import forecast
         from lmtune.training.start_adapter import with_starting_adapter
 
     config = with_starting_adapter(config)
-    tokenizer = load_tokenizer(config.model, alone=True)
+    tokenizer = load_run_tokenizer(config, alone=True)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system)
     rows = load_data(config.data, renderer, config.train.seed, config.objective.rows)
     held_out = None if rows.validation is None else rows.validation.sequences

@@ -46,11 +46,10 @@ def main(
         from lmtune.data.reading import ReadReport, read_examples
         from lmtune.data.rendering import ControlText
         from lmtune.data.sources import find_files, unread_entries
-        from lmtune.inference.load import build_renderer
-        from lmtune.models.base import load_tokenizer
+        from lmtune.inference.load import build_renderer, load_run_tokenizer
 
     files = find_files(paths)
-    tokenizer = load_tokenizer(model_config, alone=True)
+    tokenizer = load_run_tokenizer(settings, alone=True)
     renderer = build_renderer(tokenizer, model_config, data_config.template, data_config.system)
     err.print(f"{escape(model_config.name)}: {escape(renderer.description)}")
     shown: list[dict[str, object]] = []

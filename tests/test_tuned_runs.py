@@ -11,23 +11,29 @@ from safetensors.torch import load_file
 
 import lmtune
 from lmtune.config.schema import ModelConfig
+from lmtune.data.types import Message
 from lmtune.errors import ConfigError
 from lmtune.evaluation.scoring import evaluate_loaded
 from lmtune.export.hub import prepare_push
 from lmtune.export.merged import merge_run
-from lmtune.inference.load import load_for_inference
+from lmtune.inference.engine import Sampling
+from lmtune.inference.load import load_for_inference, usable_adapter
 from lmtune.models.base import load_model
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import load_checkpoint
 from tests.processes import KILL, after_update
 from tests.processes import lmtune as command
-from tests.workplace import finetune, inside, lasting, make_workplace, write_config, written_files
+from tests.workplace import finetune, inside, lasting, make_workplace, write_config, write_rows, written_files
 
 pytestmark = pytest.mark.slow  # a run each
 
 TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "partial": {"kind": "partial", "parts": ["embeddings", "last_1_layers"]},
+}  # fmt: skip
+BESIDE: dict[str, dict[str, Any]] = {
+    "modules_to_save": {"modules_to_save": ["head", "norm"], "lora_plus_ratio": 4.0},
+    "new_tokens": {"new_tokens": ["<order>", "number"]},
 }  # fmt: skip
 RATE = {"train__learning_rate": 3e-3}
 FILES = {
@@ -38,7 +44,7 @@ FILES = {
 
 def tuned_by(name: str) -> dict[str, Any]:
     """Changes of the workplace's settings."""
-    return {f"tuning__{key}": value for key, value in TUNINGS[name].items()} | RATE
+    return {f"tuning__{key}": value for key, value in {**TUNINGS, **BESIDE}[name].items()} | RATE
 
 
 @pytest.fixture(scope="module", params=TUNINGS)
@@ -130,7 +136,7 @@ def test_an_unfinished_run_is_used_as_far_as_it_got(
         assert torch.equal(written.get_parameter(key), tensor)
 
 
-@pytest.mark.parametrize("name", TUNINGS)
+@pytest.mark.parametrize("name", [*TUNINGS, *BESIDE])
 def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path, name: str) -> None:
     whole, killed = (make_workplace(tmp_path / part) for part in ("whole", "killed"))
     for place in (whole, killed):
@@ -141,16 +147,65 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path, nam
     assert lasting(killed) == lasting(whole)
 
 
-@pytest.mark.parametrize("name", TUNINGS)
-def test_two_processes_give_the_model_of_one(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [*TUNINGS, *BESIDE])
+def test_two_processes_give_what_one_gives(tmp_path: Path, name: str) -> None:
     place = make_workplace(tmp_path / "work")
     write_config(place, **tuned_by(name))
     assert command(place, "finetune", "run.yaml", "run.name=one") == 0
     assert command(place, "finetune", "run.yaml", "run.name=two", "--processes", "2") == 0
-    one, two = (load_file(place / "runs" / run / "merged" / "model.safetensors") for run in ("one", "two"))
+    file = "merged/model.safetensors" if name in TUNINGS else "adapter/adapter_model.safetensors"
+    one, two = (load_file(place / "runs" / run / file) for run in ("one", "two"))
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_trained_beside_an_adapter_is_chatted_resumed_merged_and_pushed(tmp_path: Path, name: str) -> None:
+    place = make_workplace(tmp_path / "work")
+    rows = [
+        {"prompt": f"Where is <order> number {n}?", "completion": f"<order> number {n} is here."} for n in range(12)
+    ]
+    write_rows(place / "train.jsonl", rows)
+    run, summary = finetune(place, run__checkpoint_every_steps=1, run__keep_checkpoints=99, **tuned_by(name))
+    assert summary["tuned"]["loss"] < summary["base"]["loss"]
+    with inside(place):
+        loaded = load_for_inference("trial")
+        scored = evaluate_loaded(loaded, ["validation.jsonl"], 3, 8, 128)
+        prompt = loaded.renderer.prompt_ids([Message("user", "Where is <order> number 3?")])
+        sampling = Sampling(max_new_tokens=4)
+        base = list(loaded.engine.submit(prompt, sampling))
+        with loaded.use_base():
+            assert [base] == loaded.engine.generate([prompt], sampling)
+        report = merge_run(RunDirectory("runs/trial"), Path("whole"))
+        merged = evaluate_loaded(load_for_inference("whole"), ["validation.jsonl"], 3, 8, 128)
+        assert prepare_push(RunDirectory("runs/trial"), "me/adapter").sizes["adapter_model.safetensors"] > 0
+        wanted = load_file(run.adapter / "adapter_model.safetensors")
+        run.summary.write_text(json.dumps({**json.loads(run.summary.read_text()), "status": "interrupted"}))
+        with usable_adapter(RunDirectory("runs/trial")) as adapter:
+            found = load_file(adapter / "adapter_model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert scored.tuned.as_dict() == pytest.approx(summary["tuned"], abs=2e-5, rel=1e-5)
+    assert scored.base is not None
+    assert scored.base.as_dict() == pytest.approx(summary["base"], abs=2e-5, rel=1e-5)
+    assert merged.tuned.as_dict() == pytest.approx(summary["tuned"], abs=2e-5, rel=1e-5)
+    assert report["logits_difference"] < 1e-4
+    for token in BESIDE[name].get("new_tokens", ()):
+        index = loaded.tokenizer.convert_tokens_to_ids(token)
+        assert index in prompt
+        assert index in [i for ids in run.read_verification() for i in ids] or token == "<order>"
+
+
+@pytest.mark.parametrize("name", ["partial", *BESIDE])
+def test_it_is_trained_scored_and_asked_in_16_bit(tmp_path: Path, name: str) -> None:
+    place = make_workplace(tmp_path / "work", dtype=torch.bfloat16)
+    _, summary = finetune(place, model__dtype="bfloat16", evaluation__every_steps=4, **tuned_by(name))
+    assert summary["tuned"]["loss"] < summary["base"]["loss"]
+    assert summary["tuned"]["exact_match"] is not None
+    with inside(place):
+        scored = evaluate_loaded(load_for_inference("trial"), ["validation.jsonl"], 3, 8, 128).tuned
+    assert scored.loss == pytest.approx(summary["tuned"]["loss"], rel=0.02)
 
 
 def test_the_base_and_the_reference_are_the_weights_before_the_first_step(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def settings(schema: type[Any] = FinetuneConfig, values: Mapping[str, Any] | Non
         for field in fields(kind):
             described = known[field.name]
             default = field.default_factory() if field.default_factory is not MISSING else field.default
+            default = list(default) if isinstance(default, tuple) else default  # as a file has it
             choices = tuple(described.get("enum", ()))
             if len(types[section]) > 1 and field.name == "kind":
                 choices = tuple(map(kind_of, types[section]))

@@ -79,6 +79,12 @@ def _names(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return value
 
 
+def _unique(value: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := [item for number, item in enumerate(value) if item in value[:number]]:
+        raise ValueError(f"a list in which nothing stands twice; {twice[0]} does")
+    return value
+
+
 # `all-linear`, names, or a regular expression on full names
 TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], AfterValidator(_names)]
 # Names of parts, or a regular expression on full names of parameters
@@ -109,6 +115,12 @@ class LoraConfig:
     use_rslora: bool = False  # scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
     use_dora: bool = False  # https://arxiv.org/abs/2402.09353
     init_lora_weights: Literal["default", "pissa"] = "default"  # PiSSA: https://arxiv.org/abs/2404.02948
+    # the learning rate of B is so many times that of A, https://arxiv.org/abs/2402.12354
+    lora_plus_ratio: Annotated[float, Field(gt=0, le=1e4)] = 1.0
+    # modules that are trained whole beside the adapter: head, embeddings, or names (q_norm)
+    modules_to_save: Annotated[tuple[str, ...], AfterValidator(_unique)] = ()
+    # tokens to add to the vocabulary; of the embeddings only their rows are trained
+    new_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], AfterValidator(_unique)] = ()
 
 
 @section

@@ -262,7 +262,8 @@ def evaluate(
     rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
     room = max_positions(forward.model) or math.inf
     rows = [row for row in range(min(exact_match_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]
-    given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens, who)
+    with forward.autocast():
+        given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens, who)
     if world > 1 and parallel is not None:
         given = sorted(parallel.gather(given), key=lambda answer: answer.row)
     return with_exact_match(scores, given), given

@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -317,19 +317,22 @@ def _check_usable(folder: Path, is_adapter: bool) -> None:
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
     files = [folder / WEIGHTS] if is_adapter else sorted(folder.glob("*.safetensors"))
-    if problems := [problem for file in files for problem in _tensor_faults(file, is_adapter)]:
+    whole = read_object(folder / CONFIG).get("modules_to_save") if is_adapter else None
+    parts = tuple(whole) if isinstance(whole, list) else ()
+    if problems := [problem for file in files for problem in _tensor_faults(file, is_adapter, parts)]:
         raise ModelError(f"{folder}: not uploaded, nobody could use it; train it again\n{format_list(problems, 8)}")
 
 
-def _tensor_faults(path: Path, is_adapter: bool) -> Iterator[str]:
+def _tensor_faults(path: Path, is_adapter: bool, whole: Sequence[str] = ()) -> Iterator[str]:
     """Which tensors hold NaN or infinity, and of an adapter have names that PEFT does not give."""
     import torch
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
-            if is_adapter and (not name.startswith("base_model.model.") or ".lora_" not in name):
-                yield f"{path.name}: {name}: no name that PEFT gives a LoRA tensor"
+            is_known = ".lora_" in name or ".trainable_tokens_" in name or any(f".{part}." in name for part in whole)
+            if is_adapter and not (name.startswith("base_model.model.") and is_known):
+                yield f"{path.name}: {name}: no name that PEFT gives a tensor of this adapter"
             elif not torch.isfinite(file.get_tensor(name)).all():
                 yield f"{path.name}: {name}: holds NaN or infinity"
 

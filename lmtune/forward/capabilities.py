@@ -23,7 +23,7 @@ from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
 from lmtune.kernels.lora_group import group_layers, separate_layers
 from lmtune.models.device import is_out_of_memory
-from lmtune.models.structure import decoder_layers
+from lmtune.models.structure import decoder_layers, trained_module
 
 # Relative, in 16 bit: rounding moves the outputs of 32 random layers by 0.06, a segment that leaks by about 1.
 _TOLERANCE = 0.2
@@ -84,7 +84,7 @@ def find_capabilities(forward: Paths) -> Capabilities:
     """Compare each optimized path of `forward` with the plain one."""
     with torch.no_grad(), _evaluating(forward.model):
         packing = _find_packing(forward)
-        head = forward.base.get_output_embeddings()
+        head = trained_module(forward.base.get_output_embeddings())
         if type(head) is not torch.nn.Linear or head.bias is not None:
             fused_head: str | None = "fused cross-entropy disabled: lm_head is not nn.Linear without bias"
         else:

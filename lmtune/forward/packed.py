@@ -138,7 +138,7 @@ class PackedForward:
         With `read_positions[P]` the last layer runs at these alone, and `keep` counts among them.
         """
         extra = {} if read_positions is None else {"read_positions": read_positions}
-        with self._autocast(input_ids.device):
+        with self.autocast():
             output = self.base.base_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **_layout(segments), **extra
             )
@@ -151,7 +151,7 @@ class PackedForward:
     ) -> torch.Tensor:  # fmt: skip
         """The model's own logits `[N, V]` of one pack `[1, T]` at `keep[N]`."""
         extra = {"logits_to_keep": keep} if self._logits_to_keep else {}
-        with self._autocast(input_ids.device):
+        with self.autocast():
             output = self.base(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **_layout(segments), **extra
             )
@@ -178,9 +178,10 @@ class PackedForward:
         others = (parameter for parameter in self.model.parameters() if id(parameter) not in known)
         return self.dtype.itemsize == 2 and any(parameter.dtype == torch.float32 for parameter in others)
 
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Compute in `dtype` inside the block, with fp32 weights too; also where the model generates."""
         dtype = self._autocast_dtype
-        return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
 def _layout(segments: SegmentLayout | None) -> dict[str, SegmentLayout]:

@@ -182,6 +182,8 @@ class TransformersEngine:
     ) -> None:  # fmt: skip
         self._model: Any = model
         self._has_adapter, self._lock, self._batch_tokens = has_adapter, lock or threading.RLock(), batch_tokens
+        # whole modules beside the adapter, of which PEFT can switch some kinds only by `disable_adapter`
+        self._trains_modules = any(hasattr(module, "original_module") for module in model.modules())
         self._keeps_logits = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
 
     @property
@@ -277,11 +279,14 @@ class TransformersEngine:
         # A model that hands back no cache reads everything again at each token.
         input_ids = torch.tensor([after if cache.key_values is None else token_ids], device=self._model.device)
         arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
+        switch: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._has_adapter and adapter is None:
-            # Not `disable_adapter`, which looks through the whole model at each switch: half the speed of a small one.
-            arguments["adapter_names"] = ["__base__"]
+            if self._trains_modules:
+                switch = self._model.disable_adapter()
+            else:  # `disable_adapter` looks through the whole model at each switch: half the speed of a small one
+                arguments["adapter_names"] = ["__base__"]
         cache.is_whole = False
-        with self._lock, torch.no_grad(), unpacked_attention(self._model):
+        with self._lock, torch.no_grad(), switch, unpacked_attention(self._model):
             output = self._model(input_ids=input_ids, past_key_values=cache.key_values, use_cache=True, **arguments)
         cache.key_values, cache.token_ids = getattr(output, "past_key_values", None), after
         cache.is_whole = True

@@ -34,9 +34,10 @@ from lmtune.models.gguf import is_gguf
 from lmtune.models.locate import adapter_base, is_local, run_config, shareable_name
 from lmtune.models.model_folder import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
-from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata
+from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata, check_adapter, trained_rows
 from lmtune.models.tuning.base import Tensors
-from lmtune.models.tuning.lora import attach_adapter, load_adapter, save_adapter
+from lmtune.models.tuning.beside_lora import add_rows, add_tokens
+from lmtune.models.tuning.lora import Lora, load_adapter, save_adapter
 from lmtune.models.validate import CONFIG as MODEL_CONFIG
 from lmtune.models.validate import tokenizer_problem
 from lmtune.runs.store import (
@@ -163,7 +164,7 @@ def _load_whole(
         return replace(_load_plain(ModelConfig(name=str(run.merged), quantization=quantization or "none", dtype=dtype)),
                        name=name)  # fmt: skip
     config = run_config(run, base)
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    model, tokenizer = load_model(config.model), load_run_tokenizer(config)
     with torch.no_grad():
         for key, tensor in saved.weights.items():
             model.get_parameter(key).copy_(tensor)
@@ -173,9 +174,15 @@ def _load_whole(
 
 
 def _load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:
-    metadata = Metadata.read(folder)
-    model = load_adapter(load_model(base), folder, base_fingerprint(base))
-    tokenizer = saved_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else load_tokenizer(base)
+    metadata, model = Metadata.read(folder), load_model(base)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = saved_tokenizer(folder) if has_tokenizer else load_tokenizer(base)
+    if has_tokenizer and (rows := trained_rows(check_adapter(folder))):
+        plain = load_tokenizer(base)
+        new = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(set(rows)))]
+        if not set(new) & plain.get_vocab().keys():  # the base alone has the rows that training began with
+            add_rows(model, plain, new)
+    model = load_adapter(model, folder, base_fingerprint(base))
     return _loaded(model, tokenizer, base, name, metadata, has_adapter=True)
 
 
@@ -213,6 +220,19 @@ def _check_spelling(target: str) -> None:
 
 
 # --- the tokenizer, the renderer and the stop tokens
+
+
+def load_run_tokenizer(config: FinetuneConfig, alone: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: the base's, with the tokens that the run adds; `alone`: no model will be loaded after it.
+
+    Raises:
+        ConfigError: a token to add is one already.
+        ModelError: the base's cannot be found or read.
+    """
+    tokenizer = load_tokenizer(config.model, alone)
+    if isinstance(config.tuning, LoraConfig) and config.tuning.new_tokens:
+        add_tokens(tokenizer, config.tuning.new_tokens)
+    return tokenizer
 
 
 def build_renderer(
@@ -359,7 +379,7 @@ def newest_saved(run: RunDirectory) -> Saved | None:
 def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | None = None) -> None:
     """Fill an empty folder as the run would fill `adapter/` with these weights; `base` is where its base is now."""
     config = run_config(run, base)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_run_tokenizer(config)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
     metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.adapter)
     assert isinstance(config.tuning, LoraConfig)
@@ -367,8 +387,8 @@ def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | Non
         model = load_model(config.model)
     else:
         model = empty_model(resolve_name(config.model.name), config.model.revision)
-    adapted = attach_adapter(model, config.tuning, config.train.seed, shareable_name(config.model.name))
-    save_adapter(adapted, folder, metadata, saved.weights)
+    tuned = Lora(config.tuning, config.model).apply(model, config.train.seed, shareable_name(config.model.name))
+    save_adapter(tuned.module, folder, metadata, saved.weights)
     write_adapter_texts(config.model, renderer, folder)
 
 
@@ -376,7 +396,7 @@ def write_model(run: RunDirectory, saved: Saved, folder: Path, base: str | None 
     """Fill an empty folder as the run would fill `merged/` with these weights; `base` is where its base is now."""
     config = run_config(run, base)
     stored = replace(config.model, dtype=cast(Dtype, run.trained_dtype() or "float32"))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_run_tokenizer(config)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
     metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.merged)
     write_changed(stored, load_model(stored, "cpu"), saved.weights, folder, metadata.stop_token_ids)

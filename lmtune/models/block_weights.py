@@ -18,13 +18,14 @@ import torch
 
 from lmtune.errors import LmtuneError
 from lmtune.kernels.lora_linear import BaseWeight
-from lmtune.models.structure import base_of
+from lmtune.models.structure import base_of, trained_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers, and PEFT's around them
-_ADAPTERS = re.compile(r"(^|\.)lora_")  # names of the adapter's own weights, which are always fp32
+_ADAPTERS = re.compile(r"(^|\.)(lora_|trainable_tokens_)")  # names of the adapter's own weights
+_AROUND = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.|$)")  # by PEFT
 
 
 class BlockWeights:
@@ -42,7 +43,11 @@ class BlockWeights:
             if hasattr(module, "lmtune_weight"):
                 module.lmtune_weight.keep = False  # no dense copies beside the quantized weights
         _make_replaceable(self.base)
-        self._names = {module: name.replace(".base_layer", "") for name, module in self.base.named_modules()}
+        self._names = {module: _AROUND.sub("", name) for name, module in self.base.named_modules()}
+        self._whole = {  # trained in place of the base's own, by PEFT's `modules_to_save`
+            part for module in self.base.modules() if hasattr(module, "modules_to_save")
+            for part in trained_module(module).modules()
+        }  # fmt: skip
         self._quantized = {f"{name}.weight" for module, name in self._names.items() if _is_quantized(module)}
         self._dtype: torch.dtype | None = None
         self._dequantize = False
@@ -115,8 +120,12 @@ class BlockWeights:
         """Whether a weight of this name is held in 4 or 8 bit while its block does not run."""
         return name in self._quantized
 
+    def is_trained_whole(self, name: str) -> bool:
+        """Whether a weight is not the base's but one trained in its place."""
+        return self._module(name.rpartition(".")[0]) in self._whole
+
     def _module(self, name: str) -> Any:
-        """The base's module of this name, without the layers that PEFT put around it."""
+        """The base's module of this name, or the one trained in its place, without the layers that PEFT put around."""
         module: Any = self.base
         for part in name.split(".") if name else ():
             module = _unwrapped(getattr(module, part))
@@ -125,10 +134,13 @@ class BlockWeights:
     def _changed(self, block: Any, whole: bool) -> Iterator[tuple[str, Any]]:
         """(name, module) of every weight in a block that merging writes anew."""
         from peft.tuners.lora import LoraLayer
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
 
         found = set()
         for module in block.modules() if whole else (block,):
-            if isinstance(module, LoraLayer):
+            if module in self._whole:
+                base, parts = module, [name for name, _ in module.named_parameters(recurse=False)]
+            elif isinstance(module, (LoraLayer, TrainableTokensLayer)):
                 base = _unwrapped(module)
                 parts = [getattr(module, "parameter_name", "weight")]
                 parts += ["bias"] * any(getattr(module, "lora_bias", {}).values())
@@ -145,9 +157,10 @@ class BlockWeights:
         """Let PEFT add B A to the weights of a block in fp32; PEFT checks that the sum is finite."""
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora.layer import Linear
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
 
         for module in block.modules():
-            if not isinstance(module, LoraLayer) or module.merged:
+            if not isinstance(module, (LoraLayer, TrainableTokensLayer)) or module.merged:
                 continue
             weight = getattr(_unwrapped(module), getattr(module, "parameter_name", "weight"))
             before = weight.data.clone()
@@ -223,7 +236,7 @@ def recompute_buffers(model: PreTrainedModel) -> None:
     computed = dict(whole.named_non_persistent_buffers())
     for name, module in model.named_modules():
         for last in module._non_persistent_buffers_set:
-            exact = computed.get(f"{name}.{last}".lstrip(".").replace(".base_layer", ""))
+            exact = computed.get(_AROUND.sub("", f"{name}.{last}".lstrip(".")))
             held = module._buffers.get(last)
             if exact is not None and held is not None and held.is_floating_point() and exact.device.type != "meta":
                 module._buffers[last] = exact.to(held.device)
@@ -236,6 +249,7 @@ def _is_quantized(module: Any) -> bool:
 
 def _unwrapped(module: Any) -> Any:
     """The base's module inside PEFT's layers around it."""
+    module = trained_module(module)
     while _is_tuner(module) or isinstance(module, _Replaceable):
         module = module.base_layer
     return module

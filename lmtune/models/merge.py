@@ -168,6 +168,8 @@ class _Source:
             source = self.layout.source(name)
             if source is None or not self.stored.entries[source].is_float or weights.is_quantized(name):
                 continue
+            if weights.is_trained_whole(name):
+                continue
             weight, entry = weights.parameter(name), self.stored.entries[source]
             if weight.dtype not in (entry.dtype, torch.float32) and tuple(weight.shape) == entry.shape:
                 weight.data = entry.read().to(weight.device)
@@ -199,7 +201,8 @@ def _rounds_activations(model: Any) -> bool:
 def _write_weights(source: _Source, folder: Path) -> bool:
     """Write the weights; returns whether the head, which was tied to the embedding, has become a weight of its own."""
     weights, layout, entries = source.weights, source.layout, source.stored.entries
-    names = weights.weight_names()
+    changed_names = weights.weight_names()
+    names = _stored_once(source, changed_names)
     groups = {name: layout.group(name) for name in names}
     coming: Tensors = {}
     for group in dict.fromkeys(groups.values()):
@@ -209,7 +212,7 @@ def _write_weights(source: _Source, folder: Path) -> bool:
             dtype = entry.dtype if entry is not None and entry.is_float else source.dtype
             coming[name] = piece.to(dtype)
     gone = layout.replaced(other for group in groups.values() for other in group)
-    copies = _untied(source, names)
+    copies = _untied(source, changed_names)
     for name, entry in copies.items():
         coming[name] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
@@ -217,13 +220,20 @@ def _write_weights(source: _Source, folder: Path) -> bool:
         for name, entry in copies.items():
             yield name, entry.read()
         for changed in weights.merged(source.dtype):
-            for group in dict.fromkeys(groups[name] for name in changed):
+            for group in dict.fromkeys(groups[name] for name in changed if name in groups):
                 merged = {name: _as_stored(source, name, weights.parameter(name).data.float()) for name in group}
                 for name, piece in layout.written(merged).items():
                     yield name, _require_finite(name, piece.to(coming[name].dtype))
 
     WeightWriter(source.stored, coming, gone).write(folder, tensors())
-    return any(0 < len(tied & set(names)) < len(tied) for tied in _ties(source.empty))
+    return any(0 < len(tied & set(changed_names)) < len(tied) for tied in _ties(source.empty))
+
+
+def _stored_once(source: _Source, names: Sequence[str]) -> list[str]:
+    """The changed weights without those that are tied to another one and have no stored tensor of their own."""
+    kept = [tied & set(names) for tied in _ties(source.empty)]
+    left = {name for tied in kept if len(tied) > 1 for name in tied if source.layout.source(name) is None}
+    return [name for name in names if name not in left or all(name not in tied or tied <= left for tied in kept)]
 
 
 def _ties(empty: PreTrainedModel) -> list[set[str]]:
@@ -272,7 +282,12 @@ def _write_texts(
 ) -> None:  # fmt: skip
     """Write the configs and the tokenizer's files."""
     dtype = str(source.dtype).removeprefix("torch.")
-    write_tree(folder / CONFIG, merged_config(source.config, dtype, stop_token_ids, is_untied))
+    tree = merged_config(source.config, dtype, stop_token_ids, is_untied)
+    before, rows = (model.get_input_embeddings().weight.shape[0] for model in (source.empty, source.weights.base))
+    for part in (tree, *(value for value in tree.values() if isinstance(value, dict))):
+        if part.get("vocab_size") == before:  # new tokens have added rows
+            part["vocab_size"] = rows
+    write_tree(folder / CONFIG, tree)
     tuned = read_tree(adapter / GENERATION)
     write_tree(folder / GENERATION, generation_config(tuned, stop_token_ids, tokenizer.pad_token_id))
     files = {name: adapter / name for name in TOKENIZER_FILES if (adapter / name).is_file()}

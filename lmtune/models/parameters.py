@@ -17,6 +17,7 @@ import torch
 from lmtune.config.schema import FullConfig, LoraConfig, PartialConfig
 from lmtune.io.text import pluralize
 from lmtune.models.structure import expert_tensors, linear_layers
+from lmtune.models.tuning.beside_lora import is_tied, whole_modules
 from lmtune.models.tuning.partial import find_parameters
 from lmtune.models.tuning.targets import (
     ALL_LINEAR,
@@ -170,8 +171,19 @@ def _lora(model: PreTrainedModel, tuning: LoraConfig) -> _Learns:
     found = find_targets(model, tuning.target_modules)
     on = [pluralize(len(found.modules), "module")] * bool(found.modules)
     on += [pluralize(len(found.experts), "expert tensor")] * bool(found.experts)
-    number = adapter_parameters(model, found, tuning.rank, tuning.use_dora)
-    return _Learns(f"LoRA r={tuning.rank} on {' and '.join(on)}", [], found, number, tuning.rank, tuning.target_modules)
+    what, number = f"LoRA r={tuning.rank} on {' and '.join(on)}", adapter_parameters(
+        model, found, tuning.rank, tuning.use_dora
+    )  # fmt: skip
+    if tuning.modules_to_save:
+        names = whole_modules(model, tuning.modules_to_save, found)
+        whole = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
+        number += sum(parameter.numel() for parameter in whole)
+        what += f", {', '.join(tuning.modules_to_save)} whole{_tied_note(model, whole)}"
+    if tuning.new_tokens:
+        tables = 1 if is_tied(model) else 2
+        number += len(tuning.new_tokens) * model.get_input_embeddings().weight.shape[1] * tables
+        what += f", {pluralize(len(tuning.new_tokens), 'new token')}"
+    return _Learns(what, [], found, number, tuning.rank, tuning.target_modules)
 
 
 def _full(model: PreTrainedModel, tuning: FullConfig) -> _Learns:
@@ -179,12 +191,15 @@ def _full(model: PreTrainedModel, tuning: FullConfig) -> _Learns:
 
 
 def _partial(model: PreTrainedModel, tuning: PartialConfig) -> _Learns:
-    own = find_parameters(model, tuning.parts)
-    table = model.get_input_embeddings().weight
-    is_tied = getattr(model.get_output_embeddings(), "weight", None) is table
+    own = list(find_parameters(model, tuning.parts).values())
     parts = tuning.parts if isinstance(tuning.parts, str) else ", ".join(tuning.parts)
-    note = "; head and embeddings are one weight" if is_tied and any(one is table for one in own.values()) else ""
-    return _Learns(f"{parts}{note}", list(own.values()))
+    return _Learns(f"{parts}{_tied_note(model, set(own))}", own)
+
+
+def _tied_note(model: PreTrainedModel, trained: set[torch.nn.Parameter]) -> str:
+    """What to say where a head is trained that is tied to the embeddings."""
+    both = is_tied(model) and model.get_input_embeddings().weight in trained
+    return "; head and embeddings are one weight" if both else ""
 
 
 _LEARNS: dict[type, Callable[[PreTrainedModel, Any], _Learns]] = {

@@ -46,6 +46,14 @@ def heads(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [part for part in model.children() if part is not body and any(True for _ in part.parameters())]
 
 
+def trained_module(module: Any) -> Any:
+    """The module that runs inside PEFT's wrapper for modules that are trained whole or in some rows, or `module`."""
+    active = getattr(module, "modules_to_save", None)
+    if active is not None and not module.disable_adapters and module.active_adapters:
+        return active[module.active_adapters[0]]
+    return getattr(module, "original_module", module)
+
+
 def embeddings(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The tables of tokens, and of positions where the model has one."""
     return [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]

@@ -29,10 +29,10 @@ from lmtune.data.store import LoadedData, load_data
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, teacher_forced
 from lmtune.forward.packed import PackedForward
-from lmtune.inference.load import build_renderer
+from lmtune.inference.load import build_renderer, load_run_tokenizer
 from lmtune.io.console import progress, warn
 from lmtune.kernels.lora_linear import fuse
-from lmtune.models.base import DTYPES, base_fingerprint, check_bitsandbytes, dtype_of, load_model, load_tokenizer
+from lmtune.models.base import DTYPES, base_fingerprint, check_bitsandbytes, dtype_of, load_model
 from lmtune.models.device import dense_weights_fit, free_memory
 from lmtune.models.locate import shareable_name
 from lmtune.models.parameters import Parameters, count_parameters
@@ -198,7 +198,7 @@ def _with_dtype(config: FinetuneConfig, parallel: Parallel) -> ModelConfig:
 
 def _renderer(config: FinetuneConfig) -> Renderer:
     """The run's renderer; a template that writes the date writes one for the whole run, whenever it is continued."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_run_tokenizer(config)
     template, system = config.data.template, config.data.system
     begun_at = None if config.run.resume == "never" else RunDirectory.of(config.run).rendered_at()
     renderer = build_renderer(tokenizer, config.model, template, system, now=begun_at)

@@ -25,7 +25,8 @@ from lmtune.runs.store import RunDirectory, find_run, run_hint
 
 _DEFAULT = LoraConfig()
 _NOT_TRAINED = (
-    "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern",
 )  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def _settings(asked: LoraConfig, saved: LoraSettings, target: str) -> LoraConfig
     theirs: dict[str, Any] = {
         "rank": saved["r"], "alpha": float(saved["lora_alpha"]), "use_rslora": bool(saved.get("use_rslora")),
         "use_dora": bool(saved.get("use_dora")), "target_modules": _targets(saved),
+        "modules_to_save": tuple(_names(saved.get("modules_to_save"))), "new_tokens": (),
     }  # fmt: skip
     problems = [f"{CONFIG}: {key} is set, which lmtune does not train" for key in _NOT_TRAINED if saved.get(key)]
     for key, value in theirs.items():
@@ -90,6 +92,10 @@ def _settings(asked: LoraConfig, saved: LoraSettings, target: str) -> LoraConfig
     if problems:
         raise ConfigError(f"tuning.adapter: {target} cannot be trained in this way\n{format_list(problems)}")
     return replace(asked, **theirs)
+
+
+def _names(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _targets(saved: LoraSettings) -> str | tuple[str, ...]:

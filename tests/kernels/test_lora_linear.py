@@ -132,6 +132,15 @@ def test_an_update_survives_the_rounding_of_16_bit(quantization: str, bias: bool
     assert update_kept(model, layer) == pytest.approx((1, 1), abs=0.02)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_update_survives_it_beside_modules_that_are_trained_whole(bias: bool) -> None:
+    """Those are fp32, so the model runs under autocast, and what comes to a layer may be fp32."""
+    model, layer = model_of_one_layer("none", bias)
+    assert fuse(model) == []
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        assert update_kept(model, layer) == pytest.approx((1, 1), abs=0.02)
+
+
 def model_of_one_layer(quantization: str, bias: bool, use_dora: bool = False):
     """A PEFT model of one linear layer in bf16 with a small trained update, and that layer."""
     import bitsandbytes as bnb

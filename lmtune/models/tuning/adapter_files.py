@@ -32,6 +32,9 @@ Rank = Annotated[int, Field(strict=True, gt=0, le=MAX_RANK)]  # PEFT allocates b
 Scale = Annotated[int | float, Field(gt=0, le=1e30)]  # so that alpha / rank is finite in fp32
 
 
+Index = Annotated[int, Field(strict=True, ge=0, lt=2**24)]  # of a row of the embeddings, which are made so long
+
+
 class _Required(TypedDict):
     r: Rank
     lora_alpha: Scale
@@ -59,6 +62,7 @@ class LoraSettings(_Required, total=False):
     lora_bias: bool
     inference_mode: bool
     ensure_weight_tying: bool
+    trainable_token_indices: list[Index] | dict[str, list[Index]]
 
 
 _SETTINGS = {key: TypeAdapter(kind) for key, kind in get_type_hints(LoraSettings, include_extras=True).items()}
@@ -154,6 +158,12 @@ class Metadata:
     def as_dict(self) -> dict[str, object]:
         """For `lmtune.json`; `rendered_at` and `merged` only where they are set."""
         return {k: v for k, v in asdict(self).items() if v is not None or k not in ("rendered_at", "merged")}
+
+
+def trained_rows(config: LoraSettings) -> list[int]:
+    """The rows of the embeddings that an adapter has trained: those of new tokens."""
+    rows = config.get("trainable_token_indices") or []
+    return [row for some in rows.values() for row in some] if isinstance(rows, dict) else list(rows)
 
 
 def config_problems(config: Mapping[str, object]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from lmtune.errors import ConfigError, ModelError
 from lmtune.io.atomic import name_disk_errors
 from lmtune.io.text import format_list
 from lmtune.kernels.lora_linear import exact_magnitudes, fuse
-from lmtune.models.base import base_fingerprint, check_bitsandbytes
+from lmtune.models.base import base_fingerprint, check_bitsandbytes, load_tokenizer
 from lmtune.models.device import dense_weights_fit
 from lmtune.models.structure import base_of
 from lmtune.models.tuning.adapter_files import (
@@ -30,13 +30,15 @@ from lmtune.models.tuning.adapter_files import (
     Metadata,
     check_adapter,
     is_too_slow_to_match,
+    trained_rows,
 )
 from lmtune.models.tuning.base import ParameterGroup, Tensors, TunedModel, trainable
+from lmtune.models.tuning.beside_lora import beside_lora, hold_rows
 from lmtune.models.tuning.targets import Targets, find_targets, for_peft, use_layers_own_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "default"
 
@@ -64,19 +66,29 @@ class Lora:
             ModelError: `start` is damaged, or does not fit this base exactly.
         """
         if self.start is None:
-            return TunedModel(attach_adapter(base, self.config, seed, base_name))
+            tokenizer = None
+            if self.config.new_tokens:
+                assert self.base is not None
+                tokenizer = load_tokenizer(self.base, alone=True)
+            return TunedModel(attach_adapter(base, self.config, seed, base_name, tokenizer))
         check_variant(base, self.config, find_targets(base, self.config.target_modules))
         changes = {"lora_dropout": self.config.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
         fingerprint = None if self.base is None else base_fingerprint(self.base)
         peft_model = _with_saved(base, self.start, fingerprint, changes)
         peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
-        for parameter in trainable(peft_model).values():
-            parameter.data = parameter.data.float()
         return TunedModel(peft_model)
 
     def parameter_groups(self, model: TunedModel, weight_decay: float) -> list[ParameterGroup]:
-        """All of the adapter."""
-        return [{"params": list(model.trainable().values()), "weight_decay": weight_decay}]
+        """All of the adapter; with LoRA+ its B matrices apart, at a higher rate."""
+        parameters, ratio = model.trainable(), self.config.lora_plus_ratio
+        if ratio == 1:
+            return [{"params": list(parameters.values()), "weight_decay": weight_decay}]
+        b = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
+        others = [parameter for name, parameter in parameters.items() if ".lora_B." not in name]
+        return [
+            {"params": others, "weight_decay": weight_decay},
+            {"params": b, "weight_decay": weight_decay, "lr_scale": ratio},
+        ]
 
     def initial_tensors(self, model: TunedModel) -> list[torch.Tensor]:
         """The adapter's weights, and with PiSSA those under it and its start."""
@@ -95,7 +107,10 @@ class Lora:
         return TunedModel(load_adapter(base, folder, fingerprint))
 
 
-def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_name: str) -> PeftModel:
+def attach_adapter(
+    model: torch.nn.Module, tuning: LoraConfig, seed: int, base_name: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PeftModel:  # fmt: skip
     """Wrap `model` in a PeftModel with a new adapter; its weights are fp32 and depend on `seed` alone.
 
     Args:
@@ -103,6 +118,7 @@ def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_n
         tuning: rank, alpha, dropout, target modules, variant.
         seed: of the random initial weights.
         base_name: what `adapter_config.json` names as the base; never an absolute path.
+        tokenizer: of the base, to which new tokens are added; needed if `tuning` names some.
 
     Raises:
         ConfigError: a target module matches nothing in the model, or the variant does not run over this base.
@@ -113,12 +129,13 @@ def attach_adapter(model: torch.nn.Module, tuning: LoraConfig, seed: int, base_n
 
     found = find_targets(model, tuning.target_modules)
     check_variant(model, tuning, found)
+    beside = beside_lora(model, tuning, found, tokenizer)
     alpha = int(tuning.alpha) if float(tuning.alpha).is_integer() else tuning.alpha
     config = PeftLoraConfig(
         r=tuning.rank, lora_alpha=alpha, lora_dropout=tuning.dropout, use_rslora=tuning.use_rslora,
         use_dora=tuning.use_dora, init_lora_weights="pissa" if tuning.init_lora_weights == "pissa" else True,
         fan_in_fan_out=_is_transposed(model), task_type="CAUSAL_LM",
-        **for_peft(model, tuning.target_modules, found),
+        **for_peft(model, tuning.target_modules, found), **beside,
     )  # fmt: skip
     use_layers_own_adapter(config)
     with torch.random.fork_rng(devices=[]):
@@ -151,13 +168,20 @@ def save_adapter(model: PeftModel, folder: Path, metadata: Metadata, weights: Te
     """
     from peft import get_peft_model_state_dict
 
-    state = {n: p.detach() for n, p in trainable(model).items()} if weights is None else weights
+    own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    known = {id(own[name]): tensor for name, tensor in (weights or {}).items()}
+    state = {name: known.get(id(parameter), parameter.detach()) for name, parameter in own.items()}  # what is tied too
     config = model.peft_config[ADAPTER].to_dict()
     if (initial := getattr(model, "lmtune_initial_adapter", None)) is not None:
-        state = _without_pissa(state, initial, config)
+        state = dict(_without_pissa(state, initial, config))
     # PEFT's own names: without the adapter's, and of DoRA's magnitudes without `.weight` too
     stored = get_peft_model_state_dict(model, state, save_embedding_layers=False)
     stored = {name: tensor.contiguous().cpu() for name, tensor in stored.items()}
+    seen: set[int] = set()
+    for name, tensor in stored.items():
+        if tensor.data_ptr() in seen:  # a tied weight: safetensors wants each tensor in memory of its own
+            stored[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
     with name_disk_errors(folder / WEIGHTS):
         save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     config["inference_mode"] = True
@@ -200,12 +224,17 @@ def _with_saved(
     if is_too_slow_to_match(config, [name for name, _ in model.named_modules()]):
         raise ModelError(f"{folder}: {CONFIG}: a regular expression is too slow (possible catastrophic backtracking)")
     own = {"init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)}
+    if rows := trained_rows(config):
+        hold_rows(model, max(rows) + 1)
     try:
         lora = PeftLoraConfig(**{**config, **own, **(changes or {})})
         use_layers_own_adapter(lora)
         peft_model = PeftModel(model, lora)  # type: ignore[arg-type, unused-ignore]
     except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
         raise ModelError(f"{folder}: PEFT cannot put this adapter on the base model: {error}") from error
+    if changes is not None:  # it is trained further: in fp32, before 16 bit could round what was saved
+        for parameter in trainable(peft_model).values():
+            parameter.data = parameter.data.float()
     _check_tensors(peft_model, state, folder)
     set_peft_model_state_dict(peft_model, state)
     return peft_model
@@ -263,6 +292,9 @@ def _without_pissa(state: Tensors, initial: Tensors, config: dict[str, Any]) -> 
     """A plain LoRA for the whole base from one over PiSSA's residual: B A - B0 A0 = [B, -B0] [A; A0], rank doubled."""
     plain = {}
     for name, tensor in state.items():
+        if "lora_" not in name:
+            plain[name] = tensor
+            continue
         start = initial[name].to(tensor)
         plain[name] = torch.cat([tensor, start], 0) if "lora_A" in name else torch.cat([tensor, -start], 1)
     config["r"] *= 2
