@@ -27,6 +27,19 @@ def test_a_step_equals_a_plain_loop(name: str) -> None:
         torch.testing.assert_close(parameter.grad, gradients[key], atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5_text"])
+def test_activation_checkpointing_changes_nothing(name: str) -> None:
+    """Attention by blocks computes its scores a second time within a layer that is computed a second time."""
+    model, rows = adapted(architecture(name)).eval(), rows_behind_a_prefix()
+    plain = lmtune_step(model, rows, 10**6)
+    before = {key: parameter.grad.clone() for key, parameter in trainable(model).items()}
+    model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    assert lmtune_step(model, rows, 10**6).loss == plain.loss
+    for key, parameter in trainable(model).items():
+        torch.testing.assert_close(parameter.grad, before[key])
+
+
 def test_the_table_of_the_docs_has_every_architecture() -> None:
     assert list(stored_entries()) == list(ARCHITECTURES)
 
