@@ -329,3 +329,28 @@ def test_faulty_adapters_are_refused(run: RunDirectory, name: str) -> None:
     spoil(run.adapter)
     with pytest.raises(ModelError, match=message):
         check_adapter(run.adapter)
+
+
+def test_a_run_begins_from_an_adapter_of_the_hub_and_finds_it_again_offline(hub: HubServer, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "support")
+    write_base(tmp_path / "base")
+    files = {name: (run.adapter / name).read_bytes() for name in UPLOADED}
+    hub.add("me/adapter", {**files, "adapter_model.bin": b"\x80\x04."})
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    settings = ["data.train=rows.jsonl", "model.name=base", "model.quantization=none", "data.validation_fraction=0.0"]
+    settings += ["train.max_steps=1", "run.name=second"]
+    done = lmtune(hub, tmp_path, "finetune", *settings, "tuning.adapter=me/adapter")
+    assert done.returncode == 0, done.stderr
+    assert "from the adapter me/adapter, with its rank, alpha and layers" in done.stderr
+    assert json.loads((tmp_path / "runs/second/summary.json").read_text())["started_from"] == "me/adapter"
+    assert not list((tmp_path / "hf").rglob("*.bin"))
+    for repository, said in (
+        ("me/none", "tuning.adapter: there is no repository me/none"),
+        ("runs/none", "tuning.adapter: runs/none: no such run or adapter folder"),
+    ):
+        done = lmtune(hub, tmp_path, "finetune", *settings, f"tuning.adapter={repository}", "run.name=third")
+        assert done.returncode == 2, done.stderr
+        assert said in " ".join(done.stderr.split())
+    offline = lmtune(hub, tmp_path, "plan", *settings, "tuning.adapter=me/adapter", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert "LoRA r=4" in offline.stdout

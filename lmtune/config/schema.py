@@ -106,7 +106,8 @@ class LoraConfig:
     """What is trained: a low-rank adapter beside the frozen base; names and meanings are PEFT's."""
 
     kind: Literal["lora"] = "lora"  # lora: https://arxiv.org/abs/2106.09685; full: every weight; partial: some parts
-    # a run or an adapter folder to begin from; its rank, alpha, layers and variant hold where these are left at default
+    # a run, an adapter folder or one on the Hub (user/name) to begin from; its rank, alpha, layers and variant hold
+    # where these are left at default
     adapter: Annotated[str, Field(min_length=1)] | None = None
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16  # higher: more capacity, more memory
     alpha: Annotated[float, Field(gt=0, le=1e30)] = 32  # the adapter's output is scaled by alpha / rank

@@ -9,12 +9,10 @@ before any library reads it. The token is huggingface_hub's own (`hf auth login`
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,14 +25,23 @@ from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.io.atomic import new_folder
 from lmtune.io.console import HUB_TOKEN, warn
-from lmtune.io.text import format_list, one_line
+from lmtune.io.text import format_list
+from lmtune.models.hub import (
+    ADAPTER_FILES,
+    CARD,
+    LOGIN,
+    VOCABULARY,
+    checked_repository,
+    download_adapter,
+    explained,
+    hub_api,
+    hub_token,
+)
 from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata, check_adapter
 from lmtune.models.validate import CONFIG as MODEL_CONFIG
 from lmtune.models.validate import check_weights, read_object
 from lmtune.runs.cards import is_hub_id, result_card
 from lmtune.runs.store import RunDirectory, require_possible
-
-_LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def prepare_push(run: RunDirectory, repository: str) -> Upload:
         config = replace(config, model=replace(config.model, name=f"./{Path(config.model.name).name}"))
     stops = list(Metadata.read(folder).stop_tokens)
     card = result_card(config, summary, run.read_data_report(), repository, stops)
-    _check_private(folder, names, card, _token())
+    _check_private(folder, names, card, hub_token())
     _check_usable(folder, is_adapter)
     base = config.model.name
     if is_adapter and base != "tiny" and not is_hub_id(base):
@@ -107,12 +114,12 @@ def push(
         LmtuneError: the Hub cannot be reached, or does not permit it.
     """
     upload = prepare_push(run, repository)
-    if _token() is None:
-        raise LmtuneError(f"cannot upload to {repository} without a Hub token: {_LOGIN}; it needs the write permission")
+    if hub_token() is None:
+        raise LmtuneError(f"cannot upload to {repository} without a Hub token: {LOGIN}; it needs the write permission")
     from huggingface_hub import CommitOperationAdd
 
-    with _explained(repository, "upload to"):
-        api = _api()
+    with explained(repository, "upload to"):
+        api = hub_api()
         api.create_repo(repository, private=private, exist_ok=True)
         is_private = bool(api.repo_info(repository).private)
         if private and not is_private:
@@ -153,14 +160,8 @@ def pull(repository: str, revision: str | None = None, output: Path | None = Non
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; delete it, or give another folder with --output")
     try:
-        with _explained(repository, "download", revision):
-            from huggingface_hub import snapshot_download
-
-            info = _api().model_info(repository, revision=revision)
-            _require_adapter(repository, [str(file.rfilename) for file in info.siblings or []])
         with new_folder(folder) as staging:
-            with _explained(repository, "download", revision):
-                snapshot_download(repository, revision=info.sha, local_dir=staging, allow_patterns=list(ADAPTER_FILES))
+            download_adapter(repository, revision, staging)
             shutil.rmtree(staging / ".cache", ignore_errors=True)  # huggingface_hub's notes about the download
             try:
                 base = check_adapter(staging).get("base_model_name_or_path")
@@ -173,105 +174,9 @@ def pull(repository: str, revision: str | None = None, output: Path | None = Non
     return folder
 
 
-def _require_adapter(repository: str, names: list[str]) -> None:
-    """Raise ModelError unless the repository holds an adapter in safetensors."""
-    missing = [name for name in (WEIGHTS, CONFIG) if name not in names]
-    if not missing:
-        return
-    fix = "it is not an adapter"
-    if pickled := [name for name in names if name.endswith(_PICKLES)]:
-        fix = f"pickled weights ({pickled[0]}) can run code when read; ask its author for safetensors"
-    elif "config.json" in names:
-        fix = f"it is a whole model: use it as model.name, or `lmtune chat {repository}`"
-    raise ModelError(f"{repository} holds no {' and no '.join(missing)}; {fix}")
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
-
-
-def _api() -> Any:
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    return HfApi(library_name="lmtune", library_version=__version__)
-
-
-@contextlib.contextmanager
-def _explained(repository: str, action: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises inside the block into an error that says what to do."""
-    from huggingface_hub import errors
-
-    network_error = errors.HTTPError  # type: ignore[attr-defined]  # of the HTTP library that huggingface_hub uses
-    failed = f"cannot {action} {repository}"
-    try:
-        yield
-    except LmtuneError:
-        raise
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{repository} is gated: accept its conditions on its page on the Hub, then {_LOGIN}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{repository} has no revision {revision or 'main'}; give a branch, tag or commit") from error
-    except errors.RepositoryNotFoundError as error:
-        who = "with your token" if _token() else f"without a token; if it is private, {_LOGIN}"
-        raise ModelError(f"there is no repository {repository} to be seen {who}. Check its spelling") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        reasons = {
-            401: f"the Hub does not accept your token; get another one and {_LOGIN}",
-            403: f"your token may not do that; it needs the write permission, and you must be "
-            f"{repository.partition('/')[0]} or a member of it",
-        }
-        answer = f"the Hub answered {status}, {error.server_message or 'no reason given'}; try again later"
-        raise LmtuneError(f"{failed}: {reasons.get(status, answer)}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise LmtuneError(f"{failed}: HF_HUB_OFFLINE is set; unset it to use the network") from error
-    except (network_error, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise LmtuneError(
-            f"{failed}: the Hub does not answer ({_short(error)}); check the network, the proxy and HF_ENDPOINT"
-        ) from error
-    except ValueError as error:
-        raise LmtuneError(f"{failed}: {_short(error)}") from error
-
-
-def _short(error: Exception) -> str:
-    """An exception's text in one line of moderate length, the token cut out of it."""
-    token = _token()
-    return one_line(ValueError(str(error).replace(token, "***")) if token and str(error) else error)
-
-
-CARD = "README.md"
-_VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
-ADAPTER_FILES = (
-    WEIGHTS, CONFIG, METADATA, CARD, *_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 _MODEL_FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-_PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _TOKEN = re.compile(HUB_TOKEN.encode())
 _ABSOLUTE = re.compile(r"(/[^/\s]+){2,}/?|~/.+|[A-Za-z]:[\\/].+|\\\\.+")
-
-
-def checked_repository(name: str) -> str:
-    """`name` if it is spelled as the Hub spells repositories.
-
-    Raises:
-        ConfigError: it is not `user/name`.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    with contextlib.suppress(HFValidationError):
-        validate_repo_id(name)
-        if all(name.partition("/")[::2]):
-            return name
-    raise ConfigError(f"{name!r} is not a repository name; expected user/name, for example anna/support")
 
 
 def shared_texts(folder: Path) -> dict[str, bytes]:
@@ -300,7 +205,7 @@ def _check_private(folder: Path, names: list[str], card: str, token: str | None)
         if path.stat().st_size:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 problems += [f"{path.name}: {fault}" for fault in _leaks(path.name, content, secrets)]
-        if path.suffix == ".json" and path.name not in _VOCABULARY:
+        if path.suffix == ".json" and path.name not in VOCABULARY:
             found = [key for key, text in _strings(read_object(path)) if _ABSOLUTE.fullmatch(text)]
             problems += [f"{path.name}: {key} is a path of this machine; write a Hub id there" for key in found]
     if problems:
@@ -343,7 +248,7 @@ def _leaks(name: str, content: Any, secrets: list[bytes]) -> Iterator[str]:
         yield "holds your Hub token"
     elif not name.endswith(".safetensors") and _TOKEN.search(content):
         yield "holds what looks like a Hub token"
-    if name not in _VOCABULARY:  # a vocabulary holds pieces of any text, and no paths
+    if name not in VOCABULARY:  # a vocabulary holds pieces of any text, and no paths
         places = {"home folder": Path.home(), "current folder": Path.cwd(), "temporary folder": tempfile.gettempdir()}
         for what, place in places.items():
             if len(str(place)) > 3 and content.find(f"{place}/".encode()) >= 0:

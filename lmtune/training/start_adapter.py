@@ -10,16 +10,19 @@ scaling and layers of trained weights cannot be changed.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lmtune.config.schema import FinetuneConfig, LoraConfig
-from lmtune.errors import ConfigError, ModelError
+from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.inference.load import usable_adapter
 from lmtune.io.atomic import content_sha256
+from lmtune.io.console import progress
 from lmtune.io.text import format_list
+from lmtune.models.hub import cached_adapter
 from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, LoraSettings, check_adapter
 from lmtune.runs.store import RunDirectory, find_run, run_hint
 
@@ -58,7 +61,7 @@ def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]
             "from it, give the new run another run.name"
         )
     with contextlib.ExitStack() as held:
-        folder = held.enter_context(usable_adapter(run)) if run is not None else Path(target)
+        folder = held.enter_context(usable_adapter(run)) if run is not None else _folder(target)
         if not (folder / CONFIG).is_file():
             raise ConfigError(f"tuning.adapter: {target}: no such run or adapter folder; {run_hint(target)}")
         try:
@@ -66,8 +69,21 @@ def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]
         except ModelError as error:
             raise ModelError(f"tuning.adapter: {target}: {error}") from None
         sha256 = content_sha256(folder / WEIGHTS)
-        name = run.name if run is not None else folder.resolve().name
+        name = run.name if run is not None else Path(target).resolve().name if Path(target).is_dir() else target
         yield StartingAdapter(folder, name, _settings(tuning, saved, target), sha256)
+
+
+def _folder(target: str) -> Path:
+    """The adapter folder that is no run's: one on this machine, or from the Hub where `target` can only be there."""
+    path = Path(target)
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", target) is not None
+    if path.exists() or not is_hub_name or path.parent.is_dir():
+        return path
+    try:
+        with progress(f"downloading the adapter {target}"):
+            return cached_adapter(target)
+    except LmtuneError as error:
+        raise type(error)(f"tuning.adapter: {error}") from error
 
 
 def with_starting_adapter(config: FinetuneConfig) -> FinetuneConfig:
