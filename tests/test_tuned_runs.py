@@ -21,9 +21,19 @@ from lmtune.inference.load import load_for_inference, usable_adapter
 from lmtune.models.base import load_model
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import load_checkpoint
+from lmtune.training.start_adapter import with_starting_adapter
 from tests.processes import KILL, after_update
 from tests.processes import lmtune as command
-from tests.workplace import finetune, inside, lasting, make_workplace, write_config, write_rows, written_files
+from tests.workplace import (
+    config_of,
+    finetune,
+    inside,
+    lasting,
+    make_workplace,
+    write_config,
+    write_rows,
+    written_files,
+)
 
 pytestmark = pytest.mark.slow  # a run each
 
@@ -103,6 +113,15 @@ def test_there_is_nothing_to_merge_and_it_can_be_put_elsewhere(done: tuple[Path,
         (place / "mine").mkdir()
         with pytest.raises(ConfigError, match="was not made by lmtune merge"):
             merge_run(RunDirectory("runs/trial"), Path("mine"))
+
+
+def test_a_run_of_an_adapter_cannot_begin_from_it_but_over_it(done: tuple[Path, RunDirectory, str]) -> None:
+    place, _, _ = done
+    with inside(place), pytest.raises(ConfigError, match=r"to begin from it, set model\.name: runs/trial/merged"):
+        with_starting_adapter(config_of(run__name="second", tuning__adapter="trial"))
+    over, summary = finetune(place, run__name="over", model__name="runs/trial/merged", train__max_steps=2)
+    assert summary["status"] == "complete"
+    assert over.adapter.is_dir()
 
 
 def test_what_is_pushed_is_the_model(done: tuple[Path, RunDirectory, str]) -> None:
@@ -208,11 +227,12 @@ def test_it_is_trained_scored_and_asked_in_16_bit(tmp_path: Path, name: str) -> 
     assert scored.loss == pytest.approx(summary["tuned"]["loss"], rel=0.02)
 
 
-def test_the_base_and_the_reference_are_the_weights_before_the_first_step(tmp_path: Path) -> None:
+def test_the_base_and_the_reference_are_the_weights_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a resumed run too: its checkpoint is restored after both were computed."""
     from lmtune.parallel.single import Single
     from lmtune.training.compose import compose
-    from tests.workplace import config_of
 
     place = make_workplace(tmp_path / "work")
     run, summary = finetune(place, **tuned_by("full"))
@@ -233,5 +253,8 @@ def test_the_base_and_the_reference_are_the_weights_before_the_first_step(tmp_pa
     key = "model.norm.weight"
     assert torch.equal(parts.model.trainable()[key], resumed.weights[key])
     assert summary["base"] is not None
+    assert "for adapters" not in capsys.readouterr().err
+    finetune(place, **{**tuned_by("full"), "train__learning_rate": 2e-4, "run__name": "other", "train__max_steps": 1})
+    assert "train.learning_rate: 0.0002 is the default, for adapters" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(AssertionError, match="the base's own weights were trained"):
         parts.model.without_adapter()

@@ -13,7 +13,7 @@ from typing import Any
 
 from lmtune.batching.plan import Planner
 from lmtune.config.load import dump_config, load_config, to_tree
-from lmtune.config.schema import FinetuneConfig
+from lmtune.config.schema import FinetuneConfig, FullConfig, TrainConfig
 from lmtune.config.yaml import read_yaml
 from lmtune.data.report import describe_report
 from lmtune.errors import CheckpointError, LmtuneError
@@ -160,6 +160,11 @@ def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | No
     dtype = describe_dtype(config.model, parts.parallel.device, parts.forward.dtype)
     err.print(f"precision: {escape(dtype)}")
     err.print(f"parameters: {escape(parts.parameters.describe())}")
+    if isinstance(config.tuning, FullConfig) and config.train.learning_rate == TrainConfig().learning_rate:
+        warn(
+            f"train.learning_rate: {config.train.learning_rate:g} is the default, for adapters; with tuning.kind: full "
+            "usual rates are 5e-6 to 5e-5 (a small model takes more)"
+        )
     for warning in evaluation_warnings(config, data.validation is not None, steps):
         warn(warning)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.inference.load import usable_adapter
@@ -59,6 +60,11 @@ def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]
         raise ConfigError(
             f"tuning.adapter: {target} is this very run; to train on, raise train.epochs or train.max_steps; to begin "
             "from it, give the new run another run.name"
+        )
+    if run is not None and not isinstance(load_config(FinetuneConfig, run.config).tuning, LoraConfig):
+        raise ConfigError(
+            f"tuning.adapter: {target} has trained the model's own weights, so there is no adapter; to begin from it, "
+            f"set model.name: {run.merged}"
         )
     with contextlib.ExitStack() as held:
         folder = held.enter_context(usable_adapter(run)) if run is not None else _folder(target)
