@@ -97,14 +97,15 @@ def planned(count: int) -> dict[str, Any]:
 def write_rows(path: Path, count: int) -> None:
     """Tokenized rows of about `ROW_TOKENS` tokens, the last third trained."""
     from lmtune.data.store import TableWriter
-    from lmtune.data.types import TokenSequence
+    from lmtune.data.types import Example, TokenSequence
 
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.lognormal(np.log(ROW_TOKENS), 0.5, count), 6, 128).astype(int)
     with TableWriter(path) as table:
         for index, length in enumerate(lengths.tolist()):
             ids = generator.integers(5, 30_000, length).astype(np.int32)
-            table.append([TokenSequence(ids, np.arange(length) >= length - length // 3)], 0, index + 1, index)
+            sequence = TokenSequence(ids, np.arange(length) >= length - length // 3)
+            table.append([sequence], 0, Example("rows.jsonl", index + 1), (index, index))
 
 
 def _plan_epoch(pipe: Any, path: Path) -> None:

@@ -202,7 +202,7 @@ def overfit(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     rows = [{"prompt": f"Question {n}?", "completion": answer} for n, answer in enumerate(answers)]
     write_rows(folder / "train.jsonl", rows)
     _, summary = finetune(
-        folder, data__validation="train.jsonl", train__max_steps=90, train__learning_rate=2e-2, tuning__rank=16,
+        folder, data__validation="train.jsonl", train__max_steps=120, train__learning_rate=1e-2, tuning__rank=16,
         tuning__alpha=32, evaluation__exact_match_rows=4, evaluation__max_new_tokens=60,
         run__checkpoint_every_steps=1000,
     )  # fmt: skip
