@@ -17,7 +17,7 @@ from lmtune.evaluation.scoring import Scores
 from lmtune.forward.packed import PackedForward
 from lmtune.models.parameters import count_parameters
 from lmtune.models.tuning.base import TunedModel
-from lmtune.objectives.sft import Sft
+from lmtune.objectives.chosen import objective_of
 from lmtune.parallel.single import Single
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import Checkpoint
@@ -63,9 +63,9 @@ class Job:
 def job_for(
     folder: Path, dropout: float = 0.0, resumed: Checkpoint | None = None,
     validate: Callable[[], Scores] | None = None, model: Any = None, tuning: dict[str, Any] | None = None,
-    **settings: Any,
+    objective: dict[str, Any] | None = None, rows: Rows | None = None, **settings: Any,
 ) -> Job:  # fmt: skip
-    """A job of 12 rows, batches of 4, over a tiny model; settings as `section__key`, `tuning` as in a config.
+    """A job of 12 rows, batches of 4, over a tiny model; settings as `section__key`, sections as in a config.
 
     Without `tuning` an adapter learns whose B is not zero at the start.
     """
@@ -78,6 +78,8 @@ def job_for(
         tree[section][name] = value
     if tuning is not None:
         tree["tuning"] = tuning
+    if objective is not None:
+        tree["objective"] = objective
     config = build_config(FinetuneConfig, tree, "test")
     folder.mkdir(exist_ok=True)
     way = TUNINGS[type(config.tuning)](config.tuning, config.model, None)
@@ -87,10 +89,10 @@ def job_for(
         tuned = TunedModel(adapted(tiny_model(), dropout=dropout) if model is None else model)
     parameters = count_parameters(tiny_model(), config.tuning, "none", torch.float32)
     asked = config.train.micro_batch_tokens
-    rows = random_rows(12)
+    rows = rows or random_rows(12)
     data: Any = SimpleNamespace(train=rows, validation=rows if validate else None, key="x", signature="x")
     parts = Components(
-        config, Single(), None, data, way, Sft(), tuned, PackedForward(tuned.module), "base",
+        config, Single(), None, data, way, objective_of(config.objective), tuned, PackedForward(tuned.module), "base",
         parameters, 10**6 if asked == "auto" else asked,
     )  # fmt: skip
     if validate is not None:

@@ -15,6 +15,7 @@ from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.generative import Answer, answers, split_prompt
 from lmtune.evaluation.scoring import check_lengths, evaluate, standard_error, teacher_forced, with_exact_match
 from lmtune.forward.packed import PackedForward
+from lmtune.objectives.sft import Sft
 from tests.tiny import SAVED_VOCABULARY, Rows, adapted, random_rows, tiny_model, token_sequence, weighted
 from tests.tokenizers import CHATML, make_tokenizer
 
@@ -234,7 +235,7 @@ def test_plain_texts_are_scored_but_not_asked(asked: int, measured: int) -> None
     text = token_sequence([5, 6, 7], [False, True, True])
     both = Rows([*rows.rows, TokenizedExample("x:9", [text])])
     model = adapted(tiny_model(vocab_size=SAVED_VOCABULARY))
-    scores, given = evaluate(PackedForward(model), renderer, both, asked, 4, 1000)
+    scores, given = evaluate(PackedForward(model), renderer, both, asked, 4, 1000, Sft())
     assert (scores.rows, scores.exact_match_rows, len(given)) == (4, measured, measured)
     assert (scores.exact_match is None) is (measured == 0)
     assert list(scores.as_dict()) == [
@@ -269,7 +270,7 @@ class TestLengths:
         model, rows = tiny_model(max_position_embeddings=16), random_rows(12, longest=60)
         renderer = Renderer(make_tokenizer(CHATML))
         roomy = [row for row in range(12) if 0 < len(split_prompt(rows[row])[0]) < 16]
-        scores, given = evaluate(PackedForward(model), renderer, rows, 12, 2, 4096)
+        scores, given = evaluate(PackedForward(model), renderer, rows, 12, 2, 4096, Sft())
         assert [answer.row for answer in given] == roomy
         assert 0 < scores.exact_match_rows == len(roomy) < 12
 

@@ -40,7 +40,10 @@ FILES = {
     "adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja",
     "adapter/generation_config.json", ".lock", "local.json",
 }  # fmt: skip
-METRICS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "examples", "seconds"]
+METRICS = [
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "examples", "seconds",
+    "token_accuracy",
+]  # fmt: skip
 RESULTS = [
     "step", "elapsed_tokens", "elapsed_examples", "training_loss", "training_sequence_accuracy",
     "training_token_accuracy", "validation_loss", "validation_sequence_accuracy", "validation_token_accuracy",

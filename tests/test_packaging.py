@@ -89,6 +89,6 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]
             imported |= {name.split(".")[0] for name in names}
-    imported -= {"flash_attn"}  # attention on GPUs, where PyTorch's own kernel does not do
+    imported -= {"flash_attn", "triton"}  # on GPUs; PyTorch brings Triton
     third_party = {aliases.get(name, name) for name in imported - sys.stdlib_module_names} - {None}
     assert {requirement_name(str(name)) for name in third_party} == declared

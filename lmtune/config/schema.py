@@ -148,12 +148,80 @@ TuningConfig = Annotated[LoraConfig | FullConfig | PartialConfig, Field(discrimi
 class SftConfig:
     """What is minimized over the rows."""
 
-    kind: Literal["sft"] = "sft"  # supervised fine-tuning: the cross-entropy of every answer token
+    # sft: the cross-entropy of every answer token; dpo, ipo, orpo, simpo: over pairs of answers; kto: over judged ones
+    kind: Literal["sft"] = "sft"
 
     @property
     def rows(self) -> RowKind:
         """Which rows it is minimized over."""
         return "answer"
+
+
+class _OverPairs:
+    @property
+    def rows(self) -> RowKind:
+        """Which rows it is minimized over."""
+        return "pair"
+
+
+Beta = Annotated[float, Field(gt=0, le=1e3)]
+Weight = Annotated[float, Field(ge=0, le=1e3)]
+
+
+@section
+class DpoConfig(_OverPairs):
+    """What is minimized over pairs: the chosen answer gains on the rejected one, relative to the model at the start."""
+
+    kind: Literal["dpo"] = "dpo"  # https://arxiv.org/abs/2305.18290
+    beta: Beta = 0.1  # higher: stays closer to the model at the start
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # the share of pairs that may be the wrong way round
+    sft_weight: Weight = 0.0  # of the chosen answer's negative log-probability a token, beside the preference
+
+
+@section
+class IpoConfig(_OverPairs):
+    """What is minimized over pairs: the margin of log-ratios a token goes to 1 / (2 beta), and not beyond."""
+
+    kind: Literal["ipo"] = "ipo"  # https://arxiv.org/abs/2310.12036
+    beta: Beta = 0.1  # higher: a smaller margin is enough
+
+
+@section
+class OrpoConfig(_OverPairs):
+    """What is minimized over pairs: the chosen answer's cross-entropy, and its odds to the rejected one."""
+
+    kind: Literal["orpo"] = "orpo"  # https://arxiv.org/abs/2403.07691
+    beta: Beta = 0.1  # of the odds ratio, beside the cross-entropy
+
+
+@section
+class SimpoConfig(_OverPairs):
+    """What is minimized over pairs: the mean log-probability a token of the chosen answer gains; no reference."""
+
+    kind: Literal["simpo"] = "simpo"  # https://arxiv.org/abs/2405.14734
+    beta: Beta = 2.0  # of the difference of mean log-probabilities
+    gamma: Weight = 1.0  # the margin that is asked for
+
+
+@section
+class KtoConfig:
+    """What is minimized over judged answers: good ones become more likely, bad ones less, by a value function."""
+
+    kind: Literal["kto"] = "kto"  # https://arxiv.org/abs/2402.01306
+    beta: Beta = 0.1  # higher: stays closer to the model at the start
+    desirable_weight: Weight = 1.0  # of good answers; with the other one it balances rows of unequal numbers
+    undesirable_weight: Weight = 1.0  # of bad answers
+
+    @property
+    def rows(self) -> RowKind:
+        """Which rows it is minimized over."""
+        return "judged"
+
+
+# What is minimized is told apart by `kind`
+ObjectiveConfig = Annotated[
+    SftConfig | DpoConfig | IpoConfig | OrpoConfig | SimpoConfig | KtoConfig, Field(discriminator="kind")
+]
 
 
 @section
@@ -230,7 +298,7 @@ class FinetuneConfig:
     model: ModelConfig
     data: DataConfig
     tuning: TuningConfig = LoraConfig()
-    objective: SftConfig = SftConfig()
+    objective: ObjectiveConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     parallel: ReplicatedConfig = ReplicatedConfig()

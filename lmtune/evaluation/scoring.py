@@ -8,18 +8,21 @@ were. A row's weight counts in the loss and perplexity, which are what training 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmtune.batching.packing import pack_bins
-from lmtune.batching.plan import Unit
+from lmtune.batching.packing import MicroBatch, pack_bins
+from lmtune.batching.plan import Totals, Unit, each_alone
 from lmtune.batching.prefetch import pack_units
 from lmtune.config.load import build_config, load_config
 from lmtune.config.schema import DataConfig, FinetuneConfig
@@ -29,14 +32,20 @@ from lmtune.data.store import load_data, tokenize
 from lmtune.data.types import ExampleStore
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.generative import Answer, answers, split_prompt
-from lmtune.forward.packed import PackedForward
+from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.inference.load import LoadedModel
-from lmtune.io.console import progress, warn
-from lmtune.io.text import format_list
+from lmtune.io.console import err, progress, warn
+from lmtune.io.text import format_list, is_finite_number
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.structure import base_of, max_positions
+from lmtune.objectives.base import Objective
+from lmtune.objectives.chosen import objective_of
+from lmtune.objectives.sft import Sft
 from lmtune.parallel.base import Parallel
 from lmtune.runs.store import RunDirectory
+
+UnitsOf = Callable[[int], Sequence[Sequence[int]]]
+_REFERENCE_TOKENS = {"cuda": 4096, "cpu": 1024}  # of a forward pass
 
 
 @dataclass(frozen=True)
@@ -44,27 +53,36 @@ class Scores:
     """What a model scores on some rows.
 
     Attributes:
-        loss: nats per trained token; rows that have weights count by them, as in training.
-        perplexity: e to the loss.
-        token_accuracy, sequence_accuracy, exact_match: shares from 0 to 1; exact_match is None if not measured.
+        loss: of the objective, for answers nats per trained token; rows count by their weights, as in training.
+        perplexity: e to the loss of answers; None for other objectives, as is `token_accuracy`.
+        token_accuracy, sequence_accuracy, exact_match: shares from 0 to 1; exact_match is None if not measured. Of
+            other objectives than answers `sequence_accuracy` is the share of rows, or pairs, on the right side.
+        metrics: the objective's own, by name.
         rows: how many rows were scored, `exact_match_rows` of them by generation.
         loss_standard_error, token_accuracy_standard_error: how far other rows of the same kind may move the score;
             None if that is not known, as for one row.
     """
 
     loss: float
-    perplexity: float
-    token_accuracy: float
+    perplexity: float | None
+    token_accuracy: float | None
     sequence_accuracy: float
     exact_match: float | None
     rows: int
     exact_match_rows: int
     loss_standard_error: float | None = None
     token_accuracy_standard_error: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `summary.json`; the standard errors stand beside the scores there."""
-        return {key: value for key, value in asdict(self).items() if not key.endswith("_standard_error")}
+        """For `summary.json`, the metrics among the scores; the standard errors stand beside them there."""
+        own = {key: value for key, value in asdict(self).items() if not key.endswith("_standard_error")}
+        metrics = own.pop("metrics")
+        return {**metrics, **own}
+
+    def value(self, name: str) -> float:
+        """A score or metric by its name."""
+        return float(self.metrics[name] if name in self.metrics else getattr(self, name))
 
     @property
     def standard_errors(self) -> dict[str, float | None]:
@@ -73,8 +91,10 @@ class Scores:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scores:
-        """Scores as `summary.json` holds them; what a later version has added is left out."""
-        return cls(**{field.name: values.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
+        """Scores as `summary.json` holds them; other numbers are metrics."""
+        names = {own.name for own in fields(cls)} - {"metrics"}
+        metrics = {name: value for name, value in values.items() if name not in names and is_finite_number(value)}
+        return cls(**{name: values.get(name) for name in names}, metrics=metrics)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -106,10 +126,17 @@ def evaluate_loaded(
         ConfigError: `max_length` is beyond the model's positions.
     """
     settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune evaluate")
-    rows = tokenize(paths, loaded.renderer, settings)
+    objective = Sft() if loaded.run is None else objective_of(load_config(FinetuneConfig, loaded.run.config).objective)
+    rows = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
     check_lengths(loaded.model, [rows], "--max-length")
     forward = PackedForward(loaded.model)
-    arguments = (forward, loaded.renderer, rows, exact_match_rows, max_new_tokens, max(4096, max_length))
+    with loaded.use_base() if loaded.has_adapter else contextlib.nullcontext():
+        scored = objective.precompute(rows, partial(sequence_logprobs, forward, objective.units))
+    if scored is not rows and not loaded.has_adapter:
+        warn("this model has no adapter to leave out, so it is its own reference, and rewards are 0")
+    arguments = (
+        forward, loaded.renderer, scored, exact_match_rows, max_new_tokens, max(4096, max_length), objective
+    )  # fmt: skip
     tuned, given = evaluate(*arguments)
     base = None
     if loaded.has_adapter:
@@ -169,6 +196,16 @@ def _has_position_table(model: Any, limit: int) -> bool:
     return any(limit <= len(table) < limit + 8 for table in tables)
 
 
+def score(
+    forward: PackedForward, objective: Objective, data: ExampleStore, micro_batch_tokens: int,
+    parallel: Parallel | None = None, who: str = "the model",
+) -> Scores:  # fmt: skip
+    """What the model scores on all rows without generating: of answers token by token, else by its objective."""
+    if objective.rows == "answer":
+        return teacher_forced(forward, data, micro_batch_tokens, parallel, who)
+    return score_objective(forward, objective, data, micro_batch_tokens, parallel, who)
+
+
 def teacher_forced(
     forward: PackedForward, data: ExampleStore, micro_batch_tokens: int, parallel: Parallel | None = None,
     who: str = "the model",
@@ -186,42 +223,17 @@ def teacher_forced(
     Raises:
         LmtuneError: the loss of some rows is not finite; names them.
     """
-    rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
     sequences = data.sequences
-    mine = np.arange(rank, len(sequences.num_tokens), world)
+    units = _units(data, each_alone)
     # loss, targets and right targets of each row: on the host, since not every device has 64 bit
     sums = np.zeros((3, len(data)))
-    training = forward.model.training
-    forward.model.eval()
-    with torch.no_grad(), forward.context(), progress(f"scoring {who}", len(mine), "sequences") as shown:
-        groups = deque(pack_bins(sequences.num_tokens[mine].tolist(), micro_batch_tokens))
-        while groups:
-            group = groups.popleft()
-            rows, places = sequences.row[mine[group]].tolist(), sequences.place_in_row[mine[group]].tolist()
-            units = [Unit(row, row, (place,)) for row, place in zip(rows, places, strict=True)]
-            batch = pack_units(data, units, len(data), forward.shares_prefixes).to(forward.device)
-            try:
-                outputs = forward(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(group) == 1:
-                    raise
-                groups.extendleft((group[len(group) // 2 :], group[: len(group) // 2]))
-                continue
-            row_of = batch.example_of[batch.sequence_of].cpu().numpy()
-            losses, right = -outputs.logprobs.cpu().double().numpy(), outputs.is_top1.cpu().double().numpy()
-            for total, values in zip(sums, (losses, np.ones_like(losses), right), strict=True):
-                np.add.at(total, row_of, values)
-            shown.advance(len(group))
-    forward.model.train(training)
-    if world > 1 and parallel is not None:
-        sums = np.sum(parallel.gather([sums]), axis=0)
-    not_finite = np.flatnonzero(~np.isfinite(sums[0])).tolist()
-    if not_finite:
-        raise LmtuneError(
-            f"the loss of these rows is not finite:\n{format_list([data[row].location for row in not_finite])}\n"
-            "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
-        )
-    losses, targets, right = sums  # [rows] each
+    for _, batch, outputs in forward_passes(forward, data, _own(units, parallel), micro_batch_tokens, f"scoring {who}"):
+        row_of = batch.example_of[batch.sequence_of].cpu().numpy()
+        losses, right = -outputs.logprobs.cpu().double().numpy(), outputs.is_top1.cpu().double().numpy()
+        for total, values in zip(sums, (losses, np.ones_like(losses), right), strict=True):
+            np.add.at(total, row_of, values)
+    losses, targets, right = _sum_over_ranks(sums, parallel)  # [rows] each
+    _check_finite(losses, data)
     weights = np.ones(len(data)) if sequences.weights is None else sequences.weights
     loss = float((weights * losses).sum() / (weights * targets).sum())
     accuracy = float(right.sum() / targets.sum())
@@ -229,6 +241,122 @@ def teacher_forced(
         loss, math.exp(min(loss, 700.0)), accuracy, float((right == targets).mean()), None, len(data), 0,
         standard_error(weights * losses, weights * targets), standard_error(right, targets),
     )  # fmt: skip
+
+
+def sequence_logprobs(
+    forward: PackedForward, units_of: UnitsOf, data: ExampleStore, parallel: Parallel | None = None, what: str = "rows"
+) -> npt.NDArray[np.float64]:
+    """The log-probability of the targets of each sequence of `data` `[S]` under the model as it is.
+
+    By the packed forward pass of training, in packs of a size that depends on nothing, so that a resumed run finds the
+    same. Says how long it took for so many of `what`.
+    """
+    began, found = time.perf_counter(), np.zeros(len(data.sequences.num_tokens))
+    micro_batch_tokens = _REFERENCE_TOKENS[forward.device.type]
+    units = _own(_units(data, units_of), parallel)
+    for some, batch, outputs in forward_passes(forward, data, units, micro_batch_tokens, "computing the reference"):
+        sums = torch.zeros(len(batch.example_of), device=outputs.logprobs.device)
+        sums.index_add_(0, batch.sequence_of, outputs.logprobs)
+        places = [data.sequences.first[unit.row] + place for unit in some for place in unit.sequences]
+        found[places] = sums.cpu().double().numpy()
+    found = _sum_over_ranks(found, parallel)
+    _check_finite(found, data, data.sequences.row)
+    if parallel is None or parallel.is_main:
+        seconds = time.perf_counter() - began
+        err.print(f"reference: computed {len(data):,} {what} in {seconds:.0f} s")
+    return found
+
+
+def score_objective(
+    forward: PackedForward, objective: Objective, data: ExampleStore, micro_batch_tokens: int,
+    parallel: Parallel | None = None, who: str = "the model",
+) -> Scores:  # fmt: skip
+    """The loss and the metrics of an objective over all rows of `data`, as of one step of all of them."""
+    units, statistic = _own(_units(data, objective.units), parallel), 0.0
+    if objective.two_passes:
+        found = np.zeros(2)
+        for _, batch, outputs in forward_passes(forward, data, units, micro_batch_tokens, f"reading for {who}"):
+            part, number = objective.statistic(outputs, batch)
+            found += [float(part), number]
+        total, count = _sum_over_ranks(found, parallel)
+        statistic = float(total / max(1.0, count))
+    errors, sums = np.zeros(len(data)), np.zeros(1 + 2 * len(objective.metrics))
+    for _, batch, outputs in forward_passes(forward, data, units, micro_batch_tokens, f"scoring {who}"):
+        result = objective.loss(outputs, batch, statistic)
+        errors += result.errors.cpu().double().numpy()
+        sums += [float(result.total), *(float(part) for name in objective.metrics for part in result.metrics[name])]
+    errors, sums = _sum_over_ranks(errors, parallel), _sum_over_ranks(sums, parallel)
+    loss = float(sums[0]) / objective.denominator(Totals.of(data.sequences, np.arange(len(data))))
+    if not math.isfinite(loss):
+        raise LmtuneError(f"the loss of {who} on the rows it is scored on is not finite")
+    metrics = {
+        name: float(total / count)
+        for name, total, count in zip(objective.metrics, sums[1::2], sums[2::2], strict=True)
+        if count
+    }
+    return Scores(loss, None, None, float((errors == 0).mean()), None, len(data), 0, metrics=metrics)
+
+
+def forward_passes(
+    forward: PackedForward, data: ExampleStore, units: Sequence[Unit], micro_batch_tokens: int, title: str
+) -> Iterator[tuple[list[Unit], MicroBatch, Outputs]]:  # fmt: skip
+    """Run the model over `units`, of examples that are numbered as their rows, without gradients or dropout.
+
+    A micro-batch has at most so many tokens, or one unit; where the memory is too small for several they are halved.
+    """
+    first, tokens = data.sequences.first, data.sequences.num_tokens
+    lengths = [int(tokens[first[unit.row] + np.array(unit.sequences)].sum()) for unit in units]
+    training = forward.model.training
+    forward.model.eval()
+    try:
+        with torch.no_grad(), forward.context(), progress(title, len(units), "sequences") as shown:
+            groups = deque(pack_bins(lengths, micro_batch_tokens) if units else ())
+            while groups:
+                group = groups.popleft()
+                some = [units[index] for index in group]
+                batch = pack_units(data, some, len(data), forward.shares_prefixes).to(forward.device)
+                try:
+                    outputs = forward(batch)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or len(group) == 1:
+                        raise
+                    groups.extendleft((group[len(group) // 2 :], group[: len(group) // 2]))
+                    continue
+                yield some, batch, outputs
+                shown.advance(len(group))
+    finally:
+        forward.model.train(training)
+
+
+def _units(data: ExampleStore, units_of: UnitsOf) -> list[Unit]:
+    """The units of all rows, each an example of its own number."""
+    counts = np.diff(data.sequences.first).tolist()
+    return [Unit(row, row, tuple(group)) for row, count in enumerate(counts) for group in units_of(count)]
+
+
+def _own(units: Sequence[Unit], parallel: Parallel | None) -> Sequence[Unit]:
+    """This rank's share."""
+    return units if parallel is None else units[parallel.rank :: parallel.world_size]
+
+
+def _sum_over_ranks(values: npt.NDArray[np.float64], parallel: Parallel | None) -> npt.NDArray[np.float64]:
+    if parallel is None or parallel.world_size == 1:
+        return values
+    total: npt.NDArray[np.float64] = np.sum(parallel.gather([values]), axis=0)
+    return total
+
+
+def _check_finite(
+    values: npt.NDArray[np.float64], data: ExampleStore, row_of: npt.NDArray[np.int64] | None = None
+) -> None:
+    """LmtuneError names the rows whose values, of rows or of `row_of`, are not finite."""
+    places = np.flatnonzero(~np.isfinite(values))
+    rows = (places if row_of is None else np.unique(row_of[places])).tolist()
+    if rows:
+        raise LmtuneError(
+            f"the loss of these rows is not finite:\n{format_list([data[row].location for row in rows])}\n"
+            "  look at them with `lmtune preview`; if they are fine, the model cannot compute them in this model.dtype"
+        )
 
 
 def standard_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> float | None:
@@ -251,14 +379,17 @@ def with_exact_match(scores: Scores, given: Sequence[Answer]) -> Scores:
 
 def evaluate(
     forward: PackedForward, renderer: Renderer, data: ExampleStore, exact_match_rows: int, max_new_tokens: int,
-    micro_batch_tokens: int, parallel: Parallel | None = None, who: str = "the model", known: Scores | None = None,
+    micro_batch_tokens: int, objective: Objective, parallel: Parallel | None = None, who: str = "the model",
+    known: Scores | None = None,
 ) -> tuple[Scores, list[Answer]]:  # fmt: skip
-    """Teacher-forced scores of all rows, and exact match of the first `exact_match_rows`; answers in row order.
+    """Scores of all rows, and of answers the exact match of the first `exact_match_rows`; answers in row order.
 
     With several ranks each scores its share, and all return the same. `who` is named in the progress shown; `known`
-    are the teacher-forced scores, where these weights were scored before.
+    are the scores without generating, where these weights were scored before.
     """
-    scores = known or teacher_forced(forward, data, micro_batch_tokens, parallel, who)
+    scores = known or score(forward, objective, data, micro_batch_tokens, parallel, who)
+    if objective.rows != "answer":
+        return scores, []
     rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
     room = max_positions(forward.model) or math.inf
     rows = [row for row in range(min(exact_match_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]

@@ -144,18 +144,20 @@ def _chunk(
     The statistics are in fp32, and the passes over the logits few. `raw` is overwritten.
     """
     logits, target = transform.apply(raw), targets[:, None]
-    is_top1 = logits.argmax(1) == targets
-    each = torch.log_softmax(logits, 1, dtype=torch.float32)
-    of_target = each.gather(1, target)
-    logprobs = of_target[:, 0]
+    keep = None if transform.softcap is None or not grad else (logits / transform.softcap).float()  # tanh(z / softcap)
+    wide = logits.float()
+    most, top1 = wide.max(1, keepdim=True)
+    of_target = wide.gather(1, target).sub_(most)
+    probabilities = wide.sub_(most).exp_()  # in place: the logits themselves are not needed any more
+    total = probabilities.sum(1, keepdim=True)
+    of_target.sub_(total.log())
+    logprobs, is_top1 = of_target[:, 0], (top1 == target)[:, 0]
     if not grad:
         return logprobs, is_top1, None
-    gradient = torch.exp(each, out=raw if logits is raw else each)
+    gradient = torch.div(probabilities, total, out=raw if logits is raw else probabilities)
     gradient.scatter_(1, target, of_target.expm1().to(gradient.dtype))  # p - 1, where that is near 0 too
-    if transform.softcap is not None:
-        gradient.mul_(
-            1 - (logits / transform.softcap).float().square_()
-        )  # the derivative of softcap * tanh(z / softcap)
+    if keep is not None:
+        gradient.mul_(1 - keep.square_())  # the derivative of softcap * tanh(z / softcap)
     if transform.scale != 1.0:
         gradient.mul_(transform.scale)
     return logprobs, is_top1, gradient

@@ -1,8 +1,8 @@
 """What a step minimizes: the seam between the step, which knows tokens, and a loss, which knows what they are for.
 
-    class Dpo:                                   # preferences in forty lines: tests/objectives/test_seam.py
-        def loss(self, outputs, batch):
-            return LossSum(total, errors, {"margin": (margins.sum(), count)})
+    class Dpo:                                   # lmtune/objectives/preference.py
+        def loss(self, outputs, batch, statistic):
+            return LossSum(total, errors, {"reward_margin": (margins.sum(), count)})
 
 An objective gives a *sum* over its examples and a *denominator* that the plan knows before the step begins; the step
 divides once, at its end. So packing, shared prefixes, exact resume and equality over ranks hold for every objective.
@@ -11,17 +11,21 @@ That a loss is a function of per-token log-probabilities is Tinker's idea (`forw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lmtune.batching.packing import MicroBatch
 from lmtune.batching.plan import Totals
 from lmtune.data.types import ExampleStore, RowKind
-from lmtune.forward.packed import Outputs, PackedForward
-from lmtune.models.tuning.base import TunedModel
+from lmtune.forward.packed import Outputs
+
+# The log-probability of each sequence's targets `[S]` under the model as it is, in the order of `store.sequences`.
+SequenceLogprobs = Callable[[ExampleStore], npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Objective(Protocol):
     Attributes:
         kind: its name in the config.
         rows: the kind of rows that it is over.
+        two_passes: the losses need a statistic of the whole step, from a pass over it without gradients.
         metrics: the names of its metrics, each the quotient of a sum and a count.
         selection: which score of the validation rows picks the best step, and whether it is the least or the greatest.
     """
 
     kind: ClassVar[str]
     rows: ClassVar[RowKind]
+    two_passes: ClassVar[bool]
     metrics: ClassVar[tuple[str, ...]]
     selection: ClassVar[tuple[str, Literal["min", "max"]]]
 
@@ -61,8 +67,14 @@ class Objective(Protocol):
     def denominator(self, totals: Totals) -> float:
         """What the step's sum is divided by."""
 
-    def precompute(self, model: TunedModel, forward: PackedForward, store: ExampleStore) -> ExampleStore:
+    def precompute(self, store: ExampleStore, logprobs: SequenceLogprobs) -> ExampleStore:
         """The data with what is computed once, before the first step, stored beside the tokens."""
 
-    def loss(self, outputs: Outputs, batch: MicroBatch) -> LossSum:
-        """The loss of a micro-batch from the log-probabilities of its targets."""
+    def statistic(self, outputs: Outputs, batch: MicroBatch) -> tuple[torch.Tensor, int]:
+        """With `two_passes`: the sum and the number of what the losses of a step need the mean of."""
+
+    def loss(self, outputs: Outputs, batch: MicroBatch, statistic: float = 0.0) -> LossSum:
+        """The loss of a micro-batch from the log-probabilities of its targets.
+
+        `statistic` is the mean of the whole step, over all ranks, of what `statistic` gives.
+        """

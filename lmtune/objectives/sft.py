@@ -15,9 +15,8 @@ import torch
 from lmtune.batching.packing import MicroBatch
 from lmtune.batching.plan import Totals, each_alone
 from lmtune.data.types import ExampleStore, RowKind
-from lmtune.forward.packed import Outputs, PackedForward
-from lmtune.models.tuning.base import TunedModel
-from lmtune.objectives.base import LossSum
+from lmtune.forward.packed import Outputs
+from lmtune.objectives.base import LossSum, SequenceLogprobs
 
 
 class Sft:
@@ -25,6 +24,7 @@ class Sft:
 
     kind: ClassVar[str] = "sft"
     rows: ClassVar[RowKind] = "answer"
+    two_passes: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("token_accuracy",)
     selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
 
@@ -36,11 +36,15 @@ class Sft:
         """The targets of the step, by the weights of their rows: long answers count for their length."""
         return totals.weighted_targets
 
-    def precompute(self, model: TunedModel, forward: PackedForward, store: ExampleStore) -> ExampleStore:
+    def precompute(self, store: ExampleStore, logprobs: SequenceLogprobs) -> ExampleStore:
         """Nothing."""
         return store
 
-    def loss(self, outputs: Outputs, batch: MicroBatch) -> LossSum:
+    def statistic(self, outputs: Outputs, batch: MicroBatch) -> tuple[torch.Tensor, int]:
+        """Nothing."""
+        return outputs.logprobs.new_zeros(()), 1
+
+    def loss(self, outputs: Outputs, batch: MicroBatch, statistic: float = 0.0) -> LossSum:
         """The negative log-probabilities; an error is a target that is not the most likely token."""
         right = outputs.is_top1.sum().float()
         count = torch.full_like(right, len(outputs.is_top1))  # made on the device: no copy to wait for

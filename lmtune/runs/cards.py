@@ -20,7 +20,7 @@ from lmtune.config.load import to_tree
 from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig, PartialConfig
 from lmtune.data.report import DataReport, PartReport
 from lmtune.runs.store import ScoreValues, Summary
-from lmtune.runs.tables import NOT_MEASURED, SCORES, format_score
+from lmtune.runs.tables import NOT_MEASURED, SCORES, format_score, names_of
 
 _QUANTIZATIONS = {"none": "not quantized", "nf4": "4-bit NF4 (bitsandbytes)", "int8": "8-bit (bitsandbytes)"}
 _PRIVATE_KEYS = ("data.train", "data.validation", "data.system", "tuning.adapter")  # names and words of the user's own
@@ -145,7 +145,7 @@ def _scores_part(summary: Summary) -> str:
     over = f"{num_rows:,} rows" if num_rows is not None else "rows"
     rows = [
         (name, format_score(key, base.get(key)), format_score(key, tuned.get(key)))
-        for key, (name, _) in SCORES.items()
+        for key, name in names_of(base, tuned).items()
     ]  # fmt: skip
     return join_parts(
         "## Scores",

@@ -12,8 +12,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +34,8 @@ _TAIL_BYTES = 65_536  # holds the last lines of metrics.jsonl many times over
 class StepRecord:
     """One line of `metrics.jsonl`; everything but `epoch` is of this step alone.
 
-    `tokens` are real tokens, never padding; `seconds` are wall time; `grad_norm` is before clipping.
+    `tokens` are real tokens, never padding; `seconds` are wall time; `grad_norm` is before clipping; `metrics` are the
+    objective's own, by name.
     """
 
     step: int
@@ -46,15 +47,23 @@ class StepRecord:
     trained_tokens: int
     examples: int
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, line: bytes) -> StepRecord:
         """The step in a line of JSON; ValueError if a run writes no such line."""
         tree = parse_object(line)
-        values = {field.name: tree.get(field.name) for field in fields(cls)}
+        values = {own.name: tree.pop(own.name, None) for own in fields(cls) if own.name != "metrics"}
         if not all(map(is_finite_number, values.values())) or not isinstance(values["step"], int):
             raise ValueError("not the record of a step")
-        return cls(**values)  # type: ignore[arg-type] # numbers
+        metrics = {name: value for name, value in tree.items() if is_finite_number(value)}
+        return cls(**values, metrics=metrics)
+
+    def as_dict(self) -> dict[str, float]:
+        """What stands in the line, the metrics among the rest."""
+        own = asdict(self)
+        metrics = own.pop("metrics")
+        return {**own, **metrics}
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Accuracies:
 
     loss: float
     sequence_accuracy: float
-    token_accuracy: float
+    token_accuracy: float | None  # of answers alone
 
 
 class Records:
@@ -87,10 +96,10 @@ class Records:
 
         `elapsed` are the tokens and examples of the run so far; `validation` is None where it was not scored.
         """
-        self._append(self.run.metrics, json.dumps(asdict(record), allow_nan=False))
+        self._append(self.run.metrics, json.dumps(record.as_dict(), allow_nan=False))
         cells: list[object] = [record.step, *elapsed]
         for part in (training, validation):
-            cells += ["", "", ""] if part is None else [part.loss, part.sequence_accuracy, part.token_accuracy]
+            cells += [None] * 3 if part is None else [part.loss, part.sequence_accuracy, part.token_accuracy]
         line = io.StringIO()
         csv.writer(line, lineterminator="").writerow(f"{c:.6g}" if isinstance(c, float) else c for c in cells)
         self._append(self.run.results, line.getvalue())

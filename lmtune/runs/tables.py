@@ -21,6 +21,8 @@ SCORES = {
     "sequence_accuracy": ("Sequence accuracy", "accuracy"),
     "exact_match": ("Exact match", "exact_match"),
 }
+SHARES = ("token_accuracy", "sequence_accuracy", "exact_match")
+_NOT_SHOWN = {*SCORES, "rows", "exact_match_rows"}
 FEW_ROWS = 30  # of fewer held-out rows scores say little
 NOT_MEASURED = "not measured"
 _95 = 1.959964  # standard errors on each side of a 95 % interval
@@ -30,9 +32,21 @@ def format_score(key: str, value: object) -> str:
     """One score for people: shares in percent, `not measured` for what is absent or not a finite number."""
     if not isinstance(value, (int, float)) or not is_finite_number(value):
         return NOT_MEASURED
-    if key in ("loss", "perplexity"):
-        return f"{value:.4f}" if value < 1000 else f"{value:.4g}"
-    return f"{100 * value:.1f} %"
+    if key in SHARES or key.endswith("accuracy"):
+        return f"{100 * value:.1f} %"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def names_of(*scores: ScoreValues) -> dict[str, str]:
+    """What is shown of some scores: the key and name of each that an objective has."""
+    named = {"kl": "KL divergence"}
+    own = {
+        key: named.get(key, key.replace("_", " ").capitalize())
+        for part in scores for key in part if key not in _NOT_SHOWN
+    }  # fmt: skip
+    if any(part.get("perplexity") is not None for part in scores):
+        return {key: name for key, (name, _) in SCORES.items()}
+    return {"loss": "Loss", **(own or {"sequence_accuracy": "Accuracy"})}
 
 
 def scores_table(base: ScoreValues | None, tuned: ScoreValues) -> Table:
@@ -42,8 +56,8 @@ def scores_table(base: ScoreValues | None, tuned: ScoreValues) -> Table:
     if base is not None:
         table.add_column("base", justify="right", no_wrap=True)
     table.add_column("score" if base is None else "tuned", justify="right", no_wrap=True, style="bold")
-    for key, (name, _) in SCORES.items():
-        both = [tuned] if base is None else [base, tuned]
+    both = [tuned] if base is None else [base, tuned]
+    for key, name in names_of(*both).items():
         table.add_row(name, *(format_score(key, scores.get(key)) for scores in both))
     return table
 
@@ -59,13 +73,15 @@ def describe_scores(
     num_rows = tuned.get("rows")
     if not isinstance(num_rows, int) or num_rows < 1:
         return []
-    lines = [f"over {pluralize(num_rows)}; 95 % intervals{', base and tuned' if base else ''}:"]
-    for key, (name, _) in SCORES.items():
-        both = [("base", base), ("tuned", tuned)] if base else [("tuned", tuned)]
+    both: list[tuple[str, ScoreValues]] = [*([("base", base)] if base else []), ("tuned", tuned)]
+    lines = []
+    for key, name in names_of(tuned).items():
         found = [interval(key, scores, (errors or {}).get(part) or {}) for part, scores in both]
         if all(found):
             shown = [f"{format_score(key, low)} to {format_score(key, high)}" for low, high in filter(None, found)]
             lines.append(f"  {name.lower()}: {', '.join(shown)}")
+    of_what = f"; 95 % intervals{', base and tuned' if base else ''}:" if lines else ""
+    lines.insert(0, f"over {pluralize(num_rows)}{of_what}")
     if num_rows < FEW_ROWS:
         lines.append(f"  fewer than {FEW_ROWS} rows: a difference may be chance; hold out more (data.validation)")
     return lines
@@ -76,7 +92,7 @@ def interval(key: str, scores: ScoreValues, errors: ScoreValues) -> tuple[float,
     value, num_rows = scores.get(key), scores.get("exact_match_rows" if key == "exact_match" else "rows")
     if value is None or not num_rows:
         return None
-    if key in ("exact_match", "sequence_accuracy"):
+    if key in ("exact_match", "sequence_accuracy") or (key.endswith("accuracy") and key != "token_accuracy"):
         return wilson(value, num_rows)
     error, loss = errors.get("loss" if key == "perplexity" else key), scores.get("loss")
     if error is None or loss is None:

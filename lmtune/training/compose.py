@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from lmtune.batching.plan import Planner
@@ -22,12 +24,12 @@ from lmtune.config.schema import (
     LoraConfig,
     ModelConfig,
     PartialConfig,
-    SftConfig,
 )
 from lmtune.data.rendering import Renderer
 from lmtune.data.store import LoadedData, load_data
+from lmtune.data.types import ExampleStore
 from lmtune.evaluation.generative import Answer
-from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, teacher_forced
+from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, score, sequence_logprobs
 from lmtune.forward.packed import PackedForward
 from lmtune.inference.load import build_renderer, load_run_tokenizer
 from lmtune.io.console import progress, warn
@@ -41,7 +43,7 @@ from lmtune.models.tuning.full import Full
 from lmtune.models.tuning.lora import Lora
 from lmtune.models.tuning.partial import Partial
 from lmtune.objectives.base import Objective
-from lmtune.objectives.sft import Sft
+from lmtune.objectives.chosen import objective_of
 from lmtune.parallel.base import Parallel
 from lmtune.runs.store import RunDirectory
 from lmtune.training import memory
@@ -60,7 +62,6 @@ TUNINGS: dict[type, Callable[[Any, ModelConfig, Path | None], Tuning]] = {
     FullConfig: lambda section, base, start: Full(base),
     PartialConfig: lambda section, base, start: Partial(section, base),
 }
-OBJECTIVES: dict[type, Callable[[], Objective]] = {SftConfig: Sft}
 
 
 @dataclass
@@ -79,6 +80,8 @@ class Components:
     parameters: Parameters
     micro_batch_tokens: int  # the budget that fits the memory
     start: StartingAdapter | None = None  # that training begins from; None is a new one
+    rows: ExampleStore | None = None  # to train on, with what the objective computes before the first step
+    held_out: ExampleStore | None = None  # to score on, likewise
     validated: list[Scores] = field(default_factory=list)  # so far
     begun: bool = False  # whether the run's files are those of this process; before that, they are not its to change
 
@@ -88,13 +91,26 @@ class Components:
         start = self.start.sha256 if self.start is not None else None
         return RunSignature.of(self.config, self.data.key, self.fingerprint, self.data.signature, start)
 
+    def precompute(self) -> None:
+        """Compute what the objective needs of the model as it is before the first step, once."""
+        if self.rows is None:
+            plural = {"pair": "pairs"}.get(self.objective.rows, "rows")
+            find = partial(sequence_logprobs, self.forward, self.objective.units, parallel=self.parallel)
+            self.rows = self.objective.precompute(self.data.train, partial(find, what=plural))
+            if self.data.validation is not None:
+                self.held_out = self.objective.precompute(
+                    self.data.validation, partial(find, what=f"held-out {plural}")
+                )  # fmt: skip
+
     def job(self, resumed: Checkpoint | None = None) -> tuple[TrainingJob, TrainState]:
         """What the loop works with, and where it begins; the tensors of `resumed` are in the model and the optimizer.
 
         The micro-batch budget goes on as it was, perhaps halved, unless another one is asked for now.
         """
         train = self.config.train
-        data = self.objective.precompute(self.model, self.forward, self.data.train)
+        self.precompute()
+        assert self.rows is not None
+        data = self.rows
         optimizer = OPTIMIZERS[train.optimizer](self.tuning.parameter_groups(self.model, train.weight_decay))
         state = TrainState(micro_batch_tokens=self.micro_batch_tokens)
         if resumed is not None:
@@ -115,15 +131,16 @@ class Components:
         return job, state
 
     def validate(self) -> Scores:
-        """Teacher-forced scores of the validation rows."""
-        assert self.data.validation is not None
-        scores = teacher_forced(self.forward, self.data.validation, self.micro_batch_tokens, self.parallel)
+        """Scores of the validation rows, without generating."""
+        assert self.held_out is not None
+        scores = score(self.forward, self.objective, self.held_out, self.micro_batch_tokens, self.parallel)
         self.validated.append(scores)
         return scores
 
     def score_tuned(self, result: TrainResult) -> tuple[Scores, list[Answer]] | None:
         """As `score`, after training: the rows were scored with these weights already, at the last or the best step."""
-        best = [scores for scores in self.validated if scores.loss == result.state.best_loss]
+        name, _ = self.objective.selection
+        best = [scores for scores in self.validated if scores.value(name) == result.state.best_loss]
         known = self.validated[-1:] if result.weights is None else best[:1]  # none if an earlier process scored them
         return self.score("the tuned model", *known)
 
@@ -132,12 +149,12 @@ class Components:
 
         `who`, the base or the tuned model, is named in the progress shown; `known` is what `validate` found.
         """
-        if self.data.validation is None:
+        if self.held_out is None:
             return None
         settings = self.config.evaluation
         return evaluate(
-            self.forward, self.renderer, self.data.validation, settings.exact_match_rows, settings.max_new_tokens,
-            self.micro_batch_tokens, self.parallel, who, known,
+            self.forward, self.renderer, self.held_out, settings.exact_match_rows, settings.max_new_tokens,
+            self.micro_batch_tokens, self.objective, self.parallel, who, known,
         )  # fmt: skip
 
 
@@ -178,9 +195,9 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     if parallel.is_main:
         for note in forward.disabled_optimizations:
             warn(f"{note}; this is slower, with the same result")
+    objective = objective_of(config.objective)
     with progress("measuring how much fits in memory"):
-        budget = _choose_micro_batch(config, forward, data, parallel, parameters)
-    objective = OBJECTIVES[type(config.objective)]()
+        budget = _choose_micro_batch(config, forward, _longest_unit(data, objective), data, parallel, parameters)
     return Components(
         config, parallel, renderer, data, tuning, objective, model, forward, fingerprint, parameters, budget, start
     )
@@ -206,9 +223,17 @@ def _renderer(config: FinetuneConfig) -> Renderer:
     return renderer if now is None else build_renderer(tokenizer, config.model, template, system, now=now)
 
 
+def _longest_unit(data: LoadedData, objective: Objective) -> int:
+    """The most tokens that must share a micro-batch: of a sequence, or of a row whose sequences stay together."""
+    table = data.train.sequences
+    stay_together = len(objective.units(2)) == 1 and bool((np.diff(table.first) > 1).any())
+    return int(np.add.reduceat(table.num_tokens, table.first[:-1]).max()) if stay_together else table.longest
+
+
 def _choose_micro_batch(
-    config: FinetuneConfig, forward: PackedForward, data: LoadedData, parallel: Parallel, parameters: Parameters
-) -> int:
+    config: FinetuneConfig, forward: PackedForward, longest: int, data: LoadedData, parallel: Parallel,
+    parameters: Parameters,
+) -> int:  # fmt: skip
     """The micro-batch budget in tokens; switches activation checkpointing on where the settings or the memory ask it.
 
     All ranks take what suits the one with the least memory, so that they plan, and run out of memory, alike.
@@ -220,9 +245,7 @@ def _choose_micro_batch(
     # the weights are there already; their gradients and moments come with the first step
     coming = memory.trained_bytes(shape, forward.dtype, MOMENT_BYTES[config.train.optimizer]) - 4 * parameters.trained
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
-    fitting = memory.fitting_micro_batch(
-        activations, data.train.sequences.longest, max(0, free_memory(device) - coming), device.type, asked
-    )
+    fitting = memory.fitting_micro_batch(activations, longest, max(0, free_memory(device) - coming), device.type, asked)
     of_ranks = parallel.gather([fitting])
     budget, needed = min(tokens for tokens, _ in of_ranks), max(layers for _, layers in of_ranks)
     wanted = config.train.gradient_checkpointing

@@ -68,7 +68,7 @@ class EvaluationHook(Hook):
             return "continue"
         event.validation = self.score()
         name, direction = self.objective.selection
-        value = float(getattr(event.validation, name))
+        value = event.validation.value(name)
         best = state.best_loss
         is_better = best is None or (value < best if direction == "min" else value > best)
         if is_better:
@@ -104,10 +104,10 @@ class RecordHook(Hook):
         plan, result, state = event.plan, event.result, event.state
         record = StepRecord(
             plan.step, round(plan.epoch, 6), result.loss, event.learning_rate, result.grad_norm, plan.totals.tokens,
-            plan.totals.targets, plan.totals.examples, round(event.seconds, 6),
+            plan.totals.targets, plan.totals.examples, round(event.seconds, 6), result.metrics,
         )  # fmt: skip
         training = Accuracies(
-            result.loss, result.num_correct / plan.totals.examples, result.metrics.get("token_accuracy", 0.0)
+            result.loss, result.num_correct / plan.totals.examples, result.metrics.get("token_accuracy")
         )
         scores = event.validation
         validation = (

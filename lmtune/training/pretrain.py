@@ -108,7 +108,7 @@ def pretrain(model: PreTrainedModel, blocks: Blocks, validation: Blocks, config:
         except Interrupted as stopped:
             exit_code = stopped.exit_code
     scores = teacher_forced(forward, validation, budget, who="the model")
-    return Pretrained(state, planner.total_steps, scores.perplexity, exit_code)
+    return Pretrained(state, planner.total_steps, scores.perplexity or math.nan, exit_code)
 
 
 def save_pretrained(

@@ -52,6 +52,7 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
         checkpoint, complete = begin(run, parts)
         if complete:
             return FinetuneResult(run.read_summary(), True, parallel.is_main)
+        parts.precompute()
         base = base_scores(run, parts)
         result = run_loop(run, parts, checkpoint)
         parallel.phase = "scoring and saving the result"

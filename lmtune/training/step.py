@@ -60,10 +60,15 @@ def step_gradients(
     num_sums = 1 + 2 * len(objective.metrics)  # the loss, and sum and count of each metric
     buffer = GradientBuffer.of(parameters, totals.examples + num_sums + 2)
     errors = buffer.sums[: totals.examples]
-    sums, short_of_memory = [0.0] * num_sums, False
+    sums, short_of_memory, statistic = [0.0] * num_sums, False, 0.0
+    if objective.two_passes:
+        batches = list(batches)
+        statistic = _statistic(forward, objective, batches, parallel)
     try:
         with forward.context():
-            rows = [_accumulate(forward, objective, batch.to(buffer.flat.device), errors) for batch in batches]
+            rows = [
+                _accumulate(forward, objective, batch.to(buffer.flat.device), errors, statistic) for batch in batches
+            ]
         # added up in 64 bit on the host, as not every device has it; here, where what the GPU still has to say is heard
         for row in torch.stack(rows).tolist() if rows else []:
             sums = [one + other for one, other in zip(sums, row, strict=True)]
@@ -106,11 +111,35 @@ def find_nonfinite_examples(
     return list(dict.fromkeys(found))
 
 
+@torch.no_grad()
+def _statistic(
+    forward: PackedForward, objective: Objective, batches: Sequence[MicroBatch], parallel: Parallel
+) -> float:  # fmt: skip
+    """The mean over the whole step of what the objective's losses need of it; NaN where a rank has no memory for it.
+
+    It is computed as the losses are, dropout included, and with the same numbers drawn.
+    """
+    total, count, state = 0.0, 0, torch.get_rng_state()
+    try:
+        with forward.context():
+            for batch in batches:
+                own = batch.to(forward.device)
+                part, number = objective.statistic(forward(own), own)
+                total, count = total + float(part), count + number
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        total = math.nan
+    torch.set_rng_state(state)
+    of_ranks = parallel.gather([(total, count)])
+    return sum((part for part, _ in of_ranks), 0.0) / max(1, sum(number for _, number in of_ranks))
+
+
 def _accumulate(
-    forward: PackedForward, objective: Objective, batch: MicroBatch, errors: torch.Tensor
+    forward: PackedForward, objective: Objective, batch: MicroBatch, errors: torch.Tensor, statistic: float = 0.0
 ) -> torch.Tensor:  # fmt: skip
     """Add one micro-batch's gradients, and its errors to `errors[E]`; returns its sums `[1 + 2 M]` in fp32."""
-    result: LossSum = objective.loss(forward(batch), batch)
+    result: LossSum = objective.loss(forward(batch), batch, statistic)
     result.total.backward()  # type: ignore[no-untyped-call]
     errors += result.errors
     pairs = [part.float() for name in objective.metrics for part in result.metrics[name]]
