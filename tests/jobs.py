@@ -15,6 +15,7 @@ from lmtune.config.load import build_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.evaluation.scoring import Scores
 from lmtune.forward.packed import PackedForward
+from lmtune.models.head import Head
 from lmtune.models.parameters import count_parameters
 from lmtune.models.tuning.base import TunedModel
 from lmtune.objectives.chosen import objective_of
@@ -63,7 +64,7 @@ class Job:
 def job_for(
     folder: Path, dropout: float = 0.0, resumed: Checkpoint | None = None,
     validate: Callable[[], Scores] | None = None, model: Any = None, tuning: dict[str, Any] | None = None,
-    objective: dict[str, Any] | None = None, rows: Rows | None = None, **settings: Any,
+    objective: dict[str, Any] | None = None, rows: Rows | None = None, head: Head | None = None, **settings: Any,
 ) -> Job:  # fmt: skip
     """A job of 12 rows, batches of 4, over a tiny model; settings as `section__key`, sections as in a config.
 
@@ -92,8 +93,8 @@ def job_for(
     rows = rows or random_rows(12)
     data: Any = SimpleNamespace(train=rows, validation=rows if validate else None, key="x", signature="x")
     parts = Components(
-        config, Single(), None, data, way, objective_of(config.objective), tuned, PackedForward(tuned.module), "base",
-        parameters, 10**6 if asked == "auto" else asked,
+        config, Single(), None, data, way, objective_of(config.objective, head), tuned, PackedForward(tuned.module),
+        "base", parameters, 10**6 if asked == "auto" else asked, head=head,
     )  # fmt: skip
     if validate is not None:
         parts.validate = validate

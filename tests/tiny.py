@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmtune.batching.packing import MicroBatch, pack
+from lmtune.batching.packing import MicroBatch, Reads, pack
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.types import TokenizedExample, TokenSequence
 from lmtune.forward.packed import PackedForward
+from lmtune.models.head import Head
 
 VOCABULARY = 128
 SAVED_VOCABULARY = 448  # at least as many as `tests.tokenizers` makes, and a multiple of 64
@@ -70,6 +71,21 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def tiny_classifier(head: Head, kind: str = "llama", **changes: Any) -> Any:
+    """A classifier over the body of `tiny_model`, its head in fp32 and seeded."""
+    from transformers import AutoModelForSequenceClassification
+
+    from lmtune.models.head import prepare_head
+
+    base = tiny_model(kind, **changes)
+    head.describe(base.config)
+    model = AutoModelForSequenceClassification.from_config(base.config)
+    model.base_model.load_state_dict(base.base_model.state_dict())
+    prepare_head(model, head, None)
+    model.score.weight.data *= 20  # so that differences show
+    return model.requires_grad_(False).eval()
+
+
 @dataclass
 class Rows:
     """In-memory training rows, an `ExampleStore`."""
@@ -106,12 +122,16 @@ def token_sequence(ids: Sequence[int] | np.ndarray, mask: Sequence[int] | np.nda
     return TokenSequence(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
 
 
-def pack_rows(rows: Sequence[TokenizedExample], share_prefixes: bool = False) -> MicroBatch:
+def pack_rows(
+    rows: Sequence[TokenizedExample], share_prefixes: bool = False, reads: Reads = "targets"
+) -> MicroBatch:  # fmt: skip
     """All sequences of `rows`, each row an example, as one micro-batch."""
     sequences = [sequence for row in rows for sequence in row.sequences]
     example_of = [index for index, row in enumerate(rows) for _ in row.sequences]
     weights = [row.weight for row in rows for _ in row.sequences]
-    return pack(sequences, example_of, len(rows), share_prefixes, weights=weights).to(torch.get_default_device())
+    return pack(sequences, example_of, len(rows), share_prefixes, weights=weights, reads=reads).to(
+        torch.get_default_device()
+    )
 
 
 def losses_of(forward: PackedForward, batch: MicroBatch) -> torch.Tensor:

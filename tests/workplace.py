@@ -55,7 +55,7 @@ def tree_of(**changes: Any) -> dict[str, dict[str, Any]]:
     tree = {section: dict(values) for section, values in SETTINGS.items()}
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        tree[section][name] = value
+        tree.setdefault(section, {})[name] = value
     if tree["tuning"].get("kind", "lora") != "lora":  # it has settings of its own
         tree["tuning"] = {key: value for key, value in tree["tuning"].items() if key not in SETTINGS["tuning"]}
     return tree

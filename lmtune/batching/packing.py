@@ -18,7 +18,7 @@ import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from lmtune.batching.prefixes import SharedPrefix, find_prefixes, shareable_pref
 from lmtune.data.types import TokenSequence
 
 Ints = npt.NDArray[np.int64]
+Reads = Literal["targets", "last_token"]  # where outputs are read: before each target, or at each sequence's end
 _JOINED_GAPS = (32, 128, 512)  # positions that predict nothing, computed along between two that do
 _MOST_KEYS = 12  # of read positions, as a multiple of all tokens
 _PREFIX_AGAIN = 1 / 8  # of a prefix token's memory: its keys and values, which each sequence behind it keeps
@@ -126,13 +127,15 @@ class SegmentLayout:
 class MicroBatch:
     """The tensors of S sequences. T tokens in all, N of them targets, of a step of E examples.
 
+    Where last tokens are read instead of targets, N is S: one for each sequence, in their order.
+
     Attributes:
         input_ids: `[1, T]`.
         position_ids: `[1, T]`, from 0 within each sequence.
         segments: which tokens belong together.
-        read_positions: `[P]`, ascending: the positions whose output predicts a target, and the few between neighbours.
-        read_index: `[N]`, where in `read_positions` the one that predicts each target is.
-        target_ids: `[N]`.
+        read_positions: `[P]`, ascending: the positions whose output is read, and the few between neighbours.
+        read_index: `[N]`, where in `read_positions` the one that predicts each target is, or each last token.
+        target_ids: `[N]`, or the last tokens.
         sequence_of: `[N]`, the sequence of each target, from 0 to S - 1, in the order in which they were given.
         example_of: `[S]`, the example of each sequence; others of its sequences may be elsewhere.
         weights: `[S]` fp32, how much the example of each sequence counts in the loss.
@@ -156,7 +159,7 @@ class MicroBatch:
 
     @property
     def predicting(self) -> torch.Tensor:
-        """`[N]`, the position whose output predicts each target: the one before it in its sequence."""
+        """`[N]`, the position whose output is read: the one before each target, or that of each last token."""
         return self.read_positions[self.read_index]
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -179,6 +182,7 @@ class MicroBatch:
 def pack(
     sequences: Sequence[TokenSequence], example_of: Sequence[int], num_examples: int, share_prefixes: bool = False,
     values: Sequence[Mapping[str, float | npt.NDArray[np.float32]]] = (), weights: Sequence[float] | None = None,
+    reads: Reads = "targets",
 ) -> MicroBatch:  # fmt: skip
     """Put S sequences end to end, of which some may belong to the same example and others of it be elsewhere.
 
@@ -189,6 +193,7 @@ def pack(
         share_prefixes: whether a beginning that several have in common is there once.
         values: for each what is stored beside the tokens of its example; none by default.
         weights: of the example of each; 1 by default.
+        reads: where outputs are read.
     """
     ids = [np.asarray(sequence.input_ids, dtype=np.int64) for sequence in sequences]
     masks = [np.asarray(sequence.loss_mask, dtype=bool) for sequence in sequences]
@@ -212,9 +217,13 @@ def pack(
             num_packed += length
         end = num_packed  # of the prefix: its last token predicts the first one behind it
         for index in group.members:
-            assert not masks[index][0], "nothing predicts the first token of a sequence"
-            places = np.flatnonzero(masks[index])
-            predicting.append(np.where(places > length, num_packed + places - length - 1, end - 1))
+            if reads == "last_token":
+                places = np.array([len(ids[index]) - 1])
+                predicting.append(num_packed + places - length)
+            else:
+                assert not masks[index][0], "nothing predicts the first token of a sequence"
+                places = np.flatnonzero(masks[index])
+                predicting.append(np.where(places > length, num_packed + places - length - 1, end - 1))
             targets.append(ids[index][places])
             sequence_of.append(np.full(len(places), index))
             segments.append(ids[index][length:])
@@ -223,7 +232,10 @@ def pack(
             num_packed += len(ids[index]) - length
 
     lengths = tuple(map(len, segments))
-    predicted_from = np.concatenate(predicting)
+    predicted_from, target_ids, of_sequence = map(np.concatenate, (predicting, targets, sequence_of))
+    if reads == "last_token":  # groups of sequences that share a prefix came first
+        order = np.argsort(of_sequence)
+        predicted_from, target_ids, of_sequence = predicted_from[order], target_ids[order], of_sequence[order]
     read = _joined(np.unique(predicted_from), np.cumsum([0, *lengths]))
     return MicroBatch(
         input_ids=torch.from_numpy(np.concatenate(segments))[None],
@@ -231,8 +243,8 @@ def pack(
         segments=SegmentLayout(lengths, tuple(prefixes), tuple(read.tolist())),
         read_positions=torch.from_numpy(read),
         read_index=torch.from_numpy(np.searchsorted(read, predicted_from)),
-        target_ids=torch.from_numpy(np.concatenate(targets)),
-        sequence_of=torch.from_numpy(np.concatenate(sequence_of)),
+        target_ids=torch.from_numpy(target_ids),
+        sequence_of=torch.from_numpy(of_sequence),
         example_of=torch.from_numpy(np.asarray(example_of, dtype=np.int64)),
         weights=torch.from_numpy(np.asarray([1.0] * len(ids) if weights is None else weights, dtype=np.float32)),
         values={

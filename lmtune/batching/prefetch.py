@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from lmtune.batching.packing import MicroBatch, pack
+from lmtune.batching.packing import MicroBatch, Reads, pack
 from lmtune.batching.plan import Planner, StepPlan, Unit
 from lmtune.data.types import TokenizedExample
 
@@ -32,14 +32,16 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> TokenizedExample: ...
 
 
-def pack_units(data: Examples, units: Sequence[Unit], num_examples: int, share_prefixes: bool = False) -> MicroBatch:
+def pack_units(
+    data: Examples, units: Sequence[Unit], num_examples: int, share_prefixes: bool = False, reads: Reads = "targets"
+) -> MicroBatch:
     """The micro-batch of some units of a step of `num_examples` examples; each row is read once."""
     read = {row: data[row] for row in dict.fromkeys(unit.row for unit in units)}
     chosen = [(unit, sequence) for unit in units for sequence in unit.sequences]
     return pack(
         [read[unit.row].sequences[sequence] for unit, sequence in chosen], [unit.example for unit, _ in chosen],
         num_examples, share_prefixes, [read[unit.row].values for unit, _ in chosen],
-        [read[unit.row].weight for unit, _ in chosen],
+        [read[unit.row].weight for unit, _ in chosen], reads,
     )  # fmt: skip
 
 
@@ -47,9 +49,10 @@ class BatchPrefetcher:
     """The steps of a plan, each followed by its micro-batches of one rank, which `pin` puts into page-locked memory."""
 
     def __init__(
-        self, planner: Planner, rank: int, data: Examples, share_prefixes: bool = False, pin: bool = False
-    ) -> None:
-        self.planner, self._rank, self._data = planner, rank, data
+        self, planner: Planner, rank: int, data: Examples, share_prefixes: bool = False, pin: bool = False,
+        reads: Reads = "targets",
+    ) -> None:  # fmt: skip
+        self.planner, self._rank, self._data, self._reads = planner, rank, data, reads
         self._share_prefixes, self._pin = share_prefixes, pin
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -111,7 +114,7 @@ class BatchPrefetcher:
                 plan = planner.step(step)
                 offer(plan)
                 for units in plan.micro_batches[self._rank]:
-                    batch = pack_units(self._data, units, plan.totals.examples, self._share_prefixes)
+                    batch = pack_units(self._data, units, plan.totals.examples, self._share_prefixes, self._reads)
                     offer(batch.pinned() if self._pin else batch)
                 offer(None)
                 step += 1

@@ -89,7 +89,8 @@ def _best_intervals(common: npt.NDArray[np.int64], costs: npt.NDArray[np.float64
 
 def shareable_prefix(input_ids: Ints, loss_mask: npt.NDArray[np.bool_]) -> Ints:
     """What a sequence of `input_ids[T]` may share: all before its first target, but for one token of its own."""
-    return input_ids[: min(int(np.argmax(loss_mask)), len(input_ids) - 1)]
+    before = int(np.argmax(loss_mask)) if loss_mask.any() else len(input_ids)
+    return input_ids[: min(before, len(input_ids) - 1)]
 
 
 def common_length(one: Ints, other: Ints) -> int:

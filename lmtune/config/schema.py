@@ -148,7 +148,8 @@ TuningConfig = Annotated[LoraConfig | FullConfig | PartialConfig, Field(discrimi
 class SftConfig:
     """What is minimized over the rows."""
 
-    # sft: the cross-entropy of every answer token; dpo, ipo, orpo, simpo: over pairs of answers; kto: over judged ones
+    # sft: the cross-entropy of every answer token; dpo, ipo, orpo, simpo: over pairs of answers; kto: over judged ones;
+    # classification, regression: over labelled rows; reward: a number for each answer of a pair
     kind: Literal["sft"] = "sft"
 
     @property
@@ -218,10 +219,41 @@ class KtoConfig:
         return "judged"
 
 
+class _OverLabels:
+    @property
+    def rows(self) -> RowKind:
+        """Which rows it is minimized over."""
+        return "labelled"
+
+
+@section
+class ClassificationConfig(_OverLabels):
+    """What is minimized over labelled rows: the cross-entropy of the class, or of each class where labels are lists."""
+
+    kind: Literal["classification"] = "classification"  # a head on the last token, over the classes of the rows
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: every class has the same share in the loss
+
+
+@section
+class RegressionConfig(_OverLabels):
+    """What is minimized over labelled rows: the squared difference from a number."""
+
+    kind: Literal["regression"] = "regression"  # a head on the last token
+
+
+@section
+class RewardConfig(_OverPairs):
+    """What is minimized over pairs: a reward model, which gives the chosen answer the higher number."""
+
+    kind: Literal["reward"] = "reward"  # a head on the last token; Bradley-Terry
+
+
 # What is minimized is told apart by `kind`
 ObjectiveConfig = Annotated[
-    SftConfig | DpoConfig | IpoConfig | OrpoConfig | SimpoConfig | KtoConfig, Field(discriminator="kind")
-]
+    SftConfig | DpoConfig | IpoConfig | OrpoConfig | SimpoConfig | KtoConfig | ClassificationConfig | RegressionConfig
+    | RewardConfig,
+    Field(discriminator="kind"),
+]  # fmt: skip
 
 
 @section

@@ -183,10 +183,14 @@ class ExampleStore(Protocol):
 
 
 class WithValues:
-    """The rows of another store with numbers beside their tokens, by name `[N]` or `[N, K]`: computed once."""
+    """The rows of another store with numbers beside their tokens, by name `[N]` or `[N, K]`: computed once.
+
+    Attributes:
+        columns: the numbers.
+    """
 
     def __init__(self, store: ExampleStore, **values: npt.NDArray[np.float32]) -> None:
-        self._store, self._values = store, values
+        self._store, self.columns = store, values
         self.sequences, self.signature = store.sequences, store.signature
 
     def __len__(self) -> int:
@@ -195,7 +199,7 @@ class WithValues:
     def __getitem__(self, index: int) -> TokenizedExample:
         row = self._store[index]
         own = {
-            name: float(column[index]) if column.ndim == 1 else column[index] for name, column in self._values.items()
+            name: float(column[index]) if column.ndim == 1 else column[index] for name, column in self.columns.items()
         }
         return replace(row, values={**row.values, **own})
 

@@ -32,14 +32,16 @@ from lmtune.data.store import load_data, tokenize
 from lmtune.data.types import ExampleStore
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.generative import Answer, answers, split_prompt
+from lmtune.evaluation.measures import ClassScores, measure
 from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.inference.load import LoadedModel
 from lmtune.io.console import err, progress, warn
 from lmtune.io.text import format_list, is_finite_number
 from lmtune.models.device import is_out_of_memory
+from lmtune.models.head import Head
 from lmtune.models.structure import base_of, max_positions
 from lmtune.objectives.base import Objective
-from lmtune.objectives.chosen import objective_of
+from lmtune.objectives.chosen import objective_for, objective_of
 from lmtune.objectives.sft import Sft
 from lmtune.parallel.base import Parallel
 from lmtune.runs.store import RunDirectory
@@ -58,6 +60,7 @@ class Scores:
         token_accuracy, sequence_accuracy, exact_match: shares from 0 to 1; exact_match is None if not measured. Of
             other objectives than answers `sequence_accuracy` is the share of rows, or pairs, on the right side.
         metrics: the objective's own, by name.
+        classes: of a classifier each class for itself.
         rows: how many rows were scored, `exact_match_rows` of them by generation.
         loss_standard_error, token_accuracy_standard_error: how far other rows of the same kind may move the score;
             None if that is not known, as for one row.
@@ -73,10 +76,12 @@ class Scores:
     loss_standard_error: float | None = None
     token_accuracy_standard_error: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    classes: ClassScores | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For `summary.json`, the metrics among the scores; the standard errors stand beside them there."""
-        own = {key: value for key, value in asdict(self).items() if not key.endswith("_standard_error")}
+        """For `summary.json`, the metrics among the scores; standard errors and classes stand beside them there."""
+        beside = ("loss_standard_error", "token_accuracy_standard_error", "classes")
+        own = {key: value for key, value in asdict(self).items() if key not in beside}
         metrics = own.pop("metrics")
         return {**metrics, **own}
 
@@ -92,7 +97,7 @@ class Scores:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scores:
         """Scores as `summary.json` holds them; other numbers are metrics."""
-        names = {own.name for own in fields(cls)} - {"metrics"}
+        names = {own.name for own in fields(cls)} - {"metrics", "classes"}
         metrics = {name: value for name, value in values.items() if name not in names and is_finite_number(value)}
         return cls(**{name: values.get(name) for name in names}, metrics=metrics)  # type: ignore[arg-type]
 
@@ -126,25 +131,33 @@ def evaluate_loaded(
         ConfigError: `max_length` is beyond the model's positions.
     """
     settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune evaluate")
-    objective = Sft() if loaded.run is None else objective_of(load_config(FinetuneConfig, loaded.run.config).objective)
+    objective = _objective_of(loaded)
     rows = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
     check_lengths(loaded.model, [rows], "--max-length")
     forward = PackedForward(loaded.model)
-    with loaded.use_base() if loaded.has_adapter else contextlib.nullcontext():
+    compares = loaded.has_adapter and loaded.head is None  # a classifier's base has no head
+    with loaded.use_base() if compares else contextlib.nullcontext():
         scored = objective.precompute(rows, partial(sequence_logprobs, forward, objective.units))
-    if scored is not rows and not loaded.has_adapter:
+    if loaded.head is None and scored is not rows and not loaded.has_adapter:
         warn("this model has no adapter to leave out, so it is its own reference, and rewards are 0")
     arguments = (
         forward, loaded.renderer, scored, exact_match_rows, max_new_tokens, max(4096, max_length), objective
     )  # fmt: skip
     tuned, given = evaluate(*arguments)
     base = None
-    if loaded.has_adapter:
+    if compares:
         with loaded.use_base():
             base = evaluate(*arguments, who="the base")[0]
     known = None if loaded.run is None else _trained_rows(loaded.run, loaded)
     trained = None if known is None else int(np.isin(rows.content, known).sum())
     return Evaluation(tuned, base, given, rows.report, trained)
+
+
+def _objective_of(loaded: LoadedModel) -> Objective:
+    """What a model was trained for: as its run says, by its head, or answers."""
+    if loaded.run is not None:
+        return objective_of(load_config(FinetuneConfig, loaded.run.config).objective, loaded.head)
+    return Sft() if loaded.head is None else objective_for(loaded.head)
 
 
 def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint64] | None:
@@ -269,9 +282,12 @@ def sequence_logprobs(
 
 def score_objective(
     forward: PackedForward, objective: Objective, data: ExampleStore, micro_batch_tokens: int,
-    parallel: Parallel | None = None, who: str = "the model",
+    parallel: Parallel | None = None, who: str = "the model", run: Callable[[MicroBatch], Outputs] | None = None,
 ) -> Scores:  # fmt: skip
-    """The loss and the metrics of an objective over all rows of `data`, as of one step of all of them."""
+    """The loss and the metrics of an objective over all rows of `data`, as of one step of all of them.
+
+    `run` gives the outputs in place of the model.
+    """
     units, statistic = _own(_units(data, objective.units), parallel), 0.0
     if objective.two_passes:
         found = np.zeros(2)
@@ -281,10 +297,15 @@ def score_objective(
         total, count = _sum_over_ranks(found, parallel)
         statistic = float(total / max(1.0, count))
     errors, sums = np.zeros(len(data)), np.zeros(1 + 2 * len(objective.metrics))
-    for _, batch, outputs in forward_passes(forward, data, units, micro_batch_tokens, f"scoring {who}"):
+    seen: list[tuple[int, npt.NDArray[np.float64]]] = []  # of a classifier: row, its outputs and targets
+    for _, batch, outputs in forward_passes(forward, data, units, micro_batch_tokens, f"scoring {who}", run):
         result = objective.loss(outputs, batch, statistic)
         errors += result.errors.cpu().double().numpy()
         sums += [float(result.total), *(float(part) for name in objective.metrics for part in result.metrics[name])]
+        if outputs.scores is not None and "target" in batch.values:
+            target = batch.values["target"].reshape(len(outputs.scores), -1)
+            found = torch.cat([outputs.scores, target], 1).cpu().double().numpy()
+            seen += zip(batch.example_of.tolist(), found, strict=True)
     errors, sums = _sum_over_ranks(errors, parallel), _sum_over_ranks(sums, parallel)
     loss = float(sums[0]) / objective.denominator(Totals.of(data.sequences, np.arange(len(data))))
     if not math.isfinite(loss):
@@ -294,15 +315,31 @@ def score_objective(
         for name, total, count in zip(objective.metrics, sums[1::2], sums[2::2], strict=True)
         if count
     }
-    return Scores(loss, None, None, float((errors == 0).mean()), None, len(data), 0, metrics=metrics)
+    more, classes = _measured(objective.head, seen if parallel is None else parallel.gather(seen))
+    return Scores(
+        loss, None, None, float((errors == 0).mean()), None, len(data), 0, metrics={**metrics, **more}, classes=classes
+    )
+
+
+def _measured(
+    head: Head | None, seen: Sequence[tuple[int, npt.NDArray[np.float64]]]
+) -> tuple[dict[str, float], ClassScores | None]:
+    """What a classifier's outputs `[K]` are worth, each with the row's number before and its targets behind it."""
+    if head is None or not seen:
+        return {}, None
+    all_rows = np.stack([found for _, found in sorted(seen, key=lambda one: one[0])])
+    scores, targets = np.split(all_rows, [len(head.labels)], axis=1)
+    return measure(head, scores, targets if head.kind == "multi_label" else targets[:, 0])
 
 
 def forward_passes(
-    forward: PackedForward, data: ExampleStore, units: Sequence[Unit], micro_batch_tokens: int, title: str
+    forward: PackedForward, data: ExampleStore, units: Sequence[Unit], micro_batch_tokens: int, title: str,
+    run: Callable[[MicroBatch], Outputs] | None = None,
 ) -> Iterator[tuple[list[Unit], MicroBatch, Outputs]]:  # fmt: skip
     """Run the model over `units`, of examples that are numbered as their rows, without gradients or dropout.
 
     A micro-batch has at most so many tokens, or one unit; where the memory is too small for several they are halved.
+    `run` gives the outputs in place of the model.
     """
     first, tokens = data.sequences.first, data.sequences.num_tokens
     lengths = [int(tokens[first[unit.row] + np.array(unit.sequences)].sum()) for unit in units]
@@ -314,9 +351,9 @@ def forward_passes(
             while groups:
                 group = groups.popleft()
                 some = [units[index] for index in group]
-                batch = pack_units(data, some, len(data), forward.shares_prefixes).to(forward.device)
+                batch = pack_units(data, some, len(data), forward.shares_prefixes, forward.reads).to(forward.device)
                 try:
-                    outputs = forward(batch)
+                    outputs = (run or forward)(batch)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error) or len(group) == 1:
                         raise

@@ -23,6 +23,7 @@ from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
 from lmtune.kernels.lora_group import group_layers, separate_layers
 from lmtune.models.device import is_out_of_memory
+from lmtune.models.head import classifier_head
 from lmtune.models.structure import decoder_layers, trained_module
 
 # Relative, in 16 bit: rounding moves the outputs of 32 random layers by 0.06, a segment that leaks by about 1.
@@ -85,8 +86,10 @@ def find_capabilities(forward: Paths) -> Capabilities:
     with torch.no_grad(), _evaluating(forward.model):
         packing = _find_packing(forward)
         head = trained_module(forward.base.get_output_embeddings())
-        if type(head) is not torch.nn.Linear or head.bias is not None:
-            fused_head: str | None = "fused cross-entropy disabled: lm_head is not nn.Linear without bias"
+        if classifier_head(forward.base) is not None:
+            fused_head: str | None = None  # a classifier has no vocabulary to predict
+        elif type(head) is not torch.nn.Linear or head.bias is not None:
+            fused_head = "fused cross-entropy disabled: lm_head is not nn.Linear without bias"
         else:
             fused_head = _probe(forward, "fused cross-entropy disabled", _compare_head)
         label_only = fused_head or packing or _probe(forward, "label-only last layer disabled", _compare_label_only)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from lmtune.batching.packing import MicroBatch, SegmentLayout
+from lmtune.batching.packing import MicroBatch, Reads, SegmentLayout
 from lmtune.forward.capabilities import (
     Capabilities,
     attention_note,
@@ -33,6 +33,7 @@ from lmtune.kernels.attention import packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
 from lmtune.kernels.elementwise import fuse_elementwise
 from lmtune.kernels.rms_norm import fuse_norms
+from lmtune.models.head import classifier_head
 from lmtune.models.structure import base_of
 
 
@@ -43,10 +44,18 @@ class Outputs:
     Attributes:
         logprobs: `[N]` fp32, in nats, each differentiable by itself.
         is_top1: `[N]` bool, whether the target is the model's most likely token.
+        scores: `[S, K]` fp32, of a classifier instead: what its head says of the last token of each sequence.
     """
 
     logprobs: torch.Tensor
     is_top1: torch.Tensor
+    scores: torch.Tensor | None = None
+
+    @classmethod
+    def of_scores(cls, scores: torch.Tensor) -> Outputs:
+        """Those of a classifier."""
+        nothing = scores.new_zeros(0)
+        return cls(nothing, nothing.bool(), scores)
 
 
 class PackedForward:
@@ -86,6 +95,16 @@ class PackedForward:
         return device
 
     @property
+    def head(self) -> torch.nn.Module | None:
+        """The head of a classifier; None for a language model."""
+        return classifier_head(self.base)
+
+    @property
+    def reads(self) -> Reads:
+        """Where micro-batches must say that outputs are read."""
+        return "targets" if self.head is None else "last_token"
+
+    @property
     def packs(self) -> bool:
         """Whether several sequences share one forward pass."""
         return self.capabilities.packing is None
@@ -106,11 +125,14 @@ class PackedForward:
         return packed_attention(self.base) if self.packs else contextlib.nullcontext()
 
     def __call__(self, batch: MicroBatch) -> Outputs:
-        """Score the targets of `batch`, whose tensors are on the model's device; only inside `context()`.
+        """Score the targets of `batch`, or of a classifier its sequences; only inside `context()`.
+
+        The tensors are on the model's device.
 
         Args:
-            batch: the micro-batch; with shared prefixes only if `shares_prefixes`.
+            batch: the micro-batch, made for `reads`; with shared prefixes only if `shares_prefixes`.
         """
+        head = self.head
         fused = self.capabilities.fused_head is None
         if not self.packs:
             outputs = self._one_by_one(batch, fused)  # [N, D] or [N, V]
@@ -122,9 +144,12 @@ class PackedForward:
             )
         else:
             outputs = self.hidden(batch.input_ids, batch.position_ids, batch.predicting, batch.segments)
+        if head is not None:
+            with torch.autocast(self.device.type, enabled=False):  # a few numbers a row: in fp32, as it is trained
+                return Outputs.of_scores(head(outputs.float()).float())
         if fused:
-            head = self.base.get_output_embeddings().weight
-            return Outputs(*label_logprobs(outputs, head, batch.target_ids, self.transform))
+            weight = self.base.get_output_embeddings().weight
+            return Outputs(*label_logprobs(outputs, weight, batch.target_ids, self.transform))
         logits = outputs.float()
         losses = F.cross_entropy(logits, batch.target_ids, reduction="none")
         return Outputs(-losses, logits.detach().argmax(-1) == batch.target_ids)
@@ -149,7 +174,12 @@ class PackedForward:
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor,
         segments: SegmentLayout | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """The model's own logits `[N, V]` of one pack `[1, T]` at `keep[N]`."""
+        """The model's own logits `[N, V]` of one pack `[1, T]` at `keep[N]`.
+
+        Of a classifier, which has logits at one position alone, what its head reads: the hidden states `[N, D]`.
+        """
+        if self.head is not None:
+            return self.hidden(input_ids, position_ids, keep, segments)
         extra = {"logits_to_keep": keep} if self._logits_to_keep else {}
         with self.autocast():
             output = self.base(

@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, cast
 import torch
 from safetensors.torch import load_file
 
-from lmtune.config.load import load_config
+from lmtune.config.load import build_config, load_config
 from lmtune.config.schema import Dtype, FinetuneConfig, LoraConfig, ModelConfig, Quantization
 from lmtune.data.rendering import Renderer, Template
-from lmtune.errors import ConfigError, LmtuneError, ModelError, is_failure
+from lmtune.errors import CheckpointError, ConfigError, LmtuneError, ModelError, is_failure
 from lmtune.inference.engine import TransformersEngine
 from lmtune.io.atomic import write_json
 from lmtune.io.console import err, escape
-from lmtune.models.base import base_fingerprint, load_model, load_tokenizer, resolve_name
+from lmtune.models.base import base_fingerprint, load_model, load_tokenizer, resolve_name, stored_head
 from lmtune.models.changed_weights import write_changed
 from lmtune.models.gguf import is_gguf
+from lmtune.models.head import Head, classifier_head
 from lmtune.models.locate import adapter_base, is_local, run_config, shareable_name
 from lmtune.models.model_folder import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
@@ -72,6 +73,7 @@ class LoadedModel:
         system: the system prompt of training, used where the user gives none.
         trained_at: the time that the template wrote into the prompts of training, if it writes one.
         run: the run that the model comes from, if that is known.
+        head: of a classifier; None for a language model.
         lock: held by whoever runs the model, since switching the adapter off concerns all threads.
     """
 
@@ -83,6 +85,7 @@ class LoadedModel:
     system: str | None = None
     trained_at: str | None = None
     run: RunDirectory | None = None
+    head: Head | None = None
     lock: contextlib.AbstractContextManager[bool] = field(default_factory=threading.RLock, repr=False)
 
     @functools.cached_property
@@ -163,18 +166,19 @@ def _load_whole(
         dtype = config.model.dtype
         return replace(_load_plain(ModelConfig(name=str(run.merged), quantization=quantization or "none", dtype=dtype)),
                        name=name)  # fmt: skip
-    config = run_config(run, base)
-    model, tokenizer = load_model(config.model), load_run_tokenizer(config)
+    config, head = run_config(run, base), run_head(run)
+    model, tokenizer = load_model(config.model, head=head), load_run_tokenizer(config)
     with torch.no_grad():
         for key, tensor in saved.weights.items():
             model.get_parameter(key).copy_(tensor)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
-    metadata = run_metadata(config, renderer, base_fingerprint(config.model))
+    metadata = run_metadata(config, renderer, base_fingerprint(config.model), head=head)
     return _loaded(model, tokenizer, config.model, name, metadata, has_adapter=False)
 
 
 def _load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:
-    metadata, model = Metadata.read(folder), load_model(base)
+    metadata = Metadata.read(folder)
+    model = load_model(base, head=metadata.head)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = saved_tokenizer(folder) if has_tokenizer else load_tokenizer(base)
     if has_tokenizer and (rows := trained_rows(check_adapter(folder))):
@@ -188,8 +192,11 @@ def _load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedMode
 
 def _load_plain(model: ModelConfig) -> LoadedModel:
     metadata = Metadata.read(Path(resolve_name(model.name)))
+    loaded = load_model(model)
+    if metadata.head is None and classifier_head(loaded) is not None:  # another tool's
+        metadata = replace(metadata, head=stored_head(model))
     tokenizer = load_tokenizer(model)
-    return _loaded(load_model(model), tokenizer, model, Path(model.name).name, metadata, has_adapter=False)
+    return _loaded(loaded, tokenizer, model, Path(model.name).name, metadata, has_adapter=False)
 
 
 def _loaded(
@@ -199,7 +206,9 @@ def _loaded(
     renderer = build_renderer(
         tokenizer, base, metadata.template, metadata.system, stop_token_ids=metadata.stop_token_ids
     )
-    return LoadedModel(model, tokenizer, renderer, name, has_adapter, metadata.system, metadata.rendered_at)
+    return LoadedModel(
+        model, tokenizer, renderer, name, has_adapter, metadata.system, metadata.rendered_at, head=metadata.head
+    )  # fmt: skip
 
 
 def _check_spelling(target: str) -> None:
@@ -286,15 +295,28 @@ def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def run_metadata(
-    config: FinetuneConfig, renderer: Renderer, fingerprint: str, folder: Path | None = None
-) -> Metadata:  # fmt: skip
+    config: FinetuneConfig, renderer: Renderer, fingerprint: str, folder: Path | None = None, head: Head | None = None
+) -> Metadata:
     """The metadata of a run's adapter; a base in a folder is named from `folder`, where the file will be."""
     return Metadata(
         base_model=shareable_name(config.model.name, folder), revision=config.model.revision,
         quantization=config.model.quantization, dtype=config.model.dtype, base_fingerprint=fingerprint,
         template=config.data.template, system=config.data.system, stop_token_ids=tuple(renderer.stop_token_ids),
-        stop_tokens=tuple(renderer.stop_tokens), rendered_at=renderer.rendered_at,
+        stop_tokens=tuple(renderer.stop_tokens), rendered_at=renderer.rendered_at, head=head,
     )  # fmt: skip
+
+
+def run_head(run: RunDirectory) -> Head | None:
+    """The head that a run trains; None where it trains a language model.
+
+    Raises:
+        CheckpointError: `environment.json` is damaged.
+    """
+    tree = run.read_json(run.environment).get("head")
+    try:
+        return None if tree is None else build_config(Head, cast("dict[str, object]", tree), "head")
+    except ConfigError as error:
+        raise CheckpointError(f"{run.environment}: damaged: {error}; restore it from a copy") from None
 
 
 # --- a run that is not finished: the adapter of a checkpoint
@@ -381,15 +403,16 @@ def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | Non
     config = run_config(run, base)
     tokenizer = load_run_tokenizer(config)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
-    metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.adapter)
+    head = run_head(run)
+    metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.adapter, head)
     assert isinstance(config.tuning, LoraConfig)
     if config.tuning.init_lora_weights == "pissa":  # which takes a part of the base's weights
-        model = load_model(config.model)
+        model = load_model(config.model, head=head)
     else:
-        model = empty_model(resolve_name(config.model.name), config.model.revision)
+        model = empty_model(resolve_name(config.model.name), config.model.revision, head)
     tuned = Lora(config.tuning, config.model).apply(model, config.train.seed, shareable_name(config.model.name))
     save_adapter(tuned.module, folder, metadata, saved.weights)
-    write_adapter_texts(config.model, renderer, folder)
+    write_adapter_texts(config.model, renderer, folder, writes=head is None)
 
 
 def write_model(run: RunDirectory, saved: Saved, folder: Path, base: str | None = None) -> None:
@@ -398,7 +421,8 @@ def write_model(run: RunDirectory, saved: Saved, folder: Path, base: str | None 
     stored = replace(config.model, dtype=cast(Dtype, run.trained_dtype() or "float32"))
     tokenizer = load_run_tokenizer(config)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
-    metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.merged)
-    write_changed(stored, load_model(stored, "cpu"), saved.weights, folder, metadata.stop_token_ids)
+    head = run_head(run)
+    metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.merged, head)
+    write_changed(stored, load_model(stored, "cpu", head), saved.weights, folder, metadata.stop_token_ids)
     write_json(folder / METADATA, metadata.as_dict())
-    write_adapter_texts(config.model, renderer, folder)
+    write_adapter_texts(config.model, renderer, folder, writes=head is None)

@@ -23,7 +23,9 @@ from lmtune.io.console import progress, warn
 from lmtune.io.text import one_line
 from lmtune.models.device import BF16_GAIN, bf16_speedup, default_device
 from lmtune.models.gguf import gguf_digest, gguf_folder, gguf_parameters, is_gguf
+from lmtune.models.head import Head, prepare_head
 from lmtune.models.libraries import quiet_libraries
+from lmtune.models.structure import config_and_class
 from lmtune.models.validate import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -44,6 +46,7 @@ _SIZES = 1024, 4096  # hidden and intermediate, where a model's are not known
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CACHED_FROM_BYTES = 200 * 2**20  # of stored weights; less is quantized in a second or two
 _CACHED_MODELS = 3
+_HEAD_WEIGHT = "score.weight"  # of a sequence classifier
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file, for the fingerprint
 # What to do about an error of transformers, by words in its text
 _HINTS = {
@@ -85,12 +88,15 @@ def load_tokenizer(model: ModelConfig, alone: bool = False) -> PreTrainedTokeniz
     return tokenizer
 
 
-def load_model(model: ModelConfig, device: torch.device | str | None = None) -> PreTrainedModel:
+def load_model(
+    model: ModelConfig, device: torch.device | str | None = None, head: Head | None = None
+) -> PreTrainedModel:  # fmt: skip
     """The base model with frozen weights, in evaluation mode.
 
     Args:
         model: name, revision, quantization and dtype.
         device: where to; by default `default_device()`.
+        head: make a classifier of it; its head, in fp32, is new where the stored model has no head of these outputs.
 
     Raises:
         ModelError: the model cannot be found, read, or held in the quantization asked for.
@@ -104,7 +110,7 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
     quantization = "" if model.quantization == "none" else f" in {model.quantization}"
     try:
         with progress(f"loading {model.name}{quantization}"):
-            loaded = _load_cached_or_quantize(model, path, dtype, device)
+            loaded = _load_cached_or_quantize(model, path, dtype, device, head)
     except ModelError:
         raise
     except Exception as error:
@@ -115,6 +121,9 @@ def load_model(model: ModelConfig, device: torch.device | str | None = None) -> 
         raise _model_error(model, "weights", error) from error
     if not Path(path).is_dir():  # a folder was looked at before
         check_weights(model.name, weight_files(model)[0].parent)
+    if (found := head or stored_head(model)) is not None:
+        is_stored = head is None or _is_of_stored(model, head)
+        prepare_head(loaded, found, _stored_tensor(model, _HEAD_WEIGHT) if is_stored else None)
     loaded.config._name_or_path = path
     loaded.requires_grad_(False)
     _disable_cpu_repacking(loaded)
@@ -167,30 +176,33 @@ def weight_sizes(model: ModelConfig) -> tuple[int, int]:
 
 
 def _from_pretrained(
-    path: str, revision: str | None, dtype: torch.dtype, device: torch.device, quantization: Any
+    path: str, revision: str | None, dtype: torch.dtype, device: torch.device, quantization: Any, head: Head | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and which weights were missing."""
-    from transformers import AutoModelForCausalLM
-
+    config, kind = config_and_class(path, revision, head)
     settings = {} if quantization is None else {"quantization_config": quantization}  # None would undo the stored one
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-        path, revision=revision, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True,
-        ignore_mismatched_sizes=True, output_loading_info=True, **settings,  # which `check_loaded` names
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
+        path, config=config, revision=revision, dtype=dtype, device_map={"": device}, trust_remote_code=False,
+        use_safetensors=True, ignore_mismatched_sizes=True,  # which `check_loaded` names
+        output_loading_info=True, **settings,
     )  # fmt: skip
     return loaded
 
 
-def _quantization(model: ModelConfig, dtype: torch.dtype) -> Any:
+def _quantization(model: ModelConfig, dtype: torch.dtype, head: Head | None) -> Any:
     """bitsandbytes' settings for `model.quantization`, or None."""
     if model.quantization == "none":
         return None
     from transformers import BitsAndBytesConfig
 
+    is_classifier = (head or stored_head(model)) is not None
+    kept = {"llm_int8_skip_modules": [_HEAD_WEIGHT.partition(".")[0]]} if is_classifier else {}
     if model.quantization == "nf4":
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    return BitsAndBytesConfig(load_in_8bit=True)
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype, **kept,
+        )  # fmt: skip
+    return BitsAndBytesConfig(load_in_8bit=True, **kept)
 
 
 def _disable_cpu_repacking(model: torch.nn.Module) -> None:
@@ -209,24 +221,25 @@ def _disable_cpu_repacking(model: torch.nn.Module) -> None:
 
 
 def _load_cached_or_quantize(
-    model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device
+    model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device, head: Head | None
 ) -> PreTrainedModel:
     """The base from the cache, or quantized now; of processes that start at once, one does it for all."""
     made: list[PreTrainedModel] = []
 
     def load() -> PreTrainedModel:
-        loaded, info = _from_pretrained(path, model.revision, dtype, device, _quantization(model, dtype))
-        check_loaded(model, loaded, info)
+        settings = _quantization(model, dtype, head)
+        loaded, info = _from_pretrained(path, model.revision, dtype, device, settings, head)
+        check_loaded(model, loaded, info, head is not None)
         made.append(loaded)
         return loaded
 
-    if (key := _cache_key(model, dtype, device)) is None:
+    if (key := _cache_key(model, dtype, device, head)) is None:
         return load()
     try:
         entry = get_or_build(
             cache_folder() / "quantized", key, lambda folder: load().save_pretrained(folder), keep=_CACHED_MODELS
         )
-        return made[0] if made else _from_pretrained(str(entry), None, dtype, device, None)[0]
+        return made[0] if made else _from_pretrained(str(entry), None, dtype, device, None, head)[0]
     except Exception as error:  # a full disk, or a config that transformers reads but does not write
         if isinstance(error, ModelError) or not (made or isinstance(error, LmtuneError)):
             raise
@@ -234,7 +247,7 @@ def _load_cached_or_quantize(
         return made[0] if made else load()
 
 
-def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device, head: Head | None) -> str | None:
     """The name of this base in the cache, or None where it is not worth it or the weights are not downloaded yet.
 
     Quantizing to 4 bit takes a CPU a second for 24 million weights; in 8 bit it takes almost nothing, and a GPU
@@ -255,7 +268,9 @@ def _cache_key(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     if "quantization_config" in texts.get(CONFIG, ""):  # stored in few bits already
         return None
     versions = [version("transformers"), version("bitsandbytes")]
-    return key_of(base_fingerprint(model), written, texts, _quantization(model, dtype).to_dict(), str(dtype), versions)
+    settings = _quantization(model, dtype, head).to_dict()
+    more = [] if head is None else [head.keys()]
+    return key_of(base_fingerprint(model), written, texts, settings, str(dtype), versions, *more)
 
 
 # --- the base's files
@@ -292,6 +307,30 @@ def weight_files(model: ModelConfig) -> list[Path]:
 def stored_files(model: ModelConfig, names: Iterable[str]) -> dict[str, Path]:
     """Those of a base's files that are there: in its folder, or in the Hub's local cache."""
     return {name: file for name in names if (file := _stored_file(model, name))}
+
+
+def stored_head(model: ModelConfig) -> Head | None:
+    """The head of a stored sequence classifier; None for a language model."""
+    file = stored_files(model, [CONFIG]).get(CONFIG)
+    return None if file is None else Head.of_config(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _is_of_stored(model: ModelConfig, head: Head) -> bool:
+    """Whether a stored classifier has a head of these outputs."""
+    stored = stored_head(model)
+    return stored is not None and (stored.kind, stored.labels) == (head.kind, head.labels)
+
+
+def _stored_tensor(model: ModelConfig, name: str) -> torch.Tensor | None:
+    """A tensor of the stored weights, in its stored dtype; None where none has this name."""
+    from safetensors import safe_open
+
+    for path in weight_files(model):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 - not a dict
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+    return None
 
 
 def stored_parameters(model: ModelConfig) -> int | None:

@@ -18,11 +18,13 @@ import torch
 from lmtune.config.schema import ModelConfig
 from lmtune.io.atomic import name_disk_errors
 from lmtune.models.base import DTYPES, stored_files, weight_files
+from lmtune.models.head import head_weights
 from lmtune.models.model_folder import (
     Layout,
     StoredWeights,
     Tensors,
     WeightWriter,
+    classifier_keys,
     merged_config,
     read_tree,
     write_tree,
@@ -55,7 +57,7 @@ def write_changed(
     layout = Layout(empty, stored)
     weights = _with_tied(empty, layout, changed)
     groups = list(dict.fromkeys(layout.group(name) for name in weights))
-    computed = DTYPES[base.dtype]
+    computed, own_head = DTYPES[base.dtype], head_weights(empty)
 
     def pieces(group: Iterable[str], prepared: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
         """What is stored of a group of weights, which is made of them by copies and views."""
@@ -67,6 +69,7 @@ def write_changed(
         for name, piece in pieces(group, lambda weight: weight.to("meta")).items():
             entry = stored.entries.get(name)
             dtype = computed if entry is None or entry.dtype is None else torch.promote_types(entry.dtype, computed)
+            dtype = torch.float32 if name in own_head else dtype  # it computes in fp32 in whatever dtype the body does
             coming[name] = piece.to(dtype)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -75,14 +78,16 @@ def write_changed(
                 yield name, piece.to(coming[name].dtype)
 
     gone = layout.replaced(name for group in groups for name in group)
+    if own_head:
+        gone |= layout.unused()  # the head of the language model
     with name_disk_errors(folder):
         WeightWriter(stored, coming, gone).write(folder, tensors())
         widest = computed
-        for tensor in coming.values():
-            widest = torch.promote_types(widest, tensor.dtype)
+        for key, tensor in coming.items():
+            widest = widest if key in own_head else torch.promote_types(widest, tensor.dtype)
         name = str(widest).removeprefix("torch.")
         tree = merged_config(read_tree(stored_files(base, [CONFIG])[CONFIG]), name, stop_token_ids, untied=False)
-        write_tree(folder / CONFIG, {**tree, "dtype": name, "torch_dtype": name})
+        write_tree(folder / CONFIG, {**tree, "dtype": name, "torch_dtype": name, **classifier_keys(model)})
 
 
 def _with_tied(empty: PreTrainedModel, layout: Layout, changed: Mapping[str, torch.Tensor]) -> Tensors:

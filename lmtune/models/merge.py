@@ -36,6 +36,7 @@ from lmtune.models.base import (
 )
 from lmtune.models.block_weights import BlockWeights, recompute_buffers
 from lmtune.models.device import default_device, free_memory
+from lmtune.models.head import head_weights
 from lmtune.models.model_folder import (
     GENERATION,
     TOKENIZER_FILES,
@@ -43,6 +44,7 @@ from lmtune.models.model_folder import (
     StoredWeights,
     Tensors,
     WeightWriter,
+    classifier_keys,
     generation_config,
     merged_config,
     read_tree,
@@ -50,7 +52,7 @@ from lmtune.models.model_folder import (
     write_tree,
 )
 from lmtune.models.structure import base_of, empty_model
-from lmtune.models.tuning.adapter_files import Into
+from lmtune.models.tuning.adapter_files import Into, Metadata
 from lmtune.models.tuning.lora import load_adapter
 from lmtune.models.validate import CONFIG
 from lmtune.models.verify import LogitsReader, MergeReport, require_bounds, verify
@@ -128,7 +130,7 @@ class _Source:
         self.dtype = stored_dtype(base)
         self.config = read_tree(stored_files(base, [CONFIG])[CONFIG])
         self.stored = StoredWeights(weight_files(base))
-        self.empty = empty_model(resolve_name(base.name), base.revision)
+        self.empty = empty_model(resolve_name(base.name), base.revision, Metadata.read(adapter).head)
         self.layout = Layout(self.empty, self.stored)
         self.rounds_activations = _rounds_activations(model)
         is_quantized = bool(getattr(base_of(model), "is_quantized", False))
@@ -156,7 +158,7 @@ class _Source:
             except (ModelError, ValueError):  # not downloaded yet, or damaged, which `load_model` reports
                 pass
         name = next(name for name, kind in DTYPES.items() if kind == dtype)
-        model = load_model(ModelConfig(**{**asdict(base), "dtype": name}), self.device)
+        model = load_model(ModelConfig(**{**asdict(base), "dtype": name}), self.device, Metadata.read(adapter).head)
         merged: torch.nn.Module = load_adapter(model, adapter, base_fingerprint(base))
         return merged
 
@@ -203,15 +205,17 @@ def _write_weights(source: _Source, folder: Path) -> bool:
     weights, layout, entries = source.weights, source.layout, source.stored.entries
     changed_names = weights.weight_names()
     names = _stored_once(source, changed_names)
-    groups = {name: layout.group(name) for name in names}
+    groups, own_head = {name: layout.group(name) for name in names}, head_weights(source.empty)
     coming: Tensors = {}
     for group in dict.fromkeys(groups.values()):
         pieces = layout.written({name: _as_stored(source, name, weights.meta(name)) for name in group})
         for name, piece in pieces.items():
             entry = entries.get(name)
             dtype = entry.dtype if entry is not None and entry.is_float else source.dtype
-            coming[name] = piece.to(dtype)
+            coming[name] = piece.to(torch.float32 if name in own_head else dtype)  # in which it computes
     gone = layout.replaced(other for group in groups.values() for other in group)
+    if own_head:
+        gone |= layout.unused()  # the head of the language model
     copies = _untied(source, changed_names)
     for name, entry in copies.items():
         coming[name] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
@@ -287,8 +291,10 @@ def _write_texts(
     for part in (tree, *(value for value in tree.values() if isinstance(value, dict))):
         if part.get("vocab_size") == before:  # new tokens have added rows
             part["vocab_size"] = rows
-    write_tree(folder / CONFIG, tree)
-    tuned = read_tree(adapter / GENERATION)
-    write_tree(folder / GENERATION, generation_config(tuned, stop_token_ids, tokenizer.pad_token_id))
+    of_classifier = classifier_keys(source.empty)
+    write_tree(folder / CONFIG, {**tree, **of_classifier})
+    if not of_classifier:
+        tuned = read_tree(adapter / GENERATION)
+        write_tree(folder / GENERATION, generation_config(tuned, stop_token_ids, tokenizer.pad_token_id))
     files = {name: adapter / name for name in TOKENIZER_FILES if (adapter / name).is_file()}
     write_tokenizer(tokenizer, files, folder, tokenizer.chat_template, stop_token_ids[0])

@@ -28,6 +28,7 @@ from lmtune.data.rendering import Renderer
 from lmtune.errors import LmtuneError
 from lmtune.io.atomic import name_disk_errors
 from lmtune.models.base import stored_files
+from lmtune.models.head import classifier_head
 from lmtune.models.validate import CONFIG, INDEX
 
 if TYPE_CHECKING:
@@ -179,6 +180,10 @@ class Layout:
                 return renamed
         return dict(weights)
 
+    def unused(self) -> set[str]:
+        """The stored tensors that no weight of the model is loaded from."""
+        return {name for name, target in self.targets.items() if target not in self._names}
+
     def replaced(self, weights: Iterable[str]) -> set[str]:
         """The stored tensors whose content is in `weights`, those that hold scales of quantized ones included."""
         names = {source for name in weights for source in self._sources.get(name, [])}
@@ -318,6 +323,17 @@ def merged_config(base: Mapping[str, Any], dtype: str, stop_token_ids: Sequence[
     return tree
 
 
+def classifier_keys(model: PreTrainedModel) -> Tree:
+    """What the config.json of a classifier says that its base's does not; nothing for a language model."""
+    if classifier_head(model) is None:
+        return {}
+    config = model.config
+    return {
+        "architectures": [type(model).__name__], "id2label": config.id2label, "label2id": config.label2id,
+        "problem_type": config.problem_type, "pad_token_id": config.pad_token_id,
+    }  # fmt: skip
+
+
 def generation_config(base: Mapping[str, Any], stop_token_ids: Sequence[int], pad_token_id: int | None) -> Tree:
     """The generation_config.json of a tuned model: its base's, with the stop tokens of training.
 
@@ -331,10 +347,15 @@ def generation_config(base: Mapping[str, Any], stop_token_ids: Sequence[int], pa
     }
 
 
-def write_adapter_texts(model: ModelConfig, renderer: Renderer, folder: Path) -> None:
-    """Write the tokenizer and the generation config beside an adapter; an OSError names what cannot be written."""
+def write_adapter_texts(model: ModelConfig, renderer: Renderer, folder: Path, writes: bool = True) -> None:
+    """Write the tokenizer beside an adapter or a whole model, and the generation config of one that `writes`.
+
+    An OSError names what cannot be written.
+    """
     stops, template = renderer.stop_token_ids, renderer.chat_template
     write_tokenizer(renderer.tokenizer, stored_files(model, TOKENIZER_FILES), folder, template, stops[0])
+    if not writes:
+        return
     base = {name: read_tree(file) for name, file in stored_files(model, (GENERATION, CONFIG)).items()}
     begin = base.get(CONFIG, {}).get("bos_token_id")
     stated = base.get(GENERATION, {"bos_token_id": begin} if isinstance(begin, int) else {})

@@ -16,7 +16,8 @@ import torch
 
 from lmtune.config.schema import FullConfig, LoraConfig, PartialConfig
 from lmtune.io.text import pluralize
-from lmtune.models.structure import expert_tensors, linear_layers
+from lmtune.models.head import classifier_head
+from lmtune.models.structure import expert_tensors, head_of, linear_layers
 from lmtune.models.tuning.beside_lora import is_tied, whole_modules
 from lmtune.models.tuning.partial import find_parameters
 from lmtune.models.tuning.targets import (
@@ -121,7 +122,7 @@ def count_parameters(
     layers, tensors = linear_layers(model), expert_tensors(model)
     learns = _LEARNS[type(tuning)](model, tuning)
     found, own = learns.targets, learns.own
-    head = model.get_output_embeddings()
+    head = head_of(model)
     modules = dict(model.named_modules())
     body = {name: ins * outs for name, (ins, outs) in layers.items() if modules[name] is not head}
     counted = {id(modules[name].weight) for name in body} | {id(tensor) for tensor in tensors.values()}
@@ -179,6 +180,9 @@ def _lora(model: PreTrainedModel, tuning: LoraConfig) -> _Learns:
         whole = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
         number += sum(parameter.numel() for parameter in whole)
         what += f", {', '.join(tuning.modules_to_save)} whole{_tied_note(model, whole)}"
+    if (head := classifier_head(model)) is not None:
+        number += sum(parameter.numel() for parameter in head.parameters())
+        what += ", the new head"
     if tuning.new_tokens:
         tables = 1 if is_tied(model) else 2
         number += len(tuning.new_tokens) * model.get_input_embeddings().weight.shape[1] * tables
@@ -222,7 +226,7 @@ def _not_adapted(
             for name in body
             if name not in found.modules and name not in choosing and name not in others
         }
-    outside = (model.get_input_embeddings(), model.get_output_embeddings())
+    outside = (model.get_input_embeddings(), head_of(model))
     embeddings = {id(p) for module in outside if module is not None for p in module.parameters()}
     left |= {
         name.removesuffix(".weight").rpartition(".")[2]

@@ -7,17 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmtune.models.head import Head, classifier_head, is_classifier
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def empty_model(path: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """The model that a config.json describes, on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def empty_model(path: str | Path, revision: str | None = None, head: Head | None = None) -> PreTrainedModel:
+    """The model that a config.json describes, on the meta device; with `head` a classifier over its body."""
+    config, kind = config_and_class(path, revision, head)
+    with torch.device("meta"):
+        model: PreTrainedModel = kind.from_config(config, trust_remote_code=False)
+        return model
+
+
+def config_and_class(path: str | Path, revision: str | None = None, head: Head | None = None) -> tuple[Any, Any]:
+    """The config of a stored model, and transformers' class that loads it; with `head` those of a classifier."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if head is not None:
+        head.describe(config)
+    is_language_model = head is None and not is_classifier(config)
+    return config, AutoModelForCausalLM if is_language_model else AutoModelForSequenceClassification
 
 
 def base_of(model: Any) -> PreTrainedModel:
@@ -38,9 +50,15 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
     return lists[0] if len(lists) == 1 or (lists and count > 1) else None
 
 
+def head_of(model: PreTrainedModel) -> torch.nn.Module | None:
+    """The head of a language model, or `score` of a classifier; None where neither is told apart."""
+    embeddings: torch.nn.Module | None = model.get_output_embeddings()
+    return classifier_head(model) if embeddings is None else embeddings
+
+
 def heads(model: PreTrainedModel) -> list[torch.nn.Module]:
     """What turns hidden states into the result: the head of a language model, `score` of a classifier."""
-    if (head := model.get_output_embeddings()) is not None:
+    if (head := head_of(model)) is not None:
         return [head]
     body = model.base_model
     return [part for part in model.children() if part is not body and any(True for _ in part.parameters())]

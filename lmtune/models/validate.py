@@ -153,13 +153,14 @@ def _type_problems(folder: Path) -> Iterator[str]:
         yield f"{CONFIG}: quantization_config says bitsandbytes, but no weight is quantized; remove that key"
 
 
-def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
+def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str, Any], new_head: bool = False) -> None:
     """Refuse what transformers only warns of; warn of what it does not mention.
 
     Args:
         model: what was asked for.
         loaded: the transformers model.
         info: which weights were missing, unexpected, or of another shape (`output_loading_info`).
+        new_head: it is to be a classifier, whose head may be another than the stored one.
 
     Raises:
         ModelError: weights are missing, of other shapes, or not finite; or an adapter came with them.
@@ -169,17 +170,20 @@ def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str,
         raise adapter_beside(name)
     fix = "; or set a model.dtype with a larger range" if model.dtype == "float16" else ""
     broken = [key for key, weight in loaded.named_parameters() if not _is_finite(weight)]
-    shapes = [f"{k}: {list(stored)}; expected {list(wanted)}" for k, stored, wanted in sorted(info["mismatched_keys"])]
+    heads = ("score.", "lm_head.", "embed_out.") if new_head else ()
+    missing, unused = (
+        sorted(key for key in info[name] if not key.startswith(heads)) for name in ("missing_keys", "unexpected_keys")
+    )
+    mismatched = sorted(item for item in info["mismatched_keys"] if not item[0].startswith(heads))
+    shapes = [f"{k}: {list(stored)}; expected {list(wanted)}" for k, stored, wanted in mismatched]
     for fault, keys in {
-        f"weights are missing that {CONFIG} asks for; download it again, or use a causal language model": sorted(
-            info["missing_keys"]
-        ),
+        f"weights are missing that {CONFIG} asks for; download it again, or use a causal language model": missing,
         f"shapes of the weights differ from {CONFIG}; download both again": shapes,
         f"weights hold NaN or infinity; download it again{fix}": broken,
     }.items():
         if keys:
             raise ModelError(f"model.name: {name}: {fault}\n{format_list(keys, 8)}")
-    if unused := sorted(info["unexpected_keys"]):
+    if unused:
         warn(
             f"model.name: {name}: {len(unused)} weights are not used, such as {unused[0]}; check that {CONFIG} belongs "
             "to this model"

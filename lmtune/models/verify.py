@@ -24,7 +24,9 @@ import torch
 from lmtune.errors import LmtuneError
 from lmtune.io.console import progress, warn
 from lmtune.models.block_weights import BlockWeights, recompute_buffers
+from lmtune.models.head import classifier_head
 from lmtune.models.libraries import quiet_libraries
+from lmtune.models.structure import config_and_class
 from lmtune.models.tuning.adapter_files import Into
 
 if TYPE_CHECKING:
@@ -141,17 +143,14 @@ def require_bounds(report: MergeReport, accept_difference: bool = False) -> Merg
 def _load_plain(folder: Path, offloaded: Path, device: torch.device, is_whole: bool) -> LogitsReader:
     """The folder as any user of transformers loads it, computing in fp32; its weights stay on the disk until the layer
     that they belong to runs, unless `is_whole`."""
-    from transformers import AutoModelForCausalLM
-
     quiet_libraries()
+    _, kind = config_and_class(folder)
     if is_whole:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device}).eval()
+        model = kind.from_pretrained(folder, dtype="auto", device_map={"": device}).eval()
         weights = BlockWeights(model)
         recompute_buffers(model)
         return LogitsReader(model, partial(weights.in_dtype, torch.float32))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", device_map={"": "disk"}, offload_folder=str(offloaded)
-    ).eval()
+    model = kind.from_pretrained(folder, dtype="auto", device_map={"": "disk"}, offload_folder=str(offloaded)).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.float()  # without memory: what is read from the disk becomes this dtype
     recompute_buffers(model)
@@ -217,7 +216,11 @@ class LogitsReader:
         if self._body is self._model:
             found: torch.Tensor = outputs.logits[0, begin:end].float().cpu()
             return found
-        device = self._device()
+        device, head = self._device(), classifier_head(self._model)
+        if head is not None:  # whose own forward pass reads one position alone
+            with self._mode():
+                scores: torch.Tensor = head(outputs.last_hidden_state[0, begin:end].to(device).float()).float().cpu()
+                return scores
         part = type(outputs)(outputs)
         part["last_hidden_state"] = outputs.last_hidden_state[:, begin:end].to(device)
         before = self._body.__dict__.get("forward")

@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmtune.batching.packing import MicroBatch
+from lmtune.batching.packing import MicroBatch, Reads
 from lmtune.batching.plan import Totals
 from lmtune.data.types import ExampleStore, RowKind
 from lmtune.forward.packed import Outputs
+from lmtune.models.head import Head
 
 # The log-probability of each sequence's targets `[S]` under the model as it is, in the order of `store.sequences`.
 SequenceLogprobs = Callable[[ExampleStore], npt.NDArray[np.float64]]
@@ -50,13 +51,17 @@ class Objective(Protocol):
     Attributes:
         kind: its name in the config.
         rows: the kind of rows that it is over.
+        reads: where outputs are read: before each target, or, of a classifier, at the last token of each sequence.
         two_passes: the losses need a statistic of the whole step, from a pass over it without gradients.
+        head: what the outputs of the classifier are that it trains; None for a language model.
         metrics: the names of its metrics, each the quotient of a sum and a count.
         selection: which score of the validation rows picks the best step, and whether it is the least or the greatest.
     """
 
     kind: ClassVar[str]
     rows: ClassVar[RowKind]
+    reads: ClassVar[Reads]
+    head: Head | None
     two_passes: ClassVar[bool]
     metrics: ClassVar[tuple[str, ...]]
     selection: ClassVar[tuple[str, Literal["min", "max"]]]

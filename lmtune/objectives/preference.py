@@ -25,12 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lmtune.batching.packing import MicroBatch
+from lmtune.batching.packing import MicroBatch, Reads
 from lmtune.batching.plan import Totals
 from lmtune.config.schema import DpoConfig, IpoConfig, KtoConfig, OrpoConfig, SimpoConfig
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.types import ExampleStore, RowKind, TokenizedExample, TokenSequence, WithValues
 from lmtune.forward.packed import Outputs
+from lmtune.models.head import Head
 from lmtune.objectives.base import LossSum, SequenceLogprobs
 
 PAIR: Sequence[Sequence[int]] = ((0, 1),)
@@ -82,6 +83,8 @@ class _Pairs:
     """What the objectives over pairs share; each says what a pair costs, and what its answers are worth."""
 
     rows: ClassVar[RowKind] = "pair"
+    reads: ClassVar[Reads] = "targets"
+    head: Head | None = None
     two_passes: ClassVar[bool] = False
     selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     metrics: ClassVar[tuple[str, ...]] = (
@@ -211,6 +214,8 @@ class Kto:
 
     kind: ClassVar[str] = "kto"
     rows: ClassVar[RowKind] = "judged"
+    reads: ClassVar[Reads] = "targets"
+    head: Head | None = None
     two_passes: ClassVar[bool] = True
     selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     metrics: ClassVar[tuple[str, ...]] = (

@@ -12,10 +12,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from lmtune.batching.packing import MicroBatch
+from lmtune.batching.packing import MicroBatch, Reads
 from lmtune.batching.plan import Totals, each_alone
 from lmtune.data.types import ExampleStore, RowKind
 from lmtune.forward.packed import Outputs
+from lmtune.models.head import Head
 from lmtune.objectives.base import LossSum, SequenceLogprobs
 
 
@@ -24,6 +25,8 @@ class Sft:
 
     kind: ClassVar[str] = "sft"
     rows: ClassVar[RowKind] = "answer"
+    reads: ClassVar[Reads] = "targets"
+    head: Head | None = None
     two_passes: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("token_accuracy",)
     selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")

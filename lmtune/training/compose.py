@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from lmtune.batching.packing import MicroBatch
 from lmtune.batching.plan import Planner
 from lmtune.batching.prefixes import Ints, shareable_prefix
 from lmtune.config.schema import (
@@ -27,15 +28,18 @@ from lmtune.config.schema import (
 )
 from lmtune.data.rendering import Renderer
 from lmtune.data.store import LoadedData, load_data
-from lmtune.data.types import ExampleStore
+from lmtune.data.types import ExampleStore, WithValues
+from lmtune.errors import ModelError
 from lmtune.evaluation.generative import Answer
-from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, score, sequence_logprobs
-from lmtune.forward.packed import PackedForward
+from lmtune.evaluation.measures import majority
+from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, score, score_objective, sequence_logprobs
+from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.inference.load import build_renderer, load_run_tokenizer
 from lmtune.io.console import progress, warn
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import DTYPES, base_fingerprint, check_bitsandbytes, dtype_of, load_model
 from lmtune.models.device import dense_weights_fit, free_memory
+from lmtune.models.head import Head, classifier_head
 from lmtune.models.locate import shareable_name
 from lmtune.models.parameters import Parameters, count_parameters
 from lmtune.models.tuning.base import TunedModel, Tuning
@@ -43,7 +47,7 @@ from lmtune.models.tuning.full import Full
 from lmtune.models.tuning.lora import Lora
 from lmtune.models.tuning.partial import Partial
 from lmtune.objectives.base import Objective
-from lmtune.objectives.chosen import objective_of
+from lmtune.objectives.chosen import find_head, objective_of
 from lmtune.parallel.base import Parallel
 from lmtune.runs.store import RunDirectory
 from lmtune.training import memory
@@ -80,6 +84,7 @@ class Components:
     parameters: Parameters
     micro_batch_tokens: int  # the budget that fits the memory
     start: StartingAdapter | None = None  # that training begins from; None is a new one
+    head: Head | None = None  # of a classifier; None of a language model
     rows: ExampleStore | None = None  # to train on, with what the objective computes before the first step
     held_out: ExampleStore | None = None  # to score on, likewise
     validated: list[Scores] = field(default_factory=list)  # so far
@@ -144,6 +149,27 @@ class Components:
         known = self.validated[-1:] if result.weights is None else best[:1]  # none if an earlier process scored them
         return self.score("the tuned model", *known)
 
+    def score_base(self) -> tuple[Scores, list[Answer]] | None:
+        """As `score`, before training; a classifier's head is new, so the best constant answer stands for its base."""
+        if self.head is None:
+            return self.score("the base")
+        if self.held_out is None or not isinstance(self.rows, WithValues) or "target" not in self.rows.columns:
+            return None
+        weights = self.rows.sequences.weights
+        constant = torch.from_numpy(
+            majority(
+                self.head, self.rows.columns["target"].astype(np.float64),
+                np.ones(len(self.rows)) if weights is None else weights,
+            )
+        ).float()  # fmt: skip
+
+        def run(batch: MicroBatch) -> Outputs:
+            return Outputs.of_scores(constant.to(batch.weights.device).expand(len(batch.example_of), -1))
+
+        return score_objective(
+            self.forward, self.objective, self.held_out, self.micro_batch_tokens, self.parallel, self.head.constant, run
+        ), []  # fmt: skip
+
     def score(self, who: str, known: Scores | None = None) -> tuple[Scores, list[Answer]] | None:
         """All scores of the validation rows, and the answers the model generated; None without such rows.
 
@@ -175,10 +201,20 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     renderer = _renderer(config)
     with parallel.main_first():  # the others find the rows in the cache
         data = load_data(config.data, renderer, config.train.seed, config.objective.rows)
+    head = find_head(
+        config.objective, data, renderer.tokenizer, config.train.seed, renderer.uses_chat_template
+    )  # fmt: skip
+    if head is not None and head.pad_token_id is not None:  # saved with the tokenizer, as transformers needs it
+        renderer.tokenizer.pad_token_id = head.pad_token_id
     stored = _with_dtype(config, parallel)
     dtype = DTYPES[stored.dtype]
     tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
-    base = load_model(replace(stored, dtype=tuning.load_dtype or stored.dtype), parallel.device)
+    base = load_model(replace(stored, dtype=tuning.load_dtype or stored.dtype), parallel.device, head)
+    if head is None and classifier_head(base) is not None:
+        raise ModelError(
+            f"model.name: {config.model.name}: a classifier, which cannot write; expected a language model for "
+            f"objective.kind: {config.objective.kind}"
+        )
     parts = [part for part in (data.train, data.validation) if part is not None]
     check_lengths(base, parts, "data.max_length", tell=parallel.is_main)
     fingerprint = base_fingerprint(config.model)
@@ -195,12 +231,13 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     if parallel.is_main:
         for note in forward.disabled_optimizations:
             warn(f"{note}; this is slower, with the same result")
-    objective = objective_of(config.objective)
+    objective = objective_of(config.objective, head)
     with progress("measuring how much fits in memory"):
         budget = _choose_micro_batch(config, forward, _longest_unit(data, objective), data, parallel, parameters)
     return Components(
-        config, parallel, renderer, data, tuning, objective, model, forward, fingerprint, parameters, budget, start
-    )
+        config, parallel, renderer, data, tuning, objective, model, forward, fingerprint, parameters, budget, start,
+        head,
+    )  # fmt: skip
 
 
 def _with_dtype(config: FinetuneConfig, parallel: Parallel) -> ModelConfig:

@@ -94,7 +94,10 @@ def train(job: TrainingJob, hooks: Sequence[StepHook], state: TrainState) -> boo
     parallel, total_steps, is_stopped = job.parallel, job.planner.total_steps, False
     pin, shares = job.forward.device.type == "cuda", job.forward.shares_prefixes
     job.forward.model.train()
-    with StopSignals() as signals, BatchPrefetcher(job.planner, parallel.rank, job.data, shares, pin) as prefetcher:
+    with (
+        StopSignals() as signals,
+        BatchPrefetcher(job.planner, parallel.rank, job.data, shares, pin, job.objective.reads) as prefetcher,
+    ):
         prefetcher.start(state.step + 1)
         while state.step < total_steps and not is_stopped:
             started = time.perf_counter()

@@ -230,7 +230,9 @@ def measure_activations(forward: PackedForward, trained_share: float) -> Activat
     per_layer = [max(0, b - a) / more for a, b in zip(short, long, strict=True)]
     fixed = [max(0.0, a - each * _PROBE_TOKENS[0]) for a, each in zip(short, per_layer, strict=True)]
     boundary = forward.base.config.get_text_config().hidden_size * forward.dtype.itemsize
-    return ActivationBytes(max(per_layer[:-1]), float(boundary), per_layer[-1], len(layers), max(fixed[:-1]))
+    # of a body that is frozen nothing is kept, but what runs through it is there
+    layer = max(boundary, *per_layer[:-1])
+    return ActivationBytes(layer, float(boundary), per_layer[-1], len(layers), max(fixed[:-1]))
 
 
 def _kept(forward: PackedForward, layers: Any, trained_share: float, tokens: int) -> list[int]:
@@ -300,4 +302,5 @@ def _random_row(forward: PackedForward, trained_share: float, tokens: int) -> Mi
     ids = np.random.default_rng(0).integers(0, embedding.shape[0], tokens)
     count = min(max(1, round(trained_share * tokens)), tokens - 1)  # nothing predicts the first
     trained = np.arange(tokens) >= tokens - count
-    return pack([TokenSequence(ids.astype(np.int32), trained)], [0], 1).to(embedding.device)
+    row = TokenSequence(ids.astype(np.int32), trained)
+    return pack([row], [0], 1, reads=forward.reads).to(embedding.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lmtune.config.schema import FinetuneConfig
@@ -58,6 +58,10 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
         parallel.phase = "scoring and saving the result"
         tuned = parts.score_tuned(result)
         summary = summarize(parts, result, base, tuned[0] if tuned else None)
+        if parts.head is not None and base is not None:
+            summary["baseline"] = parts.head.constant
+        if tuned and tuned[0].classes is not None:
+            summary["classes"] = asdict(tuned[0].classes)
         if tuned:
             known = run.read_summary().standard_errors
             summary["standard_errors"] = {**known, "tuned": tuned[0].standard_errors}
@@ -107,9 +111,9 @@ def save_tuned(run: RunDirectory, parts: Components, weights: Tensors | None) ->
     """
     folder = run.result(parts.config.tuning)
     with new_folder(folder) as staging:
-        metadata = run_metadata(parts.config, parts.renderer, parts.fingerprint, folder)
+        metadata = run_metadata(parts.config, parts.renderer, parts.fingerprint, folder, parts.head)
         parts.tuning.save(parts.model, staging, metadata, weights)
-        write_adapter_texts(parts.config.model, parts.renderer, staging)
+        write_adapter_texts(parts.config.model, parts.renderer, staging, writes=parts.head is None)
 
 
 def base_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
@@ -124,7 +128,7 @@ def base_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
     errors = run.read_summary().standard_errors
     # before the first step the model is the base; of a resumed run too, as its checkpoint is restored later
     with parts.model.without_adapter() if parts.start is not None else contextlib.nullcontext():
-        scored = parts.score("the base") if wanted else None
+        scored = parts.score_base() if wanted else None
     if scored is not None:
         known, errors = scored[0].as_dict(), {"base": scored[0].standard_errors}
         if parts.parallel.is_main:

@@ -102,7 +102,7 @@ def find_nonfinite_examples(
     with forward.context():
         for unit in sorted(unit for units in micro_batches for unit in units):
             buffer = GradientBuffer.of(parameters, 1)
-            batch = pack_units(data, [unit._replace(example=0)], 1).to(buffer.flat.device)
+            batch = pack_units(data, [unit._replace(example=0)], 1, reads=objective.reads).to(buffer.flat.device)
             loss = float(_accumulate(forward, objective, batch, buffer.sums)[0])
             if not (math.isfinite(loss) and all(bool(grad.isfinite().all()) for grad in buffer.gradients)):
                 found.append(data[unit.row].location)

@@ -208,9 +208,11 @@ def test_learning_makes_the_chosen_answers_worth_more(tmp_path: Path, name: str)
 
 def test_a_section_of_the_config_says_which_rows_its_objective_is_over() -> None:
     """`check` needs it before torch is imported, the objective states it for whoever reads it."""
+    from lmtune.models.head import Head
     from lmtune.objectives.chosen import _OBJECTIVES
 
-    assert all(section().rows == make(section()).rows for section, make in _OBJECTIVES.items())
+    head = Head("single_label", ("no", "yes"))
+    assert all(section().rows == make(section(), head).rows for section, make in _OBJECTIVES.items())
 
 
 def test_odds_of_sure_answers_stay_finite() -> None:

@@ -23,6 +23,7 @@ from lmtune.data.rendering import Template
 from lmtune.errors import ConfigError, ModelError
 from lmtune.io.sandbox import match_too_slowly
 from lmtune.io.text import format_list, shorten
+from lmtune.models.head import Head
 from lmtune.models.validate import read_object, weights_problem
 
 WEIGHTS, CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "lmtune.json"
@@ -55,7 +56,7 @@ class LoraSettings(_Required, total=False):
     bias: Literal["none"]  # other biases belong to the base
     base_model_name_or_path: str
     revision: str
-    task_type: Literal["CAUSAL_LM"]
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"]
     use_dora: bool
     use_rslora: bool
     fan_in_fan_out: bool
@@ -127,6 +128,7 @@ class Metadata:
         stop_token_ids, stop_tokens: what ends an answer, the trained one first.
         rendered_at: the time that the template wrote into the prompts; None if it writes none.
         merged: of a merged folder: which base weights the adapter was added to.
+        head: of a classifier.
     """
 
     base_model: str | None = None
@@ -140,6 +142,7 @@ class Metadata:
     stop_tokens: tuple[str, ...] = ()
     rendered_at: str | None = None
     merged: Into | None = None
+    head: Head | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Metadata:
@@ -156,8 +159,8 @@ class Metadata:
             raise ModelError(f"{folder}: {error}") from None
 
     def as_dict(self) -> dict[str, object]:
-        """For `lmtune.json`; `rendered_at` and `merged` only where they are set."""
-        return {k: v for k, v in asdict(self).items() if v is not None or k not in ("rendered_at", "merged")}
+        """For `lmtune.json`; the last three only where they are set."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in ("rendered_at", "merged", "head")}
 
 
 def trained_rows(config: LoraSettings) -> list[int]:

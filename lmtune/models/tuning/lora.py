@@ -21,6 +21,7 @@ from lmtune.io.text import format_list
 from lmtune.kernels.lora_linear import exact_magnitudes, fuse
 from lmtune.models.base import base_fingerprint, check_bitsandbytes, load_tokenizer
 from lmtune.models.device import dense_weights_fit
+from lmtune.models.head import classifier_head
 from lmtune.models.structure import base_of
 from lmtune.models.tuning.adapter_files import (
     CONFIG,
@@ -72,7 +73,7 @@ class Lora:
                 tokenizer = load_tokenizer(self.base, alone=True)
             return TunedModel(attach_adapter(base, self.config, seed, base_name, tokenizer))
         check_variant(base, self.config, find_targets(base, self.config.target_modules))
-        changes = {"lora_dropout": self.config.dropout, "inference_mode": False, "task_type": "CAUSAL_LM"}
+        changes = {"lora_dropout": self.config.dropout, "inference_mode": False, "task_type": _task(base)}
         fingerprint = None if self.base is None else base_fingerprint(self.base)
         peft_model = _with_saved(base, self.start, fingerprint, changes)
         peft_model.peft_config[ADAPTER].base_model_name_or_path = base_name
@@ -134,7 +135,7 @@ def attach_adapter(
     config = PeftLoraConfig(
         r=tuning.rank, lora_alpha=alpha, lora_dropout=tuning.dropout, use_rslora=tuning.use_rslora,
         use_dora=tuning.use_dora, init_lora_weights="pissa" if tuning.init_lora_weights == "pissa" else True,
-        fan_in_fan_out=_is_transposed(model), task_type="CAUSAL_LM",
+        fan_in_fan_out=_is_transposed(model), task_type=_task(model),
         **for_peft(model, tuning.target_modules, found), **beside,
     )  # fmt: skip
     use_layers_own_adapter(config)
@@ -184,6 +185,8 @@ def save_adapter(model: PeftModel, folder: Path, metadata: Metadata, weights: Te
         seen.add(tensor.data_ptr())
     with name_disk_errors(folder / WEIGHTS):
         save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    if config["modules_to_save"]:  # to which PEFT adds the names of a classifier's head at each load
+        config["modules_to_save"] = list(dict.fromkeys(config["modules_to_save"]))
     config["inference_mode"] = True
     for name, tree in ((CONFIG, config), (METADATA, metadata.as_dict())):
         with name_disk_errors(folder / name):
@@ -262,6 +265,11 @@ def check_variant(model: torch.nn.Module, tuning: LoraConfig, found: Targets) ->
             f"tuning.{setting} where the experts of a mixture are adapted (PEFT cannot); or name "
             "tuning.target_modules outside the experts, such as [q_proj, k_proj, v_proj, o_proj]"
         )
+
+
+def _task(model: PreTrainedModel) -> str:
+    """What PEFT calls the kind of a model: by it plain PEFT knows that a classifier's head comes with the adapter."""
+    return "CAUSAL_LM" if classifier_head(model) is None else "SEQ_CLS"
 
 
 def _is_transposed(model: torch.nn.Module) -> bool:

@@ -17,6 +17,7 @@ from lmtune.config.schema import Dtype, ModelConfig, PartialConfig
 from lmtune.errors import ConfigError
 from lmtune.io.sandbox import match_too_slowly
 from lmtune.io.text import shorten
+from lmtune.models.head import classifier_head
 from lmtune.models.structure import decoder_layers, embeddings, heads, norms
 from lmtune.models.tuning.base import TunedModel
 from lmtune.models.tuning.full import Full, learning
@@ -57,7 +58,7 @@ class Partial(Full):
 def find_parameters(model: PreTrainedModel, parts: str | Sequence[str]) -> dict[str, torch.nn.Parameter]:
     """The parameters that `parts` name, in the model's order; the model may be on the meta device.
 
-    A head that is tied to the embeddings is one parameter with them.
+    A head that is tied to the embeddings is one parameter with them. The head of a classifier always learns.
 
     Args:
         model: without an adapter.
@@ -67,7 +68,8 @@ def find_parameters(model: PreTrainedModel, parts: str | Sequence[str]) -> dict[
         ConfigError: a part is unknown, or names nothing in this model.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
-    chosen: set[int] = set()
+    head = classifier_head(model)
+    chosen: set[int] = set() if head is None else {id(parameter) for parameter in head.parameters()}
     for part in (parts,) if isinstance(parts, str) else parts:
         found = _named(model, part) if re.fullmatch(r"\w+", part) else _matching(part, own)
         if not found:

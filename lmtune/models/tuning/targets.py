@@ -21,7 +21,7 @@ import torch
 
 from lmtune.errors import ConfigError
 from lmtune.io.text import shorten
-from lmtune.models.structure import expert_tensors, linear_layers
+from lmtune.models.structure import expert_tensors, head_of, linear_layers
 from lmtune.models.tuning.adapter_files import is_too_slow_to_match, pattern_problems
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def other_parts(model: PreTrainedModel) -> dict[str, str]:
         return {}
     decoder = model.get_decoder()
     inside = next((name for name, module in model.named_modules() if module is decoder), "")
-    around, head = inside.rpartition(".")[0], _head(model)
+    around, head = inside.rpartition(".")[0], head_of(model)
     return {
         name: name.removeprefix(f"{around}.").partition(".")[0]
         for name in linear_layers(model)
@@ -106,7 +106,7 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> Target
     layers = {name: size for name, size in linear_layers(model).items() if name not in others}
     if targets == ALL_LINEAR:
         left = routers(model) | read_by_kernels(model)
-        left |= {name for name, module in model.named_modules() if module is _head(model)}
+        left |= {name for name, module in model.named_modules() if module is head_of(model)}
         return Targets(tuple(name for name in layers if name not in left), tuple(tensors))
     parts = _stored_parts(model, tensors)
     _check_patterns(targets, [*layers, *tensors, *(name for names in parts.values() for name in names)])
@@ -166,10 +166,6 @@ def adapter_parameters(model: PreTrainedModel, found: Targets, rank: int, use_do
     layers, tensors = linear_layers(model), expert_tensors(model)
     in_layers = sum(rank * sum(layers[name]) + use_dora * layers[name][1] for name in found.modules)
     return in_layers + sum(rank * len(tensors[name]) * sum(tensors[name].shape[1:]) for name in found.experts)
-
-
-def _head(model: PreTrainedModel) -> torch.nn.Module | None:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _stored_parts(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:

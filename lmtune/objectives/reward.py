@@ -1,0 +1,65 @@
+"""A reward model: a number for each answer, higher for the better one of a pair.
+
+    -log sigmoid(reward of the chosen answer - reward of the rejected one)
+
+The model of Bradley and Terry. The reward is read off an answer's last token; the sum is over pairs, the denominator
+their number, by weight. A pair shares a micro-batch, and so its prompt: https://arxiv.org/abs/2203.02155.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from lmtune.batching.packing import MicroBatch, Reads
+from lmtune.batching.plan import Totals
+from lmtune.data.types import ExampleStore, RowKind
+from lmtune.forward.packed import Outputs
+from lmtune.models.head import Head
+from lmtune.objectives.base import LossSum, SequenceLogprobs
+from lmtune.objectives.preference import PAIR
+
+
+class Reward:
+    """Pairs of answers."""
+
+    kind: ClassVar[str] = "reward"
+    rows: ClassVar[RowKind] = "pair"
+    reads: ClassVar[Reads] = "last_token"
+    two_passes: ClassVar[bool] = False
+    metrics: ClassVar[tuple[str, ...]] = ("pair_accuracy", "reward_chosen", "reward_rejected", "reward_margin")
+    selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+
+    def __init__(self, head: Head) -> None:
+        self.head: Head | None = head
+
+    def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
+        """A pair."""
+        return PAIR
+
+    def denominator(self, totals: Totals) -> float:
+        """The pairs, by weight."""
+        return totals.weight
+
+    def precompute(self, store: ExampleStore, logprobs: SequenceLogprobs) -> ExampleStore:
+        """Nothing."""
+        return store
+
+    def statistic(self, outputs: Outputs, batch: MicroBatch) -> tuple[torch.Tensor, int]:
+        """Nothing."""
+        return batch.weights.new_zeros(()), 1
+
+    def loss(self, outputs: Outputs, batch: MicroBatch, statistic: float = 0.0) -> LossSum:
+        """The losses of the pairs; an error is a pair whose chosen answer has no higher reward."""
+        assert outputs.scores is not None
+        chosen, rejected = outputs.scores[::2, 0], outputs.scores[1::2, 0]
+        losses = -F.logsigmoid(chosen - rejected)
+        wrong = (chosen <= rejected).float()
+        errors = torch.zeros(batch.num_examples, device=wrong.device).index_add_(0, batch.example_of[::2], wrong)
+        count = torch.full_like(batch.weights[:1], len(losses))[0]
+        found = (1 - wrong, chosen, rejected, chosen - rejected)
+        metrics = {name: (value.detach().sum(), count) for name, value in zip(self.metrics, found, strict=True)}
+        return LossSum((losses * batch.weights[::2]).sum(), errors, metrics)
