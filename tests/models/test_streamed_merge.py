@@ -136,7 +136,7 @@ def test_the_most_memory_is_the_base_one_block_and_a_rows_logits(tmp_path: Path)
     make_run(tmp_path, options)
     result = measured(tmp_path, options)
     allowed = result["base_gib"] + 4 * 40_000 * 64 / 2**30 + result["logits_of_one_row_gib"]
-    assert result["peak_gib"] < allowed + 0.25, "beside what Python and the libraries take as they work"
+    assert result["peak_gib"] < allowed + 0.45, "beside what Python and the libraries take as they work"
 
 
 @pytest.mark.slow
