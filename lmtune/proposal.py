@@ -16,11 +16,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lmtune.config.schema import ModelConfig, Quantization
+from lmtune.config.schema import ModelConfig, Quantization, RowKind
 from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.io.console import progress
 
 _ROWS_READ = 5000  # of the data, to measure lengths
+_OBJECTIVES: dict[RowKind, tuple[str, str]] = {
+    "pair": ("dpo", "the rows are pairs of a better and a worse answer; also ipo, orpo, simpo"),
+    "judged": ("kto", "the rows are answers that are judged good or bad"),
+}
 _GIB = 2**30
 _LEAST_HELD_OUT = 30  # rows; the scores of fewer say little
 
@@ -114,7 +118,7 @@ def propose_quantization(parameters: int | None, machine: Machine) -> tuple[Quan
 
 def propose(
     model: str, data: Sequence[str], quantization: Quantization | None, num_rows: int, machine: Machine,
-    known: KnownModel,
+    known: KnownModel, rows: RowKind = "answer",
 ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """Settings by `section.key`, and the reasons for those that are not the user's words.
 
@@ -125,6 +129,7 @@ def propose(
         num_rows: how many rows they hold.
         machine: where it will be trained.
         known: what is known of the base.
+        rows: which kind they are.
     """
     values: dict[str, Any] = {"model.name": model, "data.train": list(data) if len(data) > 1 else data[0]}
     reasons: dict[str, str] = {}
@@ -141,6 +146,10 @@ def propose(
     if known.parameters is not None and known.parameters < 300_000_000:
         values["train.learning_rate"] = 4.0e-3 if known.parameters < 30_000_000 else 1.0e-3
         reasons["train.learning_rate"] = f"a small model, of {_words(known.parameters)} parameters"
+    if rows in _OBJECTIVES:
+        values["objective.kind"], reasons["objective.kind"] = _OBJECTIVES[rows]
+        values["train.learning_rate"] = values.get("train.learning_rate", 2.0e-4) / 4
+        reasons["train.learning_rate"] = "preferences take lower rates than answers"
     if known.renderer is None:
         reasons["data.max_length"] = "the tokenizer is not on this machine yet, so the rows were not measured"
     else:

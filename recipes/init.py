@@ -65,7 +65,7 @@ def main(
         quantization = choose("Quantization", QUANTIZATIONS, proposed)
     path = output or Path(f"{run_name(paths[0])}.yaml")
     require_new(path)
-    values, reasons = propose(model, paths, quantization, check.train.num_rows, machine, known)
+    values, reasons = propose(model, paths, quantization, check.train.num_rows, machine, known, check.train.kind)
     write_text(path, described(path, str(machine), commented_yaml(values, reasons)))
     load_config(FinetuneConfig, path)
     out.print(escape(describe_check(check)))

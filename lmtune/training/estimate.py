@@ -161,6 +161,8 @@ def _answer_seconds(
 ) -> float:
     """Answers of the base, which seldom ends before the limit, and of the tuned model, of the rows' own lengths."""
     asked, limit = min(config.evaluation.exact_match_rows, rows.num_rows), config.evaluation.max_new_tokens
+    if config.objective.rows != "answer":
+        asked = 0
     if not asked:
         return 0.0
     last = rows.first[1 : asked + 1] - 1  # the sequence of each row whose answer is asked for
