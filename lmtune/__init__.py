@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from lmtune.api import Model, Run, RunScores, chat, evaluate, finetune, load, load_config
+    from lmtune.api import Model, Run, RunScores, chat, evaluate, finetune, load, load_config, predict
     from lmtune.config.schema import FinetuneConfig
     from lmtune.errors import CheckpointError, ConfigError, DataError, LmtuneError, ModelError
     from lmtune.evaluation.generative import Answer
@@ -30,11 +30,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer", "CheckpointError", "ConfigError", "DataError", "Evaluation", "FinetuneConfig", "LmtuneError", "Model",
     "ModelError", "Run", "RunScores", "Scores", "StepRecord", "__version__", "chat", "evaluate", "finetune", "load",
-    "load_config",
+    "load_config", "predict",
 ]  # fmt: skip
 
 _HOMES = {
-    "lmtune.api": ("Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config"),
+    "lmtune.api": ("Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config", "predict"),
     "lmtune.config.schema": ("FinetuneConfig",),
     "lmtune.errors": ("CheckpointError", "ConfigError", "DataError", "LmtuneError", "ModelError"),
     "lmtune.evaluation.scoring": ("Answer", "Evaluation", "Scores"),

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from lmtune.models.tuning.adapter_files import Into
     from lmtune.runs.log import StepRecord
 
-__all__ = ["Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config"]
+__all__ = ["Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config", "predict"]
 
 Message = Mapping[Literal["role", "content"], str]
 
@@ -280,6 +280,30 @@ def evaluate(
         paths = _paths_of(data, Path(folder), "data", files)
         check_data(paths)
         return evaluate_loaded(model._loaded, paths, exact_match_rows, max_new_tokens, max_length)
+
+
+def predict(
+    target: str | os.PathLike[str] | Run | Model, data: Data, *, max_length: int = 2048, max_new_tokens: int = 128
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What a model says of each row, in their order: the row with `prediction` beside its own keys.
+
+    Args:
+        target: what `load` takes, or a loaded model.
+        data: a path, several, a list of dicts, a DataFrame or a Dataset; rows have labels or not.
+        max_length: of longer rows a classifier reads the last tokens.
+        max_new_tokens: where an answer that does not stop is cut.
+
+    Raises:
+        DataError: a row is faulty; named as `data:LINE`, counted from 1.
+        ModelError: the target cannot be loaded.
+    """
+    from lmtune.evaluation.predict import predict as rows_of
+
+    model = target if isinstance(target, Model) else load(target)
+    files: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder, quiet(), _naming_rows(files):
+        paths = _paths_of(data, Path(folder), "data", files)
+        return list(rows_of(model._loaded, paths, max_length, max_new_tokens))
 
 
 def load_config(path: str | os.PathLike[str], overrides: Overrides = ()) -> FinetuneConfig:

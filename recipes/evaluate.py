@@ -3,6 +3,7 @@
 lmtune evaluate runs/support heldout.jsonl
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ def main(
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
     ] = None,
 ) -> None:
-    """Loss, perplexity, token and sequence accuracy, and exact match of generated answers.
+    """Loss, perplexity, token and sequence accuracy, and exact match of generated answers; of classes F1 and confusion.
 
     With a run, rows that it was trained on are counted and warned about.
 
@@ -40,22 +41,25 @@ def main(
         from lmtune.data.report import describe_part
         from lmtune.evaluation.scoring import evaluate_loaded
         from lmtune.inference.load import load_for_inference
-        from lmtune.runs.tables import describe_scores, scores_table
+        from lmtune.runs.tables import describe_scores, print_classes, scores_table
 
     scored = evaluate_loaded(load_for_inference(target, base=base), paths, exact_match_rows, max_new_tokens, max_length)
     errors = {"tuned": scored.tuned.standard_errors, "base": scored.base.standard_errors if scored.base else None}
     before, tuned = scored.base.as_dict() if scored.base else None, scored.tuned.as_dict()
+    classes = None if scored.tuned.classes is None else asdict(scored.tuned.classes)
     if scored.trained_rows:
         warn(f"{scored.trained_rows} of {tuned['rows']} rows were trained on; their scores say nothing of new ones")
     if as_json:
         known = {"standard_errors": errors, "trained_rows": scored.trained_rows, "data": scored.report.to_dict()}
         answers = [{"question": a.question, "reference": a.reference, "answer": a.prediction} for a in scored.answers]
-        print_json({"base": before, "tuned": tuned, **known, "answers": answers})
+        own = {} if classes is None else {"classes": classes}
+        print_json({"base": before, "tuned": tuned, **own, **known, "answers": answers})
         return
     out.print(escape("\n".join(describe_part(scored.report))))
     out.print(scores_table(before, tuned))
     for line in describe_scores(before, tuned, {name: known for name, known in errors.items() if known}):
         out.print(escape(line))
+    print_classes(classes)
 
 
 if __name__ == "__main__":

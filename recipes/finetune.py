@@ -55,7 +55,7 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers:
     """Train, show scores and some answers; returns the summary. What is heavy is imported here, after the checks."""
     with progress("loading PyTorch and the libraries"):
         from lmtune.runs.log import read_predictions
-        from lmtune.runs.tables import describe_scores, predictions_shown, scores_table
+        from lmtune.runs.tables import describe_scores, predictions_shown, print_classes, scores_table
         from lmtune.training.run import run_finetune
 
     result = run_finetune(config, run_directory)
@@ -66,9 +66,10 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers:
         else:
             base, tuned = result.summary.base, result.summary.tuned
             if tuned is not None:
-                out.print(scores_table(base, tuned))
+                out.print(scores_table(base, tuned, result.summary.tree.get("baseline")))
                 lines = [escape(line) for line in describe_scores(base, tuned, result.summary.standard_errors)]
                 out.print("\n".join([*lines, *predictions_shown(read_predictions(run_directory), shown_answers)]))
+                print_classes(result.summary.tree.get("classes"))
             talk = escape(command("chat", run_directory.path))
             what = "adapter" if isinstance(config.tuning, LoraConfig) else "model"
             err.print(f"the {what} is in {escape(str(run_directory.result(config.tuning)))}; talk to it: {talk}")

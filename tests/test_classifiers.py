@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lmtune
 from lmtune.errors import DataError
 from lmtune.evaluation.scoring import evaluate_loaded
 from lmtune.export.merged import merge_run
@@ -112,6 +113,62 @@ def test_it_is_scored_as_the_run_said(done: tuple[Path, RunDirectory, str]) -> N
     assert sum(map(sum, summary["classes"]["confusion"])) == 9
     assert summary["tuned"]["loss"] < summary["base"]["loss"]
     assert {"accuracy", "loss"} <= json.loads(run.metrics.read_text().splitlines()[-1]).keys()
+
+
+def test_prediction_and_chat_say_what_the_pipeline_says(done: tuple[Path, RunDirectory, str]) -> None:
+    from transformers import pipeline
+
+    place, run, _ = done
+    rows = [{"text": "fire leaf", "id": 3}, {"text": "sky number 9", "label": "green", "weight": 2}]
+    classify = pipeline("text-classification", str(run.merged), device="cpu")
+    wanted = classify([row["text"] for row in rows])
+    with inside(place):
+        write_rows(Path("new.jsonl"), rows)
+        assert command(place, "predict", "trial", "new.jsonl", "-o", "out.jsonl") == 0
+        found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+        model = lmtune.load("trial")
+        assert lmtune.predict(model, rows) == found
+        said = model.chat(rows[0]["text"])
+        session = model.session()
+        assert [*session.stream("anything")], said == session.reply(rows[0]["text"])
+        assert session.turns[-1][1].finish_reason == "stop"  # type: ignore[union-attr]
+    for row, line, one in zip(rows, found, wanted, strict=True):
+        assert row.items() <= line.items()
+        assert (line["prediction"], line["probability"]) == (one["label"], pytest.approx(one["score"], abs=1e-5))
+        assert sum(line["probabilities"].values()) == pytest.approx(1)
+    assert said.startswith(f"{wanted[0]['label']} {wanted[0]['score']:.1%}, ")
+
+
+def test_rewards_of_pairs_and_of_answers_are_the_same(tmp_path: Path) -> None:
+    """And they are what transformers gives for the rendered text, though the tokenizer pads with the end of a turn."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    place = classifier_place(tmp_path, PAIRS, 6)
+    config = json.loads((place / "base" / "tokenizer_config.json").read_text())
+    (place / "base" / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<|im_end|>"}))
+    run, summary = finetune(place, objective__kind="reward", train__learning_rate=3e-3)
+    pair = PAIRS[-1]
+    with inside(place):
+        merge_run(RunDirectory("runs/trial"), Path("runs/trial/merged"))
+        loaded = lmtune.load("trial")
+        both = lmtune.predict(loaded, [pair])[0]
+        answers = [{"prompt": pair["prompt"], "completion": pair[key]} for key in ("chosen", "rejected")]
+        alone = [row["prediction"] for row in lmtune.predict(loaded, answers)]
+    assert alone == pytest.approx([both["reward_chosen"], both["reward_rejected"]], abs=1e-5)
+    plain = AutoModelForSequenceClassification.from_pretrained(run.merged)
+    tokenizer = AutoTokenizer.from_pretrained(run.merged)
+    turns = [
+        [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[key]}]
+        for key in ("chosen", "rejected")
+    ]  # fmt: skip
+    texts = [tokenizer.apply_chat_template(talk, tokenize=False).rstrip("\n") for talk in turns]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    assert tokenizer.pad_token_id == plain.config.pad_token_id != tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():
+        rewards = plain(**inputs).logits[:, 0].tolist()
+    assert rewards == pytest.approx(alone, abs=1e-4)
+    assert summary["tuned"]["pair_accuracy"] >= 0.5
+    assert summary["base"] is None
 
 
 @pytest.mark.parametrize("name", TUNINGS)

@@ -8,7 +8,6 @@ were. A row's weight counts in the loss and perplexity, which are what training 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import deque
@@ -135,8 +134,7 @@ def evaluate_loaded(
     rows = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
     check_lengths(loaded.model, [rows], "--max-length")
     forward = PackedForward(loaded.model)
-    compares = loaded.has_adapter and loaded.head is None  # a classifier's base has no head
-    with loaded.use_base() if compares else contextlib.nullcontext():
+    with loaded.use_base():
         scored = objective.precompute(rows, partial(sequence_logprobs, forward, objective.units))
     if loaded.head is None and scored is not rows and not loaded.has_adapter:
         warn("this model has no adapter to leave out, so it is its own reference, and rewards are 0")
@@ -145,7 +143,7 @@ def evaluate_loaded(
     )  # fmt: skip
     tuned, given = evaluate(*arguments)
     base = None
-    if compares:
+    if loaded.has_adapter:
         with loaded.use_base():
             base = evaluate(*arguments, who="the base")[0]
     known = None if loaded.run is None else _trained_rows(loaded.run, loaded)

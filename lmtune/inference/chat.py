@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from lmtune.data.types import Message
 from lmtune.errors import LmtuneError
+from lmtune.inference.classify import Classifier
 from lmtune.inference.engine import FinishReason, Generation, PromptCache, Sampling
 from lmtune.inference.load import LoadedModel
 from lmtune.models.tuning.lora import ADAPTER
@@ -45,7 +46,8 @@ class ChatSession:
         model: who answers.
         system: the system prompt; without one, that of training if there was any.
         remembers: whether earlier turns are part of the prompt. A model without a chat template has no form for them
-            and was trained on single questions, so each question then stands alone.
+            and was trained on single questions, so each question then stands alone; so it does for a classifier.
+        classifier: of a model that says what a message is, instead of an answer; None for a language model.
     """
 
     def __init__(
@@ -55,7 +57,8 @@ class ChatSession:
         """A conversation that begins with `messages`; `infos` holds one for each, None for questions."""
         self.model = model
         self.system = system
-        self.remembers = model.renderer.uses_chat_template
+        self.classifier = None if model.head is None else Classifier(model)
+        self.remembers = model.renderer.uses_chat_template and self.classifier is None
         self._history = list(messages)
         self._infos = list(infos) or [None] * len(self._history)
         self._answer: _Answer | None = None  # to the last question of `_history`: under way, or complete
@@ -178,6 +181,9 @@ class ChatSession:
 
     def _prompt(self, history: Sequence[Message]) -> list[int]:
         """The tokens before the answer to the last question of `history`."""
+        if self.classifier is not None:
+            with self.model.lock:
+                return self.classifier.read(history[-1].content, self.system)
         turns = history if self.remembers else history[-1:]
         system = [Message("system", self.system)] if self.system else []
         with self.model.lock:  # a tokenizer is not for several threads at once
@@ -206,7 +212,7 @@ class ChatSession:
             history = self._history
             cache = self._caches.pop(use_base, None) or PromptCache()
         try:
-            for piece in self._pieces(self._prompt(history), cache, sampling, answer, begun):
+            for piece in self._pieces(history, cache, sampling, answer, begun):
                 answer.text += piece
                 yield piece
         except Exception:
@@ -221,9 +227,15 @@ class ChatSession:
                     self._caches[use_base] = cache
 
     def _pieces(
-        self, prompt: list[int], cache: PromptCache, sampling: Sampling, answer: _Answer, begun: Sequence[int]
-    ) -> Iterator[str]:
-        """The answer to `prompt`, or what comes after the tokens that it has already, as text."""
+        self, history: Sequence[Message], cache: PromptCache, sampling: Sampling, answer: _Answer,
+        begun: Sequence[int],
+    ) -> Iterator[str]:  # fmt: skip
+        """The answer to `history`, or what comes after the tokens that it has already, as text."""
+        if self.classifier is not None:
+            yield str(self.classifier.verdicts([self._prompt(history)])[0])
+            answer.is_whole = True
+            return
+        prompt = self._prompt(history)
         detokenizer, parser = Detokenizer(self._text_of), self.model.renderer.reply_parser()
         answer.token_ids += begun
         answer.text += "".join(parser.feed(detokenizer.add(token)) for token in begun)
@@ -252,6 +264,7 @@ class _Answer:
         self.text = ""
         self.token_ids: list[int] = []
         self.generation: Generation | None = None
+        self.is_whole = False  # though nothing was generated
         self._is_stopped = False
 
     def follow(self, generation: Generation) -> Generation:
@@ -267,6 +280,8 @@ class _Answer:
 
     @property
     def finish_reason(self) -> FinishReason | None:
+        if self.is_whole:
+            return "stop"
         ended = None if self.generation is None else self.generation.finish_reason
         return ended or ("stopped" if self._is_stopped else None)
 

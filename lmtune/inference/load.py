@@ -69,7 +69,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         renderer: turns messages into the tokens of training.
         name: for people.
-        has_adapter: whether `use_base` makes a difference.
+        has_adapter: whether `use_base` makes a difference; not for a classifier, whose base has no head.
         system: the system prompt of training, used where the user gives none.
         trained_at: the time that the template wrote into the prompts of training, if it writes one.
         run: the run that the model comes from, if that is known.
@@ -187,7 +187,7 @@ def _load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedMode
         if not set(new) & plain.get_vocab().keys():  # the base alone has the rows that training began with
             add_rows(model, plain, new)
     model = load_adapter(model, folder, base_fingerprint(base))
-    return _loaded(model, tokenizer, base, name, metadata, has_adapter=True)
+    return _loaded(model, tokenizer, base, name, metadata, has_adapter=metadata.head is None)
 
 
 def _load_plain(model: ModelConfig) -> LoadedModel:

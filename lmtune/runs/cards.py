@@ -17,7 +17,15 @@ import yaml
 
 from lmtune import __version__
 from lmtune.config.load import to_tree
-from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig, PartialConfig
+from lmtune.config.schema import (
+    ClassificationConfig,
+    FinetuneConfig,
+    LoraConfig,
+    ModelConfig,
+    PartialConfig,
+    RegressionConfig,
+    RewardConfig,
+)
 from lmtune.data.report import DataReport, PartReport
 from lmtune.runs.store import ScoreValues, Summary
 from lmtune.runs.tables import NOT_MEASURED, SCORES, format_score, names_of
@@ -37,7 +45,7 @@ def adapter_card(
     base, title = config.model.name, repository or config.run.name or "LoRA adapter"
     start = summary.started_from
     return join_parts(
-        _front_matter(base, "peft", ["lora", "lmtune", "transformers"], summary.tuned or {}, title),
+        _front_matter(config, "peft", ["lora", "lmtune", "transformers"], summary.tuned or {}, title),
         f"# {title.rpartition('/')[2]}",
         f"A LoRA adapter for {_linked(base)}, fine-tuned with lmtune {__version__}. "
         "It holds the change to the base model only, so it is loaded together with that model.",
@@ -46,7 +54,7 @@ def adapter_card(
         _scores_part(summary),
         _data_part(data),
         _settings_part(config),
-        adapter_usage(config, repository or "path/to/adapter", repository, stops),
+        adapter_usage(config, repository or "path/to/adapter", repository, stops, summary.tree.get("labels")),
         _limits(base),
     )
 
@@ -63,7 +71,7 @@ def model_card(
         parts = (tuning.parts,) if isinstance(tuning.parts, str) else tuning.parts
         learned = f"Of its weights, these were trained: {', '.join(f'`{part}`' for part in parts)}"
     return join_parts(
-        _front_matter(base, "transformers", [tuning.kind, "lmtune"], summary.tuned or {}, title),
+        _front_matter(config, "transformers", [tuning.kind, "lmtune"], summary.tuned or {}, title),
         f"# {title.rpartition('/')[2]}",
         f"{_linked(base)}, fine-tuned with lmtune {__version__}. {learned}. It is a whole model and needs no adapter.",
         _base_table(config.model),
@@ -91,7 +99,7 @@ def merged_card(
     """The README.md of a merged model; `merge` is what `merge.json` holds of its check."""
     base, title = config.model.name, repository or config.run.name or "merged model"
     return join_parts(
-        _front_matter(base, "transformers", ["lora", "merged", "lmtune"], summary.tuned or {}, title),
+        _front_matter(config, "transformers", ["lora", "merged", "lmtune"], summary.tuned or {}, title),
         f"# {title.rpartition('/')[2]}",
         f"{_linked(base)} with a LoRA adapter merged into its weights, fine-tuned with lmtune {__version__}. "
         "It is a whole model and needs no adapter.",
@@ -105,10 +113,13 @@ def merged_card(
     )
 
 
-def _front_matter(base: str, library: str, tags: Sequence[str], tuned: ScoreValues, title: str) -> str:
+def _front_matter(
+    config: FinetuneConfig, library: str, tags: Sequence[str], tuned: ScoreValues, title: str
+) -> str:  # fmt: skip
     """The YAML block that the Hub reads. It names the base; one from a folder of this machine has no place in it."""
+    base, task = config.model.name, "text-classification" if is_classifier(config) else "text-generation"
     tree: dict[str, object] = {"base_model": base} if is_hub_id(base) or base == "tiny" else {}
-    tree |= {"pipeline_tag": "text-generation", "library_name": library, "tags": list(tags)}
+    tree |= {"pipeline_tag": task, "library_name": library, "tags": list(tags)}
     if is_hub_id(base) and library == "transformers":
         tree["base_model_relation"] = "finetune"
     metrics = [
@@ -120,7 +131,7 @@ def _front_matter(base: str, library: str, tags: Sequence[str], tuned: ScoreValu
         tree["model-index"] = [{
             "name": title.rpartition("/")[2],
             "results": [{
-                "task": {"type": "text-generation"},
+                "task": {"type": task},
                 "dataset": {"name": "held-out rows", "type": "custom"},
                 "metrics": metrics,
             }],
@@ -147,11 +158,16 @@ def _scores_part(summary: Summary) -> str:
         (name, format_score(key, base.get(key)), format_score(key, tuned.get(key)))
         for key, name in names_of(base, tuned).items()
     ]  # fmt: skip
+    first, own = str(summary.tree.get("baseline") or "base"), ""
+    if first == "base" and any(scores.get("perplexity") is not None for scores in (base, tuned)):
+        own = (
+            " Loss and accuracies are of the answers' tokens with the right text before them; exact match is of "
+            "answers that the model wrote by itself."
+        )
     return join_parts(
         "## Scores",
-        f"Measured by lmtune on {over} that were not trained on. Loss and accuracies are of the answers' tokens with "
-        "the right text before them; exact match is of answers that the model wrote by itself.",
-        _table(("", "base", "tuned"), rows),
+        f"Measured by lmtune on {over} that were not trained on.{own}",
+        _table(("", first, "tuned"), rows),
     )
 
 
@@ -269,6 +285,19 @@ from transformers import AutoModelForCausalLM
 {imports}
 model = AutoModelForCausalLM.from_pretrained({base})
 model.load_adapter("{place}")"""
+_PEFT_CLASSIFIER = """
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+{imports}
+base = AutoModelForSequenceClassification.from_pretrained({base}, num_labels={outputs})
+model = PeftModel.from_pretrained(base, "{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+print(model(**tokenizer("Your text", return_tensors="pt")).logits)"""
+_MERGED_CLASSIFIER = """
+from transformers import pipeline
+
+classify = pipeline("text-classification", "{place}")
+print(classify("Your text"))"""
 _MERGED_CODE = (
     """
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -280,15 +309,20 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
 )
 
 
+def is_classifier(config: FinetuneConfig) -> bool:
+    """Whether a run trains a head that reads rows, and not a model that writes."""
+    return isinstance(config.objective, (ClassificationConfig, RegressionConfig, RewardConfig))
+
+
 def is_hub_id(name: str) -> bool:
     """Whether others can find a base of this name on the Hub: not a folder of this machine, not the embedded model."""
     return name != "tiny" and _HUB_ID.fullmatch(name) is not None and not os.path.isdir(name)
 
 
 def adapter_usage(
-    config: FinetuneConfig, place: str, repository: str | None, stops: Sequence[str] = ()
+    config: FinetuneConfig, place: str, repository: str | None, stops: Sequence[str] = (), labels: object = None
 ) -> str:  # fmt: skip
-    """The part that shows how the adapter is loaded, as code that runs."""
+    """The part that shows how the adapter is loaded, as code that runs; `labels` are those of a classifier."""
     base, revision = config.model.name, config.model.revision
     if base == "tiny":
         imports, argument = "from lmtune.demo import tiny_path\n", "tiny_path()"
@@ -298,6 +332,14 @@ def adapter_usage(
     else:
         imports, argument = "", '"path/to/the/base/model"'
         note = "The base model was a folder on the author's machine: you need that very model."
+    if is_classifier(config):
+        outputs = str(len(labels)) if isinstance(labels, list) else "1"
+        return join_parts(
+            "## How to use it", note, "With PEFT:",
+            _python(_PEFT_CLASSIFIER, imports=imports, base=argument, place=place, outputs=outputs),
+            f"The outputs are {', '.join(map(str, labels))}, in this order." if isinstance(labels, list) else "",
+            f"With lmtune: `lmtune predict {place} ROWS.jsonl`.",
+        )  # fmt: skip
     words = {"imports": imports, "base": argument, "place": place, "prompt": _prompt(config)}
     folder = repository.replace("/", "--") if repository else ""
     own = f"lmtune pull {repository}\nlmtune chat adapters/{folder}" if repository else f"lmtune chat {place}"
@@ -317,6 +359,11 @@ def adapter_usage(
 
 def merged_usage(config: FinetuneConfig, place: str, stops: Sequence[str] = ()) -> str:
     """The same for a merged model in `place`, a repository or folder."""
+    if is_classifier(config):
+        return join_parts(
+            "## How to use it", _python(_MERGED_CLASSIFIER, place=place),
+            f"With lmtune: `lmtune predict {place} ROWS.jsonl`.",
+        )  # fmt: skip
     return join_parts(
         "## How to use it",
         _python(_MERGED_CODE, place=place, prompt=_prompt(config)),

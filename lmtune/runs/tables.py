@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from lmtune.data.report import describe_report
+from lmtune.errors import LmtuneError
 from lmtune.io.console import escape, out
 from lmtune.io.text import is_finite_number, pluralize
 from lmtune.runs.history import Overview, overview
@@ -23,6 +24,7 @@ SCORES = {
 }
 SHARES = ("token_accuracy", "sequence_accuracy", "exact_match")
 _NOT_SHOWN = {*SCORES, "rows", "exact_match_rows"}
+_MOST_COLUMNS = 12  # of classes
 FEW_ROWS = 30  # of fewer held-out rows scores say little
 NOT_MEASURED = "not measured"
 _95 = 1.959964  # standard errors on each side of a 95 % interval
@@ -39,7 +41,7 @@ def format_score(key: str, value: object) -> str:
 
 def names_of(*scores: ScoreValues) -> dict[str, str]:
     """What is shown of some scores: the key and name of each that an objective has."""
-    named = {"kl": "KL divergence"}
+    named = {"kl": "KL divergence", "macro_f1": "Macro F1", "auc": "AUC", "r2": "R²"}
     own = {
         key: named.get(key, key.replace("_", " ").capitalize())
         for part in scores for key in part if key not in _NOT_SHOWN
@@ -49,17 +51,43 @@ def names_of(*scores: ScoreValues) -> dict[str, str]:
     return {"loss": "Loss", **(own or {"sequence_accuracy": "Accuracy"})}
 
 
-def scores_table(base: ScoreValues | None, tuned: ScoreValues) -> Table:
-    """The scores of a tuned model beside those of its base, by the keys of `SCORES`; no base leaves its column out."""
+def scores_table(base: ScoreValues | None, tuned: ScoreValues, baseline: object = None) -> Table:
+    """The scores of a tuned model beside those of its base, by the keys of `SCORES`; no base leaves its column out.
+
+    `baseline` says what stands for the base where it is not the model.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     if base is not None:
-        table.add_column("base", justify="right", no_wrap=True)
+        table.add_column(str(baseline or "base"), justify="right", no_wrap=baseline is None)
     table.add_column("score" if base is None else "tuned", justify="right", no_wrap=True, style="bold")
     both = [tuned] if base is None else [base, tuned]
     for key, name in names_of(*both).items():
         table.add_row(name, *(format_score(key, scores.get(key)) for scores in both))
     return table
+
+
+def print_classes(classes: object) -> None:
+    """Show each class for itself, as `classes` of summary.json holds them: F1, and what its rows were taken for.
+
+    Raises:
+        LmtuneError: they are damaged.
+    """
+    if not isinstance(classes, Mapping):
+        return
+    try:
+        labels, confusion = [str(label) for label in classes["labels"]], classes["confusion"]
+        columns = labels if confusion and len(labels) <= _MOST_COLUMNS else []
+        table = Table(box=None, pad_edge=False)
+        for title in ("class", "rows", "precision", "recall", "F1", *(f"as {escape(label)}" for label in columns)):
+            table.add_column(title, justify="left" if title == "class" else "right")
+        for index, label in enumerate(labels):
+            shares = [f"{classes[key][index]:.3f}" for key in ("precision", "recall", "f1")]
+            taken = [str(confusion[index][place]) for place in range(len(columns))]
+            table.add_row(escape(label), str(classes["rows"][index]), *shares, *taken)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise LmtuneError(f"summary.json: classes: damaged: {error}; delete the key or restore the file") from None
+    out.print(table)
 
 
 def describe_scores(
@@ -160,9 +188,10 @@ def print_run(chosen: RunDirectory) -> None:
     if summary.reason:
         out.print(escape(summary.reason))
     if summary.tuned or summary.base:
-        out.print(scores_table(summary.base, summary.tuned or {}))
+        out.print(scores_table(summary.base, summary.tuned or {}, summary.tree.get("baseline")))
         for line in describe_scores(summary.base, summary.tuned or {}, summary.standard_errors):
             out.print(escape(line))
+    print_classes(summary.tree.get("classes"))
     for key, value in summary.figures.items():
         out.print(f"{escape(key.replace('_', ' '))}: {value:,}")
     out.print(f"\n[bold]settings[/]\n{escape(chosen.config.read_text('utf-8', 'replace').rstrip())}")

@@ -173,7 +173,9 @@ class TerminalChat:
         which = " without its adapter" if self.use_base else " with its adapter" if model.has_adapter else ""
         err.print(f"[bold]{escape(model.name)}[/]{which}")
         err.print("[dim]/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves[/]")
-        if not self.session.remembers:
+        if self.session.classifier is not None:
+            err.print("[dim]a classifier: it says what each message is[/]")
+        elif not self.session.remembers:
             err.print("[dim]no chat template: each question stands alone[/]")
 
     def _retry(self) -> None:

@@ -58,8 +58,10 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
         parallel.phase = "scoring and saving the result"
         tuned = parts.score_tuned(result)
         summary = summarize(parts, result, base, tuned[0] if tuned else None)
-        if parts.head is not None and base is not None:
-            summary["baseline"] = parts.head.constant
+        if parts.head is not None:
+            summary["labels"] = list(parts.head.labels)
+            if base is not None:
+                summary["baseline"] = parts.head.constant
         if tuned and tuned[0].classes is not None:
             summary["classes"] = asdict(tuned[0].classes)
         if tuned:
