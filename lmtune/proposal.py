@@ -24,6 +24,7 @@ _ROWS_READ = 5000  # of the data, to measure lengths
 _OBJECTIVES: dict[RowKind, tuple[str, str]] = {
     "pair": ("dpo", "the rows are pairs of a better and a worse answer; also ipo, orpo, simpo"),
     "judged": ("kto", "the rows are answers that are judged good or bad"),
+    "labelled": ("classification", "the rows have labels; regression for numbers that are no classes"),
 }
 _GIB = 2**30
 _LEAST_HELD_OUT = 30  # rows; the scores of fewer say little
@@ -148,6 +149,7 @@ def propose(
         reasons["train.learning_rate"] = f"a small model, of {_words(known.parameters)} parameters"
     if rows in _OBJECTIVES:
         values["objective.kind"], reasons["objective.kind"] = _OBJECTIVES[rows]
+    if rows in ("pair", "judged"):
         values["train.learning_rate"] = values.get("train.learning_rate", 2.0e-4) / 4
         reasons["train.learning_rate"] = "preferences take lower rates than answers"
     if known.renderer is None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import lmtune
-from lmtune.errors import DataError
+from lmtune.errors import ConfigError, DataError, ModelError
 from lmtune.evaluation.scoring import evaluate_loaded
 from lmtune.export.merged import merge_run
 from lmtune.inference.load import load_for_inference
@@ -213,3 +213,38 @@ def test_labels_that_cannot_be_used_are_named(tmp_path: Path, kind: str, label: 
     with pytest.raises(DataError, match=said):
         finetune(place, objective__kind=kind)
     assert not (place / "runs" / "trial" / "config.yaml").exists()
+
+
+def test_an_adapter_of_the_same_classes_is_trained_on(done: tuple[Path, RunDirectory, str], tmp_path: Path) -> None:
+    place, run, name = done
+    if name != "lora":
+        return
+    before = load_file(run.adapter / "adapter_model.safetensors")
+    with inside(place):
+        write_rows(Path("few.jsonl"), [{"text": "fire", "label": "red"}, {"text": "sky", "label": "blue"}])
+    start: dict[str, Any] = {"tuning__adapter": "trial", "train__learning_rate": 1e-6, "train__max_steps": 1}
+    more, _ = finetune(place, **settings_of("lora", run__name="more", **start))
+    after = load_file(more.adapter / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(torch.allclose(after[key], before[key], atol=1e-5) for key in before)
+    other = {"data__train": "few.jsonl", "data__validation": None, "run__name": "no"}
+    with pytest.raises(ConfigError, match=r"trial has the outputs blue, green, red; expected blue, red, as the rows"):
+        finetune(place, **settings_of("lora", **start, **other))
+
+
+def test_a_language_model_is_not_made_of_a_classifier(done: tuple[Path, RunDirectory, str]) -> None:
+    place, _, _ = done
+    with inside(place):
+        write_rows(Path("answers.jsonl"), [{"prompt": "Hi", "completion": "Ho"}] * 4)
+    with pytest.raises(ModelError, match=r"a classifier, which cannot write; expected a language model for .*: sft"):
+        finetune(place, model__name="runs/trial/merged", data__train="answers.jsonl", data__validation=None)
+
+
+def test_a_plan_counts_the_head() -> None:
+    from lmtune.config.schema import FullConfig, ModelConfig, PartialConfig, RegressionConfig
+    from lmtune.objectives.chosen import unread_head
+    from lmtune.training.estimate import planned_shape
+
+    tiny, head = ModelConfig(name="tiny", quantization="none"), unread_head(RegressionConfig())
+    _, alone = planned_shape(tiny, PartialConfig(parts=("head",)), torch.float32, head)
+    assert (alone.trained, alone.frozen) == (256, planned_shape(tiny, FullConfig(), torch.float32)[1].trained)

@@ -85,6 +85,11 @@ def find_head(
     return Head(kind, names, pad, chat, seed)
 
 
+def unread_head(section: ObjectiveConfig) -> Head | None:
+    """As `find_head`, before any row is read: with one output, since others weigh next to nothing."""
+    return Head("value", ("value",)) if type(section) in _OUTPUTS else None
+
+
 def _classes(data: LoadedData) -> tuple[HeadKind, tuple[str, ...]]:
     """Those of the training rows, and of rows that were held out from among them."""
     own, held_out = data.train, data.validation

@@ -29,7 +29,7 @@ from lmtune.config.schema import (
 from lmtune.data.rendering import Renderer
 from lmtune.data.store import LoadedData, load_data
 from lmtune.data.types import ExampleStore, WithValues
-from lmtune.errors import ModelError
+from lmtune.errors import ConfigError, ModelError
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.measures import majority
 from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, score, score_objective, sequence_logprobs
@@ -42,6 +42,7 @@ from lmtune.models.device import dense_weights_fit, free_memory
 from lmtune.models.head import Head, classifier_head
 from lmtune.models.locate import shareable_name
 from lmtune.models.parameters import Parameters, count_parameters
+from lmtune.models.tuning.adapter_files import Metadata
 from lmtune.models.tuning.base import TunedModel, Tuning
 from lmtune.models.tuning.full import Full
 from lmtune.models.tuning.lora import Lora
@@ -206,6 +207,8 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
     )  # fmt: skip
     if head is not None and head.pad_token_id is not None:  # saved with the tokenizer, as transformers needs it
         renderer.tokenizer.pad_token_id = head.pad_token_id
+    if start is not None and head is not None:
+        _check_same_head(start, head)
     stored = _with_dtype(config, parallel)
     dtype = DTYPES[stored.dtype]
     tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
@@ -238,6 +241,17 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
         config, parallel, renderer, data, tuning, objective, model, forward, fingerprint, parameters, budget, start,
         head,
     )  # fmt: skip
+
+
+def _check_same_head(start: StartingAdapter, head: Head) -> None:
+    """ConfigError if the adapter that training begins from has a head of other outputs."""
+    saved = Metadata.read(start.folder).head
+    if saved is None or (saved.kind, saved.labels) != (head.kind, head.labels):
+        had = "writes, and has no head" if saved is None else f"has the outputs {', '.join(saved.labels)}"
+        raise ConfigError(
+            f"tuning.adapter: {start.name} {had}; expected {', '.join(head.labels)}, as the rows have them; begin from "
+            "another adapter, or merge this one and set model.name to the merged folder"
+        )
 
 
 def _with_dtype(config: FinetuneConfig, parallel: Parallel) -> ModelConfig:

@@ -19,9 +19,11 @@ from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
 from lmtune.models.base import describe_dtype, dtype_of, resolve_name
 from lmtune.models.device import free_memory
+from lmtune.models.head import Head
 from lmtune.models.parameters import Parameters, count_parameters, size_text
 from lmtune.models.structure import empty_model
 from lmtune.models.tuning.lora import check_variant
+from lmtune.objectives.chosen import unread_head
 from lmtune.training import memory
 from lmtune.training.memory import GIB, MemoryEstimate, ModelShape
 from lmtune.training.optim import MOMENT_BYTES
@@ -99,7 +101,7 @@ def forecast(
 ) -> Forecast:  # fmt: skip
     """Plan a run over the sequences of `rows`, scored on those of `held_out`."""
     dtype, quantization = dtype_of(config.model, device), config.model.quantization
-    shape, parameters = planned_shape(config.model, config.tuning, dtype)
+    shape, parameters = planned_shape(config.model, config.tuning, dtype, unread_head(config.objective))
     share = float(rows.num_targets.sum() / rows.num_tokens.sum())
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
     left = max(0.0, free - memory.base_weights(shape, quantization, dtype))
@@ -199,14 +201,16 @@ def _plain_flop(shape: ModelShape) -> float:
 
 
 def planned_shape(
-    model: ModelConfig, tuning: LoraConfig | FullConfig | PartialConfig, dtype: torch.dtype
+    model: ModelConfig, tuning: LoraConfig | FullConfig | PartialConfig, dtype: torch.dtype, head: Head | None = None
 ) -> tuple[ModelShape, Parameters]:
     """The shape of `model` under `tuning`, and what is adapted and quantized, from its config alone.
+
+    `head` makes a classifier of it.
 
     ModelError if the config cannot be read; ConfigError if a target names nothing, or the variant does not fit.
     """
     try:
-        empty = empty_model(resolve_name(model.name), model.revision)
+        empty = empty_model(resolve_name(model.name), model.revision, head)
     except Exception as error:
         raise ModelError(f"model.name: cannot read the config of {model.name}: {error}") from error
     parameters = count_parameters(empty, tuning, model.quantization, dtype)

@@ -28,6 +28,7 @@ from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, LoraSettings, ch
 from lmtune.runs.store import RunDirectory, find_run, run_hint
 
 _DEFAULT = LoraConfig()
+_HEADS_OF_PEFT = ("classifier", "score")  # which it names for every classifier
 _NOT_TRAINED = (
     "trainable_token_indices", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern",
@@ -103,7 +104,7 @@ def _settings(asked: LoraConfig, saved: LoraSettings, target: str) -> LoraConfig
     theirs: dict[str, Any] = {
         "rank": saved["r"], "alpha": float(saved["lora_alpha"]), "use_rslora": bool(saved.get("use_rslora")),
         "use_dora": bool(saved.get("use_dora")), "target_modules": _targets(saved),
-        "modules_to_save": tuple(_names(saved.get("modules_to_save"))), "new_tokens": (),
+        "modules_to_save": _whole(saved), "new_tokens": (),
     }  # fmt: skip
     problems = [f"{CONFIG}: {key} is set, which lmtune does not train" for key in _NOT_TRAINED if saved.get(key)]
     for key, value in theirs.items():
@@ -114,6 +115,12 @@ def _settings(asked: LoraConfig, saved: LoraSettings, target: str) -> LoraConfig
     if problems:
         raise ConfigError(f"tuning.adapter: {target} cannot be trained in this way\n{format_list(problems)}")
     return replace(asked, **theirs)
+
+
+def _whole(saved: LoraSettings) -> tuple[str, ...]:
+    """The modules that were trained whole, less the head of a classifier, which always is."""
+    names = _names(saved.get("modules_to_save"))
+    return tuple(name for name in names if saved.get("task_type") != "SEQ_CLS" or name not in _HEADS_OF_PEFT)
 
 
 def _names(value: str | list[str] | None) -> list[str]:
