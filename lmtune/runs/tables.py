@@ -46,9 +46,9 @@ def names_of(*scores: ScoreValues) -> dict[str, str]:
         key: named.get(key, key.replace("_", " ").capitalize())
         for part in scores for key in part if key not in _NOT_SHOWN
     }  # fmt: skip
-    if any(part.get("perplexity") is not None for part in scores):
+    if not own or any(part.get("perplexity") is not None for part in scores):
         return {key: name for key, (name, _) in SCORES.items()}
-    return {"loss": "Loss", **(own or {"sequence_accuracy": "Accuracy"})}
+    return {"loss": "Loss", **own}
 
 
 def scores_table(base: ScoreValues | None, tuned: ScoreValues, baseline: object = None) -> Table:

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lmtune.config import schema as config_module
+from lmtune.config.json_schema import kinds
 from lmtune.config.load import dump_config, load_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.data import templates as templates_module
@@ -116,8 +116,8 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, examples: int) -> None:
 
 # --- the config
 
-SECTIONS = {field.name: getattr(config_module, str(field.type)) for field in dataclasses.fields(FinetuneConfig)}
-FIELDS = sorted({field.name for section in SECTIONS.values() for field in dataclasses.fields(section)})
+SECTIONS = kinds(FinetuneConfig)
+FIELDS = sorted({field.name for types in SECTIONS.values() for one in types for field in dataclasses.fields(one)})
 scalars = st.sampled_from(
     ["1e-4", "-1", "0", "1e400", ".nan", "-.inf", "true", "null", "~", "''", "auto", "tiny", "nf4", "rows.jsonl", "3.5",
      "!!python/name:os.system", "!!int ''", "!!bool x", "!!timestamp x", "!!binary x", "&a x", "*a", "0x_", "12:30",
