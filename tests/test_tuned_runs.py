@@ -241,15 +241,15 @@ def test_the_base_and_the_reference_are_the_weights_before_the_first_step(
         seen: list[bool] = []
         base = load_model(ModelConfig(name="base", quantization="none", dtype="float32"), "cpu")
 
-        def precompute(model: Any, forward: Any, data: Any) -> Any:
-            weights = model.trainable()
+        def precompute(data: Any, logprobs: Any) -> Any:
+            weights = parts.model.trainable()
             seen.append(all(torch.equal(weights[key], base.get_parameter(key)) for key in weights))
             return data
 
         parts.objective.precompute = precompute  # type: ignore[method-assign]
         resumed = load_checkpoint(run.checkpoints / "step-000008")
         parts.job(resumed)
-    assert seen == [True]
+    assert seen == [True] * len(seen) != []
     key = "model.norm.weight"
     assert torch.equal(parts.model.trainable()[key], resumed.weights[key])
     assert summary["base"] is not None
