@@ -11,6 +11,7 @@ That a loss is a function of per-token log-probabilities is Tinker's idea (`forw
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from lmtune.batching.packing import MicroBatch, Reads
-from lmtune.batching.plan import Totals
+from lmtune.batching.plan import Totals, each_alone
 from lmtune.data.types import ExampleStore, RowKind
 from lmtune.forward.packed import Outputs
 from lmtune.models.head import Head
@@ -83,3 +84,32 @@ class Objective(Protocol):
 
         `statistic` is the mean of the whole step, over all ranks, of what `statistic` gives.
         """
+
+
+class ObjectiveDefaults(abc.ABC):
+    """What objectives have where they say nothing else: each sequence by itself, over the rows by weight."""
+
+    reads: ClassVar[Reads] = "targets"
+    two_passes: ClassVar[bool] = False
+    selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+    head: Head | None = None
+
+    def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
+        """Each sequence by itself."""
+        return each_alone(num_sequences)
+
+    def denominator(self, totals: Totals) -> float:
+        """The rows, or pairs, by weight."""
+        return totals.weight
+
+    def precompute(self, store: ExampleStore, logprobs: SequenceLogprobs) -> ExampleStore:
+        """Nothing."""
+        return store
+
+    def statistic(self, outputs: Outputs, batch: MicroBatch) -> tuple[torch.Tensor, int]:
+        """Nothing, as without `two_passes` nobody asks."""
+        return batch.weights.new_zeros(()), 1
+
+    @abc.abstractmethod
+    def loss(self, outputs: Outputs, batch: MicroBatch, statistic: float = 0.0) -> LossSum:
+        """See `Objective`."""

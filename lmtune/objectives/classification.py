@@ -12,8 +12,9 @@ and not having each one are balanced in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+import abc
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,40 +22,25 @@ import torch
 import torch.nn.functional as F
 
 from lmtune.batching.packing import MicroBatch, Reads
-from lmtune.batching.plan import Totals, each_alone
 from lmtune.config.schema import ClassificationConfig
 from lmtune.data.labels import Classes, Labels, class_numbers, label_values
 from lmtune.data.types import ExampleStore, RowKind, WithValues
 from lmtune.forward.packed import Outputs
 from lmtune.models.head import Head
-from lmtune.objectives.base import LossSum, SequenceLogprobs
+from lmtune.objectives.base import LossSum, ObjectiveDefaults, SequenceLogprobs
 
 Float32 = npt.NDArray[np.float32]
 
 
-class _OverRows:
+class _OverRows(ObjectiveDefaults):
     """What the objectives over labelled rows share; each says what its targets are, and what a row costs."""
 
     rows: ClassVar[RowKind] = "labelled"
     reads: ClassVar[Reads] = "last_token"
-    two_passes: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]]
-    selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
 
     def __init__(self, head: Head) -> None:
-        self.head: Head | None = head
-
-    def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
-        """Each row by itself."""
-        return each_alone(num_sequences)
-
-    def denominator(self, totals: Totals) -> float:
-        """The rows, by weight."""
-        return totals.weight
-
-    def statistic(self, outputs: Outputs, batch: MicroBatch) -> tuple[torch.Tensor, int]:
-        """Nothing."""
-        return batch.weights.new_zeros(()), 1
+        self.head = head
 
     def loss(self, outputs: Outputs, batch: MicroBatch, statistic: float = 0.0) -> LossSum:
         """The losses of the rows, and the mean of the one metric."""
@@ -65,11 +51,11 @@ class _OverRows:
         metrics = {name: (measured.detach().float().sum(), count) for name in self.metrics}
         return LossSum((losses * batch.weights).sum(), errors, metrics)
 
+    @abc.abstractmethod
     def of_rows(
         self, scores: torch.Tensor, values: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of each row of `scores[S, K]` its loss, its metric, and whether it is wrong, `[S]` each."""
-        raise NotImplementedError
 
 
 class Classification(_OverRows):

@@ -17,22 +17,21 @@ https://arxiv.org/abs/2402.01306.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lmtune.batching.packing import MicroBatch, Reads
-from lmtune.batching.plan import Totals
+from lmtune.batching.packing import MicroBatch
 from lmtune.config.schema import DpoConfig, IpoConfig, KtoConfig, OrpoConfig, SimpoConfig
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.types import ExampleStore, RowKind, TokenizedExample, TokenSequence, WithValues
 from lmtune.forward.packed import Outputs
-from lmtune.models.head import Head
-from lmtune.objectives.base import LossSum, SequenceLogprobs
+from lmtune.objectives.base import LossSum, ObjectiveDefaults, SequenceLogprobs
 
 PAIR: Sequence[Sequence[int]] = ((0, 1),)
 
@@ -79,14 +78,10 @@ class Answers:
         return self.logprobs[0] - self.reference[0], self.logprobs[1] - self.reference[1]
 
 
-class _Pairs:
+class _Pairs(ObjectiveDefaults):
     """What the objectives over pairs share; each says what a pair costs, and what its answers are worth."""
 
     rows: ClassVar[RowKind] = "pair"
-    reads: ClassVar[Reads] = "targets"
-    head: Head | None = None
-    two_passes: ClassVar[bool] = False
-    selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     metrics: ClassVar[tuple[str, ...]] = (
         "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "pair_accuracy", "logprob_chosen",
         "logprob_rejected", "length_chosen", "length_rejected",
@@ -96,14 +91,6 @@ class _Pairs:
     def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
         """A pair, whose prompt is then computed once."""
         return PAIR
-
-    def statistic(self, outputs: Outputs, batch: MicroBatch) -> tuple[torch.Tensor, int]:
-        """Nothing."""
-        return outputs.logprobs.new_zeros(()), 1
-
-    def denominator(self, totals: Totals) -> float:
-        """The pairs, by weight."""
-        return totals.weight
 
     def precompute(self, store: ExampleStore, logprobs: SequenceLogprobs) -> ExampleStore:
         """The log-probabilities of the answers under the reference."""
@@ -124,9 +111,9 @@ class _Pairs:
         metrics = {name: (value.detach().sum(), count) for name, value in zip(self.metrics, found, strict=True)}
         return LossSum((losses * answers.weights).sum(), errors, metrics)
 
+    @abc.abstractmethod
     def of_pairs(self, answers: Answers) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """The loss of each pair, with a gradient, and the rewards of its answers."""
-        raise NotImplementedError
 
     def _likelihood(self, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
         """By what one answer is likelier than the other: the whole of it, or a token on average."""
@@ -205,7 +192,7 @@ class Simpo(_Pairs):
         return answers.means
 
 
-class Kto:
+class Kto(ObjectiveDefaults):
     """Kahneman-Tversky optimization: judged answers, each by itself.
 
     The divergence z is estimated as in the paper: the mean log-ratio of answers to other prompts, and not below 0. It
@@ -214,10 +201,7 @@ class Kto:
 
     kind: ClassVar[str] = "kto"
     rows: ClassVar[RowKind] = "judged"
-    reads: ClassVar[Reads] = "targets"
-    head: Head | None = None
     two_passes: ClassVar[bool] = True
-    selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     metrics: ClassVar[tuple[str, ...]] = (
         "reward_desirable", "reward_undesirable", "accuracy", "kl", "logprob_desirable", "logprob_undesirable",
     )  # fmt: skip
@@ -228,10 +212,6 @@ class Kto:
     def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
         """A row's own answer and the other one, whose prompt is computed once."""
         return PAIR
-
-    def denominator(self, totals: Totals) -> float:
-        """The rows, by weight."""
-        return totals.weight
 
     def precompute(self, store: ExampleStore, logprobs: SequenceLogprobs) -> ExampleStore:
         """Each row with another row's answer beside its own, their reference log-probabilities, and the judgement."""

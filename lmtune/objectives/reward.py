@@ -9,48 +9,33 @@ their number, by weight. A pair shares a micro-batch, and so its prompt: https:/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from lmtune.batching.packing import MicroBatch, Reads
-from lmtune.batching.plan import Totals
-from lmtune.data.types import ExampleStore, RowKind
+from lmtune.data.types import RowKind
 from lmtune.forward.packed import Outputs
 from lmtune.models.head import Head
-from lmtune.objectives.base import LossSum, SequenceLogprobs
+from lmtune.objectives.base import LossSum, ObjectiveDefaults
 from lmtune.objectives.preference import PAIR
 
 
-class Reward:
+class Reward(ObjectiveDefaults):
     """Pairs of answers."""
 
     kind: ClassVar[str] = "reward"
     rows: ClassVar[RowKind] = "pair"
     reads: ClassVar[Reads] = "last_token"
-    two_passes: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("pair_accuracy", "reward_chosen", "reward_rejected", "reward_margin")
-    selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
 
     def __init__(self, head: Head) -> None:
-        self.head: Head | None = head
+        self.head = head
 
     def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
         """A pair."""
         return PAIR
-
-    def denominator(self, totals: Totals) -> float:
-        """The pairs, by weight."""
-        return totals.weight
-
-    def precompute(self, store: ExampleStore, logprobs: SequenceLogprobs) -> ExampleStore:
-        """Nothing."""
-        return store
-
-    def statistic(self, outputs: Outputs, batch: MicroBatch) -> tuple[torch.Tensor, int]:
-        """Nothing."""
-        return batch.weights.new_zeros(()), 1
 
     def loss(self, outputs: Outputs, batch: MicroBatch, statistic: float = 0.0) -> LossSum:
         """The losses of the pairs; an error is a pair whose chosen answer has no higher reward."""

@@ -7,45 +7,27 @@ The weight of a target is that of its row, 1 unless the row says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from lmtune.batching.packing import MicroBatch, Reads
-from lmtune.batching.plan import Totals, each_alone
-from lmtune.data.types import ExampleStore, RowKind
+from lmtune.batching.packing import MicroBatch
+from lmtune.batching.plan import Totals
+from lmtune.data.types import RowKind
 from lmtune.forward.packed import Outputs
-from lmtune.models.head import Head
-from lmtune.objectives.base import LossSum, SequenceLogprobs
+from lmtune.objectives.base import LossSum, ObjectiveDefaults
 
 
-class Sft:
+class Sft(ObjectiveDefaults):
     """Answers, or plain text: each sequence by itself, every target alike."""
 
     kind: ClassVar[str] = "sft"
     rows: ClassVar[RowKind] = "answer"
-    reads: ClassVar[Reads] = "targets"
-    head: Head | None = None
-    two_passes: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("token_accuracy",)
-    selection: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
-
-    def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
-        """Each sequence by itself."""
-        return each_alone(num_sequences)
 
     def denominator(self, totals: Totals) -> float:
         """The targets of the step, by the weights of their rows: long answers count for their length."""
         return totals.weighted_targets
-
-    def precompute(self, store: ExampleStore, logprobs: SequenceLogprobs) -> ExampleStore:
-        """Nothing."""
-        return store
-
-    def statistic(self, outputs: Outputs, batch: MicroBatch) -> tuple[torch.Tensor, int]:
-        """Nothing."""
-        return outputs.logprobs.new_zeros(()), 1
 
     def loss(self, outputs: Outputs, batch: MicroBatch, statistic: float = 0.0) -> LossSum:
         """The negative log-probabilities; an error is a target that is not the most likely token."""
