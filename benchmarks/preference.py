@@ -153,17 +153,7 @@ class TrlDpo(Trl):
             model=self.model, args=config, train_dataset=data, processing_class=self.work.tokenizer(),
             callbacks=[_Hold(self.gate)],
         )  # fmt: skip
-        plain = trainer.compute_loss
-
-        def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            self.computed += inputs["input_ids"].numel()
-            result = plain(model, inputs, *args, **kwargs)
-            loss = result[0] if isinstance(result, tuple) else result
-            self.losses.append(loss.detach())
-            return result
-
-        trainer.compute_loss = compute_loss
-        return trainer
+        return self.counted(trainer)
 
 
 def make_arm(name: str, work: Pairs, folder: Path, device: str, steps: int) -> Any:

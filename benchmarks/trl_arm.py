@@ -95,6 +95,10 @@ class Trl(Arm):
             model=self.model, args=config, train_dataset=data, processing_class=self.work.tokenizer(),
             callbacks=[_Hold(self.gate)],
         )  # fmt: skip
+        return self.counted(trainer)
+
+    def counted(self, trainer: Any) -> Any:
+        """`trainer`, whose positions and losses are noted."""
         plain = trainer.compute_loss
 
         def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

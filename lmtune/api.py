@@ -274,12 +274,9 @@ def evaluate(
     """
     from lmtune.evaluation.scoring import evaluate_loaded
 
-    model = target if isinstance(target, Model) else load(target)
-    files: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder, quiet(), _naming_rows(files):
-        paths = _paths_of(data, Path(folder), "data", files)
+    with _loaded_with_files(target, data) as (loaded, paths):
         check_data(paths)
-        return evaluate_loaded(model._loaded, paths, exact_match_rows, max_new_tokens, max_length)
+        return evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length)
 
 
 def predict(
@@ -299,11 +296,19 @@ def predict(
     """
     from lmtune.evaluation.predict import predict as rows_of
 
+    with _loaded_with_files(target, data) as (loaded, paths):
+        return list(rows_of(loaded, paths, max_length, max_new_tokens))
+
+
+@contextlib.contextmanager
+def _loaded_with_files(
+    target: str | os.PathLike[str] | Run | Model, data: Data
+) -> Iterator[tuple[LoadedModel, list[str]]]:
+    """What is named, loaded, and the files that its rows are in while the block runs; quiet but for errors."""
     model = target if isinstance(target, Model) else load(target)
     files: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, quiet(), _naming_rows(files):
-        paths = _paths_of(data, Path(folder), "data", files)
-        return list(rows_of(model._loaded, paths, max_length, max_new_tokens))
+        yield model._loaded, list(_paths_of(data, Path(folder), "data", files))
 
 
 def load_config(path: str | os.PathLike[str], overrides: Overrides = ()) -> FinetuneConfig:

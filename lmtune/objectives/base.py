@@ -46,6 +46,24 @@ class LossSum:
     metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
+def sum_of_rows(
+    losses: torch.Tensor, weights: torch.Tensor, wrong: torch.Tensor, examples: torch.Tensor, num_examples: int,
+    **metrics: torch.Tensor,
+) -> LossSum:  # fmt: skip
+    """What B rows, or pairs, of a micro-batch add to the step.
+
+    Args:
+        losses, weights, wrong: `[B]` each; `wrong` says of which there is an error.
+        examples: `[B]`, their numbers in the step.
+        num_examples: of the step.
+        metrics: `[B]` each, whose mean is shown.
+    """
+    errors = torch.zeros(num_examples, device=losses.device).index_add_(0, examples, wrong.float())
+    count = torch.full_like(losses[:1], len(losses))[0]  # made on the device: no copy to wait for
+    found = {name: (values.detach().float().sum(), count) for name, values in metrics.items()}
+    return LossSum((losses * weights).sum(), errors, found)
+
+
 class Objective(Protocol):
     """What is trained from an example.
 

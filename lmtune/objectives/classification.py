@@ -27,7 +27,7 @@ from lmtune.data.labels import Classes, Labels, class_numbers, label_values
 from lmtune.data.types import ExampleStore, RowKind, WithValues
 from lmtune.forward.packed import Outputs
 from lmtune.models.head import Head
-from lmtune.objectives.base import LossSum, ObjectiveDefaults, SequenceLogprobs
+from lmtune.objectives.base import LossSum, ObjectiveDefaults, SequenceLogprobs, sum_of_rows
 
 Float32 = npt.NDArray[np.float32]
 
@@ -46,10 +46,8 @@ class _OverRows(ObjectiveDefaults):
         """The losses of the rows, and the mean of the one metric."""
         assert outputs.scores is not None
         losses, measured, wrong = self.of_rows(outputs.scores, batch.values)
-        errors = torch.zeros(batch.num_examples, device=losses.device).index_add_(0, batch.example_of, wrong.float())
-        count = torch.full_like(batch.weights[:1], len(losses))[0]
-        metrics = {name: (measured.detach().float().sum(), count) for name in self.metrics}
-        return LossSum((losses * batch.weights).sum(), errors, metrics)
+        (name,) = self.metrics
+        return sum_of_rows(losses, batch.weights, wrong, batch.example_of, batch.num_examples, **{name: measured})
 
     @abc.abstractmethod
     def of_rows(

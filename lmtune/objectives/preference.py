@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ from lmtune.config.schema import DpoConfig, IpoConfig, KtoConfig, OrpoConfig, Si
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.types import ExampleStore, RowKind, TokenizedExample, TokenSequence, WithValues
 from lmtune.forward.packed import Outputs
-from lmtune.objectives.base import LossSum, ObjectiveDefaults, SequenceLogprobs
+from lmtune.objectives.base import LossSum, ObjectiveDefaults, SequenceLogprobs, sum_of_rows
 
+Settings = TypeVar("Settings")
 PAIR: Sequence[Sequence[int]] = ((0, 1),)
 
 
@@ -78,7 +79,7 @@ class Answers:
         return self.logprobs[0] - self.reference[0], self.logprobs[1] - self.reference[1]
 
 
-class _Pairs(ObjectiveDefaults):
+class _Pairs(ObjectiveDefaults, Generic[Settings]):
     """What the objectives over pairs share; each says what a pair costs, and what its answers are worth."""
 
     rows: ClassVar[RowKind] = "pair"
@@ -87,6 +88,9 @@ class _Pairs(ObjectiveDefaults):
         "logprob_rejected", "length_chosen", "length_rejected",
     )  # fmt: skip
     has_reference: ClassVar[bool] = True
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
 
     def units(self, num_sequences: int) -> Sequence[Sequence[int]]:
         """A pair, whose prompt is then computed once."""
@@ -100,16 +104,12 @@ class _Pairs(ObjectiveDefaults):
         """The losses of the pairs; an error is a pair whose rejected answer is worth as much as the chosen one."""
         answers = Answers.of(outputs, batch)
         losses, (chosen, rejected) = self.of_pairs(answers)
-        wrong = (chosen <= rejected).float()
-        errors = torch.zeros(batch.num_examples, device=wrong.device).index_add_(0, answers.example, wrong)
-        likelier = self._likelihood(answers)
+        wrong, likelier = chosen <= rejected, self._likelihood(answers)
         found = (
-            chosen, rejected, chosen - rejected, 1 - wrong, (likelier[0] > likelier[1]).float(),
-            *answers.logprobs, *answers.lengths,
+            chosen, rejected, chosen - rejected, ~wrong, likelier[0] > likelier[1], *answers.logprobs, *answers.lengths,
         )  # fmt: skip
-        count = torch.full_like(losses[:1], len(losses))[0]
-        metrics = {name: (value.detach().sum(), count) for name, value in zip(self.metrics, found, strict=True)}
-        return LossSum((losses * answers.weights).sum(), errors, metrics)
+        metrics = dict(zip(self.metrics, found, strict=True))
+        return sum_of_rows(losses, answers.weights, wrong, answers.example, batch.num_examples, **metrics)
 
     @abc.abstractmethod
     def of_pairs(self, answers: Answers) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
@@ -120,13 +120,10 @@ class _Pairs(ObjectiveDefaults):
         return answers.logprobs
 
 
-class Dpo(_Pairs):
+class Dpo(_Pairs[DpoConfig]):
     """Direct preference optimization, with a likelihood term if asked."""
 
     kind: ClassVar[str] = "dpo"
-
-    def __init__(self, settings: DpoConfig) -> None:
-        self.settings = settings
 
     def of_pairs(self, answers: Answers) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """See `_Pairs`."""
@@ -139,13 +136,10 @@ class Dpo(_Pairs):
         return losses, (beta * chosen.detach(), beta * rejected.detach())
 
 
-class Ipo(_Pairs):
+class Ipo(_Pairs[IpoConfig]):
     """Identity preference optimization, over log-ratios of a token on average, as its authors compute it."""
 
     kind: ClassVar[str] = "ipo"
-
-    def __init__(self, settings: IpoConfig) -> None:
-        self.settings = settings
 
     def of_pairs(self, answers: Answers) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """See `_Pairs`."""
@@ -154,14 +148,11 @@ class Ipo(_Pairs):
         return (chosen - rejected - 1 / (2 * beta)) ** 2, (beta * chosen.detach(), beta * rejected.detach())
 
 
-class Orpo(_Pairs):
+class Orpo(_Pairs[OrpoConfig]):
     """Odds ratio preference optimization: the likelihood of the chosen answer, and its odds to the rejected one."""
 
     kind: ClassVar[str] = "orpo"
     has_reference: ClassVar[bool] = False
-
-    def __init__(self, settings: OrpoConfig) -> None:
-        self.settings = settings
 
     def of_pairs(self, answers: Answers) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """See `_Pairs`."""
@@ -173,14 +164,11 @@ class Orpo(_Pairs):
         return answers.means
 
 
-class Simpo(_Pairs):
+class Simpo(_Pairs[SimpoConfig]):
     """Simple preference optimization: mean log-probabilities, a margin, no reference."""
 
     kind: ClassVar[str] = "simpo"
     has_reference: ClassVar[bool] = False
-
-    def __init__(self, settings: SimpoConfig) -> None:
-        self.settings = settings
 
     def of_pairs(self, answers: Answers) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """See `_Pairs`."""
@@ -231,15 +219,18 @@ class Kto(ObjectiveDefaults):
         ratio = answers.log_ratios[0]
         weight = torch.where(good, self.settings.desirable_weight, self.settings.undesirable_weight)
         losses = weight * (1 - torch.sigmoid(self.settings.beta * torch.where(good, ratio - z, z - ratio)))
-        wrong = torch.where(good, ratio <= z, ratio >= z).float()
-        errors = torch.zeros(batch.num_examples, device=wrong.device).index_add_(0, answers.example, wrong)
+        wrong = torch.where(good, ratio <= z, ratio >= z)
+        result = sum_of_rows(
+            losses, answers.weights, wrong, answers.example, batch.num_examples, accuracy=~wrong,
+            kl=torch.full_like(losses, z),
+        )  # fmt: skip
         rewards, logprobs = self.settings.beta * ratio.detach(), answers.logprobs[0].detach()
-        count = torch.full_like(losses[:1], len(losses))[0]
-        metrics = {"accuracy": (count - wrong.sum(), count), "kl": (z * count, count)}
-        for name, value in (("reward", rewards), ("logprob", logprobs)):
-            for side, mask in (("desirable", good), ("undesirable", ~good)):
-                metrics[f"{name}_{side}"] = ((value * mask).sum(), mask.sum().float())
-        return LossSum((losses * answers.weights).sum(), errors, metrics)
+        of_sides = {
+            f"{name}_{side}": ((values * mask).sum(), mask.sum().float())
+            for name, values in (("reward", rewards), ("logprob", logprobs))
+            for side, mask in (("desirable", good), ("undesirable", ~good))
+        }
+        return replace(result, metrics={**result.metrics, **of_sides})
 
 
 class WithOtherAnswers:

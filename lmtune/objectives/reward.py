@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 
 from lmtune.batching.packing import MicroBatch, Reads
 from lmtune.data.types import RowKind
 from lmtune.forward.packed import Outputs
 from lmtune.models.head import Head
-from lmtune.objectives.base import LossSum, ObjectiveDefaults
+from lmtune.objectives.base import LossSum, ObjectiveDefaults, sum_of_rows
 from lmtune.objectives.preference import PAIR
 
 
@@ -42,9 +41,8 @@ class Reward(ObjectiveDefaults):
         assert outputs.scores is not None
         chosen, rejected = outputs.scores[::2, 0], outputs.scores[1::2, 0]
         losses = -F.logsigmoid(chosen - rejected)
-        wrong = (chosen <= rejected).float()
-        errors = torch.zeros(batch.num_examples, device=wrong.device).index_add_(0, batch.example_of[::2], wrong)
-        count = torch.full_like(batch.weights[:1], len(losses))[0]
-        found = (1 - wrong, chosen, rejected, chosen - rejected)
-        metrics = {name: (value.detach().sum(), count) for name, value in zip(self.metrics, found, strict=True)}
-        return LossSum((losses * batch.weights[::2]).sum(), errors, metrics)
+        wrong = chosen <= rejected
+        return sum_of_rows(
+            losses, batch.weights[::2], wrong, batch.example_of[::2], batch.num_examples, pair_accuracy=~wrong,
+            reward_chosen=chosen, reward_rejected=rejected, reward_margin=chosen - rejected,
+        )  # fmt: skip

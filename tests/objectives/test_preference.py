@@ -3,6 +3,7 @@
 The plain twins here run each sequence alone, and write the formulas down as their papers do.
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lmtune.batching.plan import Planner
 from lmtune.batching.prefetch import pack_units
@@ -26,7 +28,9 @@ from lmtune.runs.store import checkpoint_folders
 from lmtune.training.checkpoint import load_checkpoint
 from lmtune.training.step import step_gradients
 from tests.jobs import final_weights, job_for
+from tests.processes import lmtune as command
 from tests.tiny import Rows, adapted, tiny_model, token_sequence
+from tests.workplace import make_workplace, write_config, write_rows
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"kind": "dpo", "beta": 0.5},
@@ -221,3 +225,23 @@ def test_odds_of_sure_answers_stay_finite() -> None:
     x = torch.tensor([-1e-6, -1e-3, -1.0, -50.0])
     wanted = [math.log(-math.expm1(float(value))) for value in x]
     torch.testing.assert_close(_log1mexp(x), torch.tensor(wanted), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_two_processes_give_what_one_gives(tmp_path: Path, name: str) -> None:
+    place = make_workplace(tmp_path / "work")
+    rows = [
+        {"prompt": f"Say number {n}!", "chosen": f"It is {n}.", "rejected": f"No. {9 - n % 10}"} if name == "dpo"
+        else {"prompt": f"Say number {n}!", "completion": f"It is {n}." if n % 3 else "No.", "label": bool(n % 3)}
+        for n in range(20)
+    ]  # fmt: skip
+    for file, some in (("train", rows[:-5]), ("validation", rows[-5:])):
+        write_rows(place / f"{file}.jsonl", some)
+    write_config(place, objective__kind=name, train__learning_rate=1e-3)
+    assert command(place, "finetune", "run.yaml", "run.name=one") == 0
+    assert command(place, "finetune", "run.yaml", "run.name=two", "--processes", "2") == 0
+    one, two = (load_file(place / "runs" / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=0)
+    scores = [json.loads((place / "runs" / run / "summary.json").read_text())["tuned"] for run in ("one", "two")]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-4)

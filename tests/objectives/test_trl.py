@@ -10,8 +10,9 @@ import torch
 from lmtune.config.schema import OrpoConfig, SimpoConfig
 from lmtune.objectives.preference import Answers, Orpo, Simpo, WithOtherAnswers
 from tests.jobs import final_weights, job_for, records
+from tests.objectives import test_heads
 from tests.objectives.test_preference import rows_for
-from tests.tiny import Rows, adapted, tiny_model
+from tests.tiny import Rows, adapted, tiny_classifier, tiny_model
 from tests.tokenizers import make_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -48,13 +49,25 @@ def judged_of(rows: Rows) -> list[dict[str, Any]]:
     return found
 
 
+def whole_pairs_of(rows: Rows) -> list[dict[str, Any]]:
+    return [
+        {"chosen_ids": row.sequences[0].input_ids.tolist(), "rejected_ids": row.sequences[1].input_ids.tolist()}
+        for row in rows.rows
+    ]
+
+
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "dpo": ({"kind": "dpo", "beta": 0.5}, {"beta": 0.5}),
-    "ipo": ({"kind": "ipo", "beta": 0.4}, {"beta": 0.4, "loss_type": ["ipo"]}),
+    "dpo": ({"kind": "dpo", "beta": 0.5}, {"beta": 0.5, "precompute_ref_log_probs": True}),
+    "ipo": ({"kind": "ipo", "beta": 0.4}, {"beta": 0.4, "loss_type": ["ipo"], "precompute_ref_log_probs": True}),
     "kto": (
         {"kind": "kto", "beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7},
-        {"beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7},
+        {"beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7, "precompute_ref_log_probs": True},
     ),
+    "reward": ({"kind": "reward"}, {}),
+}
+MADE = {
+    "kto": (trl.KTOTrainer, trl.KTOConfig, judged_of),
+    "reward": (trl.RewardTrainer, trl.RewardConfig, whole_pairs_of),
 }
 
 
@@ -66,23 +79,30 @@ def test_losses_and_weights_are_those_of_trls_trainer(name: str, tmp_path: Path)
     from datasets import Dataset
 
     ours, theirs = CASES[name]
-    rows = rows_for(name, ROWS)
+    trainer_kind, config_kind, rows_of = MADE.get(name, (trl.DPOTrainer, trl.DPOConfig, pairs_of))
+    head = test_heads.CASES["reward"][1] if name == "reward" else None
+    rows = test_heads.rows_for("reward", weights=False) if name == "reward" else rows_for(name, ROWS)
+    rows = Rows(rows.rows[:ROWS])
+
+    def model() -> Any:
+        return adapted(tiny_model() if head is None else tiny_classifier(head))
+
     job = job_for(
-        tmp_path, model=adapted(tiny_model()), objective=ours, rows=rows, train__epochs=STEPS, train__batch_size=ROWS,
+        tmp_path, model=model(), objective=ours, rows=rows, head=head, train__epochs=STEPS, train__batch_size=ROWS,
         train__schedule="constant", train__warmup_ratio=0.0, train__max_grad_norm=None, train__learning_rate=2e-3,
     )  # fmt: skip
     weights = final_weights(job)
-    made = (trl.KTOTrainer, trl.KTOConfig, judged_of) if name == "kto" else (trl.DPOTrainer, trl.DPOConfig, pairs_of)
-    trainer_kind, config_kind, rows_of = made
-    model = adapted(tiny_model())
     config = config_kind(
         output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, learning_rate=2e-3, lr_scheduler_type="constant",
         max_grad_norm=1e9, num_train_epochs=STEPS, per_device_train_batch_size=ROWS, report_to="none",
-        save_strategy="no", logging_steps=1, gradient_checkpointing=False, precompute_ref_log_probs=True,
-        max_length=None, disable_tqdm=True, train_sampling_strategy="sequential", **theirs,
+        save_strategy="no", logging_steps=1, gradient_checkpointing=False, max_length=None, disable_tqdm=True,
+        train_sampling_strategy="sequential", **theirs,
     )  # fmt: skip
     trainer = prepared(trainer_kind)(
-        model=model, args=config, train_dataset=Dataset.from_list(rows_of(rows)), processing_class=make_tokenizer(None)
+        model=model(),
+        args=config,
+        train_dataset=Dataset.from_list(rows_of(rows)),
+        processing_class=make_tokenizer(None),
     )
     trainer.train()
     wanted = [line["loss"] for line in trainer.state.log_history if "loss" in line]
