@@ -116,3 +116,10 @@ def test_the_python_page_names_what_is_public() -> None:
         signature = inspect.signature(getattr(lmtune, name)).parameters
         named = {parameter.strip("* ") for parameter in parameters.split(",")} - {""}
         assert named == set(signature), name
+
+
+def test_every_page_is_in_the_navigation_and_the_readme() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    navigation, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("mkdocs.yml", "README.md"))
+    assert {page for page in pages if f": {page}" not in navigation} == set()
+    assert {page for page in pages if f"docs/{page}" not in readme} == set()

@@ -82,7 +82,7 @@ def _answers(loaded: LoadedModel, read: Sequence[tuple[Example, Row]], max_new_t
 
 def _prompt(renderer: Renderer, example: Example) -> list[int]:
     """The tokens before an answer: a row's own answer, if it has one, is left out."""
-    if example.text is not None or example.rejected:
+    if example.text is not None:
         raise DataError(f"{example.location}: a language model answers prompts; write prompt, or messages")
     turns = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
     return list(renderer.prompt_ids(turns))
