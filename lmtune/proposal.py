@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.config.schema import ModelConfig, Quantization, RowKind
-from lmtune.errors import ConfigError, LmtuneError, ModelError
+from lmtune.errors import LmtuneError, ModelError
 from lmtune.io.console import progress
 
 _ROWS_READ = 5000  # of the data, to measure lengths
@@ -157,14 +157,6 @@ def propose(
     else:
         _add_lengths(values, reasons, data, known)
     return values, reasons
-
-
-def require_new(path: Path) -> None:
-    """Raise ConfigError if `path` cannot be a new file."""
-    if path.exists():
-        raise ConfigError(f"--output: {path} is there already, and is not replaced; give another --output")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--output: {path.parent} is not a folder; make it, or give another --output")
 
 
 def described(path: Path, machine: str, settings: str) -> str:

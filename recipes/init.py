@@ -16,11 +16,11 @@ from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, Quantization
 from lmtune.data.checking import DataCheck, describe_check, inspect_data
 from lmtune.errors import ConfigError, DataError
-from lmtune.io.atomic import write_text
+from lmtune.io.atomic import require_absent, write_text
 from lmtune.io.console import command, err, escape, out, progress
 from lmtune.io.questions import ask, choose
 from lmtune.io.text import format_list
-from lmtune.proposal import described, known_model, propose, propose_quantization, require_new, this_machine
+from lmtune.proposal import described, known_model, propose, propose_quantization, this_machine
 from lmtune.run import run
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "nf4", "int8")
@@ -50,9 +50,9 @@ def main(
             "`lmtune init --model MODEL --data FILE`; also --quantization, --output FILE"
         )
     if output is not None:
-        require_new(output)
+        require_absent(output)
     elif data and data[0].strip():
-        require_new(Path(f"{run_name(data[0])}.yaml"))
+        require_absent(Path(f"{run_name(data[0])}.yaml"))
     check = checked(data) if data else None
     with progress("looking at this machine"):
         machine = this_machine()
@@ -64,7 +64,7 @@ def main(
         err.print(f"[dim]{escape(str(machine))}; {escape(why)}[/]")
         quantization = choose("Quantization", QUANTIZATIONS, proposed)
     path = output or Path(f"{run_name(paths[0])}.yaml")
-    require_new(path)
+    require_absent(path)
     values, reasons = propose(model, paths, quantization, check.train.num_rows, machine, known, check.train.kind)
     write_text(path, described(path, str(machine), commented_yaml(values, reasons)))
     load_config(FinetuneConfig, path)

@@ -84,19 +84,19 @@ def content_hash(example: Example) -> int:
         parts += ["rejected", *_parts(example.rejected[-1:])]
     if example.label is not None:
         parts += ["label", json.dumps(example.label)]
-    return _hash64(parts)
+    return hash64(parts)
 
 
 def prompt_hash(example: Example) -> int:
     """64 bits, equal for rows with the same messages before the last answer, or with the same text."""
     if example.text is not None or example.kind == "labelled":
-        return _hash64(_content(example))
-    return _hash64(_parts(example.messages[:-1]))
+        return hash64(_content(example))
+    return hash64(_parts(example.messages[:-1]))
 
 
 def piece_hash(content: int, number: int) -> int:
     """64 bits: of the piece of this number of a row with this `content_hash`."""
-    return _hash64(["piece", str(content), str(number)])
+    return hash64(["piece", str(content), str(number)])
 
 
 def _content(example: Example) -> list[str]:
@@ -107,7 +107,7 @@ def _parts(turns: Sequence[Message]) -> list[str]:
     return [part for turn in turns for part in (turn.role if turn.trained else f"{turn.role}, read", turn.content)]
 
 
-def _hash64(parts: list[str]) -> int:
+def hash64(parts: list[str]) -> int:
     # The reader refuses NUL in contents, so joined by NUL different rows stay different.
     return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
 

@@ -107,6 +107,45 @@ def name_disk_errors(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), final) from error
 
 
+@contextlib.contextmanager
+def new_files(*targets: Path) -> Iterator[Path]:
+    """An empty folder to write `targets` into, each under its name; when the block ends well each gets its place.
+
+    They lie in one folder. What else is written into the folder is removed. ConfigError if one is there already, or
+    another process is writing the first one now.
+    """
+    require_absent(*targets)
+    staging = targets[0].with_name(f".staging-{targets[0].name}")
+    with name_disk_errors(targets[0]):
+        lock = open(staging.with_name(f".{targets[0].name}.lock"), "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        if try_lock(lock) is False:
+            raise ConfigError(f"{targets[0]}: another lmtune process is writing this file now; wait for it")
+        shutil.rmtree(staging, ignore_errors=True)
+        with name_disk_errors(targets[0]):
+            staging.mkdir()
+            yield staging
+            require_absent(*targets)
+            for target in targets[::-1]:  # the first last: who sees it has all
+                with open(staging / target.name, "rb") as file:
+                    flush_to_disk(file)
+                os.replace(staging / target.name, target)
+            sync_folder(targets[0].parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        Path(lock.name).unlink(missing_ok=True)
+        lock.close()
+
+
+def require_absent(*targets: Path) -> None:
+    """Raise ConfigError if one of `targets` cannot be a new file."""
+    for target in targets:
+        if os.path.lexists(target):
+            raise ConfigError(f"--output: {target} is there already, and is not replaced; give another --output")
+        if not target.parent.is_dir():
+            raise ConfigError(f"--output: {target.parent} is not a folder; make it, or give another --output")
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 

@@ -43,3 +43,14 @@ def choose(question: str, choices: Sequence[C], proposed: C) -> C:
         raise ConfigError(f"{answer}: expected {', '.join(choices)}")
 
     return ask(f"{question} ({', '.join(choices)})", proposed, check)[1]
+
+
+def confirm(question: str, proposed: bool) -> bool:
+    """Yes or no; an empty answer is what is proposed."""
+
+    def check(answer: str) -> bool:
+        if answer.lower() in ("y", "yes", "n", "no"):
+            return answer.lower().startswith("y")
+        raise ConfigError(f"{answer}: expected y or n")
+
+    return ask(question, "Y/n" if proposed else "y/N", lambda answer: proposed if "/" in answer else check(answer))[1]

@@ -1,0 +1,21 @@
+"""The libraries of the extra `prepare`, imported when a step needs them; a missing one is named with its command."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from lmtune.errors import ConfigError
+
+LIBRARIES = ("ftfy", "datasketch", "jieba", "py3langid")
+
+
+def library(name: str) -> Any:
+    """The module `name`; ConfigError that names every library of the extra that is not installed."""
+    if missing := [each for each in LIBRARIES if importlib.util.find_spec(each) is None]:
+        raise ConfigError(
+            f"{', '.join(missing)}: not installed; the steps of prepare need "
+            f"{'it' if len(missing) == 1 else 'them'}: pip install {' '.join(missing)}"
+        )
+    return importlib.import_module(name)

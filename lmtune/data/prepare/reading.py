@@ -1,0 +1,131 @@
+"""What `prepare` is given, as rows: files of rows as training reads them, and corpora as they are published.
+
+A file may hold rows of several formats. All rows of one output are of one kind, that of the first row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmtune.data.formats import detect_format, kind_of_format, parse_row
+from lmtune.data.prepare.corpora import RawRow, Source, find_sources
+from lmtune.data.prepare.plan import Input
+from lmtune.data.prepare.rows import Row, is_single, row_of
+from lmtune.data.prepare.settings import Settings
+from lmtune.data.report import FaultyRows
+from lmtune.data.types import Example, RowKind
+from lmtune.data.values import RowFault
+from lmtune.errors import DataError
+from lmtune.io.atomic import file_sha256
+from lmtune.io.text import format_list
+
+_MOST_FAULTS = 1000
+
+
+@dataclass
+class Reading:
+    """What was read.
+
+    Attributes:
+        kind: of the rows; None before the first.
+        unusable: rows that are none, by reason; `faults` names the first of them.
+        repaired: rows whose texts held NUL or half of a character, which no file of rows may hold.
+        inputs: the files, and as what they were read.
+        notes: what a person should know of the files.
+    """
+
+    kind: RowKind | None = None
+    is_text: bool = False
+    unusable: FaultyRows = field(default_factory=FaultyRows)
+    faults: list[str] = field(default_factory=list)
+    repaired: int = 0
+    ignored_keys: set[str] = field(default_factory=set)
+    inputs: list[Input] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self, paths: Sequence[str], settings: Settings) -> Iterator[Row]:
+        """The rows of `paths`, one after the other.
+
+        Raises:
+            DataError: a path cannot be read at all.
+        """
+        for source in find_sources(paths, settings):
+            count = 0
+            for raw in source.rows:
+                row = self._row(source, raw)
+                if row is not None:
+                    count += 1
+                    yield row
+            for file in source.files:
+                self.inputs.append(Input(file.portable_name, file_sha256(file.path), source.read_as, count))
+            self.notes += source.notes
+
+    def _row(self, source: Source, raw: RawRow) -> Row | None:
+        try:
+            return self._parsed(source, raw)
+        except RowFault as fault:
+            if fault.ends_file:
+                raise DataError(f"{source.name}:{raw.number}: {fault}") from None
+            place = f"{source.name}:{raw.number}"
+            self.unusable.add(str(fault), place)
+            if len(self.faults) < _MOST_FAULTS:
+                self.faults.append(f"{place}: {fault}")
+            return None
+
+    def _parsed(self, source: Source, raw: RawRow) -> Row:
+        fields = raw.fields
+        if isinstance(fields, RowFault):
+            raise fields
+        if not isinstance(fields, dict):
+            raise RowFault('a row must be an object like {"prompt": "…", "completion": "…"}')
+        try:
+            example = self._example(source, raw.number, fields)
+        except RowFault:
+            readable = _readable(fields)
+            if readable == fields:
+                raise
+            example = self._example(source, raw.number, readable)
+            self.repaired += 1
+        if self.kind is None:
+            self.kind, self.is_text = example.kind, example.text is not None
+        if (example.kind, example.text is not None) != (self.kind, self.is_text):
+            raise RowFault(
+                f"the row is of another kind ({example.kind}{', a text' * (example.text is not None)}) than the first "
+                "one; prepare rows of each kind by themselves"
+            )
+        return row_of(example, raw.group)
+
+    def _example(self, source: Source, number: int, fields: dict[str, Any]) -> Example:
+        format = detect_format(fields)
+        parsed = parse_row(fields, format)
+        self.ignored_keys |= parsed.ignored_keys
+        return Example(
+            source.name, number, parsed.messages, parsed.text, parsed.rejected, parsed.label, parsed.weight,
+            kind_of_format(format),
+        )  # fmt: skip
+
+    def raise_for_faults(self) -> None:
+        """Raise a DataError with the rows that cannot be used."""
+        raise DataError(
+            f"{self.unusable.count:,} rows cannot be used; fix them, or drop them (step unusable)\n"
+            f"{format_list(self.faults)}"
+        )
+
+
+def _readable(value: Any) -> Any:
+    """`value` without NUL and unpaired surrogates."""
+    if isinstance(value, str):
+        whole = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # a pair is one character
+        return whole.replace("\0", "").replace("�", "") if whole != value or "\0" in value else value
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _readable(item) for key, item in value.items()}
+    return value
+
+
+def are_single(rows: Iterator[Row], kind: RowKind) -> bool:
+    """Whether every row is one question and one answer, or one question."""
+    return all(is_single(row.fields, kind) for row in rows)
