@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lmtune.data.formats import Format, parse_row
-from lmtune.data.reading import ReadReport, read_rows
+from lmtune.data.readers import read_rows
+from lmtune.data.reading import ReadReport
 from lmtune.data.sources import DataFile
 from lmtune.data.types import Example, RowKind
 from lmtune.data.values import RowFault, listed_keys
@@ -27,11 +28,11 @@ _NOT_READ = ("label", "weight")
 def read_inputs(files: Sequence[DataFile], report: ReadReport) -> Iterator[tuple[Example, dict[str, Any]]]:
     """Every usable row, in order, and what it was made of; faults go to `report`."""
     for file in files:
-        for line, item, row in read_rows(file.path):
+        for line, item, row in read_rows(file):
             try:
                 yield _example(file, line, row), row
             except RowFault as fault:
-                report.add_fault(f"{file.name}:{line}", f"item {item}: {fault}" if item else str(fault))
+                report.add_fault(file.place(line, shown=True), f"item {item}: {fault}" if item else str(fault))
 
 
 def _example(file: DataFile, line: int, row: Any) -> Example:
@@ -48,4 +49,4 @@ def _example(file: DataFile, line: int, row: Any) -> Example:
         read["label"] = "unknown"
     parsed = parse_row(read, format)
     kind: RowKind = "pair" if parsed.rejected else "labelled"
-    return Example(file.portable_name, line, parsed.messages, parsed.text, parsed.rejected, kind=kind)
+    return Example(file.portable_name, line, parsed.messages, parsed.text, parsed.rejected, kind=kind, mark=file.mark)

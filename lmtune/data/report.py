@@ -335,7 +335,7 @@ class DuplicateIndex:
         self._lengths = array("I")
         self._lines = array("I")
         self._file_of = array("I")
-        self._files: dict[str, int] = {}
+        self._files: dict[tuple[str, str], int] = {}
 
     def add(self, example: Example) -> tuple[int, int]:
         """Take one row; returns the hashes of its content and its prompt."""
@@ -344,7 +344,7 @@ class DuplicateIndex:
         self._prompts.append(hashes[1])
         self._lengths.append(min(example.num_characters, 2**32 - 1))
         self._lines.append(example.line)
-        self._file_of.append(self._files.setdefault(example.source, len(self._files)))
+        self._file_of.append(self._files.setdefault((example.source, example.mark), len(self._files)))
         return hashes
 
     def __len__(self) -> int:
@@ -352,7 +352,7 @@ class DuplicateIndex:
 
     def location(self, row: int) -> str:
         """`file:line` of a row."""
-        return f"{list(self._files)[self._file_of[row]]}:{self._lines[row]}"
+        return "".join(list(self._files)[self._file_of[row]]) + str(self._lines[row])
 
     def duplicates(self) -> RowCounter:
         """Rows that are equal to an earlier one."""

@@ -1,7 +1,9 @@
-"""Which files hold the data: a file, several, or a folder of them.
+"""Which files hold the data: a file, several, or a folder of them; a workbook is one source a sheet.
 
-What cannot be rows of JSON in UTF-8 (a compressed file, a spreadsheet, UTF-16) is named for what it is, which helps
-more than the JSON error that its first byte would cause.
+    find_files(["train.csv", "book.xlsx:Prices", "folder"])
+
+What no reader takes (an archive, a web page, an old workbook) is named for what it is, which helps more than the JSON
+error that its first byte would cause.
 """
 
 from __future__ import annotations
@@ -13,61 +15,83 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmtune.data.workbooks import sheets_of
 from lmtune.errors import DataError
 from lmtune.io.text import format_list
 
-_SUFFIXES = (".jsonl", ".json", ".ndjson")
+# The reader of a file by the end of its name, and whether `.gz` and `.zst` may follow; any other name is JSON's.
+KINDS: dict[str, tuple[str, bool]] = {
+    ".jsonl": ("json", True), ".ndjson": ("json", True), ".json": ("json", True), ".csv": ("csv", True),
+    ".tsv": ("csv", True), ".parquet": ("parquet", False), ".xlsx": ("xlsx", False), ".xlsm": ("xlsx", False),
+}  # fmt: skip
+PACKED = (".gz", ".zst")
+_MARKS = {"xlsx": "!A", "parquet": ":row "}
 _ABOUT_DATA = re.compile(r"\.|(README|LICEN[CS]E|NOTICE|CITATION)\b|.*\.md$", re.IGNORECASE)
 _MAGIC = (  # the first bytes, what they say, what to do
-    (b"\x1f\x8b", "compressed (gzip)", "unpack it first: gunzip"),
     (b"BZh", "compressed (bzip2)", "unpack it first: bunzip2"),
     (b"\xfd7zXZ\x00", "compressed (xz)", "unpack it first: unxz"),
-    (b"\x28\xb5\x2f\xfd", "compressed (zstd)", "unpack it first: unzstd"),
-    (b"PK\x03\x04", "a zip archive or an Office document", "unpack it, or export it as JSONL"),
-    (b"PAR1", "a Parquet file", "export it as JSONL"),
-    (b"ARROW1", "an Arrow file", "export it as JSONL"),
+    (b"\x1f\x8b", "compressed (gzip) twice", "unpack it first: gunzip"),
+    (b"PK\x03\x04", "a zip archive or a workbook", "unpack it, or give a workbook's name the end .xlsx"),
+    (b"\xd0\xcf\x11\xe0", "an old or encrypted Office document", "save it as .xlsx, without a password"),
+    (b"PAR1", "a Parquet file", "give its name the end .parquet"),
+    (b"ARROW1", "an Arrow file", "write it as Parquet or JSONL"),
     (b"version https://git-lfs", "a Git LFS pointer, not the rows", "fetch the file itself: git lfs pull"),
     (b"<", "a web page or XML, not the rows", "download the file itself"),
-    (b"\xff\xfe", "UTF-16 or UTF-32", "save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 or UTF-32", "save it as UTF-8"),
 )
+_NOT_READ = "only its own JSONL, JSON, CSV, TSV, Parquet and Excel files are"
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of rows.
+    """One source of rows: a file, or a sheet of a workbook.
 
     Attributes:
         name: what the user called it, for messages on the screen.
         portable_name: the same without the folders of this machine, for what is written to disk; no two are equal.
+        kind: which of `READERS` reads it.
+        part: the sheet.
     """
 
     path: Path
     name: str
     portable_name: str
+    kind: str = "json"
+    part: str = ""
+
+    @property
+    def mark(self) -> str:
+        """What stands between the name and a row's number in a place."""
+        return _MARKS.get(self.kind, ":")
+
+    def place(self, number: int, shown: bool = False) -> str:
+        """Of a row, by the portable name or, `shown`, by the user's: `rows.csv:17`, `book.xlsx:Sheet1!A17`."""
+        return f"{self.name if shown else self.portable_name}{self.mark}{number}"
 
 
 def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
-    """The files that `paths` name; a folder stands for its *.jsonl, *.ndjson and *.json, in the order of their names.
+    """The sources that `paths` name; a folder stands for the files that can be read in it, in the order of their names.
+
+    A workbook stands for its sheets that hold cells and are not hidden; `book.xlsx:NAME` for one.
 
     Raises:
         DataError: with every path that is missing, no plain file, a folder without such files, or given twice.
     """
-    found: list[tuple[Path, str]] = []
+    found: list[tuple[Path, str, str]] = []  # path, name, sheet
     problems: list[str] = []
     for given in paths:
-        path = _expanded(given)
-        inside = [path / name for name in _entries(path) if _is_read(name)]
+        path, sheet = _with_sheet(_expanded(given))
+        name = shown_name(given).removesuffix(f":{sheet}") if sheet else shown_name(given)
+        inside = [path / entry for entry in _entries(path) if _is_read(entry)]
         if os.path.isdir(path) and not inside:  # unlike pathlib's, also false for names that are too long
-            problems.append(f"{shown_name(given)}: the folder holds no *.jsonl, *.ndjson or *.json file to read")
-        found += [(file, shown_name(file)) for file in inside]
+            problems.append(f"{name}: the folder holds no file to read (JSONL, JSON, CSV, TSV, Parquet or Excel)")
+        found += [(file, shown_name(file), "") for file in inside]
         if not os.path.isdir(path):
-            found.append((path, shown_name(given)))
-    seen: set[str] = set()
-    for path, name in found:
+            found.append((path, name, sheet))
+    seen: set[tuple[str, str]] = set()
+    for path, name, sheet in found:
         if problem := _unusable(path, name):
             problems.append(f"{name}: {problem}")
-        elif (real := os.path.realpath(path)) in seen:
+        elif (real := (os.path.realpath(path), sheet)) in seen:
             problems.append(f"{name}: given twice")
         else:
             seen.add(real)
@@ -75,8 +99,27 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
         raise DataError(f"these data files cannot be read:\n{format_list(problems)}")
     if not found:
         raise DataError("no data file given")
-    portable = _portable_names([name for _, name in found])
-    return [DataFile(path, name, short) for (path, name), short in zip(found, portable, strict=True)]
+    books = dict.fromkeys(name for _, name, _ in found)
+    portable = dict(zip(books, _portable_names(list(books)), strict=True))
+    return [file for path, name, sheet in found for file in _sources_of(path, name, portable[name], sheet)]
+
+
+def _sources_of(path: Path, name: str, portable_name: str, sheet: str) -> list[DataFile]:
+    """The sources in one file."""
+    kind = KINDS.get(_suffix(path.name), ("json", True))[0]
+    if kind != "xlsx":
+        return [DataFile(path, name, portable_name, kind)]
+    sheets = [sheet] if sheet else sheets_of(path)[0] or [""]
+    return [
+        DataFile(path, f"{name}:{part}".rstrip(":"), f"{portable_name}:{part}".rstrip(":"), kind, part)
+        for part in sheets
+    ]
+
+
+def _with_sheet(path: Path) -> tuple[Path, str]:
+    """`book.xlsx:Prices` as the workbook and the sheet."""
+    found = re.fullmatch(r"(.*\.xls[xm]):(.+)", os.fspath(path), re.IGNORECASE | re.DOTALL)
+    return (Path(found[1]), found[2]) if found and not os.path.exists(path) else (path, "")
 
 
 def unread_entries(paths: Sequence[str | Path]) -> list[str]:
@@ -90,21 +133,16 @@ def unread_entries(paths: Sequence[str | Path]) -> list[str]:
             more = f" and {len(others) - 5} more" if others[5:] else ""
             (name,) = _portable_names([shown_name(given)])
             warnings.append(
-                f"{name}: not read: {shown}{more}; of a folder, only its own *.jsonl, *.ndjson and *.json files are: "
-                "unpack, rename or move what should be"
+                f"{name}: not read: {shown}{more}; of a folder, {_NOT_READ}: unpack, rename or move what should be"
             )
     return warnings
 
 
-def foreign_kind(head: bytes, suffix: str = "") -> str | None:
-    """What a file is that cannot hold rows of JSON, by its first bytes and its name, and what to do; None if it can."""
+def foreign_kind(head: bytes) -> str | None:
+    """What a file is that cannot hold rows of text, by its first bytes, and what to do; None if it can."""
     for magic, kind, advice in _MAGIC:
         if head.startswith(magic):
             return f"{kind}; {advice}"
-    if b"\0" in head[:4]:
-        return "UTF-16 or UTF-32 without a byte order mark; save it as UTF-8"
-    if suffix.lower() in (".csv", ".tsv"):
-        return "a table (CSV); export it as JSONL, with the keys prompt and completion"
     return None
 
 
@@ -120,7 +158,15 @@ def _expanded(given: str | Path) -> Path:
 
 
 def _is_read(name: str) -> bool:
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+    return bool(_suffix(name)) and not name.startswith((".", "~$"))  # what Excel puts beside an open workbook
+
+
+def _suffix(name: str) -> str:
+    """The end of a name that says which reader takes it, or nothing."""
+    name = name.lower()
+    plain = next((name.removesuffix(packed) for packed in PACKED if name.endswith(packed)), name)
+    suffix = os.path.splitext(plain)[1]
+    return suffix if suffix in KINDS and (plain == name or KINDS[suffix][1]) else ""
 
 
 def _entries(folder: Path) -> list[str]:
@@ -158,7 +204,7 @@ def _unusable(path: Path, name: str) -> str | None:
         advice = "patterns are not read: name the files or their folder"
     elif near := difflib.get_close_matches(path.name, _entries(path.parent), n=1):
         advice = f"did you mean {shown_name(path.with_name(near[0]))}?"
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.lower().endswith(_SUFFIXES):
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not _suffix(name):
         advice = f"a data set of the Hub is downloaded first: hf download --repo-type dataset {name} --local-dir FOLDER"
     else:
         advice = "only local files and folders are read"

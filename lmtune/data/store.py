@@ -53,9 +53,10 @@ class TokenizedData:
     """
 
     def __init__(
-        self, table: TokenTable, key: str, signature: str, report: PartReport, selected: Rows | None = None
-    ) -> None:
-        self._table = table
+        self, table: TokenTable, key: str, signature: str, report: PartReport, marks: Sequence[str],
+        selected: Rows | None = None,
+    ) -> None:  # fmt: skip
+        self._table, self._marks = table, marks
         self._rows = np.arange(len(table)) if selected is None else selected
         self.key, self.signature = key, signature
         self.report = report
@@ -83,13 +84,14 @@ class TokenizedData:
     def location(self, index: int) -> str:
         """`file:line` of a row."""
         row = int(self._rows[index])
-        return f"{self.report.files[self._table.file[row]]}:{self._table.line[row]}"
+        file = self._table.file[row]
+        return f"{self.report.files[file]}{self._marks[file]}{self._table.line[row]}"
 
     def select(self, indices: Rows) -> TokenizedData:
         """The rows at `indices`, in their order; shares the file."""
         chosen = hashlib.sha256(np.asarray(indices, dtype=np.int64).tobytes()).hexdigest()
         key, signature = key_of(self.key, chosen), key_of(self.signature, chosen)
-        return TokenizedData(self._table, key, signature, self.report, self._rows[indices])
+        return TokenizedData(self._table, key, signature, self.report, self._marks, self._rows[indices])
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def tokenize(
     report = typed(PartReport, json.loads((entry / "report.json").read_text(encoding="utf-8")))
     report.warnings.extend(unread_entries(paths))  # which the key does not know
     signature = json.loads((entry / "tokens.json").read_text(encoding="utf-8"))["sha256"]
-    return TokenizedData(table, key, signature, report)
+    return TokenizedData(table, key, signature, report, [file.mark for file in files])
 
 
 def _build(

@@ -41,13 +41,14 @@ class Example:
     """One row: `messages`, or `text` if the row is plain text (then without messages).
 
     Attributes:
-        source: the file's name, without the folders of this machine.
-        line: counted from 1.
+        source: the name of the file, sheet or split, without the folders of this machine.
+        line: the row's number there, counted from 1.
         messages: a conversation that ends with the assistant; only a labelled one may end with the user.
         rejected: of a pair the same conversation with the worse answer; `messages` end in the better one.
         label: of a judged row whether its answer is good, of a labelled one what the whole is.
         weight: how much the row counts in the loss.
         kind: what the row can be used for.
+        mark: what stands between source and number in the place of a row.
     """
 
     source: str
@@ -58,11 +59,12 @@ class Example:
     label: Label | None = None
     weight: float = 1.0
     kind: RowKind = "answer"
+    mark: str = ":"
 
     @property
     def location(self) -> str:
-        """`file:line`."""
-        return f"{self.source}:{self.line}"
+        """`file:line`, `file.parquet:row N`, `book.xlsx:Sheet1!AN`."""
+        return f"{self.source}{self.mark}{self.line}"
 
     @property
     def num_characters(self) -> int:

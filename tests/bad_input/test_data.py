@@ -27,11 +27,9 @@ def row(prompt: str = '"p"', completion: str = '"c"', more: str = "") -> bytes:
 
 
 REFUSED: dict[str, tuple[bytes, int, list[str]]] = {  # content, line of the fault, what is said of it
-    "UTF-16 with a mark": (TEXT.encode("utf-16"), 1, ["UTF-16", "save it as UTF-8"]),
-    "UTF-16 without": (TEXT.encode("utf-16-le"), 1, ["UTF-16", "save it as UTF-8"]),
-    "UTF-32": (TEXT.encode("utf-32"), 1, ["UTF-32"]),
-    "Latin-1": (GOOD + b'\n{"prompt": "\xe9", "completion": "c"}', 2, ["byte 13", "0xe9", "save the file as UTF-8"]),
+    "Latin-1 in UTF-8": (row('"é"') + b'\n{"prompt": "\xe9"}', 2, ["byte 13", "0xe9", "save the file as UTF-8"]),
     "Latin-1 in a list": (b"[" + GOOD + b',\n"\xff"]', 2, ["0xff", "UTF-8"]),
+    "UTF-16 cut in a letter": (TEXT.encode("utf-16")[:-1], 1, ["not valid utf-16"]),
     "a broken line": (GOOD + b'\n{"prompt": "p" "completion": "c"}\n' + GOOD, 2, ["column 16", "','"]),
     "single quotes": (GOOD + b"\n{'prompt': 'p'}\n" + GOOD, 2, ["column 2", "double quotes"]),
     "two rows on a line": (GOOD + GOOD, 1, ["column 35", "Extra data"]),
@@ -50,7 +48,9 @@ REFUSED: dict[str, tuple[bytes, int, list[str]]] = {  # content, line of the fau
     "NUL written out": (row(prompt='"a\\u0000"'), 1, ["prompt contains a NUL character"]),
     "NUL as it is": (b'{"prompt": "a\x00", "completion": "c"}', 1, ["control character"]),
     "5,000 lists in each other": (row(more=', "x": ' + "[" * 5000 + "]" * 5000), 1, ["recursion depth"]),
-    "gzip": (gzip.compress(GOOD), 1, ["gzip", "unpack it first"]),
+    "gzip twice": (gzip.compress(gzip.compress(GOOD)), 1, ["gzip", "unpack it first"]),
+    "gzip cut": (gzip.compress(GOOD)[:-12], 1, ["cannot be read"]),
+    "a zip archive": (b"PK\x03\x04rest", 1, ["a zip archive", "unpack it"]),
     "a pointer in place of the rows": (b"version https://git-lfs.github.com/spec/v1\n", 1, ["git lfs pull"]),
     "a web page in place of the rows": (b"<!DOCTYPE html>\n", 1, ["a web page", "download the file itself"]),
     "a row of 50 MB": (GOOD + b"\n" + row(prompt=f'"{"x" * 50_000_000}"') + b"\n" + GOOD, 2, ["longer than 32 MiB"]),
@@ -99,11 +99,6 @@ def test_a_files_name_cannot_command_the_terminal(place: Path, command: Command)
     for outcome in (command("check", name), command("check", name[:-1]), command("finetune", name)):
         assert "b\\x1b[31m.json" in outcome.said
         assert "\x1b" not in outcome.said
-
-
-def test_a_table_is_named_for_what_it_is(place: Path, refused: Callable[..., Outcome]) -> None:
-    (place / "rows.csv").write_text("prompt,completion\np,c\n")
-    assert "rows.csv:1: the file is a table (CSV); export it as JSONL" in refused("check", "rows.csv").out
 
 
 def test_every_bad_line_is_told_and_what_is_left_without_them(

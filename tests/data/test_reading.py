@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lmtune.data import reading
-from lmtune.data.reading import ReadReport, read_examples, read_rows
+from lmtune.data import readers
+from lmtune.data.readers import read_rows
+from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.sources import find_files, unread_entries
 from lmtune.data.types import Example
 from lmtune.data.values import RowFault
@@ -16,6 +17,7 @@ from lmtune.errors import DataError
 
 GOOD = b'{"prompt": "p", "completion": "c"}'
 BAD = (b'{"prompt": 1, "completion": "c"}', b'{"prompt": 22, "completion": "c"}', b'{"prompt": "p", "compl')
+UTF8 = '{"prompt": "é", "completion": "c"}'.encode()
 LATIN = '{"prompt": "é", "completion": "c"}'.encode("latin-1")
 
 
@@ -60,7 +62,7 @@ def test_every_fault_is_collected_and_good_rows_go_on(tmp_path: Path) -> None:
     [
         ([GOOD, *BAD], [1], 3, [(2, "rows.jsonl:2"), (1, "rows.jsonl:4")]),
         ([GOOD, *[b'{"text": "t"}'] * 3], [1], 1, [(3, "rows.jsonl:2")]),  # another format is told once
-        ([GOOD, LATIN, LATIN], [1], 1, [(2, "rows.jsonl:2")]),  # another encoding too
+        ([UTF8, LATIN, LATIN], [1], 1, [(2, "rows.jsonl:2")]),  # another encoding too
         ([b"[" + GOOD, b", " + BAD[0], b", " + GOOD + b"]"], [1, 3], 1, [(1, "rows.jsonl:2 (item 2)")]),
     ],
 )
@@ -100,8 +102,8 @@ def test_files_may_differ_in_format(tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_too_long_is_skipped_without_being_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(reading, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(readers, "_PIECE_BYTES", 100)
     examples, report = read(written(tmp_path, GOOD, b'{"prompt": "' + b"x" * 5000 + b'", "completion": "c"}', GOOD))
     assert [example.line for example in examples] == [1, 3]
     assert "rows.jsonl:2: the row is longer" in report.faults[0]
@@ -111,11 +113,12 @@ class TestPaths:
     def test_a_folder_stands_for_its_files_in_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         Path("data/more").mkdir(parents=True)
-        for name in ("b.jsonl", "a.json", "._a.json", "c.jsonl.gz", "table.csv", "more/d.jsonl", "README.md"):
+        read = ["a.json", "b.jsonl", "c.jsonl.gz", "table.csv"]
+        for name in ("._a.json", "d.jsonl.1", "e.xls", "~$f.xlsx", "more/d.jsonl", "README.md", *reversed(read)):
             written(Path("data"), GOOD, name=name)
-        assert [file.path.name for file in find_files(["data"])] == ["a.json", "b.jsonl"]
+        assert [file.path.name for file in find_files(["data"])] == read
         (warning,) = unread_entries(["data", "data/a.json"])
-        assert "data: not read: c.jsonl.gz, more/, table.csv;" in warning
+        assert "data: not read: d.jsonl.1, e.xls, more/, ~$f.xlsx;" in warning
 
     def test_every_path_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
         path = written(tmp_path, GOOD, name="train.jsonl")
@@ -170,6 +173,6 @@ class TestPaths:
 def test_a_key_that_stands_twice_is_a_fault(tmp_path: Path, content: str) -> None:
     """One of the two values would be lost without a word."""
     (tmp_path / "rows.json").write_text(content)
-    faults = [row for _, _, row in read_rows(tmp_path / "rows.json") if isinstance(row, RowFault)]
+    faults = [row for _, _, row in read_rows(find_files([tmp_path / "rows.json"])[0]) if isinstance(row, RowFault)]
     assert "stands twice in one object; keep one" in str(faults[0])
     assert len(faults) == 1

@@ -1,0 +1,301 @@
+"""Files of rows by what they are: JSONL, JSON, CSV, TSV, Parquet, Excel; `.gz` and `.zst` are unpacked on the way.
+
+    for number, item, row in read_rows(file, said):      # `file` is one of `find_files`
+        place = file.place(number)                        # `rows.csv:17`, `rows.parquet:row 17`
+
+A further kind is one more entry of `READERS` here and of `KINDS` in `sources.py`. Rows come one by one, in bounded
+memory. The readers are our own because those of data set libraries name no lines, fill missing keys with None and
+rewrite strings that look like dates. What they find out (a delimiter, an encoding) is appended to `said`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from lmtune.data.encodings import CODECS, Transcoded, detect_encoding, marked_encoding
+from lmtune.data.sources import DataFile, foreign_kind
+from lmtune.data.tables import Row, TableRow, csv_rows, not_utf8, parquet_rows, typed
+from lmtune.data.values import RowFault, quoted
+from lmtune.data.workbooks import sheet_rows
+
+MAX_ROW_BYTES = 32 << 20  # of a line, and of an item of a list
+_PIECE_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"  # JSON's white space; Python strips more
+_BETWEEN_ITEMS = re.compile(r"[ \t\r\n,]*")
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+# A row: its number in the source, its number in the list if the file is one (counted from 1), and a JSON value or the
+# `RowFault` in its place.
+
+
+def read_rows(file: DataFile, said: list[str] | None = None) -> Iterator[Row]:
+    """Every row of a source with its number there, or a `RowFault` in place of one that cannot be read.
+
+    The file ends after a fault that leaves no way to tell where the next row begins.
+
+    Args:
+        file: one of `find_files`.
+        said: takes what was found out about the file.
+    """
+    number = 1
+    try:
+        for number, item, row in READERS[file.kind](file, [] if said is None else said):
+            yield number, item, _typed(row)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        yield number, None, RowFault(f"the file cannot be read ({reason})", ends_file=True)
+    except UnicodeDecodeError as error:
+        reason = f"behind this row the file is not valid {error.encoding}; save it as UTF-8"
+        yield number, None, RowFault(reason, ends_file=True)
+
+
+def _typed(row: Any) -> Any:
+    try:
+        return typed(row) if isinstance(row, TableRow) else row
+    except RowFault as fault:
+        return fault
+
+
+def open_data(path: Path) -> io.BufferedReader:
+    """The bytes of a file, unpacked if it is compressed with gzip or zstd."""
+    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    head = file.peek(4)
+    if head.startswith(_GZIP):
+        return io.BufferedReader(gzip.GzipFile(fileobj=file))
+    if head.startswith(_ZSTD):
+        import pyarrow as pa
+
+        file.close()
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    return file
+
+
+def _open_text(path: Path, said: list[str], detects: bool = True) -> io.BufferedReader:
+    """The bytes of a text file as UTF-8, whatever it is in; with `detects` the whole file may be read for that."""
+    file = open_data(path)
+    encoding = marked_encoding(file.peek(4)[:4])
+    if encoding is None and detects:
+        encoding = _detected(path)
+    if encoding is None:
+        return file
+    said.append(encoding)
+    return io.BufferedReader(Transcoded(file, encoding))
+
+
+def _detected(path: Path) -> str | None:
+    with open_data(path) as file:
+        return detect_encoding(iter(lambda: file.read(_PIECE_BYTES), b""))
+
+
+def _json(file: DataFile, said: list[str]) -> Iterator[Row]:
+    found: list[str] = []
+    with _open_text(file.path, found, detects=False) as text:
+        head = text.peek(4096).removeprefix(_BOM)
+        if kind := foreign_kind(head):
+            yield 1, None, RowFault(f"the file is {kind}", ends_file=True)
+            return
+        if not head.strip(_BLANK).startswith(b"["):
+            said += found
+            yield from _lines(text, file.path, said)
+            return
+    with _open_text(file.path, said) as text:
+        yield from _list_items(text)
+
+
+def _csv(file: DataFile, said: list[str]) -> Iterator[Row]:
+    with _open_text(file.path, said) as text:
+        if kind := foreign_kind(text.peek(4096).removeprefix(_BOM)):
+            yield 1, None, RowFault(f"the file is {kind}", ends_file=True)
+        else:
+            yield from csv_rows(text, said)
+
+
+READERS: dict[str, Callable[[DataFile, list[str]], Iterator[Row]]] = {
+    "json": _json,
+    "csv": _csv,
+    "parquet": lambda file, said: parquet_rows(file.path),
+    "xlsx": lambda file, said: sheet_rows(file.path, file.part, said),
+}
+
+
+# --- JSON
+
+
+def _lines(file: IO[bytes], path: Path, said: list[str]) -> Iterator[Row]:
+    """One value a line."""
+    line = num_rows = 0
+    codec, is_ascii = "utf-8", True
+    while raw := file.readline(MAX_ROW_BYTES + 1):
+        line += 1
+        if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
+            while raw and not raw.endswith(b"\n"):
+                raw = file.readline(_PIECE_BYTES)
+            yield line, None, RowFault(f"the row is longer than {MAX_ROW_BYTES >> 20} MiB; cut it into shorter rows")
+            continue
+        raw = raw.removeprefix(_BOM).strip(_BLANK)  # also on a later line, where files were joined
+        if raw == b"{" and not num_rows:
+            reason = "the row goes on in the next line; write each row on one line, or all as a list […]"
+            yield line, None, RowFault(reason, ends_file=True)
+            return
+        if not raw:
+            continue
+        if is_ascii and not raw.isascii():  # the first letter that tells
+            is_ascii = False
+            if not _is_utf8(raw) and (encoding := _detected(path)):
+                said.append(encoding)
+                codec = CODECS[encoding]
+        yield line, None, _parsed(raw, codec)
+        num_rows += 1
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key stands twice: one of the two values would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RowFault(f"the key {quoted(twice)} stands twice in one object; keep one")
+    return made
+
+
+def _parsed(raw: bytes, codec: str) -> Any:
+    """The JSON value that fills a line, or the fault in it."""
+    try:
+        return json.loads(raw.decode(codec), object_pairs_hook=_object)
+    except RowFault as fault:
+        return fault
+    except UnicodeDecodeError as error:
+        return not_utf8(error)
+    except json.JSONDecodeError as error:
+        return _not_json(error)
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+        return RowFault(f"not readable: {error}; a row is a flat object of texts")
+
+
+def _not_json(error: json.JSONDecodeError, ends_file: bool = False, column: int | None = None) -> RowFault:
+    breaks_off = error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip())
+    where = f"column {column or error.colno}: {error.msg}" + ("; the text breaks off here" if breaks_off else "")
+    return RowFault(f"not JSON: {where}; a row is one object like {{…}} on one line", ends_file=ends_file)
+
+
+class _Window:
+    """The part of a text that is being parsed.
+
+    Attributes:
+        text: what is read and not yet left out.
+        position: where the next item is looked for.
+        ended: whether `text` holds the rest of the file.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8")()
+        self.text, self.position, self.ended = "", 0, False
+        self._line, self._column = 1, 0  # of the first character of `text`
+        self._counted, self._counted_line = 0, 1
+
+    def grow(self) -> None:
+        """Leave out what stands before the position, and read as much again as there is."""
+        first_of_line = self.text.rfind("\n", 0, self.position) + 1
+        self._line = self.line
+        self._column = self.position - first_of_line + (0 if first_of_line else self._column)
+        self.text, self.position, self._counted, self._counted_line = self.text[self.position :], 0, 0, self._line
+        piece = self._file.read(max(_PIECE_BYTES, len(self.text)))
+        self.ended = not piece
+        self.text += self._decoder.decode(piece, final=self.ended)
+
+    @property
+    def line(self) -> int:
+        """Of the position."""
+        self._counted_line += self.text.count("\n", self._counted, self.position)
+        self._counted = self.position
+        return self._counted_line
+
+    def skip(self) -> bool:
+        """Go to the next item, or the list's end; a comma too many or too few is no fault. False at the file's end."""
+        while True:
+            match = _BETWEEN_ITEMS.match(self.text, self.position)
+            assert match is not None
+            self.position = match.end()
+            if self.position < len(self.text) or self.ended:
+                return self.position < len(self.text)
+            self.grow()
+
+    def not_utf8(self, error: UnicodeDecodeError) -> tuple[int, RowFault]:
+        """The fault in what `grow` read last, and its line."""
+        line = self._line + self.text.count("\n") + error.object.count(b"\n", 0, error.start)
+        return line, not_utf8(error, ends_file=True)
+
+    def not_json(self, error: json.JSONDecodeError) -> tuple[int, RowFault]:
+        """The fault in `text`, and its line."""
+        column = error.colno + (self._column if error.lineno == 1 else 0)
+        return self._line + error.lineno - 1, _not_json(error, ends_file=True, column=column)
+
+
+def _list_items(file: IO[bytes]) -> Iterator[Row]:
+    """The items of the list that fills the file, each with the line where it begins."""
+    window, number = _Window(file), 0
+    try:
+        while "[" not in window.text:
+            window.grow()
+        window.position = window.text.index("[") + 1
+        while window.skip() and window.text[window.position] != "]":
+            number += 1
+            line = window.line
+            value = _next_item(window)
+            if isinstance(value, json.JSONDecodeError):
+                line, value = window.not_json(value)
+            yield line, number, value
+            if isinstance(value, RowFault) and value.ends_file:
+                return
+        if window.position == len(window.text):
+            reason = "the list has no end; the text breaks off here"
+            yield window.line, None, RowFault(reason, ends_file=True)
+            return
+        window.position += 1
+        if window.skip():
+            reason = "more text after the list's end; for one row a line, drop the list's brackets"
+            yield window.line, None, RowFault(reason, ends_file=True)
+    except UnicodeDecodeError as error:
+        line, fault = window.not_utf8(error)
+        yield line, None, fault
+
+
+def _next_item(window: _Window) -> Any:
+    """The item at the position, which moves behind it; a `RowFault`, or what is wrong with the JSON."""
+    whole, plain = json.JSONDecoder(object_pairs_hook=_object), json.JSONDecoder()
+    while True:
+        try:
+            try:
+                value, end = whole.raw_decode(window.text, window.position)
+            except RowFault as fault:
+                value, end = fault, plain.raw_decode(window.text, window.position)[1]
+            if end < len(window.text) or window.ended:
+                window.position = end
+                return value
+        except json.JSONDecodeError as error:
+            if window.ended:
+                return error
+        except (RecursionError, ValueError) as error:
+            return RowFault(f"not readable: {error}", ends_file=True)
+        if len(window.text) - window.position > MAX_ROW_BYTES:
+            return RowFault(
+                f"not JSON, or a row longer than {MAX_ROW_BYTES >> 20} MiB; cut it into shorter rows", ends_file=True
+            )
+        window.grow()
