@@ -73,8 +73,8 @@ def test_what_a_folder_holds_besides_is_said_though_the_check_is_remembered(trai
     Path("data").mkdir()
     train.rename("data/train.jsonl")
     assert check_data(["data"]).train.warnings == []
-    Path("data/more.jsonl.gz").write_bytes(b"")
-    assert "data: not read: more.jsonl.gz" in check_data(["data"]).train.warnings[0]
+    Path("data/more.jsonl.bz2").write_bytes(b"")
+    assert "data: not read: more.jsonl.bz2" in check_data(["data"]).train.warnings[0]
 
 
 def test_labels_weights_and_contradictions_are_counted(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmtune.data.prepare.settings import Settings
-from lmtune.data.reading import read_rows
+from lmtune.data.readers import read_rows
 from lmtune.data.sources import DataFile, find_files
 
 
@@ -48,5 +48,5 @@ def find_sources(paths: Sequence[str], settings: Settings) -> Iterator[Source]:
         DataError: a path cannot be read.
     """
     for file in find_files(paths):
-        rows = (RawRow(line, row) for line, _, row in read_rows(file.path))
+        rows = (RawRow(line, row) for line, _, row in read_rows(file))
         yield Source(file.portable_name, [file], "rows", rows)
