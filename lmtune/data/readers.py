@@ -80,7 +80,7 @@ def open_data(path: Path) -> io.BufferedReader:
     return file
 
 
-def _open_text(path: Path, said: list[str], detects: bool = True) -> io.BufferedReader:
+def open_text(path: Path, said: list[str], detects: bool = True) -> io.BufferedReader:
     """The bytes of a text file as UTF-8, whatever it is in; with `detects` the whole file may be read for that."""
     file = open_data(path)
     encoding = marked_encoding(file.peek(4)[:4])
@@ -99,7 +99,7 @@ def _detected(path: Path) -> str | None:
 
 def _json(file: DataFile, said: list[str]) -> Iterator[Row]:
     found: list[str] = []
-    with _open_text(file.path, found, detects=False) as text:
+    with open_text(file.path, found, detects=False) as text:
         head = text.peek(4096).removeprefix(_BOM)
         if kind := foreign_kind(head):
             yield 1, None, RowFault(f"the file is {kind}", ends_file=True)
@@ -108,12 +108,12 @@ def _json(file: DataFile, said: list[str]) -> Iterator[Row]:
             said += found
             yield from _lines(text, file.path, said)
             return
-    with _open_text(file.path, said) as text:
+    with open_text(file.path, said) as text:
         yield from _list_items(text)
 
 
 def _csv(file: DataFile, said: list[str]) -> Iterator[Row]:
-    with _open_text(file.path, said) as text:
+    with open_text(file.path, said) as text:
         if kind := foreign_kind(text.peek(4096).removeprefix(_BOM)):
             yield 1, None, RowFault(f"the file is {kind}", ends_file=True)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +78,11 @@ class Decided:
         out.print(escape(counted_rows(found.count, what) + kinds))
         for example in found.examples:
             out.print(f"  [dim]{escape(example)}[/]")
+
+    def said(self, lines: Sequence[str]) -> None:
+        """Say what was read."""
+        for line in lines:
+            out.print(escape(line))
 
 
 def _known(name: str) -> str:

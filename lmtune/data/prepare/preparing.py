@@ -42,6 +42,9 @@ class Decisions(Protocol):
     def done(self, what: str, found: Found) -> None:
         """A step was applied without a question."""
 
+    def said(self, lines: Sequence[str]) -> None:
+        """What was read."""
+
 
 def prepare(paths: Sequence[str], output: Path, settings: Settings, decisions: Decisions) -> Plan:
     """Write the prepared rows of `paths`, those held out, and the plan; returns the plan.
@@ -56,13 +59,14 @@ def prepare(paths: Sequence[str], output: Path, settings: Settings, decisions: D
     targets = [output, plan_path(output), *([held_out_path] if share else [])]
     with new_files(*targets) as folder:
         reading = Reading()
-        spool = Spool(folder / "read.rows", _counted("reading", reading.rows(paths, settings)))
+        spool = Spool(folder / "read.rows", _counted("reading", reading.rows(paths, settings, folder)))
+        decisions.said(reading.described())
         plan.inputs = reading.inputs
         plan.rows["read"] = len(spool) + reading.unusable.count
         _drop_unusable(reading, decisions, plan)
         held_out = None
         if isinstance(settings.validation, str):
-            held_out = Spool(folder / "held_out.rows", Reading().rows([settings.validation], settings))
+            held_out = Spool(folder / "held_out.rows", Reading().rows([settings.validation], settings, folder))
         context = Context(settings, reading.kind or "answer", held_out)
         spool = _Passes(folder, spool, context, decisions, plan).run()
         if not len(spool):

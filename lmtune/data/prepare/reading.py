@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lmtune.data.formats import detect_format, kind_of_format, parse_row
-from lmtune.data.prepare.corpora import RawRow, Source, find_sources
+from lmtune.data.prepare.corpora import Sources
+from lmtune.data.prepare.pairing import RawRow
 from lmtune.data.prepare.plan import Input
 from lmtune.data.prepare.rows import Row, is_single, row_of
 from lmtune.data.prepare.settings import Settings
 from lmtune.data.report import FaultyRows
 from lmtune.data.types import Example, RowKind
-from lmtune.data.values import RowFault
+from lmtune.data.values import RowFault, listed_keys
 from lmtune.errors import DataError
 from lmtune.io.atomic import file_sha256
-from lmtune.io.text import format_list
+from lmtune.io.text import format_list, pluralize
 
 _MOST_FAULTS = 1000
 
@@ -33,7 +35,7 @@ class Reading:
         unusable: rows that are none, by reason; `faults` names the first of them.
         repaired: rows whose texts held NUL or half of a character, which no file of rows may hold.
         inputs: the files, and as what they were read.
-        notes: what a person should know of the files.
+        notes: what a person should know of the files, a line each.
     """
 
     kind: RowKind | None = None
@@ -45,48 +47,48 @@ class Reading:
     inputs: list[Input] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def rows(self, paths: Sequence[str], settings: Settings) -> Iterator[Row]:
-        """The rows of `paths`, one after the other.
+    def rows(self, paths: Sequence[str], settings: Settings, folder: Path) -> Iterator[Row]:
+        """The rows of `paths`, one after the other; `folder` is for this process alone.
 
         Raises:
             DataError: a path cannot be read at all.
         """
-        for source in find_sources(paths, settings):
+        for source in Sources(paths, settings, folder):
             count = 0
             for raw in source.rows:
-                row = self._row(source, raw)
+                row = self._row(raw)
                 if row is not None:
                     count += 1
                     yield row
             for file in source.files:
                 self.inputs.append(Input(file.portable_name, file_sha256(file.path), source.read_as, count))
-            self.notes += source.notes
+            name = source.files[0].portable_name + (f" and {len(source.files) - 1} more" if source.files[1:] else "")
+            self.notes += [f"{name}: {source.read_as}: {pluralize(count)}", *(f"  {note}" for note in source.notes)]
 
-    def _row(self, source: Source, raw: RawRow) -> Row | None:
+    def _row(self, raw: RawRow) -> Row | None:
         try:
-            return self._parsed(source, raw)
+            return self._parsed(raw)
         except RowFault as fault:
             if fault.ends_file:
-                raise DataError(f"{source.name}:{raw.number}: {fault}") from None
-            place = f"{source.name}:{raw.number}"
-            self.unusable.add(str(fault), place)
+                raise DataError(f"{raw.place}: {fault}") from None
+            self.unusable.add(str(fault), raw.place)
             if len(self.faults) < _MOST_FAULTS:
-                self.faults.append(f"{place}: {fault}")
+                self.faults.append(f"{raw.place}: {fault}")
             return None
 
-    def _parsed(self, source: Source, raw: RawRow) -> Row:
+    def _parsed(self, raw: RawRow) -> Row:
         fields = raw.fields
         if isinstance(fields, RowFault):
             raise fields
         if not isinstance(fields, dict):
             raise RowFault('a row must be an object like {"prompt": "…", "completion": "…"}')
         try:
-            example = self._example(source, raw.number, fields)
+            example = self._example(fields)
         except RowFault:
             readable = _readable(fields)
             if readable == fields:
                 raise
-            example = self._example(source, raw.number, readable)
+            example = self._example(readable)
             self.repaired += 1
         if self.kind is None:
             self.kind, self.is_text = example.kind, example.text is not None
@@ -95,16 +97,25 @@ class Reading:
                 f"the row is of another kind ({example.kind}{', a text' * (example.text is not None)}) than the first "
                 "one; prepare rows of each kind by themselves"
             )
-        return row_of(example, raw.group)
+        return row_of(example, raw.place, raw.group)
 
-    def _example(self, source: Source, number: int, fields: dict[str, Any]) -> Example:
+    def _example(self, fields: dict[str, Any]) -> Example:
         format = detect_format(fields)
         parsed = parse_row(fields, format)
         self.ignored_keys |= parsed.ignored_keys
         return Example(
-            source.name, number, parsed.messages, parsed.text, parsed.rejected, parsed.label, parsed.weight,
+            "", 0, parsed.messages, parsed.text, parsed.rejected, parsed.label, parsed.weight,
             kind_of_format(format),
         )  # fmt: skip
+
+    def described(self) -> list[str]:
+        """What was read, and what of it is not in the rows, a line each."""
+        lines = list(self.notes)
+        if self.ignored_keys:
+            lines.append(f"keys that are left out: {listed_keys(sorted(self.ignored_keys), 10)}")
+        if self.repaired:
+            lines.append(f"{pluralize(self.repaired)} held NUL or half of a character; these are left out")
+        return lines
 
     def raise_for_faults(self) -> None:
         """Raise a DataError with the rows that cannot be used."""

@@ -78,7 +78,7 @@ class Row:
         return self.fields.get("completion", turns[-1]["content"] if turns else None)
 
 
-def row_of(example: Example, group: str = "") -> Row:
+def row_of(example: Example, place: str, group: str = "") -> Row:
     """What was read, as a row to prepare."""
     fields: Fields = {}
     if example.text is not None:
@@ -96,7 +96,7 @@ def row_of(example: Example, group: str = "") -> Row:
         fields["label"] = list(example.label) if isinstance(example.label, tuple) else example.label
     if example.weight != 1:
         fields["weight"] = example.weight
-    return Row(example.location, fields, group)
+    return Row(place, fields, group)
 
 
 def _turn(message: Message) -> dict[str, Any]:
