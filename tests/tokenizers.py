@@ -122,6 +122,40 @@ TRIMS = turns("(message['content'] | trim)")
 PREFILLED = turns(prompt="Sure:{{ ' ' }}")
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '.<|im_end|>\n' }}" + CHATML
 
+_TOOLS = """
+{%- if tools %}{{- '<|im_start|>system\n' }}{%- for tool in tools %}{{- tool | tojson + '\n' }}{%- endfor %}
+{{- '<|im_end|>\n' }}{%- endif %}
+{%- for message in messages %}TURN{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+_CALLING = """{{- '<|im_start|>' + message.role + '\n' + message.content }}
+{%- for call in message.tool_calls %}{%- set call = call.function %}CALL{%- endfor %}{{- '<|im_end|>\n' }}"""
+
+
+def calling(call: str) -> str:
+    """ChatML with tools, and `call` for each `call` of a turn."""
+    return _TOOLS.replace("TURN", _CALLING.replace("CALL", call))
+
+
+# As Qwen3: a call is one JSON object.
+CALLS_AS_JSON = calling(
+    """{{- '\n<call>{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) + '}</call>' }}"""
+)
+# As DeepSeek V3: the arguments must come as text.
+CALLS_AS_TEXT = calling("{{- '<pad>' + call.name + '\n```json\n' + call.arguments + '\n```' }}")
+# As Qwen3.5: no JSON.
+CALLS_AS_XML = calling(
+    "{{- '<f=' + call.name + '>' }}{%- for key, value in call.arguments | items %}"
+    "{{- '<p=' + key + '>' + (value | string) + '</p>' }}{%- endfor %}{{- '</f>' }}"
+)
+# As gpt-oss: of several calls one is rendered, its text is dropped, and it ends in a token of its own.
+CALLS_END_APART = _TOOLS.replace("assistant\n", "assistant").replace(
+    "TURN",
+    """{{- '<|im_start|>' + message.role }}
+{%- if message.tool_calls %}{%- set call = message.tool_calls[0].function %}
+{{- ' to=' + call.name + '<pad>' + (call.arguments | tojson) + '</s>' }}
+{%- else %}{{- '<pad>' + message.content + '<|im_end|>' }}{%- endif %}""",
+)
+
 CHAT_TEMPLATES = {
     "chatml": CHATML, "generation-marks": GENERATION_MARKS, "qwen3": QWEN3, "llama2": LLAMA2, "no-end": NO_END,
     "no-system": NO_SYSTEM,

@@ -21,7 +21,7 @@ from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, key_of
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
-_VERSION = 5
+_VERSION = 6
 _KEPT = 100  # results, of a few KB
 _Paths = Sequence[str | Path]
 # What rows with the same prompt differ in.
@@ -124,6 +124,7 @@ def _inspect_part(paths: _Paths, report: ReadReport, rows: RowKind | None) -> tu
         labels=found.labels,
         zero_weight=found.zero_weight,
         total_weight=found.total_weight,
+        turns=found.turns,
         formats=part.formats,
         rows_by_file={file.name: file.num_rows for file in part.files},
         duplicates=index.duplicates(),
@@ -156,7 +157,7 @@ def _describe_part(part: PartCheck, skips: bool) -> list[str]:
     lines += part.faulty.describe() if skips else []
     if part.characters:
         lines.append("  characters a row: " + ", ".join(f"{name} {value:,}" for name, value in part.characters.items()))
-    lines += part.describe_weights(part.num_rows - part.zero_weight.count)
+    lines += [*part.describe_turns(), *part.describe_weights(part.num_rows - part.zero_weight.count)]
     for rows, what in (
         (part.duplicates, "equal to an earlier one, kept"),
         (part.same_prompt, f"with an earlier row's prompt and another {_OTHER[part.kind]}"),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lmtune.data.tools import TOOL_KEYS, read_tools
 from lmtune.data.turns import UNSUPPORTED, ParsedRow, from_transcript, parse_answer, parse_turns
 from lmtune.data.types import Label, Message
 from lmtune.data.values import RowFault, is_filled, key_problems, kind_of, plain, quoted, strings
@@ -46,12 +47,12 @@ def text(row: Row) -> ParsedRow:
 
 def messages(row: Row) -> ParsedRow:
     """A conversation."""
-    return _with_system(row, parse_turns(row["messages"], "messages"))
+    return _with_system(row, _with_tools(row, parse_turns(row["messages"], "messages")))
 
 
 def sharegpt(row: Row) -> ParsedRow:
     """A conversation under the name that ShareGPT dumps have for it."""
-    return _with_system(row, parse_turns(row["conversations"], "conversations"))
+    return _with_system(row, _with_tools(row, parse_turns(row["conversations"], "conversations")))
 
 
 def _with_context(row: Row, *turns: Message) -> ParsedRow:
@@ -78,13 +79,19 @@ def _with_system(row: Row, parsed: ParsedRow) -> ParsedRow:
     return parsed
 
 
+def _with_tools(row: Row, parsed: ParsedRow, prefix: str = "") -> ParsedRow:
+    """`parsed` with the row's own tools."""
+    parsed.tools = read_tools(row, parsed.warnings, prefix)
+    return parsed
+
+
 def pair(row: Row) -> ParsedRow:
     """A pair whose answers stand behind the prompt of the row, or as conversations that repeat it."""
     if all(row.get(key) is None for key in _PROMPTS):
         row = {**row, **{key: from_transcript(row[key]) or row[key] for key in ("chosen", "rejected")}}
     begins = any(isinstance(row[key], list) and len(row[key]) > 1 for key in ("chosen", "rejected"))
     asked = _asked(row, *(_PROMPTS[:1] if begins else _PROMPTS))
-    parsed = _paired(row, None if begins else asked, "chosen", "rejected")
+    parsed = _with_tools(row, _paired(row, None if begins else asked, "chosen", "rejected"))
     texts = {turn.content.strip() for turn in parsed.messages}
     if asked is not None and not all(turn.content.strip() in texts for turn in asked.messages):
         raise RowFault("prompt is not the one that chosen and rejected begin with; keep one")
@@ -107,10 +114,13 @@ def openai_pair(row: Row) -> ParsedRow:
     given = row["input"]
     if not isinstance(given, dict):
         raise RowFault(f"input is {kind_of(given)}; it must be an object with messages")
-    if problems := key_problems(given, ("messages",), UNSUPPORTED, prefix="input."):
+    if problems := key_problems(given, ("messages", *TOOL_KEYS), UNSUPPORTED, prefix="input."):
         raise RowFault("; ".join(problems))
     asked = parse_turns(given.get("messages"), "input.messages", "question")
-    return _paired(row, asked, "preferred_output", "non_preferred_output")
+    parsed = _with_tools(given, _paired(row, asked, "preferred_output", "non_preferred_output"), "input.")
+    unused = [key for key in given if key not in ("messages", *TOOL_KEYS) and given[key] not in (None, "", [], {})]
+    parsed.ignored_keys |= {f"input.{key}" for key in unused}
+    return parsed
 
 
 def _paired(row: Row, asked: ParsedRow | None, better: str, worse: str) -> ParsedRow:
@@ -123,7 +133,7 @@ def _paired(row: Row, asked: ParsedRow | None, better: str, worse: str) -> Parse
         raise RowFault(f"prompt is missing beside {better} and {worse}{named}")
     for parsed in found:
         parsed.messages = parsed.messages if len(parsed.messages) > 1 else (*before, *parsed.messages)
-    one, other = ([(turn.role, turn.content) for turn in parsed.messages] for parsed in found)
+    one, other = ([_said(turn) for turn in parsed.messages] for parsed in found)
     if one[:-1] != other[:-1]:
         turn = next((index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
         raise RowFault(
@@ -137,7 +147,14 @@ def _paired(row: Row, asked: ParsedRow | None, better: str, worse: str) -> Parse
     return ParsedRow(
         _last_alone_trained(chosen.messages), rejected=_last_alone_trained(rejected.messages),
         warnings=list(dict.fromkeys(warnings)), ignored_keys=chosen.ignored_keys | rejected.ignored_keys,
+        outcomes=chosen.outcomes | rejected.outcomes | (asked.outcomes if asked else set()),
     )  # fmt: skip
+
+
+def _said(turn: Message) -> Message:
+    """`turn` without what is arbitrary in it, the ids of calls, and without whether it is trained."""
+    calls = tuple(replace(call, id="") for call in turn.tool_calls)
+    return replace(turn, trained=True, tool_calls=calls, tool_call_id=None)
 
 
 def _asked(row: Row, *keys: str) -> ParsedRow | None:
@@ -164,6 +181,7 @@ def judged(row: Row) -> ParsedRow:
         raise RowFault("completion is a conversation; expected the answer alone, or write the row as messages")
     parsed.messages = (*asked.messages, *parsed.messages)
     parsed.warnings += asked.warnings
+    parsed.outcomes |= asked.outcomes
     return _judged_row(_with_system(row, parsed), row["label"])
 
 
@@ -229,4 +247,5 @@ def labelled_prompt(row: Row) -> ParsedRow:
 
 def labelled_messages(row: Row) -> ParsedRow:
     """A conversation with its label, which may end with the user or the assistant."""
-    return replace(_with_system(row, parse_turns(row["messages"], "messages", "any")), label=_label(row["label"]))
+    parsed = _with_tools(row, parse_turns(row["messages"], "messages", "any"))
+    return replace(_with_system(row, parsed), label=_label(row["label"]))

@@ -34,6 +34,8 @@ from typing import Any, Literal
 
 from lmtune.data import contents
 from lmtune.data.contents import QUESTION_KEYS, SYSTEM_KEYS, Row
+from lmtune.data.replies import split_reply
+from lmtune.data.tools import TOOL_KEYS
 from lmtune.data.turns import REASONING_KEYS, UNSUPPORTED, ParsedRow
 from lmtune.data.types import RowKind
 from lmtune.data.values import (
@@ -198,7 +200,16 @@ def parse_row(row: Row, format: Format) -> ParsedRow:
             parsed.warnings.append(f"{key} is neither in the question nor trained; write it into one of them if needed")
         elif row[key] is False or is_filled(row[key]):
             parsed.ignored_keys.add(key)
-    for message in (*parsed.messages, *parsed.rejected[-1:]):
+    turns = (*parsed.messages, *parsed.rejected[-1:])
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    holds = {
+        "tools": bool(parsed.tools), "tool_calls": any(turn.tool_calls for turn in answers),
+        "reasoning": any(split_reply(turn.content)[0] is not None for turn in answers),
+    }  # fmt: skip
+    parsed.outcomes |= {name for name, found in holds.items() if found}
+    for message in turns:
+        if message.tool_calls:
+            continue
         if not message.content.strip() and message.role == "assistant" and message.trained:
             parsed.warnings.append("an answer holds only white space")
         elif not message.content.strip() and message.role == "user":
@@ -240,12 +251,13 @@ def _is_other_answer(row: Row, key: str, known: frozenset[str]) -> bool:
 
 
 _ASKED = (*SYSTEM_KEYS, "history")  # beside a prompt
+_TALKED = (*SYSTEM_KEYS, *TOOL_KEYS)  # beside turns
 # The first that fits is taken: Alpaca's own files carry a "text" column too, chat dumps often a "prompt".
 _FORMATS: dict[Format, _Shape] = {
     "chosen/rejected": _Shape(
         "pair",
         ("chosen", "rejected"),
-        ("prompt", "messages", "conversations", "instruction", "input", *_ASKED),
+        ("prompt", "messages", "conversations", "instruction", "input", *_ASKED, *TOOL_KEYS),
         contents.pair,
     ),
     "OpenAI preferences": _Shape(
@@ -254,15 +266,13 @@ _FORMATS: dict[Format, _Shape] = {
     "prompt/completion/label": _Shape(
         "judged", ("prompt", "completion", "label"), _ASKED, contents.judged, contents.is_judged
     ),
-    "judged messages": _Shape(
-        "judged", ("messages", "label"), SYSTEM_KEYS, contents.judged_messages, contents.is_judged
-    ),
+    "judged messages": _Shape("judged", ("messages", "label"), _TALKED, contents.judged_messages, contents.is_judged),
     "text/label": _Shape("labelled", ("text", "label"), (), contents.labelled_text),
-    "messages": _Shape("answer", ("messages",), SYSTEM_KEYS, contents.messages, contents.is_conversation),
-    "sharegpt": _Shape("answer", ("conversations",), SYSTEM_KEYS, contents.sharegpt),
+    "messages": _Shape("answer", ("messages",), _TALKED, contents.messages, contents.is_conversation),
+    "sharegpt": _Shape("answer", ("conversations",), _TALKED, contents.sharegpt),
     "prompt/completion": _Shape("answer", ("prompt", "completion"), _ASKED, contents.prompt_completion),
     "alpaca": _Shape("answer", ("instruction", "output"), ("input", *_ASKED), contents.alpaca),
     "text": _Shape("answer", ("text",), (), contents.text),
     "prompt/label": _Shape("labelled", ("prompt", "label"), _ASKED, contents.labelled_prompt),
-    "labelled messages": _Shape("labelled", ("messages", "label"), SYSTEM_KEYS, contents.labelled_messages),
+    "labelled messages": _Shape("labelled", ("messages", "label"), _TALKED, contents.labelled_messages),
 }

@@ -49,4 +49,7 @@ def _example(file: DataFile, line: int, row: Any) -> Example:
         read["label"] = "unknown"
     parsed = parse_row(read, format)
     kind: RowKind = "pair" if parsed.rejected else "labelled"
-    return Example(file.portable_name, line, parsed.messages, parsed.text, parsed.rejected, kind=kind, mark=file.mark)
+    return Example(
+        file.portable_name, line, parsed.messages, parsed.text, parsed.rejected, kind=kind, mark=file.mark,
+        tools=parsed.tools,
+    )  # fmt: skip

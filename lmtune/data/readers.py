@@ -16,7 +16,6 @@ import io
 import json
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +23,7 @@ from typing import IO, Any
 from lmtune.data.encodings import CODECS, Transcoded, detect_encoding, marked_encoding
 from lmtune.data.sources import DataFile, foreign_kind
 from lmtune.data.tables import Row, TableRow, csv_rows, not_utf8, parquet_rows, typed
-from lmtune.data.values import RowFault, quoted
+from lmtune.data.values import RowFault, unique_keys
 from lmtune.data.workbooks import sheet_rows
 
 MAX_ROW_BYTES = 32 << 20  # of a line, and of an item of a list
@@ -166,19 +165,10 @@ def _is_utf8(raw: bytes) -> bool:
     return True
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no key stands twice: one of the two values would be lost."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RowFault(f"the key {quoted(twice)} stands twice in one object; keep one")
-    return made
-
-
 def _parsed(raw: bytes, codec: str) -> Any:
     """The JSON value that fills a line, or the fault in it."""
     try:
-        return json.loads(raw.decode(codec), object_pairs_hook=_object)
+        return json.loads(raw.decode(codec), object_pairs_hook=unique_keys)
     except RowFault as fault:
         return fault
     except UnicodeDecodeError as error:
@@ -279,7 +269,7 @@ def _list_items(file: IO[bytes]) -> Iterator[Row]:
 
 def _next_item(window: _Window) -> Any:
     """The item at the position, which moves behind it; a `RowFault`, or what is wrong with the JSON."""
-    whole, plain = json.JSONDecoder(object_pairs_hook=_object), json.JSONDecoder()
+    whole, plain = json.JSONDecoder(object_pairs_hook=unique_keys), json.JSONDecoder()
     while True:
         try:
             try:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lmtune.data.calls import ELSEWHERE, split_calls
 from lmtune.data.replies import ReplyFormat, ReplyParser
 from lmtune.data.report import RowCounter
 from lmtune.data.templates import ChatTemplate, TemplateFault
@@ -47,6 +48,14 @@ if TYPE_CHECKING:
 
 Template = Literal["auto", "chat", "plain", "thinking"]
 RENDERING_VERSION = 2  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
+
+
+class UnrenderableRow(DataError):
+    """A row that the template cannot render; `once`: nor can it any other row of this kind."""
+
+    def __init__(self, message: str, once: bool = False) -> None:
+        super().__init__(message)
+        self.once = once
 
 
 class Renderer:
@@ -95,6 +104,8 @@ class Renderer:
         self._lead_ids, self._tail_ids = self._find_affixes()
         inside = self._chat.reply_format.marks if self._chat else {}  # such a token stands before the answer, too
         ends = [self._end_token_id, *(index for index in eos_ids if index not in inside)]
+        if self._chat is not None and self._chat.call_end_id is not None:
+            ends.append(self._chat.call_end_id)
         self.stop_token_ids = tuple(dict.fromkeys(ends))
         self.uses_chat_template = self._chat is not None
         self._reply_format = self._chat.reply_format if self._chat else ReplyFormat()
@@ -115,9 +126,11 @@ class Renderer:
                 built = [_Tokens().extended(self._lead_ids, self._with_end(example.text))]
             else:
                 talks = [talk for talk in (example.messages, example.rejected) if talk]
-                built = [tokens for talk in talks for tokens in self._render_answers(self._with_system(talk))]
+                built = [
+                    tokens for talk in talks for tokens in self._render_answers(self._with_system(talk), example.tools)
+                ]
         except TemplateFault as fault:
-            raise DataError(f"{example.location}: {fault}") from None
+            raise UnrenderableRow(f"{example.location}: {fault}", fault.once) from None
         sequences = tuple(tokens.sequence() for tokens in built)
         for sequence in sequences:
             if not sequence.loss_mask[-1] or int(sequence.input_ids[-1]) not in self.stop_token_ids:
@@ -127,16 +140,20 @@ class Renderer:
                 )
         return sequences
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens that training puts before the assistant's next turn; `messages` end with the user's.
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[int]:
+        """The tokens that training puts before the assistant's next turn.
+
+        Args:
+            messages: they end with the user's turn, or with the results of calls.
+            tools: that the assistant may call, as `Example` has them.
 
         Raises:
             ModelError: these messages cannot be rendered, for example several turns without a chat template.
         """
-        if not messages or messages[-1].role != "user":
-            raise ModelError("a prompt must end with a message of the user")
+        if not messages or messages[-1].role not in ("user", "tool"):
+            raise ModelError("a prompt must end with a message of the user, or with the result of a tool")
         try:
-            return self._prompt(self._with_system(messages))
+            return self._prompt(self._with_system(messages), tools)
         except TemplateFault as fault:
             raise ModelError(str(fault)) from None
 
@@ -144,6 +161,13 @@ class Renderer:
         """A reply: the answer, after its reasoning in <think> tags if there is any; without control tokens."""
         parser = self.reply_parser()
         return parser.feed(self.marked_text(ids)) + parser.finish()
+
+    def as_message(self, reply: str) -> Message:
+        """What `decode` gives as a turn of a conversation, its calls as such."""
+        text, calls = (
+            split_calls(reply) if self._chat is not None and self._chat.tools.form is not None else (reply, ())
+        )
+        return Message("assistant", text, tool_calls=calls)
 
     def reply_parser(self) -> ReplyParser:
         """What makes a reply of `marked_text`, piece by piece."""
@@ -221,19 +245,21 @@ class Renderer:
         else:
             messages = self._with_system(example.messages)
             is_answered = messages[-1].role == "assistant"
-            ids = self._prompt(messages[:-1] if is_answered else messages)
-            ids = [*ids, *self._answer(messages, ids)] if is_answered else ids
+            ids = self._prompt(messages[:-1] if is_answered else messages, example.tools)
+            ids = [*ids, *self._answer(messages, ids, example.tools)] if is_answered else ids
         if not ids:
             raise TemplateFault("the row has no tokens")
         return ids
 
-    def _render_answers(self, messages: tuple[Message, ...]) -> list[_Tokens]:
+    def _render_answers(self, messages: tuple[Message, ...], tools: Sequence[str]) -> list[_Tokens]:
         found: list[_Tokens] = []
         for index, message in enumerate(messages):
             if message.role != "assistant" or not message.trained:
+                if message.tool_calls and self._chat is not None:
+                    self._chat.check_calls(messages[: index + 1], tools)
                 continue
-            prompt = self._prompt(messages[:index])
-            answer = self._answer(messages[: index + 1], prompt)
+            prompt = self._prompt(messages[:index], tools)
+            answer = self._answer(messages[: index + 1], prompt, tools)
             so_far = found[-1].ids if found else []
             if so_far and prompt[: len(so_far)] == so_far:
                 found[-1].extended(prompt[len(so_far) :], answer)
@@ -241,9 +267,11 @@ class Renderer:
                 found.append(_Tokens().extended(prompt, answer))
         return found
 
-    def _prompt(self, messages: tuple[Message, ...]) -> list[int]:
+    def _prompt(self, messages: tuple[Message, ...], tools: Sequence[str]) -> list[int]:
         if self._chat is not None:
-            return self._chat.prompt_ids(messages)
+            return self._chat.prompt_ids(messages, tools)
+        if tools:
+            raise TemplateFault(f"plain text has no place for tools; {ELSEWHERE}", once=True)
         system, turns = (messages[:1], messages[1:]) if messages[0].role == "system" else ((), messages)
         if len(turns) != 1:
             raise TemplateFault(
@@ -253,9 +281,11 @@ class Renderer:
         text = "\n\n".join(message.content for message in (*system, *turns))
         return [*self._lead_ids, *self._encode(text)]
 
-    def _answer(self, messages: tuple[Message, ...], prompt: list[int]) -> list[int]:
+    def _answer(self, messages: tuple[Message, ...], prompt: list[int], tools: Sequence[str]) -> list[int]:
         if self._chat is not None:
-            return self._chat.answer_ids(messages, prompt)
+            return self._chat.answer_ids(messages, prompt, tools)
+        if messages[-1].tool_calls:
+            raise TemplateFault(f"plain text has no place for tool calls; {ELSEWHERE}", once=True)
         return self._with_end(messages[-1].content)
 
     # --- plain text

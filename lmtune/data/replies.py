@@ -21,6 +21,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lmtune.data.calls import CallFormat, call_text
+
 OPENING, CLOSING = "<think>", "</think>"
 _REPLY = re.compile(r"\s*<think>(?P<reasoning>.*?)(?:</think>(?:\s*\n|[ \t]*)(?P<answer>.*)|\Z)", re.DOTALL)
 
@@ -50,6 +52,8 @@ class ReplyFormat:
             no place for reasoning, so that a reply is taken as it is.
         is_opened: the prompt ends inside the reasoning.
         marks: for each control token of these texts one character that no text holds.
+        names: by these characters, the tokens as text.
+        calls: the form of tool calls, where control tokens are a part of it; else calls are text like any other.
     """
 
     lead: str = ""
@@ -57,6 +61,8 @@ class ReplyFormat:
     closing: str = ""
     is_opened: bool = False
     marks: Mapping[int, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    calls: CallFormat | None = None
 
 
 class ReplyParser:
@@ -65,6 +71,8 @@ class ReplyParser:
     def __init__(self, form: ReplyFormat) -> None:
         self._form = form
         self._unmarked = str.maketrans("", "", "".join(form.marks.values()))
+        self._named = str.maketrans(dict(form.names))
+        self._call_lead = form.calls.first if form.calls is not None else ""
         self._held = ""  # not let out yet
         self._read = self._reasoning if form.is_opened else self._start
         self._has_reasoning = False
@@ -94,11 +102,15 @@ class ReplyParser:
 
     def _reasoning(self, ended: bool) -> str:
         reasoning, closing, rest = self._held.partition(self._form.closing)
+        if not closing and self._call_lead and self._call_lead in self._held:  # it reasons, then calls a tool
+            reasoning, closing, _ = self._held.partition(self._form.closing[0])
+            rest = self._held[self._held.index(self._call_lead) :]
         if closing or ended:
             self._held, self._read = rest, self._closed
         else:
-            keep = next(n for n in range(len(self._form.closing), -1, -1) if reasoning.endswith(self._form.closing[:n]))
-            reasoning = reasoning[: len(reasoning) - keep].rstrip()
+            reasoning = _without_beginning(reasoning, self._form.closing).rstrip()
+            if self._call_lead and self._form.closing[0] in self._form.names:
+                reasoning = reasoning.partition(self._form.closing[0])[0].rstrip()
             self._held = self._held[len(reasoning) :]
         said = reasoning if self._has_reasoning else reasoning.lstrip()
         if said and not self._has_reasoning:
@@ -118,4 +130,22 @@ class ReplyParser:
 
     def _answer(self, ended: bool) -> str:
         said, self._held = self._held, ""
-        return said
+        if not self._call_lead:
+            return said
+        text, lead, rest = said.partition(self._call_lead)
+        if ended and lead:
+            assert self._form.calls is not None
+            calls = self._form.calls.read(lead + rest)
+            shown = call_text(calls) if calls else (lead + rest).translate(self._named)
+            return (f"{text.rstrip()}\n" if text.strip() else "") + shown
+        if not ended and not lead:
+            text = _without_beginning(said, self._call_lead)
+        if not ended and not text.strip():  # a blank before a call is none of the answer's
+            text = ""
+        self._held = said[len(text) :]
+        return text
+
+
+def _without_beginning(text: str, mark: str) -> str:
+    """`text` without what may be the beginning of `mark` at its end."""
+    return text[: len(text) - next(n for n in range(len(mark), -1, -1) if text.endswith(mark[:n]))]

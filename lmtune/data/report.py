@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmtune.data.lengths import WHY_DROPPED
-from lmtune.data.types import Example, Label, RowKind, content_hash, prompt_hash
+from lmtune.data.types import OUTCOMES, Example, Label, RowKind, content_hash, prompt_hash
 from lmtune.data.values import quoted
 from lmtune.io.text import pluralize
 
@@ -139,6 +139,7 @@ class ContentReport:
         labels: of judged and labelled rows.
         zero_weight: rows of weight 0, which are left out.
         total_weight: of the rows that are used; their number, if no row has a weight.
+        turns: rows by what was done with their turns, or is worth knowing of them, a key of `OUTCOMES`.
         formats: the row format of each file, by the file's name.
         duplicates: rows equal to an earlier row.
         same_prompt: rows with the prompt of an earlier row and another answer.
@@ -149,6 +150,7 @@ class ContentReport:
     labels: LabelCounts = field(default_factory=LabelCounts)
     zero_weight: RowCounter = field(default_factory=RowCounter)
     total_weight: float = 0.0
+    turns: dict[str, RowCounter] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     duplicates: RowCounter = field(default_factory=RowCounter)
     same_prompt: RowCounter = field(default_factory=RowCounter)
@@ -156,8 +158,10 @@ class ContentReport:
     warnings: list[str] = field(default_factory=list)
 
     def add(self, example: Example) -> None:
-        """Count the label and the weight of a row that is used."""
+        """Count the label, the weight and the turns of a row that is used."""
         self.kind = example.kind
+        for outcome in example.outcomes:
+            self.turns.setdefault(outcome, RowCounter()).add(example.location)
         self.total_weight += example.weight
         if example.label is not None:
             self.labels.add(example.label)
@@ -169,6 +173,14 @@ class ContentReport:
                 yield example
             else:
                 self.zero_weight.add(example.location)
+
+    def describe_turns(self) -> list[str]:
+        """A line for each of `turns`."""
+        return [
+            f"  {pluralize(self.turns[name].count)} {words}: {self.turns[name].examples}"
+            for name, words in OUTCOMES.items()
+            if name in self.turns
+        ]
 
     def describe_weights(self, num_used: int) -> list[str]:
         """The lines about labels and weights."""
@@ -278,7 +290,7 @@ def describe_part(part: PartReport) -> list[str]:
         f"  {pluralize(part.rows, _NAMES[part.kind])}, {part.kept:,} kept: {part.tokens:,} tokens{trained}; "
         f"the longest row has {part.longest_row_tokens:,}"
     )
-    lines += [*part.describe_weights(part.kept), *part.faulty.describe()]
+    lines += [*part.describe_turns(), *part.describe_weights(part.kept), *part.faulty.describe()]
     for reason, rows in part.dropped.items():
         lines.append(f"  {rows.count:,} dropped, {WHY_DROPPED.get(reason, reason)}: {rows.examples}")
     if part.truncated.count:

@@ -33,9 +33,10 @@ from lmtune.data.types import Example, Label, RowKind, TokenizedExample, TokenSe
 from lmtune.errors import DataError
 from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, hold, key_of, write_json
 from lmtune.io.console import row_progress
+from lmtune.io.text import pluralize
 
 _VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
-_STORED = 7  # of the stored form; a new one leaves old entries unused
+_STORED = 8  # of the stored form; a new one leaves old entries unused
 _KEPT = 10  # entries: training and validation rows are two
 
 Int32 = npt.NDArray[np.int32]
@@ -202,12 +203,16 @@ def _build(
     found = PartReport(files=[file.portable_name for file in files], sha256=list(contents))
     number = {name: place for place, name in enumerate(found.files)}
     num_bytes = sum(file.path.stat().st_size for file in files)
+    told: dict[str, RowCounter] = {}  # by a fault that all rows of a kind have
     with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
         examples = found.without_zero_weights(read_examples(files, report, rows))
         for example, outcome in render_all(examples, renderer, num_bytes):
             if isinstance(outcome, DataError):
                 report.faulty.add(_reason(outcome), example.location)
-                report.add_fault(example.location, _reason(outcome))
+                if getattr(outcome, "once", False):
+                    told.setdefault(_reason(outcome), RowCounter()).add(example.location)
+                else:
+                    report.add_fault(example.location, _reason(outcome))
                 continue
             hashes = index.add(example)
             control_text.add(example)
@@ -222,6 +227,8 @@ def _build(
                     own = hashes if not piece else (piece_hash(hashes[0], piece),) * 2
                     table.append(sequences, number[example.source], example, own)
             progress(len(index))
+    for reason, of_rows in told.items():
+        report.add_fault(of_rows.first[0], f"{reason} ({pluralize(of_rows.count)})")
     for file, before in zip(files, contents, strict=True):
         if file_sha256(file.path) != before:  # the rows would be kept under the hash of others
             raise DataError(f"{file.name}: changed while it was read; start again when it is complete")

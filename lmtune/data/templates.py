@@ -17,10 +17,12 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lmtune.data.calls import ToolSupport, common_prefix, find_tool_support, holds_in_key
 from lmtune.data.replies import CLOSING, OPENING, ReplyFormat, is_still_reasoning, split_reply
+from lmtune.data.template_source import DATE_FORMATS, at_time, literal, with_end
 from lmtune.data.types import Message
 from lmtune.errors import ModelError
 from lmtune.io.sandbox import TemplateLimitError, probe
@@ -30,14 +32,24 @@ if TYPE_CHECKING:
 
 _SYSTEM, _QUESTION, _ANSWER, _REASONING = "probe system", "probe question", "probe answer", "probe reasoning"
 _INSIDE = "a  b\t\n\n\n  c <d> & \"e\" 'é'"
-_FORMATS = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 _CLOSING_TAG = re.compile(r"</([\w:.-]+)>")
 _FIRST_MARK = 0x10F000  # of a private plane of Unicode, which no text uses
 _NOW = "%Y-%m-%d %H:%M:%S"
 
 
 class TemplateFault(Exception):
-    """The template cannot render one conversation as a prompt and its answer; the text says why."""
+    """The template cannot render one conversation as a prompt and its answer; the text says why.
+
+    Attributes:
+        once: whether it is the same for all rows of this kind.
+    """
+
+    def __init__(self, reason: str, once: bool = False) -> None:
+        super().__init__(reason)
+        self.once = once
+
+
+_Tools = Sequence[str]  # JSON texts
 
 
 class ChatTemplate:
@@ -50,6 +62,8 @@ class ChatTemplate:
         system_fault: why the template cannot take a system prompt; None if it can.
         reply_format: how a reply is formatted.
         writes_date: whether prompts hold today's date.
+        tools: what the template does with tools and calls.
+        call_end_id: the token that ends a turn of calls; None if the template writes none.
     """
 
     def __init__(
@@ -69,9 +83,15 @@ class ChatTemplate:
         self._thinking = thinking
         self._now = now
         self._passes_reasoning = self._knows_reasoning = False
+        # what is around reasoning, and all that stands between it and the answer
+        self._opening, self._closing, self._between = OPENING, CLOSING, f"\n{CLOSING}\n\n"
         self.source = self._checked_source()
         self.end_token_id = self._find_end(eos_token_ids)
         self._end = str(tokenizer.convert_ids_to_tokens(self.end_token_id))
+        self._calls_as_objects = True
+        self.tools = self._find_tool_support()
+        self._calls_as_objects = self.tools.form is None or self.tools.form.as_object
+        self.call_end_id = None if self.tools.form is None else self._token_id(self.tools.form.end)
         self._passes_reasoning, self.reply_format = self._find_reply_format()
         if thinking and self.end_token_id in self.reply_format.marks:
             raise ModelError(
@@ -88,18 +108,20 @@ class ChatTemplate:
         before, head, _ = self._around([Message("user", _QUESTION), Message("assistant", _ANSWER)])
         self._continues = head.startswith(before)
         self.system_fault = self._find_system_fault()
+        self._later_system_fault = self._find_later_system_fault()
         self._rewrites = not self._keeps(_INSIDE)
         self._trims = not all(self._keeps(f"{blank}{_ANSWER}{blank}") for blank in (" ", "\n", "\t"))
         self.writes_date = self._find_date()
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: _Tools = ()) -> list[int]:
         """The tokens before the assistant's next turn; a `TemplateFault` if the template refuses these messages."""
         if self.system_fault and messages[0].role == "system":
             raise TemplateFault(self.system_fault)
-        ids: list[int] = self._apply(messages, prompt=True)
+        self._check_tools(messages, tools)
+        ids: list[int] = self._apply(messages, prompt=True, tools=tools)
         return ids
 
-    def answer_ids(self, messages: Sequence[Message], prompt_ids: Sequence[int]) -> list[int]:
+    def answer_ids(self, messages: Sequence[Message], prompt_ids: Sequence[int], tools: _Tools = ()) -> list[int]:
         """The tokens of the last message, an answer, as they follow `prompt_ids`, up to its end token.
 
         A `TemplateFault` if the template refuses, or renders the answer so that it does not continue the prompt.
@@ -115,19 +137,86 @@ class ChatTemplate:
             )
         if reasoning is not None and is_still_reasoning(content):
             raise TemplateFault("the answer's <think> part has no end; write </think> after it")
+        if messages[-1].tool_calls:
+            return self._call_ids(messages, prompt_ids, tools)
         if not self._continues or self._rewrites or (self._trims and answer != answer.strip()):
-            return self._answer_by_text(messages)
-        ids, num_prompt = self._apply(messages, prompt=False), len(prompt_ids)
+            return self._answer_by_text(messages, tools)
+        ids, num_prompt = self._apply(messages, prompt=False, tools=tools), len(prompt_ids)
         if ids[:num_prompt] != list(prompt_ids):
-            return self._answer_by_text(messages)
+            return self._answer_by_text(messages, tools)
         if CLOSING in content:
-            self._check_reasoning_kept(messages)
-        if answer not in self._tokenizer.decode(ids[num_prompt:]) and answer not in self._text(messages):
-            return self._answer_by_text(messages)
+            self._check_reasoning_kept(messages, tools)
+        if answer not in self._tokenizer.decode(ids[num_prompt:]) and answer not in self._text(messages, tools=tools):
+            return self._answer_by_text(messages, tools)
         trained = [*ids[num_prompt:], *([self.end_token_id] if self._end_opens_next_turn else [])]
         if self.end_token_id not in trained:
             raise TemplateFault(f"the template does not end this answer with {self._end}")
         return trained[: trained.index(self.end_token_id) + 1]
+
+    def check_calls(self, messages: Sequence[Message], tools: _Tools = ()) -> str:
+        """What the template writes of the last message, which holds calls, behind the prompt, to the end of its turn.
+
+        A `TemplateFault` if that does not say the same calls, or not all that the message says.
+        """
+        self._check_tools(messages, tools)
+        form, message = self.tools.form, messages[-1]
+        assert form is not None  # else `_check_tools` has raised
+        before, whole = self._text(messages[:-1], True, tools=tools), self._text(messages, tools=tools)
+        lead = ""
+        if not whole.startswith(before):
+            head = self._around([*messages[:-1], Message("assistant", _ANSWER)], tools)[1]
+            head, opened = common_prefix(head, whole), _opens(before, self._opening, self._closing)
+            if not before.startswith(head) or (opened and not (self._thinking and OPENING not in message.content)):
+                raise TemplateFault(_mismatch(before, whole, self.reply_format.is_opened))
+            before, lead = head, self._between * opened
+        said = lead + whole[len(before) :].rstrip()
+        if not self._end_opens_next_turn:
+            if not said.endswith(form.end):
+                raise TemplateFault(f"the chat template does not end this tool call with {form.end}")
+            said = said[: -len(form.end)]
+        if (fault := form.fault(said, message.tool_calls)) is not None:
+            raise TemplateFault(fault)
+        reasoning, answer = self._split(message.content)
+        if answer.strip() not in said:
+            raise TemplateFault(
+                "the chat template drops the text beside a tool call; take it out (content: null), or make it the "
+                "answer without the call"
+            )
+        if reasoning is not None:
+            self._check_reasoning_kept(messages, tools)
+        return said
+
+    def _call_ids(self, messages: Sequence[Message], prompt_ids: Sequence[int], tools: _Tools) -> list[int]:
+        """As `answer_ids`, of a message with calls."""
+        said, num_prompt, end = self.check_calls(messages, tools), len(prompt_ids), self.call_end_id
+        assert end is not None
+        ids = self._apply(messages, prompt=False, tools=tools)
+        if ids[:num_prompt] == list(prompt_ids):
+            trained = [*ids[num_prompt:], *([end] if self._end_opens_next_turn else [])]
+            if end in trained:
+                return trained[: trained.index(end) + 1]
+        (reasoning, answer), calls = self._split(messages[-1].content), messages[-1].tool_calls
+        own = [reasoning or "", answer, *(part for call in calls for part in (call.name, call.arguments))]
+        if found := next((token for token in self._control_tokens if any(token in text for text in own)), None):
+            raise TemplateFault(f"the tool call holds the text of a control token, {found}; write it otherwise")
+        return [*self._encode([], [], said)[:-1], end]
+
+    def _check_tools(self, messages: Sequence[Message], tools: _Tools) -> None:
+        """Whether the template has a place for everything about tools, and for a system turn that is not the first."""
+        calls = [call for message in messages for call in message.tool_calls]
+        support = self.tools
+        for needed, fault in (
+            (bool(tools), support.tools_fault), (bool(calls), support.call_fault),
+            (any(message.role == "tool" for message in messages), support.result_fault),
+        ):  # fmt: skip
+            if needed and fault is not None:
+                raise TemplateFault(fault, once=True)
+        for text in (*tools, *(call.arguments for call in calls)):
+            held = (token for token in self._control_tokens if token in text and holds_in_key(text, token))
+            if found := next(held, None):
+                raise TemplateFault(f"a key of a tool or a call holds the text of a control token, {found}; rename it")
+        if self._later_system_fault and any(message.role == "system" for message in messages[1:]):
+            raise TemplateFault(self._later_system_fault)
 
     def sample_prompts(self) -> list[str]:
         """The text before an answer, without and with a system prompt; today's date is in it."""
@@ -139,20 +228,21 @@ class ChatTemplate:
         """The time that the template writes, day and time of day; not the `given` one, the clock's if that is asked."""
         if given and self._now is not None:
             return self._now
-        found: str = self._apply([], prompt=True, text=True, source=f"{{{{ strftime_now({_literal(_NOW)}) }}}}")
+        found: str = self._apply([], prompt=True, text=True, source=f"{{{{ strftime_now({literal(_NOW)}) }}}}")
         return found
 
     # --- rendering
 
     def _apply(
         self, messages: Sequence[Message], prompt: bool, text: bool = False, source: str | None = None,
-        thinking: bool | None = None,
+        thinking: bool | None = None, tools: _Tools = (),
     ) -> Any:  # fmt: skip
         """Token ids, or the text if `text`."""
         try:
             return self._tokenizer.apply_chat_template(
                 [self._as_dict(message) for message in messages] or [{"role": "user", "content": ""}],
-                chat_template=source or (self.source if self._now is None else _at(self.source, self._now)),
+                tools=[json.loads(tool) for tool in tools] or None,
+                chat_template=source or (self.source if self._now is None else at_time(self.source, self._now)),
                 add_generation_prompt=prompt,
                 tokenize=not text,
                 sanitize_control_tokens=not text,
@@ -162,36 +252,51 @@ class ChatTemplate:
         # The template is foreign code, and may fail in any way that Python has.
         except Exception as error:
             reason = str(error).strip() or type(error).__name__
-            raise TemplateFault(f"the chat template refuses it: {reason}") from error
+            bare = any(not {"description", "parameters"} <= json.loads(tool)["function"].keys() for tool in tools)
+            hint = "; a tool has no description or no parameters, write both" if bare else ""
+            raise TemplateFault(f"the chat template refuses it: {reason}{hint}") from error
 
-    def _text(self, messages: Sequence[Message], prompt: bool = False, thinking: bool | None = None) -> str:
-        return str(self._apply(messages, prompt, text=True, thinking=thinking))
+    def _text(
+        self, messages: Sequence[Message], prompt: bool = False, thinking: bool | None = None, tools: _Tools = ()
+    ) -> str:
+        return str(self._apply(messages, prompt, text=True, thinking=thinking, tools=tools))
 
     def _prompt(self, thinking: bool) -> str:
         return self._text([Message("user", _QUESTION)], prompt=True, thinking=thinking)
 
-    def _as_dict(self, message: Message) -> dict[str, str]:
+    def _as_dict(self, message: Message) -> dict[str, Any]:
         content = message.content
+        if message.role == "tool":
+            return {"role": "tool", "content": content, "tool_call_id": message.tool_call_id, "name": message.name}
         reasoning, answer = self._split(content) if message.role == "assistant" else (None, content)
+        further: dict[str, Any] = {}
+        if message.tool_calls:
+            further["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {
+                    "name": call.name,
+                    "arguments": json.loads(call.arguments) if self._calls_as_objects else call.arguments,
+                }}
+                for call in message.tool_calls
+            ]  # fmt: skip
         if reasoning is not None and self._passes_reasoning:
-            return {"role": "assistant", "reasoning_content": reasoning, "content": answer}
+            return {"role": "assistant", "reasoning_content": reasoning, "content": answer, **further}
         if reasoning is not None and is_still_reasoning(content):  # it was stopped there
             content += f"\n{CLOSING}\n\n"
-        return {"role": message.role, "content": content}
+        return {"role": message.role, "content": content, **further}
 
     def _split(self, content: str) -> tuple[str | None, str]:
         """(reasoning, answer) of an assistant's message; a template that knows no reasoning takes it as it is."""
         return split_reply(content) if self._knows_reasoning else (None, content)
 
-    def _around(self, messages: Sequence[Message]) -> tuple[str, str, str]:
+    def _around(self, messages: Sequence[Message], tools: _Tools = ()) -> tuple[str, str, str]:
         """The prompt before the last message, what stands before the answer with that in it, and what after."""
         reasoning = self._split(messages[-1].content)[0] if self._passes_reasoning else None
         thought = "" if reasoning is None else f"{OPENING}\n{_REASONING}\n{CLOSING}\n\n"
-        whole = self._text([*messages[:-1], Message("assistant", thought + _ANSWER)])
+        whole = self._text([*messages[:-1], Message("assistant", thought + _ANSWER)], tools=tools)
         head, _, tail = whole.rpartition(_ANSWER)
-        return self._text(messages[:-1], prompt=True), head, tail
+        return self._text(messages[:-1], prompt=True, tools=tools), head, tail
 
-    def _answer_by_text(self, messages: Sequence[Message]) -> list[int]:
+    def _answer_by_text(self, messages: Sequence[Message], tools: _Tools) -> list[int]:
         """The answer encoded apart from the prompt, with what the template writes around it.
 
         Generation starts from the prompt's own tokens, so this is what the model must produce where the answer's first
@@ -205,13 +310,18 @@ class ChatTemplate:
                 # DeepSeek-R1: the prompt opens the reasoning, but the rendered answer has lost it.
                 return self._encode([reasoning, "\n\n" + answer], ["\n" + CLOSING])
             reasoning, answer = None, content
-        before, head, tail = self._around(messages)
-        whole = self._text(messages)
+        before, head, tail = self._around(messages, tools)
+        whole = self._text(messages, tools=tools)
         start, _, between = head.partition(_REASONING) if reasoning is not None else (head, "", "")
+        opened = _opens(before, self._opening, self._closing)
         if start.startswith(before):
             lead = start[len(before) :]
-        elif before.startswith(start) and not _opens(before[len(start) :]):
+        elif before.startswith(start) and not opened:
             lead = ""
+        elif opened and reasoning is None and self._thinking and OPENING not in content:
+            lead = self._between  # no reasoning: the thought that the prompt opens ends at once
+        elif (usual := self._usual_lead(messages, before, start, reasoning is not None)) is not None:
+            lead = usual
         else:
             raise TemplateFault(_mismatch(before, whole, form.is_opened))
         if not self._end_opens_next_turn:
@@ -221,26 +331,39 @@ class ChatTemplate:
         rendered = start + (reasoning or "") + between + answer + tail
         if not _squeezed(whole).startswith(_squeezed(rendered)):
             if OPENING in content:
-                self._check_reasoning_kept(messages)
+                self._check_reasoning_kept(messages, tools)
             raise TemplateFault("the template rewrites this answer, so it cannot be trained as it is written")
         if reasoning is None:
             return self._encode([answer], [], lead, tail)
         return self._encode([reasoning, answer], [between], lead, tail)
 
+    def _usual_lead(self, messages: Sequence[Message], before: str, start: str, reasons: bool) -> str | None:
+        """What stands between a prompt and an answer, if prompt and rendered answer differ in earlier turns alone.
+
+        gpt-oss drops the reasoning before a call once an answer follows; the prompt of that answer still holds it.
+        """
+        thought = f"{OPENING}\n{_REASONING}\n{CLOSING}\n\n" * reasons
+        asked, head, _ = self._around([Message("user", _QUESTION), Message("assistant", thought + _ANSWER)])
+        head = head.partition(_REASONING)[0]
+        lead, said = head[len(asked) :], messages[-2].content
+        shared = common_prefix(before[::-1], start[: len(start) - len(lead)][::-1])[::-1]
+        same = any(text in shared for text in (said, json.dumps(said, ensure_ascii=False)[1:-1]))
+        return lead if same and head.startswith(asked) and start.endswith(lead) else None
+
     def _encode(self, texts: Sequence[str], between: Sequence[str], lead: str = "", tail: str = "") -> list[int]:
         """The tokens of `lead`, `texts` with `between` them, `tail`, the end; control tokens in `texts` stay text."""
         # Rendered after a control token, as in the whole conversation, which is then taken off. The untaken branch
         # tells transformers which tokens this template holds for control tokens.
-        parts = [_literal(self._end + lead)]
+        parts = [literal(self._end + lead)]
         for index, text in enumerate((*between, tail)):
-            parts += [f"messages[{index}]['content']", _literal(text)]
+            parts += [f"messages[{index}]['content']", literal(text)]
         echo = f"{{{{ {' + '.join(parts)} }}}}{{% if false %}}{self.source}{{% endif %}}"
         ids = self._apply([Message("user", text) for text in texts], prompt=False, source=echo)
         return [*ids[1:], self.end_token_id]
 
-    def _check_reasoning_kept(self, messages: Sequence[Message]) -> None:
+    def _check_reasoning_kept(self, messages: Sequence[Message], tools: _Tools) -> None:
         reasoning, _ = split_reply(messages[-1].content)
-        if reasoning is not None and reasoning not in self._text(messages):
+        if reasoning is not None and reasoning not in self._text(messages, tools=tools):
             raise TemplateFault(
                 "the template drops the answer's <think> part; set data.template: thinking, "
                 "or plain if it does so even then"
@@ -275,7 +398,7 @@ class ChatTemplate:
                     "the chat template ends answers with no token, and the tokenizer has no EOS token, so the model "
                     "could never learn to stop; set the tokenizer's eos_token"
                 )
-            self.source = _with_end(self.source, str(self._tokenizer.convert_ids_to_tokens(eos_token_ids[0])))
+            self.source = with_end(self.source, str(self._tokenizer.convert_ids_to_tokens(eos_token_ids[0])))
             end = self._token_after_answer(exchange)
         if end is None:
             raise ModelError(
@@ -316,10 +439,43 @@ class ChatTemplate:
             return str(fault)
         return None if _SYSTEM in text else "the chat template drops system prompts; leave them out"
 
+    def _find_later_system_fault(self) -> str | None:
+        """Why a system turn cannot stand behind others."""
+        turns = [Message("user", _QUESTION), Message("assistant", _ANSWER), Message("system", _SYSTEM)]
+        try:
+            text = self._text([*turns, Message("user", _QUESTION)], prompt=True)
+        except TemplateFault as fault:
+            return f"a system turn stands after the first turn: {fault}"
+        if _SYSTEM in text.partition(_ANSWER)[2]:
+            return None
+        return "a system turn stands after the first turn, where the chat template drops or moves it; remove the turn"
+
+    def _find_tool_support(self) -> ToolSupport:
+        """What the template does with tools, calls and results."""
+
+        def render(messages: Sequence[Message], tools: _Tools, prompt: bool, as_object: bool) -> str | None:
+            self._calls_as_objects = as_object
+            try:
+                return self._text(messages, prompt, tools=tools)
+            except TemplateFault:
+                return None
+
+        tokens = {token.content: token.special for token in self._tokenizer.added_tokens_decoder.values()}
+        return find_tool_support(render, tokens, self._end, self._end_opens_next_turn)
+
+    @functools.cached_property
+    def _control_tokens(self) -> tuple[str, ...]:
+        return tuple(token.content for token in self._tokenizer.added_tokens_decoder.values() if token.content.strip())
+
+    def _token_id(self, content: str) -> int:
+        return int(self._tokenizer.convert_tokens_to_ids(content))
+
     def _find_reply_format(self) -> tuple[bool, ReplyFormat]:
         """Whether the template renders reasoning passed in a field of its own, and how replies are formatted."""
-        opening, closing = self._find_reasoning()
+        opening, closing, between = self._find_reasoning()
         passes = closing is not None
+        if passes:
+            self._opening, self._closing, self._between = opening, closing or CLOSING, between
         before, head, _ = self._around([Message("user", _QUESTION), Message("assistant", _ANSWER)])
         lead = head[len(before) :] if head.startswith(before) else ""
         opening, closing = (opening, closing or "") if passes else (OPENING, CLOSING)
@@ -328,12 +484,23 @@ class ChatTemplate:
             opening = closing = ""
         elif opening in lead or closing in lead:  # an empty thought before the answer
             lead = ""
-        (lead, opening, closing), marks = self._marked([lead, opening, closing])
-        return passes, ReplyFormat(lead, opening, closing, is_opened, marks)
+        form = self.tools.form
+        written = [] if form is None else [form.written.rpartition(form.end)[0], form.lead, form.between or ""]
+        (lead, opening, closing, *written), marks = self._marked([lead, opening, closing, *written])
+        calls = None
+        is_plain = form is None or (form.lead in ("", "<tool_call>") or not form.is_json)
+        if form is not None and (not is_plain or any(mark in "".join(written) for mark in marks.values())):
+            first = written[0].partition(written[1])[0]
+            first = (first.rpartition(closing)[2] if closing else first).strip() + written[1]
+            own = None if form.between is None else written[2]
+            calls = replace(form, lead=written[1], between=own, first=first)
+        names = {mark: str(self._tokenizer.convert_ids_to_tokens(index)) for index, mark in marks.items()}
+        return passes, ReplyFormat(lead, opening, closing, is_opened, marks, names, calls)
 
-    def _find_reasoning(self) -> tuple[str, str | None]:
-        """What stands before and after reasoning that is passed in its field; (…, None) if it is not rendered."""
-        opening, closing = "", None
+    def _find_reasoning(self) -> tuple[str, str | None, str]:
+        """What stands before and after reasoning that is passed in its field, and all between it and the answer;
+        (…, None, …) if it is not rendered."""
+        opening, closing, gap = "", None, ""
         self._passes_reasoning = self._knows_reasoning = True  # for the time of this probe
         reply = Message("assistant", f"{OPENING}\n{_REASONING}\n{CLOSING}\n\n{_ANSWER}")
         for thinking in (self._thinking, not self._thinking):
@@ -346,12 +513,12 @@ class ChatTemplate:
             between, answered, _ = rest.rpartition(_ANSWER)
             before = self._prompt(thinking)
             if found and answered:
-                closing = closing or between.strip()
+                closing, gap = closing or between.strip(), gap or between
                 opening = opening or (head[len(before) :].strip() if head.startswith(before) else "")
         self._passes_reasoning = self._knows_reasoning = False
         if not opening and closing and (tag := _CLOSING_TAG.fullmatch(closing)):
             opening = f"<{tag[1]}>"
-        return opening, closing
+        return opening, closing, gap
 
     def _marked(self, texts: Sequence[str]) -> tuple[list[str], dict[int, str]]:
         """`texts` with a character in place of each special token, and the character of each."""
@@ -377,10 +544,10 @@ class ChatTemplate:
     def _find_date(self) -> bool:
         if "strftime_now(" not in self.source.replace(" ", ""):
             return False
-        sources = [_at(self.source, time) for time in ("2001-02-03 04:05:06", "2012-11-11 09:08:07")]
+        sources = [at_time(self.source, time) for time in ("2001-02-03 04:05:06", "2012-11-11 09:08:07")]
         question = [Message("user", _QUESTION)]
         first, second = [self._apply(question, prompt=True, text=True, source=source) for source in sources]
-        return bool(first != second) or not _FORMATS.search(self.source)
+        return bool(first != second) or not DATE_FORMATS.search(self.source)
 
     @functools.cached_property
     def own_words(self) -> str:
@@ -399,35 +566,6 @@ class ChatTemplate:
         return words if any(letter.isalnum() for letter in words) else ""
 
 
-def _at(source: str, now: str) -> str:
-    """The template with `now` for the time that `strftime_now` tells."""
-    formats = {found["format"] for found in _FORMATS.finditer(source)}
-    if not formats:
-        return source
-    time = datetime.fromisoformat(now)
-    told = "".join(
-        f"{{% if format == {_literal(form)} %}}{{{{ {_literal(time.strftime(form))} }}}}{{% endif %}}"
-        for form in sorted(formats)
-    )
-    return f"{{% macro strftime_now(format) %}}{told}{{% endmacro %}}{{{{ '' }}}}{source}"
-
-
-def _with_end(source: str, end: str) -> str:
-    """The template with `end` written after every answer, by changing the messages before it begins."""
-    return (
-        "{% set amended = namespace(messages=[]) %}{% for message in messages %}"
-        "{% if message['role'] == 'assistant' %}"
-        f"{{% set message = dict(message, content=message['content'] + {_literal(end)}) %}}"
-        "{% endif %}{% set amended.messages = amended.messages + [message] %}{% endfor %}"
-        "{% set messages = amended.messages %}{{ '' }}" + source
-    )
-
-
-def _literal(text: str) -> str:
-    """`text` as a string in a Jinja expression."""
-    return json.dumps(text, ensure_ascii=False)
-
-
 def _squeezed(text: str) -> str:
     """`text` without white space."""
     return "".join(text.split())
@@ -443,10 +581,10 @@ def _mismatch(before: str, whole: str, is_opened: bool) -> str:
     """Why the answer does not continue the prompt, shown where the two part."""
     if is_opened:
         return (
-            "the template opens a <think> part before every answer, and this one has none; write answers as "
-            "<think>…</think>… with data.template: thinking, or use plain"
+            "the template opens a <think> part before every answer, and this one has none; set data.template: thinking "
+            "(the part then ends at once), or use plain"
         )
-    at = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
+    at = len(common_prefix(before, whole))
     return (
         f"the template asks for an answer with {before[at : at + 40]!r}, but begins this one with "
         f"{whole[at : at + 40]!r}; training would not match generation, use data.template: plain"

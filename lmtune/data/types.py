@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from lmtune.config.schema import RowKind as RowKind  # which of them a run needs, its `objective` section says
 
@@ -22,18 +22,55 @@ if TYPE_CHECKING:  # `lmtune check` needs no NumPy until all rows are read
 
     from lmtune.data.sequences import SequenceTable
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[str, ...] = get_args(Role)
+Role = Literal["system", "user", "assistant", "tool"]
+# What is done with turns that a template does not take, or that are worth knowing of.
+OUTCOMES = {
+    "developer_as_system": "with a developer turn, read as system",
+    "joined": "with turns of one role in a row, joined with a blank line",
+    "later_system": "with a system turn after the first turn, kept where it is",
+    "cut_beginning": "cut to begin with the first turn of the user",
+    "cut_end": "cut after the last answer that is trained",
+    "not_trained": "with answers that are marked as not trained (context only)",
+    "reasoning": "with reasoning",
+    "tools": "with tools that the assistant may call",
+    "tool_calls": "with tool calls",
+}
 Label = bool | int | float | str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the assistant calls.
+
+    Attributes:
+        name: of the function.
+        arguments: a JSON object, as text.
+        id: by which the result names its call.
+    """
+
+    name: str
+    arguments: str
+    id: str
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. An answer that is not `trained` is context of the answers after it."""
+    """One turn of a conversation. An answer that is not `trained` is context of the answers after it.
+
+    Attributes:
+        role: who speaks; `tool` gives the result of a call.
+        content: of an answer that reasons first, `<think>…</think>` and the answer.
+        trained: whether an answer is trained.
+        tool_calls: what the assistant calls, after its content.
+        tool_call_id, name: of a result, the call that it answers, and the function.
+    """
 
     role: Role
     content: str
     trained: bool = True
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +86,8 @@ class Example:
         weight: how much the row counts in the loss.
         kind: what the row can be used for.
         mark: what stands between source and number in the place of a row.
+        tools: that the assistant may call, each as JSON text in OpenAI's form.
+        outcomes: what was done with its turns, keys of `OUTCOMES`.
     """
 
     source: str
@@ -60,6 +99,8 @@ class Example:
     weight: float = 1.0
     kind: RowKind = "answer"
     mark: str = ":"
+    tools: tuple[str, ...] = ()
+    outcomes: tuple[str, ...] = ()
 
     @property
     def location(self) -> str:
@@ -73,10 +114,12 @@ class Example:
 
     @property
     def contents(self) -> list[str]:
-        """Every text of the row; of a pair the prompt once."""
+        """Every text of the row, calls and tools included; of a pair the prompt once."""
         if self.text is not None:
             return [self.text]
-        return [message.content for message in (*self.messages, *self.rejected[-1:])]
+        turns = (*self.messages, *self.rejected[-1:])
+        calls = [part for turn in turns for call in turn.tool_calls for part in (call.name, call.arguments)]
+        return [*(turn.content for turn in turns), *calls, *self.tools]
 
 
 def content_hash(example: Example) -> int:
@@ -93,7 +136,7 @@ def prompt_hash(example: Example) -> int:
     """64 bits, equal for rows with the same messages before the last answer, or with the same text."""
     if example.text is not None or example.kind == "labelled":
         return hash64(_content(example))
-    return hash64(_parts(example.messages[:-1]))
+    return hash64([*_tools(example), *_parts(example.messages[:-1])])
 
 
 def piece_hash(content: int, number: int) -> int:
@@ -102,11 +145,20 @@ def piece_hash(content: int, number: int) -> int:
 
 
 def _content(example: Example) -> list[str]:
-    return ["text", example.text] if example.text is not None else _parts(example.messages)
+    return ["text", example.text] if example.text is not None else [*_tools(example), *_parts(example.messages)]
+
+
+def _tools(example: Example) -> list[str]:
+    return [part for tool in example.tools for part in ("may call", tool)]
 
 
 def _parts(turns: Sequence[Message]) -> list[str]:
-    return [part for turn in turns for part in (turn.role if turn.trained else f"{turn.role}, read", turn.content)]
+    """What a conversation says; ids of calls, which are arbitrary, left out."""
+    parts: list[str] = []
+    for turn in turns:
+        parts += [turn.role if turn.trained else f"{turn.role}, read", turn.content]
+        parts += [part for call in turn.tool_calls for part in ("calls", call.name, call.arguments)]
+    return parts
 
 
 def hash64(parts: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -51,6 +52,15 @@ def _text_problem(value: Any) -> str | None:
     except UnicodeEncodeError:
         return "contains an unpaired surrogate (such as \\ud83d); rewrite it"
     return None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key stands twice: one of the two values would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RowFault(f"the key {quoted(twice)} stands twice in one object; keep one")
+    return made
 
 
 def is_filled(value: Any) -> bool:

@@ -85,4 +85,4 @@ def _prompt(renderer: Renderer, example: Example) -> list[int]:
     if example.text is not None:
         raise DataError(f"{example.location}: a language model answers prompts; write prompt, or messages")
     turns = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
-    return list(renderer.prompt_ids(turns))
+    return list(renderer.prompt_ids(turns, example.tools))

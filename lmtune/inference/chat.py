@@ -187,7 +187,9 @@ class ChatSession:
         turns = history if self.remembers else history[-1:]
         system = [Message("system", self.system)] if self.system else []
         with self.model.lock:  # a tokenizer is not for several threads at once
-            return list(self.model.renderer.prompt_ids([*system, *turns]))
+            renderer = self.model.renderer
+            said = [renderer.as_message(turn.content) if turn.role == "assistant" else turn for turn in turns]
+            return list(renderer.prompt_ids([*system, *said]))
 
     def _text_of(self, token_ids: list[int]) -> str:
         with self.model.lock:

@@ -202,6 +202,8 @@ def _read_rows(path: Path) -> Iterator[Example]:
             if example.weight not in (0, 1):
                 reason = f"weight is {example.weight:g}; pretrain trains every document alike: remove the key"
                 report.add_fault(example.location, reason)
+            elif example.tools or any(turn.role == "tool" or turn.tool_calls for turn in example.messages):
+                report.add_fault(example.location, "the template of pretrain has no tools; write the row without them")
             elif example.weight:
                 yield example
         report.raise_for_faults("error", 1)

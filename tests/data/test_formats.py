@@ -12,7 +12,7 @@ import pytest
 
 from lmtune.data.formats import detect_format, kind_of_format, parse_row
 from lmtune.data.turns import ParsedRow
-from lmtune.data.types import RowKind
+from lmtune.data.types import OUTCOMES, RowKind
 from lmtune.data.values import RowFault, quoted
 
 U, A, S = "user", "assistant", "system"
@@ -154,11 +154,9 @@ def test_what_may_matter_is_a_warning(row: dict[str, Any], words: str) -> None:
         ({"instruction": "i", "output": "o", "history": [["q", ""]]}, ["history[0][1] is empty"]),
         (talk(QUESTION, answer(), history=[["q", "a"]]), ["history", "turns of messages"]),
         # what is not supported
-        (talk(QUESTION, answer(), tools=CALL), ["tools", "tool calls", "remove"]),
-        (talk(QUESTION, answer(tool_calls=CALL)), ["messages[1].tool_calls", "not supported yet", "remove the row"]),
+        ({**PAIR, "tools": CALL}, ["tools", "write the row as messages"]),
+        ({**PAIR, "tool_calls": CALL}, ["calls would be lost", "write the row as messages"]),
         (talk(QUESTION, answer(content=None, toolCalls=CALL)), ["messages[1].toolCalls"]),
-        (talk(QUESTION, {"role": "tool", "tool_call_id": "c", "content": "1"}), ['role: "tool"', "tool calls"]),
-        ({"conversations": [{"from": "function_call", "value": "{}"}]}, ['from: "function_call"']),
         ({"messages": turns(U, A), "rejected": "bad"}, ["rejected", "half of a preference pair"]),
         ({**PAIR, "kto_tag": False}, ["kto_tag is false", "objective.kind: kto"]),
         *(({**PAIR, "weight": weight}, ["weight is", "0 or more"]) for weight in (-1, "1", True, math.inf, math.nan)),
@@ -179,15 +177,15 @@ def test_what_may_matter_is_a_warning(row: dict[str, Any], words: str) -> None:
         (talk({"role": U, "content": [{"type": "text"}]}), ["messages[0].content[0].text is missing"]),
         (talk(QUESTION, answer(content=["a"])), ["messages[1].content[0] is a string"]),
         (talk(QUESTION, answer(content=[{"text": ""}])), ["messages[1].content is empty"]),
-        (talk({"role": "critic", "content": "x"}), ['"critic"', "system, user, assistant"]),
+        (talk({"role": "critic", "content": "x"}), ['"critic"', "system, user, assistant, tool"]),
         (talk(QUESTION, answer(weight=0)), ["every answer in messages", "remove the row"]),
         (talk(QUESTION, answer(weight=0.5)), ["messages[1].weight is a number (0.5)", "0 or 1"]),
         (talk(QUESTION, answer(Weight=0)), ["messages[1].Weight", "only as weight"]),
-        ({"messages": turns(S)}, ["ends with system"]),
-        ({"messages": turns(A, U, A)}, ["messages[0] is from assistant; expected user"]),
-        ({"messages": turns(U, U, A)}, ["messages[1] is from user; expected assistant", "join it"]),
-        ({"messages": turns(U, A, U)}, ["ends with user"]),
-        ({"messages": turns(S, S, U, A)}, ["messages[1] is from system", "a system turn comes first"]),
+        ({"messages": turns(S)}, ["no turn of the user"]),
+        ({"messages": turns(S, A)}, ["no turn of the user"]),
+        ({"messages": turns(U, S)}, ["holds no answer"]),
+        (talk(QUESTION, answer(weight=0), answer()), ["messages[2]", "one of the two is not trained"]),
+        (talk(QUESTION, answer(), answer(reasoning="r")), ["messages[2] reasons after the answer before it"]),
     ],
 )  # fmt: skip
 def test_faults_say_what_and_where(row: dict[str, Any], words: list[str]) -> None:
@@ -204,6 +202,36 @@ def test_an_answer_without_weight_is_context_and_not_trained(off: dict[str, Any]
     assert [message.trained for message in row.messages] == [True, False, True, True]
     assert not row.ignored_keys
     assert not row.warnings
+
+
+@pytest.mark.parametrize(
+    ("given", "messages", "outcomes"),
+    [
+        (turns(U, U, A, A), [(U, "user 0\n\nuser 1"), (A, "assistant 2\n\nassistant 3")], {"joined"}),
+        (turns(S, S, U, A), [(S, "system 0\n\nsystem 1"), (U, "user 2"), (A, "assistant 3")], {"joined"}),
+        ([{"role": "developer", "content": "d"}, QUESTION, answer()], [(S, "d"), (U, "q"), (A, "a")],
+         {"developer_as_system"}),
+        (turns(U, A, S, U, A), [(U, "user 0"), (A, "assistant 1"), (S, "system 2"), (U, "user 3"), (A, "assistant 4")],
+         {"later_system"}),
+        (turns(A, U, A), [(U, "user 1"), (A, "assistant 2")], {"cut_beginning"}),
+        (turns(S, A, S, U, A), [(S, "system 0\n\nsystem 2"), (U, "user 3"), (A, "assistant 4")],
+         {"cut_beginning", "joined"}),
+        (turns(U, A, U), [(U, "user 0"), (A, "assistant 1")], {"cut_end"}),
+        (turns(U, A, U, U, S), [(U, "user 0"), (A, "assistant 1")], {"cut_end", "joined"}),
+        ([QUESTION, answer(), QUESTION, answer(weight=0)], [(U, "q"), (A, "a")], {"cut_end"}),
+        ([QUESTION, answer(weight=0), QUESTION, answer()], [(U, "q"), (A, "a"), (U, "q"), (A, "a")], {"not_trained"}),
+        ([QUESTION, answer(content="<think>r</think>a")], [(U, "q"), (A, "<think>r</think>a")], {"reasoning"}),
+        ([QUESTION, answer()], [(U, "q"), (A, "a")], set()),
+    ],
+)  # fmt: skip
+def test_every_order_of_turns_has_one_outcome(
+    given: list[Any], messages: list[tuple[str, str]], outcomes: set[str]
+) -> None:
+    for row in ({"messages": given}, {"conversations": given}):
+        found = parsed(row)
+        assert said(found) == messages
+        assert found.outcomes == outcomes
+        assert found.outcomes <= set(OUTCOMES)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -255,7 +283,7 @@ def test_a_pair_has_one_prompt_and_two_answers(row: dict[str, Any], before: list
             trained = [message.trained for message in messages if message.role == A]
             assert trained == [False] * (len(trained) - 1) + [True]
         assert not found.warnings
-        assert found.ignored_keys <= {"messages"}
+        assert found.ignored_keys <= {"messages", "input.parallel_tool_calls"}
 
 
 @pytest.mark.parametrize(
@@ -324,7 +352,9 @@ def test_a_labelled_conversation_may_end_with_an_answer() -> None:
         ({"prompt": [QUESTION, answer()], **HALVES}, "pair", ["prompt ends with assistant", "expected the user"]),
         ({"input": "q", "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "pair", ["input is a string"]),
         ({"input": {"messages": ASKED, "tools": CALL}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
-         "pair", ["input.tools"]),
+         "pair", ["input.tools[0] is a call"]),
+        ({"prompt": "q", "chosen": [QUESTION, GOOD, QUESTION], "rejected": [QUESTION, BAD]}, "pair",
+         ["chosen ends with user"]),
         (HALVES, "pair", ["prompt is missing"]),
         ({"prompt": [QUESTION], **HALVES, "history": [["q", "a"]]}, "pair", ["history beside turns"]),
         ({**PAIR, "completion": [QUESTION, answer()], "label": 1}, "judged", ["completion is a conversation"]),
@@ -336,7 +366,7 @@ def test_a_labelled_conversation_may_end_with_an_answer() -> None:
         ({"text": "t", "label": math.nan}, "labelled", ["label is a number (nan)"]),
         ({"text": "t", "labels": "x"}, "labelled", ["an answer to train on", '"labels" meant']),
         ({**PAIR, "label": "x"}, "labelled", ["completion beside prompt would not be read"]),
-        (talk(*ASKED[:1], label="x"), "labelled", ["ends with system"]),
+        (talk(*ASKED[:1], label="x"), "labelled", ["no turn of the user"]),
     ],
 )  # fmt: skip
 def test_a_row_of_another_kind_says_what_to_do(row: dict[str, Any], rows: RowKind, words: list[str]) -> None:

@@ -90,7 +90,7 @@ def test_history_that_loses_its_reasoning_begins_a_sequence_of_its_own() -> None
     ("template", "option", "row", "words"),
     [
         (DROPS_REASONING, "thinking", example("a", "<think>b</think>c"), "drops the answer's <think> part"),
-        (R1, "thinking", example("a", "c"), "this one has none"),
+        (R1, "auto", example("a", "c"), "this one has none"),
         (CHATML.replace("assistant\n' }}{% endif", "helper\n' }}{% endif"), "auto", example("a", "b"), "begins this"),
         (NO_SYSTEM, "auto", example("a", "b", system="s"), "System role not supported"),
         (None, "auto", example("a", "b", "c", "d"), "use a model with a chat template"),
