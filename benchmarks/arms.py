@@ -8,6 +8,7 @@ the step's trained tokens in all arms, so losses and gradients can be compared b
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,16 @@ class PlainPadded(Arm):
 
 
 class PlainPacked(Arm):
-    """One packed sequence for the whole step, isolated by restarting position ids, with full logits."""
+    """One packed sequence for the whole step, isolated by restarting position ids, with full logits.
+
+    On a GPU attention is PyTorch's for sequences of any length, which is told where each ends.
+    """
+
+    def __init__(self, work: Workload, folder: Path, device: str, dtype: Any = "auto") -> None:
+        super().__init__(work, folder, device, dtype)
+        if self.device.type == "cuda":
+            register_varlen()
+            self.model.get_base_model().set_attn_implementation("bench_varlen")
 
     def step(self, rows: list[Any]) -> float:
         """Micro-batches of at most 2,048 tokens, on a GPU of 4,096."""
@@ -168,10 +178,33 @@ class PlainPacked(Arm):
                 [torch.where(torch.as_tensor(d.loss_mask), torch.as_tensor(d.input_ids), -100) for d in some]
             )[None].to(self.device)
             self.computed += ids.numel()
+            lengths = [len(d.input_ids) for d in some]
+            edges: dict[str, Any] = {}
+            if self.device.type == "cuda":
+                ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
+                edges = {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
             with self.autocast():
-                logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+                logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **edges).logits
             total += _backward(logits[:, :-1], labels[:, 1:], trained)
         return total
+
+
+def register_varlen() -> None:
+    """Make `bench_varlen` known to transformers: PyTorch's attention over `cu_seq_lens_q`, as TRL gives it."""
+    from transformers import AttentionInterface
+
+    from lmtune.kernels.attention import torch_varlen
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+        scaling: float | None = None, cu_seq_lens_q: Any = None, max_length_q: Any = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        longest = int(max_length_q)
+        q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
+        attended = torch_varlen(q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scaling, (-1, 0))
+        return attended[None], None
+
+    AttentionInterface.register("bench_varlen", attend)
 
 
 def _backward(logits: torch.Tensor, labels: torch.Tensor, trained: int) -> float:

@@ -5,8 +5,8 @@
 
 Each case is a model of random weights in the shape of a real one, in bf16 on a GPU, made on the device, with steps of
 rows that are trained whole. Arms run one after the other, each in a process of its own, so that a large model is there
-once. What the time does not suffice for is named. MFU counts 4 operations a token for each parameter, as others publish
-it: of the measured rate of a large product.
+once. The others use PyTorch's attention for sequences of any length too. What the time does not suffice for is named.
+MFU counts 4 operations a token for each parameter, as others publish it: of the measured rate of a large product.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import machine, make_arm, matmul_ceiling
+from benchmarks.compare import machine, matmul_ceiling
 from benchmarks.measure import ArmProcess
 from benchmarks.workload import Workload
 
 CASES = ("0.6b:none", "8b:none", "8b:nf4", "0.6b:nf4")
-ARMS = ("lmtune", "lmtune-auto", "lmtune-unfused", "plain-packed", "trl-padding-free", "plain-by-row")
-LIGER = "liger"
+ARMS = ("lmtune-auto", "lmtune", "trl-varlen", "plain-packed", "lmtune-unfused")
+LIGER = ("trl-liger", "plain-liger")  # where Liger is installed
 BUDGET = 4096  # tokens of a micro-batch
-ROWS = 48  # of a step: about 8,000 tokens
+ROWS = 96  # of a step: about 17,000 tokens
+TRL_ROWS = 24  # of a forward pass, about BUDGET tokens
 PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16 operations a second, by NVIDIA's data sheets
 
 
@@ -38,14 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="SHAPE:QUANTIZATION")
-    parser.add_argument("--arms", nargs="+", default=None, choices=(*ARMS, LIGER))
+    parser.add_argument("--arms", nargs="+", default=None, choices=(*ARMS, *LIGER))
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     dtype = "bfloat16" if options.device == "cuda" else "float32"
-    arms = options.arms or [*ARMS, *([LIGER] if importlib.util.find_spec("liger_kernel") else [])]
+    arms = options.arms or [*ARMS, *(LIGER if importlib.util.find_spec("liger_kernel") else ())]
     ends, results = time.monotonic() + 60 * options.minutes, []
     measured, gpu = matmul_ceiling(options.device, dtype), machine(options.device)["gpu"] or "CPU"
     ceiling = next((peak for name, peak in PEAKS.items() if name in gpu), measured)
@@ -102,13 +103,19 @@ def make_gpu_arm(arm: str, work: Workload, folder: Path, device: str, dtype: str
         budget = None if arm == "lmtune-auto" else BUDGET
         without = ("fused elementwise",) if arm == "lmtune-unfused" else ()
         return arms.Lmtune(work, folder, device, dtype, without, budget)
-    if arm == LIGER:
+    if arm.startswith("trl-"):
+        from benchmarks.trl_arm import Trl
+
+        at_once = min(TRL_ROWS, work.batch_size)
+        return Trl(
+            work, folder, device, dtype, steps, at_once, best=True, varlen=device == "cuda", liger=arm == "trl-liger"
+        )
+    made = arms.PlainPacked(work, folder, device, dtype)
+    if arm == "plain-liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        made = arms.PlainPacked(work, folder, device, dtype)
         apply_liger_kernel_to_llama(model=made.model.get_base_model())
-        return made
-    return make_arm(f"{arm}:{dtype}", work, folder, device, steps)
+    return made
 
 
 def line_of(result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.arms import Arm
+from benchmarks.arms import Arm, register_varlen
 from benchmarks.workload import Workload
 
 ROWS_AT_ONCE = 8  # TRL's default per_device_train_batch_size
@@ -28,11 +28,12 @@ class Trl(Arm):
         best: padding-free and without checkpointing, instead of its defaults; which is quicker, many rows at once or
             one, depends on the attention.
         varlen: on GPUs, with PyTorch's varlen attention registered instead of the masked one.
+        liger: with Liger's kernels and loss, by TRL's own setting.
     """
 
     def __init__(
         self, work: Workload, folder: Path, device: str, dtype: Any, steps: int, at_once: int = ROWS_AT_ONCE,
-        best: bool = False, varlen: bool = False,
+        best: bool = False, varlen: bool = False, liger: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(work, folder, device, dtype)
         self.at_once = min(at_once, work.batch_size)
@@ -43,7 +44,7 @@ class Trl(Arm):
             self.model.get_base_model().set_attn_implementation("bench_varlen")
         self.gate = _Gate()
         self.losses: list[Any] = []
-        self.trainer = self._trainer(folder, steps, best)
+        self.trainer = self._trainer(folder, steps, best, liger)
         self.thread = threading.Thread(target=self._train, daemon=True)
         self.thread.start()
         self.gate.wait("step")
@@ -69,7 +70,7 @@ class Trl(Arm):
         except BaseException as error:
             self.gate.fail(error)
 
-    def _trainer(self, folder: Path, steps: int, best: bool) -> Any:
+    def _trainer(self, folder: Path, steps: int, best: bool, liger: bool) -> Any:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
@@ -89,7 +90,7 @@ class Trl(Arm):
             per_device_train_batch_size=self.at_once,
             gradient_accumulation_steps=self.work.batch_size // self.at_once,
             train_sampling_strategy="sequential", disable_tqdm=True, logging_strategy="no",
-            dataset_kwargs={"skip_prepare_dataset": True}, seed=self.work.seed, **chosen,
+            dataset_kwargs={"skip_prepare_dataset": True}, seed=self.work.seed, use_liger_kernel=liger, **chosen,
         )  # fmt: skip
         trainer = SFTTrainer(
             model=self.model, args=config, train_dataset=data, processing_class=self.work.tokenizer(),
@@ -153,24 +154,3 @@ class _Hold(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.gate.arrive("done")
-
-
-def register_varlen() -> None:
-    """Make `bench_varlen` known to transformers: varlen attention over the boundaries that TRL's collator gives."""
-    from torch.nn.attention.varlen import varlen_attn
-    from transformers import AttentionInterface
-
-    def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
-        scaling: float | None = None, cu_seq_lens_q: Any = None, max_length_q: Any = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        longest = int(max_length_q)
-        q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-        attended = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, window_size=(-1, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        assert isinstance(attended, torch.Tensor)
-        return attended[None], None
-
-    AttentionInterface.register("bench_varlen", attend)

@@ -78,7 +78,7 @@ def test_a_comparison_from_its_command_line(tmp_path: Path) -> None:
     ("module", "options", "key"),
     [
         ("gpu", ["--device", "cpu", "--cases", "1m:none", "1m:nf4", "--rows", "4", "--repeats", "1", "--arms", "lmtune",
-                 "lmtune-unfused", "plain-packed", "plain-by-row"], "results"),
+                 "lmtune-unfused", "plain-packed", "trl-varlen"], "results"),
         ("curves", ["--data", "examples/support.jsonl", "--steps", "4", "--seeds", "0", "--learning-rate", "1e-3"],
          "curves"),
     ],

@@ -21,7 +21,7 @@ from lmtune.batching.packing import SegmentLayout
 from lmtune.kernels import label_only_layer, recurrent_layer
 from lmtune.kernels.attention import find_varlen, packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
-from lmtune.kernels.lora_group import group_layers, separate_layers
+from lmtune.kernels.lora_group import LoraGroup, group_layers, separate_layers
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.head import classifier_head
 from lmtune.models.structure import decoder_layers, trained_module
@@ -97,20 +97,21 @@ def find_capabilities(forward: Paths) -> Capabilities:
     return Capabilities(packing, fused_head, label_only, prefixes)
 
 
-def join_lora_layers(forward: Paths) -> str | None:
+def join_lora_layers(forward: Paths) -> tuple[list[LoraGroup], str | None]:
     """Let LoRA layers of one input compute as one, on devices that gain by it and where it gives the plain result.
 
-    Returns why it does not, or None.
+    Returns:
+        The groups, and why there are none although they would gain.
     """
     if forward.dtype.itemsize != 2:
-        return None
+        return [], None
     ids, positions = _random_ids(forward, 7)
     keep = torch.arange(7, device=ids.device)
     with torch.no_grad(), _evaluating(forward.model):
         alone: list[torch.Tensor] = []
         groups = group_layers(forward.model, lambda: alone.append(forward.logits(ids, positions, keep)))
         if not groups:
-            return None
+            return [], None
         reason = _probe(
             forward,
             "joined LoRA layers disabled",
@@ -118,7 +119,8 @@ def join_lora_layers(forward: Paths) -> str | None:
         )
     if reason is not None:
         separate_layers(forward.model)
-    return reason
+        return [], reason
+    return groups, None
 
 
 def _find_packing(forward: Paths) -> str | None:

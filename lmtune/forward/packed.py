@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +34,7 @@ from lmtune.forward.capabilities import (
 from lmtune.kernels.attention import packed_attention
 from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
 from lmtune.kernels.elementwise import fuse_elementwise
+from lmtune.kernels.lora_group import adapters_held
 from lmtune.kernels.rms_norm import fuse_norms
 from lmtune.models.head import classifier_head
 from lmtune.models.structure import base_of
@@ -85,7 +88,8 @@ class PackedForward:
         self.dtype = dtype or self.base.dtype
         self._autocast_dtype = self.dtype if self._is_mixed() else None
         self.capabilities = Capabilities.none()
-        self._separate_lora = join_lora_layers(self)
+        groups, self._separate_lora = join_lora_layers(self)
+        self._groups = weakref.WeakSet(groups)  # layers may leave theirs, and the memory with it
         self.capabilities = find_capabilities(self)
 
     @property
@@ -120,9 +124,14 @@ class PackedForward:
         notes = (attention_note(self), recurrence_note(self.base)) if self.packs else ()
         return [*self.capabilities.disabled, *filter(None, (*notes, self._separate_lora))]
 
-    def context(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the model in the attention that forward and backward passes need; outside it is free to generate."""
-        return packed_attention(self.base) if self.packs else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """Hold the model in the attention that forward and backward passes need; outside it is free to generate.
+
+        Inside, no adapter changes.
+        """
+        with packed_attention(self.base) if self.packs else contextlib.nullcontext(), adapters_held(self._groups):
+            yield
 
     def __call__(self, batch: MicroBatch) -> Outputs:
         """Score the targets of `batch`, or of a classifier its sequences; only inside `context()`.

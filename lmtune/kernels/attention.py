@@ -298,7 +298,7 @@ def attend_varlen(
 ) -> torch.Tensor:  # fmt: skip
     """`attend` with one call of `varlen`, which aligns a span's queries with the last of its keys."""
     places, edges, longest = _boundaries(segments, spans, query.device)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [tokens, heads, d]
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [tokens, heads, d]; all views
     if places is not None:
         k, v = k.index_select(0, places), v.index_select(0, places)
     attended = varlen(

@@ -11,6 +11,7 @@ them need it, and `is_top1` says whether the target is the most likely token.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from dataclasses import dataclass
@@ -143,6 +144,12 @@ def _chunk(
 
     The statistics are in fp32, and the passes over the logits few. `raw` is overwritten.
     """
+    if transform == LogitTransform() and _has_kernel(raw):
+        from lmtune.kernels.triton_kernels import label_logprobs_
+
+        found = torch.empty(len(raw), device=raw.device), torch.empty(len(raw), dtype=torch.bool, device=raw.device)
+        label_logprobs_(raw, targets, *found, gradient=grad)
+        return *found, raw if grad else None
     logits, target = transform.apply(raw), targets[:, None]
     keep = None if transform.softcap is None or not grad else (logits / transform.softcap).float()  # tanh(z / softcap)
     wide = logits.float()
@@ -161,3 +168,7 @@ def _chunk(
     if transform.scale != 1.0:
         gradient.mul_(transform.scale)
     return logprobs, is_top1, gradient
+
+
+def _has_kernel(raw: torch.Tensor) -> bool:
+    return raw.device.type == "cuda" and raw.dtype.itemsize == 2 and importlib.util.find_spec("triton") is not None

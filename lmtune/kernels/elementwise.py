@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lmtune.kernels.gated_mlp import grouped_mlp, swiglu, swiglu_gradients
+
 _ROTARY = "apply_rotary_pos_emb"
 _TOLERANCE = 2e-2  # of the largest result, in 16 bit
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -60,18 +62,18 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        from lmtune.kernels.triton_kernels import swiglu
-
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return swiglu(gate, up)
+        y = torch.empty_like(gate)
+        swiglu(*(tensor.flatten(0, -2) for tensor in (gate, up, y)))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        from lmtune.kernels.triton_kernels import swiglu_gradients
-
         gate, up = ctx.saved_tensors
-        return swiglu_gradients(gate, up, grads[0].contiguous())
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        swiglu_gradients(*(tensor.flatten(0, -2) for tensor in (gate, up, grads[0].contiguous(), d_gate, d_up)))
+        return d_gate, d_up
 
 
 def _with_kernel(original: Rotary) -> Rotary:
@@ -111,6 +113,9 @@ def _is_gated(module: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
+    grouped = grouped_mlp(module.gate_proj, module.up_proj, module.down_proj, x)
+    if grouped is not None:
+        return grouped
     product = _Swiglu.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[no-untyped-call]
     result: torch.Tensor = module.down_proj(product)
     return result

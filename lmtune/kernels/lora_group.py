@@ -1,19 +1,22 @@
-"""LoRA layers that are given the same input as one layer, `[x | h] @ [W | s B]ᵀ` with `h = x Aᵀ`, rounded once.
+"""LoRA layers that are given the same input as one layer, `[x | h] @ [W | B]ᵀ` with `h = x (s A)ᵀ`, rounded once.
 
 For GPUs, whose matrix library rounds a product before it adds anything to it: here the low-rank part is a part of the
-product itself, in the forward pass, and in the backward pass too, `[g | g s B] @ [W ; A]`. Queries, keys and values
+product itself, in the forward pass, and in the backward pass too, `[g | g B] @ [W ; s A]`. Queries, keys and values
 become one layer, as do gate and up projection: fewer and larger products, and one gradient of their common input
 instead of a sum of rounded ones.
 
-    group_layers(model, run)        # after `fuse`; `run` makes a forward pass, in which layers of one input are found
+    groups = group_layers(model, run)       # after `fuse`; `run` makes a forward pass, in which layers of one input
+    with adapters_held(groups):             # are found
+        ...                                 # the passes of one step, between which no adapter changes
 
 There is no second copy of the weights: those of a group's layers become views of its matrix.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +31,12 @@ class LoraGroup:
 
     Of queries, keys and values it is, with zeros elsewhere:
 
-        W_q  s B_q
-        W_k        s B_k
-        W_v              s B_v
-        A_q
-        A_k
-        A_v
+        W_q    B_q
+        W_k         B_k
+        W_v              B_v
+        s A_q
+        s A_k
+        s A_v
     """
 
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
@@ -42,24 +45,28 @@ class LoraGroup:
         adapters = [_adapter(layer) for layer in layers]
         outputs, ranks = [layer.out_features for layer in layers], [len(a) for a, _, _ in adapters]
         self.inputs, self.outputs = layers[0].in_features, sum(outputs)
-        self.rows, self.columns = _slices(outputs), _slices(ranks)
-        self.padding = -sum(ranks) % _MULTIPLE
-        rank = sum(ranks) + self.padding
-        self.matrix = torch.zeros(self.outputs + rank, self.inputs + rank, dtype=dtype, device=adapters[0][0].device)
-        self.a = self.matrix[self.outputs :, : self.inputs]
-        self.own = [self.matrix[rows] for rows in self.rows]  # of each layer, its weight and where B stands
+        self.rows, self._columns = _slices(outputs), _slices(ranks)
+        self.rank = sum(ranks) + -sum(ranks) % _MULTIPLE
+        device = adapters[0][0].device
+        self.matrix = torch.zeros(self.outputs + self.rank, self.inputs + self.rank, dtype=dtype, device=device)
+        self.weight = self.matrix[: self.outputs]  # [W | B]
+        self._a, self._b = self.matrix[self.outputs :, : self.inputs], self.weight[:, self.inputs :]
         self._adapter_places = [
-            (self.a[columns], own[:, self.inputs :][:, columns])
-            for own, columns in zip(self.own, self.columns, strict=True)
+            (self._a[columns], self._b[rows, columns]) for rows, columns in zip(self.rows, self._columns, strict=True)
         ]
+        self._scales = torch.zeros(self.rank, 1, device=device)
+        for (_, _, s), columns in zip(adapters, self._columns, strict=True):
+            self._scales[columns] = s
+        self._held_scales = [s for _, _, s in adapters]
         for layer, rows in zip(layers, self.rows, strict=True):
-            own = self.matrix[rows, : self.inputs]
+            own = self.weight[rows, : self.inputs]
             own.copy_(layer.lmtune_weight.dense(dtype))
             layer.lmtune_weight.hold(own)
         self._places = [layer.lmtune_weight.dense(dtype).data_ptr() for layer in layers]
         self._active = list(layers[0].active_adapters)
         self._results: dict[int, torch.Tensor] = {}
         self._input: torch.Tensor | None = None
+        self._is_held = self._is_filled = False
 
     def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The output `[T, out]` of one of the layers for `x[…, in]`, or None where it is to compute by itself.
@@ -68,7 +75,12 @@ class LoraGroup:
         """
         index = next(index for index, one in enumerate(self.layers) if one is layer)
         if index == 0:
-            self._compute(x)
+            self._input, self._results = None, {}
+            if (adapters := self.adapters(x.dtype)) is not None:
+                results = _GroupedLora.apply(  # type: ignore[no-untyped-call]
+                    x.reshape(-1, self.inputs), self, *adapters
+                )
+                self._input, self._results = x, dict(enumerate(results))
         if self._input is not x:
             return None
         found = self._results.pop(index, None)
@@ -76,42 +88,73 @@ class LoraGroup:
             self._input = None
         return found
 
-    def _compute(self, x: torch.Tensor) -> None:
-        self._input, self._results = None, {}
-        if any(layer.active_adapters != self._active for layer in self.layers):
-            return
+    def adapters(self, dtype: torch.dtype) -> list[torch.Tensor] | None:
+        """A and B of each layer, whose values are in the matrix now, or None where the layers compute by themselves."""
+        for layer in self.layers:
+            if layer.active_adapters != self._active or layer.disable_adapters or layer.merged:
+                return None
         adapters = [_adapter(layer) for layer in self.layers]
-        ranks = [columns.stop - columns.start for columns in self.columns]
-        weights = [layer.lmtune_weight.dense(x.dtype) for layer in self.layers]
-        if x.dtype != self.matrix.dtype or [len(a) for a, _, _ in adapters] != ranks:
-            return
+        ranks = [columns.stop - columns.start for columns in self._columns]
+        weights = [layer.lmtune_weight.dense(dtype) for layer in self.layers]
+        if dtype != self.matrix.dtype or [len(a) for a, _, _ in adapters] != ranks:
+            return None
         if [weight.data_ptr() for weight in weights] != self._places:  # replaced for a while
-            return
-        scales, ab = tuple(s for _, _, s in adapters), [part for a, b, _ in adapters for part in (a, b)]
-        results = _GroupedLora.apply(x.reshape(-1, self.inputs), self, scales, *ab)  # type: ignore[no-untyped-call]
-        self._input, self._results = x, dict(enumerate(results))
+            return None
+        if [s for _, _, s in adapters] != self._held_scales:
+            return None
+        if not self._is_filled:
+            with torch.no_grad():
+                for places, (a, b, s) in zip(self._adapter_places, adapters, strict=True):
+                    torch.mul(a, s, out=places[0])
+                    places[1].copy_(b)
+            self._is_filled = self._is_held
+        return [part for a, b, _ in adapters for part in (a, b)]
 
-    def fill(self, scales: Sequence[float], ab: Sequence[torch.Tensor]) -> None:
-        """Put the adapters' present values, A and B of each layer, into the matrix."""
-        for places, s, a, b in zip(self._adapter_places, scales, ab[::2], ab[1::2], strict=True):
-            places[0].copy_(a)
-            torch.mul(b, s, out=places[1])
+    def hold(self, held: bool) -> None:
+        """While `held`, values that are in the matrix once are taken for the adapters' own."""
+        self._is_held, self._is_filled = held, False
+
+    def widen(self, x: torch.Tensor) -> torch.Tensor:
+        """`[x | h]`, `[T, in + R]`, of `x[T, in]`."""
+        return torch.cat([x, x @ self._a.t()], 1)
+
+    def complete(self, wide: torch.Tensor) -> None:
+        """Write h beside x in `wide[T, in + R]`."""
+        torch.mm(wide[:, : self.inputs], self._a.t(), out=wide[:, self.inputs :])
+
+    def gradients(
+        self, g: torch.Tensor, wide: torch.Tensor, of_input: bool = True
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:  # fmt: skip
+        """The gradient of x, and those of A and B of each layer, in fp32.
+
+        Args:
+            g: `[T, O + R]`, the gradients of the results, with room behind them, which is overwritten.
+            wide: `[T, in + R]`.
+            of_input: whether that of x is wanted.
+        """
+        torch.mm(g[:, : self.outputs], self._b, out=g[:, self.outputs :])
+        dx = g @ self.matrix[:, : self.inputs] if of_input else None
+        da = product_in_fp32(g[:, self.outputs :].t(), wide[:, : self.inputs]).mul_(self._scales)  # [R, in]
+        db = product_in_fp32(g[:, : self.outputs].t(), wide[:, self.inputs :])  # [O, R]
+        places = zip(self.rows, self._columns, strict=True)
+        return dx, [part for rows, columns in places for part in (da[columns], db[rows, columns])]
+
+    def with_room(self, *grads: torch.Tensor) -> torch.Tensor:
+        """The gradients of the results `[T, out]` side by side, with room behind them, `[T, O + R]`."""
+        return torch.cat([*grads, grads[0].new_empty(len(grads[0]), self.rank)], 1)
 
 
 class _GroupedLora(torch.autograd.Function):
-    """`x[T, in]`, the group, the scalings, and A, B of each layer; a result for each layer."""
+    """`x[T, in]`, the group, and A, B of each layer; a result for each layer."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, group: LoraGroup, scales: tuple[float, ...], *ab: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        group.fill(scales, ab)
-        wide = torch.cat([x, x @ group.a.t()], 1)  # [x | h]
+    def forward(ctx: Any, x: torch.Tensor, group: LoraGroup, *ab: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        wide = group.widen(x)
         ctx.save_for_backward(wide)
-        ctx.group, ctx.scales = group, scales
+        ctx.group = group
         results = []
-        for own, layer in zip(group.own, group.layers, strict=True):
-            y, bias = wide @ own.t(), layer.get_base_layer().bias
+        for rows, layer in zip(group.rows, group.layers, strict=True):
+            y, bias = wide @ group.weight[rows].t(), layer.get_base_layer().bias
             results.append(y if bias is None else y.add_(bias))
         return tuple(results)
 
@@ -119,16 +162,21 @@ class _GroupedLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (wide,) = ctx.saved_tensors
         group: LoraGroup = ctx.group
-        products = [g @ places[1] for g, places in zip(grads, group._adapter_places, strict=True)]
-        padding = [wide.new_zeros(len(wide), group.padding)] if group.padding else []
-        g = torch.cat([*grads, *products, *padding], 1)  # [gradients of the results | their products with s B]
-        dx = g @ group.matrix[:, : group.inputs] if ctx.needs_input_grad[0] else None
-        da = product_in_fp32(g[:, group.outputs :].t(), wide[:, : group.inputs])  # [R, in]
-        db = product_in_fp32(g[:, : group.outputs].t(), wide[:, group.inputs :])  # [O, R]
-        of_adapters = []
-        for rows, columns, s in zip(group.rows, group.columns, ctx.scales, strict=True):
-            of_adapters += [da[columns], db[rows, columns].mul_(s)]
-        return dx, None, None, *of_adapters
+        dx, of_adapters = group.gradients(group.with_room(*grads), wide, ctx.needs_input_grad[0])
+        return dx, None, *of_adapters
+
+
+@contextlib.contextmanager
+def adapters_held(groups: Iterable[LoraGroup]) -> Iterator[None]:
+    """Inside the block no adapter changes: its values are put into the matrix of its group once, not at every pass."""
+    held = list(groups)
+    for group in held:
+        group.hold(True)
+    try:
+        yield
+    finally:
+        for group in held:
+            group.hold(False)
 
 
 def group_layers(model: torch.nn.Module, run: Callable[[], object]) -> list[LoraGroup]:

@@ -1,7 +1,8 @@
-"""Triton kernels for what lies between the matrix products: the rotary embedding and the gated activation.
+"""Triton kernels for what lies between the matrix products: rotary embedding, gated activation, cross-entropy.
 
-Each reads its operands once, computes in fp32 and rounds its result once. PyTorch needs five and two passes for their
-forward passes, and more for the backward ones. Imported only where Triton is (PyTorch brings it on Linux with CUDA).
+Each computes in fp32 and rounds its result once. The first two read their operands once, where PyTorch needs five and
+two passes for their forward passes, and more for the backward ones; cross-entropy reads the logits twice. Imported only
+where Triton is (PyTorch brings it on Linux with CUDA).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = 1024  # elements of a program
+_VOCABULARY_BLOCK = 8192
 
 
 @triton.jit
@@ -42,24 +44,58 @@ def _rotate(
 
 
 @triton.jit
-def _swiglu_forward(gate, up, y, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    g = tl.load(gate + at, mask, 0.0).to(tl.float32)
-    u = tl.load(up + at, mask, 0.0).to(tl.float32)
-    tl.store(y + at, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask)
+def _swiglu_forward(gate, up, y, width, gate_row, up_row, y_row, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < width
+    g = tl.load(gate + row * gate_row + at, mask, 0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + at, mask, 0.0).to(tl.float32)
+    tl.store(y + row * y_row + at, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask)
 
 
 @triton.jit
-def _swiglu_backward(gate, up, dy, d_gate, d_up, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    g = tl.load(gate + at, mask, 0.0).to(tl.float32)
-    u = tl.load(up + at, mask, 0.0).to(tl.float32)
-    d = tl.load(dy + at, mask, 0.0).to(tl.float32)
+def _swiglu_backward(
+    gate, up, dy, d_gate, d_up, width, gate_row, up_row, dy_row, d_gate_row, d_up_row, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < width
+    g = tl.load(gate + row * gate_row + at, mask, 0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + at, mask, 0.0).to(tl.float32)
+    d = tl.load(dy + row * dy_row + at, mask, 0.0).to(tl.float32)
     s = tl.sigmoid(g)
-    tl.store(d_up + at, (d * g * s).to(d_up.dtype.element_ty), mask)
-    tl.store(d_gate + at, (d * u * s * (1 + g * (1 - s))).to(d_gate.dtype.element_ty), mask)
+    tl.store(d_up + row * d_up_row + at, (d * g * s).to(d_up.dtype.element_ty), mask)
+    tl.store(d_gate + row * d_gate_row + at, (d * u * s * (1 + g * (1 - s))).to(d_gate.dtype.element_ty), mask)
+
+
+@triton.jit
+def _label_logprob(logits, targets, logprobs, is_top1, width, row_stride, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * row_stride
+    target = tl.load(targets + row)
+    most = tl.full((), float("-inf"), tl.float32)
+    top1 = tl.full((), 0, tl.int32)
+    total = tl.full((), 0.0, tl.float32)
+    for first in range(0, width, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        z = tl.load(start + at, at < width, float("-inf")).to(tl.float32)
+        higher = tl.maximum(most, tl.max(z, 0))
+        top1 = tl.where(higher > most, first + tl.argmax(z, 0), top1)  # the first of equal ones
+        total = total * tl.exp(most - higher) + tl.sum(tl.exp(z - higher), 0)
+        most = higher
+    of_target = tl.load(start + target).to(tl.float32)
+    logprob = of_target - most - tl.log(total)
+    tl.store(logprobs + row, logprob)
+    tl.store(is_top1 + row, top1 == target)
+    if GRADIENT:
+        series = logprob * (1 + logprob * (0.5 + logprob / 6))  # exp(logprob) - 1, where that is near 0
+        less_one = tl.where(logprob > -0.01, series, tl.exp(logprob) - 1)
+        for first in range(0, width, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            z = tl.load(start + at, at < width, float("-inf")).to(tl.float32)
+            p = tl.exp(z - most) / total
+            p = tl.where(at == target, less_one, p)
+            tl.store(start + at, p.to(logits.dtype.element_ty), at < width)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False) -> torch.Tensor:
@@ -80,15 +116,29 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
     return y
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up`, of contiguous tensors of one shape."""
-    y = torch.empty_like(gate)
-    _swiglu_forward[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, y, gate.numel(), BLOCK=_BLOCK)
-    return y
+def swiglu(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor) -> None:
+    """Write `silu(gate) * up` into y; matrices `[T, I]` whose rows may lie apart."""
+    grid = len(gate), triton.cdiv(gate.shape[1], _BLOCK)
+    _swiglu_forward[grid](gate, up, y, gate.shape[1], gate.stride(0), up.stride(0), y.stride(0), BLOCK=_BLOCK)
 
 
-def swiglu_gradients(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of `swiglu` by `gate` and by `up`."""
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    _swiglu_backward[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, dy, d_gate, d_up, gate.numel(), BLOCK=_BLOCK)
-    return d_gate, d_up
+def swiglu_gradients(
+    gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, d_gate: torch.Tensor, d_up: torch.Tensor
+) -> None:
+    """Write the gradients of `swiglu` by `gate` and by `up` into `d_gate` and `d_up`."""
+    rows = [tensor.stride(0) for tensor in (gate, up, dy, d_gate, d_up)]
+    grid = len(gate), triton.cdiv(gate.shape[1], _BLOCK)
+    _swiglu_backward[grid](gate, up, dy, d_gate, d_up, gate.shape[1], *rows, BLOCK=_BLOCK)
+
+
+def label_logprobs_(
+    logits: torch.Tensor, targets: torch.Tensor, logprobs: torch.Tensor, is_top1: torch.Tensor, gradient: bool
+) -> None:
+    """Write what `logits[n, V]` say of `targets[n]` into `logprobs[n]` and `is_top1[n]`.
+
+    With `gradient`, the logits are overwritten with the gradient of minus the log-probabilities' sum.
+    """
+    _label_logprob[(len(logits),)](
+        logits, targets, logprobs, is_top1, logits.shape[1], logits.stride(0), GRADIENT=gradient,
+        BLOCK=_VOCABULARY_BLOCK, num_warps=16,
+    )  # fmt: skip

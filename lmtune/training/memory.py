@@ -26,7 +26,8 @@ from lmtune.models.parameters import Parameters
 from lmtune.models.structure import base_of, decoder_layers
 
 GIB = 2**30
-_SHARE = 0.6  # of the free memory, for activations; the rest is for what is not seen beforehand
+# Of the free memory, for activations; the rest is for what is not seen beforehand. A GPU says when it was too much.
+_SHARE = {"cuda": 0.75, "mps": 0.6, "cpu": 0.6}
 # Tokens of a micro-batch beyond which nothing is gained, and below which computing layers twice is the lesser evil.
 MOST_TOKENS = {"cuda": 16384, "mps": 4096, "cpu": 2048}
 _ENOUGH_TOKENS = {"cuda": 2048, "mps": 512, "cpu": 256}
@@ -185,7 +186,7 @@ def fitting_micro_batch(
     most = max(longest, asked or MOST_TOKENS[device_type])
     wanted = max(longest, asked or _ENOUGH_TOKENS[device_type])
     for checkpointed in range(activations.num_layers + 1):
-        room = free_bytes * _SHARE - activations.constant(checkpointed)
+        room = free_bytes * _SHARE[device_type] - activations.constant(checkpointed)
         tokens = max(0, int(room / activations.per_token(checkpointed)))
         if tokens >= wanted:
             return min(most, tokens), checkpointed

@@ -46,6 +46,23 @@ def test_scoring_computes_no_gradient(transform: LogitTransform) -> None:
     assert counter.get_total_flops() == 2 * 33 * 24 * 101
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("vocabulary", [101, 8192, 50257, 128256])
+def test_the_gpu_kernel_gives_what_the_operations_give(device: str, vocabulary: int) -> None:
+    torch.manual_seed(0)
+    raw = (4 * torch.randn(33, vocabulary)).bfloat16()
+    targets = raw.argmax(1) * (torch.arange(33) % 2) + torch.arange(33) * (torch.arange(33) % 2 == 0)
+    assert cross_entropy._has_kernel(raw)
+    mine = cross_entropy._chunk(raw.clone(), targets, PLAIN, True)
+    wide = raw.float().requires_grad_()
+    each = F.cross_entropy(wide, targets, reduction="none")
+    each.sum().backward()
+    torch.testing.assert_close(mine[0], -each.detach(), atol=1e-4, rtol=1e-5)
+    assert torch.equal(mine[1], raw.float().argmax(1) == targets)
+    torch.testing.assert_close(mine[2].float(), wide.grad, atol=1e-6, rtol=1e-2)
+
+
 @given(st.integers(0, 5000), st.integers(1, 700))
 def test_chunks_cover_all_rows_in_parts_of_about_one_size(count: int, most: int) -> None:
     parts = _chunks(count, most)

@@ -7,7 +7,8 @@ import torch
 
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels import lora_group, lora_linear
-from lmtune.kernels.lora_group import group_layers, separate_layers
+from lmtune.kernels.gated_mlp import grouped_mlp
+from lmtune.kernels.lora_group import adapters_held, group_layers, separate_layers
 from lmtune.kernels.lora_linear import drop_dense, fuse
 from lmtune.models.tuning.base import trainable
 from tests.kernels.test_lora_linear import (
@@ -80,6 +81,41 @@ def test_changed_adapters_and_switched_ones_are_seen() -> None:
         base = model(input_ids=token_ids()).logits
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, base, atol=2e-2, rtol=2e-2)
+
+
+def test_while_adapters_are_held_their_values_are_read_once() -> None:
+    model, groups = grouped()
+    first = next(parameter for name, parameter in trainable(model).items() if "lora_B" in name)
+    run = lambda: model(input_ids=token_ids()).logits  # noqa: E731
+    with adapters_held(groups):
+        before = run()
+        kept, first.data = first.data, torch.ones_like(first)
+        assert torch.equal(run(), before)
+    assert not torch.equal(run(), before)
+    with adapters_held(groups):
+        assert not torch.equal(run(), before)
+        first.data = kept
+    assert torch.equal(run(), before)
+
+
+def test_a_gated_mlp_in_groups_is_one_operation() -> None:
+    model, _ = grouped()
+    mlp = next(module for name, module in model.named_modules() if name.endswith("mlp"))
+    torch.manual_seed(0)
+    x, g = torch.randn(1, 9, 64).bfloat16(), torch.randn(1, 9, 64).bfloat16()
+    parameters = [p for p in mlp.parameters() if p.requires_grad]
+    results = []
+    for run in (lambda x: grouped_mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj, x), mlp):
+        inner = x.clone().requires_grad_()
+        y = run(inner)
+        results.append([y, *torch.autograd.grad(y, [inner, *parameters], g)])
+    for mine, plain in zip(*results, strict=True):
+        assert mine.shape == plain.shape
+        assert (mine - plain).float().norm() < 0.02 * plain.float().norm()
+    with model.disable_adapter():
+        assert grouped_mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj, x) is None
+    separate_layers(model)
+    assert grouped_mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj, x) is None
 
 
 def test_an_adapter_of_another_rank_and_weights_replaced_for_a_while_compute_alone() -> None:

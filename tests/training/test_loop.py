@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import lmtune
 from lmtune.config.schema import ModelConfig
 from lmtune.data.types import TokenizedExample
 from lmtune.errors import LmtuneError
@@ -194,3 +196,34 @@ def test_a_checkpoint_is_due_after_minutes_too(
     monkeypatch.setattr("lmtune.training.hooks.time", clock)
     train(job)
     assert [int(path.name[5:]) for path in checkpoint_folders(job.run.checkpoints)] == saved
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{n}? " + "word " * (n % 90), "completion": "yes " * (n % 17 + 1)} for n in range(192)]
+
+    def adapter(name: str, budget: int) -> tuple[dict[str, torch.Tensor], str, int]:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        overrides = [
+            f"run.dir={tmp_path}", f"run.name={name}", f"train.micro_batch_tokens={budget}", "train.max_steps=2",
+            "train.batch_size=192", "model.dtype=float32", "data.validation_fraction=0", "evaluation.keep_best=false",
+        ]  # fmt: skip
+        run = lmtune.finetune(model="tiny", data=rows, overrides=overrides)
+        weights = load_file(run.adapter / "adapter_model.safetensors")
+        return weights, capfd.readouterr().err, torch.cuda.max_memory_allocated()
+
+    small, _, least = adapter("small", 256)
+    _, said, most = adapter("large", 16384)
+    assert "out of memory" not in said
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((least + 0.4 * (most - least)) / total)
+    try:
+        found, said, _ = adapter("short", 16384)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory at step 1: micro-batches of" in said
+    for name, weight in small.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)

@@ -108,7 +108,7 @@ def test_what_does_not_grow_with_the_tokens_is_subtracted_first() -> None:
     assert (heavy.constant(4), heavy.constant(10)) == (7 * 10**9, 10**9)
     assert fitting_micro_batch(PER_TOKEN, 512, 8 * GIB, "cuda")[1] == 0
     tokens, checkpointed = fitting_micro_batch(heavy, 512, 8 * GIB, "cuda")
-    assert tokens * heavy.per_token(checkpointed) + heavy.constant(checkpointed) < 8 * GIB * 0.6
+    assert tokens * heavy.per_token(checkpointed) + heavy.constant(checkpointed) < 8 * GIB * 0.75
     assert checkpointed > 6
 
 
