@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import ArmProcess, load_average
+from benchmarks.measure import ArmHere, ArmProcess, load_average
 from benchmarks.workload import SHAPES, Workload
 
 REFERENCE = "plain-packed"
@@ -99,7 +99,10 @@ def main() -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=("float32", "bfloat16"), help="by default all that are fast here"
     )
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=", ".join(ARMS) + "; with :DTYPE in that alone")
+    parser.add_argument(
+        "--together", action="store_true", help="all arms in one process: quicker to begin, but no peak memory of each"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     work = Workload(
@@ -107,27 +110,28 @@ def main() -> None:
         shared_prefix=options.shared_prefix, data=options.data, model=options.model,
     )  # fmt: skip
     usual = ["lmtune", *OTHERS, *([VARLEN] if options.device == "cuda" else [])]
-    report = compare(work, options.device, options.arms or usual, options.repeats, options.dtypes)
+    report = compare(work, options.device, options.arms or usual, options.repeats, options.dtypes, options.together)
     print_table(report)
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def compare(
-    work: Workload, device: str, arms: list[str], repeats: int, dtypes: list[str] | None = None
-) -> dict[str, Any]:
+    work: Workload, device: str, arms: list[str], repeats: int, dtypes: list[str] | None = None, together: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """Measure `arms` in turn, in each of `dtypes`; the reference is added for the gate if it is not among them."""
     dtypes = dtypes or fast_dtypes(device, work)
-    titles = [arm if dtype == "float32" else f"{arm}:{dtype}" for dtype in dtypes for arm in arms]
+    titled = [arm if ":" in arm else f"{arm}:{dtype}" for dtype in dtypes for arm in arms]
+    titles = list(dict.fromkeys(title.removesuffix(":float32") for title in titled))
     names = list(dict.fromkeys([REFERENCE, *titles]))
+    dtypes = list(dict.fromkeys(split_title(title)[1] for title in titles))
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base" if work.model is None else Path(work.model)
         write_base(work, base)
         load_before, processes = load_average(), []
         for name in names:
-            processes.append(
-                _started(name, functools.partial(make_arm, name, work, base, device, 2 * repeats + 1), work)
-            )
+            make = functools.partial(make_arm, name, work, base, device, 2 * repeats + 1)
+            processes.append(_started(name, make, work, ArmHere if together else ArmProcess))
         reference = processes[0].measured
         if reference.error:
             raise RuntimeError(f"the reference {REFERENCE} failed:\n{reference.error}")
@@ -159,14 +163,14 @@ def compare(
     }
 
 
-def _started(name: str, make: Any, work: Workload) -> ArmProcess:
+def _started(name: str, make: Any, work: Workload, kind: type[ArmProcess]) -> ArmProcess:
     """An arm after its first step, with loss and gradients of that step in fp32."""
     judge = None
     if make.args[3] != "cpu" or split_title(name)[1] != "float32":  # in a process whose memory is then nobody's
-        judge = ArmProcess(name, functools.partial(make, exact=True), work.rows)
+        judge = kind(name, functools.partial(make, exact=True), work.rows)
         judge.first_step()
         judge.stop()
-    process = ArmProcess(name, make, work.rows)
+    process = kind(name, make, work.rows)
     process.first_step()
     if judge is not None:
         process.measured.loss, process.measured.gradients = judge.measured.loss, judge.measured.gradients
