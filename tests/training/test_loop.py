@@ -203,6 +203,7 @@ def test_a_gpu_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The memory is really short: from the first step on, the process gets 256 MiB more than it has."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     rows = [{"prompt": f"{n}? " + "word " * (n % 90), "completion": "yes " * (n % 17 + 1)} for n in range(192)]
     real = PackedForward.__call__
 
