@@ -51,13 +51,15 @@ def _code(value: Any) -> str:
 
 def _values(property: dict[str, Any]) -> str:
     """The words, or the type with its bounds, that a setting may be."""
-    if "anyOf" in property:
-        return ", ".join(dict.fromkeys(_values(branch) for branch in property["anyOf"]))
+    if branches := property.get("anyOf", property.get("oneOf")):
+        return ", ".join(dict.fromkeys(_values(branch) for branch in branches))
+    if "$ref" in property:
+        return "mapping"
     if "enum" in property:
         return ", ".join(map(_code, property["enum"]))
     if "const" in property:
         return _code(property["const"])
-    kind = {"string": "text", "array": "list", "boolean": "`true`, `false`", "null": "`null`"}.get(
+    kind = {"string": "text", "array": "list", "boolean": "`true`, `false`", "null": "`null`", "object": "mapping"}.get(
         property.get("type", ""), property.get("type", "")
     )
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lmtune.config import load as configuration
 from lmtune.config.files import find_config, run_name
-from lmtune.config.load import Overrides, build_config, with_overrides
-from lmtune.config.schema import FinetuneConfig, Quantization
+from lmtune.config.load import Overrides, build_config, first_path, with_overrides
+from lmtune.config.schema import DataSource, FinetuneConfig, Quantization
 from lmtune.data.checking import check_config, check_data
 from lmtune.data.in_memory import Data, paths_or_rows, rows_file
 from lmtune.errors import ConfigError, DataError
@@ -185,7 +185,8 @@ def finetune(
     Args:
         config: settings, or a YAML file; without one the defaults, for which `model` and `data` are needed.
         model: a Hub id, a local folder, a GGUF file, or `tiny`.
-        data: rows to train on: a path, several, a list of dicts, a DataFrame or a Dataset.
+        data: rows to train on: a path, several, a list of dicts, a DataFrame or a Dataset; also sources, as
+            `data.train` takes them: `[{"path": "a.csv", "share": 0.7}, {"path": "hub:user/name", "split": "train"}]`.
         validation: rows to score on; without them `data.validation_fraction` of `data` is held out.
         name: of the run; from the data's file or content if neither this nor the config names it.
         overrides: settings by key, `{"train.epochs": 1}`, or as on the command line, `["train.epochs=1"]`.
@@ -303,12 +304,13 @@ def predict(
 @contextlib.contextmanager
 def _loaded_with_files(
     target: str | os.PathLike[str] | Run | Model, data: Data
-) -> Iterator[tuple[LoadedModel, list[str]]]:
+) -> Iterator[tuple[LoadedModel, list[str | DataSource]]]:
     """What is named, loaded, and the files that its rows are in while the block runs; quiet but for errors."""
     model = target if isinstance(target, Model) else load(target)
     files: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, quiet(), _naming_rows(files):
-        yield model._loaded, list(_paths_of(data, Path(folder), "data", files))
+        paths = _paths_of(data, Path(folder), "data", files)
+        yield model._loaded, [one if isinstance(one, str) else DataSource(**one) for one in paths]
 
 
 def load_config(path: str | os.PathLike[str], overrides: Overrides = ()) -> FinetuneConfig:
@@ -320,8 +322,8 @@ def load_config(path: str | os.PathLike[str], overrides: Overrides = ()) -> Fine
     return configuration.load_config(FinetuneConfig, os.fspath(path), overrides)
 
 
-def _paths_of(data: Data, folder: Path, name: str, files: dict[str, str]) -> tuple[str, ...]:
-    """The files of `data`; rows in memory become one in `folder`, noted in `files` as `name`."""
+def _paths_of(data: Data, folder: Path, name: str, files: dict[str, str]) -> tuple[str | Mapping[str, Any], ...]:
+    """The files or sources of `data`; rows in memory become one in `folder`, noted in `files` as `name`."""
     given = paths_or_rows(data, name)
     if isinstance(given, tuple):
         return given
@@ -334,7 +336,7 @@ def _run_name(config: FinetuneConfig | str | os.PathLike[str] | None, train: obj
     """The name of a run that was given none: its config file's, its data file's, or one by the content of its rows."""
     if isinstance(config, (str, os.PathLike)):
         return find_config(config).stem  # the shipped qwen3_0.6b may be named without its suffix
-    first = str(train[0]) if isinstance(train, (list, tuple)) and train else str(train)
+    first = first_path(train)
     return f"rows-{Path(first).stem[:8]}" if first in files else run_name(first)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -119,7 +119,7 @@ def propose_quantization(parameters: int | None, machine: Machine) -> tuple[Quan
 
 def propose(
     model: str, data: Sequence[str], quantization: Quantization | None, num_rows: int, machine: Machine,
-    known: KnownModel, rows: RowKind = "answer",
+    known: KnownModel, rows: RowKind = "answer", columns: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """Settings by `section.key`, and the reasons for those that are not the user's words.
 
@@ -131,8 +131,10 @@ def propose(
         machine: where it will be trained.
         known: what is known of the base.
         rows: which kind they are.
+        columns: the setting `data.columns`.
     """
     values: dict[str, Any] = {"model.name": model, "data.train": list(data) if len(data) > 1 else data[0]}
+    values |= {"data.columns": dict(columns)} if columns else {}
     reasons: dict[str, str] = {}
     proposed, why = propose_quantization(known.parameters, machine)
     values["model.quantization"] = quantization or proposed
@@ -155,7 +157,7 @@ def propose(
     if known.renderer is None:
         reasons["data.max_length"] = "the tokenizer is not on this machine yet, so the rows were not measured"
     else:
-        _add_lengths(values, reasons, data, known)
+        _add_lengths(values, reasons, data, known, columns)
     return values, reasons
 
 
@@ -167,14 +169,17 @@ def described(path: Path, machine: str, settings: str) -> str:
     return f"{head}{use}# A setting is replaced on the command line as train.epochs=1.\n\n{settings}"
 
 
-def _add_lengths(values: dict[str, Any], reasons: dict[str, str], data: Sequence[str], known: KnownModel) -> None:
+def _add_lengths(
+    values: dict[str, Any], reasons: dict[str, str], data: Sequence[str], known: KnownModel,
+    columns: Mapping[str, str] | None,
+) -> None:  # fmt: skip
     """Set what follows from the tokens of the first rows, and of their answers."""
     from lmtune.data.reading import ReadReport, read_examples
     from lmtune.data.sources import find_files
 
     rows, answers, is_text = [], [], True
     with progress("measuring the rows", unit="rows") as shown:
-        for example in islice(read_examples(find_files(data), ReadReport()), _ROWS_READ):
+        for example in islice(read_examples(find_files(data), ReadReport(), None, columns), _ROWS_READ):
             sequences = known.renderer.render(example)
             rows.append(max(map(len, sequences)))
             answers.append(max(sequence.num_targets for sequence in sequences))

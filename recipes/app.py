@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from lmtune.config.load import data_paths, load_config
-from lmtune.config.schema import FinetuneConfig
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig, sources_of
 from lmtune.errors import LmtuneError
 from lmtune.io.console import err, escape, progress
 from lmtune.run import run
@@ -83,7 +83,8 @@ def example_questions(target: str) -> tuple[str, ...]:
         config = load_config(FinetuneConfig, run.config)
     except LmtuneError:  # whoever loads the model says what is wrong with the run
         return ()
-    is_shop = config.model.name == "tiny" and "support.jsonl" in map(os.path.basename, data_paths(config.data.train))
+    names = [os.path.basename(source.path) for source in sources_of(config.data.train)]
+    is_shop = config.model.name == "tiny" and "support.jsonl" in names
     return _ABOUT_THE_SHOP if is_shop else ()
 
 

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from lmtune.config.files import split_data
-from lmtune.config.load import command_config, data_paths
+from lmtune.config.load import command_config
+from lmtune.config.schema import sources_of
 from lmtune.data.checking import check_tree, describe_check, inspect_data
 from lmtune.errors import ConfigError, DataError
 from lmtune.io.console import command, escape, out, print_json
@@ -21,7 +22,9 @@ from lmtune.run import run
 def main(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DATA]... [KEY=VALUE]...", help="Files or folders of rows; settings of --config."),
+        typer.Argument(
+            metavar="[DATA]... [KEY=VALUE]...", help="Files, folders or hub:NAME; settings, as data.columns."
+        ),
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="Check the data that this YAML file, or shipped one by name, gives.")
@@ -43,12 +46,12 @@ def main(
     given = [*positional, *(data or [])]
     if not given and config is None:
         raise ConfigError("say what to check: lmtune check DATA, or lmtune check --config CONFIG")
-    whole = command_config(config, overrides, None, given, "check") if config else None
-    settings = whole.data if whole else None
-    paths = data_paths(settings.train) if settings else tuple(given)
-    validation = data_paths(settings.validation) if settings and settings.validation else ()
-    check = inspect_data(paths, validation, whole.objective.rows if whole else None)
-    skips = skip_faulty or (settings is not None and settings.faulty_rows == "skip")
+    whole = command_config(config, overrides, None if config else "tiny", given, "check")
+    settings, knows_use = whole.data, config is not None or any(word.startswith("objective.") for word in overrides)
+    validation = sources_of(settings.validation) if settings.validation else ()
+    rows = whole.objective.rows if knows_use else None
+    check = inspect_data(sources_of(settings.train), validation, rows, settings.columns)
+    skips = skip_faulty or settings.faulty_rows == "skip"
     if as_json:
         print_json(check_tree(check))
     else:
@@ -65,7 +68,7 @@ def main(
         raise DataError(f"{pluralize(num_faults, 'fault')} in the data; {what}{rest}")
     if as_json:
         return
-    shown = command("preview", *paths, *(("--config", config) if config else ("--model", "tiny")))
+    shown = command("preview", *given, *overrides, *(("--config", config) if config else ("--model", "tiny")))
     other = "" if config else " (or another model's name)"
     left = "no fault" if not num_faults else f"{pluralize(check.train.num_rows)} left"
     out.print(f"[green]{left}[/]; tokens are shown by: {escape(shown)}{other}")

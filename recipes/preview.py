@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from lmtune.config.files import split_data
-from lmtune.config.load import command_config, data_paths
-from lmtune.config.schema import FinetuneConfig
+from lmtune.config.load import command_config
+from lmtune.config.schema import FinetuneConfig, sources_of
 from lmtune.errors import ConfigError
 from lmtune.io.console import err, escape, out, print_json, progress
 from lmtune.run import run
@@ -38,7 +38,7 @@ def main(
     """
     settings = chosen(words or [], config, model, data or [])
     kind = settings.objective.rows if config is not None else None
-    model_config, data_config, paths = settings.model, settings.data, data_paths(settings.data.train)
+    model_config, data_config, paths = settings.model, settings.data, sources_of(settings.data.train)
 
     with progress("loading PyTorch and the libraries"):
         from lmtune.data.lengths import fit
@@ -54,7 +54,7 @@ def main(
     err.print(f"{escape(model_config.name)}: {escape(renderer.description)}")
     shown: list[dict[str, object]] = []
     report, control_text = ReadReport(), ControlText(tokenizer)
-    for example in islice(read_examples(files, report, kind), rows):
+    for example in islice(read_examples(files, report, kind, data_config.columns), rows):
         control_text.add(example)
         fitted = fit(example, whole := renderer.render(example), data_config)
         why = why_dropped(example, fitted, data_config.max_length)
@@ -69,6 +69,8 @@ def main(
             out.print(show_tokens(tokenizer, sequence, out.is_terminal and not out.no_color))
         if why:
             out.print(f"[yellow]this row will be dropped: {why}[/]")
+    for name, read_as in report.read_as.items():
+        err.print(escape(f"{name}: {read_as}"))
     for warning in (*report.warnings, *control_text.warnings(), *unread_entries(paths)):
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     if as_json:

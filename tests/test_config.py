@@ -77,7 +77,7 @@ def test_all_mistakes_stand_in_one_message(tmp_path: Path) -> None:
         ("train.learning_rate=1e400", r"train\.learning_rate: got inf; should be a finite number"),
         ("train.micro_batch_tokens=fast", r"train\.micro_batch_tokens: got 'fast'; should be .* or 'auto'"),
         ("train=3", r"train: must be a section of `key: value` lines, got 3"),
-        ("data.train=[]", r"data\.train: got \[\]; should be .*at least 1 item"),
+        ("data.train=[]", r"data\.train: got \[\]; should be a list of at least one"),
         ("tuning.target_modules=[q_proj, 3]", r"tuning\.target_modules"),
         ("tuning.rank=1000000000", r"tuning\.rank: got 1000000000; should be less than"),
         ("tuning.kind=fll", "tuning.kind: got 'fll'; should be 'lora', 'full' or 'partial'"),

@@ -69,8 +69,7 @@ def command_config(
             f"{' and '.join(missing)}: missing; write `lmtune {verb} --model MODEL --data FILE`, or "
             f"`lmtune {verb} CONFIG`; `lmtune init` writes a config that fits this machine"
         )
-    train = tree["data"]["train"]
-    name = run_name(str(train[0] if isinstance(train, list) else train))
+    name = run_name(first_path(tree["data"]["train"]))
     return _checked(FinetuneConfig, tree, (), f"lmtune {verb}", name)
 
 
@@ -155,9 +154,10 @@ def to_tree(config: Any) -> dict[str, Any]:
     return tree
 
 
-def data_paths(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    """One path or several, as a tuple."""
-    return (value,) if isinstance(value, str) else value
+def first_path(train: object) -> str:
+    """The first path of an unchecked `data.train`."""
+    first = train[0] if isinstance(train, (list, tuple)) and train else train
+    return str(first.get("path") if isinstance(first, Mapping) else first)
 
 
 _DEFAULT_KINDS = {field.name: getattr(field.default, "kind", None) for field in fields(FinetuneConfig)}

@@ -14,9 +14,9 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast, dataclass_transform, get_args, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic.dataclasses import dataclass
 
 from lmtune.config.files import plain_name
@@ -65,9 +65,6 @@ Dtype = Annotated[
 RowKind = Literal["answer", "pair", "judged", "labelled"]
 # A run's folder is `run.dir/run.name`: one plain folder name, which cannot climb out of `run.dir`.
 RunName = Annotated[str, AfterValidator(plain_name)]
-# One file or folder, or several.
-DataPaths = str | Annotated[tuple[str, ...], Field(min_length=1)]
-
 
 _PLAIN_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)*")
 
@@ -257,17 +254,49 @@ ObjectiveConfig = Annotated[
 
 
 @section
+class DataSource:
+    """Rows of one file, folder or data set on the Hub."""
+
+    path: Annotated[str, Field(min_length=1)]  # a file, a folder, book.xlsx:SHEET, or hub:NAME[:CONFIG][@REVISION]
+    split: Annotated[str, Field(min_length=1)] | None = None  # of a data set on the Hub; null: train, or validation
+    # share of the examples of an epoch; the sources without one have the rest, in proportion to their sizes
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+def _form(value: object) -> str:
+    """Which form of a source, or of several, is meant, so that a message speaks of this one alone."""
+    return "<list>" if isinstance(value, (list, tuple)) else "<path>" if isinstance(value, str) else "<source>"
+
+
+def _not_empty(value: tuple[T, ...]) -> tuple[T, ...]:
+    if not value:
+        raise ValueError("a list of at least one file, folder or data set")
+    return value
+
+
+_Path: TypeAlias = Annotated[str, Tag("<path>")]
+_Source: TypeAlias = Annotated[DataSource, Tag("<source>")]
+_Sources: TypeAlias = tuple[Annotated[_Path | _Source, Discriminator(_form)], ...]
+# A file, a folder or a data set on the Hub, or several.
+DataSources = Annotated[
+    _Path | _Source | Annotated[_Sources, AfterValidator(_not_empty), Tag("<list>")], Discriminator(_form)
+]  # fmt: skip
+ColumnName = Annotated[str, Field(min_length=1)]
+
+
+@section
 class DataConfig:
     """Which rows are trained on, and how each becomes tokens."""
 
-    train: DataPaths  # rows to train on: a file, several, or a folder
-    validation: DataPaths | None = None  # rows of their own; without them `validation_fraction` of `train` is held out
+    train: DataSources  # rows to train on: a file, several, a folder, hub:NAME, or {path, split, share} of each
+    validation: DataSources | None = None  # other rows to score; without them `validation_fraction` of `train`
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # share of `train` held out to score on
     max_length: Annotated[int, Field(ge=8)] = 2048  # tokens of a row
     # for longer rows; truncate cuts the beginning, split cuts plain texts into pieces and drops other rows
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"
     template: Literal["auto", "chat", "plain", "thinking"] = "auto"  # auto: the tokenizer's own chat template, if any
     system: str | None = None  # system prompt for rows that have none
+    columns: dict[ColumnName, ColumnName] | None = None  # keys for columns of other names, {question: prompt}
     faulty_rows: Literal["error", "skip"] = "error"  # skip: rows that cannot be used are dropped, counted and named
 
 
@@ -352,9 +381,25 @@ class FinetuneConfig:
                 f"evaluation.patience: {patience} waits for validation scores, and data.validation_fraction: 0.0 holds "
                 "no row out; raise the fraction, name data.validation, or set evaluation.patience: null"
             )
+        found += _share_problems(self.data)
         if re.search(HUB_TOKEN, self.run.name or ""):
             found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")
         return found
+
+
+def _share_problems(data: DataConfig) -> list[str]:
+    """What is wrong with the shares of sources together."""
+    found = []
+    shares, validation = ([one.share for one in sources_of(part)] for part in (data.train, data.validation or ()))
+    given = [share for share in shares if share is not None]
+    total = sum(given)
+    if any(share is not None for share in validation):
+        found.append("data.validation: share says how training rows are mixed; remove it, all rows are scored")
+    if given and len(given) == len(shares) and abs(total - 1) > 1e-6:
+        found.append(f"data.train: the shares of all sources sum to {total:g}; make it 1, or leave one source without")
+    elif given and len(given) < len(shares) and total > 1 - 1e-6:
+        found.append(f"data.train: the shares sum to {total:g}, which leaves nothing for the sources without one")
+    return found
 
 
 def _lora_problems(tuning: LoraConfig, model: ModelConfig) -> list[str]:
@@ -373,6 +418,12 @@ def _lora_problems(tuning: LoraConfig, model: ModelConfig) -> list[str]:
             f"tuning.init_lora_weights: {tuning.init_lora_weights}; choose one"
         )
     return found
+
+
+def sources_of(value: DataSources) -> tuple[DataSource, ...]:
+    """The sources that `data.train` or `data.validation` names."""
+    several = value if isinstance(value, tuple) else (value,)
+    return tuple(DataSource(path=one) if isinstance(one, str) else one for one in several)
 
 
 # --- sections, also those of several types
@@ -421,14 +472,21 @@ def _describe(schema: type[Any], error: dict[str, Any]) -> str:
         named = shorten(error["input"].get("kind"))
         return f"{location[0]}.kind: got {named}; should be {_either([repr(kind_of(one)) for one in types])}"
     known = _known_keys(schema)
+    inside = ""
     while location and ".".join(location) not in known and len(location) > 2:
-        location.pop()  # the branch names that pydantic adds inside a union
-    key = ".".join(location) or "the file"
+        part = location.pop()  # of a list or mapping, or a branch name that pydantic adds inside a union
+        inside = ("" if part.startswith("<") else f"[{part}]" if part.isdecimal() else f".{part}") + inside
+    is_own = ".".join(location) in ("data.train", "data.validation", "data.columns")
+    key = (".".join(location) + inside * is_own) or "the file"
     got = error.get("input")
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if is_own:
+            return f"{key}: unknown key; known: {', '.join(_keys(DataSource))}"
         return f"{key}: unknown key{_hint(schema, location, types, known)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: missing; it has no default"
+    if error["type"] == "dataclass_type" and is_own:
+        return f"{key}: got {shorten(got)}; should be a path, or {{path: …, split: …, share: …}}"
     if error["type"] == "dataclass_type" or (len(types) > 1 and not isinstance(got, dict)):
         return f"{key}: must be a section of `key: value` lines, got {shorten(got)}"
     wanted = re.sub(r"^(Input|String) should (be )?", "", error["msg"])

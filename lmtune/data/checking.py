@@ -7,23 +7,25 @@ content, so that checking the same files again costs reading their bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmtune.config.load import data_paths
-from lmtune.config.schema import FinetuneConfig, RowKind
+from lmtune.config.schema import FinetuneConfig, RowKind, sources_of
+from lmtune.data.readers import content_hash
 from lmtune.data.reading import FaultyChoice, ReadReport, read_examples
 from lmtune.data.report import ContentReport, DuplicateIndex, RowCounter, describe_files, describe_shared, typed
-from lmtune.data.sources import find_files, unread_entries
-from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, key_of
+from lmtune.data.sources import Given, find_files, unread_entries
+from lmtune.errors import DataError
+from lmtune.io.atomic import cache_folder, get_or_build, key_of
 from lmtune.io.console import row_progress
-from lmtune.io.text import pluralize
+from lmtune.io.text import format_list, pluralize
 
 _VERSION = 6
 _KEPT = 100  # results, of a few KB
-_Paths = Sequence[str | Path]
+_Paths = Sequence[Given]
+_Columns = Mapping[str, str] | None
 # What rows with the same prompt differ in.
 _OTHER: dict[RowKind, str] = {"answer": "answer", "pair": "pair", "judged": "answer", "labelled": "label"}
 
@@ -62,16 +64,17 @@ def check_config(config: FinetuneConfig) -> DataCheck:
     """`check_data` of the files that a config names, as it says, for its objective."""
     data = config.data
     return check_data(
-        data_paths(data.train), data_paths(data.validation or ()), data.faulty_rows, config.objective.rows
-    )  # fmt: skip
+        sources_of(data.train), sources_of(data.validation or ()), data.faulty_rows, config.objective.rows, data.columns
+    )
 
 
 def check_data(
-    paths: _Paths, validation: _Paths = (), faulty_rows: FaultyChoice | None = None, rows: RowKind | None = None
-) -> DataCheck:
+    paths: _Paths, validation: _Paths = (), faulty_rows: FaultyChoice | None = None, rows: RowKind | None = None,
+    columns: _Columns = None,
+) -> DataCheck:  # fmt: skip
     """Check files (or folders) of training rows, and of validation rows if given, against each other.
 
-    `rows` is the kind that they must be of; None where nothing says what they are for.
+    `rows` is the kind that they must be of; None where nothing says what they are for. `columns` is `data.columns`.
 
     Raises:
         DataError: with the first 20 faults and their number, or with the paths that cannot be read.
@@ -79,41 +82,57 @@ def check_data(
     found: list[DataCheck] = []
 
     def build(folder: Path) -> None:
-        check = inspect_data(paths, validation, rows)
+        check = inspect_data(paths, validation, rows, columns)
         check.raise_for_faults(faulty_rows)
         found.append(check)
         (folder / "check.json").write_text(json.dumps(check_tree(check)), encoding="utf-8")
 
     hashes = [
-        [[file.portable_name, file_sha256(file.path)] for file in find_files(part)]
-        for part in (paths, validation)
+        [[file.portable_name, content_hash(file)] for file in find_files(part, split)]
+        for part, split in ((paths, "train"), (validation, "validation"))
         if part
     ]
     unread = [*unread_entries(paths), *unread_entries(validation)]
-    key = key_of("check", _VERSION, hashes, unread, faulty_rows == "skip", rows)
+    key = key_of("check", _VERSION, hashes, unread, faulty_rows == "skip", rows, columns)
     entry = get_or_build(cache_folder() / "checks", key, build, keep=_KEPT)
     return found[0] if found else typed(DataCheck, json.loads((entry / "check.json").read_text(encoding="utf-8")))
 
 
-def inspect_data(paths: _Paths, validation: _Paths = (), rows: RowKind | None = None) -> DataCheck:
+def inspect_data(
+    paths: _Paths, validation: _Paths = (), rows: RowKind | None = None, columns: _Columns = None
+) -> DataCheck:
     """As `check_data`, but faults of rows are left in the result's `report`, all of them, and nothing is cached.
 
     Raises:
         DataError: a path cannot be read at all.
     """
     report = ReadReport()
-    train, train_rows = _inspect_part(paths, report, rows)
+    train, train_rows = _inspect_part(paths, "train", report, rows, columns)
     if not validation:
         return DataCheck(train, None, RowCounter(), report)
-    held_out, held_out_rows = _inspect_part(validation, report, rows)
+    held_out, held_out_rows = _inspect_part(validation, "validation", report, rows, columns)
     return DataCheck(train, held_out, held_out_rows.shared_with(train_rows), report)
 
 
-def _inspect_part(paths: _Paths, report: ReadReport, rows: RowKind | None) -> tuple[PartCheck, DuplicateIndex]:
+def checked_data(paths: _Paths, columns: _Columns = None) -> DataCheck:
+    """The rows of files without a fault, whatever they are for.
+
+    Raises:
+        DataError: with the first 20 faults.
+    """
+    check = inspect_data(paths, columns=columns)
+    if faults := check.report.faults:
+        raise DataError(f"the data has faults; fix these lines first:\n{format_list(faults)}")
+    return check
+
+
+def _inspect_part(
+    paths: _Paths, split: str, report: ReadReport, rows: RowKind | None, columns: _Columns
+) -> tuple[PartCheck, DuplicateIndex]:
     part, index = ReadReport(), DuplicateIndex()
     found = ContentReport()
     with row_progress("checking") as progress:
-        for example in found.without_zero_weights(read_examples(find_files(paths), part, rows)):
+        for example in found.without_zero_weights(read_examples(find_files(paths, split), part, rows, columns)):
             index.add(example)
             found.add(example)
             progress(len(index))
@@ -126,6 +145,7 @@ def _inspect_part(paths: _Paths, report: ReadReport, rows: RowKind | None) -> tu
         total_weight=found.total_weight,
         turns=found.turns,
         formats=part.formats,
+        read_as=part.read_as,
         rows_by_file={file.name: file.num_rows for file in part.files},
         duplicates=index.duplicates(),
         same_prompt=index.same_prompt(),
@@ -152,7 +172,7 @@ def describe_check(check: DataCheck, skips: bool = False) -> str:
 
 def _describe_part(part: PartCheck, skips: bool) -> list[str]:
     lines = describe_files(
-        [f"{name}: {pluralize(part.rows_by_file[name])}, {format}" for name, format in part.formats.items()]
+        [f"{name}: {pluralize(part.rows_by_file[name])}, {part.format_of(name)}" for name in part.formats]
     )
     lines += part.faulty.describe() if skips else []
     if part.characters:

@@ -27,7 +27,7 @@ data sets, Stanford Alpaca, ShareGPT dumps. A further format is one more entry o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -163,6 +163,29 @@ def _other_kind(row: Row, format: Format, rows: RowKind) -> RowFault:
     near = next((hint for missing in lacking if len(missing) == 1 and (hint := nearest(missing[0], row))), "")
     reason = f"the row is {what} ({format}), not {wanted}; set objective.kind: {objective}, or write {keys}{near}"
     return RowFault(reason, once=f"kind {found}")
+
+
+def known_keys() -> frozenset[str]:
+    """Every key that a row of some format has."""
+    return frozenset().union(*(shape.known for shape in _FORMATS.values()))
+
+
+def is_complete(names: Collection[str]) -> bool:
+    """Whether keys of these names make a row of some format."""
+    return any(shape.keys.issubset(names) for shape in _FORMATS.values())
+
+
+def question_and_answer(names: Collection[str], is_table: bool) -> dict[str, str]:
+    """What names that make no row can only mean: a question and an answer, or a table's one text beside its label."""
+    questions, answers = ([name for name in names if plain(name) in known] for known in (QUESTION_KEYS, _ANSWER_KEYS))
+    labels = [name for name in names if plain(name) == "label"]
+    if len(questions) == len(answers) == 1:
+        found = {questions[0]: "prompt", answers[0]: "completion"}
+    elif is_table and len(names) == 2 and labels:
+        found = {name: "label" if name in labels else "text" for name in names}
+    else:
+        return {}
+    return {name: key for name, key in found.items() if name != key}
 
 
 def kind_of_format(format: Format) -> RowKind:

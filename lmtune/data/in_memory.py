@@ -38,14 +38,19 @@ Row: TypeAlias = Mapping[str, Any]
 Data: TypeAlias = str | os.PathLike[str] | Iterable[Row] | Iterable[str | os.PathLike[str]] | Table
 
 
-def paths_or_rows(data: Data, name: str = "data") -> tuple[str, ...] | list[Row]:
-    """`data` as paths if it names files, else as rows; `name` is what the caller calls it.
+_SOURCE = {"path", "split", "share"}  # the keys of a source in `data.train`; no row has them alone
+
+
+def paths_or_rows(data: Data, name: str = "data") -> tuple[str | Row, ...] | list[Row]:
+    """`data` as paths or sources if it names files, else as rows; `name` is what the caller calls it.
 
     Raises:
         DataError: it is neither; says what is expected.
     """
     if isinstance(data, (str, os.PathLike)):
         return (os.fspath(data),)
+    if _is_source(data):
+        return (dict(data),)  # type: ignore[arg-type]
     if isinstance(data, Mapping):  # a DatasetDict, or columns
         keys = ", ".join(str(key) for key in list(data)[:5])
         raise DataError(
@@ -57,8 +62,8 @@ def paths_or_rows(data: Data, name: str = "data") -> tuple[str, ...] | list[Row]
     if not isinstance(rows, Iterable):
         raise DataError(f"{name}: {type(data).__name__}; expected a path, a list of dicts, a DataFrame or a Dataset")
     items: list[Any] = list(rows)
-    if items and all(isinstance(item, (str, os.PathLike)) for item in items):
-        return tuple(os.fspath(item) for item in items)
+    if items and all(isinstance(item, (str, os.PathLike)) or _is_source(item) for item in items):
+        return tuple(dict(item) if _is_source(item) else os.fspath(item) for item in items)
     for index, item in enumerate(items):
         if not isinstance(item, Mapping):
             raise DataError(
@@ -67,6 +72,10 @@ def paths_or_rows(data: Data, name: str = "data") -> tuple[str, ...] | list[Row]
     if not items:
         raise DataError(f"{name}: no rows")
     return items
+
+
+def _is_source(item: object) -> bool:
+    return isinstance(item, Mapping) and "path" in item and item.keys() <= _SOURCE
 
 
 def rows_file(rows: Iterable[Row], folder: Path, name: str = "data") -> Path:

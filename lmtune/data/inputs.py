@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lmtune.data.columns import Columns
 from lmtune.data.formats import Format, parse_row
 from lmtune.data.readers import read_rows
 from lmtune.data.reading import ReadReport
@@ -27,8 +28,9 @@ _NOT_READ = ("label", "weight")
 
 def read_inputs(files: Sequence[DataFile], report: ReadReport) -> Iterator[tuple[Example, dict[str, Any]]]:
     """Every usable row, in order, and what it was made of; faults go to `report`."""
+    columns = Columns(needs_rows=False)
     for file in files:
-        for line, item, row in read_rows(file):
+        for line, item, row in read_rows(file, columns=columns):
             try:
                 yield _example(file, line, row), row
             except RowFault as fault:

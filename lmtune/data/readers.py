@@ -20,11 +20,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from lmtune.data.columns import Columns
 from lmtune.data.encodings import CODECS, Transcoded, detect_encoding, marked_encoding
+from lmtune.data.hub_rows import hub_bytes, hub_rows, hub_sha256
 from lmtune.data.sources import DataFile, foreign_kind
 from lmtune.data.tables import Row, TableRow, csv_rows, not_utf8, parquet_rows, typed
 from lmtune.data.values import RowFault, unique_keys
 from lmtune.data.workbooks import sheet_rows
+from lmtune.io.atomic import file_sha256
 
 MAX_ROW_BYTES = 32 << 20  # of a line, and of an item of a list
 _PIECE_BYTES = 1 << 20
@@ -37,7 +40,7 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 # `RowFault` in its place.
 
 
-def read_rows(file: DataFile, said: list[str] | None = None) -> Iterator[Row]:
+def read_rows(file: DataFile, said: list[str] | None = None, columns: Columns | None = None) -> Iterator[Row]:
     """Every row of a source with its number there, or a `RowFault` in place of one that cannot be read.
 
     The file ends after a fault that leaves no way to tell where the next row begins.
@@ -45,11 +48,20 @@ def read_rows(file: DataFile, said: list[str] | None = None) -> Iterator[Row]:
     Args:
         file: one of `find_files`.
         said: takes what was found out about the file.
+        columns: renames keys; None leaves them as they are.
     """
+    said = [] if said is None else said
+    rename = None if columns is None else columns.of_file(said)
     number = 1
     try:
-        for number, item, row in READERS[file.kind](file, [] if said is None else said):
-            yield number, item, _typed(row)
+        for number, item, row in READERS[file.kind](file, said):
+            try:
+                yield number, item, _as_read(row, rename)
+            except RowFault as fault:
+                at_header = fault.ends_file and isinstance(row, TableRow)
+                yield row.header if at_header else number, item, fault
+                if fault.ends_file:
+                    return
     except (OSError, EOFError, zlib.error) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         yield number, None, RowFault(f"the file cannot be read ({reason})", ends_file=True)
@@ -58,11 +70,10 @@ def read_rows(file: DataFile, said: list[str] | None = None) -> Iterator[Row]:
         yield number, None, RowFault(reason, ends_file=True)
 
 
-def _typed(row: Any) -> Any:
-    try:
-        return typed(row) if isinstance(row, TableRow) else row
-    except RowFault as fault:
-        return fault
+def _as_read(row: Any, rename: Callable[[dict[str, Any]], dict[str, Any]] | None) -> Any:
+    if rename is not None and isinstance(row, dict):
+        row = rename(row)
+    return typed(row) if isinstance(row, TableRow) else row
 
 
 def open_data(path: Path) -> io.BufferedReader:
@@ -124,7 +135,22 @@ READERS: dict[str, Callable[[DataFile, list[str]], Iterator[Row]]] = {
     "csv": _csv,
     "parquet": lambda file, said: parquet_rows(file.path),
     "xlsx": lambda file, said: sheet_rows(file.path, file.part, said),
+    "hub": lambda file, said: hub_rows(file.path, file.part, said),
 }
+
+
+def content_hash(file: DataFile) -> str:
+    """SHA-256, in hex, of what the source holds.
+
+    Raises:
+        DataError: a data set cannot be had from the Hub.
+    """
+    return hub_sha256(file.path, file.part) if file.kind == "hub" else file_sha256(file.path)
+
+
+def num_bytes(file: DataFile) -> int:
+    """How large the source is."""
+    return hub_bytes(file.path, file.part) if file.kind == "hub" else file.path.stat().st_size
 
 
 # --- JSON

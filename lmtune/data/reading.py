@@ -11,10 +11,11 @@ one go, not in twenty.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lmtune.data.columns import Columns
 from lmtune.data.formats import Format, detect_format, kind_of_format, parse_row
 from lmtune.data.readers import read_rows
 from lmtune.data.report import FaultyRows, RowCounter
@@ -118,23 +119,33 @@ class ReadReport:
         return {file.name: file.format for file in self.files if file.format}
 
     @property
+    def read_as(self) -> dict[str, str]:
+        """What was found out about files and how they are written, by their names."""
+        return {file.name: ", ".join(file.said) for file in self.files if file.said}
+
+    @property
     def warnings(self) -> list[str]:
         """A line for each warning about each file."""
         return [line for file in self.files for line in file.describe_warnings()]
 
 
 def read_examples(
-    files: Sequence[DataFile], report: ReadReport, rows: RowKind | None = None
-) -> Iterator[Example]:  # fmt: skip
+    files: Sequence[DataFile], report: ReadReport, rows: RowKind | None = None, columns: Mapping[str, str] | None = None
+) -> Iterator[Example]:
     """Every usable row, in order; faults of the others go to `report`.
 
-    `rows` is what is needed, and rows of other kinds are faults; None takes each as its keys say.
+    Args:
+        files: of `find_files`.
+        report: what is found.
+        rows: what is needed, so that rows of other kinds are faults; None takes each as its keys say.
+        columns: the setting `data.columns`.
     """
+    renamed = Columns(columns)
     for file in files:
         found = FileReport(file.portable_name)
         report.files.append(found)
         faults_before = report.num_faults
-        for line, item, row in read_rows(file, found.said):
+        for line, item, row in read_rows(file, found.said, renamed):
             try:
                 example = _example(file, line, row, found, rows)
             except RowFault as fault:
@@ -151,6 +162,8 @@ def read_examples(
             report.add_fault(
                 file.place(1, shown=True), "the file holds no row; it must hold one row a line", fatal=True
             )
+    if renamed.unseen and not report.num_faults:
+        report.add_fault("data.columns", f"no row has {listed_keys(sorted(renamed.unseen))}; remove it", fatal=True)
 
 
 def _example(file: DataFile, line: int, row: object, found: FileReport, rows: RowKind | None) -> Example:

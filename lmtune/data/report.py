@@ -141,6 +141,7 @@ class ContentReport:
         total_weight: of the rows that are used; their number, if no row has a weight.
         turns: rows by what was done with their turns, or is worth knowing of them, a key of `OUTCOMES`.
         formats: the row format of each file, by the file's name.
+        read_as: what was found out about a file: its delimiter, its encoding, which columns became which keys.
         duplicates: rows equal to an earlier row.
         same_prompt: rows with the prompt of an earlier row and another answer.
         faulty: rows left out because they cannot be used.
@@ -152,6 +153,7 @@ class ContentReport:
     total_weight: float = 0.0
     turns: dict[str, RowCounter] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
+    read_as: dict[str, str] = field(default_factory=dict)
     duplicates: RowCounter = field(default_factory=RowCounter)
     same_prompt: RowCounter = field(default_factory=RowCounter)
     faulty: FaultyRows = field(default_factory=FaultyRows)
@@ -181,6 +183,10 @@ class ContentReport:
             for name, words in OUTCOMES.items()
             if name in self.turns
         ]
+
+    def format_of(self, name: str) -> str:
+        """The format of a file, and how it is written: `prompt/completion (delimiter ";")`."""
+        return self.formats[name] + (f" ({self.read_as[name]})" if name in self.read_as else "")
 
     def describe_weights(self, num_used: int) -> list[str]:
         """The lines about labels and weights."""
@@ -284,7 +290,7 @@ def describe_report(report: DataReport) -> str:
 
 def describe_part(part: PartReport) -> list[str]:
     """The lines about one part."""
-    lines = describe_files([f"{name}: {format}" for name, format in part.formats.items()])
+    lines = describe_files([f"{name}: {part.format_of(name)}" for name in part.formats])
     trained = "" if part.kind == "labelled" else f", {part.trained_tokens:,} of them trained"
     lines.append(
         f"  {pluralize(part.rows, _NAMES[part.kind])}, {part.kept:,} kept: {part.tokens:,} tokens{trained}; "

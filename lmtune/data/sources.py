@@ -1,6 +1,6 @@
-"""Which files hold the data: a file, several, or a folder of them; a workbook is one source a sheet.
+"""Which files hold the data: a file, several, a folder of them, data sets on the Hub; a workbook is one source a sheet.
 
-    find_files(["train.csv", "book.xlsx:Prices", "folder"])
+    find_files(["train.csv", "book.xlsx:Prices", "folder", DataSource(path="hub:user/name", split="train")])
 
 What no reader takes (an archive, a web page, an old workbook) is named for what it is, which helps more than the JSON
 error that its first byte would cause.
@@ -12,9 +12,10 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lmtune.config.schema import DataSource
 from lmtune.data.workbooks import sheets_of
 from lmtune.errors import DataError
 from lmtune.io.text import format_list
@@ -25,7 +26,8 @@ KINDS: dict[str, tuple[str, bool]] = {
     ".tsv": ("csv", True), ".parquet": ("parquet", False), ".xlsx": ("xlsx", False), ".xlsm": ("xlsx", False),
 }  # fmt: skip
 PACKED = (".gz", ".zst")
-_MARKS = {"xlsx": "!A", "parquet": ":row "}
+_MARKS = {"xlsx": "!A", "parquet": ":row ", "hub": ":row "}
+HUB = "hub:"
 _ABOUT_DATA = re.compile(r"\.|(README|LICEN[CS]E|NOTICE|CITATION)\b|.*\.md$", re.IGNORECASE)
 _MAGIC = (  # the first bytes, what they say, what to do
     (b"BZh", "compressed (bzip2)", "unpack it first: bunzip2"),
@@ -41,15 +43,19 @@ _MAGIC = (  # the first bytes, what they say, what to do
 _NOT_READ = "only its own JSONL, JSON, CSV, TSV, Parquet and Excel files are"
 
 
+Given = str | Path | DataSource
+
+
 @dataclass(frozen=True)
 class DataFile:
-    """One source of rows: a file, or a sheet of a workbook.
+    """One source of rows: a file, a sheet of a workbook, or a split of a data set on the Hub.
 
     Attributes:
         name: what the user called it, for messages on the screen.
         portable_name: the same without the folders of this machine, for what is written to disk; no two are equal.
         kind: which of `READERS` reads it.
-        part: the sheet.
+        part: the sheet or the split.
+        entry: which of the paths that were given it belongs to.
     """
 
     path: Path
@@ -57,6 +63,7 @@ class DataFile:
     portable_name: str
     kind: str = "json"
     part: str = ""
+    entry: int = 0
 
     @property
     def mark(self) -> str:
@@ -68,30 +75,42 @@ class DataFile:
         return f"{self.name if shown else self.portable_name}{self.mark}{number}"
 
 
-def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
+def find_files(paths: Sequence[Given], split: str = "train") -> list[DataFile]:
     """The sources that `paths` name; a folder stands for the files that can be read in it, in the order of their names.
 
     A workbook stands for its sheets that hold cells and are not hidden; `book.xlsx:NAME` for one.
 
+    Args:
+        paths: files, folders, or `hub:NAME[:CONFIG][@REVISION]`.
+        split: of data sets on the Hub for which none is named.
+
     Raises:
         DataError: with every path that is missing, no plain file, a folder without such files, or given twice.
     """
-    found: list[tuple[Path, str, str]] = []  # path, name, sheet
+    found: list[tuple[int, Path, str, str]] = []  # entry, path, name, sheet or split
     problems: list[str] = []
-    for given in paths:
-        path, sheet = _with_sheet(_expanded(given))
-        name = shown_name(given).removesuffix(f":{sheet}") if sheet else shown_name(given)
-        inside = [path / entry for entry in _entries(path) if _is_read(entry)]
+    for entry, given in enumerate(paths):
+        asked, own = (given.path, given.split) if isinstance(given, DataSource) else (os.fspath(given), None)
+        if asked.startswith(HUB):
+            part = own or split
+            found.append((entry, Path(asked), f"{shown_name(asked).partition('@')[0]}/{part}", part))
+            continue
+        path, sheet = _with_sheet(_expanded(asked))
+        name = shown_name(asked).removesuffix(f":{sheet}") if sheet else shown_name(asked)
+        if own:
+            problems.append(f"{name}: split: {own}; only a data set on the Hub has splits: hub:NAME")
+        inside = [path / one for one in _entries(path) if _is_read(one)]
         if os.path.isdir(path) and not inside:  # unlike pathlib's, also false for names that are too long
             problems.append(f"{name}: the folder holds no file to read (JSONL, JSON, CSV, TSV, Parquet or Excel)")
-        found += [(file, shown_name(file), "") for file in inside]
+        found += [(entry, file, shown_name(file), "") for file in inside]
         if not os.path.isdir(path):
-            found.append((path, name, sheet))
+            found.append((entry, path, name, sheet))
     seen: set[tuple[str, str]] = set()
-    for path, name, sheet in found:
-        if problem := _unusable(path, name):
+    for _, path, name, part in found:
+        is_hub = str(path).startswith(HUB)
+        if not is_hub and (problem := _unusable(path, name)):
             problems.append(f"{name}: {problem}")
-        elif (real := (os.path.realpath(path), sheet)) in seen:
+        elif (real := (str(path) if is_hub else os.path.realpath(path), part)) in seen:
             problems.append(f"{name}: given twice")
         else:
             seen.add(real)
@@ -99,20 +118,26 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
         raise DataError(f"these data files cannot be read:\n{format_list(problems)}")
     if not found:
         raise DataError("no data file given")
-    books = dict.fromkeys(name for _, name, _ in found)
-    portable = dict(zip(books, _portable_names(list(books)), strict=True))
-    return [file for path, name, sheet in found for file in _sources_of(path, name, portable[name], sheet)]
+    names = dict.fromkeys(name for _, _, name, _ in found)
+    portable = dict(zip(names, _portable_names(list(names)), strict=True))
+    return [source for entry, path, name, part in found
+            for source in _sources_in(path, DataFile(path, name, portable[name], part=part, entry=entry))]  # fmt: skip
 
 
-def _sources_of(path: Path, name: str, portable_name: str, sheet: str) -> list[DataFile]:
-    """The sources in one file."""
+def _sources_in(path: Path, file: DataFile) -> list[DataFile]:
+    """The sources in one file, which is named as a whole so far."""
+    if str(path).startswith(HUB):
+        return [replace(file, kind="hub")]
     kind = KINDS.get(_suffix(path.name), ("json", True))[0]
     if kind != "xlsx":
-        return [DataFile(path, name, portable_name, kind)]
-    sheets = [sheet] if sheet else sheets_of(path)[0] or [""]
+        return [replace(file, kind=kind)]
+    sheets = [file.part] if file.part else sheets_of(path)[0] or [""]
+    name, portable = file.name, file.portable_name
     return [
-        DataFile(path, f"{name}:{part}".rstrip(":"), f"{portable_name}:{part}".rstrip(":"), kind, part)
-        for part in sheets
+        replace(
+            file, kind=kind, part=one, name=f"{name}:{one}".rstrip(":"), portable_name=f"{portable}:{one}".rstrip(":")
+        )
+        for one in sheets
     ]
 
 
@@ -122,16 +147,16 @@ def _with_sheet(path: Path) -> tuple[Path, str]:
     return (Path(found[1]), found[2]) if found and not os.path.exists(path) else (path, "")
 
 
-def unread_entries(paths: Sequence[str | Path]) -> list[str]:
+def unread_entries(paths: Sequence[Given]) -> list[str]:
     """A warning for each folder of `paths` that holds more than the files that `find_files` takes from it."""
     warnings = []
     for given in paths:
-        path = _expanded(given)
+        path = _expanded(given.path if isinstance(given, DataSource) else given)
         others = [name for name in _entries(path) if not _is_read(name) and not _ABOUT_DATA.match(name)]
         if others:
             shown = ", ".join(shown_name(name) + "/" * os.path.isdir(path / name) for name in others[:5])
             more = f" and {len(others) - 5} more" if others[5:] else ""
-            (name,) = _portable_names([shown_name(given)])
+            (name,) = _portable_names([shown_name(path)])
             warnings.append(
                 f"{name}: not read: {shown}{more}; of a folder, {_NOT_READ}: unpack, rename or move what should be"
             )
@@ -198,14 +223,16 @@ def _unusable(path: Path, name: str) -> str | None:
         return None
     if os.path.exists(path):
         return "not a regular file; write the rows to a file first"
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
+    if found := re.match(r"(?:hf://|https://huggingface\.co/)datasets/([\w.-]+(?:/[\w.-]+)?)", name):
+        advice = f"a data set on the Hub is written hub:{found[1]}"
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
         advice = "only local files and folders are read: download the rows first, and name the file"
     elif re.search(r"[*?\[{]", name):
         advice = "patterns are not read: name the files or their folder"
     elif near := difflib.get_close_matches(path.name, _entries(path.parent), n=1):
         advice = f"did you mean {shown_name(path.with_name(near[0]))}?"
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not _suffix(name):
-        advice = f"a data set of the Hub is downloaded first: hf download --repo-type dataset {name} --local-dir FOLDER"
+        advice = f"if it is a data set on the Hub, write hub:{name}"
     else:
         advice = "only local files and folders are read"
     return f"no such file or folder; {advice}"

@@ -21,17 +21,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lmtune.config.load import data_paths
-from lmtune.config.schema import DataConfig
+from lmtune.config.schema import DataConfig, sources_of
 from lmtune.data.lengths import Fitted, fit
+from lmtune.data.readers import content_hash, num_bytes
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import ControlText, Renderer, render_all
 from lmtune.data.report import DataReport, DuplicateIndex, HeldOut, PartReport, RowCounter, describe_part, typed
 from lmtune.data.sequences import SequenceTable
-from lmtune.data.sources import DataFile, find_files, unread_entries
+from lmtune.data.sources import DataFile, Given, find_files, unread_entries
 from lmtune.data.types import Example, Label, RowKind, TokenizedExample, TokenSequence, piece_hash
 from lmtune.errors import DataError
-from lmtune.io.atomic import cache_folder, file_sha256, get_or_build, hold, key_of, write_json
+from lmtune.io.atomic import cache_folder, get_or_build, hold, key_of, write_json
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
@@ -114,11 +114,11 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int, rows: RowKind =
     Raises:
         DataError: with every fault found, or no row is left.
     """
-    data = tokenize(data_paths(config.train), renderer, config, part="data.train", rows=rows)
+    data = tokenize(sources_of(config.train), renderer, config, part="data.train", rows=rows)
     train, validation = data, None
     held_out: PartReport | HeldOut | None = None
     if config.validation is not None:
-        validation = tokenize(data_paths(config.validation), renderer, config, part="data.validation", rows=rows)
+        validation = tokenize(sources_of(config.validation), renderer, config, part="data.validation", rows=rows)
         shared = np.flatnonzero(np.isin(validation.content, data.content))
         also = RowCounter(len(shared), [validation.location(int(index)) for index in shared[:5]])
         held_out = replace(validation.report, also_in_train=also)
@@ -162,7 +162,7 @@ def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def tokenize(
-    paths: Sequence[str | Path],
+    paths: Sequence[Given],
     renderer: Renderer,
     config: DataConfig,
     cache_dir: Path | None = None,
@@ -176,9 +176,11 @@ def tokenize(
     Raises:
         DataError: with every fault of every row, or no row is left.
     """
-    files = find_files(paths)
-    contents = [file_sha256(file.path) for file in files]
-    further = ["skip"] * (config.faulty_rows == "skip") + [rows] * (rows != "answer")
+    files = find_files(paths, "validation" if part == "data.validation" else "train")
+    contents = [content_hash(file) for file in files]
+    further: list[object] = [*["skip"] * (config.faulty_rows == "skip"), *[rows] * (rows != "answer")]
+    further += [config.columns] * bool(config.columns)
+    further += [[file.part for file in files]] * any(file.kind == "xlsx" for file in files)
     key = key_of("tokens", _VERSION, contents, renderer.fingerprint, config.max_length, config.too_long, *further)
     names = [file.portable_name for file in files]
     folder = (cache_dir or cache_folder()) / "tokens"
@@ -202,11 +204,11 @@ def _build(
     report, index, control_text = ReadReport(), DuplicateIndex(), ControlText(renderer.tokenizer)
     found = PartReport(files=[file.portable_name for file in files], sha256=list(contents))
     number = {name: place for place, name in enumerate(found.files)}
-    num_bytes = sum(file.path.stat().st_size for file in files)
     told: dict[str, RowCounter] = {}  # by a fault that all rows of a kind have
+    size = sum(map(num_bytes, files))
     with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
-        examples = found.without_zero_weights(read_examples(files, report, rows))
-        for example, outcome in render_all(examples, renderer, num_bytes):
+        examples = found.without_zero_weights(read_examples(files, report, rows, config.columns))
+        for example, outcome in render_all(examples, renderer, size):
             if isinstance(outcome, DataError):
                 report.faulty.add(_reason(outcome), example.location)
                 if getattr(outcome, "once", False):
@@ -230,11 +232,11 @@ def _build(
     for reason, of_rows in told.items():
         report.add_fault(of_rows.first[0], f"{reason} ({pluralize(of_rows.count)})")
     for file, before in zip(files, contents, strict=True):
-        if file_sha256(file.path) != before:  # the rows would be kept under the hash of others
+        if content_hash(file) != before:  # the rows would be kept under the hash of others
             raise DataError(f"{file.name}: changed while it was read; start again when it is complete")
     report.raise_for_faults(config.faulty_rows, len(index))
     found.rows = len(index) + found.zero_weight.count + report.faulty.count
-    found.formats, found.faulty = report.formats, report.faulty
+    found.formats, found.read_as, found.faulty = report.formats, report.read_as, report.faulty
     found.duplicates, found.same_prompt = index.duplicates(), index.same_prompt()
     found.warnings = [*report.warnings, *control_text.warnings()]
     if not found.kept:

@@ -9,7 +9,7 @@ import csv
 import datetime
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
@@ -32,15 +32,27 @@ Row = tuple[int, int | None, Any]
 
 
 class TableRow(dict[str, Any]):
-    """A row by column; `columns` are all that the table has, also those that are empty here."""
+    """A row by column.
+
+    Attributes:
+        columns: all that the table has, also those that are empty here.
+        header: the number of the header row.
+    """
 
     columns: tuple[str, ...] = ()
+    header: int = 1
 
     @classmethod
-    def of(cls, columns: tuple[str, ...], cells: Iterable[Any]) -> TableRow:
+    def of(cls, columns: tuple[str, ...], cells: Iterable[Any], header: int = 1) -> TableRow:
         """The cells that are filled and have a column of a name."""
         row = cls((name, cell) for name, cell in zip(columns, cells, strict=False) if name and cell not in (None, ""))
-        row.columns = columns
+        row.columns, row.header = columns, header
+        return row
+
+    def with_cells(self, cells: Mapping[str, Any]) -> TableRow:
+        """Another row of the same table."""
+        row = TableRow(cells)
+        row.columns, row.header = self.columns, self.header
         return row
 
 
@@ -117,7 +129,7 @@ def csv_rows(file: IO[bytes], said: list[str]) -> Iterator[Row]:
     said.append(f"delimiter {DELIMITERS.get(delimiter, quoted(delimiter))}")
     reader = csv.reader(chain(sample[first:], lines), delimiter=delimiter, strict=True)
     header: tuple[str, ...] | None = None
-    begin = first
+    header_line, begin = 1, first
     while True:
         line, begin = begin + 1, 0
         try:
@@ -131,9 +143,9 @@ def csv_rows(file: IO[bytes], said: list[str]) -> Iterator[Row]:
             if not any(cells):
                 continue
             if header is None:
-                header = checked_header(cells, said)
+                header, header_line = checked_header(cells, said), line
             else:
-                yield line, None, _checked(cells, header)
+                yield line, None, _checked(cells, header, header_line)
         except csv.Error as error:
             yield line, None, RowFault(_csv_advice(str(error)), ends_file=True)
             return
@@ -180,7 +192,7 @@ def not_utf8(error: UnicodeDecodeError, ends_file: bool = False) -> RowFault:
     )  # fmt: skip
 
 
-def _checked(cells: list[str], header: tuple[str, ...]) -> TableRow:
+def _checked(cells: list[str], header: tuple[str, ...], header_line: int) -> TableRow:
     if len(cells) != len(header):
         raise RowFault(
             f"{len(cells)} cells, but the header names {len(header)} columns; a cell that holds the delimiter or a "
@@ -188,7 +200,7 @@ def _checked(cells: list[str], header: tuple[str, ...]) -> TableRow:
         )
     if tuple(cell.strip() for cell in cells) == header:
         raise RowFault("the header stands here again; remove this row")
-    return TableRow.of(header, cells)
+    return TableRow.of(header, cells, header_line)
 
 
 def _csv_advice(error: str) -> str:

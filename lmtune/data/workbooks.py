@@ -66,6 +66,7 @@ def sheet_rows(path: Path, sheet: str, said: list[str]) -> Iterator[Row]:
 
 def _rows(sheet: Any, written: Any, said: list[str]) -> Iterator[tuple[int, TableRow | RowFault]]:
     header: tuple[str, ...] | None = None
+    header_number = 1
     for other in (sheet, written):
         if other is not None:
             other.reset_dimensions()  # which some programs write wrong
@@ -84,7 +85,7 @@ def _rows(sheet: Any, written: Any, said: list[str]) -> Iterator[tuple[int, Tabl
             if not texts:
                 continue
             if header is None:
-                header = checked_header([text or "" for text in texts], said)
+                header, header_number = checked_header([text or "" for text in texts], said), number
                 continue
             if tuple((text or "").strip() for text in texts) == header:
                 raise RowFault("the header stands here again; remove this row")
@@ -92,7 +93,7 @@ def _rows(sheet: Any, written: Any, said: list[str]) -> Iterator[tuple[int, Tabl
                 raise RowFault(
                     f"column {outside[0]} has a cell here and no name in the header; name it, or clear the cell"
                 )
-            yield number, TableRow.of(header, texts)
+            yield number, TableRow.of(header, texts, header_number)
         except RowFault as fault:
             yield number, fault
             if fault.ends_file:

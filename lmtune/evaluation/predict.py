@@ -6,14 +6,13 @@ for row in predict(loaded, ["reviews.jsonl"]): …     # the row, and `predictio
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lmtune.data.inputs import read_inputs
 from lmtune.data.reading import ReadReport
 from lmtune.data.rendering import Renderer
 from lmtune.data.replies import split_reply
-from lmtune.data.sources import find_files
+from lmtune.data.sources import Given, find_files
 from lmtune.data.types import Example
 from lmtune.errors import DataError
 from lmtune.inference.classify import Classifier
@@ -27,7 +26,7 @@ Row = dict[str, Any]
 
 
 def predict(
-    loaded: LoadedModel, paths: Sequence[str | Path], max_length: int = 2048, max_new_tokens: int = 128
+    loaded: LoadedModel, paths: Sequence[Given], max_length: int = 2048, max_new_tokens: int = 128
 ) -> Iterator[Row]:
     """The rows of files or folders in their order, each with what the model says of it.
 

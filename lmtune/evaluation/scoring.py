@@ -24,7 +24,7 @@ from lmtune.batching.packing import MicroBatch, pack_bins
 from lmtune.batching.plan import Totals, Unit, each_alone
 from lmtune.batching.prefetch import pack_units
 from lmtune.config.load import build_config, load_config
-from lmtune.config.schema import DataConfig, FinetuneConfig
+from lmtune.config.schema import DataConfig, DataSource, FinetuneConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.report import PartReport
 from lmtune.data.store import load_data, tokenize
@@ -121,7 +121,7 @@ class Evaluation:
 
 
 def evaluate_loaded(
-    loaded: LoadedModel, paths: Sequence[str], exact_match_rows: int, max_new_tokens: int, max_length: int
+    loaded: LoadedModel, paths: Sequence[str | DataSource], exact_match_rows: int, max_new_tokens: int, max_length: int
 ) -> Evaluation:
     """Score a loaded model on the rows of `paths`, and its base beside it; answers are generated for some rows.
 
@@ -129,7 +129,7 @@ def evaluate_loaded(
         DataError: a row is faulty, or none is left.
         ConfigError: `max_length` is beyond the model's positions.
     """
-    settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune evaluate")
+    settings = build_config(DataConfig, {"train": "given", "max_length": max_length}, where="lmtune evaluate")
     objective = _objective_of(loaded)
     rows = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
     check_lengths(loaded.model, [rows], "--max-length")

@@ -134,8 +134,8 @@ class TestPaths:
         [
             ("none/**/*.json", "patterns are not read"),
             ("https://example.org/rows.jsonl", "download the rows first"),
-            ("hf://datasets/someone/questions", "download the rows first"),
-            ("someone/questions", "hf download --repo-type dataset someone/questions"),
+            ("hf://datasets/someone/questions", "is written hub:someone/questions"),
+            ("someone/questions", "write hub:someone/questions"),
             ("none/rows.jsonl", "only local files and folders are read"),
             ("a\0b", "no such file"),
             ("x" * 300, "no such file"),
