@@ -58,6 +58,8 @@ class Arm:
 class Lmtune(Arm):
     """lmtune's own step; `without` names techniques to leave out, for the ablation."""
 
+    rows: Any = "answer"
+
     def __init__(
         self, work: Workload, folder: Path, device: str, dtype: Any = "auto", without: tuple[str, ...] = (),
         micro_batch_tokens: int | None = None,
@@ -97,11 +99,11 @@ class Lmtune(Arm):
     def _fitting(self) -> int:
         """The tokens of a micro-batch that training would take here."""
         from lmtune.models.device import free_memory
-        from lmtune.training.memory import MOST_TOKENS, fitting_micro_batch, measure_activations
+        from lmtune.training.memory import fitting_micro_batch, measure_activations, most_tokens
 
         activations = measure_activations(self.forward, self.work.label_fraction)
         if self.device.type != "cuda" or activations is None:
-            return MOST_TOKENS[self.device.type]
+            return most_tokens(self.device.type, self.rows)
         return fitting_micro_batch(activations, self.work.max_length, free_memory(self.device), "cuda", None)[0]
 
     def step(self, rows: list[Any]) -> float:

@@ -59,6 +59,8 @@ class Pairs(Workload):
 class LmtuneDpo(Lmtune):
     """lmtune's own step over pairs; the reference of all rows is computed before the first."""
 
+    rows = "pair"
+
     def __init__(self, work: Pairs, folder: Path, device: str, steps: int) -> None:
         super().__init__(work, folder, device, "float32")
         from lmtune.config.schema import DpoConfig

@@ -5,11 +5,13 @@ lmtune evaluate runs/support heldout.jsonl
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lmtune.data.checking import check_data
+from lmtune.errors import ConfigError
+from lmtune.io.atomic import write_text
 from lmtune.io.console import escape, out, print_json, progress, warn
 from lmtune.run import run
 
@@ -24,6 +26,9 @@ def main(
         bool,
         typer.Option("--json", help="One JSON document: base, tuned, standard_errors, trained_rows, data."),
     ] = False,
+    confusion: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Of a classifier: draw the confusion matrix into this file.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
     ] = None,
@@ -47,6 +52,8 @@ def main(
     errors = {"tuned": scored.tuned.standard_errors, "base": scored.base.standard_errors if scored.base else None}
     before, tuned = scored.base.as_dict() if scored.base else None, scored.tuned.as_dict()
     classes = None if scored.tuned.classes is None else asdict(scored.tuned.classes)
+    if confusion is not None:
+        write_text(confusion, _drawn(classes))
     if scored.trained_rows:
         warn(f"{scored.trained_rows} of {tuned['rows']} rows were trained on; their scores say nothing of new ones")
     if as_json:
@@ -60,6 +67,16 @@ def main(
     for line in describe_scores(before, tuned, {name: known for name, known in errors.items() if known}):
         out.print(escape(line))
     print_classes(classes)
+
+
+def _drawn(classes: dict[str, Any] | None) -> str:
+    """The picture; ConfigError where there is no such matrix."""
+    from lmtune.runs.pictures import confusion_svg
+
+    picture = None if classes is None else confusion_svg(classes)
+    if picture is None:
+        raise ConfigError("--confusion: only a model that gives one class a row has a confusion matrix; leave it out")
+    return picture
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers:
                 lines = [escape(line) for line in describe_scores(base, tuned, result.summary.standard_errors)]
                 out.print("\n".join([*lines, *predictions_shown(read_predictions(run_directory), shown_answers)]))
                 print_classes(result.summary.tree.get("classes"))
+                if run_directory.confusion.exists():
+                    err.print(f"the confusion matrix as a picture: {escape(str(run_directory.confusion))}")
             talk = escape(command("chat", run_directory.path))
             what = "adapter" if isinstance(config.tuning, LoraConfig) else "model"
             err.print(f"the {what} is in {escape(str(run_directory.result(config.tuning)))}; talk to it: {talk}")

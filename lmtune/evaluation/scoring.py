@@ -135,7 +135,8 @@ def evaluate_loaded(
     check_lengths(loaded.model, [rows], "--max-length")
     forward = PackedForward(loaded.model)
     with loaded.use_base():
-        scored = objective.precompute(rows, partial(sequence_logprobs, forward, objective.units))
+        find = partial(sequence_logprobs, forward, objective.units, what=plural_of(objective))
+        scored = objective.precompute(rows, find)
     if loaded.head is None and scored is not rows and not loaded.has_adapter:
         warn("this model has no adapter to leave out, so it is its own reference, and rewards are 0")
     arguments = (
@@ -149,6 +150,11 @@ def evaluate_loaded(
     known = None if loaded.run is None else _trained_rows(loaded.run, loaded)
     trained = None if known is None else int(np.isin(rows.content, known).sum())
     return Evaluation(tuned, base, given, rows.report, trained)
+
+
+def plural_of(objective: Objective) -> str:
+    """What several rows of an objective are called."""
+    return "pairs" if objective.rows == "pair" else "rows"
 
 
 def _objective_of(loaded: LoadedModel) -> Objective:

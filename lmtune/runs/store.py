@@ -1,7 +1,7 @@
 """The run directory: where a run's files are, who may write there, and how the run went.
 
     runs/NAME/  config.yaml  environment.json  data.json  metrics.jsonl  results.csv  summary.json
-                predictions.jsonl  verification.json  checkpoints/  adapter/  merged/
+                predictions.jsonl  confusion.svg  verification.json  checkpoints/  adapter/  merged/
 
 Nothing here imports torch, so that listing runs answers at once.
 """
@@ -79,6 +79,7 @@ class RunDirectory:
         self.results = self.path / "results.csv"
         self.summary = self.path / "summary.json"
         self.predictions = self.path / "predictions.jsonl"
+        self.confusion = self.path / "confusion.svg"
         self.verification = self.path / "verification.json"
         self.local = self.path / "local.json"
         self.checkpoints = self.path / "checkpoints"

@@ -32,7 +32,15 @@ from lmtune.data.types import ExampleStore, WithValues
 from lmtune.errors import ConfigError, ModelError
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.measures import majority
-from lmtune.evaluation.scoring import Scores, check_lengths, evaluate, score, score_objective, sequence_logprobs
+from lmtune.evaluation.scoring import (
+    Scores,
+    check_lengths,
+    evaluate,
+    plural_of,
+    score,
+    score_objective,
+    sequence_logprobs,
+)
 from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.inference.load import build_renderer, load_run_tokenizer
 from lmtune.io.console import progress, warn
@@ -100,7 +108,7 @@ class Components:
     def precompute(self) -> None:
         """Compute what the objective needs of the model as it is before the first step, once."""
         if self.rows is None:
-            plural = {"pair": "pairs"}.get(self.objective.rows, "rows")
+            plural = plural_of(self.objective)
             find = partial(sequence_logprobs, self.forward, self.objective.units, parallel=self.parallel)
             self.rows = self.objective.precompute(self.data.train, partial(find, what=plural))
             if self.data.validation is not None:
@@ -236,7 +244,7 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
             warn(f"{note}; this is slower, with the same result")
     objective = objective_of(config.objective, head)
     with progress("measuring how much fits in memory"):
-        budget = _choose_micro_batch(config, forward, _longest_unit(data, objective), data, parallel, parameters)
+        budget = _choose_micro_batch(config, forward, data, parallel, parameters)
     return Components(
         config, parallel, renderer, data, tuning, objective, model, forward, fingerprint, parameters, budget, start,
         head,
@@ -274,17 +282,9 @@ def _renderer(config: FinetuneConfig) -> Renderer:
     return renderer if now is None else build_renderer(tokenizer, config.model, template, system, now=now)
 
 
-def _longest_unit(data: LoadedData, objective: Objective) -> int:
-    """The most tokens that must share a micro-batch: of a sequence, or of a row whose sequences stay together."""
-    table = data.train.sequences
-    stay_together = len(objective.units(2)) == 1 and bool((np.diff(table.first) > 1).any())
-    return int(np.add.reduceat(table.num_tokens, table.first[:-1]).max()) if stay_together else table.longest
-
-
 def _choose_micro_batch(
-    config: FinetuneConfig, forward: PackedForward, longest: int, data: LoadedData, parallel: Parallel,
-    parameters: Parameters,
-) -> int:  # fmt: skip
+    config: FinetuneConfig, forward: PackedForward, data: LoadedData, parallel: Parallel, parameters: Parameters
+) -> int:
     """The micro-batch budget in tokens; switches activation checkpointing on where the settings or the memory ask it.
 
     All ranks take what suits the one with the least memory, so that they plan, and run out of memory, alike.
@@ -296,7 +296,9 @@ def _choose_micro_batch(
     # the weights are there already; their gradients and moments come with the first step
     coming = memory.trained_bytes(shape, forward.dtype, MOMENT_BYTES[config.train.optimizer]) - 4 * parameters.trained
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
-    fitting = memory.fitting_micro_batch(activations, longest, max(0, free_memory(device) - coming), device.type, asked)
+    rows = config.objective.rows
+    longest, free = memory.longest_unit(data.train.sequences, rows), max(0, free_memory(device) - coming)
+    fitting = memory.fitting_micro_batch(activations, longest, free, device.type, asked, rows)
     of_ranks = parallel.gather([fitting])
     budget, needed = min(tokens for tokens, _ in of_ranks), max(layers for _, layers in of_ranks)
     wanted = config.train.gradient_checkpointing

@@ -109,9 +109,11 @@ def forecast(
     moments = MOMENT_BYTES[config.train.optimizer]
     left = max(0.0, left - dense - memory.trained_bytes(shape, dtype, moments))
     setting = config.train.micro_batch_tokens
+    kind = config.objective.rows
+    longest = memory.longest_unit(rows, kind)
     budget, checkpointed = memory.fitting_micro_batch(
-        memory.estimated_activations(shape, dtype), rows.longest, int(left), device.type,
-        None if setting == "auto" else setting,
+        memory.estimated_activations(shape, dtype), longest, int(left), device.type,
+        None if setting == "auto" else setting, kind,
     )  # fmt: skip
     if setting != "auto":
         budget = setting
@@ -120,7 +122,7 @@ def forecast(
     steps = Planner.count_steps(rows.num_rows, config.train)
     epochs, all_tokens = steps * config.train.batch_size / rows.num_rows, rows.num_tokens.sum()
     tokens, per_step = int(all_tokens * epochs), int(all_tokens / rows.num_rows * config.train.batch_size)
-    micro_batch = min(max(budget, rows.longest), per_step)
+    micro_batch = min(max(budget, longest), per_step)
     part = memory.estimate(shape, micro_batch, quantization, dtype, share, checkpointed, dense, moments)
     rate = matmul_rate(device, dtype) * _EFFICIENCY * (processes if device.type == "cuda" else 1)
     again = 1 + checkpointed / shape.num_layers / 3

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from lmtune.batching.packing import MicroBatch, pack
-from lmtune.data.types import TokenSequence
+from lmtune.data.sequences import SequenceTable
+from lmtune.data.types import RowKind, TokenSequence
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.cross_entropy import chunk_rows
 from lmtune.models.device import DENSE_SHARE, is_out_of_memory
@@ -31,6 +32,8 @@ _SHARE = {"cuda": 0.75, "mps": 0.6, "cpu": 0.6}
 # Tokens of a micro-batch beyond which nothing is gained, and below which computing layers twice is the lesser evil.
 MOST_TOKENS = {"cuda": 16384, "mps": 4096, "cpu": 2048}
 _ENOUGH_TOKENS = {"cuda": 2048, "mps": 512, "cpu": 256}
+# Of pairs on a CPU: they bring the prefix that they share, so more of them in a micro-batch give memory to fill only.
+_MOST_OF_PAIRS = {"cpu": 512}
 # Bytes of an element of a linear layer.
 _QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.002}
 
@@ -176,14 +179,27 @@ def estimated_activations(shape: ModelShape, dtype: torch.dtype) -> ActivationBy
     return ActivationBytes(layer, boundary, 2 * boundary, shape.num_layers, fixed)
 
 
+def most_tokens(device_type: str, rows: RowKind) -> int:
+    """The tokens of a micro-batch of such rows beyond which nothing is gained."""
+    most = MOST_TOKENS[device_type]
+    return _MOST_OF_PAIRS.get(device_type, most) if rows == "pair" else most
+
+
+def longest_unit(table: SequenceTable, rows: RowKind) -> int:
+    """The most tokens that must share a micro-batch: of a sequence, or of the two of a pair."""
+    of_rows = np.add.reduceat(table.num_tokens, table.first[:-1]) if rows == "pair" else table.num_tokens
+    return int(of_rows.max())
+
+
 def fitting_micro_batch(
-    activations: ActivationBytes, longest: int, free_bytes: int, device_type: str, asked: int | None = None
-) -> tuple[int, int]:
+    activations: ActivationBytes, longest: int, free_bytes: int, device_type: str, asked: int | None = None,
+    rows: RowKind = "answer",
+) -> tuple[int, int]:  # fmt: skip
     """The micro-batch budget in tokens that `free_bytes` hold, and how many layers must be checkpointed for it.
 
-    The `longest` sequence is never cut. `asked` is the budget of the settings; None leaves it to the memory.
+    The `longest` unit is never cut. `asked` is the budget of the settings; None leaves it to the memory.
     """
-    most = max(longest, asked or MOST_TOKENS[device_type])
+    most = max(longest, asked or most_tokens(device_type, rows))
     wanted = max(longest, asked or _ENOUGH_TOKENS[device_type])
     for checkpointed in range(activations.num_layers + 1):
         room = free_bytes * _SHARE[device_type] - activations.constant(checkpointed)

@@ -24,6 +24,7 @@ from lmtune.models.tuning.base import Tensors
 from lmtune.parallel.launch import connect
 from lmtune.runs.cards import result_card
 from lmtune.runs.log import Records, read_predictions
+from lmtune.runs.pictures import confusion_svg
 from lmtune.runs.store import RunDirectory, ScoreValues, Summary
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components, compose
@@ -75,6 +76,8 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
             write_text(run.result(parts.config.tuning) / "README.md", card)
             if tuned is not None:
                 add_tuned_predictions(run, tuned[1])
+            if "classes" in summary and (picture := confusion_svg(summary["classes"])) is not None:
+                write_text(run.confusion, picture)
             write_json(run.summary, summary)  # last: it says that the run is complete
         parallel.barrier()  # nobody ends well before the result is saved
     return FinetuneResult(Summary.parse(summary), False, parallel.is_main)

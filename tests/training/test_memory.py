@@ -24,6 +24,7 @@ from lmtune.training.memory import (
     ModelShape,
     estimate,
     fitting_micro_batch,
+    longest_unit,
     measure_activations,
     shape_of,
 )
@@ -100,6 +101,16 @@ def test_layers_are_checkpointed_for_the_budget_that_is_asked_for() -> None:
     assert fitting_micro_batch(PER_TOKEN, 100, free, "cpu", 2000) == (2000, 4)
     assert fitting_micro_batch(PER_TOKEN, 100, free, "cpu", 150) == (150, 0)
     assert fitting_micro_batch(PER_TOKEN, 2000, free, "cpu", 100) == (2000, 4)  # a row is never cut
+
+
+def test_pairs_on_a_cpu_take_no_more_memory_than_makes_them_fast() -> None:
+    """Two pairs of 300 and 50, and of 700 and 60 tokens: the micro-batch holds the longest pair, or 512 tokens."""
+    table = SequenceTable(np.array([300, 50, 700, 60], dtype=np.int32), np.ones(4, dtype=np.int32), np.array([0, 2, 4]))
+    assert (longest_unit(table, "pair"), longest_unit(table, "answer")) == (760, 700)
+    assert fitting_micro_batch(PER_TOKEN, 300, 80 * GIB, "cpu", rows="pair") == (512, 0)
+    assert fitting_micro_batch(PER_TOKEN, 760, 80 * GIB, "cpu", rows="pair") == (760, 0)
+    assert fitting_micro_batch(PER_TOKEN, 300, 80 * GIB, "cpu", 4000, rows="pair") == (4000, 0)
+    assert fitting_micro_batch(PER_TOKEN, 300, 80 * GIB, "cpu") == (2048, 0)
 
 
 def test_what_does_not_grow_with_the_tokens_is_subtracted_first() -> None:
