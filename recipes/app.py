@@ -29,7 +29,7 @@ def main(
         list[str] | None,
         typer.Argument(
             metavar="RUN_OR_MODEL",
-            help="Runs, adapter or model folders, Hub ids, or `tiny`. Default: the newest run with an adapter.",
+            help="Runs, adapter or model folders, Hub ids, or `tiny`. Default: the newest run that has ended.",
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to serve at; any but 127.0.0.1 needs --auth.")] = "127.0.0.1",
@@ -52,6 +52,7 @@ def main(
     address = Address("0.0.0.0" if in_space() else host, port, share, auth)
 
     with progress("loading PyTorch and the libraries"):
+        from lmtune.inference.chat import check_chats
         from lmtune.inference.load import load_for_inference
 
     targets = models or [newest_run() or "tiny"]
@@ -59,17 +60,17 @@ def main(
         err.print(f"[dim]no model named, so it is {escape(targets[0])}[/]")
     loaded = [load_for_inference(target, base=base) for target in targets]
     for model in loaded:
+        check_chats(model)
         if model.date_note:
             err.print(f"[dim]{escape(model.name)}: {escape(model.date_note)}[/]")
     launch(loaded, address, [example_questions(target) for target in targets])
 
 
 def newest_run(folder: str | Path = "runs") -> str | None:
-    """The path of the run in `folder` whose adapter was saved last; None if there is none."""
-    adapters = [
-        path for path in Path(folder).glob("*/adapter/adapter_config.json") if RunDirectory(path.parents[1]).exists()
-    ]
-    return str(max(adapters, key=lambda path: path.stat().st_mtime).parents[1]) if adapters else None
+    """The path of the run in `folder` whose adapter or model was saved last; None if there is none."""
+    files = ("*/adapter/adapter_config.json", "*/merged/config.json")
+    saved = [path for file in files for path in Path(folder).glob(file) if RunDirectory(path.parents[1]).exists()]
+    return str(max(saved, key=lambda path: path.stat().st_mtime).parents[1]) if saved else None
 
 
 def example_questions(target: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Runs that train a classifier or a reward model, from the command to transformers' own pipeline."""
 
 import json
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,10 @@ def test_it_is_scored_as_the_run_said(done: tuple[Path, RunDirectory, str]) -> N
     assert sum(map(sum, summary["classes"]["confusion"])) == 9
     assert summary["tuned"]["loss"] < summary["base"]["loss"]
     assert {"accuracy", "loss"} <= json.loads(run.metrics.read_text().splitlines()[-1]).keys()
+    picture = ET.parse(run.confusion)
+    assert [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")][-9:] == [
+        str(number) for row in summary["classes"]["confusion"] for number in row
+    ]
 
 
 def test_prediction_and_chat_say_what_the_pipeline_says(done: tuple[Path, RunDirectory, str]) -> None:
@@ -169,6 +174,8 @@ def test_rewards_of_pairs_and_of_answers_are_the_same(tmp_path: Path) -> None:
     assert rewards == pytest.approx(alone, abs=1e-4)
     assert summary["tuned"]["pair_accuracy"] >= 0.5
     assert summary["base"] is None
+    with pytest.raises(ConfigError, match=r"trial .*: a reward model, which scores an answer to a prompt; give"):
+        loaded.chat("anything")
 
 
 @pytest.mark.parametrize("name", TUNINGS)

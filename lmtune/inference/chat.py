@@ -15,11 +15,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lmtune.data.types import Message
-from lmtune.errors import LmtuneError
+from lmtune.errors import ConfigError, LmtuneError
 from lmtune.inference.classify import Classifier
 from lmtune.inference.engine import FinishReason, Generation, PromptCache, Sampling
 from lmtune.inference.load import LoadedModel
 from lmtune.models.tuning.lora import ADAPTER
+
+
+def check_chats(model: LoadedModel) -> None:
+    """ConfigError for a model that has nothing to say of a message alone: it scores an answer to a prompt."""
+    if model.head is not None and model.head.kind == "reward":
+        raise ConfigError(
+            f"{model.name}: a reward model, which scores an answer to a prompt; give it rows of prompt and completion, "
+            "or pairs: lmtune predict RUN ROWS.jsonl"
+        )
+
 
 _PENDING_TOKENS = 8  # no character is longer; what is still incomplete then is not UTF-8 and is shown as it is
 
@@ -55,6 +65,7 @@ class ChatSession:
         infos: Sequence[AnswerInfo | None] = (),
     ) -> None:  # fmt: skip
         """A conversation that begins with `messages`; `infos` holds one for each, None for questions."""
+        check_chats(model)
         self.model = model
         self.system = system
         self.classifier = None if model.head is None else Classifier(model)

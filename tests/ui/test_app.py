@@ -24,7 +24,7 @@ def make_run(folder: Path, name: str, train: str = "support.jsonl", model: str =
     return run
 
 
-def test_the_newest_run_with_an_adapter(tmp_path: Path) -> None:
+def test_the_newest_run_that_has_ended(tmp_path: Path) -> None:
     assert newest_run(tmp_path / "none") is None
     make_run(tmp_path, "older", adapter_time=1000)
     newer = make_run(tmp_path, "newer", adapter_time=2000)
@@ -32,6 +32,10 @@ def test_the_newest_run_with_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "no-run" / "adapter").mkdir(parents=True)
     (tmp_path / "no-run" / "adapter" / "adapter_config.json").write_text("{}")
     assert newest_run(tmp_path) == str(newer)
+    whole = make_run(tmp_path, "tuned-whole")
+    (whole / "merged").mkdir()
+    (whole / "merged" / "config.json").write_text("{}")
+    assert newest_run(tmp_path) == str(whole)
 
 
 def test_questions_are_offered_where_they_can_be_answered(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ class Page:
         self.tabs = Tabs(models, activity)
         names = "\0".join(model.name for model in models)  # conversations with other models stay apart
         self.key = f"lmtune-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+        self.writes = any(model.head is None for model in models)  # else classifiers, which have nothing to sample
         self.can_switch = any(model.has_adapter for model in models)
         title = f"{models[0].name} · lmtune"
         with gr.Blocks(title=title, fill_height=True, analytics_enabled=False) as self.blocks:
@@ -104,8 +105,8 @@ class Page:
         with gr.Row(equal_height=True, elem_id="chats"):
             self.answers, self.base_answers = self._chatbot("tuned"), self._chatbot("base")
         self.question = gr.Textbox(
-            placeholder="Ask something", show_label=False, label="Question", lines=1, max_lines=8, autofocus=True,
-            submit_btn=True, elem_id="question", max_length=_MAX_CHARACTERS,
+            placeholder="Ask something" if self.writes else "A text to classify", show_label=False, label="Question",
+            lines=1, max_lines=8, autofocus=True, submit_btn=True, elem_id="question", max_length=_MAX_CHARACTERS,
         )  # fmt: skip
         self.status = gr.Markdown("", elem_id="status")
 
@@ -133,22 +134,23 @@ class Page:
         self.system = gr.Textbox(
             label="System prompt", lines=2, max_lines=8, elem_id="system", max_length=_MAX_CHARACTERS,
             placeholder=self.models[0].system or "none", info=_about_system(self.models[0]),
+            visible=self.writes or any(model.head is not None and model.head.chat for model in self.models),
         )  # fmt: skip
         self.temperature = gr.Slider(
             0, 2, value=0, step=0.05, label="Temperature", elem_id="temperature",
-            info="0 = greedy: the most probable token. Higher: more varied.",
+            info="0 = greedy: the most probable token. Higher: more varied.", visible=self.writes,
         )  # fmt: skip
         self.top_p = gr.Slider(
             0.05, 1, value=1, step=0.05, label="Top p", elem_id="top-p",
-            info="Nucleus sampling threshold: lower leaves out improbable tokens.",
+            info="Nucleus sampling threshold: lower leaves out improbable tokens.", visible=self.writes,
         )  # fmt: skip
         self.max_new_tokens = gr.Slider(
             1, longest, value=min(256, longest), step=1, label="Max new tokens", elem_id="max-new-tokens",
-            info="Where an answer is cut.",
+            info="Where an answer is cut.", visible=self.writes,
         )  # fmt: skip
         self.seed = gr.Textbox(
             label="Seed", placeholder="random", info="Equal seeds give equal answers.", elem_id="seed",
-            max_lines=1, max_length=10,
+            max_lines=1, max_length=10, visible=self.writes,
         )  # fmt: skip
 
     def _header(self, index: int) -> str:
@@ -360,6 +362,8 @@ def _progress_line(conversation: Conversation) -> str:
 def _describe_answer(conversation: Conversation, seconds: float, sampling: Sampling, is_retry: bool) -> str:
     """How long the answer was, why it ended, and what it takes to have it again, or another."""
     num_tokens = conversation.num_tokens()
+    if not num_tokens and all(session.classifier is not None for session in conversation.columns):
+        return ""
     rate = f", {num_tokens / seconds:.0f} a second" if num_tokens > 1 and seconds > 0 else ""
     again = f" · seed {sampling.seed}" if sampling.temperature > 0 else ""
     hint = " · for another answer raise the temperature" if is_retry and sampling.temperature == 0 else ""
