@@ -12,10 +12,10 @@ import typer
 from lmtune.data.prepare.deciding import Decided, chosen_settings
 from lmtune.data.prepare.plan import read_plan
 from lmtune.data.prepare.preparing import prepare
+from lmtune.data.prepare.report import described
 from lmtune.data.prepare.settings import Pairing
 from lmtune.errors import ConfigError
-from lmtune.io.console import command, escape, out
-from lmtune.io.text import pluralize
+from lmtune.io.console import escape, out
 from lmtune.run import run
 
 
@@ -62,14 +62,8 @@ def main(
     settings = chosen_settings(given, earlier)
     decided = Decided.of(yes, no, steps, earlier)
     plan = prepare(inputs or list(earlier.sha256 if earlier else ()), output, settings, decided)
-    for name, some in plan.report["terms"].items():
-        out.print(escape(f"terms of {name}: " + ", ".join(f"{term} {count:,}" for term, count in some.items())))
-    held_out = f", {plan.rows['held_out']:,} of them held out" if plan.rows["held_out"] else ""
-    total = plan.rows["written"] + plan.rows["held_out"]
-    out.print(
-        f"{pluralize(plan.rows['read'])} read, {total:,} written{held_out}: [bold]{escape(str(output))}[/]. Next:"
-    )
-    out.print(f"  [bold]{escape(command('check', output))}[/]")
+    for line in described(plan, output):
+        out.print(escape(line))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@
     prompt/label        {"prompt": "…", "label": "…"}
     labelled messages   {"messages": […], "label": "…"}
 
-Each may carry a `weight`, all but text a `system` prompt, those with a prompt a `history` of earlier turns. A row is
-taken as it is or refused with a reason; nothing is repaired. The names are those of the field: OpenAI's files, TRL's
-data sets, Stanford Alpaca, ShareGPT dumps. A further format is one more entry of `_FORMATS`.
+Each may carry a `weight` and `augmented_from`, all but text a `system` prompt, those with a prompt a `history` of
+earlier turns. A row is taken as it is or refused with a reason; nothing is repaired. The names are those of the field:
+OpenAI's files, TRL's data sets, Stanford Alpaca, ShareGPT dumps. A further format is one more entry of `_FORMATS`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,7 +78,7 @@ class _Shape:
     @cached_property
     def known(self) -> frozenset[str]:
         """All its keys."""
-        return frozenset((*self.required, *self.optional, "weight"))
+        return frozenset((*self.required, *self.optional, "weight", ORIGIN))
 
     @cached_property
     def keys(self) -> frozenset[str]:
@@ -89,6 +90,7 @@ class _Shape:
         return [key for key in self.required if key not in row or (self.rows != "answer" and row[key] is None)]
 
 
+ORIGIN = "augmented_from"  # in a copy that `lmtune augment` made
 _EXPECTED = (
     "a row has the keys prompt and completion, or messages, or instruction and output (alpaca), "
     "or conversations (sharegpt), or text; a pair has prompt, chosen and rejected; a labelled row text and label"
@@ -218,6 +220,8 @@ def parse_row(row: Row, format: Format) -> ParsedRow:
     parsed = shape.parse(row)
     if (weight := row.get("weight")) is not None:
         parsed.weight = _weight(weight)
+    if (origin := row.get(ORIGIN)) is not None:
+        parsed.origin = _origin(origin)
     for key in further:
         if is_filled(row[key]) and (plain(key) in _CONTEXT or _is_other_answer(row, key, shape.known)):
             parsed.warnings.append(f"{key} is neither in the question nor trained; write it into one of them if needed")
@@ -245,6 +249,13 @@ def _weight(value: Any) -> float:
     if not is_finite_number(value) or value < 0:
         raise RowFault(f"weight is {kind_of(value)}; it must be a number, 0 or more: how much the row counts")
     return float(value)
+
+
+def _origin(value: Any) -> int:
+    """The hash of the row that a copy was made of."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{16}", value):
+        raise RowFault(f"{ORIGIN} is {kind_of(value)}; `lmtune augment` writes this key into its copies; remove it")
+    return int(value, 16)
 
 
 def _further_problems(row: Row, shape: _Shape, further: list[str]) -> list[str]:

@@ -187,5 +187,5 @@ def _example(file: DataFile, line: int, row: object, found: FileReport, rows: Ro
         found.warnings.setdefault(warning, RowCounter()).add(str(line))
     return Example(
         found.name, line, parsed.messages, parsed.text, parsed.rejected, parsed.label, parsed.weight,
-        kind_of_format(format), file.mark, parsed.tools, tuple(sorted(parsed.outcomes)),
+        kind_of_format(format), file.mark, parsed.tools, tuple(sorted(parsed.outcomes)), parsed.origin,
     )  # fmt: skip

@@ -233,9 +233,10 @@ class PartReport(ContentReport):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Validation rows that are held out of the training files."""
+    """Validation rows that are held out of the training files; `copies` of them are neither trained nor scored."""
 
     held_out: int
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,8 @@ def describe_report(report: DataReport) -> str:
     if isinstance(validation, PartReport):
         lines += ["validation:", *describe_part(validation)]
     elif validation is not None and validation.held_out:
-        lines.append(f"  {pluralize(validation.held_out)} of these held out for validation")
+        copies = f"; {validation.copies:,} augmented copies of them are not used" if validation.copies else ""
+        lines.append(f"  {pluralize(validation.held_out)} of these held out for validation{copies}")
     elif validation is not None:
         lines.append("  warning: no validation rows: a part can be held out only of two or more different rows")
     return "\n".join(lines)

@@ -50,7 +50,9 @@ class TokenizedData:
         key: SHA-256, in hex, of what the rows depend on; not of the files' names.
         report: what became of every row read.
         num_tokens, num_targets: int32 `[N]`, of each row.
-        content, prompt: uint64 `[N]`, equal for rows of equal content, or with the same prompt.
+        content, prompt: uint64 `[N]`, equal for rows of equal content, or with the same prompt; a copy that `lmtune
+            augment` made has the prompt of its row.
+        copies: bool `[N]`, which rows are such copies.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class TokenizedData:
         self.sequences = table.sequences if selected is None else table.sequences.select(self._rows)
         self.content: npt.NDArray[np.uint64] = table.content[self._rows]
         self.prompt: npt.NDArray[np.uint64] = table.prompt[self._rows]
+        self.copies: npt.NDArray[np.bool_] = table.copies[self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -126,7 +129,7 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int, rows: RowKind =
         kept, chosen = split(data, config.validation_fraction, seed)
         if len(chosen):
             train, validation = data.select(kept), data.select(chosen)
-        held_out = HeldOut(len(chosen))
+        held_out = HeldOut(len(chosen), len(data) - len(kept) - len(chosen))
     report = DataReport(renderer.description, data.report, held_out, renderer.rendered_at)
     key = key_of(train.key, validation.key if validation is not None else None)
     signature = key_of(train.signature, validation.signature if validation is not None else None)
@@ -137,8 +140,9 @@ def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Row numbers to train on and to hold out, both ascending; the same for the same content and seed.
 
     Rows with the same prompt stay together, so what is held out is not trained under another line number or with
-    another answer; where all have the same prompt, rows of equal content do. At least one row is held out if that is
-    possible at all, and at least one is left to train on.
+    another answer; where all have the same prompt, rows of equal content do. Copies that `lmtune augment` made of rows
+    that are held out are on neither side. At least one row is held out if that is possible at all, and at least one is
+    left to train on.
     """
     prompts, prompt_of = np.unique(data.prompt, return_inverse=True)
     group = data.content
@@ -158,7 +162,7 @@ def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
     chosen = np.zeros(len(sizes), dtype=bool)
     chosen[fitting[: min(num_groups, len(sizes) - 1)]] = True
     held_out = chosen[group_of]
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out & ~data.copies)
 
 
 def tokenize(
@@ -227,6 +231,7 @@ def _build(
             if config.faulty_rows == "skip" or not report.num_faults:
                 for piece, sequences in enumerate(fitted.rows):  # the pieces of a text may be on both sides of a split
                     own = hashes if not piece else (piece_hash(hashes[0], piece),) * 2
+                    own = own if example.origin is None else (own[0], example.origin)
                     table.append(sequences, number[example.source], example, own)
             progress(len(index))
     for reason, of_rows in told.items():
@@ -275,7 +280,7 @@ _SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_())),
         ("sequence_tokens", pa.list_(pa.int32())), ("sequence_targets", pa.list_(pa.int32())),
         ("num_targets", pa.int32()), ("file", pa.int32()), ("line", pa.int32()), ("content", pa.uint64()),
-        ("prompt", pa.uint64()), ("label", pa.string()), ("weight", pa.float64()),
+        ("prompt", pa.uint64()), ("label", pa.string()), ("weight", pa.float64()), ("copy", pa.bool_()),
     ]
 )  # fmt: skip
 _BATCH_ROWS = 4096
@@ -320,8 +325,11 @@ class TableWriter:
             if value != plain:  # so that other rows have the hash that they had without
                 self._digest.update(repr(value).encode())
         self._rows.append(
-            (input_ids, loss_mask, lengths, targets, sum(targets), file, example.line, *hashes, label, example.weight)
-        )
+            (
+                input_ids, loss_mask, lengths, targets, sum(targets), file, example.line, *hashes, label,
+                example.weight, example.origin is not None,
+            )
+        )  # fmt: skip
         self._num_tokens += len(input_ids)
         if len(self._rows) >= _BATCH_ROWS or self._num_tokens >= _BATCH_TOKENS:
             self._flush()
@@ -340,7 +348,7 @@ class TokenTable:
     Attributes:
         num_tokens, num_targets: int32 `[N]`.
         sequences: lengths of the sequences of all rows.
-        file, line: int32 `[N]`; content, prompt: uint64 `[N]`; weight: float64 `[N]`.
+        file, line: int32 `[N]`; content, prompt: uint64 `[N]`; weight: float64 `[N]`; copies: bool `[N]`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -352,6 +360,7 @@ class TokenTable:
             table.column(name).to_numpy() for name in ("file", "line", "content", "prompt", "num_targets", "weight")
         )
         self._labels = table.column("label")
+        self.copies = table.column("copy").to_numpy()
         self.num_tokens = self._list_lengths("input_ids").astype(np.int32)
         tokens, targets = (
             pc.list_flatten(table.column(name)).to_numpy() for name in ("sequence_tokens", "sequence_targets")

@@ -73,6 +73,7 @@ class ParsedRow:
     label: Label | None = None
     weight: float = 1.0
     tools: tuple[str, ...] = ()
+    origin: int | None = None
     ignored_keys: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
     outcomes: set[str] = field(default_factory=set)

@@ -88,6 +88,7 @@ class Example:
         mark: what stands between source and number in the place of a row.
         tools: that the assistant may call, each as JSON text in OpenAI's form.
         outcomes: what was done with its turns, keys of `OUTCOMES`.
+        origin: of a copy that `lmtune augment` made, the `prompt_hash` of its row.
     """
 
     source: str
@@ -101,6 +102,7 @@ class Example:
     mark: str = ":"
     tools: tuple[str, ...] = ()
     outcomes: tuple[str, ...] = ()
+    origin: int | None = None
 
     @property
     def location(self) -> str:

@@ -258,6 +258,7 @@ class TestSplit:
     def test_no_content_is_on_both_sides(self, contents: list[int], fraction: float, seed: int) -> None:
         class Rows:
             content = prompt = np.array(contents, dtype=np.uint64)
+            copies = np.zeros(len(contents), dtype=bool)
 
             def __len__(self) -> int:
                 return len(contents)

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from lmtune.data.columns import Columns, columns_of
 from lmtune.data.prepare import chats, published
 from lmtune.data.prepare.pairing import Counts, Message, RawRow, conversations, rows_of
 from lmtune.data.prepare.settings import Settings
 from lmtune.data.prepare.threads import Post, Threads
 from lmtune.data.readers import open_text, read_rows
 from lmtune.data.sources import DataFile, find_files
+from lmtune.data.values import RowFault, listed_keys
 from lmtune.errors import ConfigError
 
 _MOST_BYTES = 1 << 30  # of an export that is one JSON document, which is read whole
@@ -50,7 +52,7 @@ class Sources:
 
     def __init__(self, paths: Sequence[str], settings: Settings, folder: Path) -> None:
         self._settings, self._folder = settings, folder
-        self._columns = _renamings(settings.columns)
+        self._columns = Columns(columns_of(settings.columns), needs_rows=False)
         self._posts: dict[str, list[tuple[DataFile, Iterator[Post]]]] = {}
         self._skipped = chats.Skipped()
         self._paths = paths
@@ -75,6 +77,8 @@ class Sources:
             source = Source([file for file, _ in some], f"posts of {name}", iter(()))
             source.rows = self._threads(number, [posts for _, posts in some], source.notes)
             yield source
+        if self._columns.unseen:
+            raise ConfigError(f"--columns: no row has {listed_keys(sorted(self._columns.unseen))}; remove it")
 
     def _in_folder(self, path: Path, given: str) -> Iterator[Source]:
         names = sorted(os.listdir(path))
@@ -230,17 +234,21 @@ class Sources:
         elif export is not None:
             yield self._records(((place, row, "") for place, row in every), f"chat ({export.name})", [file])
         else:
-            yield Source([file], "rows", (RawRow(place, self._renamed(row)) for place, row in every), notes)
+            rename = self._columns.of_file(notes)
+            yield Source([file], "rows", (RawRow(place, _renamed(row, rename)) for place, row in every), notes)
 
     def _mixed_posts(self, records: Iterable[tuple[str, Any]], usual: chats.Export) -> Iterator[Post]:
         """Posts of a file in which questions and answers may have other keys."""
         for place, record in records:
             yield from self._record_posts([(place, record)], chats.export_of(record) or usual)
 
-    def _renamed(self, row: Any) -> Any:
-        if not self._columns or not isinstance(row, dict):
-            return row
-        return {self._columns.get(key, key): value for key, value in row.items()}
+
+def _renamed(row: Any, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """The row under its columns' new names, or the fault in them."""
+    try:
+        return rename(row) if isinstance(row, dict) else row
+    except RowFault as fault:
+        return fault
 
 
 def _place(file: DataFile, number: int, item: int | None) -> str:
@@ -255,17 +263,6 @@ def _labelled(given: str) -> tuple[str, str | None]:
             raise ConfigError(f"{given}: no label after =; write FILE=LABEL")
         return path, label
     return given, None
-
-
-def _renamings(columns: Sequence[str]) -> dict[str, str]:
-    """`question=prompt` as old and new name."""
-    found: dict[str, str] = {}
-    for given in columns:
-        old, sign, new = given.rpartition("=")
-        if not sign or not old or not new:
-            raise ConfigError(f"--columns: {given}; expected OLD=NEW, as question=prompt")
-        found[old] = new
-    return found
 
 
 def _lines(file: DataFile, said: list[str]) -> Iterator[str]:
@@ -294,7 +291,7 @@ def _paragraphs(lines: Iterable[str], paragraphs: bool) -> Iterator[tuple[int, s
 
 def _document(file: DataFile) -> dict[str, Any] | None:
     """The object that fills a JSON file, if it holds chats; None for a file of rows."""
-    if file.path.suffix.lower() != ".json" or file.path.stat().st_size > _MOST_BYTES:
+    if file.kind != "json" or file.path.suffix.lower() != ".json" or file.path.stat().st_size > _MOST_BYTES:
         return None
     with open_text(file.path, [], detects=False) as text:
         first = text.readline()

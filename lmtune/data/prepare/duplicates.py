@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lmtune.data.prepare.libraries import library
 from lmtune.data.prepare.rows import Row
 from lmtune.data.prepare.spool import Spool
+from lmtune.data.prepare.texts import SPACELESS
 from lmtune.data.types import hash64
 from lmtune.io.console import row_progress
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 PERMUTATIONS = 64
 _WORDS = 3
-_TOKENS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|\w+")
+_TOKENS = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+")
 _MOST_CANDIDATES = 8  # of one row in one band
 
 

@@ -12,11 +12,12 @@ from typing import Any
 from lmtune.data.prepare.libraries import library
 from lmtune.data.prepare.rows import Row
 from lmtune.data.prepare.settings import Settings
+from lmtune.data.prepare.texts import SPACELESS
 from lmtune.errors import ConfigError
 
 Reason = Callable[[Row, Settings], str | None]
 _CODE = re.compile(r"```.*?```|`[^`\n]+`|https?://\S+", re.DOTALL)
-_WIDE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # scripts in which a letter says much
+_WIDE = re.compile(rf"[{SPACELESS}\uac00-\ud7af]")  # a letter says much, words have no bounds
 
 
 def is_unreadable(row: Row, _: Settings) -> str | None:

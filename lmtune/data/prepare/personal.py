@@ -31,7 +31,7 @@ def is_resident_id(text: str) -> bool:
 def is_card(text: str) -> bool:
     """Whether digits, with spaces or hyphens, are a card number: a known first digit, and Luhn's check digit."""
     digits = [int(digit) for digit in text if digit.isdigit()]
-    if not 13 <= len(digits) <= 19 or digits[0] not in (3, 4, 5, 6) or len(set(digits)) == 1:
+    if digits[0] not in (2, 3, 4, 5, 6) or len(set(digits)) == 1:
         return False
     doubled = [digit if index % 2 == 0 else sum(divmod(2 * digit, 10)) for index, digit in enumerate(digits[::-1])]
     return sum(doubled) % 10 == 0
@@ -78,7 +78,11 @@ PATTERNS = {
     "mail addresses": Pattern("[EMAIL]", r"(?<![\w.+-])[\w.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}"),
     "IBANs": Pattern("[IBAN]", r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", is_iban),
     "resident ids": Pattern("[ID]", r"(?<![\dA-Za-z])[1-9]\d{16}[\dXx](?![\dA-Za-z])", is_resident_id),
-    "card numbers": Pattern("[CARD]", r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d-])", is_card),
+    "card numbers": Pattern(
+        "[CARD]",
+        r"(?<![\d.,-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|3[47]\d\d([ -]?)\d{6}\2\d{5})(?![\d-])",
+        is_card,
+    ),
     "net addresses": Pattern(
         "[IP]",
         r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|(?:[0-9A-Fa-f]{0,4}:){3,7}[0-9A-Fa-f]{1,4})(?![\w:]|\.\d)",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.data.prepare.settings import Settings
+from lmtune.data.types import RowKind
 from lmtune.errors import ConfigError
 
 VERSION = 1
@@ -41,11 +42,13 @@ class Plan:
     """What was done.
 
     Attributes:
-        rows: read, written and held out.
+        kind: of the rows.
+        rows: read, written, held out, and copies that `lmtune augment` made of these.
         report: about the rows that were written.
     """
 
     settings: Settings
+    kind: RowKind = "answer"
     inputs: list[Input] = field(default_factory=list)
     steps: list[StepDone] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)

@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from lmtune.data.formats import ORIGIN
 from lmtune.data.prepare.found import Found
 from lmtune.data.prepare.plan import Plan, StepDone, plan_path, validation_path
 from lmtune.data.prepare.reading import Reading, are_single
-from lmtune.data.prepare.rows import Row, written_form
+from lmtune.data.prepare.report import describe_rows
+from lmtune.data.prepare.rows import Row, new_origins, written_form
 from lmtune.data.prepare.settings import Settings
 from lmtune.data.prepare.split import held_out_rows
 from lmtune.data.prepare.spool import Spool
 from lmtune.data.prepare.steps import STEPS, Context, Step
-from lmtune.data.prepare.terms import describe_rows
 from lmtune.errors import DataError
 from lmtune.io.atomic import new_files, write_json
 from lmtune.io.console import row_progress
@@ -68,14 +69,14 @@ def prepare(paths: Sequence[str], output: Path, settings: Settings, decisions: D
         if isinstance(settings.validation, str):
             held_out = Spool(folder / "held_out.rows", Reading().rows([settings.validation], settings, folder))
         context = Context(settings, reading.kind or "answer", held_out)
+        plan.kind = context.kind
         spool = _Passes(folder, spool, context, decisions, plan).run()
         if not len(spool):
             raise DataError("no row is left; see what was dropped above")
         chosen = held_out_rows(spool, share, settings, _was_applied(plan, "near")) if share else None
         single = are_single(iter(spool), context.kind)
         files = [folder / output.name, *([folder / held_out_path.name] if share else [])]
-        counts = _write(spool, files, context, single, chosen)
-        plan.rows["written"], plan.rows["held_out"] = counts
+        plan.rows |= _write(spool, files, context, single, chosen)
         plan.report = describe_rows(spool, settings.language)
         write_json(folder / plan_path(output).name, plan.to_tree())
     return plan
@@ -184,14 +185,20 @@ def _counted(what: str, rows: Iterable[Row]) -> Iterator[Row]:
 
 def _write(
     spool: Spool, files: Sequence[Path], context: Context, single: bool, chosen: Sequence[bool] | None
-) -> tuple[int, int]:
-    """Write the rows to the first of `files`, those that are `chosen` to the second; how many each has."""
-    counts = [0, 0]
+) -> dict[str, int]:
+    """Write the rows to the first of `files`, those that are `chosen` to the second, copies of these nowhere."""
+    counts = {"written": 0, "held_out": 0, "copies_left_out": 0}
+    origins = new_origins(spool, context.kind, single)
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in files]
         for number, row in enumerate(spool):
-            part = int(chosen is not None and chosen[number])
-            line = json.dumps(written_form(row.fields, context.kind, single), ensure_ascii=False)
+            fields, part = dict(row.fields), int(chosen is not None and chosen[number])
+            if ORIGIN in fields:
+                if part:
+                    counts["copies_left_out"] += 1
+                    continue
+                fields[ORIGIN] = origins.get(row.group, fields[ORIGIN])
+            line = json.dumps(written_form(fields, context.kind, single), ensure_ascii=False)
             opened[part].write(line + "\n")
-            counts[part] += 1
-    return counts[0], counts[1]
+            counts["held_out" if part else "written"] += 1
+    return counts

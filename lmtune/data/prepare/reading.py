@@ -5,6 +5,7 @@ A file may hold rows of several formats. All rows of one output are of one kind,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,11 @@ from lmtune.data.prepare.pairing import RawRow
 from lmtune.data.prepare.plan import Input
 from lmtune.data.prepare.rows import Row, is_single, row_of
 from lmtune.data.prepare.settings import Settings
+from lmtune.data.readers import content_hash
 from lmtune.data.report import FaultyRows
-from lmtune.data.types import Example, RowKind
+from lmtune.data.types import OUTCOMES, Example, RowKind
 from lmtune.data.values import RowFault, listed_keys
 from lmtune.errors import DataError
-from lmtune.io.atomic import file_sha256
 from lmtune.io.text import format_list, pluralize
 
 _MOST_FAULTS = 1000
@@ -44,6 +45,7 @@ class Reading:
     faults: list[str] = field(default_factory=list)
     repaired: int = 0
     ignored_keys: set[str] = field(default_factory=set)
+    outcomes: Counter[str] = field(default_factory=Counter)
     inputs: list[Input] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -61,7 +63,7 @@ class Reading:
                     count += 1
                     yield row
             for file in source.files:
-                self.inputs.append(Input(file.portable_name, file_sha256(file.path), source.read_as, count))
+                self.inputs.append(Input(file.portable_name, content_hash(file), source.read_as, count))
             name = source.files[0].portable_name + (f" and {len(source.files) - 1} more" if source.files[1:] else "")
             self.notes += [f"{name}: {source.read_as}: {pluralize(count)}", *(f"  {note}" for note in source.notes)]
 
@@ -90,6 +92,7 @@ class Reading:
                 raise
             example = self._example(readable)
             self.repaired += 1
+        self.outcomes.update(example.outcomes)
         if self.kind is None:
             self.kind, self.is_text = example.kind, example.text is not None
         if (example.kind, example.text is not None) != (self.kind, self.is_text):
@@ -105,7 +108,7 @@ class Reading:
         self.ignored_keys |= parsed.ignored_keys
         return Example(
             "", 0, parsed.messages, parsed.text, parsed.rejected, parsed.label, parsed.weight,
-            kind_of_format(format),
+            kind_of_format(format), tools=parsed.tools, outcomes=tuple(parsed.outcomes), origin=parsed.origin,
         )  # fmt: skip
 
     def described(self) -> list[str]:
@@ -113,6 +116,7 @@ class Reading:
         lines = list(self.notes)
         if self.ignored_keys:
             lines.append(f"keys that are left out: {listed_keys(sorted(self.ignored_keys), 10)}")
+        lines += [f"{pluralize(count)} {OUTCOMES[name]}" for name, count in self.outcomes.most_common()]
         if self.repaired:
             lines.append(f"{pluralize(self.repaired)} held NUL or half of a character; these are left out")
         return lines

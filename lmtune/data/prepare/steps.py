@@ -72,13 +72,13 @@ def _never(context: Context) -> bool:
     return False
 
 
-def _each_text(change: Callable[[str], str]) -> Apply:
-    """A step that changes every text."""
+def _each_text(change: Callable[[str], str], calls: bool = False) -> Apply:
+    """A step that changes every text; those in the arguments of `calls` too."""
 
     def apply(rows: Rows, context: Context, found: Found) -> Iterator[Row]:
         for row in rows:
             found.total += 1
-            changed = row.with_texts(lambda role, text: change(text))
+            changed = row.with_texts(lambda role, text: text if role == "call" and not calls else change(text))
             if changed is not row:
                 found.changed(row, changed)
             yield changed
@@ -105,7 +105,7 @@ def _mask(rows: Rows, context: Context, found: Found) -> Iterator[Row]:
     def count(kind: str) -> None:
         found.kinds[kind] += 1
 
-    yield from _each_text(lambda text: personal.mask_personal(text, count))(rows, context, found)
+    yield from _each_text(lambda text: personal.mask_personal(text, count), calls=True)(rows, context, found)
 
 
 def _take_off(side: Side) -> Apply:
@@ -181,7 +181,7 @@ def _drop_contradictions(rows: Rows, context: Context, found: Found) -> Iterator
     for (question, answer), row in zip(hashes.tolist(), rows, strict=True):
         found.total += 1
         if row.answer is not None and question in best and best[question][2] != answer:
-            found.dropped(row)
+            found.dropped(row, f"label {_label(row)}" if "label" in row.fields else "")
         else:
             yield row
 
@@ -244,7 +244,7 @@ STEPS = (
     Step("beginnings", "begin with a mark that most of them have", "take it off", _take_off("beginning"), whole=True),
     Step("ends", "end with a mark that most of them have", "take it off", _take_off("end"), whole=True),
     Step("personal", "hold personal data", "mask", _mask),
-    Step("links", "hold addresses of web pages", "mask", _each_text(personal.mask_links), _never),
+    Step("links", "hold addresses of web pages", "mask", _each_text(personal.mask_links, calls=True), _never),
     Step(
         "capitals", "are written in capitals", "write them in small letters", _each_text(texts.lower_capitals), _never
     ),

@@ -8,6 +8,9 @@ from html.parser import HTMLParser
 
 from lmtune.data.prepare.libraries import library
 
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese; what stands in brackets.
+SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+
 # --- encoding --------------------------------------------------------------------------------------------------------
 
 

@@ -371,7 +371,7 @@ def test_plain_text_and_labelled_lines(folder: Path) -> None:
 def test_columns_are_renamed(folder: Path) -> None:
     write_csv(folder / "in.csv", {"label": "1", "review": "good"}, {"label": "0", "review": "bad"})
     assert [row["text"] for row in read(folder, columns=("review=text",))[0]] == ["good", "bad"]
-    with pytest.raises(ConfigError, match="--columns: review; expected OLD=NEW"):
+    with pytest.raises(ConfigError, match="--columns: expected COLUMN=KEY"):
         read(folder, columns=("review",))
 
 

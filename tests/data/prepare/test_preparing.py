@@ -48,6 +48,22 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in zip(texts[::2], texts[1::2], strict=True)]
 
 
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "lamp", "arguments": '{"who": "me@x.org", "n": 13800138000}'},
+}
+TOOLS: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "Turn it on."},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "done", "tool_call_id": "c1", "name": "lamp"},
+        {"role": "assistant", "content": "It is on."},
+    ],
+    "tools": [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}],
+}
+
+
 CLEAN = {"prompt": "Is it café time?", "completion": "Write to [EMAIL]."}
 
 
@@ -57,12 +73,12 @@ def test_recommended_steps_are_applied_and_counted(capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "1 row is equal to an earlier row: drop (step duplicates)" in printed
     assert "raw.jsonl:21" in printed
-    assert "22 rows read, 21 written" in printed
+    assert "22 rows read; 21 rows written: my.jsonl. Next:" in printed
     assert "lmtune check my.jsonl\n" in printed
     plan = json.loads(Path("my.prepare.json").read_text())
     counts = {step["name"]: step["rows"] for step in plan["steps"] if step["rows"]}
     assert counts == {"encoding": 1, "spaces": 1, "personal": 1, "duplicates": 1}
-    assert plan["rows"] == {"read": 22, "written": 21, "held_out": 0}
+    assert plan["rows"] == {"read": 22, "written": 21, "held_out": 0, "copies_left_out": 0}
     assert "me@shop" not in Path("my.prepare.json").read_text()
     assert check_data(["my.jsonl"]).train.num_rows == 21
     assert sorted(path.name for path in Path().iterdir()) == ["my.jsonl", "my.prepare.json", "raw.jsonl"]
@@ -78,6 +94,17 @@ def test_answers_decide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert '"  Is it cafÃ© time? " → "  Is it café time? "' in asked
 
 
+def test_a_call_stays_a_call() -> None:
+    """What its arguments hold is masked, and an answer without text is not empty."""
+    write_rows(Path("raw.jsonl"), [TOOLS])
+    main(["raw.jsonl"], Path("my.jsonl"), yes=True)
+    masked = {"who": "[EMAIL]", "n": 13800138000}
+    (row,) = written()
+    assert json.loads(row["messages"][1]["tool_calls"][0]["function"]["arguments"]) == masked
+    assert row["messages"][2:] == TOOLS["messages"][2:]
+    assert row["tools"] == TOOLS["tools"]
+
+
 def test_a_plan_is_replayed() -> None:
     main(["raw.jsonl"], Path("my.jsonl"), steps="personal,duplicates", validation="0.2", seed=4)
     main(None, Path("again.jsonl"), replay=Path("my.prepare.json"))
@@ -85,6 +112,25 @@ def test_a_plan_is_replayed() -> None:
         assert Path(f"again{name}").read_text() == Path(f"my{name}").read_text()
     assert len(written()) + len(written("my.validation.jsonl")) == 21
     assert {**CLEAN, "prompt": "  Is it cafÃ© time? "} in written() + written("my.validation.jsonl")
+
+
+def test_copies_go_with_their_rows() -> None:
+    from lmtune.data.reading import ReadReport, read_examples
+    from lmtune.data.sources import find_files
+    from lmtune.data.types import prompt_hash
+    from lmtune.recipes.augment import main as augment
+
+    write_rows(Path("raw.jsonl"), [{"text": f"the  blue lamp {n} came broken \r\n", "label": n % 2} for n in range(20)])
+    augment("raw.jsonl", Path("more.jsonl"), swap=1, copies=2)
+    main(["more.jsonl"], Path("my.jsonl"), steps="spaces", validation="0.2")
+    examples = list(read_examples(find_files(["my.jsonl"]), ReadReport()))
+    assert len(examples) == 48
+    originals = {prompt_hash(one) for one in examples if one.origin is None}
+    assert {one.origin for one in examples if one.origin is not None} == originals
+    held_out = written("my.validation.jsonl")
+    assert len(held_out) == 4
+    assert not any("augmented_from" in row for row in held_out)
+    assert json.loads(Path("my.prepare.json").read_text())["rows"]["copies_left_out"] == 8
 
 
 def test_groups_stay_on_one_side() -> None:
@@ -113,6 +159,7 @@ def test_groups_stay_on_one_side() -> None:
                            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}], "weight": 2.0}],
         ),
         ([{"text": "a", "label": "b"}], [{"text": "a", "label": "b"}]),
+        ([TOOLS], [TOOLS]),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], [{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         ([{"prompt": "a", "completion": "b", "label": True}], [{"prompt": "a", "completion": "b", "label": True}]),
         ([{"prompt": "a", "label": ["x", "y"]}], [{"prompt": "a", "label": ["x", "y"]}]),

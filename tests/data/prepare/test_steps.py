@@ -79,6 +79,7 @@ def test_a_text_is_changed(name: str, before: str, after: str, tmp_path: Path) -
     [
         ("Write to ann.lee+x@shop.example.org.", "Write to [EMAIL]."),
         ("Card 4111 1111 1111 1111, order 4111 1111 1111 1112", "Card [CARD], order 4111 1111 1111 1112"),
+        ("3782 822463 10005 and 355909190063-746 = x", "[CARD] and 355909190063-746 = x"),
         ("DE89 3704 0044 0532 0130 00 or DE89 3704 0044 0532 0130 01", "[IBAN] or DE89 3704 0044 0532 0130 01"),
         ("身份证11010519491231002X，编号110105194912310021", "身份证[ID]，编号110105194912310021"),
         ("电话13800138000，座机010-62345678", "电话[PHONE]，座机[PHONE]"),
