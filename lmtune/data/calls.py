@@ -172,7 +172,8 @@ def find_tool_support(render: Render, tokens: Mapping[str, bool], end: str, ends
     ]  # fmt: skip
     seen = render(answered, given, True, form.as_object)
     result_fault = None
-    if seen is None or _RESULT not in seen:
+    as_answer = render([*answered[:2], Message("assistant", _RESULT)], given, True, form.as_object)
+    if seen is None or _RESULT not in seen or seen == as_answer:
         result_fault = f"the chat template has no place for the results of tools; {ELSEWHERE}"
     texts = [render([question, Message("assistant", "", tool_calls=calls)], given, False, form.as_object)
              for calls in (_CALLS[:1], _CALLS)]  # fmt: skip

@@ -13,6 +13,7 @@ trims answers, and where the prompt ends in something (an empty thought) that th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from lmtune.data.calls import ToolSupport, common_prefix, find_tool_support, holds_in_key
 from lmtune.data.replies import CLOSING, OPENING, ReplyFormat, is_still_reasoning, split_reply
 from lmtune.data.template_source import DATE_FORMATS, at_time, literal, with_end
-from lmtune.data.types import Message
+from lmtune.data.types import Message, Role
 from lmtune.errors import ModelError
 from lmtune.io.sandbox import TemplateLimitError, probe
 
@@ -129,7 +130,7 @@ class ChatTemplate:
         content = messages[-1].content
         reasoning, answer = self._split(content)
         if reasoning is not None and not self._thinking:
-            raise TemplateFault("the answer holds a <think> part; set data.template: thinking")
+            raise TemplateFault("the answer holds a <think> part; set data.template: thinking", once=True)
         if reasoning is not None and self._ends_thought:
             raise TemplateFault(
                 "the template writes an empty <think> part before every answer, so the answer's own would stand after "
@@ -256,10 +257,8 @@ class ChatTemplate:
             hint = "; a tool has no description or no parameters, write both" if bare else ""
             raise TemplateFault(f"the chat template refuses it: {reason}{hint}") from error
 
-    def _text(
-        self, messages: Sequence[Message], prompt: bool = False, thinking: bool | None = None, tools: _Tools = ()
-    ) -> str:
-        return str(self._apply(messages, prompt, text=True, thinking=thinking, tools=tools))
+    def _text(self, messages: Sequence[Message], prompt: bool = False, tools: _Tools = (), **options: Any) -> str:
+        return str(self._apply(messages, prompt, text=True, tools=tools, **options))
 
     def _prompt(self, thinking: bool) -> str:
         return self._text([Message("user", _QUESTION)], prompt=True, thinking=thinking)
@@ -304,9 +303,8 @@ class ChatTemplate:
         """
         content = messages[-1].content
         reasoning, answer = self._split(content)
-        form = self.reply_format
         if reasoning is not None and not self._passes_reasoning:
-            if self._thinking and form.is_opened:
+            if self._thinking and self.reply_format.is_opened:
                 # DeepSeek-R1: the prompt opens the reasoning, but the rendered answer has lost it.
                 return self._encode([reasoning, "\n\n" + answer], ["\n" + CLOSING])
             reasoning, answer = None, content
@@ -323,7 +321,7 @@ class ChatTemplate:
         elif (usual := self._usual_lead(messages, before, start, reasoning is not None)) is not None:
             lead = usual
         else:
-            raise TemplateFault(_mismatch(before, whole, form.is_opened))
+            raise TemplateFault(_mismatch(before, whole, self.reply_format.is_opened))
         if not self._end_opens_next_turn:
             tail, end, _ = tail.partition(self._end)
             if not end:
@@ -441,14 +439,24 @@ class ChatTemplate:
 
     def _find_later_system_fault(self) -> str | None:
         """Why a system turn cannot stand behind others."""
-        turns = [Message("user", _QUESTION), Message("assistant", _ANSWER), Message("system", _SYSTEM)]
+        asked = Message("user", _QUESTION)
+
+        def text(role: Role) -> str:
+            return self._text([asked, Message("assistant", _ANSWER), Message(role, _SYSTEM), asked], prompt=True)
+
         try:
-            text = self._text([*turns, Message("user", _QUESTION)], prompt=True)
+            shown, as_others = text("system"), []
         except TemplateFault as fault:
             return f"a system turn stands after the first turn: {fault}"
-        if _SYSTEM in text.partition(_ANSWER)[2]:
+        for role in ("user", "assistant"):
+            with contextlib.suppress(TemplateFault):
+                as_others.append(text(role))
+        if _SYSTEM in shown.partition(_ANSWER)[2] and shown not in as_others:
             return None
-        return "a system turn stands after the first turn, where the chat template drops or moves it; remove the turn"
+        return (
+            "a system turn stands after the first turn, where the chat template drops or moves it, or writes it as a "
+            "turn of another; remove the turn, or write it into the question after it"
+        )
 
     def _find_tool_support(self) -> ToolSupport:
         """What the template does with tools, calls and results."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from lmtune.data.types import ToolCall
@@ -129,11 +130,19 @@ def _loaded(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, object_pairs_hook=unique_keys)
+        return json.loads(value, object_pairs_hook=unique_keys, parse_float=_exact)
     except RowFault as fault:
         raise RowFault(f"{where}: {fault}") from None
     except (ValueError, RecursionError) as error:
         raise RowFault(f"{where} is {kind_of(value)}, which is not JSON: {error}") from None
+
+
+def _exact(digits: str) -> float:
+    """A number with a fraction or an exponent, which must not lose digits."""
+    number = float(digits)
+    if math.isfinite(number) and Decimal(digits) != Decimal(repr(number)):
+        raise RowFault(f"the number {digits} has more digits than can be kept; write fewer, or a text")
+    return number
 
 
 def _check_json(value: Any, where: str) -> None:

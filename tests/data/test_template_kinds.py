@@ -177,3 +177,17 @@ def test_a_token_that_stands_before_every_answer_stops_no_generation() -> None:
     tokenizer = make_tokenizer(WORD)
     mark = tokenizer.convert_tokens_to_ids("<s>")
     assert Renderer(tokenizer, eos_token_ids=[mark, 9]).stop_token_ids == (4, 1, 9)
+
+
+@pytest.mark.parametrize("template", [LLAMA2, turns("('' if message['role'] == 'system' else message['content'])")])
+def test_a_later_system_turn_that_a_template_drops_or_writes_as_an_answer_is_refused(template: str) -> None:
+    """Llama 2's template writes whatever is not the user's as an answer."""
+    row = [Message("user", "a"), Message("assistant", "b"), Message("system", "s"), Message("user", "c")]
+    renderer = renderer_of(template)
+    with pytest.raises(DataError, match=r"rows.jsonl:7: a system turn stands after the first turn"):
+        renderer.render(Example("rows.jsonl", 7, (*row, Message("assistant", "d"))))
+    with pytest.raises(ModelError, match="a system turn stands after the first turn"):
+        renderer.prompt_ids(row)
+    assert "<|im_start|>system\ns<|im_end|>" in Renderer(make_tokenizer(CHATML)).tokenizer.decode(
+        renderer_of(CHATML).prompt_ids(row)
+    )

@@ -103,6 +103,8 @@ def test_calls_and_tools_tell_rows_apart() -> None:
         ([ASKED, calling(json.dumps(json.dumps(OFF)))], ["JSON text inside JSON text"]),
         ([ASKED, calling([1])], ["arguments is a list", "a JSON object"]),
         ([ASKED, calling({"x": float("inf")})], ["inf", "which JSON has not"]),
+        ([ASKED, calling('{"x": 0.12345678901234567890}')], ["0.12345678901234567890 has more digits"]),
+        ([ASKED, calling('{"x": 1e999}')], ["inf", "which JSON has not"]),
         ([ASKED, calling({"x": "\ud83d"})], ["unpaired surrogate"]),
         ([ASKED, calling(OFF, tool_calls="lamp()")], ["messages[1].tool_calls", "not JSON"]),
         ([ASKED, calling(OFF, tool_calls=[{"function": {"name": ""}}])], ["function.name is empty"]),

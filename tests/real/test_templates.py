@@ -11,6 +11,7 @@ from lmtune.data.replies import split_reply
 from lmtune.data.types import Example, Message
 from lmtune.errors import DataError
 from tests.real.folders import template_files, tokenizer_of
+from tests.real.goldens import FOLDER, TOKENIZERS, golden
 from tests.tokenizers import LLAMA2
 
 pytestmark = pytest.mark.real
@@ -86,6 +87,11 @@ def test_every_tokenizer_with_its_own_template(name: str) -> None:
     renderer = Renderer(tokenizer_of(name, LLAMA2 if name == "llama2" else None))
     for messages in rows(thinking=False):
         check(renderer, messages, thinking=False)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_form_of_row_becomes_the_tokens_that_were_looked_at(name: str) -> None:
+    assert golden(name) == (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def test_the_collection_is_there() -> None:
