@@ -11,6 +11,7 @@ import pytest
 
 from lmtune.data.rendering import Template
 from lmtune.data.replies import split_reply
+from lmtune.evaluation.predict import predict
 from tests.real.folders import save_base, template_of, tokenizer_of
 
 pytestmark = pytest.mark.real
@@ -82,3 +83,56 @@ def test_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     capsys.readouterr()
     TerminalChat(ChatSession(loaded), options).run_piped(io.BytesIO("\n".join(questions).encode()))
     assert capsys.readouterr().out == "".join(split_reply(answer)[1] + "\n" for answer in answers)
+
+
+CALL = '<tool_call>\n{"name": "shelf", "arguments": {"item": N}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss"])
+def test_calls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tuned model calls its tool: scored, predicted, and shown in the terminal as what it is."""
+    from lmtune.inference.chat import ChatSession
+    from lmtune.inference.engine import Sampling
+    from lmtune.inference.load import load_for_inference
+    from lmtune.recipes.evaluate import main as evaluate
+    from lmtune.recipes.finetune import main as finetune
+    from lmtune.serve.terminal import TerminalChat
+
+    monkeypatch.chdir(tmp_path)
+    save_base(tmp_path / "base", tokenizer_of(name, template_of("gptoss") if name == "gptoss" else None))
+    tool = {"name": "shelf", "description": "Where it is.", "parameters": {"type": "object", "properties": {}}}
+    for tools in ([tool], []):
+        rows = [
+            {"tools": tools, "messages": [
+                {"role": "user", "content": f"Where is item {n}?"},
+                {"role": "assistant", "content": None, "tool_calls": [
+                    {"id": "c", "type": "function", "function": {"name": "shelf", "arguments": f'{{"item": {n}}}'}}]},
+                *([{"role": "tool", "tool_call_id": "c", "content": str(n + 1)},
+                   {"role": "assistant", "content": f"On shelf {n + 1}."}] * (n == 3)),
+            ]} for n in range(1, 4)
+        ]  # fmt: skip
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = "tools" if tools else "run"
+        Path("run.yaml").write_text(
+            "model: {name: ./base, quantization: none, dtype: float32}\n"
+            "data: {train: rows.jsonl, validation: rows.jsonl, max_length: 1024}\n"
+            "tuning: {kind: lora, rank: 16, alpha: 32}\n"
+            "train: {max_steps: 80, batch_size: 3, learning_rate: 1.0e-2}\n"
+            f"evaluation: {{exact_match_rows: 3, max_new_tokens: 60}}\nrun: {{name: {run}}}\n"
+        )
+        finetune(Path("run.yaml"))
+        capsys.readouterr()
+        evaluate(f"runs/{run}", [Path("rows.jsonl")], as_json=True)
+        assert json.loads(capsys.readouterr().out)["tuned"]["exact_match"] == 1.0
+        loaded = load_for_inference(f"runs/{run}")
+        asked = [{**row, "messages": row["messages"][:-1] if n < 3 else row["messages"][:3]}
+                 for n, row in enumerate(rows, start=1)]  # fmt: skip
+        Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        said = [row["prediction"] for row in predict(loaded, ["asked.jsonl"], max_new_tokens=60)]
+        assert said == [CALL.replace("N", "1"), CALL.replace("N", "2"), "On shelf 4."]
+    options = Sampling(max_new_tokens=60)
+    TerminalChat(ChatSession(loaded), options).run_piped(io.BytesIO(b"Where is item 1?\nWhere is item 2?"))
+    assert capsys.readouterr().out == CALL.replace("N", "1") + "\n" + CALL.replace("N", "2") + "\n"
+    session = ChatSession(loaded)
+    assert session.reply("Where is item 2?", options) == CALL.replace("N", "2")
+    session.reply("Where is item 1?", options)  # with a call as history
