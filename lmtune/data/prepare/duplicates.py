@@ -9,7 +9,6 @@ shingles themselves. The bands are sorted with NumPy, which takes 4 bytes for a 
 from __future__ import annotations
 
 import functools
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,6 @@ from lmtune.data.prepare.libraries import library
 from lmtune.data.prepare.rows import Row
 from lmtune.data.prepare.spool import Spool
 from lmtune.data.prepare.texts import SPACELESS
-from lmtune.data.types import hash64
 from lmtune.io.console import row_progress
 
 if TYPE_CHECKING:
@@ -33,11 +31,6 @@ PERMUTATIONS = 64
 _WORDS = 3
 _TOKENS = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+")
 _MOST_CANDIDATES = 8  # of one row in one band
-
-
-def content(row: Row) -> int:
-    """64 bits, equal for rows of equal content."""
-    return hash64([json.dumps(row.fields, ensure_ascii=False, sort_keys=True)])
 
 
 def shingles(text: str) -> set[str]:

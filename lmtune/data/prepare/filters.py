@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,8 @@ def _profanity() -> tuple[str, ...]:
     return tuple(word for path in sorted(folder.glob("profanity.*.txt")) for word in read_words(str(path)))
 
 
-def words_of(names: Sequence[str]) -> frozenset[str]:
+@functools.cache
+def words_of(*names: str) -> frozenset[str]:
     """The words of our own lists of these names."""
     folder = Path(__file__).parent / "words"
     return frozenset(word for name in names for word in read_words(str(folder / f"{name}.txt")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from typing import Any
@@ -11,6 +12,7 @@ from lmtune.errors import ConfigError
 LIBRARIES = ("ftfy", "datasketch", "jieba", "py3langid")
 
 
+@functools.cache
 def library(name: str) -> Any:
     """The module `name`; ConfigError that names every library of the extra that is not installed."""
     if missing := [each for each in LIBRARIES if importlib.util.find_spec(each) is None]:

@@ -156,7 +156,11 @@ class _Passes:
     def _asked(self, step: Step, recommended: bool) -> Spool:
         """The rows after a step, or those before, as the answer is."""
         found = Found()
-        tried = self._spooled(step.apply(self.spool, self.context, found))
+        applied_to = step.apply(self.spool, self.context, found)
+        if applied_to is self.spool:
+            self.plan.steps.append(StepDone(step.name, False, 0))
+            return self.spool
+        tried = self._spooled(applied_to)
         recommended &= found.count >= step.least_share * found.total
         question = f"{step.what}: {step.action}?"
         applied = found.count > 0 and self.decisions.asked(step.name, question, found, recommended)

@@ -52,7 +52,7 @@ def describe_rows(spool: Spool, languages: Sequence[str]) -> dict[str, Any]:
 
 def terms_of(text: str) -> list[str]:
     """The words of a text without stop words; Chinese is cut into words by jieba."""
-    stop_words = words_of(("stop.en", "stop.zh"))
+    stop_words = words_of("stop.en", "stop.zh")
     words = [word.casefold() for word in _WORD.findall(_HAN.sub(" ", text))]
     for run in _HAN.findall(text):
         words += [word for word in _cutter().cut(run) if len(word) > 1]

@@ -40,7 +40,7 @@ class Context:
     held_out: Spool | None = None
 
 
-Apply = Callable[[Rows, Context, Found], Iterator[Row]]
+Apply = Callable[[Rows, Context, Found], Rows]  # which may be the rows given, where nothing changes
 
 
 @dataclass(frozen=True)
@@ -101,52 +101,62 @@ def _without(reason: filters.Reason) -> Apply:
     return apply
 
 
-def _mask(rows: Rows, context: Context, found: Found) -> Iterator[Row]:
+def _mask(rows: Rows, context: Context, found: Found) -> Rows:
     def count(kind: str) -> None:
         found.kinds[kind] += 1
 
-    yield from _each_text(lambda text: personal.mask_personal(text, count), calls=True)(rows, context, found)
+    return _each_text(lambda text: personal.mask_personal(text, count), calls=True)(rows, context, found)
 
 
 def _take_off(side: Side) -> Apply:
-    def apply(rows: Rows, context: Context, found: Found) -> Iterator[Row]:
+    def apply(rows: Rows, context: Context, found: Found) -> Rows:
         marks = common_marks(cast(Spool, rows), side)
-        for row in rows:
-            found.total += 1
-            changed = without_marks(row, marks, side) if marks else row
-            if changed is not row:
-                found.changed(row, changed)
-            yield changed
+        return _without_marks(rows, marks, side, found) if marks else rows
 
     return apply
 
 
-def _drop_equal(rows: Rows, context: Context, found: Found) -> Iterator[Row]:
+def _without_marks(rows: Rows, marks: dict[str, str], side: Side, found: Found) -> Iterator[Row]:
+    for row in rows:
+        found.total += 1
+        changed = without_marks(row, marks, side)
+        if changed is not row:
+            found.changed(row, changed)
+        yield changed
+
+
+def _drop_equal(rows: Rows, context: Context, found: Found) -> Rows:
     import numpy as np
 
-    keys = np.fromiter((duplicates.content(row) for row in rows), dtype=np.uint64)
-    yield from _first_ones(rows, duplicates.first_of_each(keys), "=", found)
+    keys = np.fromiter(cast(Spool, rows).contents(), dtype=np.uint64)
+    return _first_ones(rows, duplicates.first_of_each(keys), "=", found)
 
 
-def _drop_near(rows: Rows, context: Context, found: Found) -> Iterator[Row]:
+def _drop_near(rows: Rows, context: Context, found: Found) -> Rows:
     family = duplicates.near_families(cast(Spool, rows), context.settings.similarity)
-    yield from _first_ones(rows, duplicates.first_of_each(family), "≈", found)
+    return _first_ones(rows, duplicates.first_of_each(family), "≈", found)
 
 
-def _first_ones(rows: Rows, first: duplicates.Numbers, sign: str, found: Found) -> Iterator[Row]:
+def _first_ones(rows: Rows, first: duplicates.Numbers, sign: str, found: Found) -> Rows:
     """Those rows of which `first` says that they are the first of their kind."""
     import numpy as np
 
     later = np.flatnonzero(first != np.arange(len(first)))
+    return _without_later(rows, first, later, sign, found) if len(later) else rows
+
+
+def _without_later(
+    rows: Rows, first: duplicates.Numbers, later: duplicates.Numbers, sign: str, found: Found
+) -> Iterator[Row]:
     shown = {int(first[number]): "" for number in later[:3].tolist()}
-    for number, row in enumerate(rows):
+    for number, (row, kept) in enumerate(zip(rows, first.tolist(), strict=True)):
         found.total += 1
-        if first[number] == number:
+        if kept == number:
             if number in shown:
                 shown[number] = row.place
             yield row
         else:
-            found.dropped(row, f"{sign} {shown.get(int(first[number]))}")
+            found.dropped(row, f"{sign} {shown.get(kept)}")
 
 
 def _drop_leaks(rows: Rows, context: Context, found: Found) -> Iterator[Row]:

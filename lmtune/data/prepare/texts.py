@@ -113,6 +113,9 @@ _UNWANTED = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufff9-\ufffb]"
 )
 _SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
+_NEEDLESS = re.compile(
+    rf"{_UNWANTED.pattern}|{_SPACES.pattern}|[\r\x85\u2028\u2029]|[ \t]$|\n\n\n|\A[\n ]|\n\Z", re.MULTILINE
+)
 _LINE_END = re.compile("\r\n?|\x85|\u2028|\u2029")
 _TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
 _MANY_LINES = re.compile(r"\n{3,}")
@@ -123,6 +126,8 @@ def clean_spaces(text: str) -> str:
 
     What carries meaning stays: indentation, tabs, blank lines one at a time, the joiners of Persian, Hindi and emoji.
     """
+    if not _NEEDLESS.search(text):
+        return text
     text = _LINE_END.sub("\n", text)
     text = _TRAILING.sub("", _SPACES.sub(" ", _UNWANTED.sub("", text)))
     text = _MANY_LINES.sub("\n\n", text).strip("\n")

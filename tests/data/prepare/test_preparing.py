@@ -225,6 +225,7 @@ def test_interrupted_it_leaves_nothing(folder: Path) -> None:
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from lmtune.data.prepare import libraries
 
+    libraries.library.cache_clear()
     monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: None if name == "jieba" else object())
     with pytest.raises(ConfigError, match=r"jieba: not installed.*pip install jieba"):
         libraries.library("ftfy")
