@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lmtune.data.types import Message, ToolCall
@@ -37,6 +37,7 @@ _TOOLS = tuple(
     for call in _CALLS
 )  # fmt: skip
 _REPLIED = re.compile(r"<tool_call>\n(?P<call>\{.*?\})\n</tool_call>\n?", re.DOTALL)
+_MARK = re.compile(r"\s*(<[^<>]*>|[^\s<]+)")  # what stands behind a value
 _DECODER = json.JSONDecoder()
 ELSEWHERE = "use a model whose chat template has, or put such a template into the model's folder (chat_template.jinja)"
 
@@ -60,6 +61,7 @@ class CallFormat:
         between: what stands between the name and the arguments where these alone are JSON; None in forms without JSON.
         end: the token after the last call.
         written: a call as the probe found it, for the control tokens in it.
+        closing: what ends a value, in forms without JSON.
         first: `lead` with what stands before the first call alone.
     """
 
@@ -69,6 +71,7 @@ class CallFormat:
     between: str | None
     end: str = ""
     written: str = ""
+    closing: str = ""
     first: str = ""
 
     @property
@@ -104,8 +107,12 @@ class CallFormat:
         """Why `text`, what the template makes of `calls`, does not say the same calls; None if it does."""
         wanted = [(call.name, json.loads(call.arguments)) for call in calls]
         if not self.is_json:
-            missing = next((part for call in wanted for part in _parts(call) if part not in text), None)
-            return None if missing is None else f"the chat template drops {missing!r} of a tool call"
+            parts = [part for call in wanted for part in _parts(call)]
+            missing = next((part for part in parts if not any(form in text for form in _written(part))), None)
+            if missing is not None:
+                return f"the chat template drops {missing!r} of a tool call"
+            ends = self.closing and any(isinstance(part, str) and self.closing in part for part in parts)
+            return f"a tool call holds {self.closing!r}, with which the chat template ends a value" if ends else None
         read = self.read(text)
         same = [_strict(one) == _strict(other) for one, other in zip(read or (), wanted, strict=False)]
         if read is not None and all(same) and len(read) == len(wanted):
@@ -183,12 +190,7 @@ def find_tool_support(render: Render, tokens: Mapping[str, bool], end: str, ends
             None, tools_fault, "the chat template ends a tool call with no token, so the model would never stop after "
             "one; use a model whose chat template does, or put such a template into the model's folder", result_fault,
         )  # fmt: skip
-    return ToolSupport(
-        CallFormat(form.as_object, form.lead, form.keys, form.between, ended, form.written),
-        tools_fault,
-        None,
-        result_fault,
-    )
+    return ToolSupport(replace(form, end=ended), tools_fault, None, result_fault)
 
 
 def call_text(calls: Sequence[Call]) -> str:
@@ -252,7 +254,7 @@ def _form_of(
     first = _find(one, _CALLS[0])
     if first is None:
         return None
-    start, _, keys, between = first
+    start, end, keys, between = first
     same = len(common_prefix(one, before))
     for token in tokens:  # that is not cut
         at = one.find(token, max(0, same - len(token) + 1))
@@ -263,7 +265,9 @@ def _form_of(
     if two is not None and second is not None and begun is not None and begun[1] <= second[0]:
         gap, head = two[begun[1] : second[0]][::-1], one[:start][::-1]
         lead = common_prefix(gap, head)[::-1]
-    return CallFormat(as_object, lead.strip(), keys, between, written=one[min(same, start) :])
+    mark = None if keys or between is not None else _MARK.match(one, end)
+    closing = mark[1] if mark else ""
+    return CallFormat(as_object, lead.strip(), keys, between, written=one[min(same, start) :], closing=closing)
 
 
 def _find(text: str, call: ToolCall) -> tuple[int, int, tuple[str, str] | None, str | None] | None:
@@ -327,19 +331,26 @@ def _strict(call: Call) -> str:
     return json.dumps(call, sort_keys=True, ensure_ascii=False)
 
 
-def _parts(call: Call) -> Iterator[str]:
-    """The name of a call and every text in its arguments."""
+def _parts(call: Call) -> Iterator[Any]:
+    """The name of a call, and every key and value in its arguments."""
     yield call[0]
-    yield from _texts(call[1])
+    yield from _values(call[1])
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
+def _values(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
         for key, item in value.items():
             yield key
-            yield from _texts(item)
+            yield from _values(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item)
+            yield from _values(item)
+    elif value is not None:
+        yield value
+
+
+def _written(value: Any) -> tuple[str, ...]:
+    """How a value may be written."""
+    if isinstance(value, str):
+        return value, json.dumps(value, ensure_ascii=False)[1:-1]
+    return str(value), json.dumps(value)

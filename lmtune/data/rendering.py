@@ -163,10 +163,8 @@ class Renderer:
         return parser.feed(self.marked_text(ids)) + parser.finish()
 
     def as_message(self, reply: str) -> Message:
-        """What `decode` gives as a turn of a conversation, its calls as such."""
-        text, calls = (
-            split_calls(reply) if self._chat is not None and self._chat.tools.form is not None else (reply, ())
-        )
+        """What `decode` gives as a turn of a conversation; calls that it has brought into its own form as such."""
+        text, calls = split_calls(reply) if self._reply_format.calls is not None else (reply, ())
         return Message("assistant", text, tool_calls=calls)
 
     def reply_parser(self) -> ReplyParser:

@@ -102,9 +102,10 @@ class ReplyParser:
 
     def _reasoning(self, ended: bool) -> str:
         reasoning, closing, rest = self._held.partition(self._form.closing)
-        if not closing and self._call_lead and self._call_lead in self._held:  # it reasons, then calls a tool
-            reasoning, closing, _ = self._held.partition(self._form.closing[0])
-            rest = self._held[self._held.index(self._call_lead) :]
+        if not closing and self._call_lead and self._form.closing[0] in self._form.names:
+            said, mark, after = self._held.partition(self._form.closing[0])
+            if self._call_lead in after:  # it reasons, then calls a tool
+                reasoning, closing, rest = said, mark, after[after.index(self._call_lead) :]
         if closing or ended:
             self._held, self._read = rest, self._closed
         else:

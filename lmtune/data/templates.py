@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SYSTEM, _QUESTION, _ANSWER, _REASONING = "probe system", "probe question", "probe answer", "probe reasoning"
+_ASKED = Message("user", _QUESTION)
 _INSIDE = "a  b\t\n\n\n  c <d> & \"e\" 'é'"
 _CLOSING_TAG = re.compile(r"</([\w:.-]+)>")
 _FIRST_MARK = 0x10F000  # of a private plane of Unicode, which no text uses
@@ -106,7 +107,7 @@ class ChatTemplate:
             or self._ends_thought
             or self._prompt(True) != self._prompt(False)
         )
-        before, head, _ = self._around([Message("user", _QUESTION), Message("assistant", _ANSWER)])
+        before, head, _ = self._around([_ASKED, Message("assistant", _ANSWER)])
         self._continues = head.startswith(before)
         self.system_fault = self._find_system_fault()
         self._later_system_fault = self._find_later_system_fault()
@@ -192,13 +193,17 @@ class ChatTemplate:
         said, num_prompt, end = self.check_calls(messages, tools), len(prompt_ids), self.call_end_id
         assert end is not None
         ids = self._apply(messages, prompt=False, tools=tools)
-        if ids[:num_prompt] == list(prompt_ids):
-            trained = [*ids[num_prompt:], *([end] if self._end_opens_next_turn else [])]
-            if end in trained:
-                return trained[: trained.index(end) + 1]
         (reasoning, answer), calls = self._split(messages[-1].content), messages[-1].tool_calls
         own = [reasoning or "", answer, *(part for call in calls for part in (call.name, call.arguments))]
-        if found := next((token for token in self._control_tokens if any(token in text for text in own)), None):
+        found = next((token for token in self._control_tokens if any(token in text for text in own)), None)
+        if ids[:num_prompt] == list(prompt_ids):
+            trained = [*ids[num_prompt:], *([end] if self._end_opens_next_turn else [])]
+            trained = trained[: trained.index(end) + 1] if end in trained else []
+            form, text = self.tools.form, self._tokenizer.decode(trained[:-1])
+            # a template may undo what keeps text from becoming control tokens, as by escapes
+            if trained and (found is None or (form is not None and form.fault(text, calls) is None)):
+                return trained
+        if found is not None:
             raise TemplateFault(f"the tool call holds the text of a control token, {found}; write it otherwise")
         return [*self._encode([], [], said)[:-1], end]
 
@@ -221,8 +226,7 @@ class ChatTemplate:
 
     def sample_prompts(self) -> list[str]:
         """The text before an answer, without and with a system prompt; today's date is in it."""
-        question = Message("user", _QUESTION)
-        asked = [[question]] if self.system_fault else [[question], [Message("system", _SYSTEM), question]]
+        asked = [[_ASKED]] if self.system_fault else [[_ASKED], [Message("system", _SYSTEM), _ASKED]]
         return [self._text(messages, prompt=True) for messages in asked]
 
     def time_now(self, given: bool = True) -> str:
@@ -261,7 +265,7 @@ class ChatTemplate:
         return str(self._apply(messages, prompt, text=True, tools=tools, **options))
 
     def _prompt(self, thinking: bool) -> str:
-        return self._text([Message("user", _QUESTION)], prompt=True, thinking=thinking)
+        return self._text([_ASKED], prompt=True, thinking=thinking)
 
     def _as_dict(self, message: Message) -> dict[str, Any]:
         content = message.content
@@ -341,7 +345,7 @@ class ChatTemplate:
         gpt-oss drops the reasoning before a call once an answer follows; the prompt of that answer still holds it.
         """
         thought = f"{OPENING}\n{_REASONING}\n{CLOSING}\n\n" * reasons
-        asked, head, _ = self._around([Message("user", _QUESTION), Message("assistant", thought + _ANSWER)])
+        asked, head, _ = self._around([_ASKED, Message("assistant", thought + _ANSWER)])
         head = head.partition(_REASONING)[0]
         lead, said = head[len(asked) :], messages[-2].content
         shared = common_prefix(before[::-1], start[: len(start) - len(lead)][::-1])[::-1]
@@ -383,7 +387,7 @@ class ChatTemplate:
 
     def _find_end(self, eos_token_ids: Sequence[int]) -> int:
         """The token that ends an answer; amends the template where it writes none."""
-        exchange = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
+        exchange = [_ASKED, Message("assistant", _ANSWER)]
         end = self._token_after_answer(exchange)
         self.is_amended = self._end_opens_next_turn = False
         if end is None:  # GLM models stop by opening the user's next turn
@@ -432,17 +436,16 @@ class ChatTemplate:
 
     def _find_system_fault(self) -> str | None:
         try:
-            text = self._text([Message("system", _SYSTEM), Message("user", _QUESTION)], prompt=True)
+            text = self._text([Message("system", _SYSTEM), _ASKED], prompt=True)
         except TemplateFault as fault:
             return str(fault)
         return None if _SYSTEM in text else "the chat template drops system prompts; leave them out"
 
     def _find_later_system_fault(self) -> str | None:
         """Why a system turn cannot stand behind others."""
-        asked = Message("user", _QUESTION)
 
         def text(role: Role) -> str:
-            return self._text([asked, Message("assistant", _ANSWER), Message(role, _SYSTEM), asked], prompt=True)
+            return self._text([_ASKED, Message("assistant", _ANSWER), Message(role, _SYSTEM), _ASKED], prompt=True)
 
         try:
             shown, as_others = text("system"), []
@@ -484,7 +487,7 @@ class ChatTemplate:
         passes = closing is not None
         if passes:
             self._opening, self._closing, self._between = opening, closing or CLOSING, between
-        before, head, _ = self._around([Message("user", _QUESTION), Message("assistant", _ANSWER)])
+        before, head, _ = self._around([_ASKED, Message("assistant", _ANSWER)])
         lead = head[len(before) :] if head.startswith(before) else ""
         opening, closing = (opening, closing or "") if passes else (OPENING, CLOSING)
         is_opened = _opens(before, opening, closing) if opening else False
@@ -513,9 +516,7 @@ class ChatTemplate:
         reply = Message("assistant", f"{OPENING}\n{_REASONING}\n{CLOSING}\n\n{_ANSWER}")
         for thinking in (self._thinking, not self._thinking):
             try:
-                head, found, rest = self._text([Message("user", _QUESTION), reply], thinking=thinking).rpartition(
-                    _REASONING
-                )
+                head, found, rest = self._text([_ASKED, reply], thinking=thinking).rpartition(_REASONING)
             except TemplateFault:
                 continue
             between, answered, _ = rest.rpartition(_ANSWER)
@@ -542,9 +543,8 @@ class ChatTemplate:
 
     def _keeps(self, answer: str) -> bool:
         """Whether `answer` comes into the text of a conversation as it is."""
-        question = Message("user", _QUESTION)
         try:
-            given, plain = (self._text([question, Message("assistant", said)]) for said in (answer, _ANSWER))
+            given, plain = (self._text([_ASKED, Message("assistant", said)]) for said in (answer, _ANSWER))
         except TemplateFault:
             return False
         return given == plain.replace(_ANSWER, answer)
@@ -553,14 +553,13 @@ class ChatTemplate:
         if "strftime_now(" not in self.source.replace(" ", ""):
             return False
         sources = [at_time(self.source, time) for time in ("2001-02-03 04:05:06", "2012-11-11 09:08:07")]
-        question = [Message("user", _QUESTION)]
-        first, second = [self._apply(question, prompt=True, text=True, source=source) for source in sources]
+        first, second = [self._apply([_ASKED], prompt=True, text=True, source=source) for source in sources]
         return bool(first != second) or not DATE_FORMATS.search(self.source)
 
     @functools.cached_property
     def own_words(self) -> str:
         """What stands before a first question and not before a second one, without control tokens: a system prompt."""
-        question, said = Message("user", _QUESTION), Message("assistant", _ANSWER)
+        question, said = _ASKED, Message("assistant", _ANSWER)
         try:
             first = self._text([question]).partition(_QUESTION)[0]
             later = self._text([question, said, question]).rpartition(_QUESTION)[0].rpartition(_ANSWER)[2]

@@ -21,6 +21,7 @@ from lmtune.data.values import RowFault, is_filled, kind_of, listed_keys, quoted
 
 TOOL_KEYS = ("tools", "functions")
 CALL_KEYS = ("tool_calls", "function_call")
+_MAX_DEPTH = 50  # of a tool or the arguments of a call
 _CALL_PARTS = {"name", "arguments", "id", "type", "index", "function"}
 _NULLS = (
     "a {} holds null: right if that is meant, but a table (Parquet) also writes null for a key that a row does not have"
@@ -145,8 +146,10 @@ def _exact(digits: str) -> float:
     return number
 
 
-def _check_json(value: Any, where: str) -> None:
-    """Whether JSON and UTF-8 can hold `value`."""
+def _check_json(value: Any, where: str, depth: int = 0) -> None:
+    """Whether JSON and UTF-8 can hold `value`, and a template can write it."""
+    if depth > _MAX_DEPTH:
+        raise RowFault(f"{where} is nested deeper than {_MAX_DEPTH} levels; write a flatter object, or a text")
     if isinstance(value, float) and not math.isfinite(value):
         raise RowFault(f"{where} holds {value}, which JSON has not; write another number, or a text")
     if isinstance(value, str):
@@ -154,10 +157,10 @@ def _check_json(value: Any, where: str) -> None:
     elif isinstance(value, dict):
         for key, item in value.items():
             strings({where: key}, where)
-            _check_json(item, where)
+            _check_json(item, where, depth + 1)
     elif isinstance(value, list):
         for item in value:
-            _check_json(item, where)
+            _check_json(item, where, depth + 1)
 
 
 def _holds_null(value: Any) -> bool:

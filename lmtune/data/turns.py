@@ -241,7 +241,7 @@ def _with_results(messages: Sequence[Message], key: str) -> list[Message]:
                 number += 1
                 calls.append(call if call.id else replace(call, id=f"call{number:05d}"))
             message = replace(message, tool_calls=tuple(calls))
-            open_calls = [*calls, *(open_calls if found and found[-1].role == "assistant" else [])]
+            open_calls = [*(open_calls if found and found[-1].role == "assistant" else []), *calls]
         elif message.role == "tool":
             message = _matched(message, open_calls, f"{key}[{index}]")
             open_calls = [call for call in open_calls if call.id != message.tool_call_id]

@@ -89,6 +89,16 @@ def test_every_form_of_a_call_is_the_same_call(row: dict[str, Any]) -> None:
     assert prompt_hash(same) == prompt_hash(whole)
 
 
+def test_results_without_ids_go_to_the_calls_in_their_order() -> None:
+    """Also where a dump writes parallel calls as turns of their own, which are joined."""
+    say = [{"from": "function_call", "value": json.dumps({"name": name, "arguments": {}})} for name in "fg"]
+    rows = [{"from": "human", "value": "q"}, *say, *({"from": "observation", "value": text} for text in "12")]
+    found = parsed({"conversations": [*rows, {"from": "gpt", "value": "a"}]})
+    assert [call.name for call in found.messages[1].tool_calls] == ["f", "g"]
+    assert [(turn.name, turn.content) for turn in found.messages[2:4]] == [("f", "1"), ("g", "2")]
+    assert found.outcomes == {"joined", "tool_calls"}
+
+
 def test_calls_and_tools_tell_rows_apart() -> None:
     rows = [example(ASKED, calling(OFF)), example(ASKED, calling({"on": True})), example(ASKED, calling(OFF), tools=())]
     assert len({content_hash(row) for row in rows}) == 3
@@ -106,6 +116,9 @@ def test_calls_and_tools_tell_rows_apart() -> None:
         ([ASKED, calling('{"x": 0.12345678901234567890}')], ["0.12345678901234567890 has more digits"]),
         ([ASKED, calling('{"x": 1e999}')], ["inf", "which JSON has not"]),
         ([ASKED, calling({"x": "\ud83d"})], ["unpaired surrogate"]),
+        ([ASKED, calling("[" * 60 + "]" * 60)], ["arguments is a list"]),
+        ([ASKED, calling({"x": json.loads("[" * 60 + "]" * 60)})], ["nested deeper than 50 levels"]),
+        ([ASKED, calling('{"x":' * 100_000)], ["not JSON"]),
         ([ASKED, calling(OFF, tool_calls="lamp()")], ["messages[1].tool_calls", "not JSON"]),
         ([ASKED, calling(OFF, tool_calls=[{"function": {"name": ""}}])], ["function.name is empty"]),
         ([ASKED, calling(OFF, tool_calls=[{"name": "f", "args": {}}])], ['"args"', "name and arguments"]),
@@ -184,6 +197,11 @@ def test_calls_that_a_template_loses_or_changes_are_faults() -> None:
         (CALLS_AS_JSON, example(ASKED, calling(OFF, content='<call>{"name": "f", "arguments": {}}')), "as others"),
         (CALLS_AS_JSON, example(ASKED, calling({"<|im_end|>": 1})), "a key of a tool or a call holds the text of"),
         (CALLS_AS_XML.replace("string", "replace('Ab', '')"), example(ASKED, calling({"room": "Ab"})), "drops 'Ab'"),
+        (CALLS_AS_XML.replace("value | string", "'' if value is number else value"), example(ASKED, calling({"n": 7})),
+         "drops 7"),
+        (CALLS_AS_XML, example(ASKED, calling({"room": "a</p>b"})), "holds '</p>', with which"),
+        (CALLS_AS_JSON.replace("tojson)", "tojson(ensure_ascii=true))"),
+         example(ASKED, calling({"room": "<|im_end|>"})), "holds the text of a control token"),
         (CALLS_AS_JSON.replace("<|im_end|>", "."), two, "ends a tool call with no token"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=r"rows.jsonl:7: ") as error:
