@@ -79,6 +79,13 @@ class CallFormat:
         """Whether calls can be read back."""
         return self.keys is not None or self.between is not None
 
+    @staticmethod
+    def before_first(written: str, lead: str) -> str:
+        """What of the probe's text stands before its first call: to the end of `lead`, or without one to the name."""
+        if lead and lead in written:
+            return written[: written.index(lead) + len(lead)]
+        return written.partition(_CALLS[0].name)[0] if not lead and not written.lstrip().startswith("{") else ""
+
     def read(self, text: str) -> list[Call] | None:
         """The calls in an answer's text; None if what begins as a call is none, or the form is not JSON."""
         found: list[Call] = []
@@ -352,5 +359,5 @@ def _values(value: Any) -> Iterator[Any]:
 def _written(value: Any) -> tuple[str, ...]:
     """How a value may be written."""
     if isinstance(value, str):
-        return value, json.dumps(value, ensure_ascii=False)[1:-1]
+        return value, json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]
     return str(value), json.dumps(value)

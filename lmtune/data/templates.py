@@ -499,10 +499,11 @@ class ChatTemplate:
         written = [] if form is None else [form.written.rpartition(form.end)[0], form.lead, form.between or ""]
         (lead, opening, closing, *written), marks = self._marked([lead, opening, closing, *written])
         calls = None
-        is_plain = form is None or (form.lead in ("", "<tool_call>") or not form.is_json)
-        if form is not None and (not is_plain or any(mark in "".join(written) for mark in marks.values())):
-            first = written[0].partition(written[1])[0]
-            first = (first.rpartition(closing)[2] if closing else first).strip() + written[1]
+        if form is not None:
+            held = any(mark in "".join(written) for mark in marks.values())
+            first = form.before_first(written[0], written[1])
+            first = (first.rpartition(closing)[2] if closing else first).strip()
+        if form is not None and first and (held or (form.is_json and form.lead != "<tool_call>")):
             own = None if form.between is None else written[2]
             calls = replace(form, lead=written[1], between=own, first=first)
         names = {mark: str(self._tokenizer.convert_ids_to_tokens(index)) for index, mark in marks.items()}

@@ -288,6 +288,16 @@ def test_a_call_that_is_generated_is_shown_and_remembered_as_a_call() -> None:
         assert renderer.prompt_ids(again, row.tools)[: len(prompt) + len(said)] == sequence.input_ids.tolist()
 
 
+def test_a_call_without_json_is_shown_with_its_control_tokens() -> None:
+    """As LFM2: a list of calls, between whose calls nothing of the form stands."""
+    listed = CALLS_AS_XML.replace("message.content }}", "message.content + ('<pad>[' if message.tool_calls else '') }}")
+    renderer = Renderer(make_tokenizer(listed.replace("<f=", "").replace(">' }}{%- for key", "(' }}{%- for key")))
+    row = example(ASKED, calling({"on": False}))
+    (sequence,) = renderer.render(row)
+    said = sequence.input_ids[len(renderer.prompt_ids(row.messages[:1], row.tools)) :].tolist()
+    assert renderer.decode(said) == "<pad>[lamp(<p=on>False</p></f>"
+
+
 def test_what_is_not_wholly_a_call_stays_text() -> None:
     for text in ("<tool_call>", "<tool_call>\n{}\n</tool_call>", "<tool_call>\n{no}\n</tool_call>", "Hi",
                  '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call> and more'):  # fmt: skip
