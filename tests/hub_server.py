@@ -1,4 +1,4 @@
-"""A Hub of our own for tests: as much of the Hugging Face Hub's HTTP interface as pushing and pulling a model needs.
+"""A Hub of our own for tests: what pushing and pulling a model, and reading a data set, need of the Hub's HTTP interface.
 
     with HubServer() as hub:
         hub.add("me/adapter", {"adapter_config.json": b"…"})
@@ -18,7 +18,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_" + "CanaryTokenForTests0123456789abcdef"
 USER = "me"
@@ -187,6 +187,14 @@ class _Handler(BaseHTTPRequestHandler):
         repository, sha = found
         self._send(200, [_tree_entry(path, content) for path, content in repository.commits[sha].items()])
 
+    def paths(self, request: Request, name: str, revision: str) -> None:
+        if (found := self._found(request, name, revision)) is None:
+            return
+        repository, sha = found
+        asked = parse_qs(request.body.decode()).get("paths", [])
+        files = repository.commits[sha]
+        self._send(200, [_tree_entry(path, files[path]) for path in asked if path in files])
+
     def resolve(self, request: Request, name: str, revision: str, file: str) -> None:
         if (found := self._found(request, name, revision)) is None:
             return
@@ -262,4 +270,8 @@ _ROUTES = (
     (rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     (r"/objects/(?P<oid>[0-9a-f]+)", _Handler.upload),
     (rf"/{_NAME}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
+    (rf"/api/datasets/{_NAME}/tree/(?P<revision>[^/]+)(?:/.*)?", _Handler.tree),
+    (rf"/api/datasets/{_NAME}/paths-info/(?P<revision>[^/]+)", _Handler.paths),
+    (rf"/api/datasets/{_NAME}(?:/revision/(?P<revision>.+))?", _Handler.info),
+    (rf"/datasets/{_NAME}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
 )

@@ -23,7 +23,7 @@ from typing import IO, Any
 from lmtune.data.columns import Columns
 from lmtune.data.encodings import CODECS, Transcoded, detect_encoding, marked_encoding
 from lmtune.data.hub_rows import hub_bytes, hub_rows, hub_sha256
-from lmtune.data.sources import DataFile, foreign_kind
+from lmtune.data.sources import DataFile, find_files, foreign_kind
 from lmtune.data.tables import Row, TableRow, csv_rows, not_utf8, parquet_rows, typed
 from lmtune.data.values import RowFault, unique_keys
 from lmtune.data.workbooks import sheet_rows
@@ -135,8 +135,14 @@ READERS: dict[str, Callable[[DataFile, list[str]], Iterator[Row]]] = {
     "csv": _csv,
     "parquet": lambda file, said: parquet_rows(file.path),
     "xlsx": lambda file, said: sheet_rows(file.path, file.part, said),
-    "hub": lambda file, said: hub_rows(file.path, file.part, said),
+    "hub": lambda file, said: hub_rows(file.path, file.part, said, _file_rows),
 }
+
+
+def _file_rows(path: Path, said: list[str]) -> Iterator[Row]:
+    """The rows of one file of a data set."""
+    (file,) = find_files([path])
+    return READERS[file.kind](file, said)
 
 
 def content_hash(file: DataFile) -> str:
