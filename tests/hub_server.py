@@ -1,4 +1,4 @@
-"""A Hub of our own for tests: what pushing and pulling a model, and reading a data set, need of the Hub's HTTP interface.
+"""A Hub of our own for tests: what pushing and pulling a model and reading a data set need of the Hub's interface.
 
     with HubServer() as hub:
         hub.add("me/adapter", {"adapter_config.json": b"…"})

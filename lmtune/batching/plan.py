@@ -121,13 +121,13 @@ class Planner:
         self._shareable_of, self._cost, self._units_of = shareable_of, cost, units_of
         self.sequences, self.train = sequences, train
         self.world_size, self.micro_batch_tokens = world_size, micro_batch_tokens
-        self.steps_per_epoch = math.ceil(sequences.num_rows / train.batch_size)
-        self.total_steps = self.count_steps(sequences.num_rows, train)
+        self.steps_per_epoch = math.ceil(sequences.rows_per_epoch / train.batch_size)
+        self.total_steps = self.count_steps(sequences.rows_per_epoch, train)
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     @staticmethod
     def count_steps(num_rows: int, train: TrainConfig) -> int:
-        """The optimizer steps of a run over `num_rows` rows; the last step of an epoch may have fewer examples."""
+        """The steps of a run with epochs of `num_rows` examples; the last step of an epoch may have fewer examples."""
         return train.max_steps or max(1, round(train.epochs * math.ceil(num_rows / train.batch_size)))
 
     def with_budget(self, micro_batch_tokens: int) -> Planner:
@@ -152,7 +152,7 @@ class Planner:
         shares = assign_to_ranks(lengths, of_units, self.world_size, prefixes, self._cost)
         return StepPlan(
             step=number,
-            epoch=epoch + min(1.0, (place + 1) * size / table.num_rows),
+            epoch=epoch + min(1.0, (place + 1) * size / table.rows_per_epoch),
             rows=rows.tolist(),
             totals=Totals.of(table, rows),
             longest=max(lengths),
@@ -189,10 +189,9 @@ class Planner:
         return shareable
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The order of all rows in `epoch`, from (seed, epoch) alone."""
+        """The rows of `epoch` in their order, from (seed, epoch) alone."""
         if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self.train.seed, epoch]).permutation(self.sequences.num_rows)
-            self._order = epoch, order
+            self._order = epoch, self.sequences.epoch_rows(self.train.seed, epoch)
         return self._order[1]
 
     def _bins(

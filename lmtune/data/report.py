@@ -232,6 +232,28 @@ class PartReport(ContentReport):
 
 
 @dataclass(frozen=True)
+class SourceReport:
+    """What of one of several sources is trained on.
+
+    Attributes:
+        path, split, share: as the config has them.
+        rows: to train on.
+        examples_per_epoch: how many of them an epoch takes.
+    """
+
+    path: str
+    rows: int
+    examples_per_epoch: int
+    split: str | None = None
+    share: float | None = None
+
+    def describe(self) -> str:
+        """A line."""
+        name = self.path + (f", split {self.split}" if self.split else "")
+        return f"  {name}: {self.examples_per_epoch:,} of {pluralize(self.rows)} in each epoch"
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Validation rows that are held out of the training files; `copies` of them are neither trained nor scored."""
 
@@ -247,12 +269,14 @@ class DataReport:
         template: how rows become tokens, in words.
         validation: None if `data.validation_fraction` is 0.
         rendered_at: the time that the template writes into prompts, if it writes one.
+        sources: of the training rows, where several are given.
     """
 
     template: str
     train: PartReport
     validation: PartReport | HeldOut | None
     rendered_at: str | None = None
+    sources: list[SourceReport] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as `data.json` holds it."""
@@ -287,6 +311,10 @@ def describe_report(report: DataReport) -> str:
         lines.append(f"  {pluralize(validation.held_out)} of these held out for validation{copies}")
     elif validation is not None:
         lines.append("  warning: no validation rows: a part can be held out only of two or more different rows")
+    if any(source.share is not None for source in report.sources or ()):
+        total = sum(source.examples_per_epoch for source in report.sources or ())
+        lines.append(f"an epoch has {total:,} examples, in which the shares hold and no row stands twice:")
+        lines += [source.describe() for source in report.sources or ()]
     return "\n".join(lines)
 
 

@@ -12,6 +12,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from lmtune.data.mixing import Mixture
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -25,12 +27,14 @@ class SequenceTable:
         num_tokens, num_targets: int32 `[S]`.
         first: int64 `[N + 1]`, where each row's sequences begin, and where the last one's end.
         weights: float64 `[N]`, how much each row counts in the loss; None where all count alike.
+        mixture: which rows are in an epoch, where not all are.
     """
 
     num_tokens: Int32
     num_targets: Int32
     first: Int64
     weights: Float64 | None = None
+    mixture: Mixture | None = None
 
     @classmethod
     def one_each(cls, num_tokens: Int32, num_targets: Int32) -> SequenceTable:
@@ -41,6 +45,26 @@ class SequenceTable:
     def num_rows(self) -> int:
         """N."""
         return len(self.first) - 1
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Examples of an epoch: all rows, unless sources are mixed."""
+        return self.num_rows if self.mixture is None else self.mixture.num_rows
+
+    @property
+    def tokens_per_epoch(self) -> float:
+        """Tokens of an epoch, on average."""
+        if self.mixture is None:
+            return float(self.num_tokens.sum())
+        of_rows = np.add.reduceat(self.num_tokens, self.first[:-1], dtype=np.int64)
+        sizes = np.bincount(self.mixture.source)
+        means = np.bincount(self.mixture.source, weights=of_rows) / sizes
+        return float(means @ np.array(self.mixture.taken))
+
+    def epoch_rows(self, seed: int, epoch: int) -> Int64:
+        """The rows of an epoch in their order, from (seed, epoch) alone."""
+        order: Int64 = np.random.default_rng([seed, epoch]).permutation(self.rows_per_epoch)
+        return order if self.mixture is None else self.mixture.rows(seed, epoch)[order]
 
     @property
     def longest(self) -> int:

@@ -119,7 +119,7 @@ def find_files(paths: Sequence[Given], split: str = "train") -> list[DataFile]:
     if not found:
         raise DataError("no data file given")
     names = dict.fromkeys(name for _, _, name, _ in found)
-    portable = dict(zip(names, _portable_names(list(names)), strict=True))
+    portable = dict(zip(names, portable_names(list(names)), strict=True))
     return [source for entry, path, name, part in found
             for source in _sources_in(path, DataFile(path, name, portable[name], part=part, entry=entry))]  # fmt: skip
 
@@ -156,7 +156,7 @@ def unread_entries(paths: Sequence[Given]) -> list[str]:
         if others:
             shown = ", ".join(shown_name(name) + "/" * os.path.isdir(path / name) for name in others[:5])
             more = f" and {len(others) - 5} more" if others[5:] else ""
-            (name,) = _portable_names([shown_name(path)])
+            (name,) = portable_names([shown_name(path)])
             warnings.append(
                 f"{name}: not read: {shown}{more}; of a folder, {_NOT_READ}: unpack, rename or move what should be"
             )
@@ -202,7 +202,7 @@ def _entries(folder: Path) -> list[str]:
         return []
 
 
-def _portable_names(names: Sequence[str]) -> list[str]:
+def portable_names(names: Sequence[str]) -> list[str]:
     """Relative names stay; an absolute one is shortened to its place in the working folder, else to its last part."""
     short: list[str] = []
     for name in names:

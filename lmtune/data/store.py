@@ -9,6 +9,7 @@ the template and the options. They are read back through a memory map, so memory
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -21,14 +22,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lmtune.config.schema import DataConfig, sources_of
+from lmtune.config.schema import DataConfig, DataSource, sources_of
 from lmtune.data.lengths import Fitted, fit
+from lmtune.data.mixing import mix
 from lmtune.data.readers import content_hash, num_bytes
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.rendering import ControlText, Renderer, render_all
-from lmtune.data.report import DataReport, DuplicateIndex, HeldOut, PartReport, RowCounter, describe_part, typed
+from lmtune.data.report import (
+    DataReport,
+    DuplicateIndex,
+    HeldOut,
+    PartReport,
+    RowCounter,
+    SourceReport,
+    describe_part,
+    typed,
+)
 from lmtune.data.sequences import SequenceTable
-from lmtune.data.sources import DataFile, Given, find_files, unread_entries
+from lmtune.data.sources import DataFile, Given, find_files, portable_names, shown_name, unread_entries
 from lmtune.data.types import Example, Label, RowKind, TokenizedExample, TokenSequence, piece_hash
 from lmtune.errors import DataError
 from lmtune.io.atomic import cache_folder, get_or_build, hold, key_of, write_json
@@ -56,10 +67,10 @@ class TokenizedData:
     """
 
     def __init__(
-        self, table: TokenTable, key: str, signature: str, report: PartReport, marks: Sequence[str],
+        self, table: TokenTable, key: str, signature: str, report: PartReport, files: Sequence[DataFile],
         selected: Rows | None = None,
     ) -> None:  # fmt: skip
-        self._table, self._marks = table, marks
+        self._table, self._files = table, files
         self._rows = np.arange(len(table)) if selected is None else selected
         self.key, self.signature = key, signature
         self.report = report
@@ -88,14 +99,30 @@ class TokenizedData:
     def location(self, index: int) -> str:
         """`file:line` of a row."""
         row = int(self._rows[index])
-        file = self._table.file[row]
-        return f"{self.report.files[file]}{self._marks[file]}{self._table.line[row]}"
+        return str(self._files[self._table.file[row]].place(self._table.line[row]))
+
+    @property
+    def entry(self) -> Rows:
+        """Which of the paths that were given each row is of."""
+        entries: Rows = np.array([file.entry for file in self._files])
+        files: Rows = self._table.file[self._rows]
+        return entries[files]
+
+    def mixed(self, sources: Sequence[DataSource]) -> TokenizedData:
+        """The same rows, of which each epoch takes what the shares of `sources` say; itself where there are none."""
+        mixture = mix(sources, self.entry)
+        if mixture is None:
+            return self
+        mixed = copy.copy(self)
+        mixed.sequences = replace(self.sequences, mixture=mixture)
+        mixed.key, mixed.signature = (key_of(one, mixture.sizes, mixture.taken) for one in (self.key, self.signature))
+        return mixed
 
     def select(self, indices: Rows) -> TokenizedData:
         """The rows at `indices`, in their order; shares the file."""
         chosen = hashlib.sha256(np.asarray(indices, dtype=np.int64).tobytes()).hexdigest()
         key, signature = key_of(self.key, chosen), key_of(self.signature, chosen)
-        return TokenizedData(self._table, key, signature, self.report, self._marks, self._rows[indices])
+        return TokenizedData(self._table, key, signature, self.report, self._files, self._rows[indices])
 
 
 @dataclass(frozen=True)
@@ -130,10 +157,27 @@ def load_data(config: DataConfig, renderer: Renderer, seed: int, rows: RowKind =
         if len(chosen):
             train, validation = data.select(kept), data.select(chosen)
         held_out = HeldOut(len(chosen), len(data) - len(kept) - len(chosen))
-    report = DataReport(renderer.description, data.report, held_out, renderer.rendered_at)
+    sources = sources_of(config.train)
+    train = train.mixed(sources)
+    report = DataReport(
+        renderer.description, data.report, held_out, renderer.rendered_at, _source_reports(sources, train)
+    )
     key = key_of(train.key, validation.key if validation is not None else None)
     signature = key_of(train.signature, validation.signature if validation is not None else None)
     return LoadedData(train, validation, report, key, signature)
+
+
+def _source_reports(sources: Sequence[DataSource], train: TokenizedData) -> list[SourceReport] | None:
+    """What is trained on of each source; None where there is one."""
+    if len(sources) == 1:
+        return None
+    sizes, mixture = np.bincount(train.entry, minlength=len(sources)).tolist(), train.sequences.mixture
+    taken = sizes if mixture is None else mixture.taken
+    names = portable_names([shown_name(source.path) for source in sources])
+    return [
+        SourceReport(name, size, count, source.split, source.share)
+        for name, size, count, source in zip(names, sizes, taken, sources, strict=True)
+    ]
 
 
 def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -197,7 +241,7 @@ def tokenize(
     report = typed(PartReport, json.loads((entry / "report.json").read_text(encoding="utf-8")))
     report.warnings.extend(unread_entries(paths))  # which the key does not know
     signature = json.loads((entry / "tokens.json").read_text(encoding="utf-8"))["sha256"]
-    return TokenizedData(table, key, signature, report, [file.mark for file in files])
+    return TokenizedData(table, key, signature, report, files)
 
 
 def _build(

@@ -119,9 +119,10 @@ def forecast(
         budget = setting
     if config.train.gradient_checkpointing != "auto":
         checkpointed = shape.num_layers if config.train.gradient_checkpointing else 0
-    steps = Planner.count_steps(rows.num_rows, config.train)
-    epochs, all_tokens = steps * config.train.batch_size / rows.num_rows, rows.num_tokens.sum()
-    tokens, per_step = int(all_tokens * epochs), int(all_tokens / rows.num_rows * config.train.batch_size)
+    num_rows, all_tokens = rows.rows_per_epoch, rows.tokens_per_epoch
+    steps = Planner.count_steps(num_rows, config.train)
+    epochs = steps * config.train.batch_size / num_rows
+    tokens, per_step = int(all_tokens * epochs), int(all_tokens / num_rows * config.train.batch_size)
     micro_batch = min(max(budget, longest), per_step)
     part = memory.estimate(shape, micro_batch, quantization, dtype, share, checkpointed, dense, moments)
     rate = matmul_rate(device, dtype) * _EFFICIENCY * (processes if device.type == "cuda" else 1)
@@ -137,7 +138,7 @@ def forecast(
     advice = _advice(config, shape, part, free / GIB, device, checkpointed)
     precision = describe_dtype(config.model, device, dtype)
     return Forecast(
-        steps, rows.num_rows, tokens, int(tokens * share), budget, checkpointed, precision, part, free / GIB,
+        steps, num_rows, tokens, int(tokens * share), budget, checkpointed, precision, part, free / GIB,
         parameters, seconds, advice,
     )  # fmt: skip
 

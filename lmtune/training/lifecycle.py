@@ -106,8 +106,8 @@ def _with_its_length(
     if complete and checkpoint is None and before is not None:  # they were deleted to save room
         check_resumable(run, before, parts.signature, parts.data.report)
     done = checkpoint.step if checkpoint else run.read_summary().steps or 0 if complete else 0
-    steps = Planner.count_steps(len(parts.data.train), train)
-    planned = steps_before(before, len(parts.data.train), train)
+    steps = Planner.count_steps(parts.data.train.sequences.rows_per_epoch, train)
+    planned = steps_before(before, parts.data.train.sequences.rows_per_epoch, train)
     require_steps(run, done, steps, train)
     if planned is None or steps == planned or (complete and steps < planned):
         return checkpoint, complete, ""
@@ -148,7 +148,7 @@ def _known_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
 
 def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | None) -> None:
     config, data = parts.config, parts.data
-    steps = Planner.count_steps(len(data.train), config.train)
+    steps = Planner.count_steps(data.train.sequences.rows_per_epoch, config.train)
     where = "begins" if checkpoint is None else f"resumes after step {checkpoint.step}"
     model = to_tree(config.model)["name"]
     held = "unquantized" if config.model.quantization == "none" else f"in {config.model.quantization}"

@@ -169,6 +169,34 @@ def test_a_run_is_trained_on_with_more_steps(place: Path, capfd: pytest.CaptureF
     assert steps_of(run) == steps_of(straight)
 
 
+def test_sources_with_shares_are_taken_as_said_and_resumed_bit_for_bit(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Eight rows of the CSV file for 24 of the other one in each epoch, also after the run was cut off."""
+    lines = [f"What is letter {n}?;It is {n % 7}." for n in range(40)]
+    (place / "more.csv").write_text("\n".join(["Frage;Antwort", *lines]) + "\n")
+    sources = {
+        "data__train": [{"path": "train.jsonl", "share": 0.75}, {"path": "more.csv", "share": 0.25}],
+        "data__columns": {"Frage": "prompt", "Antwort": "completion"}, "train__max_steps": 14, "train__batch_size": 5,
+    }  # fmt: skip
+    straight, summary = finetune(place, run__name="straight", **sources)
+    assert "an epoch has 32 examples, in which the shares hold" in capfd.readouterr().err
+    told = json.loads(straight.data.read_text())
+    assert told["sources"] == [
+        {"path": "train.jsonl", "rows": 24, "examples_per_epoch": 24, "share": 0.75},
+        {"path": "more.csv", "rows": 40, "examples_per_epoch": 8, "share": 0.25},
+    ]
+    assert told["train"]["read_as"] == {"more.csv": 'delimiter ";", columns Frage → prompt, Antwort → completion'}
+    run = cut_off(place, 9, **sources)  # in the second epoch of seven steps
+    finetune(place, **sources)
+    assert adapter_of(run) == adapter_of(straight)
+    assert steps_of(run) == steps_of(straight)
+    assert summary["steps"] == 14
+    turned = [{"path": "train.jsonl", "share": 0.5}, {"path": "more.csv", "share": 0.5}]
+    with pytest.raises(CheckpointError, match="cannot resume"):
+        finetune(place, **{**sources, "data__train": turned, "train__max_steps": 20})
+
+
 def test_fewer_steps_than_are_done_are_refused_by_name(place: Path) -> None:
     run, _ = finetune(place)
     before = times(run)
