@@ -132,7 +132,9 @@ def _inspect_part(
     part, index = ReadReport(), DuplicateIndex()
     found = ContentReport()
     with row_progress("checking") as progress:
-        for example in found.without_zero_weights(read_examples(find_files(paths, split), part, rows, columns)):
+        for example in found.without_zero_weights(
+            read_examples(find_files(paths, split), part, rows, columns, split == "train")
+        ):
             index.add(example)
             found.add(example)
             progress(len(index))

@@ -130,8 +130,9 @@ class ReadReport:
 
 
 def read_examples(
-    files: Sequence[DataFile], report: ReadReport, rows: RowKind | None = None, columns: Mapping[str, str] | None = None
-) -> Iterator[Example]:
+    files: Sequence[DataFile], report: ReadReport, rows: RowKind | None = None,
+    columns: Mapping[str, str] | None = None, needs_columns: bool = True,
+) -> Iterator[Example]:  # fmt: skip
     """Every usable row, in order; faults of the others go to `report`.
 
     Args:
@@ -139,6 +140,7 @@ def read_examples(
         report: what is found.
         rows: what is needed, so that rows of other kinds are faults; None takes each as its keys say.
         columns: the setting `data.columns`.
+        needs_columns: a column that no file has is a fault; not of validation rows, which may be written otherwise.
     """
     renamed = Columns(columns)
     for file in files:
@@ -162,7 +164,7 @@ def read_examples(
             report.add_fault(
                 file.place(1, shown=True), "the file holds no row; it must hold one row a line", fatal=True
             )
-    if renamed.unseen and not report.num_faults:
+    if needs_columns and renamed.unseen and not report.num_faults:
         report.add_fault("data.columns", f"no row has {listed_keys(sorted(renamed.unseen))}; remove it", fatal=True)
 
 

@@ -255,7 +255,9 @@ def _build(
     told: dict[str, RowCounter] = {}  # by a fault that all rows of a kind have
     size = sum(map(num_bytes, files))
     with TableWriter(folder / "rows.arrow") as table, row_progress("tokenizing") as progress:
-        examples = found.without_zero_weights(read_examples(files, report, rows, config.columns))
+        examples = found.without_zero_weights(
+            read_examples(files, report, rows, config.columns, part != "data.validation")
+        )
         for example, outcome in render_all(examples, renderer, size):
             if isinstance(outcome, DataError):
                 report.faulty.add(_reason(outcome), example.location)
