@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from lmtune.data.prepare.deciding import Decided, chosen_settings
-from lmtune.data.prepare.plan import read_plan
+from lmtune.data.prepare.plan import read_plan, require_jsonl
 from lmtune.data.prepare.preparing import prepare
 from lmtune.data.prepare.report import described
 from lmtune.data.prepare.settings import Pairing
 from lmtune.errors import ConfigError
-from lmtune.io.console import escape, out
+from lmtune.io.console import escape, out, warn
 from lmtune.run import run
 
 
@@ -58,10 +58,14 @@ def main(
         "similarity": similarity, "validation": validation, "pair": pair, "assistant": assistant, "gap_minutes": gap,
         "columns": columns, "seed": seed,
     }  # fmt: skip
+    require_jsonl(output)
     earlier = read_plan(replay) if replay else None
     settings = chosen_settings(given, earlier)
     decided = Decided.of(yes, no, steps, earlier)
     plan = prepare(inputs or list(earlier.sha256 if earlier else ()), output, settings, decided)
+    for one in plan.inputs if earlier else ():
+        if earlier and earlier.sha256.get(one.name, one.sha256) != one.sha256:
+            warn(f"{one.name}: its content is not that of the plan")
     for line in described(plan, output):
         out.print(escape(line))
 

@@ -4,7 +4,7 @@
     {"text": "lamp came the broken", "label": "complaint", "augmented_from": "5f0c9a…"}
 
 After Wei and Zou, EDA, 2019. Answers stay as they are, since they are trained word by word. A script without spaces is
-changed character by character. What holds a digit stays, because the answer depends on it.
+changed character by character. What holds a digit stays, because the answer depends on it, and so does punctuation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.data.formats import ORIGIN, detect_format, kind_of_format, parse_row
+from lmtune.data.prepare.plan import require_jsonl
 from lmtune.data.prepare.texts import SPACELESS
 from lmtune.data.readers import read_rows
 from lmtune.data.sources import DataFile, find_files
@@ -119,8 +120,8 @@ class Changer:
 
 
 def _is_kept(word: str) -> bool:
-    """Numbers, and what `prepare` has masked."""
-    return any(map(str.isdigit, word)) or re.search(r"\[[A-Z]+\]", word) is not None
+    """Numbers, punctuation, and what `prepare` has masked."""
+    return any(map(str.isdigit, word)) or not any(map(str.isalpha, word)) or re.search(r"\[[A-Z]+\]", word) is not None
 
 
 def augment(given: str, output: Path, changes: Changes) -> Augmented:
@@ -134,6 +135,7 @@ def augment(given: str, output: Path, changes: Changes) -> Augmented:
         raise ConfigError("say what to change: --delete SHARE, --swap NUMBER, --replace TABLE")
     if Path(given).name.lower().endswith(".validation.jsonl"):
         raise ConfigError(f"{given}: these rows are held out; validation rows are not augmented")
+    require_jsonl(output)
     made, changer = Augmented(), Changer(changes)
     with new_files(output) as folder, open(folder / output.name, "w", encoding="utf-8") as file:
         with row_progress("augmenting") as progress:

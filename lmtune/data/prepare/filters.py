@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,13 @@ def language_of(text: str) -> tuple[str, float]:
     """The most likely language, and its probability."""
     code, share = _languages().classify(text[:2000])
     return str(code), float(share)
+
+
+def check_languages(codes: Sequence[str]) -> None:
+    """Raise ConfigError for codes that the library does not know: every row would be in another language."""
+    known = set(_languages().labels) if codes else set()
+    if unknown := [code for code in codes if code not in known]:
+        raise ConfigError(f"--language: {', '.join(unknown)}: not known; known are {', '.join(sorted(known))}")
 
 
 @functools.cache

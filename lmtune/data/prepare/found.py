@@ -51,6 +51,7 @@ def counted_rows(count: int, what: str) -> str:
     verb, _, rest = what.partition(" ")
     if count == 1:
         verb = {"are": "is", "have": "has", "cannot": "cannot"}.get(verb, f"{verb}s")
+        rest = rest.replace("near duplicates", "a near duplicate")
     return f"{pluralize(count)} {verb} {rest}"
 
 

@@ -68,6 +68,12 @@ class Replay:
     sha256: dict[str, str]
 
 
+def require_jsonl(output: Path) -> None:
+    """Raise ConfigError for a name by which training would read another kind of file."""
+    if output.suffix.lower() != ".jsonl":
+        raise ConfigError(f"--output: {output}: rows are written one a line; expected a name that ends in .jsonl")
+
+
 def plan_path(output: Path) -> Path:
     """`rows.prepare.json` beside `rows.jsonl`."""
     return output.with_name(f"{output.stem}.prepare.json")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lmtune.data.formats import ORIGIN
+from lmtune.data.prepare.filters import check_languages
 from lmtune.data.prepare.found import Found
 from lmtune.data.prepare.plan import Plan, StepDone, plan_path, validation_path
 from lmtune.data.prepare.reading import Reading, are_single
@@ -55,6 +56,7 @@ def prepare(paths: Sequence[str], output: Path, settings: Settings, decisions: D
         DataError: the files cannot be read, or no row is left.
     """
     plan = Plan(settings)
+    check_languages(settings.language)
     share = settings.validation if isinstance(settings.validation, float) else 0.0
     held_out_path = validation_path(output)
     targets = [output, plan_path(output), *([held_out_path] if share else [])]
@@ -67,7 +69,10 @@ def prepare(paths: Sequence[str], output: Path, settings: Settings, decisions: D
         _drop_unusable(reading, decisions, plan)
         held_out = None
         if isinstance(settings.validation, str):
-            held_out = Spool(folder / "held_out.rows", Reading().rows([settings.validation], settings, folder))
+            other = Reading(reading.kind, reading.is_text)
+            held_out = Spool(folder / "held_out.rows", other.rows([settings.validation], settings, folder))
+            if other.unusable.count:
+                other.raise_for_faults()
         context = Context(settings, reading.kind or "answer", held_out)
         plan.kind = context.kind
         spool = _Passes(folder, spool, context, decisions, plan).run()

@@ -105,13 +105,16 @@ def test_a_call_stays_a_call() -> None:
     assert row["tools"] == TOOLS["tools"]
 
 
-def test_a_plan_is_replayed() -> None:
+def test_a_plan_is_replayed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["raw.jsonl"], Path("my.jsonl"), steps="personal,duplicates", validation="0.2", seed=4)
     main(None, Path("again.jsonl"), replay=Path("my.prepare.json"))
     for name in (".jsonl", ".validation.jsonl"):
         assert Path(f"again{name}").read_text() == Path(f"my{name}").read_text()
     assert len(written()) + len(written("my.validation.jsonl")) == 21
     assert {**CLEAN, "prompt": "  Is it cafÃ© time? "} in written() + written("my.validation.jsonl")
+    write_rows(Path("raw.jsonl"), ROWS)
+    main(None, Path("other.jsonl"), replay=Path("my.prepare.json"))
+    assert "raw.jsonl: its content is not that of the plan" in capsys.readouterr().err
 
 
 def test_copies_go_with_their_rows() -> None:
@@ -193,6 +196,9 @@ def test_every_format_becomes_one_that_is_read_alike(given: list[dict[str, Any]]
         ({"yes": True, "inputs": ["none.jsonl"]}, DataError, "none.jsonl: no such file"),
         ({"yes": True, "inputs": ["bad.jsonl"]}, DataError, "no row is left"),
         ({"no": True, "inputs": ["bad.jsonl"]}, DataError, "bad.jsonl:1: unknown keys"),
+        ({"yes": True, "validation": "bad.jsonl"}, DataError, "bad.jsonl:1: unknown keys"),
+        ({"yes": True, "language": "en,english"}, ConfigError, "--language: english: not known"),
+        ({"yes": True, "output": Path("my.csv")}, ConfigError, "ends in .jsonl"),
         ({"yes": True, "output": Path("raw.jsonl")}, ConfigError, "raw.jsonl is there already"),
         ({"yes": True, "output": Path("no/my.jsonl")}, ConfigError, "no is not a folder"),
         ({"yes": True, "output": Path("other.jsonl")}, ConfigError, "other.prepare.json is there already"),
