@@ -1,0 +1,147 @@
+"""Metrics of generated answers equal those of the libraries the field uses; intervals hold what they say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sacrebleu
+from scipy import stats
+
+from lmtune.errors import ConfigError
+from lmtune.evaluation.answer_metrics import METRICS, answer_metric, number_in, rouge_l
+from lmtune.evaluation.intervals import _student, difference, interval
+
+PAIRS = [
+    ("the cat sat on the mat", "a cat sat on the mat."),
+    ("Yes, to 12 countries.", "Yes, to 12 countries."),
+    ("It costs 1,200.50 EUR, i.e. 10-20 % more.", "That costs 1,200.50 EUR - 10 % more!"),
+    ("no", "completely different words here"),
+    ("an answer", ""),
+    ("We ship & deliver &quot;soon&quot;.", 'We deliver "soon".'),
+]
+
+
+def scored(name: str, pairs=PAIRS) -> float:
+    metric = answer_metric(name)
+    return float(metric.score(metric.of_rows(pairs).sum(0)))
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("bleu", sacrebleu.BLEU), ("chrf", sacrebleu.CHRF)])
+def test_n_gram_scores_are_those_of_sacrebleu(name: str, theirs) -> None:
+    for pairs in (PAIRS, PAIRS[:1], PAIRS[2:3], PAIRS[3:], PAIRS[:4] * 3):
+        wanted = theirs().corpus_score([answer for _, answer in pairs], [[reference for reference, _ in pairs]])
+        assert 100 * scored(name, pairs) == pytest.approx(wanted.score, abs=1e-9)
+
+
+def test_chinese_is_compared_by_its_letters() -> None:
+    pairs = [("请在七天内退货。", "请在十天内退货。"), ("可以", "可以的")]
+    theirs = sacrebleu.BLEU(tokenize="zh").corpus_score([a for _, a in pairs], [[r for r, _ in pairs]])
+    assert 100 * scored("bleu", pairs) == pytest.approx(theirs.score, abs=1e-9)
+    assert scored("f1", pairs[:1]) == pytest.approx(6 / 7)
+    assert scored("rouge_l", pairs[:1]) == pytest.approx(6 / 7)
+    assert scored("normalized", [("可以。", "可以")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "answer", "wanted"),
+    [
+        ("exact", "yes", " yes\n", 1), ("exact", "yes", "Yes", 0),
+        ("normalized", "The answer.", "answer", 1), ("normalized", "Ｙｅｓ！", "yes", 1),
+        ("normalized", "yes", "no", 0),
+        ("contains", "12 countries", "Yes, to 12 countries.", 1), ("contains", "", "anything", 0),
+        ("number", "so 3 + 4\n#### 7", "It is 7.0", 1), ("number", "#### 1,000", "… #### 1000", 1),
+        ("number", "#### 7", "7 apples and 8", 0), ("number", "no figure", "nor here", 0),
+        ("number:Answer:", "Answer: -3", "I think so. Answer: -3 units (of 5)", 1),
+        (r"regex:\b([A-D])\)", "B) red", "I take B) red", 1), (r"regex:\b([A-D])\)", "B) red", "C)", 0),
+        (r"regex:^\d+$", "any", "42", 1), (r"regex:^\d+$", "any", "forty", 0),
+        ("json", '{"a": 1, "b": [2]}', '```json\n{"b": [2], "a": 1.0}\n```', 1), ("json", '{"a": 1}', '{"a": 2}', 0),
+        ("json_valid", "", "[1]", 1), ("json_valid", "", "{broken", 0),
+        ("f1", "red and blue", "blue", 0.5), ("f1", "red", "", 0), ("rouge_l", "a b", "b a", 1),
+        ("rouge_l", "one two three", "one three", 0.8),
+    ],
+)  # fmt: skip
+def test_what_counts_as_the_same(name: str, reference: str, answer: str, wanted: float) -> None:
+    assert scored(name, [(reference, answer)]) == pytest.approx(wanted)
+
+
+def test_every_metric_is_a_share_and_1_for_the_reference_itself() -> None:
+    same = [(json.dumps({"n": 4, "text": "one two three four five"}),) * 2]
+    for name in METRICS:
+        name = name.replace("PATTERN", ".")
+        assert scored(name, same) == pytest.approx(1), name
+        assert 0 <= scored(name) <= 1
+
+
+def test_a_metric_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--metric rouge: unknown; expected one of exact, .*did you mean rouge_l"):
+        answer_metric("rouge")
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        answer_metric("regex:(")
+
+
+def test_numbers_are_found_as_people_write_them() -> None:
+    found = [number_in(text) for text in ("1 200", "-5.50 EUR", "1e3", ".5", "none", "a #### b")]
+    assert [None if one is None else float(one) for one in found] == [1200, -5.5, 1000, 0.5, None, None]
+    assert rouge_l("", "") == 1
+
+
+@pytest.mark.parametrize("rows", [10, 40])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_intervals_hold_the_truth_in_95_of_100_cases(rows: int, skewed: bool) -> None:
+    generator, inside, trials = np.random.default_rng(1), 0, 400
+    score = lambda sums: sums[..., 0] / sums[..., 1]  # noqa: E731
+    for trial in range(trials):
+        values = generator.gamma(2.0, 1.0, rows) if skewed else generator.normal(2.0, 1.0, rows)
+        found = interval(np.stack([values, np.ones(rows)], 1), score, seed=trial)
+        inside += found.low <= 2.0 <= found.high
+    least = 0.89 if skewed and rows == 10 else 0.925
+    assert least <= inside / trials <= 0.975
+
+
+def test_a_paired_difference_ignores_what_is_hard_for_both() -> None:
+    generator = np.random.default_rng(0)
+    hard, ones = generator.normal(0, 10, 80), np.ones(80)
+    score = lambda sums: sums[..., 0] / sums[..., 1]  # noqa: E731
+    first = np.stack([hard, ones], 1)
+    better = difference(first, np.stack([hard + generator.normal(0.5, 0.5, 80), ones], 1), score)
+    assert better.verdict == "better"
+    assert better.value == pytest.approx(0.5, abs=0.2)
+    assert better.interval.low == pytest.approx(better.value - 0.11, abs=0.05)
+    assert better.sentence().startswith("tuned is better: it wins")
+    same = difference(first, first, score)
+    assert (same.verdict, same.ties, same.win_share) == ("not told apart", 80, 0.5)
+    worse = difference(first, np.stack([hard + 1, ones], 1), score, higher_is_better=False)
+    assert (worse.verdict, worse.losses) == ("worse", 80)
+    assert worse.win_interval == (0, 0)
+
+
+def test_equal_seeds_draw_equal_rows_and_one_row_has_no_interval() -> None:
+    rows = np.random.default_rng(0).random((30, 2))
+    score = lambda sums: sums[..., 0]  # noqa: E731
+    assert interval(rows, score, 3) == interval(rows, score, 3) != interval(rows, score, 4)
+    assert interval(rows[:1], score) is None
+    assert difference(rows[:0], rows[:0], score) is None
+
+
+def test_the_quantiles_of_student() -> None:
+    for freedom in (1, 2, 3, 5, 9, 30, 1000):
+        assert _student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+
+
+def test_scikit_learn_agrees_on_classes(tmp_path: Path) -> None:
+    """The measures of classifiers, from their definitions, beside the library that everybody compares with."""
+    from sklearn import metrics
+
+    from lmtune.evaluation.measures import measure, roc_auc, spearman
+    from lmtune.models.head import Head
+
+    generator = np.random.default_rng(0)
+    scores, right = generator.normal(size=(200, 4)), generator.integers(0, 4, 200).astype(float)
+    found, each = measure(Head("single_label", ("a", "b", "c", "d")), scores, right)
+    predicted = scores.argmax(-1)
+    assert found["macro_f1"] == pytest.approx(metrics.f1_score(right, predicted, average="macro"))
+    assert np.array_equal(each.confusion, metrics.confusion_matrix(right, predicted))
+    values, other = np.round(generator.random(50), 1), generator.random(50)
+    assert roc_auc(values, other > 0.5) == pytest.approx(metrics.roc_auc_score(other > 0.5, values))
+    assert spearman(values, other) == pytest.approx(stats.spearmanr(values, other).statistic)
