@@ -15,8 +15,8 @@ from lmtune import __version__
 from lmtune.run import run_app
 
 VERBS = (
-    "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "evaluate", "predict", "merge",
-    "chat", "app", "push", "pull", "pretrain", "runs", "doctor", "schema",
+    "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "evaluate", "predict", "compare",
+    "merge", "chat", "app", "push", "pull", "pretrain", "runs", "doctor", "schema",
 )  # fmt: skip
 
 # What other tools call these verbs
@@ -24,7 +24,7 @@ _MEANT = {
     "train": "finetune", "tune": "finetune", "fine-tune": "finetune", "fit": "finetune", "sft": "finetune",
     "eval": "evaluate", "score": "evaluate", "test": "evaluate", "validate": "check", "tokens": "preview",
     "new": "init", "config": "init", "fuse": "merge", "export": "merge", "upload": "push", "download": "pull",
-    "talk": "chat", "generate": "chat", "classify": "predict", "infer": "predict",
+    "diff": "compare", "talk": "chat", "generate": "chat", "classify": "predict", "infer": "predict",
     "ui": "app", "web": "app", "serve": "app", "run": "runs",
     "list": "runs", "status": "runs", "estimate": "plan", "memory": "plan", "demo": "quickstart", "help": "--help",
     "version": "--version",

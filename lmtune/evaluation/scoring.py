@@ -46,6 +46,7 @@ from lmtune.parallel.base import Parallel
 from lmtune.runs.store import RunDirectory
 
 UnitsOf = Callable[[int], Sequence[Sequence[int]]]
+Float64 = npt.NDArray[np.float64]
 _REFERENCE_TOKENS = {"cuda": 4096, "cpu": 1024}  # of a forward pass
 
 
@@ -130,7 +131,7 @@ def evaluate_loaded(
         ConfigError: `max_length` is beyond the model's positions.
     """
     settings = build_config(DataConfig, {"train": "given", "max_length": max_length}, where="lmtune evaluate")
-    objective = _objective_of(loaded)
+    objective = objective_of_model(loaded)
     rows = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
     check_lengths(loaded.model, [rows], "--max-length")
     forward = PackedForward(loaded.model)
@@ -157,7 +158,7 @@ def plural_of(objective: Objective) -> str:
     return "pairs" if objective.rows == "pair" else "rows"
 
 
-def _objective_of(loaded: LoadedModel) -> Objective:
+def objective_of_model(loaded: LoadedModel) -> Objective:
     """What a model was trained for: as its run says, by its head, or answers."""
     if loaded.run is not None:
         return objective_of(load_config(FinetuneConfig, loaded.run.config).objective, loaded.head)
@@ -241,16 +242,7 @@ def teacher_forced(
         LmtuneError: the loss of some rows is not finite; names them.
     """
     sequences = data.sequences
-    units = _units(data, each_alone)
-    # loss, targets and right targets of each row: on the host, since not every device has 64 bit
-    sums = np.zeros((3, len(data)))
-    for _, batch, outputs in forward_passes(forward, data, _own(units, parallel), micro_batch_tokens, f"scoring {who}"):
-        row_of = batch.example_of[batch.sequence_of].cpu().numpy()
-        losses, right = -outputs.logprobs.cpu().double().numpy(), outputs.is_top1.cpu().double().numpy()
-        for total, values in zip(sums, (losses, np.ones_like(losses), right), strict=True):
-            np.add.at(total, row_of, values)
-    losses, targets, right = _sum_over_ranks(sums, parallel)  # [rows] each
-    _check_finite(losses, data)
+    losses, targets, right = row_losses(forward, data, micro_batch_tokens, parallel, who)
     weights = np.ones(len(data)) if sequences.weights is None else sequences.weights
     loss = float((weights * losses).sum() / (weights * targets).sum())
     accuracy = float(right.sum() / targets.sum())
@@ -260,9 +252,32 @@ def teacher_forced(
     )  # fmt: skip
 
 
+def row_losses(
+    forward: PackedForward, data: ExampleStore, micro_batch_tokens: int, parallel: Parallel | None = None,
+    who: str = "the model",
+) -> tuple[Float64, Float64, Float64]:  # fmt: skip
+    """Of each row, `[N]` each: the loss of its targets together in nats, their number, and how many are top-1.
+
+    The arguments are those of `teacher_forced`.
+
+    Raises:
+        LmtuneError: the loss of some rows is not finite; names them.
+    """
+    units = units_of_rows(data, each_alone)
+    sums = np.zeros((3, len(data)))  # on the host, since not every device has 64 bit
+    for _, batch, outputs in forward_passes(forward, data, _own(units, parallel), micro_batch_tokens, f"scoring {who}"):
+        row_of = batch.example_of[batch.sequence_of].cpu().numpy()
+        losses, right = -outputs.logprobs.cpu().double().numpy(), outputs.is_top1.cpu().double().numpy()
+        for total, values in zip(sums, (losses, np.ones_like(losses), right), strict=True):
+            np.add.at(total, row_of, values)
+    losses, targets, right = _sum_over_ranks(sums, parallel)
+    _check_finite(losses, data)
+    return losses, targets, right
+
+
 def sequence_logprobs(
     forward: PackedForward, units_of: UnitsOf, data: ExampleStore, parallel: Parallel | None = None, what: str = "rows"
-) -> npt.NDArray[np.float64]:
+) -> Float64:
     """The log-probability of the targets of each sequence of `data` `[S]` under the model as it is.
 
     By the packed forward pass of training, in packs of a size that depends on nothing, so that a resumed run finds the
@@ -270,7 +285,7 @@ def sequence_logprobs(
     """
     began, found = time.perf_counter(), np.zeros(len(data.sequences.num_tokens))
     micro_batch_tokens = _REFERENCE_TOKENS[forward.device.type]
-    units = _own(_units(data, units_of), parallel)
+    units = _own(units_of_rows(data, units_of), parallel)
     for some, batch, outputs in forward_passes(forward, data, units, micro_batch_tokens, "computing the reference"):
         sums = torch.zeros(len(batch.example_of), device=outputs.logprobs.device)
         sums.index_add_(0, batch.sequence_of, outputs.logprobs)
@@ -292,7 +307,7 @@ def score_objective(
 
     `run` gives the outputs in place of the model.
     """
-    units, statistic = _own(_units(data, objective.units), parallel), 0.0
+    units, statistic = _own(units_of_rows(data, objective.units), parallel), 0.0
     if objective.two_passes:
         found = np.zeros(2)
         for _, batch, outputs in forward_passes(forward, data, units, micro_batch_tokens, f"reading for {who}"):
@@ -301,7 +316,7 @@ def score_objective(
         total, count = _sum_over_ranks(found, parallel)
         statistic = float(total / max(1.0, count))
     errors, sums = np.zeros(len(data)), np.zeros(1 + 2 * len(objective.metrics))
-    seen: list[tuple[int, npt.NDArray[np.float64]]] = []  # of a classifier: row, its outputs and targets
+    seen: list[tuple[int, Float64]] = []  # of a classifier: row, its outputs and targets
     for _, batch, outputs in forward_passes(forward, data, units, micro_batch_tokens, f"scoring {who}", run):
         result = objective.loss(outputs, batch, statistic)
         errors += result.errors.cpu().double().numpy()
@@ -325,9 +340,7 @@ def score_objective(
     )
 
 
-def _measured(
-    head: Head | None, seen: Sequence[tuple[int, npt.NDArray[np.float64]]]
-) -> tuple[dict[str, float], ClassScores | None]:
+def _measured(head: Head | None, seen: Sequence[tuple[int, Float64]]) -> tuple[dict[str, float], ClassScores | None]:
     """What a classifier's outputs `[K]` are worth, each with the row's number before and its targets behind it."""
     if head is None or not seen:
         return {}, None
@@ -369,8 +382,8 @@ def forward_passes(
         forward.model.train(training)
 
 
-def _units(data: ExampleStore, units_of: UnitsOf) -> list[Unit]:
-    """The units of all rows, each an example of its own number."""
+def units_of_rows(data: ExampleStore, units_of: UnitsOf) -> list[Unit]:
+    """The units of all rows, each an example of its own number; `units_of` says which sequences are one."""
     counts = np.diff(data.sequences.first).tolist()
     return [Unit(row, row, tuple(group)) for row, count in enumerate(counts) for group in units_of(count)]
 
@@ -380,16 +393,14 @@ def _own(units: Sequence[Unit], parallel: Parallel | None) -> Sequence[Unit]:
     return units if parallel is None else units[parallel.rank :: parallel.world_size]
 
 
-def _sum_over_ranks(values: npt.NDArray[np.float64], parallel: Parallel | None) -> npt.NDArray[np.float64]:
+def _sum_over_ranks(values: Float64, parallel: Parallel | None) -> Float64:
     if parallel is None or parallel.world_size == 1:
         return values
-    total: npt.NDArray[np.float64] = np.sum(parallel.gather([values]), axis=0)
+    total: Float64 = np.sum(parallel.gather([values]), axis=0)
     return total
 
 
-def _check_finite(
-    values: npt.NDArray[np.float64], data: ExampleStore, row_of: npt.NDArray[np.int64] | None = None
-) -> None:
+def _check_finite(values: Float64, data: ExampleStore, row_of: npt.NDArray[np.int64] | None = None) -> None:
     """LmtuneError names the rows whose values, of rows or of `row_of`, are not finite."""
     places = np.flatnonzero(~np.isfinite(values))
     rows = (places if row_of is None else np.unique(row_of[places])).tolist()
@@ -400,7 +411,7 @@ def _check_finite(
         )
 
 
-def standard_error(values: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> float | None:
+def standard_error(values: Float64, counts: Float64) -> float | None:
     """Of the ratio `sum(values[N]) / sum(counts[N])`, whose rows are independent and whose tokens are not.
 
     None for fewer than two rows. Cochran, Sampling Techniques, 2.11.

@@ -1,0 +1,85 @@
+"""Two models on the same rows: paired figures, and the rows that got worse first."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lmtune.errors import DataError
+from lmtune.evaluation.answer_metrics import answer_metric
+from lmtune.evaluation.compare import RowResult, compare
+from lmtune.evaluation.tables import comparison_table, describe_worse
+from lmtune.io.console import out
+from lmtune.recipes import compare as recipe
+from tests.sample_run import write_base, write_run
+
+
+def results(answers: dict[int, str], losses: dict[int, float] | None = None) -> list[RowResult]:
+    return [
+        RowResult(f"rows.jsonl:{line}", f"question {line}", "yes", said, (losses or {}).get(line, 1.0) and (1.0, 4.0))
+        for line, said in answers.items()
+    ]
+
+
+def test_rows_are_paired_by_their_place_and_those_that_got_worse_come_first() -> None:
+    first = results({1: "yes", 2: "no", 3: "no", 4: "yes", 9: "yes"})
+    second = results({4: "yes", 3: "yes", 2: "yes", 1: "no", 7: "yes"})
+    found = compare(first, second, [answer_metric("exact"), answer_metric("f1")])
+    assert found.left_out == 2
+    assert found.deciding == "exact"
+    assert found.scores["exact"] == (0.5, 0.75)
+    difference = found.differences["exact"]
+    assert (difference.wins, difference.losses, difference.ties) == (2, 1, 1)
+    assert difference.verdict == "not told apart"
+    assert [(row.first.location, row.gain) for row in found.rows] == [
+        ("rows.jsonl:1", -1), ("rows.jsonl:4", 0), ("rows.jsonl:2", 1), ("rows.jsonl:3", 1),
+    ]  # fmt: skip
+    assert describe_worse(found, 3)[0] == "\n1 row got worse:"
+    assert "first:     yes" in describe_worse(found, 3)[-2]
+
+
+def test_a_clear_difference_is_said_in_words() -> None:
+    first, second = (dict.fromkeys(range(60), "no"), {line: "yes" if line % 3 else "no" for line in range(60)})
+    found = compare(results(first), results(second), [answer_metric("exact")])
+    sentence = found.differences["exact"].sentence("runs/b")
+    assert sentence.startswith("runs/b is better: it wins 7"), sentence
+    with out.capture() as shown:
+        out.print(comparison_table("runs/a", "runs/b", found))
+    assert "40 / 0 / 20" in shown.get()
+
+
+def test_a_lower_loss_is_better() -> None:
+    first = [replace(row, answer=None) for row in results(dict.fromkeys(range(30), ""))]
+    second = [replace(row, loss=(row.loss[0] * 0.5, row.loss[1])) for row in first]
+    found = compare(first, second, [answer_metric("exact")])
+    assert found.scores == {"loss": (0.25, 0.125)}
+    assert (found.deciding, found.differences["loss"].verdict) == ("loss", "better")
+    assert found.differences["loss"].value == 0.125, "positive where the second is better"
+    assert all(row.gain == 0.125 for row in found.rows)
+
+
+def test_models_of_different_objectives_and_rows_in_common_are_needed() -> None:
+    classified = [RowResult("a:1", is_right=True), RowResult("a:2", is_right=False)]
+    assert compare(classified, classified, []).scores == {"accuracy": (0.5, 0.5)}
+    with pytest.raises(DataError, match="trained for different things"):
+        compare(classified, [RowResult("a:1", loss=(1.0, 1.0))], [])
+    with pytest.raises(DataError, match="no row that both"):
+        compare(classified, [], [])
+
+
+@pytest.mark.slow
+def test_a_run_beside_its_base_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_base(base := tmp_path / "base")
+    run, rows = write_run(tmp_path / "support", str(base)), tmp_path / "held.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {n}", "completion": str(n)}) + "\n" for n in range(4)))
+    arguments = {"rows": 3, "max_new_tokens": 4, "max_length": 256, "shown": 2}
+    recipe.main(
+        str(base), str(run.path), [rows], ["exact", "chrf"], output=tmp_path / "rows.jsonl", as_json=True, **arguments
+    )
+    tree = json.loads(capsys.readouterr().out)
+    assert list(tree["scores"]) == ["exact", "chrf", "loss"]
+    assert tree["differences"]["loss"]["verdict"] in ("better", "worse", "not told apart")
+    assert len(tree["rows"]) == 4
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["gain"] for row in written] == sorted(row["gain"] for row in written)
