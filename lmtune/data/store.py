@@ -47,7 +47,7 @@ from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
 _VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
-_STORED = 8  # of the stored form; a new one leaves old entries unused
+_STORED = 8  # of what the columns hold; new columns or another number leave old entries unused
 _KEPT = 10  # entries: training and validation rows are two
 
 Int32 = npt.NDArray[np.int32]
@@ -233,7 +233,7 @@ def tokenize(
     names = [file.portable_name for file in files]
     folder = (cache_dir or cache_folder()) / "tokens"
     entry = get_or_build(
-        folder, key_of(key, names, _STORED),
+        folder, key_of(key, names, _STORED, str(_SCHEMA)),
         lambda folder: _build(folder, files, contents, renderer, config, part, rows), keep=_KEPT,
     )  # fmt: skip
     table = TokenTable(entry / "rows.arrow")
