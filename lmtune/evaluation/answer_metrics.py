@@ -147,7 +147,7 @@ def _same_number(reference: str, answer: str, mark: str) -> bool:
 
 
 def json_in(text: str) -> object:
-    """The JSON value that the text is, alone or in a fence of three backticks; ValueError if it is none."""
+    """The JSON value that the text is, alone or in a fence of three backticks; ValueError if it is not JSON."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
     return json.loads(fenced.group(1) if fenced else text)
 
