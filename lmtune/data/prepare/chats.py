@@ -75,7 +75,7 @@ def chat_head(lines: Iterable[str]) -> re.Pattern[str] | None:
     counts = [sum(head.match(line) is not None for line in some) for head in _HEADS]
     best = max(range(len(_HEADS)), key=lambda index: counts[index])
     filled = sum(bool(line.strip()) for line in some)
-    return _HEADS[best] if counts[best] >= min(_LEAST, max(1, filled // 2)) else None
+    return _HEADS[best] if counts[best] >= min(_LEAST, max(2, filled // 2)) else None
 
 
 def text_messages(

@@ -131,7 +131,8 @@ def clean_spaces(text: str) -> str:
     text = _LINE_END.sub("\n", text)
     text = _TRAILING.sub("", _SPACES.sub(" ", _UNWANTED.sub("", text)))
     text = _MANY_LINES.sub("\n\n", text).strip("\n")
-    return text if "\n" in text else text.strip(" ")
+    is_indented = "\n" in text or text.startswith("  ")
+    return text if is_indented else text.removeprefix(" ")
 
 
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {

@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with rows that need cleaning, and nobody at the keyboard."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    dirty = {"prompt": "  Is it cafÃ© time? ", "completion": "Write to me@shop.example.org."}
+    dirty = {"prompt": " Is it cafÃ© time? ", "completion": "Write to me@shop.example.org."}
     write_rows(tmp_path / "raw.jsonl", [*ROWS, ROWS[3], dirty])
     return tmp_path
 
@@ -87,11 +87,11 @@ def test_recommended_steps_are_applied_and_counted(capsys: pytest.CaptureFixture
 def test_answers_decide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", Keyboard("\nmaybe\nn\n\ny\n"))  # encoding; spaces twice; personal; duplicates
     main(["raw.jsonl"], Path("my.jsonl"))
-    assert written() == [*ROWS, {**CLEAN, "prompt": "  Is it café time? "}]
+    assert written() == [*ROWS, {**CLEAN, "prompt": " Is it café time? "}]
     asked = capsys.readouterr().err
     assert "[recommended] 1 row holds text in a wrong encoding: repair? [Y/n]" in asked
     assert "maybe: expected y or n" in asked
-    assert '"  Is it cafÃ© time? " → "  Is it café time? "' in asked
+    assert '" Is it cafÃ© time? " → " Is it café time? "' in asked
 
 
 def test_a_call_stays_a_call() -> None:
@@ -111,7 +111,7 @@ def test_a_plan_is_replayed(capsys: pytest.CaptureFixture[str]) -> None:
     for name in (".jsonl", ".validation.jsonl"):
         assert Path(f"again{name}").read_text() == Path(f"my{name}").read_text()
     assert len(written()) + len(written("my.validation.jsonl")) == 21
-    assert {**CLEAN, "prompt": "  Is it cafÃ© time? "} in written() + written("my.validation.jsonl")
+    assert {**CLEAN, "prompt": " Is it cafÃ© time? "} in written() + written("my.validation.jsonl")
     write_rows(Path("raw.jsonl"), ROWS)
     main(None, Path("other.jsonl"), replay=Path("my.prepare.json"))
     assert "raw.jsonl: its content is not that of the plan" in capsys.readouterr().err
