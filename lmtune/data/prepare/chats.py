@@ -309,7 +309,7 @@ EXPORTS = (
         id=_at("id"), parent=_at("reply-to"), conversation=_at("conversation_id", "root"),
     ),
     *(
-        Export(f"a chat ({', '.join(names)})", frozenset(names), _at(names[0]), _at(names[2]), _at(names[1]))
+        Export(f"columns {', '.join(names)}", frozenset(names), _at(names[0]), _at(names[2]), _at(names[1]))
         for names in (
             ("name", "time", "text"), ("author", "time", "text"), ("sender", "time", "text"),
             ("name", "time", "message"), ("author", "time", "message"), ("sender", "time", "message"),

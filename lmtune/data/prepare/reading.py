@@ -46,6 +46,7 @@ class Reading:
     repaired: int = 0
     ignored_keys: set[str] = field(default_factory=set)
     outcomes: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
     inputs: list[Input] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -106,6 +107,7 @@ class Reading:
         format = detect_format(fields)
         parsed = parse_row(fields, format)
         self.ignored_keys |= parsed.ignored_keys
+        self.warnings.update(parsed.warnings)
         return Example(
             "", 0, parsed.messages, parsed.text, parsed.rejected, parsed.label, parsed.weight,
             kind_of_format(format), tools=parsed.tools, outcomes=tuple(parsed.outcomes), origin=parsed.origin,
@@ -117,6 +119,7 @@ class Reading:
         if self.ignored_keys:
             lines.append(f"keys that are left out: {listed_keys(sorted(self.ignored_keys), 10)}")
         lines += [f"{pluralize(count)} {OUTCOMES[name]}" for name, count in self.outcomes.most_common()]
+        lines += [f"warning: {warning} ({pluralize(count)})" for warning, count in self.warnings.most_common(20)]
         if self.repaired:
             lines.append(f"{pluralize(self.repaired)} held NUL or half of a character; these are left out")
         return lines

@@ -94,6 +94,14 @@ def test_answers_decide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert '" Is it cafÃ© time? " → " Is it café time? "' in asked
 
 
+def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(Path("raw.jsonl"), [{**ROWS[0], "context": "In the hall.", "id": 7}])
+    main(["raw.jsonl"], Path("my.jsonl"), yes=True)
+    printed = capsys.readouterr().out
+    assert "warning: context is neither in the question nor trained" in printed
+    assert 'keys that are left out: "id"' in printed
+
+
 def test_a_call_stays_a_call() -> None:
     """What its arguments hold is masked, and an answer without text is not empty."""
     write_rows(Path("raw.jsonl"), [TOOLS])
