@@ -490,7 +490,7 @@ class ChatTemplate:
         before, head, _ = self._around([_ASKED, Message("assistant", _ANSWER)])
         lead = head[len(before) :] if head.startswith(before) else ""
         opening, closing = (opening, closing or "") if passes else (OPENING, CLOSING)
-        is_opened = _opens(before, opening, closing) if opening else False
+        is_opened = _opens(before, opening, closing)
         if not opening or (not passes and not is_opened):
             opening = closing = ""
         elif opening in lead or closing in lead:  # an empty thought before the answer
@@ -580,8 +580,8 @@ def _squeezed(text: str) -> str:
 
 
 def _opens(text: str, opening: str = OPENING, closing: str = CLOSING) -> bool:
-    """Whether `text` ends where reasoning begins."""
-    _, found, tail = text.rpartition(opening)
+    """Whether `text` ends where reasoning begins; never where nothing marks its beginning."""
+    _, found, tail = text.rpartition(opening) if opening else ("", "", text)
     return bool(found) and not tail.strip() and closing not in tail
 
 
