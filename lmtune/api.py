@@ -29,6 +29,7 @@ from lmtune.data.checking import check_config, check_data
 from lmtune.data.in_memory import Data, paths_or_rows, rows_file
 from lmtune.errors import ConfigError, DataError
 from lmtune.io.console import quiet
+from lmtune.runs.columns import columns_for
 from lmtune.runs.history import run_status
 from lmtune.runs.store import RunDirectory
 
@@ -258,7 +259,7 @@ def chat(target: str | os.PathLike[str] | Run | Model, question: str, **options:
 
 def evaluate(
     target: str | os.PathLike[str] | Run | Model, data: Data, *, exact_match_rows: int = 200, max_new_tokens: int = 128,
-    max_length: int = 2048,
+    max_length: int = 2048, columns: Mapping[str, str] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score a model on rows with known answers, with and without its adapter.
 
@@ -268,6 +269,7 @@ def evaluate(
         exact_match_rows: generate answers for so many rows.
         max_new_tokens: where an answer that does not stop is cut.
         max_length: longer rows are left out.
+        columns: keys for columns of other names; by default those that the run was trained with.
 
     Raises:
         DataError: a row is faulty; named as `data:LINE`, counted from 1.
@@ -276,12 +278,14 @@ def evaluate(
     from lmtune.evaluation.scoring import evaluate_loaded
 
     with _loaded_with_files(target, data) as (loaded, paths):
-        check_data(paths)
-        return evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length)
+        known = columns_for(loaded.run, paths, columns)
+        check_data(paths, columns=known)
+        return evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length, known)
 
 
 def predict(
-    target: str | os.PathLike[str] | Run | Model, data: Data, *, max_length: int = 2048, max_new_tokens: int = 128
+    target: str | os.PathLike[str] | Run | Model, data: Data, *, max_length: int = 2048, max_new_tokens: int = 128,
+    columns: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What a model says of each row, in their order: the row with `prediction` beside its own keys.
 
@@ -290,6 +294,7 @@ def predict(
         data: a path, several, a list of dicts, a DataFrame or a Dataset; rows have labels or not.
         max_length: of longer rows a classifier reads the last tokens.
         max_new_tokens: where an answer that does not stop is cut.
+        columns: keys for columns of other names; by default those that the run was trained with.
 
     Raises:
         DataError: a row is faulty; named as `data:LINE`, counted from 1.
@@ -298,7 +303,7 @@ def predict(
     from lmtune.evaluation.predict import predict as rows_of
 
     with _loaded_with_files(target, data) as (loaded, paths):
-        return list(rows_of(loaded, paths, max_length, max_new_tokens))
+        return list(rows_of(loaded, paths, max_length, max_new_tokens, columns))
 
 
 @contextlib.contextmanager

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from lmtune.data.checking import check_data
+from lmtune.data.columns import columns_of
 from lmtune.io.atomic import write_text
 from lmtune.io.console import err, escape, out, print_json, progress, warn
 from lmtune.io.text import pluralize
 from lmtune.run import run
+from lmtune.runs.columns import columns_for, run_of
 
 METRICS = ("f1", "exact", "chrf")  # of generated answers, where none are asked for
 
@@ -30,6 +32,10 @@ def main(
     max_length: Annotated[int, typer.Option(min=8, help="Longer rows are dropped and counted.")] = 2048,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Rows with both answers, worst first.")] = None,
     shown: Annotated[int, typer.Option(min=0, help="Rows that got worse to show.")] = 5,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name of a key, as question=prompt; by default those of the runs."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document: scores, differences, rows.")] = False,
 ) -> None:
     """SECOND beside FIRST on the same rows: loss and metrics of generated answers, with 95 % intervals.
@@ -42,13 +48,18 @@ def main(
     from lmtune.evaluation.answer_metrics import answer_metric
 
     metrics, paths = [answer_metric(name) for name in metric or METRICS], tuple(str(path) for path in data)
-    check_data(paths)
+    named = columns_of(columns or [])
+    known = columns_for(run_of(first), paths, named) or columns_for(run_of(second), paths, named)
+    check_data(paths, columns=known)
     with progress("loading PyTorch and the libraries"):
         from lmtune.evaluation.compare import compare, row_results
         from lmtune.evaluation.tables import comparison_table, describe_worse
         from lmtune.inference.load import load_for_inference
 
-    found = [row_results(load_for_inference(one), paths, rows, max_new_tokens, max_length) for one in (first, second)]
+    found = [
+        row_results(load_for_inference(one), paths, rows, max_new_tokens, max_length, columns=known)
+        for one in (first, second)
+    ]
     compared = compare(*found, metrics)
     lines = [_row(row) for row in compared.rows]
     if output is not None:

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from lmtune.data.checking import check_data
+from lmtune.data.columns import columns_of
 from lmtune.errors import ConfigError
 from lmtune.io.atomic import write_text
 from lmtune.io.console import escape, out, print_json, progress, warn
 from lmtune.run import run
+from lmtune.runs.columns import columns_for, run_of
 
 
 def main(
@@ -29,6 +31,10 @@ def main(
     confusion: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Of a classifier: draw the confusion matrix into this file.")
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name of a key, as question=prompt; by default those of the run's data.columns."),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
     ] = None,
@@ -40,7 +46,8 @@ def main(
     Example: lmtune evaluate runs/support heldout.jsonl
     """
     paths = tuple(str(path) for path in data)
-    check_data(paths)
+    known = columns_for(run_of(target), paths, columns_of(columns or []))
+    check_data(paths, columns=known)
 
     with progress("loading PyTorch and the libraries"):
         from lmtune.data.report import describe_part
@@ -48,7 +55,8 @@ def main(
         from lmtune.inference.load import load_for_inference
         from lmtune.runs.tables import describe_scores, print_classes, scores_table
 
-    scored = evaluate_loaded(load_for_inference(target, base=base), paths, exact_match_rows, max_new_tokens, max_length)
+    loaded = load_for_inference(target, base=base)
+    scored = evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length, known)
     errors = {"tuned": scored.tuned.standard_errors, "base": scored.base.standard_errors if scored.base else None}
     before, tuned = scored.base.as_dict() if scored.base else None, scored.tuned.as_dict()
     classes = None if scored.tuned.classes is None else asdict(scored.tuned.classes)

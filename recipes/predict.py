@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lmtune.data.columns import columns_of
 from lmtune.io.atomic import write_text
 from lmtune.io.console import err, escape, progress
 from lmtune.io.text import pluralize
@@ -21,6 +22,10 @@ def main(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; else they are printed.")] = None,
     max_length: Annotated[int, typer.Option(min=8, help="Of longer rows a classifier reads the last tokens.")] = 2048,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer that does not stop is cut.")] = 128,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name of a key, as question=prompt; by default those of the run's data.columns."),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
     ] = None,
@@ -33,12 +38,14 @@ def main(
 
     Example: lmtune predict runs/reviews new.jsonl -o predictions.jsonl
     """
+    named = columns_of(columns or [])
     with progress("loading PyTorch and the libraries"):
         from lmtune.evaluation.predict import predict
         from lmtune.inference.load import load_for_inference
 
     loaded = load_for_inference(target, base=base)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predict(loaded, data, max_length, max_new_tokens)]
+    rows = predict(loaded, data, max_length, max_new_tokens, named)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     if output is None:
         typer.echo("".join(lines), nl=False)
     else:

@@ -7,7 +7,7 @@ A row has `text`, `prompt` (and `completion`, for a reward model) or `messages`;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lmtune.data.columns import Columns
@@ -26,11 +26,13 @@ _FORMATS: tuple[tuple[tuple[str, ...], Format], ...] = (
 _NOT_READ = ("label", "weight")
 
 
-def read_inputs(files: Sequence[DataFile], report: ReadReport) -> Iterator[tuple[Example, dict[str, Any]]]:
-    """Every usable row, in order, and what it was made of; faults go to `report`."""
-    columns = Columns(needs_rows=False)
+def read_inputs(
+    files: Sequence[DataFile], report: ReadReport, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[Example, dict[str, Any]]]:
+    """Every usable row, in order, and what it was made of; faults go to `report`. `columns` is `data.columns`."""
+    renamed = Columns(columns, needs_rows=False)
     for file in files:
-        for line, item, row in read_rows(file, columns=columns):
+        for line, item, row in read_rows(file, columns=renamed):
             try:
                 yield _example(file, line, row), row
             except RowFault as fault:

@@ -7,7 +7,7 @@ compare(first, second, [answer_metric("chrf")]).differences["chrf"].sentence("ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,16 +83,17 @@ class Comparison:
 
 def row_results(
     loaded: LoadedModel, paths: Sequence[str], answer_rows: int, max_new_tokens: int, max_length: int,
-    base: bool = False,
+    base: bool = False, columns: Mapping[str, str] | None = None,
 ) -> list[RowResult]:  # fmt: skip
     """What a model makes of every row of `paths`; of answers it generates some for the first `answer_rows`.
 
-    `base`: without its adapter.
+    `base`: without its adapter; `columns` is `data.columns` for these rows.
 
     Raises:
         DataError: a row is faulty, or none is left.
     """
-    settings = build_config(DataConfig, {"train": list(paths), "max_length": max_length}, where="lmtune compare")
+    tree = {"train": list(paths), "max_length": max_length, "columns": columns}
+    settings = build_config(DataConfig, tree, where="lmtune compare")
     objective = objective_of_model(loaded)
     data = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
     check_lengths(loaded.model, [data], "--max-length")

@@ -5,7 +5,7 @@ for row in predict(loaded, ["reviews.jsonl"]): …     # the row, and `predictio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lmtune.data.inputs import read_inputs
@@ -21,13 +21,15 @@ from lmtune.inference.load import LoadedModel
 from lmtune.io.console import progress, warn
 from lmtune.io.text import pluralize
 from lmtune.models.structure import max_positions
+from lmtune.runs.columns import columns_for
 
 Row = dict[str, Any]
 
 
 def predict(
-    loaded: LoadedModel, paths: Sequence[Given], max_length: int = 2048, max_new_tokens: int = 128
-) -> Iterator[Row]:
+    loaded: LoadedModel, paths: Sequence[Given], max_length: int = 2048, max_new_tokens: int = 128,
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[Row]:  # fmt: skip
     """The rows of files or folders in their order, each with what the model says of it.
 
     A class gives `prediction`, `probability` and `probabilities`; several classes and a value `prediction`; a pair
@@ -38,12 +40,13 @@ def predict(
         paths: of the rows, with labels or without.
         max_length: of longer rows a classifier reads the last tokens.
         max_new_tokens: where an answer that does not stop is cut.
+        columns: keys for columns of other names; None takes those that the run of the model was trained with.
 
     Raises:
         DataError: with every faulty row, by `file:line`.
     """
     report, read = ReadReport(), list[tuple[Example, Row]]()
-    read += read_inputs(find_files(paths), report)
+    read += read_inputs(find_files(paths), report, columns_for(loaded.run, paths, columns))
     report.raise_for_faults(None)
     if not read:
         raise DataError("the data hold no row")

@@ -122,15 +122,19 @@ class Evaluation:
 
 
 def evaluate_loaded(
-    loaded: LoadedModel, paths: Sequence[str | DataSource], exact_match_rows: int, max_new_tokens: int, max_length: int
-) -> Evaluation:
+    loaded: LoadedModel, paths: Sequence[str | DataSource], exact_match_rows: int, max_new_tokens: int, max_length: int,
+    columns: Mapping[str, str] | None = None,
+) -> Evaluation:  # fmt: skip
     """Score a loaded model on the rows of `paths`, and its base beside it; answers are generated for some rows.
+
+    `columns` is `data.columns` for these rows, see `lmtune.runs.columns`.
 
     Raises:
         DataError: a row is faulty, or none is left.
         ConfigError: `max_length` is beyond the model's positions.
     """
-    settings = build_config(DataConfig, {"train": "given", "max_length": max_length}, where="lmtune evaluate")
+    tree = {"train": "given", "max_length": max_length, "columns": columns}
+    settings = build_config(DataConfig, tree, where="lmtune evaluate")
     objective = objective_of_model(loaded)
     rows = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
     check_lengths(loaded.model, [rows], "--max-length")
