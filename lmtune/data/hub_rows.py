@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmtune.data.tables import Row, arrow_rows
+from lmtune.data.tables import Row, arrow_rows, class_names
 from lmtune.errors import DataError
 from lmtune.io.atomic import cache_folder, content_sha256, key_of, write_json
 from lmtune.io.text import one_line
@@ -59,8 +59,11 @@ def hub_rows(
             number += 1
             yield number, None, row
         said += [one for one in of_file if one not in said]
-    for batch in () if found.data is None else found.data.data.table.to_batches(_BATCH_ROWS):
-        for row in arrow_rows(batch):
+    if found.data is None:
+        return
+    names = class_names(found.data.features.to_dict(), said)
+    for batch in found.data.data.table.to_batches(_BATCH_ROWS):
+        for row in arrow_rows(batch, said, names):
             number += 1
             yield number, None, row
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 from uuid import UUID
 
+from lmtune.data.tables import class_name, class_names, without_nulls
 from lmtune.errors import DataError
 from lmtune.io.atomic import write_text
 
@@ -93,14 +94,17 @@ def rows_file(rows: Iterable[Row], folder: Path, name: str = "data") -> Path:
 
 
 def _python_rows(data: Any) -> Any:
-    """A Dataset that yields dicts of Python values, whatever it is formatted as; anything else as it is."""
+    """The rows of a Dataset as dicts of Python values, whatever it is formatted as; of classes the names."""
     from datasets import Dataset, IterableDataset  # whoever has such an object has imported the library
 
-    if isinstance(data, IterableDataset):
-        return data.with_format(None)
-    if isinstance(data, Dataset) and data.format["type"] != "custom":  # a transform stays
-        return data.with_format(None, columns=data.format["columns"])
-    return data
+    if isinstance(data, Dataset) and data.format["type"] == "custom":  # a transform stays
+        return data
+    columns = {} if isinstance(data, IterableDataset) else {"columns": data.format["columns"]}
+    names = class_names(data.features.to_dict() if data.features else {}, [])
+    return (
+        {key: without_nulls(class_name(value, names[key]) if key in names else value) for key, value in row.items()}
+        for row in data.with_format(None, **columns)
+    )
 
 
 def _lines(rows: Iterable[Row], name: str) -> Iterator[str]:

@@ -133,7 +133,7 @@ def _csv(file: DataFile, said: list[str]) -> Iterator[Row]:
 READERS: dict[str, Callable[[DataFile, list[str]], Iterator[Row]]] = {
     "json": _json,
     "csv": _csv,
-    "parquet": lambda file, said: parquet_rows(file.path),
+    "parquet": lambda file, said: parquet_rows(file.path, said),
     "xlsx": lambda file, said: sheet_rows(file.path, file.part, said),
     "hub": lambda file, said: hub_rows(file.path, file.part, said, _file_rows),
 }

@@ -25,6 +25,9 @@ _BATCH_ROWS = 1000
 # Keys whose cells are JSON: always, or where a list of turns or labels stands there and not a text.
 _JSON = ("messages", "conversations", "history", "tools", "preferred_output", "non_preferred_output")
 _PERHAPS_JSON = ("prompt", "chosen", "rejected", "completion", "input", "label")
+_WITH_TOOLS = (*_JSON, *_PERHAPS_JSON, "functions")
+_NULLS = "null in tools and calls left out, as tables write it for keys that a row does not have"
+_AS_TEXT = (Decimal, datetime.date, datetime.time, datetime.timedelta, UUID)
 _SCALARS = ("label", "weight")
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
@@ -230,7 +233,7 @@ def _delimiter(sample: Sequence[str]) -> str:
 # --- Parquet
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_rows(path: Path, said: list[str]) -> Iterator[Row]:
     """The rows of a Parquet file, counted from 1."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -238,8 +241,9 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as table:
+            names = class_names(_features(table.schema_arrow.metadata), said)
             for batch in table.iter_batches(_BATCH_ROWS):
-                for row in arrow_rows(batch):
+                for row in arrow_rows(batch, said, names):
                     number += 1
                     yield number, None, row
     except (pa.ArrowException, OSError) as error:
@@ -247,8 +251,12 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         yield number + 1, None, RowFault(reason, ends_file=True)
 
 
-def arrow_rows(batch: Any) -> Iterator[TableRow]:
-    """The rows of an Arrow batch."""
+def arrow_rows(batch: Any, said: list[str], classes: Mapping[str, Sequence[str]] | None = None) -> Iterator[TableRow]:
+    """The rows of an Arrow batch; of a column in `classes` the names of its numbers.
+
+    An object in such a table has every key that some other row has, as null. These keys are left out again. In a tool
+    or a call a null may be meant, so there it is said.
+    """
     import pyarrow as pa
 
     names = tuple(batch.schema.names)
@@ -262,12 +270,51 @@ def arrow_rows(batch: Any) -> Iterator[TableRow]:
             columns.append([None if one != one else one for one in column.to_pylist()])
             continue
         columns.append(column.to_pylist())
+    named = [(classes or {}).get(name) for name in names]
     for cells in zip(*columns, strict=True):
-        yield TableRow.of(names, (cell_text(cell) for cell in cells))
+        yield TableRow.of(
+            names,
+            (
+                cell_text(cell if of is None else class_name(cell, of), said, name in _WITH_TOOLS)
+                for name, cell, of in zip(names, cells, named, strict=True)
+            ),
+        )
 
 
-def cell_text(value: Any) -> Any:
-    """A cell's text; lists and objects stay what they are, without the keys that a table adds to objects as null."""
+def class_names(features: Mapping[str, Any], said: list[str]) -> dict[str, Sequence[str]]:
+    """By column the names of classes that are stored as numbers, from the `features` of the `datasets` library."""
+    found: dict[str, Sequence[str]] = {}
+    for column, feature in features.items():
+        one = feature.get("feature", feature) if isinstance(feature, Mapping) else feature
+        one = feature[0] if isinstance(feature, list) and feature else one
+        names = one.get("names") if isinstance(one, Mapping) and one.get("_type") == "ClassLabel" else None
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            found[column] = names
+            said.append(f"{column} by the names of its classes: {listed_keys(names)}")
+    return found
+
+
+def _features(metadata: Mapping[bytes, bytes] | None) -> Mapping[str, Any]:
+    """What the `datasets` library notes in a Parquet file."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def class_name(value: Any, names: Sequence[str]) -> Any:
+    """The name of a class by its number, or of several; a number that names none (-1: not known) is no label."""
+    if isinstance(value, list):
+        return [class_name(one, names) for one in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+
+def cell_text(value: Any, said: list[str] | None = None, with_tools: bool = False) -> Any:
+    """A cell's text; lists and objects stay what they are, without the keys that a table adds to objects as null.
+
+    `said` takes that such a key was in a tool or call, which a column `with_tools` may hold.
+    """
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -276,17 +323,30 @@ def cell_text(value: Any) -> Any:
         return None  # what pandas writes for an empty cell
     if isinstance(value, bytes):
         return _decoded(value)
-    if isinstance(value, (int, float, Decimal, datetime.date, datetime.time, datetime.timedelta, UUID)):
+    if isinstance(value, (int, float, *_AS_TEXT)):
         return str(value)
-    return _nested(value)
+    if with_tools and said is not None and _NULLS not in said and _holds_null(value):
+        said.append(_NULLS)
+    return without_nulls(value)
 
 
-def _nested(value: Any) -> Any:
+def _holds_null(value: Any, inside: bool = False) -> bool:
+    """Whether a key of a tool's parameters or of a call's arguments is null."""
     if isinstance(value, dict):
-        return {key: _nested(item) for key, item in value.items() if item is not None}
+        return any(
+            (item is None and inside) or _holds_null(item, inside or key in ("arguments", "parameters"))
+            for key, item in value.items()
+        )
+    return isinstance(value, (list, tuple)) and any(_holds_null(item, inside) for item in value)
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` without the keys of its objects that are null; dates and exact numbers in it as text."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
-        return [_nested(item) for item in value]
-    return value if isinstance(value, (int, float)) else cell_text(value)
+        return [without_nulls(item) for item in value]
+    return cell_text(value) if isinstance(value, (*_AS_TEXT, bytes)) else value
 
 
 def _decoded(value: bytes) -> Any:

@@ -11,13 +11,17 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from lmtune.data import readers
+from lmtune.data.formats import parse_row
+from lmtune.data.in_memory import paths_or_rows
 from lmtune.data.readers import read_rows
+from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.sources import find_files
 from lmtune.data.values import RowFault
 
@@ -251,6 +255,45 @@ def test_cells_of_a_parquet_file_are_text_as_written() -> None:
         "messages": [{"role": "user", "content": "p", "call": {"a": 1}}],
     }  # fmt: skip
     assert second == {}
+
+
+CALLS = [
+    [{"role": "user", "content": "p"}, {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}]}]
+    for name, arguments in (("lamp", {"on": True}), ("where", {"city": "Rome"}))
+]  # fmt: skip
+
+
+def test_calls_in_a_parquet_file_are_those_of_the_rows_it_was_made_of() -> None:
+    """Arrow has one type for all rows, so each call has the arguments of every other one as null."""
+    Path("rows.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in CALLS))
+    pq.write_table(pa.table({"messages": CALLS}), "rows.parquet")
+    of_jsonl, of_parquet = (
+        [example.messages for example in read_examples(find_files([name]), ReadReport())]
+        for name in ("rows.jsonl", "rows.parquet")
+    )
+    assert of_jsonl == of_parquet
+    assert of_parquet[1][1].tool_calls[0].arguments == '{"city": "Rome"}'
+    assert any("null in tools and calls left out" in one for one in read("rows.parquet")[1])
+    rows = paths_or_rows(datasets.Dataset.from_dict({"messages": CALLS}))
+    assert [parse_row(row, "messages").messages for row in rows if isinstance(row, dict)] == of_jsonl
+
+
+def test_classes_have_the_names_that_the_table_notes_for_their_numbers() -> None:
+    classes = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": classes, "all": [classes]})
+    data = datasets.Dataset.from_dict(
+        {"text": ["a", "b", "c"], "label": [0, 1, -1], "all": [[0], [0, 1], []]}, features=features
+    )
+    data.to_parquet("rows.parquet")
+    wanted = [
+        {"text": "a", "label": "bad", "all": ["bad"]}, {"text": "b", "label": "good", "all": ["bad", "good"]},
+        {"text": "c", "all": []},
+    ]  # fmt: skip
+    rows, said = read("rows.parquet")
+    assert [row for _, row in rows] == wanted
+    assert said[0] == 'label by the names of its classes: "bad", "good"'
+    assert paths_or_rows(data) == [*wanted[:2], {**wanted[2], "label": None}]
 
 
 def test_each_sheet_that_holds_cells_is_a_source() -> None:
