@@ -24,8 +24,9 @@ from lmtune.data.prepare.settings import Settings
 from lmtune.data.prepare.threads import Post, Threads
 from lmtune.data.readers import open_text, read_rows
 from lmtune.data.sources import DataFile, find_files
+from lmtune.data.tables import TableRow, typed
 from lmtune.data.values import RowFault, listed_keys
-from lmtune.errors import ConfigError
+from lmtune.errors import ConfigError, DataError
 
 _MOST_BYTES = 1 << 30  # of an export that is one JSON document, which is read whole
 _LOOKED_AT = 20  # rows, to see what a file holds
@@ -55,6 +56,7 @@ class Sources:
         self._columns = Columns(columns_of(settings.columns), needs_rows=False)
         self._posts: dict[str, list[tuple[DataFile, Iterator[Post]]]] = {}
         self._skipped = chats.Skipped()
+        self._faults: list[RawRow] = []  # records that cannot be read
         self._paths = paths
 
     def __iter__(self) -> Iterator[Source]:
@@ -121,17 +123,41 @@ class Sources:
         threads = Threads(self._folder / f"posts{number}.db", chain.from_iterable(posts))
         try:
             yield from threads.rows(self._settings, notes)
+            yield from self._taken_faults()
             notes += self._skipped.describe()
         finally:
             threads.close()
 
     def _record_posts(self, records: Iterable[tuple[str, Any]], export: chats.Export) -> Iterator[Post]:
         for place, record in records:
-            message = chats.record_message(place, record, export, self._skipped) if isinstance(record, dict) else None
+            if self._is_faulty(place, record):
+                continue
+            message = chats.record_message(place, record, export, self._skipped)
             if message is not None:
-                parent, score = export.parent(record), export.score(record)
-                id = str(export.id(record))
-                yield Post(id, None if parent is None else str(parent), message, _number(score))
+                parent, score, id = export.parent(record), export.score(record), export.id(record)
+                if id is None:
+                    self._faults.append(RawRow(place, RowFault("the post has no id")))
+                    continue
+                yield Post(str(id), None if parent is None else str(parent), message, _number(score))
+
+    def _is_faulty(self, place: str, record: Any) -> bool:
+        """Whether a record cannot be read; it comes behind the rows, as one of them.
+
+        Raises:
+            DataError: nor can what follows.
+        """
+        if isinstance(record, dict):
+            return False
+        fault = record if isinstance(record, RowFault) else RowFault("a record must be an object")
+        if fault.ends_file:
+            raise DataError(f"{place}: {fault}")
+        self._faults.append(RawRow(place, fault))
+        return True
+
+    def _taken_faults(self) -> list[RawRow]:
+        """The faults since the last call."""
+        taken, self._faults = self._faults, []
+        return taken
 
     # --- chats
 
@@ -140,6 +166,7 @@ class Sources:
         counts, name = Counts(), source.files[0].portable_name
         for said in conversations(messages, self._settings):
             yield from rows_of(said, self._settings, f"{name} {said[0].place}", counts)
+        yield from self._taken_faults()
         if (wanted := self._settings.assistant) is not None and wanted not in counts.authors:
             others = ", ".join(sorted(counts.authors)[:10])
             raise ConfigError(f"--assistant: {wanted}: nobody of this name in {name}; there are {others}")
@@ -152,6 +179,8 @@ class Sources:
         def messages() -> Iterator[Message]:
             found: dict[str, list[Message]] = {}
             for place, record, conversation in records:
+                if self._is_faulty(place, record):
+                    continue
                 export = chats.export_of(record)
                 message = chats.record_message(place, record, export, skipped) if export else None
                 if export is None:
@@ -246,7 +275,8 @@ class Sources:
 def _renamed(row: Any, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
     """The row under its columns' new names, or the fault in them."""
     try:
-        return rename(row) if isinstance(row, dict) else row
+        row = rename(row) if isinstance(row, dict) else row
+        return typed(row) if isinstance(row, TableRow) else row
     except RowFault as fault:
         return fault
 
@@ -267,12 +297,16 @@ def _labelled(given: str) -> tuple[str, str | None]:
 
 def _lines(file: DataFile, said: list[str]) -> Iterator[str]:
     """The lines of a text, in whatever encoding; single lines in another one are read as Windows-1252."""
+    damaged = 0
     with open_text(file.path, said) as text:
         for number, raw in enumerate(text):
             try:
                 yield (raw.removeprefix(b"\xef\xbb\xbf") if number == 0 else raw).decode()
             except UnicodeDecodeError:
+                damaged += 1
                 yield raw.decode("cp1252", "replace")
+    if damaged:
+        said.append(f"{damaged:,} of the lines are not UTF-8 and are read as Windows-1252")
 
 
 def _paragraphs(lines: Iterable[str], paragraphs: bool) -> Iterator[tuple[int, str]]:

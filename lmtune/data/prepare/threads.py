@@ -45,7 +45,7 @@ class Threads:
 
     def __init__(self, path: Path, posts: Iterable[Post]) -> None:
         """Put `posts` into the new file `path`; of two with one id the first stays."""
-        self._path = path
+        self._path, self._given = path, 0
         path.unlink(missing_ok=True)
         self._database = sqlite3.connect(path, isolation_level=None)
         for statement in ("PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF", _TABLE, "BEGIN"):
@@ -57,7 +57,7 @@ class Threads:
                     post.id, post.parent, post.message.author, post.message.text, post.message.place, post.score,
                     post.accepted, post.message.conversation,
                 )
-                for post in posts
+                for self._given, post in enumerate(posts, start=1)
             ),
         )  # fmt: skip
         self._database.execute("COMMIT")
@@ -77,6 +77,8 @@ class Threads:
                 yield row
         (posts,) = self._database.execute("SELECT COUNT(*) FROM posts").fetchone()
         notes.append(f"{posts:,} posts gave {count:,} rows; of several answers to one, the best liked is taken")
+        if self._given > posts:
+            notes.append(f"{self._given - posts:,} left out: posts with the id of an earlier one")
 
     def _answered(self) -> Iterator[tuple[str, list[Message]]]:
         for question in self._database.execute(_QUESTIONS):

@@ -380,3 +380,42 @@ def test_rows_that_look_like_a_chat_stay_rows(folder: Path) -> None:
     assert read(folder)[0] == [talk("a", "b")]
     (folder / "in.json").write_text(json.dumps([{"prompt": "a", "completion": "b", "author": "c", "time": 3}]))
     assert read(folder)[0] == [talk("a", "b")]
+
+
+@pytest.mark.parametrize("keys", [("sender", "time", "text"), ("id", "author_id", "conversation_id", "text")])
+def test_records_that_cannot_be_read_are_counted_as_such(keys: tuple[str, ...], folder: Path) -> None:
+    """In a chat and among posts; they are no messages of the program."""
+    lines = [",".join(keys), ",".join(map(str, range(len(keys)))), "too,many,cells,by,far", '9,9,"no end']
+    (folder / "in.csv").write_text("\n".join(lines[:3]) + "\n")
+    _, reading, _ = read(folder)
+    assert reading.unusable.count == 1
+    assert reading.faults[0].startswith("in.csv:3: 5 cells")
+    assert not any("said by the program" in note for note in reading.notes)
+    (folder / "in.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"in\.csv:4: a cell that begins here"):
+        read(folder)
+
+
+def test_a_renamed_column_is_read_as_the_key_that_it_becomes(folder: Path) -> None:
+    turns = talk("a", "b")["messages"]
+    write_csv(folder / "in.csv", {"chat": json.dumps(turns), "stars": "5"})
+    (row,) = read(folder, columns=("chat=messages", "stars=weight"))[0]
+    assert row == {"messages": turns, "weight": 5}
+
+
+def test_lines_in_another_encoding_are_said(folder: Path) -> None:
+    (folder / "in.txt").write_bytes("Ein Satz über etwas.\n".encode() * 3 + "Größe\n".encode("cp1252"))
+    rows, reading, _ = read(folder)
+    assert rows[-1] == {"text": "Größe"}
+    assert "  1 of the lines are not UTF-8 and are read as Windows-1252" in reading.notes
+
+
+def test_posts_without_an_id_and_with_one_that_was_there_are_said(folder: Path) -> None:
+    posts = [{"id": id, "author_id": who, "conversation_id": "1", "text": id, "referenced_tweets": [
+        {"type": "replied_to", "id": before}]} for id, who, before in (("1", "a", None), ("2", "b", "1"))]  # fmt: skip
+    lines = [*posts, posts[1], {**posts[1], "id": None}]
+    (folder / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    rows, reading, _ = read(folder)
+    assert rows == [talk("1", "2")]
+    assert reading.faults == ["in.jsonl:4: the post has no id"]
+    assert "  1 left out: posts with the id of an earlier one" in reading.notes
