@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from lmtune.data.tools import TOOL_KEYS, read_tools
-from lmtune.data.turns import UNSUPPORTED, ParsedRow, from_transcript, parse_answer, parse_turns
+from lmtune.data.turns import UNSUPPORTED, ParsedRow, from_transcript, is_answer, parse_answer, parse_turns
 from lmtune.data.types import Label, Message
 from lmtune.data.values import RowFault, is_filled, key_problems, kind_of, plain, quoted, strings
 from lmtune.io.text import is_finite_number
@@ -23,9 +23,28 @@ QUESTION_KEYS = ("prompt", "question", "query", "instruction", "input", "user", 
 
 
 def prompt_completion(row: Row) -> ParsedRow:
-    """A question and its answer."""
+    """A question and its answer, each a text or, as TRL's data sets have them, turns."""
+    if any(isinstance(row[key], (list, dict)) for key in ("prompt", "completion")):
+        _refuse_history(row)
+        return _with_system(row, _with_tools(row, parse_turns(_asked_and_answered(row), "prompt+completion")))
+    if given := [key for key in TOOL_KEYS if is_filled(row.get(key))]:
+        raise RowFault(f"{given[0]}: {UNSUPPORTED[given[0]]}")
     prompt, completion = strings(row, "prompt", "completion", filled="completion")
     return _with_context(row, Message("user", prompt), Message("assistant", completion))
+
+
+def _asked_and_answered(row: Row) -> list[Any]:
+    """The turns of the prompt, whose answers are context, and those of the completion."""
+    turns: dict[str, list[Any]] = {}
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row[key]
+        if isinstance(value, str):
+            value = [{"role": role, "content": strings(row, key, filled="completion")[0]}]
+        turns[key] = [value] if isinstance(value, dict) else value
+        if not isinstance(turns[key], list) or not turns[key]:
+            raise RowFault(f"{key} is {kind_of(value)}; it must be a text or a list of turns")
+    answered = [{**turn, "weight": 0} if is_answer(turn) else turn for turn in turns["prompt"]]
+    return [*answered, *turns["completion"]]
 
 
 def alpaca(row: Row) -> ParsedRow:

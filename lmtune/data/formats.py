@@ -1,7 +1,7 @@
 """The formats of a row, told apart by their keys, and turned into messages.
 
     an answer: what is trained
-    prompt/completion   {"prompt": "…", "completion": "…"}
+    prompt/completion   {"prompt": "…", "completion": "…"}                           each a text or turns
     messages            {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     alpaca              {"instruction": "…", "input": "…", "output": "…"}            input may be missing
     sharegpt            {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
@@ -304,7 +304,7 @@ _FORMATS: dict[Format, _Shape] = {
     "text/label": _Shape("labelled", ("text", "label"), (), contents.labelled_text),
     "messages": _Shape("answer", ("messages",), _TALKED, contents.messages, contents.is_conversation),
     "sharegpt": _Shape("answer", ("conversations",), _TALKED, contents.sharegpt),
-    "prompt/completion": _Shape("answer", ("prompt", "completion"), _ASKED, contents.prompt_completion),
+    "prompt/completion": _Shape("answer", ("prompt", "completion"), (*_ASKED, *TOOL_KEYS), contents.prompt_completion),
     "alpaca": _Shape("answer", ("instruction", "output"), ("input", *_ASKED), contents.alpaca),
     "text": _Shape("answer", ("text",), (), contents.text),
     "prompt/label": _Shape("labelled", ("prompt", "label"), _ASKED, contents.labelled_prompt),

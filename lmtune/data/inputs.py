@@ -2,7 +2,7 @@
 
     for example, row in read_inputs(files, report): …      # the row as it stands, to be written out again
 
-A row has `text`, `prompt` (and `completion`, for a reward model) or `messages`; or it is a pair.
+A row has `text`, `prompt` (and `completion`, for a reward model), `messages` or `conversations`; or it is a pair.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from lmtune.data.values import RowFault, listed_keys
 # by the keys of a row; the first that fits is taken
 _FORMATS: tuple[tuple[tuple[str, ...], Format], ...] = (
     (("chosen", "rejected"), "chosen/rejected"), (("text",), "text/label"), (("messages",), "labelled messages"),
+    (("conversations",), "labelled messages"),
     (("prompt", "completion"), "prompt/completion"), (("prompt",), "prompt/label"),
 )  # fmt: skip
 _NOT_READ = ("label", "weight")
+_READ_AS = {"conversations": "messages"}
 
 
 def read_inputs(
@@ -47,8 +49,8 @@ def _example(file: DataFile, line: int, row: Any) -> Example:
     filled = {key for key, value in row.items() if value is not None}
     format = next((format for keys, format in _FORMATS if filled.issuperset(keys)), None)
     if format is None:
-        raise RowFault(f"keys {listed_keys(row)}; expected text, or prompt, or messages, or a pair")
-    read = {key: value for key, value in row.items() if key not in _NOT_READ}
+        raise RowFault(f"keys {listed_keys(row)}; expected text, or prompt, or messages, or conversations, or a pair")
+    read: dict[str, Any] = {_READ_AS.get(key, key): value for key, value in row.items() if key not in _NOT_READ}
     if "label" in format or format == "labelled messages":
         read["label"] = "unknown"
     parsed = parse_row(read, format)

@@ -122,6 +122,12 @@ def parse_answer(value: Any, key: str) -> ParsedRow:
     return parsed
 
 
+def is_answer(turn: Any) -> bool:
+    """Whether the assistant says a turn of JSON."""
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return isinstance(role, str) and _ROLES.get(role.strip().lower()) == "assistant"
+
+
 def from_transcript(text: Any) -> list[dict[str, str]] | None:
     """The turns of a text of `Human:` and `Assistant:` paragraphs, as HH-RLHF writes them; None for any other."""
     before, *found = _SPEAKER.split(text) if isinstance(text, str) else [""]

@@ -398,3 +398,42 @@ def test_the_rows_of_the_manual_are_of_the_kinds_that_it_says() -> None:
     blocks = [block.splitlines() for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
     kinds = [[kind_of_format(detect_format(json.loads(line))) for line in block] for block in blocks]
     assert kinds == [["answer"] * 5, ["pair", "judged", "labelled"]]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+RESULT = {"role": "tool", "tool_call_id": "c", "content": "r"}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "trained"),
+    [
+        ({"prompt": [QUESTION], "completion": [answer()]}, [(U, "q"), (A, "a")], "1"),
+        ({"prompt": "p", "completion": answer()}, [(U, "p"), (A, "a")], "1"),
+        ({"prompt": [QUESTION], "completion": "c"}, [(U, "q"), (A, "c")], "1"),
+        ({"prompt": [QUESTION, answer(), QUESTION], "completion": [answer()]},
+         [(U, "q"), (A, "a"), (U, "q"), (A, "a")], "01"),
+        ({"prompt": [QUESTION], "completion": [answer(content=None, tool_calls=CALL), RESULT, answer()],
+          "tools": [TOOL]}, [(U, "q"), (A, ""), ("tool", "r"), (A, "a")], "11"),
+    ],
+)  # fmt: skip
+def test_prompt_and_completion_as_turns_train_the_completion(
+    row: dict[str, Any], messages: list[tuple[str, str]], trained: str
+) -> None:
+    found = parsed(row)
+    assert said(found) == messages
+    assert "".join(str(int(turn.trained)) for turn in found.messages if turn.role == A) == trained
+    assert len(found.tools) == len(row.get("tools", ()))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": [QUESTION, answer()], "completion": [answer()]}, "one of the two is not trained"),
+        ({"prompt": [QUESTION], "completion": []}, "completion is an empty list"),
+        ({"prompt": [QUESTION], "completion": [QUESTION]}, "holds no answer"),
+        ({"prompt": [QUESTION], "completion": "c", "history": [["a", "b"]]}, "history beside turns"),
+    ],
+)
+def test_prompt_and_completion_as_turns_with_nothing_to_train(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowFault, match=words):
+        parsed(row)
