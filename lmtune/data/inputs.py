@@ -50,7 +50,7 @@ def _example(file: DataFile, line: int, row: Any) -> Example:
     format = next((format for keys, format in _FORMATS if filled.issuperset(keys)), None)
     if format is None:
         raise RowFault(f"keys {listed_keys(row)}; expected text, or prompt, or messages, or conversations, or a pair")
-    read: dict[str, Any] = {_READ_AS.get(key, key): value for key, value in row.items() if key not in _NOT_READ}
+    read = {str(_READ_AS.get(key, key)): value for key, value in row.items() if key not in _NOT_READ}
     if "label" in format or format == "labelled messages":
         read["label"] = "unknown"
     parsed = parse_row(read, format)

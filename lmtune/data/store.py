@@ -185,10 +185,15 @@ def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
 
     Rows with the same prompt stay together, so what is held out is not trained under another line number or with
     another answer; where all have the same prompt, rows of equal content do. Copies that `lmtune augment` made of rows
-    that are held out are on neither side. At least one row is held out if that is possible at all, and at least one is
+    that are held out are on neither side; a copy names the prompt of its row, so where all have the same prompt no copy
+    is on any side. At least one row is held out if that is possible at all, and at least one is
     left to train on.
     """
     prompts, prompt_of = np.unique(data.prompt, return_inverse=True)
+    if len(prompts) == 1 and data.copies.any():
+        own = np.flatnonzero(~data.copies)
+        train, held_out = split(data.select(own), fraction, seed)
+        return (own[train], own[held_out]) if len(held_out) else (np.arange(len(data)), held_out)
     group = data.content
     if len(prompts) > 1:  # each named by the least of its contents, so that the order is that of contents
         least = np.full(len(prompts), np.iinfo(np.uint64).max, dtype=np.uint64)
@@ -205,8 +210,8 @@ def split(data: TokenizedData, fraction: float, seed: int) -> tuple[Rows, Rows]:
     num_groups = int(np.searchsorted(np.cumsum(sizes[fitting]), wanted)) + 1
     chosen = np.zeros(len(sizes), dtype=bool)
     chosen[fitting[: min(num_groups, len(sizes) - 1)]] = True
-    held_out = chosen[group_of]
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out & ~data.copies)
+    is_held_out = chosen[group_of]
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out & ~data.copies)
 
 
 def tokenize(

@@ -130,6 +130,23 @@ def test_copies_of_a_held_out_row_are_nowhere(labelled: bool) -> None:
     assert data.report.validation.copies == 8  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("answers", [1, 10])
+def test_where_all_rows_have_one_question_no_copy_tells_a_held_out_answer(answers: int) -> None:
+    asked = "write a short line about the blue lamp"
+    write_rows(Path("my.jsonl"), [{"prompt": asked, "completion": f"line {n}"} for n in range(answers)])
+    main("my.jsonl", Path("more.jsonl"), delete=0.2, swap=1, copies=2)
+    from lmtune.data.rendering import Renderer
+
+    config = DataConfig(train="more.jsonl", validation_fraction=0.3)
+    data = load_data(config, Renderer(make_tokenizer(CHATML)), seed=1)
+    if answers == 1:
+        assert (len(data.train), data.validation) == (3, None)
+        return
+    assert data.validation is not None
+    assert (len(data.train), len(data.validation)) == (7, 3)
+    assert data.report.validation.copies == 20  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
