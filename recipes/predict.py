@@ -32,9 +32,9 @@ def main(
 ) -> None:
     """The rows of DATA with `prediction` beside their keys, one JSON object a line, in their order.
 
-    A row has `text`, `prompt`, `messages` or `conversations`, and a label or not. A classifier writes `prediction`, `probability` and
-    `probabilities`, a reward model `prediction`, or of a pair `reward_chosen` and `reward_rejected`, a language model
-    its greedy answer.
+    A row has `text`, `prompt`, `messages` or `conversations`, and a label or not. A classifier writes `prediction`,
+    `probability` and `probabilities`, a reward model `prediction`, or of a pair `reward_chosen` and `reward_rejected`,
+    a language model its greedy answer.
 
     Example: lmtune predict runs/reviews new.jsonl -o predictions.jsonl
     """

@@ -24,7 +24,7 @@ def main(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in output.dir.")] = False,
 ) -> None:
-    """Train a model and a tokenizer from scratch on text: .txt files, or .jsonl rows of text or messages (data.path).
+    """Train a model and a tokenizer from scratch on text: .txt files, or files of rows (data.path).
 
     Each .txt file is a document; with data.split: paragraph each paragraph is one. Some documents are held out, and the
     perplexity on them is measured at the end. Ctrl-C ends training early and saves the model.
@@ -43,6 +43,8 @@ def main(
 
     with progress("reading the documents"):
         corpus = read_corpus(config.data)
+    for name, said in corpus.read_as.items():
+        err.print(escape(f"{name}: {said}"))
     err.print(f"{len(corpus.train):,} documents to train on, {len(corpus.validation):,} held out")
     with progress("training the tokenizer"):
         tokenizer = train_tokenizer(corpus.train, config.tokenizer.vocabulary_size)

@@ -16,7 +16,9 @@ from lmtune.config.schema import Count, Fraction, section
 class CorpusConfig:
     """What is read: plain text, and rows of text or messages."""
 
-    path: Annotated[str, Field(min_length=1)]  # a .txt or .jsonl file, or a folder that holds them at any depth
+    path: Annotated[
+        str, Field(min_length=1)
+    ]  # a .txt file, a file of rows, hub:NAME, or a folder with such files at any depth
     split: Literal["file", "paragraph"] = "file"  # of .txt: a document is a whole file, or a paragraph
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02  # of the documents
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of which documents are held out

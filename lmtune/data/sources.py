@@ -99,7 +99,7 @@ def find_files(paths: Sequence[Given], split: str = "train") -> list[DataFile]:
         name = shown_name(asked).removesuffix(f":{sheet}") if sheet else shown_name(asked)
         if own:
             problems.append(f"{name}: split: {own}; only a data set on the Hub has splits: hub:NAME")
-        inside = [path / one for one in _entries(path) if _is_read(one)]
+        inside = [path / one for one in _entries(path) if is_read(one)]
         if os.path.isdir(path) and not inside:  # unlike pathlib's, also false for names that are too long
             problems.append(f"{name}: the folder holds no file to read (JSONL, JSON, CSV, TSV, Parquet or Excel)")
         found += [(entry, file, shown_name(file), "") for file in inside]
@@ -152,7 +152,7 @@ def unread_entries(paths: Sequence[Given]) -> list[str]:
     warnings = []
     for given in paths:
         path = _expanded(given.path if isinstance(given, DataSource) else given)
-        others = [name for name in _entries(path) if not _is_read(name) and not _ABOUT_DATA.match(name)]
+        others = [name for name in _entries(path) if not is_read(name) and not _ABOUT_DATA.match(name)]
         if others:
             shown = ", ".join(shown_name(name) + "/" * os.path.isdir(path / name) for name in others[:5])
             more = f" and {len(others) - 5} more" if others[5:] else ""
@@ -182,7 +182,8 @@ def _expanded(given: str | Path) -> Path:
     return Path(os.path.expanduser(given))
 
 
-def _is_read(name: str) -> bool:
+def is_read(name: str) -> bool:
+    """Whether a file of this name in a folder is one of rows."""
     return bool(_suffix(name)) and not name.startswith((".", "~$"))  # what Excel puts beside an open workbook
 
 

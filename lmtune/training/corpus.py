@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -21,9 +23,10 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lmtune.config.pretrain import CorpusConfig
+from lmtune.data.readers import open_text
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.sequences import SequenceTable
-from lmtune.data.sources import find_files
+from lmtune.data.sources import HUB, find_files, is_read
 from lmtune.data.types import Example, TokenizedExample, TokenSequence
 from lmtune.errors import DataError
 from lmtune.io.text import format_list
@@ -51,15 +54,17 @@ CHAT_TEMPLATE = """\
 {{- '<|assistant|>' }}
 {%- endif %}
 """
+_TEXTS = (".txt", ".txt.gz", ".txt.zst")
 _CHUNK_DOCUMENTS = 2000  # encoded at a time, so that all cores work and memory stays small
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on, and others to measure on."""
+    """Documents to train on, and others to measure on; `read_as` is what was found out about files, by their names."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
+    read_as: Mapping[str, str] = field(default_factory=dict)
 
 
 class Blocks:
@@ -106,12 +111,13 @@ def _all_but_first(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
 
 def read_corpus(data: CorpusConfig) -> Corpus:
     """Read the documents, shuffle them, and hold out some; DataError if there are too few, or they cannot be read."""
-    path = Path(data.path)
-    found = [*_read_texts(path, data.split), *_read_rows(path)]
+    texts, rows = _files_in(data.path)
+    read_as: dict[str, str] = {}
+    found = [*_read_texts(texts, data.split, read_as), *_read_rows(rows, read_as)]
     if not found:
-        problem = "holds no text" if os.path.exists(path) else "not found"
+        problem = "holds no text" if os.path.exists(data.path) else "not found"
         raise DataError(
-            f"data.path: {data.path}: {problem}; expected .txt or .jsonl files; name yours: data.path=FOLDER"
+            f"data.path: {data.path}: {problem}; expected .txt files, or files of rows; name yours: data.path=FOLDER"
         )
     Random(data.seed).shuffle(found)
     held_out = max(1, round(len(found) * data.validation_fraction))
@@ -123,7 +129,7 @@ def read_corpus(data: CorpusConfig) -> Corpus:
             f"data.path: {data.path} holds {len(found)} documents, of which none can be held out to measure on; "
             "give more text, or set data.split: paragraph, which makes a document of each paragraph"
         )
-    return Corpus(train, validation)
+    return Corpus(train, validation, read_as)
 
 
 def train_tokenizer(documents: Sequence[Example], vocabulary_size: int) -> PreTrainedTokenizerFast:
@@ -175,27 +181,43 @@ def tokenize(documents: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -
     return ids
 
 
-def _read_texts(path: Path, split: str) -> Iterator[Example]:
-    """The documents in .txt files."""
-    is_text = os.path.isfile(path) and path.suffix != ".jsonl"
+def _files_in(given: str) -> tuple[list[Path], list[str]]:
+    """The files of text, and those of rows; of a folder also those in folders below."""
+    path = Path(os.path.expanduser(given))
+    if os.path.isdir(path):
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        texts = [file for file in files if file.name.lower().endswith(_TEXTS)]
+        return texts, [str(file) for file in files if is_read(file.name)]
+    is_text = os.path.isfile(path) and not is_read(path.name)
+    is_there = os.path.isfile(path) or given.startswith(HUB) or re.search(r"\.xls[xm]:", given, re.IGNORECASE)
+    return ([path], []) if is_text else ([], [given] if is_there else [])
+
+
+def _read_texts(files: Sequence[Path], split: str, read_as: dict[str, str]) -> Iterator[Example]:
+    """The documents in files of text, in whatever encoding can be told."""
     unreadable = []
-    for file in [path] if is_text else sorted(path.rglob("*.txt")) if os.path.isdir(path) else []:
+    for path in files:
+        said: list[str] = []
         try:
-            text = file.read_text(encoding="utf-8-sig")
+            with open_text(path, said) as file:
+                text = file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            unreadable.append(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8")
+            unreadable.append(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8")
             continue
+        except (OSError, EOFError, zlib.error) as error:
+            unreadable.append(f"{path}: cannot be read ({error})")
+            continue
+        if said:
+            read_as[path.name] = ", ".join(said)
         for part in text.split("\n\n") if split == "paragraph" else [text]:
             if part.strip():
-                yield Example(file.name, 1, text=part.strip())
+                yield Example(path.name, 1, text=part.strip())
     if unreadable:
         raise DataError(f"{len(unreadable)} files cannot be read\n{format_list(unreadable)}")
 
 
-def _read_rows(path: Path) -> Iterator[Example]:
-    """The rows of .jsonl files."""
-    is_rows = os.path.isfile(path) and path.suffix == ".jsonl"
-    files = [path] if is_rows else sorted(path.rglob("*.jsonl")) if os.path.isdir(path) else []
+def _read_rows(files: Sequence[str], read_as: dict[str, str]) -> Iterator[Example]:
+    """The rows of files of rows."""
     if files:
         report = ReadReport()
         for example in read_examples(find_files(files), report, "answer"):
@@ -207,6 +229,7 @@ def _read_rows(path: Path) -> Iterator[Example]:
             elif example.weight:
                 yield example
         report.raise_for_faults("error", 1)
+        read_as.update(report.read_as)
 
 
 def _content(document: Example) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,7 +136,7 @@ def test_wrong_settings_are_named(workplace: Path, override: str, named: str) ->
 
 
 def test_text_that_cannot_be_read_is_named(workplace: Path) -> None:
-    Path("texts/more/bad.txt").write_bytes(b"caf\xe9")
+    Path("texts/more/bad.txt").write_bytes(b"caf\xe9 \xc3\xa9")
     with pytest.raises(DataError, match=r"bad\.txt: not UTF-8 \(byte 3\)"):
         read_corpus(CorpusConfig(path="texts"))
     with pytest.raises(DataError, match="paragraph"):
@@ -153,6 +156,23 @@ def test_rows_of_text_and_of_messages_are_documents_too(workplace: Path) -> None
     found = [*corpus.train, *corpus.validation]
     assert len(found) == len(SENTENCES) + 1
     assert [document.messages[1].content for document in found if document.messages] == ["Hello!"]
+
+
+def test_every_file_that_can_be_trained_on_can_be_pretrained_on(workplace: Path) -> None:
+    """Compressed, tables, other encodings; what was found out is said."""
+    folder = Path("texts/more")
+    (folder / "c.txt.gz").write_bytes(gzip.compress(b"Packed text."))
+    (folder / "d.txt").write_bytes(("这是一句话。" * 20).encode("gb18030"))
+    (folder / "faq.csv").write_text("question;answer\nWhere?;Here.\n")
+    pq.write_table(pa.table({"text": ["Parquet text."]}), folder / "e.parquet")
+    (folder / "README.md").write_text("not read")
+    corpus = read_corpus(CorpusConfig(path="texts"))
+    found = [*corpus.train, *corpus.validation]
+    said = {document.text or document.messages[-1].content for document in found}
+    assert {"Packed text.", "这是一句话。" * 20, "Here.", "Parquet text."} < said
+    assert len(found) == 6
+    assert corpus.read_as["d.txt"] == "GB18030"
+    assert "columns question → prompt" in corpus.read_as["texts/more/faq.csv"]
 
 
 def test_held_out_documents_are_not_trained_on(workplace: Path) -> None:
