@@ -120,7 +120,7 @@ def test_what_does_not_grow_with_the_tokens_is_subtracted_first() -> None:
     assert fitting_micro_batch(PER_TOKEN, 512, 8 * GIB, "cuda")[1] == 0
     tokens, checkpointed = fitting_micro_batch(heavy, 512, 8 * GIB, "cuda")
     assert tokens * heavy.per_token(checkpointed) + heavy.constant(checkpointed) < 8 * GIB * 0.75
-    assert checkpointed > 6
+    assert checkpointed >= 6
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
