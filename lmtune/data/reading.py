@@ -185,7 +185,7 @@ def _example(file: DataFile, line: int, row: object, found: FileReport, rows: Ro
     parsed = parse_row(row, format)
     if len(found.ignored_keys) <= _SHOWN_KEYS:
         found.ignored_keys |= parsed.ignored_keys
-    for warning in parsed.warnings:
+    for warning in dict.fromkeys(parsed.warnings):  # once a row
         found.warnings.setdefault(warning, RowCounter()).add(str(line))
     return Example(
         found.name, line, parsed.messages, parsed.text, parsed.rejected, parsed.label, parsed.weight,

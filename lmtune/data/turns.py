@@ -93,8 +93,8 @@ def parse_turns(turns: Any, key: str, ending: Ending = "trained") -> ParsedRow:
         used = (*_USED, *_OF_RESULTS) if message.role == "tool" else _USED
         unused = [name for name in turn if name not in used and (turn[name] is False or is_filled(turn[name]))]
         parsed.ignored_keys |= {f"{key}[].{name}" for name in unused}
-    messages = _with_results(messages, key)
-    messages = _begun(_joined(messages, key, parsed), key, parsed)
+    messages = _joined(_with_results(messages, key), key, parsed)
+    messages = _begun(_in_order_of_calls(messages, parsed), key, parsed)
     parsed.messages = tuple(_ended(messages, key, ending, parsed))
     if any(turn.role == "system" for turn in parsed.messages[1:]):
         parsed.outcomes.add("later_system")
@@ -252,8 +252,28 @@ def _with_results(messages: Sequence[Message], key: str) -> list[Message]:
             message = _matched(message, open_calls, f"{key}[{index}]")
             open_calls = [call for call in open_calls if call.id != message.tool_call_id]
         else:
+            if open_calls and found[-1].role == "tool":
+                raise RowFault(
+                    f"{key}[{index}] stands before the result of a call ({quoted(open_calls[0].name)}); add a tool "
+                    "turn for each call"
+                )
             open_calls = []
         found.append(message)
+    return found
+
+
+def _in_order_of_calls(messages: Sequence[Message], parsed: ParsedRow) -> list[Message]:
+    """`messages` in which results stand in the order of their calls: most templates write no ids, so that decides."""
+    found = list(messages)
+    for start, message in enumerate(messages):
+        end = start + 1
+        while message.tool_calls and end < len(found) and found[end].role == "tool":
+            end += 1
+        number = {call.id: place for place, call in enumerate(message.tool_calls)}
+        results = sorted(found[start + 1 : end], key=lambda one: number.get(one.tool_call_id or "", len(number)))
+        if results != found[start + 1 : end]:
+            found[start + 1 : end] = results
+            parsed.outcomes.add("ordered_results")
     return found
 
 

@@ -27,6 +27,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 OUTCOMES = {
     "developer_as_system": "with a developer turn, read as system",
     "joined": "with turns of one role in a row, joined with a blank line",
+    "ordered_results": "with results put in the order of their calls",
     "later_system": "with a system turn after the first turn, kept where it is",
     "cut_beginning": "cut to begin with the first turn of the user",
     "cut_end": "cut after the last answer that is trained",

@@ -437,3 +437,14 @@ def test_prompt_and_completion_as_turns_train_the_completion(
 def test_prompt_and_completion_as_turns_with_nothing_to_train(row: dict[str, Any], words: str) -> None:
     with pytest.raises(RowFault, match=words):
         parsed(row)
+
+
+def test_results_stand_in_the_order_of_their_calls() -> None:
+    """Most templates write results without ids, so that the first is read as that of the first call."""
+    calls = [{**CALL[0], "id": id} for id in ("c1", "c2")]
+    results = [{"role": "tool", "tool_call_id": id, "content": f"of {id}"} for id in ("c2", "c1")]
+    found = parsed(talk(QUESTION, answer(content=None, tool_calls=calls), *results, answer()))
+    assert said(found)[2:4] == [("tool", "of c1"), ("tool", "of c2")]
+    assert "ordered_results" in found.outcomes
+    with pytest.raises(RowFault, match=r'messages\[3\] stands before the result of a call \("f"\)'):
+        parsed(talk(QUESTION, answer(content=None, tool_calls=calls), results[1], answer()))
