@@ -106,7 +106,8 @@ def _settings(asked: LoraConfig, saved: LoraSettings, target: str) -> LoraConfig
         "use_dora": bool(saved.get("use_dora")), "target_modules": _targets(saved),
         "modules_to_save": _whole(saved), "new_tokens": (),
     }  # fmt: skip
-    problems = [f"{CONFIG}: {key} is set, which lmtune does not train" for key in _NOT_TRAINED if saved.get(key)]
+    fix = "merge it, and set model.name to the merged folder"
+    problems = [f"{CONFIG}: {key} is set; {fix}" for key in _NOT_TRAINED if saved.get(key)]
     for key, value in theirs.items():
         wanted = getattr(asked, key)
         wanted = tuple(sorted(wanted)) if isinstance(wanted, tuple) else wanted
