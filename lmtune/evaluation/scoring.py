@@ -24,7 +24,7 @@ from lmtune.batching.packing import MicroBatch, pack_bins
 from lmtune.batching.plan import Totals, Unit, each_alone
 from lmtune.batching.prefetch import pack_units
 from lmtune.config.load import build_config, load_config
-from lmtune.config.schema import DataConfig, DataSource, FinetuneConfig
+from lmtune.config.schema import DataConfig, DataSource, FinetuneConfig, LoraConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.report import PartReport
 from lmtune.data.store import load_data, tokenize
@@ -144,6 +144,9 @@ def evaluate_loaded(
         scored = objective.precompute(rows, find)
     if loaded.head is None and scored is not rows and not loaded.has_adapter:
         warn("this model has no adapter to leave out, so it is its own reference, and rewards are 0")
+    elif loaded.head is None and scored is not rows and _begun_from_adapter(loaded.run):
+        warn("the run began from an adapter, its reference in training; the reference here is the base, so loss and "
+             "rewards are not those of the run's summary")  # fmt: skip
     arguments = (
         forward, loaded.renderer, scored, exact_match_rows, max_new_tokens, max(4096, max_length), objective
     )  # fmt: skip
@@ -167,6 +170,12 @@ def objective_of_model(loaded: LoadedModel) -> Objective:
     if loaded.run is not None:
         return objective_of(load_config(FinetuneConfig, loaded.run.config).objective, loaded.head)
     return Sft() if loaded.head is None else objective_for(loaded.head)
+
+
+def _begun_from_adapter(run: RunDirectory | None) -> bool:
+    """Whether `run` is known, and began from an adapter."""
+    tuning = None if run is None else load_config(FinetuneConfig, run.config).tuning
+    return isinstance(tuning, LoraConfig) and tuning.adapter is not None
 
 
 def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint64] | None:

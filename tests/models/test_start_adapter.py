@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.errors import CheckpointError, ConfigError, ModelError
+from lmtune.evaluation.scoring import evaluate_loaded
+from lmtune.inference.load import load_for_inference
 from lmtune.runs.store import RunDirectory
 from lmtune.training.start_adapter import starting_adapter, with_starting_adapter
 from tests.workplace import config_of, finetune, inside, make_workplace
@@ -111,3 +113,22 @@ def test_a_run_goes_on_only_from_the_same_adapter(place: Path, tmp_path: Path) -
     save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match="the starting adapter's weights: changed"):
         finetune(place, **moved)
+
+
+def test_scoring_says_that_its_reference_is_another(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training compares with the adapter that it begins from; scoring afterwards with the base."""
+    pairs = place / "pairs.jsonl"
+    rows = [{"prompt": f"Say {n}!", "chosen": f"It is {n}.", "rejected": "No."} for n in range(8)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, begun_from in (("apart", "trial"), ("new", None)):
+        given = {**SECOND, "run__name": name, "tuning__adapter": begun_from}
+        run, _ = finetune(
+            place, **given, objective__kind="dpo", data__train=str(pairs), data__validation=str(pairs),
+            train__max_steps=1,
+        )  # fmt: skip
+        capsys.readouterr()
+        loaded = load_for_inference(str(run.path))
+        base = evaluate_loaded(loaded, [str(pairs)], 0, 1, 64).base
+        assert base is not None
+        assert base.metrics["reward_chosen"] == 0
+        assert ("the reference here is the base" in capsys.readouterr().err) is (begun_from is not None)
