@@ -127,7 +127,7 @@ class Reading:
     def raise_for_faults(self) -> None:
         """Raise a DataError with the rows that cannot be used."""
         raise DataError(
-            f"{self.unusable.count:,} rows cannot be used; fix them, or drop them (step unusable)\n"
+            f"{pluralize(self.unusable.count)} cannot be used; fix what is named, or drop (step unusable)\n"
             f"{format_list(self.faults)}"
         )
 

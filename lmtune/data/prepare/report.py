@@ -46,7 +46,11 @@ def describe_rows(spool: Spool, languages: Sequence[str]) -> dict[str, Any]:
         "characters": dict(zip(("shortest", "median", "95 %", "longest"), places, strict=True)),
         "labels": labels.counts if len(labels.counts) <= _SHOWN else {},
         "terms_from_rows": -(-len(spool) // every),
-        "terms": {part: dict(some.most_common(_SHOWN)) for part, some in terms.items() if some},
+        "terms": {
+            part: dict(sorted(some.items(), key=lambda one: (-one[1], one[0]))[:_SHOWN])
+            for part, some in terms.items()
+            if some
+        },
     }
 
 

@@ -419,3 +419,10 @@ def test_posts_without_an_id_and_with_one_that_was_there_are_said(folder: Path) 
     assert rows == [talk("1", "2")]
     assert reading.faults == ["in.jsonl:4: the post has no id"]
     assert "  1 left out: posts with the id of an earlier one" in reading.notes
+
+
+def test_one_row_that_cannot_be_used_is_one_row(folder: Path) -> None:
+    (folder / "in.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "x"}\n')
+    _, reading, _ = read(folder)
+    with pytest.raises(DataError, match=r"^1 row cannot be used.*\n.*in\.jsonl:2: completion missing"):
+        reading.raise_for_faults()
