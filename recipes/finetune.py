@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lmtune.config.load import command_config
-from lmtune.config.schema import FinetuneConfig, LoraConfig
+from lmtune.config.schema import FinetuneConfig, LoraConfig, RewardConfig
 from lmtune.data.checking import check_config
 from lmtune.io.console import command, err, escape, out, progress
 from lmtune.parallel.launch import launch
@@ -72,9 +72,11 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers:
                 print_classes(result.summary.tree.get("classes"))
                 if run_directory.confusion.exists():
                     err.print(f"the confusion matrix as a picture: {escape(str(run_directory.confusion))}")
-            talk = escape(command("chat", run_directory.path))
+            talk = f"talk to it: {command('chat', run_directory.path)}"
+            if isinstance(config.objective, RewardConfig):
+                talk = f"score answers with it: {command('predict', run_directory.path, 'FILE')}"
             what = "adapter" if isinstance(config.tuning, LoraConfig) else "model"
-            err.print(f"the {what} is in {escape(str(run_directory.result(config.tuning)))}; talk to it: {talk}")
+            err.print(f"the {what} is in {escape(str(run_directory.result(config.tuning)))}; {escape(talk)}")
     return result.summary
 
 
