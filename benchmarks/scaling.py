@@ -113,11 +113,13 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
     from lmtune.batching.prefixes import shareable_prefix
     from lmtune.config.schema import TrainConfig
     from lmtune.data.report import PartReport
+    from lmtune.data.sources import DataFile
     from lmtune.data.store import TokenizedData, TokenTable
 
     before = _resident()
     began = time.perf_counter()
-    data = TokenizedData(TokenTable(path), "key", "signature", PartReport(files=["rows.jsonl"], sha256=[]))
+    report, files = PartReport(files=["rows.jsonl"], sha256=[]), [DataFile(path, "rows.jsonl", "rows.jsonl")]
+    data = TokenizedData(TokenTable(path), "key", "signature", report, files)
 
     def beginnings_of(row: int) -> list[Any]:
         return [shareable_prefix(document.input_ids, document.loss_mask) for document in data[row].sequences]
