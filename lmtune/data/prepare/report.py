@@ -88,7 +88,10 @@ _MODEL = "Qwen/Qwen3-0.6B"  # small, and good for its size
 def described(plan: Plan, output: Path) -> list[str]:
     """What was written, and the next commands."""
     rows, report, held_out = plan.rows, plan.report, validation_path(output)
-    counts = {"labels": report["labels"], **{f"terms of {part}": terms for part, terms in report["terms"].items()}}
+    seen = report["terms_from_rows"]
+    sample = f" in {seen:,} of the rows" if seen < rows["written"] else ""
+    counts = {"labels": report["labels"]}
+    counts |= {f"terms of {part}{sample}": terms for part, terms in report["terms"].items()}
     counts["characters a row"] = report["characters"]
     lines = [
         f"{what}: {', '.join(f'{name} {count:,}' for name, count in some.items())}"

@@ -243,3 +243,15 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: None if name == "jieba" else object())
     with pytest.raises(ConfigError, match=r"jieba: not installed.*pip install jieba"):
         libraries.library("ftfy")
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"), [(10, "terms of questions in 10 of the rows:"), (100, "terms of questions:")]
+)
+def test_terms_say_whether_they_are_of_all_rows(
+    sample: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lmtune.data.prepare.report._SAMPLE", sample)
+    write_rows(Path("rows.jsonl"), ROWS)
+    main(["rows.jsonl"], Path("out.jsonl"), no=True)
+    assert said in " ".join(capsys.readouterr().out.split())
