@@ -81,8 +81,12 @@ def test_a_metric_that_is_not_there_is_named() -> None:
 
 
 def test_numbers_are_found_as_people_write_them() -> None:
-    found = [number_in(text) for text in ("1 200", "-5.50 EUR", "1e3", ".5", "none", "a #### b")]
-    assert [None if one is None else float(one) for one in found] == [1200, -5.5, 1000, 0.5, None, None]
+    written = {
+        "1 200": 1200, "1,234,567.5": 1234567.5, "-5.50 EUR": -5.5, "1e3": 1000, ".5": 0.5, "x=-7.": -7, "none": None,
+        "a #### b": None, "#### 3 4": 3, "3 4": 4, "#### 1,2": 1, "10-20": 20, "#### 2024-05": 2024, "12 3456": 3456,
+    }  # fmt: skip
+    found = {text: number_in(text) for text in written}
+    assert {text: None if one is None else float(one) for text, one in found.items()} == written
     assert rouge_l("", "") == 1
 
 

@@ -34,7 +34,10 @@ Float64 = npt.NDArray[np.float64]
 _MARK = "####"  # before the result, in GSM8K's answers
 _ORDERS = 4  # of BLEU's n-grams
 _CHARACTERS = 6  # of chrF's
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,_ ]*\d|\d)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+# Groups of three digits may be set apart; a dash behind a digit is no sign.
+_NUMBER = re.compile(
+    r"(?<![\d.])[-+]?(?:\d{1,3}(?:[,_ ]\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<!\d)[-+]?\.\d+"
+)
 # Letters that are words by themselves: of scripts that put no spaces between words.
 _UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f])")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -84,10 +87,11 @@ def answer_metric(name: str) -> AnswerMetric:
 
 def _mean_of(name: str, compare: Callable[[str, str], float]) -> AnswerMetric:
     """A metric whose score is the mean of what it gives of each row."""
-    return AnswerMetric(name, lambda reference, answer: (float(compare(reference, answer)), 1.0), _mean)
+    return AnswerMetric(name, lambda reference, answer: (float(compare(reference, answer)), 1.0), mean_of_sums)
 
 
-def _mean(sums: Float64) -> Float64:
+def mean_of_sums(sums: Float64) -> Float64:
+    """The score of statistics that are a value and how much it counts, `[..., 2]`."""
     return sums[..., 0] / np.maximum(sums[..., 1], 1e-300)
 
 

@@ -18,7 +18,7 @@ from lmtune.config.schema import DataConfig
 from lmtune.data.store import tokenize
 from lmtune.data.types import ExampleStore
 from lmtune.errors import DataError
-from lmtune.evaluation.answer_metrics import AnswerMetric
+from lmtune.evaluation.answer_metrics import AnswerMetric, mean_of_sums
 from lmtune.evaluation.generative import answers, split_prompt
 from lmtune.evaluation.intervals import Difference, Score, difference
 from lmtune.evaluation.scoring import check_lengths, forward_passes, objective_of_model, row_losses, units_of_rows
@@ -181,11 +181,7 @@ def _measured(
     everywhere = np.arange(len(pairs))
     if all(one.loss and other.loss for one, other in pairs):
         first, second = (np.array([pair[which].loss for pair in pairs], dtype=np.float64) for which in (0, 1))
-        yield "loss", first, second, _ratio, everywhere
+        yield "loss", first, second, mean_of_sums, everywhere
     if all(one.is_right is not None and other.is_right is not None for one, other in pairs):
         first, second = (np.array([(float(bool(pair[which].is_right)), 1.0) for pair in pairs]) for which in (0, 1))
-        yield "accuracy", first, second, _ratio, everywhere
-
-
-def _ratio(sums: Float64) -> Float64:
-    return sums[..., 0] / np.maximum(sums[..., 1], 1e-300)
+        yield "accuracy", first, second, mean_of_sums, everywhere

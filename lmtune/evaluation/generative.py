@@ -11,6 +11,7 @@ import numpy as np
 from lmtune.data.rendering import Renderer
 from lmtune.data.replies import split_reply
 from lmtune.data.types import ExampleStore, Message, TokenizedExample
+from lmtune.evaluation.answer_metrics import exact
 from lmtune.io.console import progress
 
 
@@ -26,7 +27,7 @@ class Answer:
     @property
     def matches(self) -> bool:
         """Whether they are the same text, but for white space at the ends."""
-        return self.reference.strip() == self.prediction.strip()
+        return exact(self.reference, self.prediction)
 
 
 def answers(
