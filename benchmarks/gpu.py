@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="SHAPE:QUANTIZATION")
     parser.add_argument("--arms", nargs="+", default=None, choices=(*ARMS, *LIGER))
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--micro-batch-tokens", type=int, default=BUDGET, help="of lmtune, but for lmtune-auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--output", type=Path)
@@ -58,23 +59,29 @@ def main() -> None:
             if time.monotonic() > ends:
                 results.append({"case": case, "arm": arm, "error": "left out: no time"})
             else:
-                results.append({"case": case, **measure(arm, work, options.device, dtype, options.repeats, ceiling)})
+                found = measure(arm, work, options.device, dtype, options.repeats, ceiling, options.micro_batch_tokens)
+                results.append({"case": case, **found})
             print(line_of(results[-1]), flush=True)
-    if options.output:
-        report = {
-            "machine": machine(options.device),
-            "dtype": dtype,
-            "tflops": measured / 1e12,
-            "mfu_of_tflops": ceiling / 1e12,
-            "results": results,
-        }
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            if options.output:  # after each arm: a card that is lent may be gone before the last
+                report = {
+                    "machine": machine(options.device),
+                    "dtype": dtype,
+                    "rows": options.rows,
+                    "micro_batch_tokens": options.micro_batch_tokens,
+                    "tflops": measured / 1e12,
+                    "mfu_of_tflops": ceiling / 1e12,
+                    "results": results,
+                }
+                options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(arm: str, work: Workload, device: str, dtype: str, repeats: int, ceiling: float) -> dict[str, Any]:
+def measure(
+    arm: str, work: Workload, device: str, dtype: str, repeats: int, ceiling: float, micro_batch_tokens: int = BUDGET
+) -> dict[str, Any]:  # fmt: skip
     """One arm, alone on the device."""
     with tempfile.TemporaryDirectory() as folder:
-        make = functools.partial(make_gpu_arm, arm, work, Path(folder), device, dtype, 2 * repeats + 1)
+        steps = 2 * repeats + 1
+        make = functools.partial(make_gpu_arm, arm, work, Path(folder), device, dtype, steps, micro_batch_tokens)
         process = ArmProcess(arm, make, work.rows)
         process.first_step()
         for number in range(1, repeats + 1):
@@ -95,12 +102,14 @@ def measure(arm: str, work: Workload, device: str, dtype: str, repeats: int, cei
     }
 
 
-def make_gpu_arm(arm: str, work: Workload, folder: Path, device: str, dtype: str, steps: int) -> Any:
+def make_gpu_arm(
+    arm: str, work: Workload, folder: Path, device: str, dtype: str, steps: int, micro_batch_tokens: int = BUDGET
+) -> Any:  # fmt: skip
     """An arm of `benchmarks.compare`, or one of ours with more: built in the process that runs it."""
     from benchmarks import arms
 
     if arm.startswith("lmtune"):
-        budget = None if arm == "lmtune-auto" else BUDGET
+        budget = None if arm == "lmtune-auto" else micro_batch_tokens
         without = ("fused elementwise",) if arm == "lmtune-unfused" else ()
         return arms.Lmtune(work, folder, device, dtype, without, budget)
     if arm.startswith("trl-"):
