@@ -11,6 +11,7 @@ so. What is renamed is said.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -81,9 +82,12 @@ class Columns:
             reason = f"data.columns names {', '.join(missing)}, and there {'is' if is_table else 'are'} "
             raise RowFault(f"{reason}{listed_keys(names)} alone", once="columns", ends_file=is_table)
         if is_table and self._needs_rows:
+            one, other = names if len(names) == 2 else ("COLUMN", "COLUMN")
+            settings = shlex.join([f"data.columns.{one}=prompt", f"data.columns.{other}=completion"])
             raise RowFault(
                 f"the header names {listed_keys(names)}, which make no row; if these are data, write a header above "
-                "them: prompt,completion; else say what they are: data.columns: {COLUMN: prompt, COLUMN: completion}",
+                f"them: prompt,completion; else say what they are: {settings}, or --columns COLUMN=KEY where a command "
+                "has it",
                 ends_file=True,
             )
 

@@ -56,6 +56,8 @@ def test_columns_become_keys_and_this_is_said(
     ("content", "columns", "words"),
     [
         ("Frage,Antwort\na,b\n", None, 'a.csv:1: the header names "Frage", "Antwort", which make no row'),
+        ("Frage,Antwort\na,b\n", None, "data.columns.Frage=prompt data.columns.Antwort=completion"),
+        ("Die Frage,b,c\na,b,c\n", None, "data.columns.COLUMN=prompt data.columns.COLUMN=completion"),
         ("\n\nWhere?,There\na,b\n", None, "a.csv:3: the header names"),
         ("Frage,completion\na,b\n", {"Fraeg": "prompt"}, 'a.csv:1: data.columns names "Fraeg" (is "Frage" meant?)'),
         ("prompt,completion\na,b\n", {"qu": "prompt"}, 'data.columns: no row has "qu"'),
