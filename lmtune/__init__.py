@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from lmtune.api import Model, Run, RunScores, chat, evaluate, finetune, load, load_config, predict
     from lmtune.config.schema import FinetuneConfig
     from lmtune.errors import CheckpointError, ConfigError, DataError, LmtuneError, ModelError
+    from lmtune.evaluation.evaluate import Evaluation
     from lmtune.evaluation.generative import Answer
-    from lmtune.evaluation.scoring import Evaluation, Scores
+    from lmtune.evaluation.scoring import Scores
     from lmtune.runs.log import StepRecord
 
 __version__ = "0.1.0"
@@ -37,7 +38,7 @@ _HOMES = {
     "lmtune.api": ("Model", "Run", "RunScores", "chat", "evaluate", "finetune", "load", "load_config", "predict"),
     "lmtune.config.schema": ("FinetuneConfig",),
     "lmtune.errors": ("CheckpointError", "ConfigError", "DataError", "LmtuneError", "ModelError"),
-    "lmtune.evaluation.scoring": ("Answer", "Evaluation", "Scores"),
+    "lmtune.evaluation.evaluate": ("Answer", "Evaluation", "Scores"),
     "lmtune.runs.log": ("StepRecord",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

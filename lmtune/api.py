@@ -34,7 +34,8 @@ from lmtune.runs.history import run_status
 from lmtune.runs.store import RunDirectory
 
 if TYPE_CHECKING:
-    from lmtune.evaluation.scoring import Evaluation, Scores
+    from lmtune.evaluation.evaluate import Evaluation
+    from lmtune.evaluation.scoring import Scores
     from lmtune.inference.chat import ChatSession
     from lmtune.inference.load import LoadedModel
     from lmtune.models.tuning.adapter_files import Into
@@ -259,7 +260,8 @@ def chat(target: str | os.PathLike[str] | Run | Model, question: str, **options:
 
 def evaluate(
     target: str | os.PathLike[str] | Run | Model, data: Data, *, exact_match_rows: int = 200, max_new_tokens: int = 128,
-    max_length: int = 2048, columns: Mapping[str, str] | None = None,
+    max_length: int = 2048, columns: Mapping[str, str] | None = None, metrics: Sequence[str] = (),
+    by: str | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score a model on rows with known answers, with and without its adapter.
 
@@ -270,17 +272,23 @@ def evaluate(
         max_new_tokens: where an answer that does not stop is cut.
         max_length: longer rows are left out.
         columns: keys for columns of other names; by default those that the run was trained with.
+        metrics: of generated answers, by their names: `("f1", "number:Answer:")`; the first decides the comparison.
+        by: a field of the rows, `length` or `source`, by which they are sliced.
 
     Raises:
         DataError: a row is faulty; named as `data:LINE`, counted from 1.
+        ConfigError: there is no such metric or field.
         ModelError: the target cannot be loaded.
     """
-    from lmtune.evaluation.scoring import evaluate_loaded
+    from lmtune.evaluation.answer_metrics import answer_metrics
+    from lmtune.evaluation.evaluate import evaluate_loaded
 
     with _loaded_with_files(target, data) as (loaded, paths):
         known = columns_for(loaded.run, paths, columns)
         check_data(paths, columns=known)
-        return evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length, known)
+        return evaluate_loaded(
+            loaded, paths, exact_match_rows, max_new_tokens, max_length, known, answer_metrics(metrics, ()), by
+        )
 
 
 def predict(

@@ -3,30 +3,37 @@
 lmtune compare runs/a runs/b heldout.jsonl
 """
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmtune.data.checking import check_data
 from lmtune.data.columns import columns_of
-from lmtune.io.atomic import write_text
-from lmtune.io.console import err, escape, out, print_json, progress, warn
+from lmtune.errors import ConfigError
+from lmtune.io.console import print_json, progress, warn
 from lmtune.io.text import pluralize
 from lmtune.run import run
 from lmtune.runs.columns import columns_for, run_of
+
+if TYPE_CHECKING:
+    from lmtune.evaluation.results import RowResult
 
 METRICS = ("f1", "exact", "chrf")  # of generated answers, where none are asked for
 
 
 def main(
-    first: Annotated[str, typer.Argument(metavar="FIRST", help="A run, an adapter, a model folder or Hub id.")],
+    first: Annotated[
+        str, typer.Argument(metavar="FIRST", help="A run, model or Hub id; or a file that `predict` wrote.")
+    ],
     second: Annotated[str, typer.Argument(metavar="SECOND", help="The model that is compared with it.")],
-    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Files or folders of rows.")],
+    data: Annotated[list[Path] | None, typer.Argument(metavar="DATA...", help="Files or folders of rows.")] = None,
     metric: Annotated[
         list[str] | None, typer.Option(help="Of answers: exact, f1, number, chrf, …; the first decides. Repeatable.")
     ] = None,
+    by: Annotated[str | None, typer.Option(metavar="FIELD", help="Slices: a field, length or source.")] = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows to generate answers for.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer that does not stop is cut.")] = 128,
     max_length: Annotated[int, typer.Option(min=8, help="Longer rows are dropped and counted.")] = 2048,
@@ -36,7 +43,9 @@ def main(
         list[str] | None,
         typer.Option(help="Another name of a key, as question=prompt; by default those of the runs."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document: scores, differences, rows.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document: scores, differences, slices, rows.")
+    ] = False,
 ) -> None:
     """SECOND beside FIRST on the same rows: loss and metrics of generated answers, with 95 % intervals.
 
@@ -45,44 +54,48 @@ def main(
 
     Example: lmtune compare Qwen/Qwen3-0.6B runs/support heldout.jsonl --metric f1
     """
-    from lmtune.evaluation.answer_metrics import answer_metric
+    from lmtune.evaluation.answer_files import aligned, is_answer_file, read_answers
+    from lmtune.evaluation.answer_metrics import answer_metrics
+    from lmtune.evaluation.compare import compare, slices_of
+    from lmtune.evaluation.showing import difference_trees, print_comparison, row_trees, slice_trees, write_rows
+    from lmtune.evaluation.slices import slice_names
 
-    metrics, paths = [answer_metric(name) for name in metric or METRICS], tuple(str(path) for path in data)
-    named = columns_of(columns or [])
+    metrics, named = answer_metrics(metric, METRICS), columns_of(columns or [])
+    files = [one for one in (first, second) if is_answer_file(one)]
+    if bool(files) == bool(data):
+        raise ConfigError(
+            f"{files[0]} holds answers and the rows that they are of; leave {data[0]} out" if data and files
+            else "DATA: missing; give files or folders of rows that both models answer"
+        )  # fmt: skip
+    paths = tuple(files[:1] or map(str, data or ()))
     known = columns_for(run_of(first), paths, named) or columns_for(run_of(second), paths, named)
-    check_data(paths, columns=known)
-    with progress("loading PyTorch and the libraries"):
-        from lmtune.evaluation.compare import compare, row_results
-        from lmtune.evaluation.tables import comparison_table, describe_worse
-        from lmtune.inference.load import load_for_inference
 
-    found = [
-        row_results(load_for_inference(one), paths, rows, max_new_tokens, max_length, columns=known)
-        for one in (first, second)
-    ]
-    compared = compare(*found, metrics)
-    lines = [_row(row) for row in compared.rows]
-    if output is not None:
-        write_text(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        err.print(f"{pluralize(len(lines))} in {escape(str(output))}")
+    def rows_of(target: str) -> list[RowResult]:
+        if target in files:
+            return read_answers(target, known)
+        with progress("loading PyTorch and the libraries"):
+            from lmtune.evaluation.evaluate import row_results
+            from lmtune.inference.load import load_for_inference
+
+        return row_results(load_for_inference(target), paths, rows, max_new_tokens, max_length, known)
+
+    if not files:
+        check_data(paths, columns=known)
+    one, other = rows_of(first), rows_of(second)
+    if len(files) == 2:
+        other = aligned(one, other)
+    compared = compare(one, other, metrics)
+    slices = [] if by is None else slices_of(slice_names(by, paths, one), one, other, metrics)
+    lines = row_trees(compared.rows, ("first", "second"))
+    write_rows(output, lines)
     if compared.left_out:
         warn(f"{pluralize(compared.left_out)} that only one of the two could read are left out (--max-length)")
     if as_json:
-        differences = {name: {**vars(one), "verdict": one.verdict} for name, one in compared.differences.items()}
-        print_json({"scores": compared.scores, "differences": differences, "rows": lines})
-        return
-    out.print(comparison_table(first, second, compared))
-    out.print(escape(f"{compared.deciding}: {compared.differences[compared.deciding].sentence(second)}"))
-    for text in describe_worse(compared, shown):
-        out.print(text)
-
-
-def _row(row: Any) -> dict[str, Any]:
-    """A row of both models for a file."""
-    one, other = row.first, row.second
-    answers = {"question": one.question, "reference": one.reference, "first": one.answer, "second": other.answer}
-    known = answers if one.answer is not None else {"first": one.is_right, "second": other.is_right}
-    return {"row": one.location, "gain": row.gain, **(known if one.loss is None or one.answer is not None else {})}
+        differences = difference_trees(compared.differences)
+        tree = {"scores": compared.scores, "differences": differences, "slices": slice_trees(slices), "rows": lines}
+        print_json(tree)
+    else:
+        print_comparison(first, second, compared, shown, slices, by)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ def main(
     with progress("loading PyTorch and the libraries"):
         from lmtune.data.store import load_data
         from lmtune.inference.load import build_renderer, load_run_tokenizer
+        from lmtune.inference.start_adapter import with_starting_adapter
         from lmtune.models.device import default_device
         from lmtune.training.estimate import forecast
-        from lmtune.training.start_adapter import with_starting_adapter
 
     config = with_starting_adapter(config)
     tokenizer = load_run_tokenizer(config, alone=True)

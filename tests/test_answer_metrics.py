@@ -10,7 +10,7 @@ from scipy import stats
 
 from lmtune.errors import ConfigError
 from lmtune.evaluation.answer_metrics import METRICS, answer_metric, number_in, rouge_l
-from lmtune.evaluation.intervals import _student, difference, interval
+from lmtune.evaluation.intervals import _student, difference, interval, interval_of, share_sentence, win_interval
 
 PAIRS = [
     ("the cat sat on the mat", "a cat sat on the mat."),
@@ -20,6 +20,9 @@ PAIRS = [
     ("an answer", ""),
     ("We ship & deliver &quot;soon&quot;.", 'We deliver "soon".'),
 ]
+
+
+CALL = '<tool_call>\n{"name": "lamp", "arguments": {"on": true, "n": 1}}\n</tool_call>'
 
 
 def scored(name: str, pairs=PAIRS) -> float:
@@ -57,6 +60,10 @@ def test_chinese_is_compared_by_its_letters() -> None:
         (r"regex:^\d+$", "any", "42", 1), (r"regex:^\d+$", "any", "forty", 0),
         ("json", '{"a": 1, "b": [2]}', '```json\n{"b": [2], "a": 1.0}\n```', 1), ("json", '{"a": 1}', '{"a": 2}', 0),
         ("json_valid", "", "[1]", 1), ("json_valid", "", "{broken", 0),
+        ("tool_call", CALL, '{"name": "lamp", "parameters": {"on": true, "n": 1.0}}', 1),
+        ("tool_call", CALL, 'I call {"name": "lamp", "arguments": "{\\"n\\": 1, \\"on\\": true}"} now', 1),
+        ("tool_call", CALL, CALL.replace("true", "1"), 0), ("tool_call", CALL, CALL + CALL, 0),
+        ("tool_call", CALL, "{broken {", 0), ("json", "[true]", "[1]", 0),
         ("f1", "red and blue", "blue", 0.5), ("f1", "red", "", 0), ("rouge_l", "a b", "b a", 1),
         ("rouge_l", "one two three", "one three", 0.8),
     ],
@@ -66,7 +73,7 @@ def test_what_counts_as_the_same(name: str, reference: str, answer: str, wanted:
 
 
 def test_every_metric_is_a_share_and_1_for_the_reference_itself() -> None:
-    same = [(json.dumps({"n": 4, "text": "one two three four five"}),) * 2]
+    same = [(json.dumps({"name": "n", "arguments": {"text": "one two three four five"}, "n": 4}),) * 2]
     for name in METRICS:
         name = name.replace("PATTERN", ".")
         assert scored(name, same) == pytest.approx(1), name
@@ -117,7 +124,42 @@ def test_a_paired_difference_ignores_what_is_hard_for_both() -> None:
     assert (same.verdict, same.ties, same.win_share) == ("not told apart", 80, 0.5)
     worse = difference(first, np.stack([hard + 1, ones], 1), score, higher_is_better=False)
     assert (worse.verdict, worse.losses) == ("worse", 80)
-    assert worse.win_interval == (0, 0)
+    assert worse.win_interval.low == 0
+    assert 0 < worse.win_interval.high < 0.04, "80 of 80 is not for certain all"
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.2, 0.05, 0.75), (0.8, 0.2, 0.0), (0.97, 0.02, 0.01)])
+def test_the_share_of_wins_has_an_interval_that_holds_it(shares: tuple[float, float, float]) -> None:
+    drawn = np.random.default_rng(0).multinomial(40, shares, 2000)
+    found = [win_interval(*map(int, votes)) for votes in drawn]
+    inside = np.mean([low <= shares[0] + shares[2] / 2 <= high for low, high in found])
+    assert 0.93 <= inside <= (0.97 if max(shares) < 0.9 else 0.999)  # near the edge it is wide rather than narrow
+    assert 0.93 <= covered(0.9, 40, 2000) <= 0.97, "of shares, too"
+
+
+def covered(share: float, rows: int, trials: int) -> float:
+    """How often the interval of right rows holds the share that they are drawn with."""
+    drawn = np.random.default_rng(0).random((trials, rows)) < share
+    found = [interval(np.stack([right, np.ones(rows)], 1), lambda sums: sums[..., 0] / sums[..., 1]) for right in drawn]
+    return float(np.mean([low <= share <= high for low, high in found]))
+
+
+def test_few_rows_on_one_side_tell_nothing() -> None:
+    few, score = np.array([[1.0, 1.0]] * 5), lambda sums: sums[..., 0] / sums[..., 1]
+    worst = np.array([[0.0, 1.0]] * 5)
+    assert difference(worst, few, score).verdict == "not told apart", "of 5 coins all fall alike once in 16"
+    assert difference(np.tile(worst, (2, 1)), np.tile(few, (2, 1)), score).verdict == "better"
+    assert share_sentence("b", 5, 0, 0).startswith("b is not told apart")
+    assert share_sentence("b", 30, 5, 5) == "b is better: it wins 69 to 90 of 100 rows"
+    assert share_sentence("b", 0, 0, 0) == "no row has a verdict"
+
+
+def test_measures_that_are_no_sums_are_resampled_too() -> None:
+    values = np.random.default_rng(0).normal(size=200)
+    found = interval_of(lambda some: float(values[some].mean()), 200)
+    wanted = interval(np.stack([values, np.ones(200)], 1), lambda sums: sums[..., 0] / sums[..., 1])
+    assert found == pytest.approx(wanted, abs=0.02)
+    assert interval_of(lambda some: None, 200) is None
 
 
 def test_equal_seeds_draw_equal_rows_and_one_row_has_no_interval() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import lmtune
 from lmtune.errors import ConfigError, DataError, ModelError
-from lmtune.evaluation.scoring import evaluate_loaded
+from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.export.merged import merge_run
 from lmtune.inference.load import load_for_inference
 from lmtune.runs.store import RunDirectory

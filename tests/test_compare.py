@@ -8,7 +8,8 @@ import pytest
 
 from lmtune.errors import DataError
 from lmtune.evaluation.answer_metrics import answer_metric
-from lmtune.evaluation.compare import RowResult, compare
+from lmtune.evaluation.compare import compare
+from lmtune.evaluation.results import RowResult
 from lmtune.evaluation.tables import comparison_table, describe_worse
 from lmtune.io.console import out
 from lmtune.recipes import compare as recipe
@@ -17,7 +18,13 @@ from tests.sample_run import write_base, write_run
 
 def results(answers: dict[int, str], losses: dict[int, float] | None = None) -> list[RowResult]:
     return [
-        RowResult(f"rows.jsonl:{line}", f"question {line}", "yes", said, (losses or {}).get(line, 1.0) and (1.0, 4.0))
+        RowResult(
+            f"rows.jsonl:{line}",
+            f"question {line}",
+            "yes",
+            said,
+            {"loss": ((losses or {}).get(line, 1.0), 4.0), "token_accuracy": (2.0, 4.0)},
+        )
         for line, said in answers.items()
     ]
 
@@ -35,8 +42,8 @@ def test_rows_are_paired_by_their_place_and_those_that_got_worse_come_first() ->
     assert [(row.first.location, row.gain) for row in found.rows] == [
         ("rows.jsonl:1", -1), ("rows.jsonl:4", 0), ("rows.jsonl:2", 1), ("rows.jsonl:3", 1),
     ]  # fmt: skip
-    assert describe_worse(found, 3)[0] == "\n1 row got worse:"
-    assert "first:     yes" in describe_worse(found, 3)[-2]
+    assert describe_worse(found.rows, 3)[0] == "\n1 row got worse:"
+    assert "first:     yes" in describe_worse(found.rows, 3)[-2]
 
 
 def test_a_clear_difference_is_said_in_words() -> None:
@@ -51,19 +58,19 @@ def test_a_clear_difference_is_said_in_words() -> None:
 
 def test_a_lower_loss_is_better() -> None:
     first = [replace(row, answer=None) for row in results(dict.fromkeys(range(30), ""))]
-    second = [replace(row, loss=(row.loss[0] * 0.5, row.loss[1])) for row in first]
+    second = [replace(row, parts={**row.parts, "loss": (0.5, 4.0)}) for row in first]
     found = compare(first, second, [answer_metric("exact")])
-    assert found.scores == {"loss": (0.25, 0.125)}
+    assert found.scores == {"loss": (0.25, 0.125), "token_accuracy": (0.5, 0.5)}
     assert (found.deciding, found.differences["loss"].verdict) == ("loss", "better")
     assert found.differences["loss"].value == 0.125, "positive where the second is better"
     assert all(row.gain == 0.125 for row in found.rows)
 
 
 def test_models_of_different_objectives_and_rows_in_common_are_needed() -> None:
-    classified = [RowResult("a:1", is_right=True), RowResult("a:2", is_right=False)]
+    classified = [RowResult(f"a:{right}", parts={"accuracy": (right, 1.0)}) for right in (1.0, 0.0)]
     assert compare(classified, classified, []).scores == {"accuracy": (0.5, 0.5)}
     with pytest.raises(DataError, match="trained for different things"):
-        compare(classified, [RowResult("a:1", loss=(1.0, 1.0))], [])
+        compare(classified, [RowResult("a:1.0", parts={"loss": (1.0, 1.0)})], [])
     with pytest.raises(DataError, match="no row that both"):
         compare(classified, [], [])
 
@@ -78,7 +85,7 @@ def test_a_run_beside_its_base_from_the_command_line(tmp_path: Path, capsys: pyt
         str(base), str(run.path), [rows], ["exact", "chrf"], output=tmp_path / "rows.jsonl", as_json=True, **arguments
     )
     tree = json.loads(capsys.readouterr().out)
-    assert list(tree["scores"]) == ["exact", "chrf", "loss"]
+    assert list(tree["scores"]) == ["exact", "chrf", "loss", "token_accuracy", "sequence_accuracy"]
     assert tree["differences"]["loss"]["verdict"] in ("better", "worse", "not told apart")
     assert len(tree["rows"]) == 4
     written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]

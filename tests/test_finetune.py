@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig
-from lmtune.evaluation.scoring import evaluate_loaded
+from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.inference.load import load_for_inference
 from tests.processes import at_call, lmtune, said, send
 from tests.tiny import save_tiny

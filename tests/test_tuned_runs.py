@@ -13,15 +13,15 @@ import lmtune
 from lmtune.config.schema import ModelConfig
 from lmtune.data.types import Message
 from lmtune.errors import ConfigError
-from lmtune.evaluation.scoring import evaluate_loaded
+from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.export.hub import prepare_push
 from lmtune.export.merged import merge_run
 from lmtune.inference.engine import Sampling
 from lmtune.inference.load import load_for_inference, usable_adapter
+from lmtune.inference.start_adapter import with_starting_adapter
 from lmtune.models.base import load_model
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import load_checkpoint
-from lmtune.training.start_adapter import with_starting_adapter
 from tests.processes import KILL, after_update
 from tests.processes import lmtune as command
 from tests.workplace import (

@@ -14,6 +14,7 @@ chrF: https://aclanthology.org/W15-3049. ROUGE-L: https://aclanthology.org/W04-1
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -22,7 +23,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 
 import numpy as np
@@ -40,6 +41,7 @@ _NUMBER = re.compile(
 )
 # Letters that are words by themselves: of scripts that put no spaces between words.
 _UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f])")
+_DECODER = json.JSONDecoder()
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -51,11 +53,13 @@ class AnswerMetric:
         name: as it is asked for.
         statistics: of a reference and an answer, `[S]`.
         score: of sums of statistics `[..., S]`, from 0 to 1.
+        applies: whether a row with this reference is one that the metric is about.
     """
 
     name: str
     statistics: Callable[[str, str], Sequence[float]]
     score: Callable[[Float64], Float64]
+    applies: Callable[[str], bool] = lambda reference: True
 
     def of_rows(self, pairs: Iterable[tuple[str, str]]) -> Float64:
         """`[N, S]` of pairs of reference and answer."""
@@ -78,11 +82,18 @@ def answer_metric(name: str) -> AnswerMetric:
         return AnswerMetric(name, _bleu_statistics, _bleu)
     if name == "chrf":
         return AnswerMetric(name, _chrf_statistics, _chrf)
+    if name == "tool_call":
+        return replace(_mean_of(name, _same_calls), applies=lambda reference: bool(calls_in(reference)))
     if name in _OF_ROWS:
         return _mean_of(name, _OF_ROWS[name])
     near = difflib.get_close_matches(name, METRICS, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(f"--metric {name}: unknown; expected one of {', '.join(METRICS)}{meant}")
+
+
+def answer_metrics(names: Sequence[str] | None, otherwise: Sequence[str]) -> list[AnswerMetric]:
+    """The metrics that a command was asked for, or else those called `otherwise`."""
+    return [answer_metric(name) for name in dict.fromkeys(names or otherwise)]
 
 
 def _mean_of(name: str, compare: Callable[[str, str], float]) -> AnswerMetric:
@@ -166,9 +177,48 @@ def _is_json(reference: str, answer: str) -> bool:
 
 def _same_json(reference: str, answer: str) -> bool:
     try:
-        return json_in(reference) == json_in(answer)
+        return _plain(json_in(reference)) == _plain(json_in(answer))
     except ValueError:
         return False
+
+
+def _plain(value: object) -> str:
+    """A JSON value as text, equal for equal values: keys in order, 1.0 as 1, and true not as 1."""
+
+    def whole(one: object) -> object:
+        if isinstance(one, dict):
+            return {key: whole(item) for key, item in one.items()}
+        if isinstance(one, list):
+            return [whole(item) for item in one]
+        return int(one) if isinstance(one, float) and one.is_integer() else one
+
+    return json.dumps(whole(value), sort_keys=True)
+
+
+def calls_in(text: str) -> list[str]:
+    """The tool calls in an answer, whatever stands around their JSON, each as text that is equal for equal calls.
+
+    A call is an object with a name, and arguments or parameters that are an object, or JSON text of one.
+    """
+    found, place = [], text.find("{")
+    while place >= 0:
+        try:
+            value, end = _DECODER.raw_decode(text, place)
+        except ValueError:
+            value, end = None, place + 1
+        call = value.get("function", value) if isinstance(value, dict) else None
+        given = None if not isinstance(call, dict) else call.get("arguments", call.get("parameters"))
+        if isinstance(given, str):
+            with contextlib.suppress(ValueError):
+                given = json.loads(given)
+        if isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(given, dict):
+            found.append(_plain([call["name"], given]))
+        place = text.find("{", end)
+    return sorted(found)
+
+
+def _same_calls(reference: str, answer: str) -> bool:
+    return calls_in(reference) == calls_in(answer)
 
 
 def token_f1(reference: str, answer: str) -> float:
@@ -267,4 +317,4 @@ _OF_ROWS: dict[str, Callable[[str, str], float]] = {
     "f1": token_f1,
     "rouge_l": rouge_l,
 }
-METRICS = (*_OF_ROWS, "number", "regex:PATTERN", "bleu", "chrf")
+METRICS = (*_OF_ROWS, "tool_call", "number", "regex:PATTERN", "bleu", "chrf")

@@ -1,53 +1,24 @@
 """Two models on the same rows: how far their scores are apart, how sure that is, and which rows got worse.
 
-first, second = (row_results(load(name), paths, …) for name in names)
-compare(first, second, [answer_metric("chrf")]).differences["chrf"].sentence("runs/b")
+compared = compare(first, second, [answer_metric("chrf")])          # rows of `row_results`, or of files of answers
+compared.differences["chrf"].sentence("runs/b")
 """
 
 from __future__ import annotations
 
-import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from lmtune.config.load import build_config
-from lmtune.config.schema import DataConfig
-from lmtune.data.store import tokenize
-from lmtune.data.types import ExampleStore
 from lmtune.errors import DataError
-from lmtune.evaluation.answer_metrics import AnswerMetric, mean_of_sums
-from lmtune.evaluation.generative import answers, split_prompt
-from lmtune.evaluation.intervals import Difference, Score, difference
-from lmtune.evaluation.scoring import check_lengths, forward_passes, objective_of_model, row_losses, units_of_rows
-from lmtune.forward.packed import PackedForward
-from lmtune.inference.load import LoadedModel
-from lmtune.models.structure import max_positions
-from lmtune.objectives.base import Objective
+from lmtune.evaluation.answer_metrics import AnswerMetric
+from lmtune.evaluation.intervals import Difference, difference
+from lmtune.evaluation.results import Measured, RowResult, ScoreOfRows, by_metric, by_part, scores_of
 
-Float64 = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """What one model makes of one row.
-
-    Attributes:
-        location: `file:line`.
-        question, reference: of the row; empty where it has none.
-        answer: what the model generates; None where it was not asked.
-        loss: of the row's targets together, in nats, and their number; None of other objectives than answers.
-        is_right: of other objectives, whether the row, or pair, is on the right side; else None.
-    """
-
-    location: str
-    question: str = ""
-    reference: str = ""
-    answer: str | None = None
-    loss: tuple[float, float] | None = None
-    is_right: bool | None = None
+_OF_ANSWERS = ("loss", "token_accuracy", "sequence_accuracy")
+_LOWER_IS_BETTER = ("loss",)
 
 
 @dataclass(frozen=True)
@@ -57,6 +28,13 @@ class ComparedRow:
     first: RowResult
     second: RowResult
     gain: float
+
+    def as_dict(self, first: str = "first", second: str = "second") -> dict[str, object]:
+        """For a line of JSON; the models' answers and scores stand under their names."""
+        tree: dict[str, object] = {"row": self.first.location, "gain": self.gain}
+        tree.update(question=self.first.question, reference=self.first.reference)
+        tree.update({first: self.first.answer, second: self.second.answer})
+        return {**tree, "scores": {first: values_of(self.first), second: values_of(self.second)}}
 
 
 @dataclass(frozen=True)
@@ -81,58 +59,26 @@ class Comparison:
         return next(iter(self.differences))
 
 
-def row_results(
-    loaded: LoadedModel, paths: Sequence[str], answer_rows: int, max_new_tokens: int, max_length: int,
-    base: bool = False, columns: Mapping[str, str] | None = None,
-) -> list[RowResult]:  # fmt: skip
-    """What a model makes of every row of `paths`; of answers it generates some for the first `answer_rows`.
+@dataclass(frozen=True)
+class Slice:
+    """Some of the rows, which have one value of a field.
 
-    `base`: without its adapter; `columns` is `data.columns` for these rows.
-
-    Raises:
-        DataError: a row is faulty, or none is left.
+    Attributes:
+        name: the value.
+        rows: how many.
+        scores: of the second model, or of the only one.
+        compared: with the first; None of one model, and where no row has a score in common.
     """
-    tree = {"train": list(paths), "max_length": max_length, "columns": columns}
-    settings = build_config(DataConfig, tree, where="lmtune compare")
-    objective = objective_of_model(loaded)
-    data = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
-    check_lengths(loaded.model, [data], "--max-length")
-    forward = PackedForward(loaded.model)
-    with loaded.use_base() if base else contextlib.nullcontext():
-        if objective.rows != "answer":
-            return _of_objective(forward, objective, data, max(4096, max_length), loaded)
-        return _of_answers(forward, data, loaded, answer_rows, max_new_tokens, max(4096, max_length))
+
+    name: str
+    rows: int
+    scores: dict[str, ScoreOfRows] = field(default_factory=dict)
+    compared: Comparison | None = None
 
 
-def _of_answers(
-    forward: PackedForward, data: ExampleStore, loaded: LoadedModel, answer_rows: int, max_new_tokens: int, tokens: int
-) -> list[RowResult]:  # fmt: skip
-    losses, targets, _ = row_losses(forward, data, tokens, who=loaded.name)
-    room = max_positions(loaded.model) or np.inf
-    asked = [row for row in range(min(answer_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]
-    with forward.autocast():
-        given = answers(forward.model, loaded.renderer, data, asked, max_new_tokens, loaded.name)
-    by_row = {answer.row: answer for answer in given}
-    found = []
-    for row in range(len(data)):
-        location, loss = data[row].location, (float(losses[row]), float(targets[row]))
-        if (answer := by_row.get(row)) is None:
-            found.append(RowResult(location, loss=loss))
-        else:
-            found.append(RowResult(location, answer.question, answer.reference, answer.prediction, loss))
-    return found
-
-
-def _of_objective(
-    forward: PackedForward, objective: Objective, data: ExampleStore, tokens: int, loaded: LoadedModel
-) -> list[RowResult]:  # fmt: skip
-    if objective.two_passes or objective.rows == "judged":
-        raise DataError("compare reads answers, pairs and labelled rows; judged answers are scored by lmtune evaluate")
-    errors = np.zeros(len(data))
-    units = units_of_rows(data, objective.units)
-    for _, batch, outputs in forward_passes(forward, data, units, tokens, f"scoring {loaded.name}"):
-        errors += objective.loss(outputs, batch, 0.0).errors.cpu().double().numpy()
-    return [RowResult(data[row].location, is_right=bool(errors[row] == 0)) for row in range(len(data))]
+def values_of(row: RowResult) -> dict[str, float]:
+    """The scores of one row by itself."""
+    return {name: value / count for name, (value, count) in row.parts.items() if count}
 
 
 def compare(first: Sequence[RowResult], second: Sequence[RowResult], metrics: Sequence[AnswerMetric]) -> Comparison:
@@ -145,43 +91,67 @@ def compare(first: Sequence[RowResult], second: Sequence[RowResult], metrics: Se
     Raises:
         DataError: there is no row that both could read.
     """
-    theirs = {row.location: row for row in second}
-    pairs = [(row, theirs[row.location]) for row in first if row.location in theirs]
+    theirs = dict(_numbered(second))
+    pairs = [(row, theirs[place]) for place, row in _numbered(first) if place in theirs]
     if not pairs:
         raise DataError("there is no row that both models could read")
-    left_out = len(first) + len(second) - 2 * len(pairs)
     scores: dict[str, tuple[float, float]] = {}
     differences: dict[str, Difference] = {}
     gains = np.zeros(len(pairs))
-    for name, of_first, of_second, score, places in _measured(pairs, metrics):
-        higher = name != "loss"
-        found = difference(of_first, of_second, score, higher_is_better=higher)
+    for name, one, other in _measured(pairs, metrics):
+        sign = -1 if name in _LOWER_IS_BETTER else 1
+        found = difference(one.statistics, other.statistics, one.score, higher_is_better=sign > 0)
         if found is None:
             continue
-        scores[name] = float(score(of_first.sum(0))), float(score(of_second.sum(0)))
-        differences[name] = found
-        apart = (score(of_second) - score(of_first)) * (1 if higher else -1)
-        gains[places] = np.where(gains[places] == 0, apart, gains[places])
+        scores[name], differences[name] = (one.value, other.value), found
+        apart = sign * (other.of_rows - one.of_rows)
+        gains[one.places] = np.where(gains[one.places] == 0, apart, gains[one.places])
     if not differences:
         raise DataError("the two models were trained for different things; compare models of one objective")
     rows = [ComparedRow(one, other, float(gain)) for (one, other), gain in zip(pairs, gains, strict=True)]
+    left_out = len(first) + len(second) - 2 * len(pairs)
     return Comparison(scores, differences, sorted(rows, key=lambda row: row.gain), left_out)
+
+
+def _numbered(rows: Sequence[RowResult]) -> Iterator[tuple[tuple[str, int], RowResult]]:
+    """Rows by their location, and which of its rows they are: a list in JSON may stand on one line."""
+    seen = Counter[str]()
+    for row in rows:
+        yield (row.location, seen[row.location]), row
+        seen[row.location] += 1
 
 
 def _measured(
     pairs: Sequence[tuple[RowResult, RowResult]], metrics: Sequence[AnswerMetric]
-) -> Iterator[tuple[str, Float64, Float64, Score, npt.NDArray[np.int64]]]:
-    """By metric both models' statistics `[N, S]`, how they become a score, and the places of their rows in `pairs`."""
-    answered = [i for i, (one, other) in enumerate(pairs) if one.answer is not None and other.answer is not None]
-    for metric in metrics if answered else ():
-        first, second = (
-            metric.of_rows((pairs[i][0].reference, pairs[i][which].answer or "") for i in answered) for which in (0, 1)
-        )
-        yield metric.name, first, second, metric.score, np.array(answered)
-    everywhere = np.arange(len(pairs))
-    if all(one.loss and other.loss for one, other in pairs):
-        first, second = (np.array([pair[which].loss for pair in pairs], dtype=np.float64) for which in (0, 1))
-        yield "loss", first, second, mean_of_sums, everywhere
-    if all(one.is_right is not None and other.is_right is not None for one, other in pairs):
-        first, second = (np.array([(float(bool(pair[which].is_right)), 1.0) for pair in pairs]) for which in (0, 1))
-        yield "accuracy", first, second, mean_of_sums, everywhere
+) -> Iterator[tuple[str, Measured, Measured]]:
+    """By metric what both models have of the same pairs."""
+    answered = [place for place, pair in enumerate(pairs) if all(row.is_answer for row in pair)]
+    answers = [pairs[place] for place in answered]
+    for metric in metrics:
+        both = [by_metric([pair[which] for pair in answers], metric) for which in (0, 1)]
+        if both[0] is not None and both[1] is not None:
+            places = np.array(answered)[both[0].places]
+            yield metric.name, replace(both[0], places=places), replace(both[1], places=places)
+    both_answer = all("token_accuracy" in row.parts for pair in pairs for row in pair)
+    for name in _OF_ANSWERS if both_answer else ("accuracy",):
+        both = [by_part([pair[which] for pair in pairs], name) for which in (0, 1)]
+        if both[0] is not None and both[1] is not None and np.array_equal(both[0].places, both[1].places):
+            yield name, both[0], both[1]
+
+
+def slices_of(
+    names: Mapping[str, str], first: Sequence[RowResult] | None, second: Sequence[RowResult],
+    metrics: Sequence[AnswerMetric],
+) -> list[Slice]:  # fmt: skip
+    """The rows by the slice that each location is in, in the order of `names`' values; `first` is None of one model."""
+    found = []
+    for name in dict.fromkeys(names.values()):
+        rows, others = ([row for row in part or () if names.get(row.location) == name] for part in (second, first))
+        if not rows:
+            continue
+        try:
+            compared = compare(others, rows, metrics) if others else None
+        except DataError:  # none of these rows was read by both
+            compared = None
+        found.append(Slice(name, len(rows), scores_of(rows, metrics), compared))
+    return found

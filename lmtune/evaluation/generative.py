@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,9 @@ def answers(
         sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(renderer.stop_token_ids))
         generated = TransformersEngine(model).generate(prompts, sampling, shown.advance)
     model.train(training)
+    question_of = questions(renderer)
     return [
-        Answer(row, _question(renderer, prompt), *(split_reply(renderer.decode(ids))[1] for ids in (reference, said)))
+        Answer(row, question_of(prompt), *(split_reply(renderer.decode(ids))[1] for ids in (reference, said)))
         for row, prompt, reference, said in zip(rows, prompts, references, generated, strict=True)
     ]
 
@@ -61,10 +62,14 @@ def split_prompt(row: TokenizedExample) -> tuple[list[int], list[int]]:
     return (ids[:start], ids[start:]) if start > 1 else ([], ids)
 
 
-def _question(renderer: Renderer, prompt: Sequence[int]) -> str:
-    """The prompt as text, without control tokens and, for a single question, without the template's words around it."""
-    text = str(renderer.tokenizer.decode(prompt, skip_special_tokens=True))
+def questions(renderer: Renderer) -> Callable[[Sequence[int]], str]:
+    """What makes text of a prompt: without control tokens and, of a single question, the template's words around it."""
     probe = "a question of its own"
     around = str(renderer.tokenizer.decode(renderer.prompt_ids([Message("user", probe)]), skip_special_tokens=True))
     before, found, after = around.partition(probe)
-    return text.removeprefix(before).removesuffix(after).strip() if found else text.strip()
+
+    def question_of(prompt: Sequence[int]) -> str:
+        text = str(renderer.tokenizer.decode(prompt, skip_special_tokens=True))
+        return text.removeprefix(before).removesuffix(after).strip() if found else text.strip()
+
+    return question_of

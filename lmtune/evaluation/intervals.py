@@ -4,6 +4,10 @@ The bootstrap draws as many rows as there are, again and again, and looks how th
 rows are drawn for both, so that rows which are hard for both move neither. Few rows spread less in a resample than they
 do in the world, so the percentiles are widened as a t distribution is wider than a normal one
 (https://arxiv.org/abs/1411.5279, 5.2).
+
+Where rows are right or wrong the bootstrap of few rows, or of a share near 0 or 1, is too narrow: 8 of 8 would be sure.
+A share has Wilson's interval, a share of wins that of Agresti and Min, who add half a row to each outcome
+(https://doi.org/10.1002/sim.1781).
 """
 
 from __future__ import annotations
@@ -16,10 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lmtune.runs.tables import wilson
+
 Float64 = npt.NDArray[np.float64]
 Score = Callable[[Float64], Float64]  # of sums of statistics [..., S]
 RESAMPLES = 2000
 _AT_ONCE = 4_000_000  # drawn rows that are held
+_Z = 1.959963984540054  # of a normal distribution, leaves 2.5 % above it
+_FEWEST = 6  # of 5 rows all may be on one side by chance: 2 times 2 to the -5 is more than 5 %
 
 
 class Interval(NamedTuple):
@@ -52,23 +60,66 @@ class Difference:
     @property
     def verdict(self) -> str:
         """`better`, `worse`, or `not told apart`."""
+        if self.wins + self.losses + self.ties < _FEWEST:
+            return "not told apart"
         if self.interval.low > 0:
             return "better"
         return "worse" if self.interval.high < 0 else "not told apart"
 
     def sentence(self, name: str = "tuned") -> str:
         """In words: `tuned is better: it wins 61 to 74 of 100 rows`."""
-        low, high = (round(100 * edge) for edge in self.win_interval)
-        if self.verdict == "not told apart":
-            return f"{name} is not told apart from the other: it wins {low} to {high} of 100 rows; more rows would tell"
-        return f"{name} is {self.verdict}: it wins {low} to {high} of 100 rows"
+        return _in_words(name, self.verdict, self.win_interval)
+
+
+def share_sentence(name: str, wins: int, losses: int, ties: int) -> str:
+    """Which of two models somebody prefers, in words, by how many rows `name` wins, loses and ties."""
+    if not wins + losses + ties:
+        return "no row has a verdict"
+    found = win_interval(wins, losses, ties)
+    is_sure = wins + losses + ties >= _FEWEST
+    verdict = "better" if is_sure and found.low > 0.5 else "worse" if is_sure and found.high < 0.5 else "not told apart"
+    return _in_words(name, verdict, found)
+
+
+def _in_words(name: str, verdict: str, wins: Interval) -> str:
+    low, high = (round(100 * edge) for edge in wins)
+    if verdict == "not told apart":
+        return f"{name} is not told apart from the other: it wins {low} to {high} of 100 rows; more rows would tell"
+    return f"{name} is {verdict}: it wins {low} to {high} of 100 rows"
 
 
 def interval(statistics: Float64, score: Score, seed: int = 0) -> Interval | None:
-    """Of `score(statistics.sum(0))` of rows' statistics `[N, S]`; None for fewer than two rows."""
-    if len(statistics) < 2:
+    """Of `score(statistics.sum(0))` of rows' statistics `[N, S]`; None for fewer than two rows.
+
+    Of statistics that are 0 or 1, and a 1 behind it, the score is taken for the share that they add up to.
+    """
+    count = len(statistics)
+    if count < 2:
         return None
-    return _percentiles(score(_resampled(statistics, seed)), len(statistics))
+    if statistics.shape[1] == 2 and (statistics[:, 1] == 1).all() and np.isin(statistics[:, 0], (0, 1)).all():
+        return Interval(*wilson(float(statistics[:, 0].mean()), count))
+    return _percentiles(score(_resampled(statistics, seed)), count)
+
+
+def interval_of(measure: Callable[[npt.NDArray[np.int64]], float | None], count: int, seed: int = 0) -> Interval | None:
+    """Of a measure of some of `count` rows, by their numbers, that is no function of sums; None if it has no value."""
+    if count < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    found = [measure(generator.integers(0, count, count)) for _ in range(RESAMPLES)]
+    values = np.array([value for value in found if value is not None])  # none where a resample lacks a class
+    return _percentiles(values, count) if len(values) > RESAMPLES // 2 else None
+
+
+def win_interval(wins: int, losses: int, ties: int) -> Interval:
+    """Of the share of rows that one of two wins, ties counting half, by how many it wins, loses and ties.
+
+    Source: Agresti and Min, https://doi.org/10.1002/sim.1781, with half a row more won and lost, and one more tied.
+    """
+    count, better, worse = wins + losses + ties + 2.0, wins + 0.5, losses + 0.5
+    middle = (better - worse) / count
+    half = _Z * math.sqrt(max(0.0, better + worse - (better - worse) ** 2 / count)) / count
+    return Interval(max(0.0, (1 + middle - half) / 2), min(1.0, (1 + middle + half) / 2))
 
 
 def difference(
@@ -87,15 +138,15 @@ def difference(
     sign = 1.0 if higher_is_better else -1.0
     both = np.concatenate([first, second], 1)
     of_rows = sign * (score(second) - score(first))
-    points = np.stack([(of_rows > 1e-12) + 0.5 * (np.abs(of_rows) <= 1e-12), np.ones(len(first))], 1)
-    sums = _resampled(np.concatenate([both, points], 1), seed)
+    wins, losses = int((of_rows > 1e-12).sum()), int((of_rows < -1e-12).sum())
+    ties = len(first) - wins - losses
+    sums = _resampled(both, seed)
     size = first.shape[1]
-    apart = score(sums[:, size : 2 * size]) - score(sums[:, :size])
+    apart = score(sums[:, size:]) - score(sums[:, :size])
     value = float(score(second.sum(0)) - score(first.sum(0)))
-    wins, ties = int((points[:, 0] == 1).sum()), int((points[:, 0] == 0.5).sum())
     return Difference(
-        sign * value, _percentiles(sign * apart, len(first)), wins, len(first) - wins - ties, ties,
-        float(points[:, 0].mean()), _percentiles(sums[:, -2] / sums[:, -1], len(first)),
+        sign * value, _percentiles(sign * apart, len(first)), wins, losses, ties, (wins + ties / 2) / len(first),
+        win_interval(wins, losses, ties),
     )  # fmt: skip
 
 
@@ -125,7 +176,7 @@ def _normal_share(z: float) -> float:
 
 def _student(freedom: int) -> float:
     """The quantile of Student's t that leaves 2.5 % above it; from the normal one, by Cornish and Fisher's series."""
-    z, n = 1.959963984540054, max(1, freedom)
+    z, n = _Z, max(1, freedom)
     if n <= 2:
         return (12.706204736, 4.302652730)[n - 1]
     terms: tuple[float, ...] = (

@@ -14,7 +14,7 @@ from lmtune.data.rendering import Renderer
 from lmtune.data.replies import split_reply
 from lmtune.data.sources import Given, find_files
 from lmtune.data.types import Example
-from lmtune.errors import DataError
+from lmtune.errors import ConfigError, DataError
 from lmtune.inference.classify import Classifier
 from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
@@ -73,16 +73,34 @@ def _verdicts(loaded: LoadedModel, read: Sequence[tuple[Example, Row]], max_leng
 
 
 def _answers(loaded: LoadedModel, read: Sequence[tuple[Example, Row]], max_new_tokens: int) -> Iterator[Row]:
-    prompts = [_prompt(loaded.renderer, example) for example, _ in read]
-    sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(loaded.renderer.stop_token_ids))
-    with progress("answering", len(read), "rows") as shown:
-        generated = loaded.engine.generate(prompts, sampling, shown.advance)
-    for (_, row), ids in zip(read, generated, strict=True):
-        reasoning, answer = split_reply(loaded.renderer.decode(ids))
+    replies = _replies(loaded, [example for example, _ in read], max_new_tokens)
+    for (_, row), (reasoning, answer) in zip(read, replies, strict=True):
         yield {**row, **({} if reasoning is None else {"reasoning": reasoning}), "prediction": answer}
 
 
-def _prompt(renderer: Renderer, example: Example) -> list[int]:
+def answer_prompts(loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
+    """The greedy answer to each row, without reasoning.
+
+    Raises:
+        ConfigError: the model is a classifier.
+    """
+    if loaded.head is not None:
+        raise ConfigError(f"{loaded.name}: a classifier gives no answers; expected a language model")
+    return [answer for _, answer in _replies(loaded, examples, max_new_tokens)]
+
+
+def _replies(
+    loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int
+) -> Iterator[tuple[str | None, str]]:  # fmt: skip
+    """Reasoning and answer of each."""
+    prompts = [prompt_of(loaded.renderer, example) for example in examples]
+    sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(loaded.renderer.stop_token_ids))
+    with progress(f"letting {loaded.name} answer", len(prompts), "rows") as shown:
+        generated = loaded.engine.generate(prompts, sampling, shown.advance)
+    return (split_reply(loaded.renderer.decode(ids)) for ids in generated)
+
+
+def prompt_of(renderer: Renderer, example: Example) -> list[int]:
     """The tokens before an answer: a row's own answer, if it has one, is left out."""
     if example.text is not None:
         raise DataError(f"{example.location}: a language model answers prompts; write prompt, or messages")

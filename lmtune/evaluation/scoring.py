@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,27 +22,19 @@ import torch
 from lmtune.batching.packing import MicroBatch, pack_bins
 from lmtune.batching.plan import Totals, Unit, each_alone
 from lmtune.batching.prefetch import pack_units
-from lmtune.config.load import build_config, load_config
-from lmtune.config.schema import DataConfig, DataSource, FinetuneConfig, LoraConfig
 from lmtune.data.rendering import Renderer
-from lmtune.data.report import PartReport
-from lmtune.data.store import load_data, tokenize
 from lmtune.data.types import ExampleStore
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.generative import Answer, answers, split_prompt
 from lmtune.evaluation.measures import ClassScores, measure
 from lmtune.forward.packed import Outputs, PackedForward
-from lmtune.inference.load import LoadedModel
 from lmtune.io.console import err, progress, warn
 from lmtune.io.text import format_list, is_finite_number
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.head import Head
 from lmtune.models.structure import base_of, max_positions
 from lmtune.objectives.base import Objective
-from lmtune.objectives.chosen import objective_for, objective_of
-from lmtune.objectives.sft import Sft
 from lmtune.parallel.base import Parallel
-from lmtune.runs.store import RunDirectory
 
 UnitsOf = Callable[[int], Sequence[Sequence[int]]]
 Float64 = npt.NDArray[np.float64]
@@ -103,91 +94,25 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What a model scores on some rows.
+class RowScores:
+    """What a model scores on N rows, and each of them by itself.
 
     Attributes:
-        tuned: scores of the model as it is.
-        base: of the same model without its adapter; None for a model that has none.
-        answers: the model's generated answers beside the reference, in the order of the rows.
-        report: what became of every row read.
-        trained_rows: how many of the scored rows the model was trained on; None if that is not known.
+        scores: of all rows.
+        parts: by score, of each row a value and how much it counts, `[N, 2]`; the score is the quotient of their sums.
+        outputs, targets: of a classifier, what its head says of each row `[N, K]`, and what is right, as `measure` has
+            them.
     """
 
-    tuned: Scores
-    base: Scores | None
-    answers: list[Answer]
-    report: PartReport
-    trained_rows: int | None = None
-
-
-def evaluate_loaded(
-    loaded: LoadedModel, paths: Sequence[str | DataSource], exact_match_rows: int, max_new_tokens: int, max_length: int,
-    columns: Mapping[str, str] | None = None,
-) -> Evaluation:  # fmt: skip
-    """Score a loaded model on the rows of `paths`, and its base beside it; answers are generated for some rows.
-
-    `columns` is `data.columns` for these rows, see `lmtune.runs.columns`.
-
-    Raises:
-        DataError: a row is faulty, or none is left.
-        ConfigError: `max_length` is beyond the model's positions.
-    """
-    tree = {"train": "given", "max_length": max_length, "columns": columns}
-    settings = build_config(DataConfig, tree, where="lmtune evaluate")
-    objective = objective_of_model(loaded)
-    rows = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
-    check_lengths(loaded.model, [rows], "--max-length")
-    forward = PackedForward(loaded.model)
-    with loaded.use_base():
-        find = partial(sequence_logprobs, forward, objective.units, what=plural_of(objective))
-        scored = objective.precompute(rows, find)
-    if loaded.head is None and scored is not rows and not loaded.has_adapter:
-        warn("this model has no adapter to leave out, so it is its own reference, and rewards are 0")
-    elif loaded.head is None and scored is not rows and _begun_from_adapter(loaded.run):
-        warn("the run began from an adapter, its reference in training; the reference here is the base, so loss and "
-             "rewards are not those of the run's summary")  # fmt: skip
-    arguments = (
-        forward, loaded.renderer, scored, exact_match_rows, max_new_tokens, max(4096, max_length), objective
-    )  # fmt: skip
-    tuned, given = evaluate(*arguments)
-    base = None
-    if loaded.has_adapter:
-        with loaded.use_base():
-            base = evaluate(*arguments, who="the base")[0]
-    known = None if loaded.run is None else _trained_rows(loaded.run, loaded)
-    trained = None if known is None else int(np.isin(rows.content, known).sum())
-    return Evaluation(tuned, base, given, rows.report, trained)
+    scores: Scores
+    parts: Mapping[str, Float64]
+    outputs: Float64 | None = None
+    targets: Float64 | None = None
 
 
 def plural_of(objective: Objective) -> str:
     """What several rows of an objective are called."""
     return "pairs" if objective.rows == "pair" else "rows"
-
-
-def objective_of_model(loaded: LoadedModel) -> Objective:
-    """What a model was trained for: as its run says, by its head, or answers."""
-    if loaded.run is not None:
-        return objective_of(load_config(FinetuneConfig, loaded.run.config).objective, loaded.head)
-    return Sft() if loaded.head is None else objective_for(loaded.head)
-
-
-def _begun_from_adapter(run: RunDirectory | None) -> bool:
-    """Whether `run` is known, and began from an adapter."""
-    tuning = None if run is None else load_config(FinetuneConfig, run.config).tuning
-    return isinstance(tuning, LoraConfig) and tuning.adapter is not None
-
-
-def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint64] | None:
-    """The hashes of the rows that `run` trained on; None if its data is not here any more, or is not the same."""
-    try:
-        config = load_config(FinetuneConfig, run.config)
-        data = load_data(config.data, loaded.renderer, config.train.seed, config.objective.rows)
-        # by the files' content: the tokenizer beside an adapter may name another end token than the base's
-        begun = run.read_data_report()
-    except (LmtuneError, OSError):
-        return None
-    return data.train.content if begun is not None and begun.train.sha256 == data.report.train.sha256 else None
 
 
 def check_lengths(model: Any, parts: Sequence[Any], key: str, tell: bool = True) -> None:
@@ -237,6 +162,15 @@ def score(
     return score_objective(forward, objective, data, micro_batch_tokens, parallel, who)
 
 
+def score_rows(
+    forward: PackedForward, objective: Objective, data: ExampleStore, micro_batch_tokens: int, who: str = "the model"
+) -> RowScores:
+    """As `score`, and of each row by itself."""
+    if objective.rows == "answer":
+        return rows_teacher_forced(forward, data, micro_batch_tokens, who=who)
+    return rows_of_objective(forward, objective, data, micro_batch_tokens, who=who)
+
+
 def teacher_forced(
     forward: PackedForward, data: ExampleStore, micro_batch_tokens: int, parallel: Parallel | None = None,
     who: str = "the model",
@@ -254,15 +188,26 @@ def teacher_forced(
     Raises:
         LmtuneError: the loss of some rows is not finite; names them.
     """
-    sequences = data.sequences
+    return rows_teacher_forced(forward, data, micro_batch_tokens, parallel, who).scores
+
+
+def rows_teacher_forced(
+    forward: PackedForward, data: ExampleStore, micro_batch_tokens: int, parallel: Parallel | None = None,
+    who: str = "the model",
+) -> RowScores:  # fmt: skip
+    """As `teacher_forced`, and of each row by itself."""
     losses, targets, right = row_losses(forward, data, micro_batch_tokens, parallel, who)
-    weights = np.ones(len(data)) if sequences.weights is None else sequences.weights
-    loss = float((weights * losses).sum() / (weights * targets).sum())
-    accuracy = float(right.sum() / targets.sum())
-    return Scores(
-        loss, math.exp(min(loss, 700.0)), accuracy, float((right == targets).mean()), None, len(data), 0,
-        standard_error(weights * losses, weights * targets), standard_error(right, targets),
+    weights = np.ones(len(data)) if data.sequences.weights is None else data.sequences.weights
+    parts = {
+        "loss": np.stack([weights * losses, weights * targets], 1), "token_accuracy": np.stack([right, targets], 1),
+        "sequence_accuracy": np.stack([right == targets, np.ones(len(data))], 1),
+    }  # fmt: skip
+    loss, accuracy, whole = (float(total / count) for total, count in (part.sum(0) for part in parts.values()))
+    scores = Scores(
+        loss, math.exp(min(loss, 700.0)), accuracy, whole, None, len(data), 0, standard_error(*parts["loss"].T),
+        standard_error(right, targets),
     )  # fmt: skip
+    return RowScores(scores, parts)
 
 
 def row_losses(
@@ -320,6 +265,14 @@ def score_objective(
 
     `run` gives the outputs in place of the model.
     """
+    return rows_of_objective(forward, objective, data, micro_batch_tokens, parallel, who, run).scores
+
+
+def rows_of_objective(
+    forward: PackedForward, objective: Objective, data: ExampleStore, micro_batch_tokens: int,
+    parallel: Parallel | None = None, who: str = "the model", run: Callable[[MicroBatch], Outputs] | None = None,
+) -> RowScores:  # fmt: skip
+    """As `score_objective`, and of each row by itself."""
     units, statistic = _own(units_of_rows(data, objective.units), parallel), 0.0
     if objective.two_passes:
         found = np.zeros(2)
@@ -328,38 +281,42 @@ def score_objective(
             found += [float(part), number]
         total, count = _sum_over_ranks(found, parallel)
         statistic = float(total / max(1.0, count))
-    errors, sums = np.zeros(len(data)), np.zeros(1 + 2 * len(objective.metrics))
+    errors, sums = np.zeros(len(data)), np.zeros((len(data), 1 + len(objective.metrics), 2))
     seen: list[tuple[int, Float64]] = []  # of a classifier: row, its outputs and targets
     for _, batch, outputs in forward_passes(forward, data, units, micro_batch_tokens, f"scoring {who}", run):
         result = objective.loss(outputs, batch, statistic)
         errors += result.errors.cpu().double().numpy()
-        sums += [float(result.total), *(float(part) for name in objective.metrics for part in result.metrics[name])]
+        assert result.rows is not None
+        parts = [torch.stack([x.float() for x in result.parts[name]], 1) for name in ("loss", *objective.metrics)]
+        sums[result.rows.cpu().numpy()] += torch.stack(parts, 1).cpu().double().numpy()
         if outputs.scores is not None and "target" in batch.values:
             target = batch.values["target"].reshape(len(outputs.scores), -1)
             found = torch.cat([outputs.scores, target], 1).cpu().double().numpy()
             seen += zip(batch.example_of.tolist(), found, strict=True)
     errors, sums = _sum_over_ranks(errors, parallel), _sum_over_ranks(sums, parallel)
-    loss = float(sums[0]) / objective.denominator(Totals.of(data.sequences, np.arange(len(data))))
+    each = {name: sums[:, place] for place, name in enumerate(("loss", *objective.metrics))}
+    loss = float(each["loss"][:, 0].sum()) / objective.denominator(Totals.of(data.sequences, np.arange(len(data))))
     if not math.isfinite(loss):
         raise LmtuneError(f"the loss of {who} on the rows it is scored on is not finite")
-    metrics = {
-        name: float(total / count)
-        for name, total, count in zip(objective.metrics, sums[1::2], sums[2::2], strict=True)
-        if count
-    }
-    more, classes = _measured(objective.head, seen if parallel is None else parallel.gather(seen))
-    return Scores(
+    each = {name: part for name, part in each.items() if part[:, 1].any()}
+    metrics = {name: float(np.divide(*part.sum(0))) for name, part in each.items() if name != "loss"}
+    each["sequence_accuracy"] = np.stack([errors == 0, np.ones(len(data))], 1)
+    head, outputs_of_rows, targets = objective.head, None, None
+    more, classes = dict[str, float](), None
+    if head is not None and (seen := seen if parallel is None else parallel.gather(seen)):
+        outputs_of_rows, targets = _of_head(head, seen)
+        more, classes = measure(head, outputs_of_rows, targets)
+    scores = Scores(
         loss, None, None, float((errors == 0).mean()), None, len(data), 0, metrics={**metrics, **more}, classes=classes
     )
+    return RowScores(scores, each, outputs_of_rows, targets)
 
 
-def _measured(head: Head | None, seen: Sequence[tuple[int, Float64]]) -> tuple[dict[str, float], ClassScores | None]:
-    """What a classifier's outputs `[K]` are worth, each with the row's number before and its targets behind it."""
-    if head is None or not seen:
-        return {}, None
+def _of_head(head: Head, seen: Sequence[tuple[int, Float64]]) -> tuple[Float64, Float64]:
+    """Outputs `[N, K]` and targets of a classifier, each row of `seen` with its number before and both behind it."""
     all_rows = np.stack([found for _, found in sorted(seen, key=lambda one: one[0])])
-    scores, targets = np.split(all_rows, [len(head.labels)], axis=1)
-    return measure(head, scores, targets if head.kind == "multi_label" else targets[:, 0])
+    outputs, targets = np.split(all_rows, [len(head.labels)], axis=1)
+    return outputs, targets if head.kind == "multi_label" else targets[:, 0]
 
 
 def forward_passes(

@@ -39,11 +39,16 @@ class LossSum:
         errors: `[E]` fp32 without a gradient, of each of the step's examples; added up over all micro-batches and
             ranks, an example without any counts as right (`sequence_accuracy`).
         metrics: name -> (sum, count), each a scalar without a gradient; the names are those of `Objective.metrics`.
+        parts: the loss and the metrics of each row by itself, where the objective is over rows: name -> (value, how
+            much it counts), `[B]` each without a gradient.
+        rows: `[B]`, the numbers of these rows in the step.
     """
 
     total: torch.Tensor
     errors: torch.Tensor
     metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    parts: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    rows: torch.Tensor | None = None
 
 
 def sum_of_rows(
@@ -61,7 +66,10 @@ def sum_of_rows(
     errors = torch.zeros(num_examples, device=losses.device).index_add_(0, examples, wrong.float())
     count = torch.full_like(losses[:1], len(losses))[0]  # made on the device: no copy to wait for
     found = {name: (values.detach().float().sum(), count) for name, values in metrics.items()}
-    return LossSum((losses * weights).sum(), errors, found)
+    weighted = losses * weights
+    ones = torch.ones_like(weights)
+    parts = {name: (values.detach(), ones) for name, values in metrics.items()}
+    return LossSum(weighted.sum(), errors, found, {"loss": (weighted.detach(), weights), **parts}, examples)
 
 
 class Objective(Protocol):

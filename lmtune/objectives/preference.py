@@ -225,12 +225,13 @@ class Kto(ObjectiveDefaults):
             kl=torch.full_like(losses, z),
         )  # fmt: skip
         rewards, logprobs = self.settings.beta * ratio.detach(), answers.logprobs[0].detach()
-        of_sides = {
-            f"{name}_{side}": ((values * mask).sum(), mask.sum().float())
+        parts = {
+            f"{name}_{side}": (values * mask, mask.float())
             for name, values in (("reward", rewards), ("logprob", logprobs))
             for side, mask in (("desirable", good), ("undesirable", ~good))
         }
-        return replace(result, metrics={**result.metrics, **of_sides})
+        of_sides = {name: (values.sum(), mask.sum()) for name, (values, mask) in parts.items()}
+        return replace(result, metrics={**result.metrics, **of_sides}, parts={**result.parts, **parts})
 
 
 class WithOtherAnswers:

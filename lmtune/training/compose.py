@@ -43,6 +43,7 @@ from lmtune.evaluation.scoring import (
 )
 from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.inference.load import build_renderer, load_run_tokenizer
+from lmtune.inference.start_adapter import StartingAdapter, starting_adapter
 from lmtune.io.console import progress, warn
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import DTYPES, base_fingerprint, check_bitsandbytes, dtype_of, load_model
@@ -65,7 +66,6 @@ from lmtune.training.estimate import token_cost
 from lmtune.training.loop import TrainingJob
 from lmtune.training.memory import checkpoint_layers, measure_activations
 from lmtune.training.optim import MOMENT_BYTES, OPTIMIZERS, check_optimizer
-from lmtune.training.start_adapter import StartingAdapter, starting_adapter
 from lmtune.training.state import RunSignature, TrainResult, TrainState
 
 # What a section of the config stands for, by its type. A tuning is made from its section, the base in the dtype of

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtune.errors import CheckpointError, ConfigError, ModelError
-from lmtune.evaluation.scoring import evaluate_loaded
+from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.inference.load import load_for_inference
+from lmtune.inference.start_adapter import starting_adapter, with_starting_adapter
 from lmtune.runs.store import RunDirectory
-from lmtune.training.start_adapter import starting_adapter, with_starting_adapter
 from tests.workplace import config_of, finetune, inside, make_workplace
 
 pytestmark = pytest.mark.slow  # runs
@@ -115,20 +115,32 @@ def test_a_run_goes_on_only_from_the_same_adapter(place: Path, tmp_path: Path) -
         finetune(place, **moved)
 
 
-def test_scoring_says_that_its_reference_is_another(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training compares with the adapter that it begins from; scoring afterwards with the base."""
+def test_scoring_compares_with_the_adapter_that_training_began_from(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pairs = place / "pairs.jsonl"
     rows = [{"prompt": f"Say {n}!", "chosen": f"It is {n}.", "rejected": "No."} for n in range(8)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, begun_from in (("apart", "trial"), ("new", None)):
+    shutil.copytree(place / "runs/trial/adapter", first := tmp_path / "first")
+    for name, begun_from in (("apart", str(first)), ("new", None)):
         given = {**SECOND, "run__name": name, "tuning__adapter": begun_from}
-        run, _ = finetune(
+        run, summary = finetune(
             place, **given, objective__kind="dpo", data__train=str(pairs), data__validation=str(pairs),
-            train__max_steps=1,
+            train__max_steps=2,
         )  # fmt: skip
         capsys.readouterr()
         loaded = load_for_inference(str(run.path))
-        base = evaluate_loaded(loaded, [str(pairs)], 0, 1, 64).base
-        assert base is not None
-        assert base.metrics["reward_chosen"] == 0
-        assert ("the reference here is the base" in capsys.readouterr().err) is (begun_from is not None)
+        before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+        with inside(place):
+            found = evaluate_loaded(loaded, [str(pairs)], 0, 1, 64)
+        assert found.base is not None
+        for scores, known in ((found.tuned, summary["tuned"]), (found.base, summary["base"])):
+            assert scores.loss == pytest.approx(known["loss"], abs=1e-5)
+            assert scores.metrics["reward_chosen"] == pytest.approx(known["reward_chosen"], abs=1e-5)
+        assert (found.base.metrics["reward_chosen"] == 0) is (begun_from is None)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
+        assert "cannot be used" not in capsys.readouterr().err
+    shutil.rmtree(first)
+    with inside(place):
+        evaluate_loaded(load_for_inference("apart"), [str(pairs)], 0, 1, 64)
+    assert "cannot be used" in " ".join(capsys.readouterr().err.split())

@@ -9,7 +9,7 @@ import pytest
 
 from lmtune.batching.prefetch import BatchPrefetcher
 from lmtune.evaluation import scoring
-from lmtune.evaluation.scoring import evaluate_loaded
+from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.inference.load import load_for_inference
 from lmtune.parallel.single import Single
 from lmtune.training import compose, memory

@@ -6,8 +6,10 @@ errors. An adapter folder is what plain PEFT loads, plus `lmtune.json`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -208,6 +210,26 @@ def load_adapter(model: torch.nn.Module, folder: Path, fingerprint: str | None =
     peft_model.requires_grad_(False)
     fuse(peft_model, dense_weights_fit(peft_model, next(model.parameters()).device))
     return peft_model.eval()
+
+
+@contextlib.contextmanager
+def weights_of(model: PeftModel, folder: Path) -> Iterator[None]:
+    """Inside the block the adapter of `model` has the weights that `folder` holds, of an adapter of the same form.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the tensors do not fit.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    _, state = read_adapter(folder)
+    _check_tensors(model, state, folder)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = {name: tensor.clone() for name, tensor in own.items()}
+    set_peft_model_state_dict(model, state)
+    try:
+        yield
+    finally:
+        set_peft_model_state_dict(model, own)
 
 
 def _with_saved(

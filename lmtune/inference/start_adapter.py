@@ -19,12 +19,13 @@ from typing import Any
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.errors import ConfigError, LmtuneError, ModelError
-from lmtune.inference.load import usable_adapter
+from lmtune.inference.load import LoadedModel, usable_adapter
 from lmtune.io.atomic import content_sha256
 from lmtune.io.console import progress
 from lmtune.io.text import format_list
 from lmtune.models.hub import cached_adapter
 from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, LoraSettings, check_adapter
+from lmtune.models.tuning.lora import weights_of
 from lmtune.runs.store import RunDirectory, find_run, run_hint
 
 _DEFAULT = LoraConfig()
@@ -78,6 +79,34 @@ def starting_adapter(config: FinetuneConfig) -> Iterator[StartingAdapter | None]
         sha256 = content_sha256(folder / WEIGHTS)
         name = run.name if run is not None else Path(target).resolve().name if Path(target).is_dir() else target
         yield StartingAdapter(folder, name, _settings(tuning, saved, target), sha256)
+
+
+@contextlib.contextmanager
+def as_it_began(loaded: LoadedModel) -> Iterator[str | None]:
+    """Inside the block the model as it was before the first step of its run: the base, or the adapter it began from.
+
+    Yields why it is the base nevertheless, where it should be that adapter; None where nothing is amiss.
+    """
+    config = None if loaded.run is None else load_config(FinetuneConfig, loaded.run.config)
+    if config is None or not isinstance(config.tuning, LoraConfig) or config.tuning.adapter is None:
+        with loaded.use_base():
+            yield None
+        return
+    with contextlib.ExitStack() as held:
+        problem: str | None = None
+        try:
+            asked = replace(config, run=replace(config.run, name=None))
+            start = held.enter_context(starting_adapter(asked))
+            assert start is not None
+            assert loaded.run is not None
+            begun = loaded.run.read_json(loaded.run.environment).get("starting_adapter_sha256")
+            if begun not in (None, start.sha256):
+                raise ModelError(f"{start.name} has other weights now")
+            held.enter_context(weights_of(loaded.model, start.folder))
+        except LmtuneError as error:
+            problem = str(error).partition("\n")[0]
+            held.enter_context(loaded.use_base())
+        yield problem
 
 
 def _folder(target: str) -> Path:
