@@ -262,6 +262,14 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class SelectedRows:
+    """How many rows a `Selection` trains on, and how many different ones these are."""
+
+    rows: int
+    different: int
+
+
+@dataclass(frozen=True)
 class DataReport:
     """What became of every row of a run.
 
@@ -270,6 +278,7 @@ class DataReport:
         validation: None if `data.validation_fraction` is 0.
         rendered_at: the time that the template writes into prompts, if it writes one.
         sources: of the training rows, where several are given.
+        selected: of the training rows, where not the settings alone say which are used.
     """
 
     template: str
@@ -277,6 +286,7 @@ class DataReport:
     validation: PartReport | HeldOut | None
     rendered_at: str | None = None
     sources: list[SourceReport] | None = None
+    selected: SelectedRows | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as `data.json` holds it."""
@@ -303,6 +313,9 @@ def _without_missing(items: list[tuple[str, Any]]) -> dict[str, Any]:
 def describe_report(report: DataReport) -> str:
     """What became of the rows, in a few lines."""
     lines = describe_part(report.train)
+    if (selected := report.selected) is not None:
+        repeated = f", {selected.different:,} different ones" if selected.different < selected.rows else ""
+        lines.append(f"  {pluralize(selected.rows)} of these selected to train on{repeated} (selection.json)")
     validation = report.validation
     if isinstance(validation, PartReport):
         lines += ["validation:", *describe_part(validation)]

@@ -34,14 +34,16 @@ from lmtune.data.report import (
     HeldOut,
     PartReport,
     RowCounter,
+    SelectedRows,
     SourceReport,
     describe_part,
     typed,
 )
+from lmtune.data.selection import Selection
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import DataFile, Given, find_files, portable_names, shown_name, unread_entries
 from lmtune.data.types import Example, Label, RowKind, TokenizedExample, TokenSequence, piece_hash
-from lmtune.errors import DataError
+from lmtune.errors import CheckpointError, DataError
 from lmtune.io.atomic import cache_folder, get_or_build, hold, key_of, write_json
 from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
@@ -52,6 +54,7 @@ _KEPT = 10  # entries: training and validation rows are two
 
 Int32 = npt.NDArray[np.int32]
 Rows = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float64]
 
 
 class TokenizedData:
@@ -64,11 +67,12 @@ class TokenizedData:
         content, prompt: uint64 `[N]`, equal for rows of equal content, or with the same prompt; a copy that `lmtune
             augment` made has the prompt of its row.
         copies: bool `[N]`, which rows are such copies.
+        weight: float64 `[N]`, how much each row counts in the loss.
     """
 
     def __init__(
         self, table: TokenTable, key: str, signature: str, report: PartReport, files: Sequence[DataFile],
-        selected: Rows | None = None,
+        selected: Rows | None = None, weight: Weights | None = None,
     ) -> None:  # fmt: skip
         self._table, self._files = table, files
         self._rows = np.arange(len(table)) if selected is None else selected
@@ -77,6 +81,9 @@ class TokenizedData:
         self.num_tokens: Int32 = table.num_tokens[self._rows]
         self.num_targets: Int32 = table.num_targets[self._rows]
         self.sequences = table.sequences if selected is None else table.sequences.select(self._rows)
+        self.weight: Weights = table.weight[self._rows] if weight is None else weight
+        if weight is not None:
+            self.sequences = replace(self.sequences, weights=None if (weight == 1).all() else weight)
         self.content: npt.NDArray[np.uint64] = table.content[self._rows]
         self.prompt: npt.NDArray[np.uint64] = table.prompt[self._rows]
         self.copies: npt.NDArray[np.bool_] = table.copies[self._rows]
@@ -88,7 +95,7 @@ class TokenizedData:
         row = int(self._rows[index])
         return TokenizedExample(
             self.location(index), self._table.sequences_of(row), label=self._table.label_of(row),
-            weight=float(self._table.weight[row]),
+            weight=float(self.weight[index]),
         )  # fmt: skip
 
     @property
@@ -100,6 +107,16 @@ class TokenizedData:
         """`file:line` of a row."""
         row = int(self._rows[index])
         return str(self._files[self._table.file[row]].place(self._table.line[row]))
+
+    @property
+    def files(self) -> Sequence[DataFile]:
+        """Where the rows were read."""
+        return self._files
+
+    @property
+    def lines(self) -> tuple[Int32, Int32]:
+        """int32 `[N]` each: the file of each row, as a place in `files`, and its number there."""
+        return self._table.file[self._rows], self._table.line[self._rows]
 
     @property
     def entry(self) -> Rows:
@@ -118,11 +135,15 @@ class TokenizedData:
         mixed.key, mixed.signature = (key_of(one, mixture.sizes, mixture.taken) for one in (self.key, self.signature))
         return mixed
 
-    def select(self, indices: Rows) -> TokenizedData:
-        """The rows at `indices`, in their order; shares the file."""
-        chosen = hashlib.sha256(np.asarray(indices, dtype=np.int64).tobytes()).hexdigest()
-        key, signature = key_of(self.key, chosen), key_of(self.signature, chosen)
-        return TokenizedData(self._table, key, signature, self.report, self._files, self._rows[indices])
+    def select(self, indices: Rows, weights: Weights | None = None) -> TokenizedData:
+        """The rows at `indices`, in their order, each with its weight times one of `weights`; shares the file."""
+        chosen = hashlib.sha256(np.asarray(indices, dtype=np.int64).tobytes())
+        weight = self.weight[indices]
+        if weights is not None:
+            chosen.update(weights.tobytes())
+            weight = weight * weights
+        key, signature = (key_of(one, chosen.hexdigest()) for one in (self.key, self.signature))
+        return TokenizedData(self._table, key, signature, self.report, self._files, self._rows[indices], weight)
 
 
 @dataclass(frozen=True)
@@ -134,6 +155,29 @@ class LoadedData:
     report: DataReport
     key: str
     signature: str
+
+    def selected(self, selection: Selection, config: DataConfig) -> LoadedData:
+        """What `selection` says of these rows; `key` and `signature` stay those of all of them.
+
+        Raises:
+            CheckpointError: there are not so many rows.
+        """
+        known = self.train
+        if selection.highest >= len(known):
+            raise CheckpointError(
+                f"the selected rows: row {selection.highest} is named, counted from 0; there are {len(known)}: the "
+                "selection was made of other data; put that back, or choose a new run.name"
+            )
+        weights = None if selection.weights is None else np.array(selection.weights)
+        sources = sources_of(config.train)
+        train = known.select(np.array(selection.train), weights).mixed(sources)
+        counts = SelectedRows(len(selection.train), len(set(selection.train)))
+        report = replace(self.report, selected=counts, sources=_source_reports(sources, train))
+        validation = self.validation
+        if (chosen := selection.validation) is not None:
+            validation = known.select(np.array(chosen)) if chosen else None
+            report = replace(report, validation=HeldOut(len(chosen)) if chosen else None)
+        return replace(self, train=train, validation=validation, report=report)
 
 
 def load_data(config: DataConfig, renderer: Renderer, seed: int, rows: RowKind = "answer") -> LoadedData:

@@ -21,6 +21,7 @@ from typing import Any, Literal, cast, get_args
 
 from lmtune.config.schema import FullConfig, LoraConfig, PartialConfig, RunConfig
 from lmtune.data.report import DataReport
+from lmtune.data.selection import Selection
 from lmtune.errors import CheckpointError, ConfigError, ModelError
 from lmtune.io.atomic import parse_object, remove_leftovers, try_lock
 from lmtune.io.text import is_finite_number, shorten
@@ -82,6 +83,7 @@ class RunDirectory:
         self.confusion = self.path / "confusion.svg"
         self.verification = self.path / "verification.json"
         self.local = self.path / "local.json"
+        self.selection = self.path / "selection.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
@@ -148,6 +150,14 @@ class RunDirectory:
             return DataReport.from_dict(tree) if tree else None
         except ValueError:
             raise CheckpointError(f"{self.data}: damaged: no counts of rows; delete it or restore it") from None
+
+    def read_selection(self) -> Selection | None:
+        """Which rows the run uses; None where its settings alone say it, CheckpointError if the file is damaged."""
+        tree = self.read_json(self.selection)
+        try:
+            return Selection.from_dict(tree) if tree else None
+        except ValueError as error:
+            raise CheckpointError(f"{self.selection}: damaged: {error}; restore it, or delete this run") from None
 
     def read_summary(self) -> Summary:
         """`summary.json`; that of a run which has just begun if it is not there; CheckpointError if it is damaged."""

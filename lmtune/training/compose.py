@@ -27,6 +27,7 @@ from lmtune.config.schema import (
     PartialConfig,
 )
 from lmtune.data.rendering import Renderer
+from lmtune.data.selection import Selection
 from lmtune.data.store import LoadedData, load_data
 from lmtune.data.types import ExampleStore, WithValues
 from lmtune.errors import ConfigError, ModelError
@@ -94,6 +95,7 @@ class Components:
     micro_batch_tokens: int  # the budget that fits the memory
     start: StartingAdapter | None = None  # that training begins from; None is a new one
     head: Head | None = None  # of a classifier; None of a language model
+    selection: Selection | None = None  # of the rows; None where the settings alone say which are used
     rows: ExampleStore | None = None  # to train on, with what the objective computes before the first step
     held_out: ExampleStore | None = None  # to score on, likewise
     validated: list[Scores] = field(default_factory=list)  # so far
@@ -103,7 +105,8 @@ class Components:
     def signature(self) -> RunSignature:
         """What must be equal for a checkpoint of this run to be continued."""
         start = self.start.sha256 if self.start is not None else None
-        return RunSignature.of(self.config, self.data.key, self.fingerprint, self.data.signature, start)
+        selection = self.selection.sha256 if self.selection is not None else None
+        return RunSignature.of(self.config, self.data.key, self.fingerprint, self.data.signature, start, selection)
 
     def precompute(self) -> None:
         """Compute what the objective needs of the model as it is before the first step, once."""
@@ -193,16 +196,21 @@ class Components:
         )  # fmt: skip
 
 
-def compose(config: FinetuneConfig, parallel: Parallel) -> Components:
+def compose(config: FinetuneConfig, parallel: Parallel, selection: Selection | None = None) -> Components:
     """Load tokenizer, rows and model, and choose the objective and the trained parameters.
+
+    `selection` is of the rows that the settings name; a classifier has the classes of all of these.
 
     ConfigError, DataError or ModelError if something is wrong with them; nothing was written but the row cache.
     """
     with starting_adapter(config) as start:
-        return _compose(config if start is None else replace(config, tuning=start.settings), parallel, start)
+        own = config if start is None else replace(config, tuning=start.settings)
+        return _compose(own, parallel, start, selection)
 
 
-def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter | None) -> Components:
+def _compose(
+    config: FinetuneConfig, parallel: Parallel, start: StartingAdapter | None, selection: Selection | None
+) -> Components:
     check_bitsandbytes(config.model.quantization)
     check_optimizer(config.train.optimizer, parallel.device)
     if parallel.device.type == "cuda" and config.model.dtype != "float32":
@@ -217,6 +225,8 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
         renderer.tokenizer.pad_token_id = head.pad_token_id
     if start is not None and head is not None:
         _check_same_head(start, head)
+    if selection is not None:
+        data = data.selected(selection, config.data)
     stored = _with_dtype(config, parallel)
     dtype = DTYPES[stored.dtype]
     tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
@@ -247,7 +257,7 @@ def _compose(config: FinetuneConfig, parallel: Parallel, start: StartingAdapter 
         budget = _choose_micro_batch(config, forward, data, parallel, parameters)
     return Components(
         config, parallel, renderer, data, tuning, objective, model, forward, fingerprint, parameters, budget, start,
-        head,
+        head, selection,
     )  # fmt: skip
 
 

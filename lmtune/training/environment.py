@@ -31,6 +31,7 @@ def environment(parts: Components) -> dict[str, Any]:
         "tokens_sha256": parts.data.signature,
         "base_fingerprint": parts.fingerprint,
         **({"starting_adapter_sha256": parts.start.sha256} if parts.start is not None else {}),
+        **({"selection_sha256": parts.selection.sha256} if parts.selection is not None else {}),
         **({"head": asdict(parts.head)} if parts.head is not None else {}),
         "disabled_optimizations": parts.forward.disabled_optimizations,
     }

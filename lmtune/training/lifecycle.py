@@ -84,6 +84,8 @@ def begin(run: RunDirectory, parts: Components) -> tuple[Checkpoint | None, bool
             parts.begun = True
             # before the new settings: records are judged by those that they were made with
             Records(run).begin(0 if checkpoint is None else checkpoint.step)
+            if parts.selection is not None:
+                write_json(run.selection, parts.selection.to_dict())
             write_text(run.config, dump_config(parts.config))
             write_json(run.environment, environment(parts))
             write_json(run.local, local_paths(run, parts.config.model.name))
@@ -132,7 +134,8 @@ def _signature_of(run: RunDirectory) -> RunSignature:
     config = load_config(FinetuneConfig, run.config)
     return RunSignature.of(
         config, str(made.get("data_sha256")), str(made.get("base_fingerprint")),
-        *(None if made.get(key) is None else str(made[key]) for key in ("tokens_sha256", "starting_adapter_sha256")),
+        *(None if made.get(key) is None else str(made[key])
+          for key in ("tokens_sha256", "starting_adapter_sha256", "selection_sha256")),
     )  # fmt: skip
 
 

@@ -77,6 +77,8 @@ def check_resumable(run: RunDirectory, before: RunSignature, now: RunSignature, 
         differences.append("the base model's weights: changed")
     if before.start != now.start:
         differences.append("the starting adapter's weights: changed")
+    if before.selection != now.selection:
+        differences.append(f"the selected rows ({run.selection.name}): changed")
     has_tokens = before.tokens is not None and now.tokens is not None
     if (before.tokens != now.tokens) if has_tokens else (before.data != now.data):
         differences += _changed_data(run, data, alone=not differences)

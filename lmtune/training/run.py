@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lmtune.config.schema import FinetuneConfig
+from lmtune.data.selection import Selection
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores
 from lmtune.inference.load import run_metadata
@@ -45,17 +46,30 @@ class FinetuneResult:
     is_main_process: bool  # the one that tells a person
 
 
-def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
-    """Train, score and save. LmtuneError if something is wrong; Interrupted if the run was asked to stop and saved."""
+def run_finetune(
+    config: FinetuneConfig, run: RunDirectory, selection: Selection | None = None, hooks: Sequence[StepHook] = ()
+) -> FinetuneResult:
+    """Train, score and save.
+
+    Args:
+        config: the settings.
+        run: its folder, where the run is resumed that was begun there.
+        selection: which of the rows to use; None for what `selection.json` in the folder says, or all.
+        hooks: told of each step after its validation and records, before its checkpoint.
+
+    Raises:
+        LmtuneError: something is wrong.
+        Interrupted: the run was asked to stop, and is saved.
+    """
     parallel = connect(config.parallel, config.run.process_timeout_seconds)
-    parts = compose(config, parallel)
+    parts = compose(config, parallel, run.read_selection() if selection is None else selection)
     with running(run, parts):
         checkpoint, complete = begin(run, parts)
         if complete:
             return FinetuneResult(run.read_summary(), True, parallel.is_main)
         parts.precompute()
         base = base_scores(run, parts)
-        result = run_loop(run, parts, checkpoint)
+        result = run_loop(run, parts, checkpoint, hooks)
         parallel.phase = "scoring and saving the result"
         tuned = parts.score_tuned(result)
         summary = summarize(parts, result, base, tuned[0] if tuned else None)
@@ -83,7 +97,9 @@ def run_finetune(config: FinetuneConfig, run: RunDirectory) -> FinetuneResult:
     return FinetuneResult(Summary.parse(summary), False, parallel.is_main)
 
 
-def run_loop(run: RunDirectory, parts: Components, resumed: Checkpoint | None) -> TrainResult:
+def run_loop(
+    run: RunDirectory, parts: Components, resumed: Checkpoint | None, further: Sequence[StepHook] = ()
+) -> TrainResult:
     """Make the steps that are left, with the hooks that the settings ask for; the model then holds what to keep."""
     config, is_main = parts.config, parts.parallel.is_main
     job, state = parts.job(resumed)
@@ -102,7 +118,7 @@ def run_loop(run: RunDirectory, parts: Components, resumed: Checkpoint | None) -
         stopping = EarlyStoppingHook(config.evaluation.patience)
         hooks.append(stopping)
         stopped_early = stopping.is_due(state)  # a crash after the last step leaves nothing to do
-    hooks.append(saving)
+    hooks += [*further, saving]
     with progress:
         stopped_early = stopped_early or train(job, hooks, state)
     return TrainResult(state, saving.best_weights(state), stopped_early)

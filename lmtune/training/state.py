@@ -16,6 +16,7 @@ _FREE = {
 }  # fmt: skip
 _DATA, _TOKENS = "the data files' content", "the rows' tokens"
 _BASE, _START = "the base model's weights", "the starting adapter's weights"
+_SELECTION = "the selected rows"
 
 
 @dataclass
@@ -59,11 +60,13 @@ class RunSignature:
     base: str  # of the base's weights
     tokens: str | None = None  # of the tokens
     start: str | None = None  # of the weights of the adapter that training begins from
+    selection: str | None = None  # of which of the rows are used; None is as the settings say
 
     @classmethod
     def of(
-        cls, config: FinetuneConfig, data: str, base: str, tokens: str | None = None, start: str | None = None
-    ) -> RunSignature:
+        cls, config: FinetuneConfig, data: str, base: str, tokens: str | None = None, start: str | None = None,
+        selection: str | None = None,
+    ) -> RunSignature:  # fmt: skip
         """The signature of a run with these settings."""
         flat = {
             f"{section}.{key}": value
@@ -72,11 +75,13 @@ class RunSignature:
             for key, value in values.items()
             if f"{section}.{key}" not in _FREE
         }
-        return cls(flat, data, base, tokens, start)
+        return cls(flat, data, base, tokens, start, selection)
 
     def to_dict(self) -> dict[str, object]:
         """For `state.json`: flat, each part under its name for people."""
-        parts = {_DATA: self.data, _TOKENS: self.tokens, _BASE: self.base, _START: self.start}
+        parts = {
+            _DATA: self.data, _TOKENS: self.tokens, _BASE: self.base, _START: self.start, _SELECTION: self.selection
+        }  # fmt: skip
         return {**self.settings, **{key: value for key, value in parts.items() if value is not None}}
 
     @classmethod
@@ -84,7 +89,7 @@ class RunSignature:
         """The signature in a checkpoint."""
         settings = {_today(key): value for key, value in values.items() if "." in key}
         text = {key: str(value) for key, value in values.items() if "." not in key}
-        return cls(settings, text[_DATA], text[_BASE], text.get(_TOKENS), text.get(_START))
+        return cls(settings, text[_DATA], text[_BASE], text.get(_TOKENS), text.get(_START), text.get(_SELECTION))
 
 
 def _today(key: str) -> str:
