@@ -129,7 +129,7 @@ class _Store:
 class TrlDpo(Trl):
     """DPOTrainer on the pairs of the workload's steps, in their order."""
 
-    def _trainer(self, folder: Path, steps: int, best: bool) -> Any:
+    def _trainer(self, folder: Path, steps: int, best: bool, liger: bool) -> Any:
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
@@ -150,6 +150,7 @@ class TrlDpo(Trl):
             per_device_train_batch_size=self.at_once, gradient_accumulation_steps=self.work.batch_size // self.at_once,
             train_sampling_strategy="sequential", disable_tqdm=True, logging_strategy="no", seed=self.work.seed,
             precompute_ref_log_probs=True, gradient_checkpointing=False, max_length=None, beta=BETA,
+            use_liger_kernel=liger,
         )  # fmt: skip
         trainer = Prepared(
             model=self.model, args=config, train_dataset=data, processing_class=self.work.tokenizer(),
@@ -194,7 +195,8 @@ def main() -> None:
     results = [one.measured.summary() | {"first_loss": one.measured.loss} for one in processes]
     if gradients := processes[0].measured.gradients:
         for result, process in zip(results, processes, strict=True):
-            result["gradient_difference"] = _apart(process.measured.gradients, gradients)
+            if process.measured.gradients:  # there are none of an arm that failed
+                result["gradient_difference"] = _apart(process.measured.gradients, gradients)
     ours = results[0]["tokens_per_second_median"]
     print(f"{options.prompt} and {options.answer} tokens, load {before}")
     for result in results:
