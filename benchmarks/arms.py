@@ -22,6 +22,7 @@ class Arm:
     """What the arms share: the model, its adapter, AdamW."""
 
     attention = "sdpa"
+    loss_dtype = torch.float32  # that plain loops compute the cross-entropy in
 
     def __init__(self, work: Workload, folder: Path, device: str, dtype: Any = "auto") -> None:
         from lmtune.config.schema import ModelConfig
@@ -47,6 +48,13 @@ class Arm:
         """What a loop over a 16-bit base computes in; the adapter is fp32."""
         base = self.model.get_base_model().dtype
         return torch.autocast(self.device.type, base) if base.itemsize == 2 else contextlib.nullcontext()
+
+    def _backward(self, logits: torch.Tensor, labels: torch.Tensor, trained: int) -> float:
+        """The backward pass of the loss per trained token, and that loss."""
+        flat = logits.to(self.loss_dtype).flatten(0, 1)
+        loss = F.cross_entropy(flat, labels.flatten(), ignore_index=-100, reduction="sum") / trained
+        loss.backward()
+        return float(loss.detach())
 
     def update(self) -> None:
         """Clip and step the optimizer."""
@@ -150,7 +158,7 @@ class PlainPadded(Arm):
             padded = None if bool(mask.all()) else mask.to(self.device)
             with self.autocast():
                 logits = self.model(input_ids=ids.to(self.device), attention_mask=padded, use_cache=False).logits
-            total += _backward(logits[:, :-1], labels[:, 1:].to(self.device), trained)
+            total += self._backward(logits[:, :-1], labels[:, 1:].to(self.device), trained)
         return total
 
 
@@ -187,7 +195,7 @@ class PlainPacked(Arm):
                 edges = {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
             with self.autocast():
                 logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **edges).logits
-            total += _backward(logits[:, :-1], labels[:, 1:], trained)
+            total += self._backward(logits[:, :-1], labels[:, 1:], trained)
         return total
 
 
@@ -207,9 +215,3 @@ def register_varlen() -> None:
         return attended[None], None
 
     AttentionInterface.register("bench_varlen", attend)
-
-
-def _backward(logits: torch.Tensor, labels: torch.Tensor, trained: int) -> float:
-    loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / trained
-    loss.backward()
-    return float(loss.detach())
