@@ -100,7 +100,7 @@ class Sources:
         if name in published.CORNELL and all((file.path.parent / other).is_file() for other in published.CORNELL):
             yield from self._cornell(file.path.parent)
         elif file.kind == "json" and published.is_stack_exchange(file.path):
-            posts = published.stack_exchange_posts(file.path, file.portable_name)
+            posts = published.stack_exchange_posts(file.path, file.portable_name, self._skipped)
             self._posts.setdefault("Stack Exchange", []).append((file, posts))
         elif file.kind == "json" and not name.lower().endswith((".json", ".jsonl", ".ndjson", ".gz", ".zst")):
             yield self._text(file, None)
@@ -115,7 +115,7 @@ class Sources:
         files = find_files([str(folder / name) for name in published.CORNELL])
         name = "Cornell movie dialogues"
         if name not in self._posts:
-            posts = published.cornell_posts(folder, files[0].portable_name)
+            posts = published.cornell_posts(folder, files[0].portable_name, self._skipped)
             self._posts[name] = [(files[0], posts), (files[1], iter(()))]
         yield from ()
 
@@ -125,6 +125,7 @@ class Sources:
             yield from threads.rows(self._settings, notes)
             yield from self._taken_faults()
             notes += self._skipped.describe()
+            self._skipped.counts.clear()  # another corpus counts its own
         finally:
             threads.close()
 

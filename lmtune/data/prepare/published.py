@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
+from lmtune.data.prepare.chats import NO_TEXT, Skipped
 from lmtune.data.prepare.pairing import Message
 from lmtune.data.prepare.texts import html_to_text
 from lmtune.data.prepare.threads import Post
@@ -19,16 +20,25 @@ CORNELL = ("movie_lines.txt", "movie_conversations.txt")
 _FIELD = " +++$+++ "
 
 
-def cornell_posts(folder: Path, name: str) -> Iterator[Post]:
+def cornell_posts(folder: Path, name: str, skipped: Skipped) -> Iterator[Post]:
     """Every line of a film, which answers the one before it in its conversation."""
     parents: dict[str, tuple[str | None, str]] = {}
     for line in _latin_lines(folder / CORNELL[1]):
         ids = re.findall(r"'(L\d+)'", line.rpartition(_FIELD)[2])
+        if line and not ids:
+            skipped.add(f"conversations without the ids of their lines, in {CORNELL[1]}")
         for before, id in zip([None, *ids], ids, strict=False):
             parents[id] = before, ids[0]
     for number, line in enumerate(_latin_lines(folder / CORNELL[0]), start=1):
         fields = line.split(_FIELD)
-        if len(fields) == 5 and fields[0] in parents and fields[4].strip():
+        if len(fields) != 5:
+            if line:
+                skipped.add(f"lines without five fields, in {CORNELL[0]}")
+        elif not fields[4].strip():
+            skipped.add(NO_TEXT)
+        elif fields[0] not in parents:
+            skipped.add(f"lines of no conversation, in {CORNELL[0]}")
+        else:
             parent, first = parents[fields[0]]
             yield Post(fields[0], parent, Message(f"{name}:{number}", fields[1], fields[4].strip(), None, first))
 
@@ -49,7 +59,7 @@ def is_stack_exchange(path: Path) -> bool:
     return b"<posts" in head and b"<row " in head
 
 
-def stack_exchange_posts(path: Path, name: str) -> Iterator[Post]:
+def stack_exchange_posts(path: Path, name: str, skipped: Skipped) -> Iterator[Post]:
     """Questions with their titles, and answers, of which the accepted one counts most. Texts are HTML there."""
     for number, row in _xml_rows(path):
         text, id, place = html_to_text(row.get("Body", "")), str(row.get("Id")), f"{name}:{number}"
@@ -57,7 +67,11 @@ def stack_exchange_posts(path: Path, name: str) -> Iterator[Post]:
         if row.get("PostTypeId") == "1":
             asked = f"{row.get('Title', '').strip()}\n\n{text}".strip()
             yield Post(id, None, Message(place, "question", asked, None, id), score, row.get("AcceptedAnswerId"))
-        elif row.get("PostTypeId") == "2" and text:
+        elif row.get("PostTypeId") != "2":
+            skipped.add("neither a question nor an answer (wikis, notices)")
+        elif not text:
+            skipped.add(NO_TEXT)
+        else:
             question = str(row.get("ParentId"))
             yield Post(id, question, Message(place, "answer", text, None, question), score)
 

@@ -76,7 +76,9 @@ class Threads:
                 count += 1
                 yield row
         (posts,) = self._database.execute("SELECT COUNT(*) FROM posts").fetchone()
-        notes.append(f"{posts:,} posts gave {count:,} rows; of several answers to one, the best liked is taken")
+        notes.append(
+            f"{posts:,} posts gave {count:,} rows; of several answers to one, the accepted or best liked is taken"
+        )
         if self._given > posts:
             notes.append(f"{self._given - posts:,} left out: posts with the id of an earlier one")
 

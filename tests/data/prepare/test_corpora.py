@@ -421,6 +421,25 @@ def test_posts_without_an_id_and_with_one_that_was_there_are_said(folder: Path) 
     assert "  1 left out: posts with the id of an earlier one" in reading.notes
 
 
+def test_what_a_corpus_leaves_out_is_said(folder: Path) -> None:
+    (folder / "Posts.xml").write_text(POSTS, encoding="utf-8")
+    sign = " +++$+++ "
+    lines = [sign.join((id, "u", "m", "N", text)) for id, text in (("L1", "A"), ("L2", "B"), ("L3", "C"), ("L4", ""))]
+    (folder / "movie_lines.txt").write_text("\n".join([*lines, "L5 torn"]) + "\n")
+    (folder / "movie_conversations.txt").write_text(
+        sign.join(("u", "v", "m", "['L1', 'L2']")) + "\n" + sign.join(("u", "v", "m", "[")) + "\n"
+    )
+    _, reading, _ = read(folder, "Posts.xml", "movie_lines.txt")
+    said = [note.strip() for note in reading.notes if "left out" in note]
+    assert sorted(said) == [
+        "1 left out: conversations without the ids of their lines, in movie_conversations.txt",
+        "1 left out: lines of no conversation, in movie_lines.txt",
+        "1 left out: lines without five fields, in movie_lines.txt",
+        "1 left out: neither a question nor an answer (wikis, notices)",
+        "1 left out: without text (pictures, calls, deleted messages)",
+    ]
+
+
 def test_one_row_that_cannot_be_used_is_one_row(folder: Path) -> None:
     (folder / "in.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "x"}\n')
     _, reading, _ = read(folder)
