@@ -233,23 +233,26 @@ def finetune(
 
 def load(
     target: str | os.PathLike[str] | Run, *, quantization: Quantization | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None, vote: bool = False,
 ) -> Model:  # fmt: skip
     """Load a model to talk to.
 
     Args:
-        target: a run or its name, an adapter folder, a merged or plain model folder, a Hub id, or `tiny`.
+        target: a run or its name, an ensemble, an adapter folder, a merged or plain model folder, a Hub id, or `tiny`.
         quantization: of the base; by default what the adapter was trained over, and none for a plain model.
         base: where the base of a run or adapter is now, a folder or Hub id, if it was moved.
+        vote: count the votes of an ensemble's members, whatever it says itself.
 
     Raises:
+        ConfigError: `vote` for what is no ensemble.
         ModelError: no such run, adapter or model, or a damaged one.
     """
     with quiet():
         from lmtune.inference.load import load_for_inference
 
         name = str(target.path) if isinstance(target, Run) else os.fspath(target)
-        return Model(load_for_inference(name, quantization, None if base is None else os.fspath(base)))
+        where = None if base is None else os.fspath(base)
+        return Model(load_for_inference(name, quantization, where, "vote" if vote else None))
 
 
 def chat(target: str | os.PathLike[str] | Run | Model, question: str, **options: Any) -> str:

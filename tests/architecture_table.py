@@ -20,7 +20,7 @@ import torch
 
 from lmtune.config.schema import LoraConfig, ModelConfig, Quantization
 from lmtune.forward.packed import PackedForward
-from lmtune.inference.engine import Sampling, TransformersEngine
+from lmtune.inference.engine import Request, Sampling, TransformersEngine
 from lmtune.inference.load import build_renderer
 from lmtune.io.console import quiet
 from lmtune.models.base import load_model, load_tokenizer
@@ -134,11 +134,11 @@ def _chats(model: Any) -> str:
     prompts = [list(range(5, 25)), list(range(30, 41))]
     wanted = [_greedy(model, prompt, 8) for prompt in prompts]
     engine = TransformersEngine(model)
-    sampling = Sampling(max_new_tokens=8)
-    if [list(engine.submit(prompt, sampling)) for prompt in prompts] != wanted:
+    requests = [Request(prompt, Sampling(max_new_tokens=8)) for prompt in prompts]
+    if [list(engine.submit(request)) for request in requests] != wanted:
         raise Differs("other tokens than without a cache")
     try:
-        together = [list(answer) for answer in engine.generate(prompts, sampling)]
+        together = [list(answer) for answer in engine.generate(requests)]
     except Exception as error:  # of the model's code
         return f"one by one: {' '.join(str(error).split())[:100]}"
     return "yes" if together == wanted else "one by one: a batch gives other tokens"

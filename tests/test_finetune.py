@@ -223,7 +223,7 @@ def test_an_overfit_model_answers_exactly(overfit: Path) -> None:
 def test_an_overfit_model_stops_by_itself(overfit: Path) -> None:
     """Within the budget, by the stop token, in lmtune's own generation and in plain transformers'."""
     from lmtune.data.types import Message
-    from lmtune.inference.engine import Sampling
+    from lmtune.inference.engine import Request, Sampling
 
     with inside(overfit):
         loaded = load_for_inference("trial")
@@ -231,7 +231,7 @@ def test_an_overfit_model_stops_by_itself(overfit: Path) -> None:
     for n in range(4):
         prompt = loaded.renderer.prompt_ids([Message("user", f"Question {n}?")])
         (given,) = loaded.engine.generate(
-            [prompt], Sampling(max_new_tokens=200, stop_token_ids=loaded.renderer.stop_token_ids)
+            [Request(prompt, Sampling(max_new_tokens=200, stop_token_ids=loaded.renderer.stop_token_ids))]
         )
         assert len(given) < 60
         ids = torch.tensor([prompt])

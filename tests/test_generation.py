@@ -18,7 +18,7 @@ from lmtune.data.replies import split_reply
 from lmtune.data.types import Example, Message
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.inference.chat import AnswerInfo, ChatSession, Detokenizer
-from lmtune.inference.engine import Sampler, Sampling, TransformersEngine
+from lmtune.inference.engine import Request, Sampler, Sampling, TransformersEngine
 from lmtune.inference.load import LoadedModel
 from lmtune.kernels.attention import packed_attention
 from tests.chat_models import chat_model, never_stops, parrot, random_model
@@ -55,7 +55,7 @@ def batch(
 ) -> list[list[int]]:
     """What the engine generates for all prompts together."""
     sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(stops or loaded.renderer.stop_token_ids))
-    return TransformersEngine(loaded.model, loaded.has_adapter, **limits).generate(prompts, sampling)
+    return TransformersEngine(loaded.model, **limits).generate([Request(prompt, sampling) for prompt in prompts])
 
 
 def spy_on_reading(loaded: LoadedModel) -> list[list[int]]:

@@ -16,7 +16,7 @@ from lmtune.errors import ConfigError
 from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.export.hub import prepare_push
 from lmtune.export.merged import merge_run
-from lmtune.inference.engine import Sampling
+from lmtune.inference.engine import Request, Sampling
 from lmtune.inference.load import load_for_inference, usable_adapter
 from lmtune.inference.start_adapter import with_starting_adapter
 from lmtune.models.base import load_model
@@ -193,9 +193,9 @@ def test_what_is_trained_beside_an_adapter_is_chatted_resumed_merged_and_pushed(
         scored = evaluate_loaded(loaded, ["validation.jsonl"], 3, 8, 128)
         prompt = loaded.renderer.prompt_ids([Message("user", "Where is <order> number 3?")])
         sampling = Sampling(max_new_tokens=4)
-        base = list(loaded.engine.submit(prompt, sampling))
+        base = list(loaded.engine.submit(Request(prompt, sampling, loaded.answering(use_base=True))))
         with loaded.use_base():
-            assert [base] == loaded.engine.generate([prompt], sampling)
+            assert [base] == loaded.engine.generate([Request(prompt, sampling)])
         report = merge_run(RunDirectory("runs/trial"), Path("whole"))
         merged = evaluate_loaded(load_for_inference("whole"), ["validation.jsonl"], 3, 8, 128)
         assert prepare_push(RunDirectory("runs/trial"), "me/adapter").sizes["adapter_model.safetensors"] > 0

@@ -115,7 +115,7 @@ class Scorer:
         settings = build_config(DataConfig, tree, where=f"lmtune {verb}")
         data = tokenize(paths, loaded.renderer, settings, rows=objective.rows)
         check_lengths(loaded.model, [data], "--max-length")
-        forward = PackedForward(loaded.model)
+        forward = loaded.packed_forward()
         with as_it_began(loaded) as problem:
             find = partial(sequence_logprobs, forward, objective.units, what=plural_of(objective))
             rows = objective.precompute(data, find)

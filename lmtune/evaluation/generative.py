@@ -13,6 +13,7 @@ from lmtune.data.replies import split_reply
 from lmtune.data.types import ExampleStore, Message, TokenizedExample
 from lmtune.evaluation.answer_metrics import exact
 from lmtune.io.console import progress
+from lmtune.models.members import AS_IS, Members
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,22 @@ class Answer:
 
 
 def answers(
-    model: Any, renderer: Renderer, data: ExampleStore, rows: Sequence[int], max_new_tokens: int, who: str = "the model"
-) -> list[Answer]:
-    """Let the model answer the last turn of each of `rows` of `data`, greedily; `who` stands in the progress shown."""
-    from lmtune.inference.engine import Sampling, TransformersEngine
+    model: Any, renderer: Renderer, data: ExampleStore, rows: Sequence[int], max_new_tokens: int,
+    who: str = "the model", members: Members = AS_IS,
+) -> list[Answer]:  # fmt: skip
+    """Let the model, or `members` of it, answer the last turn of each of `rows` of `data`, greedily.
+
+    `who` stands in the progress shown.
+    """
+    from lmtune.inference.engine import Request, Sampling, TransformersEngine
 
     prompts, references = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
     training = model.training
     model.eval()
     with progress(f"letting {who} answer", len(rows), "rows") as shown:
         sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(renderer.stop_token_ids))
-        generated = TransformersEngine(model).generate(prompts, sampling, shown.advance)
+        requests = [Request(prompt, sampling, members) for prompt in prompts]
+        generated = TransformersEngine(model).generate(requests, shown.advance)
     model.train(training)
     question_of = questions(renderer)
     return [

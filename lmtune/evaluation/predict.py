@@ -16,7 +16,7 @@ from lmtune.data.sources import Given, find_files
 from lmtune.data.types import Example
 from lmtune.errors import ConfigError, DataError
 from lmtune.inference.classify import Classifier
-from lmtune.inference.engine import Sampling
+from lmtune.inference.engine import Request, Sampling
 from lmtune.inference.load import LoadedModel
 from lmtune.io.console import progress, warn
 from lmtune.io.text import pluralize
@@ -93,10 +93,10 @@ def _replies(
     loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int
 ) -> Iterator[tuple[str | None, str]]:  # fmt: skip
     """Reasoning and answer of each."""
-    prompts = [prompt_of(loaded.renderer, example) for example in examples]
     sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(loaded.renderer.stop_token_ids))
-    with progress(f"letting {loaded.name} answer", len(prompts), "rows") as shown:
-        generated = loaded.engine.generate(prompts, sampling, shown.advance)
+    requests = [Request(prompt_of(loaded.renderer, example), sampling, loaded.members) for example in examples]
+    with progress(f"letting {loaded.name} answer", len(requests), "rows") as shown:
+        generated = loaded.engine.generate(requests, shown.advance)
     return (split_reply(loaded.renderer.decode(ids)) for ids in generated)
 
 

@@ -416,7 +416,7 @@ def evaluate(
     room = max_positions(forward.model) or math.inf
     rows = [row for row in range(min(exact_match_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]
     with forward.autocast():
-        given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens, who)
+        given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens, who, forward.members)
     if world > 1 and parallel is not None:
         given = sorted(parallel.gather(given), key=lambda answer: answer.row)
     return with_exact_match(scores, given), given

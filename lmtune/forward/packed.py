@@ -37,6 +37,7 @@ from lmtune.kernels.elementwise import fuse_elementwise
 from lmtune.kernels.lora_group import adapters_held
 from lmtune.kernels.rms_norm import fuse_norms
 from lmtune.models.head import classifier_head
+from lmtune.models.members import AS_IS, Members
 from lmtune.models.structure import base_of
 
 
@@ -70,7 +71,10 @@ class PackedForward:
         dtype: in which products are computed.
         transform: what the model does to its logits after the head.
         capabilities: which optimized paths are used.
+        members: who answers; the model as it is.
     """
+
+    members: Members = AS_IS
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
         """
@@ -141,27 +145,36 @@ class PackedForward:
         Args:
             batch: the micro-batch, made for `reads`; with shared prefixes only if `shares_prefixes`.
         """
-        head = self.head
-        fused = self.capabilities.fused_head is None
-        if not self.packs:
-            outputs = self._one_by_one(batch, fused)  # [N, D] or [N, V]
-        elif not fused:
-            outputs = self.logits(batch.input_ids, batch.position_ids, batch.predicting, batch.segments)
-        elif self.capabilities.label_only_layer is None:
-            outputs = self.hidden(
-                batch.input_ids, batch.position_ids, batch.read_index, batch.segments, batch.read_positions
-            )
-        else:
-            outputs = self.hidden(batch.input_ids, batch.position_ids, batch.predicting, batch.segments)
-        if head is not None:
-            with torch.autocast(self.device.type, enabled=False):  # a few numbers a row: in fp32, as it is trained
-                return Outputs.of_scores(head(outputs.float()).float())
-        if fused:
+        outputs = self.read(batch)
+        if self.head is not None:
+            return Outputs.of_scores(self.scores(outputs))
+        if self.capabilities.fused_head is None:
             weight = self.base.get_output_embeddings().weight
             return Outputs(*label_logprobs(outputs, weight, batch.target_ids, self.transform))
         logits = outputs.float()
         losses = F.cross_entropy(logits, batch.target_ids, reduction="none")
         return Outputs(-losses, logits.detach().argmax(-1) == batch.target_ids)
+
+    def read(self, batch: MicroBatch) -> torch.Tensor:
+        """The hidden states `[N, D]` that predict the targets, or, without the fused head, their logits `[N, V]`."""
+        fused = self.capabilities.fused_head is None
+        if not self.packs:
+            return self._one_by_one(batch, fused)
+        if not fused:
+            return self.logits(batch.input_ids, batch.position_ids, batch.predicting, batch.segments)
+        if self.capabilities.label_only_layer is None:
+            return self.hidden(
+                batch.input_ids, batch.position_ids, batch.read_index, batch.segments, batch.read_positions
+            )
+        return self.hidden(batch.input_ids, batch.position_ids, batch.predicting, batch.segments)
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What a classifier's head says `[S, K]` of the hidden states `[S, D]` of last tokens."""
+        head = self.head
+        assert head is not None
+        with torch.autocast(self.device.type, enabled=False):  # a few numbers a row: in fp32, as it is trained
+            scores: torch.Tensor = head(hidden.float()).float()
+            return scores
 
     def hidden(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor,

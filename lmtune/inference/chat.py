@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from lmtune.data.types import Message
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.inference.classify import Classifier
-from lmtune.inference.engine import FinishReason, Generation, PromptCache, Sampling
+from lmtune.inference.engine import FinishReason, Generation, PromptCache, Request, Sampling
 from lmtune.inference.load import LoadedModel
-from lmtune.models.tuning.lora import ADAPTER
 
 
 def check_chats(model: LoadedModel) -> None:
@@ -260,8 +259,8 @@ class ChatSession:
                 "clear it, or shorten the question or the system prompt"
             )
         sampling = replace(sampling, stop_token_ids=tuple(self.model.renderer.stop_token_ids))
-        adapter = ADAPTER if self.model.has_adapter and not answer.use_base else None
-        for token in answer.follow(self.model.engine.submit(prompt, sampling, adapter, cache)):
+        request = Request(prompt, sampling, self.model.answering(answer.use_base))
+        for token in answer.follow(self.model.engine.submit(request, cache)):
             answer.token_ids.append(token)
             if piece := parser.feed(detokenizer.add(token)):
                 yield piece

@@ -18,7 +18,6 @@ import torch
 from lmtune.batching.packing import pack, pack_bins
 from lmtune.data.types import Example, Message, TokenSequence
 from lmtune.errors import LmtuneError
-from lmtune.forward.packed import PackedForward
 from lmtune.inference.load import LoadedModel
 from lmtune.models.head import Head
 from lmtune.models.structure import max_positions
@@ -63,7 +62,7 @@ class Classifier:
     def __init__(self, loaded: LoadedModel) -> None:
         assert loaded.head is not None
         self.loaded, self.head = loaded, loaded.head
-        self._forward = PackedForward(loaded.model)
+        self._forward = loaded.packed_forward()
 
     def read(self, user_text: str, system: str | None = None) -> list[int]:
         """The tokens of a text by itself, as rows of training had them.

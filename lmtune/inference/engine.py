@@ -1,19 +1,21 @@
 """The engine: token ids in, token ids out. It knows no tokenizer, no text and no conversation (an idea of nanochat's).
 
     engine = TransformersEngine(model)
-    for token in engine.submit(prompt_ids, Sampling(temperature=0.7, stop_token_ids=(2,))):
+    for token in engine.submit(Request(prompt_ids, Sampling(temperature=0.7, stop_token_ids=(2,)))):
         ...
-    answers = engine.generate(prompts, Sampling(stop_token_ids=(2,)))
+    answers = engine.generate([Request(ids, sampling, Members((name,))) for ids, name in asked])
 
-`submit` streams the answer to one prompt, one forward pass at a time under a lock, so that prompts take turns token by
-token, some with the adapter and some without. A `PromptCache` makes the next prompt cheap where it begins alike.
-`generate` answers many prompts greedily in batches. Neither uses a model's own generation settings.
+A request says the prompt, how its answer is sampled, and who answers: an adapter of several on one base, or all of them
+together. `submit` streams the answer to one, one forward pass at a time under a lock, so that requests take turns token
+by token. A `PromptCache` makes the next prompt cheap where it begins alike. `generate` answers many in batches, in
+which each row has its own adapter. Neither uses a model's own generation settings.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ import torch
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.io.text import format_list, is_finite_number
 from lmtune.kernels.attention import NAME as PACKED_ATTENTION
+from lmtune.models.members import AS_IS, BASE, Members
 from lmtune.models.structure import base_of, max_positions
 
 if TYPE_CHECKING:
@@ -69,6 +72,26 @@ class Sampling:
                  if not is_right]  # fmt: skip
         if wrong:
             raise ConfigError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} options are wrong\n{format_list(wrong)}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer.
+
+    Attributes:
+        prompt_ids: token ids, at least one.
+        sampling: how tokens are chosen, and what ends the answer.
+        members: who answers.
+    """
+
+    prompt_ids: Sequence[int]
+    sampling: Sampling = Sampling()
+    members: Members = AS_IS
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows of a batch it takes: one for each member."""
+        return max(1, len(self.members.adapters))
 
 
 class Generation(Iterator[int]):
@@ -132,34 +155,26 @@ class Engine(Protocol):
     def max_positions(self) -> int | None:
         """The longest prompt with its answer, in tokens; None without a limit."""
 
-    def submit(
-        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None,
-        cache: PromptCache | None = None,
-    ) -> Generation:  # fmt: skip
-        """Stream the answer to a prompt that is shorter than `max_positions`.
+    def submit(self, request: Request, cache: PromptCache | None = None) -> Generation:
+        """Stream the answer to a request whose prompt is shorter than `max_positions`.
 
         Args:
-            prompt_ids: token ids, at least one.
-            sampling: how tokens are chosen, and what ends the answer.
-            adapter: the adapter that answers; None is the base model.
-            cache: what an earlier prompt to the same adapter has left; it is filled for the next one.
+            request: who answers what.
+            cache: what an earlier prompt to the same members has left; it is filled for the next one.
 
         Raises:
             LmtuneError: from the iterator, where the logits are not finite.
         """
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, advance: Callable[[int], None] | None = None
-    ) -> list[list[int]]:
-        """Answer many prompts greedily, with the adapter that is active on the model.
+    def generate(self, requests: Sequence[Request], advance: Callable[[int], None] | None = None) -> list[list[int]]:
+        """Answer many requests in batches.
 
         Args:
-            prompts: token ids, none empty.
-            sampling: at temperature 0.
+            requests: in any order; each with its own members and sampling.
             advance: is called with the number of answers after each batch.
 
         Returns:
-            The new tokens of each prompt, in the order of the prompts, without the stop token.
+            The new tokens of each, in the order of the requests, without the stop token.
 
         Raises:
             LmtuneError: a prompt leaves no room for an answer.
@@ -171,17 +186,16 @@ class TransformersEngine:
 
     Args:
         model: in evaluation mode.
-        has_adapter: `model` has an active adapter, which is left out for `adapter=None`.
         lock: held during a forward pass; PEFT tells its layers by hooks which adapter to use.
         batch_tokens: prompts and answers of one batch hold at most so many tokens, padding included.
     """
 
     def __init__(
-        self, model: torch.nn.Module, has_adapter: bool = False,
-        lock: contextlib.AbstractContextManager[object] | None = None, batch_tokens: int = 16_384,
+        self, model: torch.nn.Module, lock: contextlib.AbstractContextManager[object] | None = None,
+        batch_tokens: int = 16_384,
     ) -> None:  # fmt: skip
         self._model: Any = model
-        self._has_adapter, self._lock, self._batch_tokens = has_adapter, lock or threading.RLock(), batch_tokens
+        self._lock, self._batch_tokens = lock or threading.RLock(), batch_tokens
         # whole modules beside the adapter, of which PEFT can switch some kinds only by `disable_adapter`
         self._trains_modules = any(hasattr(module, "original_module") for module in model.modules())
         self._keeps_logits = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
@@ -191,44 +205,41 @@ class TransformersEngine:
         """See `Engine`."""
         return max_positions(self._model)
 
-    def submit(
-        self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None,
-        cache: PromptCache | None = None,
-    ) -> Generation:  # fmt: skip
+    def submit(self, request: Request, cache: PromptCache | None = None) -> Generation:
         """See `Engine`."""
-        prompt, read = list(prompt_ids), cache or PromptCache()
-        return Generation(len(prompt), lambda generation: self._decode(prompt, sampling, adapter, read, generation))
+        read = cache or PromptCache()
+        return Generation(len(request.prompt_ids), lambda generation: self._decode(request, read, generation))
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, advance: Callable[[int], None] | None = None
-    ) -> list[list[int]]:
-        """See `Engine`. Equal to `submit` for each prompt, to rounding."""
-        assert sampling.temperature == 0
+    def generate(self, requests: Sequence[Request], advance: Callable[[int], None] | None = None) -> list[list[int]]:
+        """See `Engine`. Equal to `submit` for each request, to rounding."""
         limit = self.max_positions
-        for index, prompt in enumerate(prompts):
-            if limit is not None and len(prompt) >= limit:
-                raise LmtuneError(f"prompt {index}: {len(prompt)} tokens; expected fewer than the model reads, {limit}")
-        answers: list[list[int]] = [[] for _ in prompts]
-        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+        for index, request in enumerate(requests):
+            if limit is not None and (length := len(request.prompt_ids)) >= limit:
+                raise LmtuneError(f"prompt {index}: {length} tokens; expected fewer than the model reads, {limit}")
+        answers: list[list[int]] = [[] for _ in requests]
+        by_length = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids), reverse=True)
         while by_length:
-            longest = len(prompts[by_length[0]])
-            room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - longest)
-            rows = max(1, self._batch_tokens // (longest + room))
-            batch, by_length = by_length[:rows], by_length[rows:]
-            generated = _generate_batch(self._model, [prompts[index] for index in batch], sampling.stop_token_ids, room)
+            longest = len(requests[by_length[0]].prompt_ids)
+            room = max(requests[index].sampling.max_new_tokens for index in by_length)
+            room = room if limit is None else min(room, limit - longest)
+            rows = itertools.accumulate(requests[index].num_rows for index in by_length)
+            count = max(1, sum(row * (longest + room) <= self._batch_tokens for row in rows))
+            batch, by_length = by_length[:count], by_length[count:]
+            generated = _generate_batch(self._model, [requests[index] for index in batch], room)
             for index, new in zip(batch, generated, strict=True):
+                sampling = requests[index].sampling
+                new = new[: sampling.max_new_tokens]
                 end = next((place for place, token in enumerate(new) if token in sampling.stop_token_ids), len(new))
                 answers[index] = new[:end]
             if advance is not None:
                 advance(len(batch))
         return answers
 
-    def _decode(
-        self, prompt: list[int], sampling: Sampling, adapter: str | None, cache: PromptCache, generation: Generation
-    ) -> Iterator[int]:
+    def _decode(self, request: Request, cache: PromptCache, generation: Generation) -> Iterator[int]:
+        prompt, sampling = list(request.prompt_ids), request.sampling
         sampler = Sampler(sampling)
         try:
-            for logits in self._prefill(prompt, adapter, cache):  # noqa: B007 - the last is used below
+            for logits in self._prefill(prompt, request.members, cache):  # noqa: B007 - the last is used below
                 generation.num_read = len(cache.token_ids)
                 if generation.is_cancelled:
                     return
@@ -243,12 +254,12 @@ class TransformersEngine:
                     return
                 yield token
                 if left > 1:
-                    logits = self._read([token], adapter, cache)
+                    logits = self._read([token], request.members, cache)
             generation.finish_reason = "context" if limit is not None and room == limit - len(prompt) else "length"
         finally:
             generation.finish_reason = generation.finish_reason or "stopped"
 
-    def _prefill(self, prompt: list[int], adapter: str | None, cache: PromptCache) -> Iterator[torch.Tensor]:
+    def _prefill(self, prompt: list[int], members: Members, cache: PromptCache) -> Iterator[torch.Tensor]:
         """Read the part of `prompt` that is not in the cache, piece by piece; yields logits[V] after each piece.
 
         The same prompt again, as another try has it, takes the logits of the first time, so that an equal seed gives
@@ -264,12 +275,12 @@ class TransformersEngine:
         cache.crop(min(len(cache.token_ids), len(prompt) - 1) if shared is None else shared)
         rest = prompt[len(cache.token_ids) :]
         for start in range(0, len(rest), _PREFILL_TOKENS):
-            logits = self._read(rest[start : start + _PREFILL_TOKENS], adapter, cache)
+            logits = self._read(rest[start : start + _PREFILL_TOKENS], members, cache)
             if start + _PREFILL_TOKENS >= len(rest):
                 cache.prompt = prompt, logits
             yield logits
 
-    def _read(self, token_ids: list[int], adapter: str | None, cache: PromptCache) -> torch.Tensor:
+    def _read(self, token_ids: list[int], members: Members, cache: PromptCache) -> torch.Tensor:
         """Read further tokens; returns fp32 logits[V] after the last.
 
         Raises:
@@ -277,20 +288,20 @@ class TransformersEngine:
         """
         after = [*cache.token_ids, *token_ids]
         # A model that hands back no cache reads everything again at each token.
-        input_ids = torch.tensor([after if cache.key_values is None else token_ids], device=self._model.device)
+        rows = [after if cache.key_values is None else token_ids] * max(1, len(members.adapters))
+        input_ids = torch.tensor(rows, device=self._model.device)
         arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
         switch: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self._has_adapter and adapter is None:
-            if self._trains_modules:
-                switch = self._model.disable_adapter()
-            else:  # `disable_adapter` looks through the whole model at each switch: half the speed of a small one
-                arguments["adapter_names"] = ["__base__"]
+        if self._trains_modules and members.adapters == (BASE,):
+            switch = self._model.disable_adapter()
+        elif members.adapters:  # faster than `disable_adapter`, which looks through the whole model at each switch
+            arguments["adapter_names"] = list(members.adapters)
         cache.is_whole = False
         with self._lock, torch.no_grad(), switch, unpacked_attention(self._model):
             output = self._model(input_ids=input_ids, past_key_values=cache.key_values, use_cache=True, **arguments)
         cache.key_values, cache.token_ids = getattr(output, "past_key_values", None), after
         cache.is_whole = True
-        logits: torch.Tensor = output.logits[0, -1].float()
+        logits = members.next_token(output.logits[:, -1].float())
         if not torch.isfinite(logits.max()):
             raise LmtuneError("logits: NaN or infinity; expected finite numbers; the weights or adapter are damaged")
         return logits
@@ -321,24 +332,65 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
-def _generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], stop_token_ids: Sequence[int], max_new_tokens: int
-) -> list[list[int]]:
-    """One batch through `model.generate`, padded on the left; what follows each prompt, padding included."""
-    from transformers import GenerationConfig
+def _generate_batch(model: Any, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
+    """One batch through `model.generate`, padded on the left; what follows each prompt, and what is after its end."""
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    stops = sorted(set(stop_token_ids))
-    pad, width = next(iter(stops), 0), len(prompts[0])  # padding is masked, so that any token serves
-    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    plain = all(request.sampling.temperature == 0 and not request.members.is_ensemble for request in requests)
+    of_rows = [request for request in requests for _ in range(request.num_rows)]
+    width = max(len(request.prompt_ids) for request in requests)
+    pad = next((token for request in requests for token in request.sampling.stop_token_ids), 0)  # masked: any serves
+    missing = [width - len(request.prompt_ids) for request in of_rows]
+    rows = [[pad] * less + list(request.prompt_ids) for less, request in zip(missing, of_rows, strict=True)]
+    input_ids = torch.tensor(rows, device=model.device)
+    mask = (torch.arange(width) >= torch.tensor(missing)[:, None]).long().to(model.device)
     config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad,
-        use_cache=True,
-    )  # fmt: skip
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad, use_cache=True
+    )
+    arguments: dict[str, Any] = {}
+    if any(request.members.adapters for request in requests):
+        active = getattr(model, "active_adapter", BASE)
+        arguments["adapter_names"] = [name for one in requests for name in one.members.adapters or (active,)]
     with torch.no_grad(), unpacked_attention(model), _no_generation_config(model):
-        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+        output = model.generate(
+            input_ids=input_ids, attention_mask=mask, generation_config=config,
+            logits_processor=LogitsProcessorList([] if plain else [_Chooser(requests)]),
+            stopping_criteria=StoppingCriteriaList([_Ends(of_rows, width)]), **arguments,
+        )  # fmt: skip
+    starts = itertools.accumulate((request.num_rows for request in requests), initial=0)
     new: list[list[int]] = output[:, width:].tolist()
-    return new
+    return [new[start] for start, _ in zip(starts, requests, strict=False)]
+
+
+class _Chooser:
+    """A logits processor that leaves each row the one token that its request takes, of all its members."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests = [(request, Sampler(request.sampling)) for request in requests]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(scores, [request.num_rows for request, _ in self._requests])
+        tokens = [
+            sampler(request.members.next_token(part))
+            for (request, sampler), part in zip(self._requests, parts, strict=True)
+        ]
+        counts = torch.tensor([len(part) for part in parts])
+        chosen = torch.tensor(tokens).repeat_interleave(counts).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+class _Ends:
+    """A stopping criterion that ends each row at a stop token of its request, or at its limit."""
+
+    def __init__(self, of_rows: Sequence[Request], width: int) -> None:
+        most = max(len(request.sampling.stop_token_ids) for request in of_rows)
+        stops = [[*request.sampling.stop_token_ids, *[-1] * most][:most] for request in of_rows]
+        self._stops = torch.tensor(stops).view(len(of_rows), most)
+        self._limits = width + torch.tensor([request.sampling.max_new_tokens for request in of_rows])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        self._stops, self._limits = self._stops.to(input_ids.device), self._limits.to(input_ids.device)
+        return (input_ids[:, -1:] == self._stops).any(1) | (input_ids.shape[1] >= self._limits)
 
 
 @contextlib.contextmanager

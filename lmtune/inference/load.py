@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +25,8 @@ from lmtune.config.load import build_config, load_config
 from lmtune.config.schema import Dtype, FinetuneConfig, LoraConfig, ModelConfig, Quantization
 from lmtune.data.rendering import Renderer, Template
 from lmtune.errors import CheckpointError, ConfigError, LmtuneError, ModelError, is_failure
+from lmtune.forward.ensemble import EnsembleForward
+from lmtune.forward.packed import PackedForward
 from lmtune.inference.engine import TransformersEngine
 from lmtune.io.atomic import write_json
 from lmtune.io.console import err, escape
@@ -33,14 +35,17 @@ from lmtune.models.changed_weights import write_changed
 from lmtune.models.gguf import is_gguf
 from lmtune.models.head import Head, classifier_head
 from lmtune.models.locate import adapter_base, is_local, run_config, shareable_name
+from lmtune.models.members import AS_IS, BASE, Members
 from lmtune.models.model_folder import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
 from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata, check_adapter, trained_rows
 from lmtune.models.tuning.base import Tensors
 from lmtune.models.tuning.beside_lora import add_rows, add_tokens
-from lmtune.models.tuning.lora import Lora, load_adapter, save_adapter
+from lmtune.models.tuning.lora import ADAPTER as ACTIVE
+from lmtune.models.tuning.lora import Lora, add_adapter, load_adapter, save_adapter
 from lmtune.models.validate import CONFIG as MODEL_CONFIG
 from lmtune.models.validate import tokenizer_problem
+from lmtune.runs.ensembles import EnsembleFile, Method, find_ensemble
 from lmtune.runs.store import (
     ADAPTER,
     STATE,
@@ -55,6 +60,7 @@ from lmtune.runs.store import (
 )
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TARGETS = "a run, an adapter or model folder, a GGUF file, a Hub id, or tiny"
@@ -74,6 +80,7 @@ class LoadedModel:
         trained_at: the time that the template wrote into the prompts of training, if it writes one.
         run: the run that the model comes from, if that is known.
         head: of a classifier; None for a language model.
+        members: who answers, of several adapters on the model.
         lock: held by whoever runs the model, since switching the adapter off concerns all threads.
     """
 
@@ -86,12 +93,23 @@ class LoadedModel:
     trained_at: str | None = None
     run: RunDirectory | None = None
     head: Head | None = None
+    members: Members = AS_IS
     lock: contextlib.AbstractContextManager[bool] = field(default_factory=threading.RLock, repr=False)
 
     @functools.cached_property
     def engine(self) -> TransformersEngine:
         """Generates tokens with this model, for any number of conversations."""
-        return TransformersEngine(self.model, self.has_adapter, self.lock)
+        return TransformersEngine(self.model, self.lock)
+
+    def answering(self, use_base: bool = False) -> Members:
+        """Who answers a request, by `Request.members`."""
+        return Members((BASE,)) if use_base and self.has_adapter else self.members
+
+    def packed_forward(self) -> PackedForward:
+        """Scores rows with this model, or with its members."""
+        if not self.members.adapters:
+            return PackedForward(self.model)
+        return EnsembleForward(cast("PeftModel", self.model), self.members, self.head)
 
     @property
     def date_note(self) -> str | None:
@@ -112,21 +130,27 @@ class LoadedModel:
 
 
 def load_for_inference(
-    target: str, quantization: Quantization | None = None, base: str | None = None
+    target: str, quantization: Quantization | None = None, base: str | None = None, method: Method | None = None
 ) -> LoadedModel:  # fmt: skip
     """Load what `target` names.
 
     Args:
-        target: run directory or name, adapter folder, merged or plain model folder, GGUF file, Hub id, or `tiny`.
+        target: run directory or name, ensemble, adapter folder, merged or plain model folder, GGUF file, Hub id, or
+            `tiny`.
         quantization: of the base; by default what the adapter was trained over, and none for a plain model.
         base: where the base of a run or adapter is, a folder, GGUF file or Hub id, if not where it names it.
+        method: of an ensemble, in place of its own.
 
     Raises:
-        ConfigError: `base` is given for a model without adapter.
+        ConfigError: `base` is given for a model without adapter, or `method` for one that is no ensemble.
         ModelError: no such run, adapter or model, or a damaged one.
     """
     if not target.strip():
         raise ModelError(f"no model is named; give {_TARGETS}")
+    if (ensemble := find_ensemble(target)) is not None:
+        return load_members(EnsembleFile.read(ensemble), ensemble, quantization, base, method)
+    if method is not None:
+        raise ConfigError(f"--vote: {target} is one model; expected an ensemble, with members that vote; leave it out")
     run = find_run(target)
     if run is not None:
         if not isinstance((settings := load_config(FinetuneConfig, run.config)).tuning, LoraConfig):
@@ -188,6 +212,50 @@ def _load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedMode
             add_rows(model, plain, new)
     model = load_adapter(model, folder, base_fingerprint(base))
     return _loaded(model, tokenizer, base, name, metadata, has_adapter=metadata.head is None)
+
+
+def load_members(
+    ensemble: EnsembleFile, folder: Path, quantization: Quantization | None = None, base: str | None = None,
+    method: Method | None = None,
+) -> LoadedModel:  # fmt: skip
+    """The adapters of all members of an ensemble in `folder` on one base, to answer together.
+
+    Raises:
+        ModelError: a member is not there, or its base, head or prompts are others than those of the first.
+    """
+    places = ensemble.places(folder)
+    first = load_for_inference(str(places[0]), quantization, base)
+    if not hasattr(first.model, "peft_config"):
+        raise ModelError(f"{places[0]}: no LoRA adapter; the members of an ensemble are adapters of one base")
+    # of one length, since PEFT finds an adapter's tensors by its name in theirs
+    names = [ACTIVE, *(f"member-{number:04d}" for number in range(2, len(places) + 1))]
+    with _adapter_of(places[0], base) as adapter:
+        shared = _shared(Metadata.read(adapter))
+    for name, place in zip(names[1:], places[1:], strict=True):
+        with _adapter_of(place, base) as adapter:
+            own = _shared(Metadata.read(adapter))
+            if apart := [key for key, value in own.items() if value != shared[key]]:
+                raise ModelError(f"{place}: another {apart[0]} than {places[0]} has; members of an ensemble share it")
+            add_adapter(cast("PeftModel", first.model), adapter, name)
+    members = Members(tuple(names), ensemble.weights, method or ensemble.method)
+    return replace(first, name=f"{folder.name} ({len(names)} members: {first.name}, …)", members=members)
+
+
+def _shared(metadata: Metadata) -> dict[str, Any]:
+    """What the members of an ensemble have in common, by what it is called."""
+    head = metadata.head
+    return {
+        "base model": metadata.base_fingerprint, "quantization": metadata.quantization, "template": metadata.template,
+        "system prompt": metadata.system, "head": None if head is None else (head.kind, head.labels),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _adapter_of(place: Path, base: str | None) -> Iterator[Path]:
+    """The adapter folder of a run, or `place`, for as long as the block lasts."""
+    run = find_run(place)
+    with contextlib.nullcontext(place) if run is None else usable_adapter(run, base) as adapter:
+        yield adapter
 
 
 def _load_plain(model: ModelConfig) -> LoadedModel:

@@ -95,6 +95,8 @@ def as_it_began(loaded: LoadedModel) -> Iterator[str | None]:
     with contextlib.ExitStack() as held:
         problem: str | None = None
         try:
+            if loaded.members.is_ensemble:
+                raise ModelError("the members of an ensemble take its place each by itself")
             asked = replace(config, run=replace(config.run, name=None))
             start = held.enter_context(starting_adapter(asked))
             assert start is not None

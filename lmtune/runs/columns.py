@@ -13,11 +13,17 @@ from lmtune.config.schema import FinetuneConfig
 from lmtune.data.readers import read_rows
 from lmtune.data.sources import Given, find_files
 from lmtune.data.tables import TableRow
+from lmtune.runs.ensembles import find_ensemble, runs_of_ensemble
 from lmtune.runs.store import RunDirectory, find_run
 
 
 def run_of(target: str) -> RunDirectory | None:
-    """The run that a model comes from: `target` itself, or the folder above its adapter or merged model."""
+    """The run that a model comes from: `target` itself, or the folder above its adapter or merged model.
+
+    Of an ensemble it is that of its first member.
+    """
+    if (ensemble := find_ensemble(target)) is not None:
+        return next(iter(runs_of_ensemble(ensemble)), None)
     found = find_run(target)
     return found if found is not None or not Path(target).is_dir() else find_run(Path(target).resolve().parent)
 

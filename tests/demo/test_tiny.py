@@ -15,7 +15,7 @@ from lmtune.config.schema import FinetuneConfig, ModelConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.types import Message
 from lmtune.demo import support_data, support_heldout, tiny_path
-from lmtune.inference.engine import Sampling, TransformersEngine
+from lmtune.inference.engine import Request, Sampling, TransformersEngine
 from lmtune.models.base import load_model, load_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -38,10 +38,9 @@ def renderer(tokenizer: Any) -> Renderer:
 
 
 def answer_ids(model: Any, renderer: Renderer, tokenizer: Any, questions: list[str]) -> list[list[int]]:
-    prompts = [renderer.prompt_ids([Message("user", question)]) for question in questions]
-    return TransformersEngine(model).generate(
-        prompts, Sampling(max_new_tokens=40, stop_token_ids=renderer.stop_token_ids)
-    )
+    sampling = Sampling(max_new_tokens=40, stop_token_ids=renderer.stop_token_ids)
+    requests = [Request(renderer.prompt_ids([Message("user", question)]), sampling) for question in questions]
+    return TransformersEngine(model).generate(requests)
 
 
 def test_it_is_small_and_holds_no_path_of_its_maker() -> None:

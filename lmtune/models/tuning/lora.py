@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,6 +40,7 @@ from lmtune.models.tuning.beside_lora import beside_lora, hold_rows
 from lmtune.models.tuning.targets import Targets, find_targets, for_peft, use_layers_own_adapter
 
 if TYPE_CHECKING:
+    from peft import LoraConfig as PeftConfig
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -185,12 +186,21 @@ def save_adapter(model: PeftModel, folder: Path, metadata: Metadata, weights: Te
         if tensor.data_ptr() in seen:  # a tied weight: safetensors wants each tensor in memory of its own
             stored[name] = tensor.clone()
         seen.add(tensor.data_ptr())
+    write_adapter_files(folder, stored, config, metadata)
+
+
+def write_adapter_files(folder: Path, stored: Tensors, config: Mapping[str, object], metadata: Metadata) -> None:
+    """Write an adapter folder from tensors by PEFT's names and PEFT's config as a dict.
+
+    Raises:
+        OSError: names the file that could not be written.
+    """
     with name_disk_errors(folder / WEIGHTS):
-        save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-    if config["modules_to_save"]:  # to which PEFT adds the names of a classifier's head at each load
-        config["modules_to_save"] = list(dict.fromkeys(config["modules_to_save"]))
-    config["inference_mode"] = True
-    for name, tree in ((CONFIG, config), (METADATA, metadata.as_dict())):
+        save_file(dict(stored), folder / WEIGHTS, metadata={"format": "pt"})
+    written = {**config, "inference_mode": True}
+    if isinstance(modules := config["modules_to_save"], list):  # PEFT adds the names of a head at each load
+        written["modules_to_save"] = list(dict.fromkeys(modules))
+    for name, tree in ((CONFIG, written), (METADATA, metadata.as_dict())):
         with name_disk_errors(folder / name):
             (folder / name).write_text(json.dumps(tree, indent=2, default=_plain) + "\n", encoding="utf-8")
 
@@ -232,13 +242,60 @@ def weights_of(model: PeftModel, folder: Path) -> Iterator[None]:
         set_peft_model_state_dict(model, own)
 
 
+def add_adapter(peft_model: PeftModel, folder: Path, name: str, fingerprint: str | None = None) -> None:
+    """Put a further saved adapter on the base of `peft_model`, by `name`; the active one stays.
+
+    Args:
+        peft_model: of `load_adapter`.
+        folder, fingerprint: as of `load_adapter`.
+        name: no part of which is the name of another adapter there.
+
+    Raises:
+        ModelError: as of `load_adapter`; or it trains rows of the embeddings, of which a model has one set.
+    """
+    from peft import set_peft_model_state_dict
+
+    config, state = _saved(peft_model, folder, fingerprint)
+    if config.trainable_token_indices:
+        raise ModelError(f"{folder}: this adapter has tokens of its own (tuning.new_tokens); it cannot share a base")
+    try:
+        peft_model.add_adapter(name, config)
+    except Exception as error:  # as in `_with_saved`
+        raise ModelError(f"{folder}: PEFT cannot put this adapter beside the others: {error}") from error
+    _check_tensors(peft_model, state, folder, name)
+    set_peft_model_state_dict(peft_model, state, adapter_name=name)
+    peft_model.requires_grad_(False)
+    fuse(peft_model, dense_weights_fit(peft_model, next(peft_model.parameters()).device))
+    peft_model.eval()
+
+
 def _with_saved(
     model: torch.nn.Module, folder: Path, fingerprint: str | None, changes: dict[str, Any] | None = None
 ) -> PeftModel:
     """`model` with a saved adapter, some of whose settings are changed."""
+    from peft import PeftModel, set_peft_model_state_dict
+
+    lora, state = _saved(model, folder, fingerprint, changes)
+    if rows := trained_rows(check_adapter(folder)):
+        hold_rows(model, max(rows) + 1)
+    try:
+        peft_model = PeftModel(model, lora)  # type: ignore[arg-type, unused-ignore]
+    except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
+        raise ModelError(f"{folder}: PEFT cannot put this adapter on the base model: {error}") from error
+    if changes is not None:  # it is trained further: in fp32, before 16 bit could round what was saved
+        for parameter in trainable(peft_model).values():
+            parameter.data = parameter.data.float()
+    _check_tensors(peft_model, state, folder)
+    set_peft_model_state_dict(peft_model, state)
+    return peft_model
+
+
+def _saved(
+    model: torch.nn.Module, folder: Path, fingerprint: str | None, changes: dict[str, Any] | None = None
+) -> tuple[PeftConfig, Tensors]:
+    """PEFT's config and the tensors of a saved adapter for `model`, some of whose settings are changed."""
     check_bitsandbytes("none")
     from peft import LoraConfig as PeftLoraConfig
-    from peft import PeftModel, set_peft_model_state_dict
 
     config, state = read_adapter(folder)
     trained_on = Metadata.read(folder).base_fingerprint
@@ -249,20 +306,12 @@ def _with_saved(
     if is_too_slow_to_match(config, [name for name, _ in model.named_modules()]):
         raise ModelError(f"{folder}: {CONFIG}: a regular expression is too slow (possible catastrophic backtracking)")
     own = {"init_lora_weights": True, "fan_in_fan_out": _is_transposed(model)}
-    if rows := trained_rows(config):
-        hold_rows(model, max(rows) + 1)
     try:
         lora = PeftLoraConfig(**{**config, **own, **(changes or {})})
         use_layers_own_adapter(lora)
-        peft_model = PeftModel(model, lora)  # type: ignore[arg-type, unused-ignore]
     except Exception as error:  # what PEFT raises for values that make no sense together is of any kind
         raise ModelError(f"{folder}: PEFT cannot put this adapter on the base model: {error}") from error
-    if changes is not None:  # it is trained further: in fp32, before 16 bit could round what was saved
-        for parameter in trainable(peft_model).values():
-            parameter.data = parameter.data.float()
-    _check_tensors(peft_model, state, folder)
-    set_peft_model_state_dict(peft_model, state)
-    return peft_model
+    return lora, state
 
 
 def read_adapter(folder: Path) -> tuple[LoraSettings, Tensors]:
@@ -301,12 +350,12 @@ def _is_transposed(model: torch.nn.Module) -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def _check_tensors(peft_model: PeftModel, state: Tensors, folder: Path) -> None:
+def _check_tensors(peft_model: PeftModel, state: Tensors, folder: Path, adapter: str = ADAPTER) -> None:
     """Raise ModelError with every tensor that is missing, unexpected, of another shape, or not finite."""
     from peft import get_peft_model_state_dict
 
     # without `save_embedding_layers=False` PEFT asks the Hub whether the base's vocabulary was changed
-    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    wanted = get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
     problems = [f"missing: {name}" for name in wanted if name not in state]
     problems += [f"unexpected: {name}" for name in state if name not in wanted]
     for name in wanted.keys() & state.keys():
