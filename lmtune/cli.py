@@ -16,7 +16,7 @@ from lmtune.run import run_app
 
 VERBS = (
     "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "evaluate", "predict",
-    "compare", "merge", "chat", "app", "push", "pull", "pretrain", "runs", "doctor", "schema",
+    "compare", "vote", "merge", "chat", "app", "push", "pull", "pretrain", "runs", "doctor", "schema",
 )  # fmt: skip
 
 # What other tools call these verbs

@@ -5,7 +5,6 @@ lmtune compare runs/a runs/b heldout.jsonl
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +12,7 @@ import typer
 from lmtune.data.checking import check_data
 from lmtune.data.columns import columns_of
 from lmtune.errors import ConfigError
+from lmtune.evaluation import options
 from lmtune.io.console import print_json, progress, warn
 from lmtune.io.text import pluralize
 from lmtune.run import run
@@ -25,27 +25,20 @@ METRICS = ("f1", "exact", "chrf")  # of generated answers, where none are asked 
 
 
 def main(
-    first: Annotated[
-        str, typer.Argument(metavar="FIRST", help="A run, model or Hub id; or a file that `predict` wrote.")
-    ],
+    first: Annotated[str, typer.Argument(metavar="FIRST", help=options.TARGET)],
     second: Annotated[str, typer.Argument(metavar="SECOND", help="The model that is compared with it.")],
-    data: Annotated[list[Path] | None, typer.Argument(metavar="DATA...", help="Files or folders of rows.")] = None,
-    metric: Annotated[
-        list[str] | None, typer.Option(help="Of answers: exact, f1, number, chrf, …; the first decides. Repeatable.")
-    ] = None,
-    by: Annotated[str | None, typer.Option(metavar="FIELD", help="Slices: a field, length or source.")] = None,
-    rows: Annotated[int, typer.Option(min=0, help="Rows to generate answers for.")] = 200,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer that does not stop is cut.")] = 128,
-    max_length: Annotated[int, typer.Option(min=8, help="Longer rows are dropped and counted.")] = 2048,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Rows with both answers, worst first.")] = None,
-    shown: Annotated[int, typer.Option(min=0, help="Rows that got worse to show.")] = 5,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(help="Another name of a key, as question=prompt; by default those of the runs."),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document: scores, differences, slices, rows.")
-    ] = False,
+    data: options.Data = None,
+    metric: options.Metrics = None,
+    by: options.By = None,
+    rows: options.AnswerRows = 200,
+    max_new_tokens: options.NewTokens = 128,
+    max_length: options.MaxLength = 2048,
+    judge: options.JudgeAddress = None,
+    judge_model: options.JudgeModel = None,
+    output: options.Output = None,
+    shown: options.Shown = 5,
+    columns: options.ColumnNames = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document: scores, differences, rows, …")] = False,
 ) -> None:
     """SECOND beside FIRST on the same rows: loss and metrics of generated answers, with 95 % intervals.
 
@@ -57,6 +50,7 @@ def main(
     from lmtune.evaluation.answer_files import aligned, is_answer_file, read_answers
     from lmtune.evaluation.answer_metrics import answer_metrics
     from lmtune.evaluation.compare import compare, slices_of
+    from lmtune.evaluation.judging import describe_judgement, judge_rows, open_judge, with_verdicts
     from lmtune.evaluation.showing import difference_trees, print_comparison, row_trees, slice_trees, write_rows
     from lmtune.evaluation.slices import slice_names
 
@@ -79,6 +73,7 @@ def main(
 
         return row_results(load_for_inference(target), paths, rows, max_new_tokens, max_length, known)
 
+    asked = open_judge(judge, judge_model)
     if not files:
         check_data(paths, columns=known)
     one, other = rows_of(first), rows_of(second)
@@ -86,16 +81,18 @@ def main(
         other = aligned(one, other)
     compared = compare(one, other, metrics)
     slices = [] if by is None else slices_of(slice_names(by, paths, one), one, other, metrics)
-    lines = row_trees(compared.rows, ("first", "second"))
+    judgement = judge_rows(asked, compared.rows, output)
+    lines = with_verdicts(row_trees(compared.rows, ("first", "second")), judgement)
     write_rows(output, lines)
     if compared.left_out:
         warn(f"{pluralize(compared.left_out)} that only one of the two could read are left out (--max-length)")
     if as_json:
         differences = difference_trees(compared.differences)
         tree = {"scores": compared.scores, "differences": differences, "slices": slice_trees(slices), "rows": lines}
-        print_json(tree)
+        print_json(tree if judgement is None else {**tree, "judge": judgement.as_dict()})
     else:
         print_comparison(first, second, compared, shown, slices, by)
+        describe_judgement(judgement, second, first)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,12 @@ def test_the_wheel_holds_every_source_file_and_what_goes_with_it(wheel: list[str
     wanted |= {
         f"lmtune/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").glob("**/*.*") if path.suffix != ".pyc"
     }
-    wanted |= {"lmtune/examples/support.jsonl", "lmtune/examples/support_heldout.jsonl", "lmtune/py.typed"}
+    wanted |= {
+        "lmtune/examples/support.jsonl",
+        "lmtune/examples/support_heldout.jsonl",
+        "lmtune/py.typed",
+        "lmtune/demo/drift.jsonl",
+    }
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "lmtune" / "demo" / "tiny").iterdir()}
     assert wanted <= set(wheel)
     assert {name.split("/")[0] for name in wheel} == {"lmtune", f"lmtune-{PROJECT['project']['version']}.dist-info"}

@@ -24,6 +24,11 @@ def support_heldout() -> Path:
     return _examples() / "support_heldout.jsonl"
 
 
+def drift_prompts() -> Path:
+    """Prompts about everything and nothing, in English and Chinese: what a model should answer as before."""
+    return Path(str(resources.files("lmtune.demo"))) / "drift.jsonl"
+
+
 def _examples() -> Path:
     """`lmtune.examples` in an installed package, which is the folder `examples/` of a checkout."""
     return Path(str(resources.files("lmtune.examples")))

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmtune.data.report import describe_part
 from lmtune.errors import ConfigError
 from lmtune.evaluation.answer_files import read_answers
 from lmtune.evaluation.answer_metrics import AnswerMetric
@@ -20,9 +21,11 @@ from lmtune.io.atomic import write_text
 from lmtune.io.console import err, escape, out, print_json
 from lmtune.io.text import pluralize
 from lmtune.runs.pictures import confusion_svg
+from lmtune.runs.tables import print_classes
 
 if TYPE_CHECKING:
     from lmtune.evaluation.evaluate import Evaluation
+    from lmtune.evaluation.judge import Judgement
     from lmtune.evaluation.scoring import Scores
 
 Tree = dict[str, Any]
@@ -88,8 +91,8 @@ def print_slices(slices: Sequence[Slice], by: str | None, second: str = "tuned",
         out.print(table)
 
 
-def evaluation_tree(found: Evaluation) -> Tree:
-    """All of an evaluation, for `--json`."""
+def evaluation_tree(found: Evaluation, judgement: Judgement | None = None) -> Tree:
+    """All of an evaluation, for `--json`; also what a judge says of it."""
     before, tuned, classes = found.base, found.tuned, found.tuned.classes
     errors = {"tuned": tuned.standard_errors, "base": before.standard_errors if before else None}
     compared = found.comparison
@@ -100,6 +103,7 @@ def evaluation_tree(found: Evaluation) -> Tree:
     if compared is not None:
         tree["differences"] = difference_trees(compared.differences)
         tree["verdict"] = sentence_of(compared)
+    tree |= {} if judgement is None else {"judge": judgement.as_dict()}
     tree |= {"slices": slice_trees(found.slices)} if found.slices else {}
     tree |= {"trained_rows": found.trained_rows, "data": found.report.to_dict()}
     answers = [{"question": a.question, "reference": a.reference, "answer": a.prediction} for a in found.answers]
@@ -121,12 +125,13 @@ def sentence_of(compared: Comparison) -> str:
 def print_evaluation(
     found: Evaluation, metrics: Sequence[AnswerMetric], shown: int, by: str | None
 ) -> None:  # fmt: skip
-    """Each score with its interval, the sentence, the slices, and what got worse."""
+    """What was read, each score with its interval, the sentence, the slices, what got worse, and each class."""
 
     def cells(name: str, scores: Scores) -> dict[str, Cell]:
         intervals = found.intervals.get(name, {})
         return {key: (value, intervals.get(key)) for key, value in scores.as_dict().items()}
 
+    out.print(escape("\n".join(describe_part(found.report))))
     before = None if found.base is None else cells("base", found.base)
     out.print(evaluation_table(before, cells("tuned", found.tuned), [metric.name for metric in metrics]))
     asked = found.tuned.exact_match_rows
@@ -137,6 +142,7 @@ def print_evaluation(
     if found.comparison is not None:
         for text in describe_worse(found.comparison.rows, shown, ("base", "tuned")):
             out.print(text)
+    print_classes(None if found.tuned.classes is None else asdict(found.tuned.classes))
 
 
 def evaluate_file(

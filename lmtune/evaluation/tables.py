@@ -34,7 +34,7 @@ def difference_cells(name: str, found: Difference) -> list[str]:
 
 def comparison_table(first: str, second: str, compared: Comparison) -> Table:
     """Both models' scores, their difference with its 95 % interval, and on how many rows the second is better."""
-    table = _table(first, second, "difference (95 %)", "better / worse / same")
+    table = plain_table(first, second, "difference (95 %)", "better / worse / same")
     for name, found in compared.differences.items():
         table.add_row(name, *(shown_score(name, one) for one in compared.scores[name]), *difference_cells(name, found))
     return table
@@ -42,7 +42,7 @@ def comparison_table(first: str, second: str, compared: Comparison) -> Table:
 
 def evaluation_table(base: Mapping[str, Cell] | None, tuned: Mapping[str, Cell], shares: Sequence[str] = ()) -> Table:
     """Each score with its 95 % interval, base beside tuned; `shares` are those of generated answers."""
-    table = _table(*(() if base is None else ("base (95 %)",)), "score (95 %)" if base is None else "tuned (95 %)")
+    table = plain_table(*(() if base is None else ("base (95 %)",)), "score (95 %)" if base is None else "tuned (95 %)")
     values = [{name: value for name, (value, _) in part.items()} for part in (base or {}, tuned)]
     names = {**names_of(*values), **{name: name for name in shares if name in tuned}}
     if not values[-1].keys() & SCORES.keys():  # answers from a file
@@ -72,7 +72,7 @@ def slices_table(slices: Sequence[Slice], by: str, second: str = "tuned", first:
     compared = next((one.compared for one in slices if one.compared is not None), None)
     deciding = next(iter(slices[0].scores)) if compared is None else compared.deciding
     beside = () if compared is None else (first, second, "difference (95 %)", "better / worse / same")
-    table = _table("rows", *(beside or (f"{deciding} (95 %)",)), head=by)
+    table = plain_table("rows", *(beside or (f"{deciding} (95 %)",)), head=by)
     for one in slices[:_MOST_SLICES]:
         cells = [escape(one.name), str(one.rows)]
         if compared is None:
@@ -91,7 +91,8 @@ def _score_cell(name: str, found: ScoreOfRows | None) -> str:
     return "" if found is None else _cell(name, (found.value, found.interval), True)
 
 
-def _table(*titles: str, head: str = "") -> Table:
+def plain_table(*titles: str, head: str = "") -> Table:
+    """A table without lines: names under `head`, and columns of numbers."""
     table = Table(box=None, pad_edge=False, title_justify="left", caption_justify="left")
     table.add_column(escape(head), no_wrap=True)
     for title in titles:

@@ -5,8 +5,9 @@ model, known = ask("Model", "tiny", known_model)
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from lmtune.errors import ConfigError, LmtuneError
@@ -54,3 +55,34 @@ def confirm(question: str, proposed: bool) -> bool:
         raise ConfigError(f"{answer}: expected y or n")
 
     return ask(question, "Y/n" if proposed else "y/N", lambda answer: proposed if "/" in answer else check(answer))[1]
+
+
+def read_key(choices: str) -> str:
+    """One of the characters `choices`: a key pressed in a terminal, else the next one of the input; empty at its end.
+
+    Other characters are passed over. Ctrl-D in a terminal is the end, too.
+    """
+    with _one_key_at_a_time():
+        while True:
+            key = sys.stdin.read(1)
+            if key in ("", "\x04"):
+                return ""
+            if key in choices:
+                return key
+
+
+@contextlib.contextmanager
+def _one_key_at_a_time() -> Iterator[None]:
+    """Inside the block a terminal gives each key as it is pressed, and does not show it."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+    import tty
+
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin, termios.TCSADRAIN)  # a key that was pressed before is not lost
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
