@@ -29,6 +29,7 @@ def main(
     judge_reference: options.JudgeReference = False,
     drift: options.Drift = False,
     drift_prompts: options.DriftPrompts = None,
+    lm_eval: options.LmEval = None,
     output: options.Output = None,
     shown: options.Shown = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document: base, tuned, intervals, rows, …")] = False,
@@ -55,7 +56,7 @@ def main(
         evaluate_file(target, metrics, by, output, as_json, named)
         return
     drift = drift or drift_prompts is not None
-    if not (data or drift):
+    if not (data or drift or lm_eval):
         raise ConfigError("DATA: missing; give files or folders of rows with known answers, or --drift")
     paths = tuple(str(path) for path in data or ())
     known = columns_for(run_of(target), paths, named) if paths else None
@@ -78,7 +79,7 @@ def main(
         write_rows(output, with_verdicts(tree["rows"], judgement))
         if confusion is not None:
             draw_confusion(confusion, tree.get("classes"))
-    further = score_further(loaded, drift, drift_prompts)
+    further = score_further(loaded, drift, drift_prompts, lm_eval)
     if as_json:
         print_json({**tree, **further.as_dict()})
         return

@@ -38,6 +38,9 @@ Drift = Annotated[bool, typer.Option("--drift", help="How far the model is from 
 DriftPrompts = Annotated[
     Path | None, typer.Option("--drift-prompts", metavar="FILE", help="Prompts for --drift, in place of its own.")
 ]
+LmEval = Annotated[
+    str | None, typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-eval: names or YAML files, with commas.")
+]
 Confusion = Annotated[
     Path | None, typer.Option(metavar="FILE.svg", help="Of a classifier: draw the confusion matrix into this file.")
 ]
