@@ -15,8 +15,8 @@ from lmtune import __version__
 from lmtune.run import run_app
 
 VERBS = (
-    "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "evaluate", "predict",
-    "compare", "vote", "merge", "chat", "app", "push", "pull", "pretrain", "runs", "doctor", "schema",
+    "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "ensemble", "evaluate",
+    "predict", "compare", "vote", "merge", "chat", "app", "push", "pull", "pretrain", "runs", "doctor", "schema",
 )  # fmt: skip
 
 # What other tools call these verbs

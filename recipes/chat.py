@@ -21,6 +21,7 @@ def main(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling threshold; lower: no improbable tokens.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 256,
     seed: Annotated[int, typer.Option(help="Of sampling: equal seeds give equal answers.")] = 0,
+    vote: Annotated[bool, typer.Option("--vote", help="Of an ensemble: count votes, not the mean.")] = False,
     base: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
     ] = None,
@@ -48,7 +49,7 @@ def main(
         from lmtune.serve.terminal import TerminalChat
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    loaded = load_for_inference(model, base=base)
+    loaded = load_for_inference(model, base=base, method="vote" if vote else None)
     if without_adapter and not loaded.has_adapter:
         raise ConfigError(f"--without-adapter: {model} has no adapter, so it is the base already; leave it out")
     if loaded.date_note:

@@ -35,6 +35,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document: base, tuned, intervals, rows, …")] = False,
     confusion: options.Confusion = None,
     columns: options.ColumnNames = None,
+    vote: Annotated[bool, typer.Option("--vote", help="Of an ensemble: count votes, not the mean.")] = False,
     base: options.Base = None,
 ) -> None:
     """Loss, accuracies and metrics of generated answers with 95 % intervals; of classes F1 and confusion.
@@ -68,7 +69,7 @@ def main(
         from lmtune.evaluation.further import print_further, score_further
         from lmtune.inference.load import load_for_inference
 
-    loaded, tree, judgement = load_for_inference(target, base=base), {}, None
+    loaded, tree, judgement = load_for_inference(target, base=base, method="vote" if vote else None), {}, None
     if paths:
         found = evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length, known, metrics, by)
         if found.trained_rows:

@@ -26,6 +26,7 @@ def main(
         list[str] | None,
         typer.Option(help="Another name of a key, as question=prompt; by default those of the run's data.columns."),
     ] = None,
+    vote: Annotated[bool, typer.Option("--vote", help="Of an ensemble: count votes, not the mean.")] = False,
     base: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
     ] = None,
@@ -43,7 +44,7 @@ def main(
         from lmtune.evaluation.predict import predict
         from lmtune.inference.load import load_for_inference
 
-    loaded = load_for_inference(target, base=base)
+    loaded = load_for_inference(target, base=base, method="vote" if vote else None)
     rows = predict(loaded, data, max_length, max_new_tokens, named)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     if output is None:

@@ -28,7 +28,7 @@ LAYERS = (
     {"inference"},
     {"evaluation"},
     {"training"},
-    {"export", "serve", "doctor", "proposal"},
+    {"export", "search", "serve", "doctor", "proposal"},
     {"api", "run"},
     {"recipes", "cli", "app", "__main__"},
 )
