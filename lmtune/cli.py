@@ -16,7 +16,8 @@ from lmtune.run import run_app
 
 VERBS = (
     "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "ensemble", "evaluate",
-    "predict", "compare", "vote", "merge", "chat", "app", "push", "pull", "pretrain", "runs", "doctor", "schema",
+    "predict", "compare", "vote", "merge", "chat", "app", "push", "pull", "pretrain", "runs", "report", "doctor",
+    "schema",
 )  # fmt: skip
 
 # What other tools call these verbs

@@ -15,6 +15,7 @@ from lmtune.config.load import command_config
 from lmtune.config.schema import FinetuneConfig, LoraConfig, RewardConfig
 from lmtune.data.checking import check_config
 from lmtune.io.console import command, err, escape, out, progress
+from lmtune.parallel.detach import start_detached
 from lmtune.parallel.launch import launch
 from lmtune.parallel.worker import check_world, is_worker
 from lmtune.run import run
@@ -32,6 +33,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="The base model; short for model.name=…")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Rows to train on; short for data.train=…")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train in, one a GPU.")] = 1,
+    detach: Annotated[bool, typer.Option("--detach", help="In the background; it survives a closed terminal.")] = False,
 ) -> None:
     """Fine-tune a model as CONFIG says, or with the defaults. The same command resumes where it stopped.
 
@@ -44,10 +46,14 @@ def main(
     config = command_config(config_file, overrides or [], model, data or [], "finetune")
     run_directory = RunDirectory.of(config.run)
     check_world()
+    words = [*([config_file] if config_file else []), *(overrides or []), *(["--model", model] if model else [])]
+    words += [word for path in data or [] for word in ("--data", path)]
+    if detach:
+        several = ["--processes", str(processes)] if processes > 1 else []
+        sys.exit(start_detached("finetune", words + several, run_directory, anew=config.run.resume == "never"))
     check_config(config)  # before any model is loaded
     if processes > 1 and not is_worker():
-        words = [*([config_file] if config_file else []), *(overrides or []), *(["--model", model] if model else [])]
-        sys.exit(launch(Path(__file__), words + [word for path in data or [] for word in ("--data", path)], processes))
+        sys.exit(launch(Path(__file__), words, processes))
     finetune(config, run_directory)
 
 
@@ -72,6 +78,8 @@ def finetune(config: FinetuneConfig, run_directory: RunDirectory, shown_answers:
                 print_classes(result.summary.tree.get("classes"))
                 if run_directory.confusion.exists():
                     err.print(f"the confusion matrix as a picture: {escape(str(run_directory.confusion))}")
+            if run_directory.report.exists():
+                err.print(f"all of it on one page: {escape(str(run_directory.report))}")
             talk = f"talk to it: {command('chat', run_directory.path)}"
             if isinstance(config.objective, RewardConfig):
                 talk = f"score answers with it: {command('predict', run_directory.path, 'FILE')}"

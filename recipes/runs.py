@@ -1,26 +1,22 @@
-"""What was run and how it went.
+"""What was run and how it went; stop a run, delete one.
 
 lmtune runs list
 lmtune runs follow support
+lmtune runs compare first second
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lmtune.errors import ConfigError, ModelError
-from lmtune.io.console import err, escape, out, print_json
+from lmtune.errors import ConfigError
 from lmtune.run import run
-from lmtune.runs.history import list_runs, overview, overview_tree, results_tree, run_tree
-from lmtune.runs.log import follow_steps
-from lmtune.runs.store import RunDirectory, choose_run
+from lmtune.runs import actions
+from lmtune.runs.store import choose_run
 
 
 class Action(StrEnum):
@@ -30,70 +26,53 @@ class Action(StrEnum):
     show = "show"
     follow = "follow"
     results = "results"
+    compare = "compare"
+    cancel = "cancel"
+    rm = "rm"
+
+
+OF_ONE = {
+    Action.show: actions.show, Action.follow: actions.follow, Action.results: actions.results,
+    Action.cancel: actions.stop,
+}  # fmt: skip
+# How each is called, and the least and the greatest number of runs that it takes
+USAGE = {
+    Action.list: ("", 0, 0), Action.compare: (" FIRST SECOND", 2, None), Action.rm: (" NAME", 1, None),
+    **dict.fromkeys(OF_ONE, (" NAME", 1, 1)),
+}  # fmt: skip
 
 
 def main(
-    action: Annotated[
-        Action, typer.Argument(help="list all runs; show, follow or print the results of one.")
-    ] = Action.list,
-    name: Annotated[str | None, typer.Argument(help="The run: its name, or its folder.")] = None,
+    action: Annotated[Action, typer.Argument(help="What to do; see above.")] = Action.list,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Runs: names, or folders.")] = None,
     runs_dir: Annotated[Path, typer.Option("--dir", help="Where runs are kept.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document; follow: one object a step.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document; follow: one object an event.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="rm: delete without asking.")] = False,
 ) -> None:
-    """List the runs, or look at one: settings and scores (show), steps as they come (follow), CSV (results).
+    """List the runs, look at one, compare several, stop one, or delete some.
+
+    list: a line for each run. show: its settings and scores. follow: what happens, until it ends. results: CSV of the
+    steps. compare: settings that differ, beside the scores. cancel: the run ends its step, saves and stops; the same
+    command resumes it. rm: delete.
 
     Example: lmtune runs show support
+
+    Example: lmtune runs compare first second third
     """
+    given = names or []
+    words, least, most = USAGE[action]
+    if len(given) < least or (most is not None and len(given) > most):
+        which = "another folder is listed with --dir" if action is Action.list else (
+            f"which {'run' if least == 1 else 'runs'}? `lmtune runs list` shows the names")  # fmt: skip
+        raise ConfigError(f"write lmtune runs {action.value}{words}; {which}")
     if action is Action.list:
-        print_list(runs_dir, as_json)
-        return
-    if name is None:
-        raise ConfigError(f"which run? Write lmtune runs {action.value} NAME; `lmtune runs list` shows the names")
-    chosen = choose_run(name, runs_dir)
-    if action is Action.show and as_json:
-        print_json(run_tree(chosen))
-    elif action is Action.show:
-        from lmtune.runs.tables import print_run
-
-        print_run(chosen)
-    elif action is Action.follow:
-        print_steps(chosen, as_json)
-    elif not chosen.results.is_file():
-        raise ModelError(f"{chosen.path}: no results yet; they come with the first step")
-    elif as_json:
-        print_json(results_tree(chosen))
+        actions.show_list(runs_dir, as_json)
+    elif action is Action.rm:
+        actions.remove(given, runs_dir, as_json, yes)
+    elif action is Action.compare:
+        actions.show_comparison([choose_run(name, runs_dir) for name in given], as_json)
     else:
-        typer.echo(chosen.results.read_bytes(), nl=False)
-
-
-def print_list(runs_dir: Path, as_json: bool = False) -> None:
-    """One line a run, the one written to last first."""
-    from lmtune.runs.tables import runs_table
-
-    runs = list_runs(runs_dir)
-    if as_json:
-        print_json([overview_tree(item) for item in runs])
-    elif runs:
-        out.print(runs_table(runs, out.width), soft_wrap=False)
-    else:
-        err.print(f"no runs in {escape(str(runs_dir))}/; `lmtune quickstart` makes one, or give a folder with --dir")
-
-
-def print_steps(chosen: RunDirectory, as_json: bool = False) -> None:
-    """Every step so far, then each new one until the run ends or Ctrl-C leaves."""
-    try:
-        for step in follow_steps(chosen):
-            if as_json:
-                sys.stdout.write(json.dumps(asdict(step)) + "\n")
-                sys.stdout.flush()
-                continue
-            rate = step.tokens / max(1e-9, step.seconds)
-            out.print(f"step {step.step} · epoch {step.epoch:.2f} · loss {step.loss:.4f} · {rate:,.0f} tok/s")
-    except KeyboardInterrupt:
-        err.print("left; the run itself continues")
-        return
-    item = overview(chosen)
-    err.print(f"{escape(item.name)} is {escape(item.status)}" + (f" at step {item.steps}" if item.steps else ""))
+        OF_ONE[action](choose_run(given[0], runs_dir), as_json)
 
 
 if __name__ == "__main__":

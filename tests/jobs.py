@@ -20,6 +20,7 @@ from lmtune.models.parameters import count_parameters
 from lmtune.models.tuning.base import TunedModel
 from lmtune.objectives.chosen import objective_of
 from lmtune.parallel.single import Single
+from lmtune.runs.events import EventLog
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import TUNINGS, Components
@@ -103,7 +104,9 @@ def job_for(
 
 def train(job: Job) -> TrainResult:
     """Make the job's steps."""
-    return run_loop(job.run, job.parts, job.resumed)
+    events = EventLog(job.run)
+    events.begin(0 if job.resumed is None else job.resumed.step)
+    return run_loop(job.run, job.parts, job.resumed, events)
 
 
 def final_weights(job: Job) -> dict[str, torch.Tensor]:

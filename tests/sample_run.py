@@ -53,6 +53,8 @@ def write_records(folder: Path, base: str = "lab/base") -> RunDirectory:
     run.summary.write_text(json.dumps({**SUMMARY, "name": folder.name}))
     run.data.write_text(json.dumps(DATA))
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in METRICS))
+    steps = [{"type": "step", "time": f"2026-01-31T12:00:00.{line['step']:03}+00:00", **line} for line in METRICS]
+    run.events.write_text("".join(json.dumps(line) + "\n" for line in steps))
     run.results.write_text("step,elapsed_tokens,training_loss\n1,400,3\n120,48000,0.025\n")
     return run
 

@@ -72,15 +72,15 @@ def test_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (item,) = document(capsys)
     shown = (item["name"], item["status"], item["steps"], item["tuned_exact_match"])
     assert shown == ("support", "complete", 120, 0.925)
-    runs.main(Action.show, "support", as_json=True)
+    runs.main(Action.show, ["support"], as_json=True)
     tree = document(capsys)
     assert tree["summary"]["tuned"]["exact_match"] == 0.925
     assert tree["settings"]["model"]["name"] == "lab/base"
     assert tree["data"]["train"]["rows"] == 483
-    runs.main(Action.results, "support", as_json=True)
+    runs.main(Action.results, ["support"], as_json=True)
     rows = document(capsys)
     assert all(isinstance(row["step"], int) for row in rows)
-    runs.main(Action.follow, "support", as_json=True)
+    runs.main(Action.follow, ["support"], as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[-1]["step"] == 120
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ import pytest
 from lmtune.errors import LmtuneError, ModelError
 from lmtune.io.atomic import keep_lines
 from lmtune.recipes import runs as runs_recipe
-from lmtune.runs.history import list_runs, overview
-from lmtune.runs.log import follow_steps
+from lmtune.runs.events import follow_events
+from lmtune.runs.history import RunGroup, grouped, list_runs, overview
 from lmtune.runs.store import RunDirectory, choose_run
 from tests.sample_run import METRICS, SUMMARY, write_records
 
@@ -42,8 +43,11 @@ def running(run: RunDirectory) -> Iterator[RunDirectory]:
 
 
 def add_step(run: RunDirectory, step: int, end: str = "\n") -> None:
-    with run.metrics.open("a") as file:
-        file.write(json.dumps({**METRICS[0], "step": step}) + end)
+    line = json.dumps({**METRICS[0], "step": step})
+    with run.metrics.open("a") as metrics, run.events.open("a") as events:
+        metrics.write(line + end)
+        time = datetime.now(UTC).isoformat()
+        events.write(json.dumps({"type": "step", "time": time, **METRICS[0], "step": step}) + end)
 
 
 def test_list_shows_every_run_newest_first(run: RunDirectory, tmp_path: Path) -> None:
@@ -58,6 +62,26 @@ def test_list_shows_every_run_newest_first(run: RunDirectory, tmp_path: Path) ->
     )  # fmt: skip
     assert (item.base_exact_match, item.tuned_exact_match) == (0.025, 0.925)
     assert item.validation_loss == SUMMARY["tuned"]["loss"]
+
+
+def write_members(folder: Path) -> list[RunDirectory]:
+    """The runs of a search: the second is the best, the third has failed."""
+    runs = [write_records(folder / f"trial-00{number}") for number in range(3)]
+    for run, loss in zip(runs, (0.5, 0.25), strict=False):
+        run.summary.write_text(json.dumps({**SUMMARY, "tuned": {**SUMMARY["tuned"], "loss": loss}}))
+    runs[2].summary.write_text('{"status": "failed"}')
+    return runs
+
+
+def test_runs_of_a_search_are_named_by_their_folder_and_shown_by_the_best(run: RunDirectory, tmp_path: Path) -> None:
+    write_members(tmp_path / "runs" / "study")
+    (tmp_path / "runs" / "study" / "config.yaml").write_text("train: {}")  # what the runs have in common is no run
+    listed = list_runs(tmp_path / "runs")
+    assert {item.name for item in listed} == {"support", "study/trial-000", "study/trial-001", "study/trial-002"}
+    group = next(item for item in grouped(listed) if isinstance(item, RunGroup))
+    assert [item.name for item in group.runs] == ["study/trial-001", "study/trial-000", "study/trial-002"]
+    assert (group.name, group.status) == ("study/", "2 complete, 1 failed")
+    assert choose_run("study/trial-001", tmp_path / "runs").name == "trial-001"
 
 
 def test_status_is_the_truth(running: RunDirectory, tmp_path: Path) -> None:
@@ -94,22 +118,23 @@ def test_unknown_run_names_near_ones(run: RunDirectory, tmp_path: Path) -> None:
 
 
 def test_follow_tells_each_step_once_until_the_run_ends(running: RunDirectory) -> None:
-    keep_lines(running.metrics, 2)
+    keep_lines(running.events, 2)
     turns = iter([
         lambda: add_step(running, 3),
         lambda: add_step(running, 4, end=""),  # caught in the middle of writing
-        lambda: running.metrics.open("a").write("\nnot a step\n"),
-        lambda: keep_lines(running.metrics, 1),  # stopped and resumed from a checkpoint after step 1
+        lambda: running.events.open("a").write("\nnot a step\n"),
+        lambda: keep_lines(running.events, 1),  # stopped and resumed from a checkpoint after step 1
         lambda: add_step(running, 2),
-        lambda: (add_step(running, 3), running.path.joinpath(".lock").unlink()),
+        lambda: (keep_lines(running.events, 1), add_step(running, 2), add_step(running, 3)),  # again, between two looks
+        lambda: (add_step(running, 4), running.path.joinpath(".lock").unlink()),
     ])  # fmt: skip
-    steps = follow_steps(running, wait=lambda _: next(turns)())
-    assert [record.step for record in steps] == [1, 2, 3, 4, 2, 3]
+    events = follow_events(running, wait=lambda _: next(turns)())
+    assert [event.step for event in events] == [1, 2, 3, 4, 2, 2, 3, 4]
     assert next(turns, None) is None
 
 
 def test_following_shows_steps_live_and_ctrl_c_leaves(running: RunDirectory, tmp_path: Path) -> None:
-    keep_lines(running.metrics, 1)
+    keep_lines(running.events, 1)
     command = [sys.executable, "-m", "lmtune", "runs", "follow", "support"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -135,13 +160,16 @@ def test_command(run: RunDirectory, tmp_path: Path) -> None:
     assert lmtune(tmp_path, "results", "runs/support").stdout == run.results.read_text()
     assert lmtune(tmp_path, "follow", "support").stdout.count("\n") == 120
     for arguments, message in (
-        (["show"], "which run? Write lmtune runs show NAME"),
+        (["show"], "write lmtune runs show NAME; which run?"),
+        (["compare", "support"], "write lmtune runs compare FIRST SECOND; which runs?"),
+        (["cancel", "support"], "no process writes to this run; it is complete"),
+        (["rm", "support"], "nothing deleted"),
         (["show", "suport"], "did you mean support?"),
         (["list", "--dir", "nowhere"], "no runs in nowhere/"),
     ):
         done = lmtune(tmp_path, *arguments)
         assert message in done.stderr.replace("\n", " "), done.stderr
-        assert done.returncode == (0 if "list" in arguments else 2)
+        assert done.returncode == (0 if "list" in arguments else 130 if "rm" in arguments else 2)
         assert done.stdout == ""
 
 
@@ -161,18 +189,21 @@ def test_odd_files_of_one_run_break_no_list_and_are_named(
     monkeypatch.chdir(tmp_path)
     file, content = ODD[what]
     (run.path / file).write_bytes(content)
-    for action in runs_recipe.Action:
+    for action in ("list", "show", "follow", "results"):
         try:
-            runs_recipe.main(action, "support")
+            runs_recipe.main(runs_recipe.Action(action), None if action == "list" else ["support"])
         except LmtuneError as error:
-            assert action is runs_recipe.Action.show
+            assert action == "show"
             assert f"runs/support/{file}: " in str(error)  # noqa: PT017
 
 
 def test_runs_needs_no_heavy_library(run: RunDirectory, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom lmtune.recipes import runs\n"
-        "for action in ('list', 'show', 'follow'): runs.main(runs.Action(action), 'support')\n"
+        "import sys\nfrom lmtune.errors import LmtuneError\nfrom lmtune.recipes import runs\n"
+        "runs.main()\n"
+        "for action in ('show', 'follow', 'cancel', 'compare', 'rm'):\n"
+        "    try: runs.main(runs.Action(action), ['support', 'support'][:1 + (action == 'compare')], as_json=True)\n"
+        "    except LmtuneError as error: print(type(error))\n"
         "print([name for name in ('torch', 'transformers', 'peft', 'datasets', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)

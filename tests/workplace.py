@@ -94,12 +94,20 @@ def finetune(folder: Path, **changes: Any) -> tuple[RunDirectory, dict[str, Any]
 def lasting(folder: Path, name: str = "trial") -> dict[str, Any]:
     """What must be the same bit for bit however often a run was killed: the result, and every record but times."""
     run = folder / "runs" / name
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines, events = (
+        [json.loads(line) for line in (run / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "events.jsonl")
+    )
     summary = json.loads((run / "summary.json").read_text())
     return {
         "adapter": written_files(run / "adapter"),
         "model": written_files(run / "merged"),
         "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
+        "events": [
+            {key: value for key, value in event.items() if key not in ("time", "seconds")}
+            for event in events
+            if event["type"] in ("step", "evaluation")
+        ],
         "results": (run / "results.csv").read_text(),
         "answers": (run / "predictions.jsonl").read_text(),
         "scores": [summary[key] for key in ("status", "base", "tuned", "steps", "best_step", "tokens", "examples")],

@@ -28,7 +28,7 @@ _MAX_PARTS = 8  # tokens; no character has more, with a blank before it
 def show_tokens(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence, color: bool) -> Text:
     """The tokens of a sequence in order, its targets marked."""
     shown = Text()
-    for index, (text, count, is_target) in enumerate(_pieces(tokenizer, sequence)):
+    for index, (text, count, is_target) in enumerate(pieces_of(tokenizer, sequence)):
         number = f"{{{count}}}" if count > 1 else ""
         if color:  # neighbours in different shades, so that one sees where a token ends
             shown.append(text, style=(_TARGET if is_target else _OTHER)[index % 2]).append(number, style="dim")
@@ -84,7 +84,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return _visible(text)
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Iterator[tuple[str, int, bool]]:
+def pieces_of(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Iterator[tuple[str, int, bool]]:
     """(text, number of tokens, whether targets) of each token; those that share a character come together."""
     ids, mask = sequence.input_ids.tolist(), sequence.loss_mask.tolist()
     start = 0

@@ -39,7 +39,12 @@ class _Console(Console):
 
 def _clean(text: str) -> str:
     """`text` without secrets, its control characters but tab and line end written out."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), _SECRET.sub("…", text))
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), without_secrets(text))
+
+
+def without_secrets(text: str) -> str:
+    """`text` with an ellipsis for each token of the Hub and each password in an address."""
+    return _SECRET.sub("…", text)
 
 
 # Without `emoji`, or Rich would make one of the line in `rows:100: no JSON`
@@ -215,8 +220,23 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+_listeners: list[Callable[[str], None]] = []
+
+
+@contextlib.contextmanager
+def warnings_heard_by(listener: Callable[[str], None]) -> Iterator[None]:
+    """Tell `listener` each warning of the block, too: a run writes them down."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
 def warn(message: str) -> None:
     """Say that something is unusual, though the work goes on."""
+    for listener in _listeners:
+        listener(message)
     if err.quiet:
         warnings.warn(message, stacklevel=2)
         return

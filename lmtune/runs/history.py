@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -43,9 +44,52 @@ class Overview:
 
 
 def list_runs(runs_dir: str | Path = "runs") -> list[Overview]:
-    """Every run in a folder, the one written to last first."""
-    runs = [overview(RunDirectory(path)) for path in run_folders(runs_dir)]
+    """Every run in a folder, the one written to last first; the runs of a search as `NAME/trial-000`."""
+    folder = Path(runs_dir)
+    runs = [] if not folder.is_dir() else [
+        replace(overview(RunDirectory(path)), name=path.relative_to(folder).as_posix())
+        for above in sorted(folder.iterdir())
+        for path in (*([above] if _is_run(above) else []), *run_folders(above))
+    ]  # fmt: skip
     return sorted(runs, key=lambda run: run.changed, reverse=True)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run was begun in a folder; one of several runs may keep their common settings in it."""
+    run = RunDirectory(folder)
+    return run.exists() and (run.summary.is_file() or not run_folders(folder))
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """The runs in one folder below that of the runs: trials, folds or members.
+
+    Attributes:
+        runs: the best by validation loss first, those without one last.
+    """
+
+    name: str
+    runs: tuple[Overview, ...]
+
+    @property
+    def status(self) -> str:
+        """`18 complete, 2 failed`."""
+        return ", ".join(f"{count} {status}" for status, count in Counter(run.status for run in self.runs).items())
+
+
+def grouped(runs: Sequence[Overview]) -> list[Overview | RunGroup]:
+    """The runs in their order, those in a folder of their own as one group where the first of them stands."""
+    items: dict[str, list[Overview]] = {}
+    for run in runs:
+        items.setdefault(run.name.rpartition("/")[0] + "/" if "/" in run.name else run.name, []).append(run)
+    return [
+        RunGroup(name, tuple(sorted(found, key=_by_loss))) if name.endswith("/") else found[0]
+        for name, found in items.items()
+    ]
+
+
+def _by_loss(run: Overview) -> tuple[bool, float, str]:
+    return (run.validation_loss is None, run.validation_loss or 0.0, run.name)
 
 
 def overview(run: RunDirectory) -> Overview:

@@ -2,7 +2,7 @@
 spreadsheet, `predictions.jsonl` with the held-out rows.
 
 One line a step. On resuming, lines after the checkpoint are cut, so that a step never stands there twice; damaged
-records are refused. Who only looks at a run (`last_steps`, `follow_steps`) passes over what is half written now.
+records are refused. Who only looks at a run (`last_steps`) passes over what is half written now.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -84,7 +83,7 @@ class Records:
     def begin(self, done_steps: int) -> None:
         """Keep the lines of the first `done_steps` steps and start both files if they are new."""
         keep_lines(self.run.metrics, sum(record.step <= done_steps for record in step_records(self.run)))
-        keep_lines(self.run.results, sum(step <= done_steps for step in _read(self.run.results, _results_step)))
+        keep_lines(self.run.results, sum(step <= done_steps for step in read_lines(self.run.results, _results_step)))
         if not self.run.results.is_file() or not self.run.results.stat().st_size:
             self._append(self.run.results, ",".join(COLUMNS))
         self.run.metrics.touch()
@@ -112,17 +111,17 @@ class Records:
 
 def step_records(run: RunDirectory) -> list[StepRecord]:
     """Every step of `metrics.jsonl`; empty before the first. CheckpointError names a damaged line."""
-    return _read(run.metrics, StepRecord.parse)
+    return read_lines(run.metrics, StepRecord.parse)
 
 
 def read_predictions(run: RunDirectory) -> list[dict[str, str]]:
     """The rows of `predictions.jsonl`: question, reference and each model's answer; empty if it is not there."""
-    return _read(run.predictions, parse_object)
+    return read_lines(run.predictions, parse_object)
 
 
 def recorded_steps(run: RunDirectory) -> list[int]:
     """The steps that `metrics.jsonl` tells of; CheckpointError names a damaged line of any of the three files."""
-    _read(run.results, _results_step)
+    read_lines(run.results, _results_step)
     read_predictions(run)
     return [record.step for record in step_records(run)]
 
@@ -138,25 +137,6 @@ def last_steps(run: RunDirectory, count: int) -> list[StepRecord]:
     return list(_whole_records(lines[-count - 1 :]))[-count:]
 
 
-def follow_steps(
-    run: RunDirectory, poll_seconds: float = 0.5, wait: Callable[[float], None] = time.sleep
-) -> Iterator[StepRecord]:
-    """Every step of the run: those done, then each new one, until no process writes to the run any more.
-
-    A resumed run replaces the file by one that ends at its checkpoint; the steps done again are then told again.
-    """
-    told = 0
-    while True:
-        running = run.is_running()  # asked before reading, so that the last lines are not missed
-        lines = run.metrics.read_bytes().split(b"\n")[:-1] if run.metrics.is_file() else []
-        told = min(told, len(lines))
-        yield from _whole_records(lines[told:])
-        told = len(lines)
-        if not running:
-            return
-        wait(poll_seconds)
-
-
 def _whole_records(lines: list[bytes]) -> Iterator[StepRecord]:
     """The lines that a run writes; others are passed over."""
     for line in lines:
@@ -167,7 +147,7 @@ def _whole_records(lines: list[bytes]) -> Iterator[StepRecord]:
         yield record
 
 
-def _read(path: Path, parse: Callable[[bytes], T]) -> list[T]:
+def read_lines(path: Path, parse: Callable[[bytes], T]) -> list[T]:
     """Each whole line of a file, parsed; a last one that a crash left half written is passed over."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]

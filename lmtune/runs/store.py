@@ -1,6 +1,6 @@
 """The run directory: where a run's files are, who may write there, and how the run went.
 
-    runs/NAME/  config.yaml  environment.json  data.json  metrics.jsonl  results.csv  summary.json
+    runs/NAME/  config.yaml  environment.json  data.json  events.jsonl  metrics.jsonl  results.csv  summary.json
                 predictions.jsonl  confusion.svg  verification.json  checkpoints/  adapter/  merged/
 
 Nothing here imports torch, so that listing runs answers at once.
@@ -76,11 +76,16 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.data = self.path / "data.json"
+        self.events = self.path / "events.jsonl"
         self.metrics = self.path / "metrics.jsonl"
+        self.output = self.path / "output.log"
         self.results = self.path / "results.csv"
         self.summary = self.path / "summary.json"
         self.predictions = self.path / "predictions.jsonl"
         self.confusion = self.path / "confusion.svg"
+        self.preview = self.path / "preview.json"
+        self.report = self.path / "report.html"
+        self.loss_picture = self.path / "loss.png"
         self.verification = self.path / "verification.json"
         self.local = self.path / "local.json"
         self.selection = self.path / "selection.json"

@@ -11,7 +11,9 @@ from lmtune.data.report import describe_report
 from lmtune.errors import LmtuneError
 from lmtune.io.console import escape, out
 from lmtune.io.text import is_finite_number, pluralize
-from lmtune.runs.history import Overview, overview
+from lmtune.runs.comparison import Comparison, best_of
+from lmtune.runs.events import CheckpointSaved, Evaluated, Event, StepDone, Warned, best_so_far, shown_scores
+from lmtune.runs.history import Overview, RunGroup, overview
 from lmtune.runs.store import RunDirectory, ScoreValues
 
 # key in summary.json: (name, the Hub's metric type)
@@ -156,8 +158,28 @@ def predictions_shown(rows: Sequence[Mapping[str, str]], count: int) -> list[str
     return lines
 
 
-def runs_table(runs: Sequence[Overview], width: int) -> Table:
-    """A line for each run; a terminal of few columns (`width`) gets the most important things only."""
+def describe_event(event: Event) -> str:
+    """One event in a line, as `lmtune runs follow` prints it, with markup."""
+    if isinstance(event, StepDone):
+        rate = event.tokens / max(1e-9, event.seconds)
+        return f"step {event.step} · epoch {event.epoch:.2f} · loss {event.loss:.4f} · {rate:,.0f} tok/s"
+    if isinstance(event, Evaluated):
+        scores = [
+            f"{name.replace('_', ' ')} {format_score(name, value)}"
+            for name, value in shown_scores(event.scores, event.metric)
+        ]
+        note = f" ({best_so_far(event)})" if best_so_far(event) else ""
+        return escape(f"step {event.step} · {event.of}: {', '.join(scores)}{note}")
+    if isinstance(event, CheckpointSaved):
+        return f"step {event.step} · saved {escape(event.folder)}"
+    if isinstance(event, Warned):
+        return f"[yellow]warning:[/] {escape(event.message)}"
+    where = f" after step {event.step}" if event.step else ""
+    return f"[bold]{event.status}[/]{where}" + (f": {escape(event.reason)}" if event.reason else "")
+
+
+def runs_table(runs: Sequence[Overview | RunGroup], width: int) -> Table:
+    """A line for each run or group; a terminal of few columns (`width`) gets the most important things only."""
     table = Table(box=None, pad_edge=False)
     columns = [
         ("run", 0), ("status", 0), ("model", 90), ("quantization", 90), ("steps", 0), ("train loss", 0),
@@ -167,18 +189,48 @@ def runs_table(runs: Sequence[Overview], width: int) -> Table:
         is_text = title in ("run", "status", "model", "quantization")
         if width >= least:
             table.add_column(title, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
-    for run in runs:
+    for item in runs:
+        run = item.runs[0] if isinstance(item, RunGroup) else item
         scores = (run.base_exact_match, run.tuned_exact_match)
         base, tuned = ("?" if share is None else f"{100 * share:.1f}" for share in scores)
+        changed = max(one.changed for one in item.runs) if isinstance(item, RunGroup) else item.changed
         cells = [
-            escape(run.name), escape(run.status), escape(run.model), escape(run.quantization),
+            escape(item.name), escape(item.status), escape(run.model), escape(run.quantization),
             "" if run.steps is None else str(run.steps),
             "" if run.recent_loss is None else f"{run.recent_loss:.4f}",
             "" if run.validation_loss is None else f"{run.validation_loss:.4f}",
-            "" if scores == (None, None) else f"{base} → {tuned} %", f"{run.changed:%Y-%m-%d %H:%M}",
+            "" if scores == (None, None) else f"{base} → {tuned} %", f"{changed:%Y-%m-%d %H:%M}",
         ]  # fmt: skip
         table.add_row(*(cell for cell, (_, least) in zip(cells, columns, strict=True) if width >= least))
     return table
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Runs beside each other: settings that differ, scores with the best one bold, cost."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in found.runs:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    table.add_row("status", *found.status)
+    for key, values in found.settings.items():
+        table.add_row(escape(key), *("–" if value is None else escape(str(value)) for value in values), style="cyan")
+    both = (*(("base", *one) for one in found.base.items()), *(("tuned", *one) for one in found.tuned.items()))
+    for part, name, numbers in both:
+        if name not in ("rows", "exact_match_rows"):
+            best = best_of(name, numbers) if part == "tuned" else None
+            shown = [
+                f"[bold]{format_score(name, one)}[/]" if place == best else format_score(name, one)
+                for place, one in enumerate(numbers)
+            ]
+            table.add_row(f"{part}: {escape(name.replace('_', ' '))}", *shown)
+    for name, numbers in found.figures.items():
+        table.add_row(name.replace("_", " "), *("–" if value is None else _figure(value) for value in numbers))
+    return table
+
+
+def _figure(value: float) -> str:
+    """A number of `summary.json`, short."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def print_run(chosen: RunDirectory) -> None:

@@ -1,4 +1,5 @@
-"""What a run was made with, for `environment.json` and `verification.json`: versions, device, hashes, some tokens."""
+"""What a run was made with, for `environment.json`, `preview.json` and `verification.json`: versions, device, hashes,
+some rows and how long they are."""
 
 from __future__ import annotations
 
@@ -6,12 +7,16 @@ import platform
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
+from lmtune.data.preview import pieces_of
 from lmtune.training.compose import Components
 
+_SHOWN_TOKENS, _BARS = 400, 40
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lmtune")
 
 
@@ -52,6 +57,26 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def preview(parts: Components, count: int = 4) -> dict[str, Any]:
+    """For `preview.json`: the first training rows as `[text, trained]` of each token, and how long sequences are."""
+    limit, rows = parts.config.data.max_length, []
+    for index in range(min(count, len(parts.data.train))):
+        for sequence in parts.data.train[index].sequences[:2]:
+            shown = list(islice(pieces_of(parts.renderer.tokenizer, sequence), _SHOWN_TOKENS))
+            left = len(sequence.input_ids) - sum(number for _, number, _ in shown)
+            tokens = [[text, bool(is_target)] for text, _, is_target in shown]
+            rows.append({"where": parts.data.train.location(index), "tokens": tokens, "more": left})
+    trained, held_out = parts.data.train.sequences.num_tokens, parts.data.validation
+    scored = None if held_out is None else held_out.sequences.num_tokens
+    longest = max(int(trained.max()), 0 if scored is None else int(scored.max()))
+    # a limit far off would press all bars into one
+    most = longest if limit > 4 * longest else max(limit, longest)
+    edges = np.unique(np.linspace(0, most, _BARS + 1).round().astype(int))
+    counted = [None if one is None else np.histogram(one, edges)[0].tolist() for one in (trained, scored)]
+    bars = {"edges": edges.tolist(), "train": counted[0], "validation": counted[1], "limit": limit}
+    return {"rows": rows, "lengths": bars}
 
 
 def verification_rows(parts: Components, count: int = 16) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from lmtune.evaluation.scoring import Scores
 from lmtune.io.console import warn
 from lmtune.models.tuning.base import Tensors
 from lmtune.objectives.base import Objective
+from lmtune.runs.events import CheckpointSaved, Evaluated, EventLog, StepDone
 from lmtune.runs.log import Accuracies, Records, StepRecord
-from lmtune.runs.store import RunDirectory, problem_of
+from lmtune.runs.store import RunDirectory, checkpoint_folders, problem_of
 from lmtune.training.checkpoint import (
     Checkpoint,
     CheckpointState,
@@ -95,10 +96,10 @@ class EarlyStoppingHook(Hook):
 
 
 class RecordHook(Hook):
-    """Writes each step to `metrics.jsonl` and `results.csv`."""
+    """Writes each step to `metrics.jsonl` and `results.csv`, and as an event."""
 
-    def __init__(self, records: Records) -> None:
-        self.records = records
+    def __init__(self, records: Records, events: EventLog, objective: Objective) -> None:
+        self.records, self.events, self.objective = records, events, objective
 
     def after_step(self, event: StepEvent) -> Action:
         plan, result, state = event.plan, event.result, event.state
@@ -114,6 +115,10 @@ class RecordHook(Hook):
             None if scores is None else Accuracies(scores.loss, scores.sequence_accuracy, scores.token_accuracy)
         )
         self.records.add(record, (state.elapsed_tokens, state.elapsed_examples), training, validation)
+        self.events.add(StepDone(**vars(record)))
+        if scores is not None:
+            name, _ = self.objective.selection
+            self.events.add(Evaluated(state.step, "validation", scores.as_dict(), name, state.best_step))
         return "continue"
 
 
@@ -121,9 +126,10 @@ class CheckpointHook(Hook):
     """Saves what is needed to resume: every so many steps and minutes, after the best step, the last, and a signal."""
 
     def __init__(
-        self, run: RunDirectory, config: FinetuneConfig, signature: RunSignature, job: TrainingJob, total_steps: int
-    ) -> None:
-        self.run, self.config, self.signature = run, config, signature
+        self, run: RunDirectory, config: FinetuneConfig, signature: RunSignature, job: TrainingJob, total_steps: int,
+        events: EventLog,
+    ) -> None:  # fmt: skip
+        self.run, self.config, self.signature, self.events = run, config, signature, events
         self.job, self.parallel, self.total_steps = job, job.parallel, total_steps
         self._saved_at = time.monotonic()
 
@@ -142,9 +148,13 @@ class CheckpointHook(Hook):
         weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
         setting = self.config.train.micro_batch_tokens
         saved = CheckpointState(replace(state), self.signature, self.total_steps, setting)
-        save_checkpoint(
+        started, known = time.monotonic(), checkpoint_folders(self.run.checkpoints)
+        path = save_checkpoint(
             self.run.checkpoints, Checkpoint(weights, optimizer_tensors(self.job.optimizer, parameters), saved)
         )
+        if path not in known:
+            place = path.relative_to(self.run.path).as_posix()
+            self.events.add(CheckpointSaved(state.step, place, round(time.monotonic() - started, 3)))
         best = state.best_step if self.config.evaluation.keep_best else None
         prune_checkpoints(self.run.checkpoints, self.config.run.keep_checkpoints, best, state.step)
 

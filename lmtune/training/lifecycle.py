@@ -17,17 +17,20 @@ from lmtune.config.schema import FinetuneConfig, FullConfig, TrainConfig
 from lmtune.config.yaml import read_yaml
 from lmtune.data.report import describe_report
 from lmtune.errors import CheckpointError, LmtuneError
+from lmtune.evaluation.answer_metrics import token_f1
 from lmtune.io.atomic import name_disk_errors, write_json, write_text
-from lmtune.io.console import err, escape, warn
-from lmtune.io.text import pluralize, without_absolute_paths
+from lmtune.io.console import command, err, escape, warn
+from lmtune.io.text import one_line, pluralize, without_absolute_paths
 from lmtune.models.base import describe_dtype
 from lmtune.models.locate import local_paths
 from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interrupts
+from lmtune.runs.events import EventLog
 from lmtune.runs.log import Records, read_predictions
-from lmtune.runs.store import RunDirectory, ScoreValues
+from lmtune.runs.report import write_report
+from lmtune.runs.store import RunDirectory, ScoreValues, Status
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components
-from lmtune.training.environment import environment, verification_rows
+from lmtune.training.environment import environment, preview, verification_rows
 from lmtune.training.resume import check_resumable, find_checkpoint, records_lost, require_steps, steps_before
 from lmtune.training.state import RunSignature
 
@@ -35,8 +38,8 @@ FORMAT = 1
 
 
 @contextlib.contextmanager
-def running(run: RunDirectory, parts: Components) -> Iterator[None]:
-    """Hold the run's lock, and note in its summary how the block ended; renames an earlier run if that is asked.
+def running(run: RunDirectory, parts: Components, events: EventLog) -> Iterator[None]:
+    """Hold the run's lock, and note in summary and events how the block ended; renames an earlier run if that is asked.
 
     CheckpointError if another process holds it.
     """
@@ -49,18 +52,19 @@ def running(run: RunDirectory, parts: Components) -> Iterator[None]:
             err.print(f"the earlier run is now {escape(str(run.archive()))}")
             held.enter_context(run.locked())  # the lock went with the earlier one
         held.enter_context(sigterm_interrupts())
-        parts.parallel.on_failure = lambda reason: _note_end(run, parts, "failed", reason)
+        parts.parallel.on_failure = lambda reason: _note_end(run, parts, events, "failed", reason)
         try:
             with name_disk_errors(run.path):
                 yield
         except BaseException as error:
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
             with no_more_signals():
-                _note_end(run, parts, "interrupted" if stopped else "failed", str(error) or type(error).__name__)
+                reason = str(error) or type(error).__name__
+                _note_end(run, parts, events, "interrupted" if stopped else "failed", reason)
             raise
 
 
-def begin(run: RunDirectory, parts: Components) -> tuple[Checkpoint | None, bool]:
+def begin(run: RunDirectory, parts: Components, events: EventLog) -> tuple[Checkpoint | None, bool]:
     """Make the run's folder, or find where it stopped.
 
     Returns the checkpoint to resume from (None at the beginning), and whether the run is complete already. Raises
@@ -83,14 +87,18 @@ def begin(run: RunDirectory, parts: Components) -> tuple[Checkpoint | None, bool
             write_json(run.summary, {"format": FORMAT, "name": run.name, "status": "running", "base": base, **errors})
             parts.begun = True
             # before the new settings: records are judged by those that they were made with
-            Records(run).begin(0 if checkpoint is None else checkpoint.step)
+            done = 0 if checkpoint is None else checkpoint.step
+            Records(run).begin(done)
+            events.begin(done, knows_base=base is not None)
             if parts.selection is not None:
                 write_json(run.selection, parts.selection.to_dict())
             write_text(run.config, dump_config(parts.config))
             write_json(run.environment, environment(parts))
             write_json(run.local, local_paths(run, parts.config.model.name))
             write_json(run.data, parts.data.report.to_dict())
+            write_json(run.preview, preview(parts))
             write_json(run.verification, verification_rows(parts))
+            events.status("running")
     return checkpoint, complete
 
 
@@ -182,10 +190,22 @@ def evaluation_warnings(config: FinetuneConfig, has_validation: bool, steps: int
     return []
 
 
-def _note_end(run: RunDirectory, parts: Components, status: str, reason: str) -> None:
-    """Say in the summary how the run ended, if the run's files are this process's."""
+def _note_end(run: RunDirectory, parts: Components, events: EventLog, status: Status, reason: str) -> None:
+    """Say in summary and events how the run ended, if the run's files are this process's."""
     if parts.begun:
-        update_summary(run, status=status, reason=without_absolute_paths(reason.splitlines()[0]))
+        said = without_absolute_paths(reason.splitlines()[0])
+        update_summary(run, status=status, reason=said)
+        with contextlib.suppress(OSError):  # never hide the error that is being reported
+            events.status(status, said)
+            draw_report(run)
+
+
+def draw_report(run: RunDirectory) -> None:
+    """Write `report.html` and `loss.png`; a run that cannot be drawn has not failed."""
+    try:
+        write_report([run], run.report, token_f1)
+    except Exception as error:
+        warn(f"no report: {one_line(error)}; {command('report', run.path)} tries again")
 
 
 def update_summary(run: RunDirectory, **values: Any) -> None:

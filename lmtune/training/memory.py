@@ -280,6 +280,11 @@ def is_checkpointed_throughout(base: Any) -> bool:
     return all(getattr(layer, "gradient_checkpointing", False) for layer in marks)
 
 
+def checkpointed_layers(base: Any) -> int:
+    """How many layers are checkpointed."""
+    return sum(bool(getattr(layer, "gradient_checkpointing", False)) for layer in decoder_layers(base) or ())
+
+
 class _Watch:
     """Counts what autograd keeps inside the block: `sizes[i]` bytes for layer i, the last entry for all else."""
 

@@ -16,6 +16,7 @@ from lmtune.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from lmtune.data.report import DataReport, changed_files
 from lmtune.errors import CheckpointError
 from lmtune.io.text import format_list
+from lmtune.runs.events import read_events
 from lmtune.runs.log import recorded_steps
 from lmtune.runs.store import RunDirectory
 from lmtune.training.checkpoint import Checkpoint, newest_checkpoint
@@ -45,6 +46,7 @@ def records_lost(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
     CheckpointError if checkpoints must have been written and there are none, or the records are damaged.
     """
     steps, summary = recorded_steps(run), run.read_summary()
+    read_events(run)
     if checkpoint is not None:
         missing = checkpoint.step - len({step for step in steps if 1 <= step <= checkpoint.step})
         return [f"{run.metrics}: {missing} of the {checkpoint.step} steps done are no longer recorded"] * bool(missing)

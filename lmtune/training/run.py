@@ -20,19 +20,23 @@ from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores
 from lmtune.inference.load import run_metadata
 from lmtune.io.atomic import new_folder, write_json, write_text
+from lmtune.io.console import warnings_heard_by
+from lmtune.models.device import free_memory
 from lmtune.models.model_folder import write_adapter_texts
 from lmtune.models.tuning.base import Tensors
 from lmtune.parallel.launch import connect
 from lmtune.runs.cards import result_card
+from lmtune.runs.events import Evaluated, EventLog
 from lmtune.runs.log import Records, read_predictions
 from lmtune.runs.pictures import confusion_svg
 from lmtune.runs.store import RunDirectory, ScoreValues, Summary
+from lmtune.training import memory
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components, compose
 from lmtune.training.hooks import CheckpointHook, EarlyStoppingHook, EvaluationHook, ProgressHook, RecordHook
-from lmtune.training.lifecycle import FORMAT, begin, running, update_summary
+from lmtune.training.lifecycle import FORMAT, begin, draw_report, running, update_summary
 from lmtune.training.loop import StepHook, train
-from lmtune.training.memory import peak_memory_gib
+from lmtune.training.optim import MOMENT_BYTES
 from lmtune.training.progress import StepProgress
 from lmtune.training.state import TrainResult
 
@@ -62,14 +66,16 @@ def run_finetune(
         Interrupted: the run was asked to stop, and is saved.
     """
     parallel = connect(config.parallel, config.run.process_timeout_seconds)
-    parts = compose(config, parallel, run.read_selection() if selection is None else selection)
-    with running(run, parts):
-        checkpoint, complete = begin(run, parts)
+    events = EventLog(run)
+    with warnings_heard_by(events.warn), contextlib.ExitStack() as held:
+        parts = compose(config, parallel, run.read_selection() if selection is None else selection)
+        held.enter_context(running(run, parts, events))
+        checkpoint, complete = begin(run, parts, events)
         if complete:
             return FinetuneResult(run.read_summary(), True, parallel.is_main)
         parts.precompute()
-        base = base_scores(run, parts)
-        result = run_loop(run, parts, checkpoint, hooks)
+        base = base_scores(run, parts, events)
+        result = run_loop(run, parts, checkpoint, events, hooks)
         parallel.phase = "scoring and saving the result"
         tuned = parts.score_tuned(result)
         summary = summarize(parts, result, base, tuned[0] if tuned else None)
@@ -90,29 +96,32 @@ def run_finetune(
             write_text(run.result(parts.config.tuning) / "README.md", card)
             if tuned is not None:
                 add_tuned_predictions(run, tuned[1])
+                events.add(Evaluated(result.state.step, "tuned", tuned[0].as_dict()))
             if "classes" in summary and (picture := confusion_svg(summary["classes"])) is not None:
                 write_text(run.confusion, picture)
             write_json(run.summary, summary)  # last: it says that the run is complete
+            events.status("complete")
+            draw_report(run)
         parallel.barrier()  # nobody ends well before the result is saved
     return FinetuneResult(Summary.parse(summary), False, parallel.is_main)
 
 
 def run_loop(
-    run: RunDirectory, parts: Components, resumed: Checkpoint | None, further: Sequence[StepHook] = ()
+    run: RunDirectory, parts: Components, resumed: Checkpoint | None, events: EventLog, further: Sequence[StepHook] = ()
 ) -> TrainResult:
     """Make the steps that are left, with the hooks that the settings ask for; the model then holds what to keep."""
     config, is_main = parts.config, parts.parallel.is_main
     job, state = parts.job(resumed)
     total_steps = job.planner.total_steps
     progress = StepProgress(total_steps, state.step + 1, enabled=is_main)
-    saving = CheckpointHook(run, config, parts.signature, job, total_steps)
+    saving = CheckpointHook(run, config, parts.signature, job, total_steps, events)
     hooks: list[StepHook] = [ProgressHook(progress)]
     if parts.data.validation is not None:
         hooks.append(EvaluationHook(parts.validate, parts.objective, config.evaluation.every_steps, progress))
     if is_main:
         records = Records(run)
         records.begin(state.step)
-        hooks.append(RecordHook(records))
+        hooks.append(RecordHook(records, events, parts.objective))
     stopped_early = False
     if config.evaluation.patience is not None:
         stopping = EarlyStoppingHook(config.evaluation.patience)
@@ -137,7 +146,7 @@ def save_tuned(run: RunDirectory, parts: Components, weights: Tensors | None) ->
         write_adapter_texts(parts.config.model, parts.renderer, staging, writes=parts.head is None)
 
 
-def base_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
+def base_scores(run: RunDirectory, parts: Components, events: EventLog) -> ScoreValues | None:
     """What the model scores before training, without an adapter to begin from; None if the settings leave that out.
 
     A resumed run that has measured it takes it from the summary.
@@ -155,6 +164,7 @@ def base_scores(run: RunDirectory, parts: Components) -> ScoreValues | None:
         if parts.parallel.is_main:
             rows = [{"question": a.question, "reference": a.reference, "base": a.prediction} for a in scored[1]]
             _write_predictions(run, rows)
+            events.add(Evaluated(0, "base", known))
     if parts.parallel.is_main:
         update_summary(run, base=known, **({"standard_errors": errors} if errors else {}))
     return known
@@ -170,11 +180,29 @@ def _write_predictions(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> 
     write_text(run.predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def estimated_memory(parts: Components, micro_batch_tokens: int) -> dict[str, float]:
+    """What `lmtune plan` expects of one process's memory, by part, in GiB; Python and its libraries come on top."""
+    config, rows = parts.config, parts.data.train.sequences
+    shape = memory.shape_of(parts.model.module, parts.parameters)
+    longest = memory.longest_unit(rows, config.objective.rows)
+    share = float(rows.num_targets.sum() / rows.num_tokens.sum())
+    per_step = int(rows.tokens_per_epoch / rows.rows_per_epoch * config.train.batch_size)
+    quantization, dtype = config.model.quantization, parts.forward.dtype
+    expected = memory.estimate(
+        shape, min(max(micro_batch_tokens, longest), per_step), quantization, dtype, share,
+        memory.checkpointed_layers(parts.forward.base),
+        memory.dense_copies(shape, quantization, dtype, free_memory(parts.parallel.device)),
+        MOMENT_BYTES[config.train.optimizer],
+    )  # fmt: skip
+    return {f"{name}_gib": round(size, 4) for name, size in {**asdict(expected), "memory": expected.total}.items()}
+
+
 def summarize(
     parts: Components, result: TrainResult, base: Mapping[str, Any] | None, tuned: Scores | None
 ) -> dict[str, Any]:
     """The finished run's `summary.json`."""
     state = result.state
+    estimate = estimated_memory(parts, state.micro_batch_tokens)
     return {
         "format": FORMAT,
         "name": parts.config.run.name,
@@ -188,7 +216,9 @@ def summarize(
         "tokens": state.elapsed_tokens,
         "train_seconds": round(state.seconds, 3),
         "tokens_per_second": round(state.elapsed_tokens / max(state.seconds, 1e-9), 1),
-        "peak_memory_gib": round(peak_memory_gib(parts.parallel.device), 3),
+        "peak_memory_gib": round(memory.peak_memory_gib(parts.parallel.device), 3),
+        "estimated_memory_gib": estimate["memory_gib"],
+        "estimate": estimate,
         "micro_batch_tokens": state.micro_batch_tokens,
         "trainable_parameters": sum(p.numel() for p in parts.forward.model.parameters() if p.requires_grad),
         "processes": parts.parallel.world_size,

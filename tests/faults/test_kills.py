@@ -143,7 +143,7 @@ def in_gradient(step: int, action: Trouble) -> Trouble:
 LATER = {
     "in the middle of the gradient": in_gradient(5, send(signal.SIGTERM)),
     "when the gradient is there": at_call("lmtune.training.loop", "update", send(signal.SIGTERM), 5),
-    "when the step is recorded": at_call("lmtune.training.hooks", "CheckpointHook.after_step", send(signal.SIGTERM), 6),
+    "when the step is recorded": at_call("lmtune.training.hooks", "CheckpointHook.after_step", send(signal.SIGTERM), 4),
 }
 
 

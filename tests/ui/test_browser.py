@@ -5,44 +5,21 @@ Where Chromium is missing the tests are skipped, and fail with LMTUNE_REQUIRE_BR
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.chat_models import parrot
-from tests.ui.conftest import RunningApp
+from tests.ui.conftest import PATIENCE, RunningApp
 from tests.ui.test_display import ATTACKS
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 FROM_TEXT = (  # a link in Markdown has a target
     ":is(b, img, a:not([target]), form, button, input, details, svg, .mermaid)"
     ":not(.copy_code_button, .copy_code_button *)"
 )
-PATIENCE = 20_000  # milliseconds; CI machines are slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One Chromium for all tests."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        missing = "no Chromium on this machine; install it, for example with `apt-get install chromium`"
-        if os.environ.get("LMTUNE_REQUIRE_BROWSER") == "1":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    expect.set_options(timeout=PATIENCE)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 class Tab:
