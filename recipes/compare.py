@@ -52,7 +52,7 @@ def main(
     from lmtune.evaluation.compare import compare, slices_of
     from lmtune.evaluation.judging import describe_judgement, judge_rows, open_judge, with_verdicts
     from lmtune.evaluation.showing import difference_trees, print_comparison, row_trees, slice_trees, write_rows
-    from lmtune.evaluation.slices import slice_names
+    from lmtune.evaluation.slices import require_field, slice_names
 
     metrics, named = answer_metrics(metric, METRICS), columns_of(columns or [])
     files = [one for one in (first, second) if is_answer_file(one)]
@@ -74,6 +74,7 @@ def main(
         return row_results(load_for_inference(target), paths, rows, max_new_tokens, max_length, known)
 
     asked = open_judge(judge, judge_model)
+    require_field(by, paths)
     if not files:
         check_data(paths, columns=known)
     one, other = rows_of(first), rows_of(second)

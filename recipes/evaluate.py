@@ -49,6 +49,7 @@ def main(
     from lmtune.evaluation.answer_metrics import answer_metrics
     from lmtune.evaluation.judging import describe_judgement, judge_rows, open_judge, with_verdicts
     from lmtune.evaluation.showing import draw_confusion, evaluate_file, evaluation_tree, print_evaluation, write_rows
+    from lmtune.evaluation.slices import require_field
 
     metrics, named = answer_metrics(metric, ("f1", "chrf")), columns_of(columns or [])
     if is_answer_file(target):
@@ -63,6 +64,7 @@ def main(
     known = columns_for(run_of(target), paths, named) if paths else None
     if paths:
         check_data(paths, columns=known)
+        require_field(by, paths)
     asked = open_judge(judge, judge_model)
     with progress("loading PyTorch and the libraries"):
         from lmtune.evaluation.evaluate import evaluate_loaded

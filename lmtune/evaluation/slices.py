@@ -37,14 +37,28 @@ def slice_names(by: str, paths: Sequence[Given], results: Sequence[RowResult]) -
         DataError: several rows have one location.
     """
     fields, sources, keys = _read(by, paths)
+    _check(by, fields, keys)
     if any(value is not None for value in fields.values()):
         values = {row.location: fields.get(row.location) for row in results}
         return _named(values)
     if by == "source":
         return dict(sorted(((row.location, sources[row.location]) for row in results), key=lambda one: one[1]))
-    if by == "length":
+    if any(row.length for row in results):
         return _ranges({row.location: float(row.length) for row in results}, " tokens")
-    raise ConfigError(f"--by {by}: no row has this field; expected length, source, or one of {listed_keys(keys)}")
+    characters = {row.location: float(len(row.question) + len(row.reference)) for row in results}
+    return _ranges(characters, " characters")  # of answers in a file, which has no tokens
+
+
+def require_field(by: str | None, paths: Sequence[Given]) -> None:
+    """Raise as `slice_names` does, before any model is loaded; None is no field."""
+    if by is not None:
+        fields, _, keys = _read(by, paths)
+        _check(by, fields, keys)
+
+
+def _check(by: str, fields: Mapping[str, Any], keys: Mapping[str, None]) -> None:
+    if by not in ("source", "length") and all(value is None for value in fields.values()):
+        raise ConfigError(f"--by {by}: no row has this field; expected length, source, or one of {listed_keys(keys)}")
 
 
 def _read(by: str, paths: Sequence[Given]) -> tuple[dict[str, Any], dict[str, str], dict[str, None]]:
