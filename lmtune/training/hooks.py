@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import torch
 
+from lmtune.config.metrics import Direction
 from lmtune.config.schema import FinetuneConfig
 from lmtune.evaluation.scoring import Scores
 from lmtune.io.console import warn
 from lmtune.models.tuning.base import Tensors
-from lmtune.objectives.base import Objective
 from lmtune.runs.events import CheckpointSaved, Evaluated, EventLog, StepDone
 from lmtune.runs.log import Accuracies, Records, StepRecord
 from lmtune.runs.store import RunDirectory, checkpoint_folders, problem_of
@@ -59,19 +59,21 @@ class EvaluationHook(Hook):
     """Scores the validation rows every so many steps and after the last, and notes which step is the best so far."""
 
     def __init__(
-        self, score: Callable[[], Scores], objective: Objective, every_steps: int | None, progress: StepProgress
-    ) -> None:
-        self.score, self.objective, self.every_steps, self.progress = score, objective, every_steps, progress
+        self, score: Callable[[], Scores], metric: str, direction: Direction, every_steps: int | None,
+        progress: StepProgress,
+    ) -> None:  # fmt: skip
+        """`metric` of what `score` gives says which step is the best, in this direction."""
+        self.score, self.metric, self.direction = score, metric, direction
+        self.every_steps, self.progress = every_steps, progress
 
     def after_step(self, event: StepEvent) -> Action:
         state, every = event.state, self.every_steps
         if not (state.step == event.total_steps or (every is not None and state.step % every == 0)):
             return "continue"
         event.validation = self.score()
-        name, direction = self.objective.selection
+        name, best = self.metric, state.best_loss
         value = event.validation.value(name)
-        best = state.best_loss
-        is_better = best is None or (value < best if direction == "min" else value > best)
+        is_better = best is None or (value < best if self.direction == "min" else value > best)
         if is_better:
             state.best_step, state.best_loss, state.evaluations_without_gain = state.step, value, 0
         else:
