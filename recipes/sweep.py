@@ -72,7 +72,7 @@ def main(
     out.print("\n".join(map(escape, describe_sweep(result))))
     if result.best is not None:
         err.print(f"the best settings as a config: {escape(command('finetune', plan.folder / BEST))}")
-        err.print(f"pictures in {escape(str(plan.folder))}: history.svg, importance.svg, parallel.svg")
+        err.print(f"pictures in {escape(str(plan.folder))}: history.svg, importance.svg, coordinates.svg")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def fold_selections(
     Args:
         data: all rows.
         folds: how many.
-        seed: of the order in which families are dealt out.
+        seed: of the order in which families are assigned.
         groups: `[N]`, rows of equal values stay together; None as a value is no group.
 
     Raises:
@@ -55,7 +55,7 @@ def fold_selections(
             f"--folds: {folds}; the rows make {count} famil{'y' if count == 1 else 'ies'} that must stay together; "
             "expected no more folds than that"
         )
-    fold_of = _deal(family[own], _strata([label for label, is_own in zip(data.labels, own, strict=True) if is_own]),
+    fold_of = _assign(family[own], _strata([label for label, is_own in zip(data.labels, own, strict=True) if is_own]),
                     folds, seed)  # fmt: skip
     of_row = np.where(usable, fold_of[family], -1)
     return [
@@ -147,7 +147,7 @@ def _strata(labels: Sequence[Label | None]) -> list[tuple[Hashable, ...]]:
     return [label if isinstance(label, tuple) else (label,) for label in labels]
 
 
-def _deal(family: Int64, strata: Sequence[tuple[Hashable, ...]], folds: int, seed: int) -> Int64:
+def _assign(family: Int64, strata: Sequence[tuple[Hashable, ...]], folds: int, seed: int) -> Int64:
     """The fold of each family: large ones first, each to the fold that has the fewest of what it brings."""
     number = {name: place for place, name in enumerate(dict.fromkeys(name for row in strata for name in row))}
     brings: list[dict[int, int]] = [{} for _ in range(int(family.max()) + 1)]

@@ -9,7 +9,7 @@ from lmtune.runs.plots import Axis, Curve, bars_svg, curves_svg, parallel_svg
 from lmtune.search.results import SweepResult, TrialResult
 from lmtune.search.space import Choice, Space, shown
 
-HISTORY, IMPORTANCE, PARALLEL = "history.svg", "importance.svg", "parallel.svg"
+HISTORY, IMPORTANCE, PARALLEL = "history.svg", "importance.svg", "coordinates.svg"
 
 
 def write_pictures(folder: Path, space: Space, result: SweepResult) -> None:

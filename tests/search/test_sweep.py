@@ -63,7 +63,7 @@ def test_trials_are_runs_as_alone_over_one_base(place: Path, monkeypatch: pytest
     assert result.best == best.number
     folder = place / "runs" / "trial"
     assert json.loads((folder / "sweep.json").read_text())["best"] == best.number
-    for picture in ("history.svg", "parallel.svg"):
+    for picture in ("history.svg", "coordinates.svg"):
         assert (folder / picture).read_text().endswith("</svg>\n")
     with inside(place):
         config = load_config(FinetuneConfig, folder / "best.yaml")
