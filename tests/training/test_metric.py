@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from lmtune.config.metrics import METRICS, direction_of
-from lmtune.config.schema import FinetuneConfig, ObjectiveConfig
+from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.scoring import Scores
+from lmtune.models.head import Head
 from lmtune.objectives import chosen
 from lmtune.training.hooks import EarlyStoppingHook, EvaluationHook
 from lmtune.training.loop import StepEvent
@@ -45,14 +46,13 @@ def test_the_best_step_is_that_of_the_metric_in_its_direction(metric: str, value
 
 def test_each_objective_names_what_it_measures_and_its_own_choice_first() -> None:
     for section, make in chosen._OBJECTIVES.items():
-        made = make(section(), None)
+        made = make(section(), Head("single_label", ("a", "b")))
         named = METRICS[section().kind]
         assert (named[0], direction_of(named[0])) == made.selection
         own = {"loss", "perplexity", "token_accuracy", "sequence_accuracy", "exact_match", "macro_f1", "auc", "r2",
                "spearman", *made.metrics}  # fmt: skip
         assert set(named) <= own
     assert METRICS.keys() == {section().kind for section in chosen._OBJECTIVES}
-    assert ObjectiveConfig is not None
 
 
 def test_a_metric_that_the_objective_has_not_is_named_with_those_that_it_has() -> None:
