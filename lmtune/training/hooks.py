@@ -100,8 +100,9 @@ class EarlyStoppingHook(Hook):
 class RecordHook(Hook):
     """Writes each step to `metrics.jsonl` and `results.csv`, and as an event."""
 
-    def __init__(self, records: Records, events: EventLog, objective: Objective) -> None:
-        self.records, self.events, self.objective = records, events, objective
+    def __init__(self, records: Records, events: EventLog, metric: str) -> None:
+        """`metric` is what says which step is the best."""
+        self.records, self.events, self.metric = records, events, metric
 
     def after_step(self, event: StepEvent) -> Action:
         plan, result, state = event.plan, event.result, event.state
@@ -119,8 +120,7 @@ class RecordHook(Hook):
         self.records.add(record, (state.elapsed_tokens, state.elapsed_examples), training, validation)
         self.events.add(StepDone(**vars(record)))
         if scores is not None:
-            name, _ = self.objective.selection
-            self.events.add(Evaluated(state.step, "validation", scores.as_dict(), name, state.best_step))
+            self.events.add(Evaluated(state.step, "validation", scores.as_dict(), self.metric, state.best_step))
         return "continue"
 
 

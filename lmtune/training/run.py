@@ -126,7 +126,7 @@ def run_loop(
     if is_main:
         records = Records(run)
         records.begin(state.step)
-        hooks.append(RecordHook(records, events, parts.objective))
+        hooks.append(RecordHook(records, events, parts.deciding[0]))
     stopped_early = False
     if config.evaluation.patience is not None:
         stopping = EarlyStoppingHook(config.evaluation.patience)
