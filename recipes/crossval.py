@@ -55,7 +55,7 @@ def main(
 
     check_crossval(config, folds, group)
     known = None if before is None else CrossValidation.read(before)
-    metric, _ = deciding_metric(config.evaluation, config.objective)
+    metric, _ = deciding_metric(config.evaluation.metric, config.objective.kind)
 
     def said(fold: int, summary: Summary) -> None:
         score = (summary.tuned or {}).get(metric)

@@ -1,14 +1,11 @@
 """Which scores of held-out rows may choose the best step of a run or the best of several runs, and which way is better.
 
-deciding_metric(config.evaluation, config.objective)       # ("loss", "min")
+deciding_metric(config.evaluation.metric, config.objective.kind)       # ("loss", "min")
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from lmtune.config.schema import EvaluationConfig, ObjectiveConfig
+from typing import Literal
 
 Direction = Literal["min", "max"]
 GENERATED = "exact_match"  # which needs answers to be generated
@@ -30,7 +27,7 @@ def direction_of(metric: str) -> Direction:
     return "min" if metric in _LOWER_IS_BETTER else "max"
 
 
-def deciding_metric(evaluation: EvaluationConfig, objective: ObjectiveConfig) -> tuple[str, Direction]:
-    """The metric that chooses, and which way is better."""
-    name = evaluation.metric or METRICS[objective.kind][0]
+def deciding_metric(asked: str | None, objective: str) -> tuple[str, Direction]:
+    """The metric that chooses, and which way is better: that of the settings, or the first of the objective's kind."""
+    name = asked or METRICS[objective][0]
     return name, direction_of(name)

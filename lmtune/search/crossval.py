@@ -164,7 +164,7 @@ def cross_validate(
         if said is not None:
             said(fold, summary)
     result = CrossValidation(
-        folder.name, folds, group, deciding_metric(config.evaluation, config.objective)[0],
+        folder.name, folds, group, deciding_metric(config.evaluation.metric, config.objective.kind)[0],
         sum(len(one.validation or ()) for one in selections), _spreads([one.tuned for one in summaries]),
         _spreads([one.base for one in summaries]),
         tuple(_sha256(data, one.validation or ()) for one in selections), tuple(one.steps or 0 for one in summaries),

@@ -154,7 +154,7 @@ def _optuna() -> Any:
 def _open_study(plan: Plan) -> Any:
     """The study, new or as it was left; CheckpointError if it searches something else."""
     optuna, config = _optuna(), plan.space.config
-    metric, direction = deciding_metric(config.evaluation, config.objective)
+    metric, direction = deciding_metric(config.evaluation.metric, config.objective.kind)
     try:
         arguments = {"connect_args": {"timeout": 60}} if plan.url.startswith("sqlite") else None
         storage = optuna.storages.RDBStorage(plan.url, engine_kwargs=arguments)
@@ -281,7 +281,7 @@ def _make(plan: Plan, study: Any, trial: Any, shared: Shared, seen: set[str]) ->
     search, for so would all others.
     """
     state = _optuna().trial.TrialState
-    metric, _ = deciding_metric(plan.space.config.evaluation, plan.space.config.objective)
+    metric, _ = deciding_metric(plan.space.config.evaluation.metric, plan.space.config.objective.kind)
     config = trial_config(plan, trial.number, _values(plan, trial.params))
     hooks = [PruningHook(trial, metric)] if plan.prune else []
     try:
@@ -314,7 +314,7 @@ def _values(plan: Plan, params: Mapping[str, Any]) -> dict[str, str]:
 def _write(plan: Plan, study: Any) -> SweepResult:
     """The study as it is now, in `sweep.json`, `best.yaml` and pictures."""
     optuna, config = _optuna(), plan.space.config
-    metric, direction = deciding_metric(config.evaluation, config.objective)
+    metric, direction = deciding_metric(config.evaluation.metric, config.objective.kind)
     trials = tuple(_result(plan, one) for one in study.get_trials(deepcopy=False))
     done = [one for one in trials if one.status == "complete" and one.score is not None]
     best = None
