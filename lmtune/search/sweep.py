@@ -122,7 +122,8 @@ def sweep(plan: Plan, said: Callable[[TrialResult, SweepResult], None] | None = 
     if config.run.resume == "never" and folder.exists():
         err.print(f"the earlier sweep is now {escape(str(RunDirectory(folder).archive()))}")
     folder.mkdir(parents=True, exist_ok=True)
-    study = _open_study(plan)
+    with _deciding(plan):  # of processes that start at once, one makes the study
+        study = _open_study(plan)
     shared, seen, began = Shared(), set[str](), time.monotonic()
     while plan.minutes is None or time.monotonic() - began < 60 * plan.minutes:
         with _claimed(plan, study) as trial:
@@ -197,10 +198,17 @@ def _claimed(plan: Plan, study: Any) -> Iterator[Any]:
     Which one is decided by one process at a time. Its own lock says that somebody here works on it.
     """
     with contextlib.ExitStack() as held:
-        with open(plan.folder / ".sweep.lock", "a+", encoding="utf-8") as deciding:
-            wait_for_lock(deciding)
+        with _deciding(plan):
             trial = _cut_off(plan, study, held) or _new(plan, study, held)
         yield trial
+
+
+@contextlib.contextmanager
+def _deciding(plan: Plan) -> Iterator[None]:
+    """Inside the block no other process of this folder decides."""
+    with open(plan.folder / ".sweep.lock", "a+", encoding="utf-8") as file:
+        wait_for_lock(file)
+        yield
 
 
 def _lock(plan: Plan, number: int, held: contextlib.ExitStack) -> bool:
