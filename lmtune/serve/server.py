@@ -260,7 +260,9 @@ def _serve(application: ASGIApp, listening: socket.socket, activity: Activity, r
     import uvicorn
 
     config = uvicorn.Config(
-        application, log_level="error", access_log=False, ws="none", proxy_headers=in_space(), server_header=False,
+        application, log_level="error", access_log=False, proxy_headers=in_space(), server_header=False,
+        # The same server whatever is installed beside it: uvicorn would take uvloop and httptools where it finds them.
+        loop="asyncio", http="h11", ws="none",
         timeout_keep_alive=60,  # a busy server comes late to a connection used again
     )  # fmt: skip
     server = uvicorn.Server(config)

@@ -51,7 +51,9 @@ def start(
     port = listening.getsockname()[1]
     activity = Activity()
     application = build_application(models, Address(port=port, auth=auth), activity, examples)
-    config = uvicorn.Config(application, log_level="error", ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        application, log_level="error", loop="asyncio", http="h11", ws="none", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
