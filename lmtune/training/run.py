@@ -33,14 +33,13 @@ from lmtune.runs.store import RunDirectory, ScoreValues, Summary
 from lmtune.training import memory
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components, compose
-from lmtune.training.find_rate import with_found_rate
 from lmtune.training.hooks import CheckpointHook, EarlyStoppingHook, EvaluationHook, ProgressHook, RecordHook
 from lmtune.training.lifecycle import FORMAT, begin, draw_report, running, update_summary
 from lmtune.training.loop import StepHook, train
 from lmtune.training.optim import MOMENT_BYTES
 from lmtune.training.progress import StepProgress
-from lmtune.training.shared import Shared
 from lmtune.training.state import TrainResult
+from lmtune.training.trackers import Trackers, require_trackers
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,8 @@ class FinetuneResult:
 
 
 def run_finetune(
-    config: FinetuneConfig, run: RunDirectory, selection: Selection | None = None, hooks: Sequence[StepHook] = (),
-    shared: Shared | None = None,
-) -> FinetuneResult:  # fmt: skip
+    config: FinetuneConfig, run: RunDirectory, selection: Selection | None = None, hooks: Sequence[StepHook] = ()
+) -> FinetuneResult:
     """Train, score and save.
 
     Args:
@@ -63,26 +61,30 @@ def run_finetune(
         run: its folder, where the run is resumed that was begun there.
         selection: which of the rows to use; None for what `selection.json` in the folder says, or all.
         hooks: told of each step after its validation and records, before its checkpoint.
-        shared: what the runs of this process have in common.
 
     Raises:
         LmtuneError: something is wrong.
         Interrupted: the run was asked to stop, and is saved.
     """
+    require_trackers(config.run.trackers)
     parallel = connect(config.parallel, config.run.process_timeout_seconds)
     events = EventLog(run)
     with warnings_heard_by(events.warn), contextlib.ExitStack() as held:
-        parts = compose(config, parallel, run.read_selection() if selection is None else selection, shared)
+        parts = compose(config, parallel, run.read_selection() if selection is None else selection)
         held.enter_context(running(run, parts, events))
-        parts.config = with_found_rate(run, parts)
         checkpoint, complete = begin(run, parts, events)
         if complete:
             return FinetuneResult(run.read_summary(), True, parallel.is_main)
         parts.precompute()
         base = base_scores(run, parts, events)
-        result = run_loop(run, parts, checkpoint, events, hooks)
+        names = config.run.trackers if parallel.is_main else ()
+        trackers = held.enter_context(Trackers(parts.config, run, names, 0 if checkpoint is None else checkpoint.step))
+        if checkpoint is None:
+            trackers.scored("base", base, 0)
+        result = run_loop(run, parts, checkpoint, events, [trackers, *hooks])
         parallel.phase = "scoring and saving the result"
         tuned = parts.score_tuned(result)
+        trackers.scored("tuned", tuned[0].as_dict() if tuned else None, result.state.step)
         summary = summarize(parts, result, base, tuned[0] if tuned else None)
         if parts.head is not None:
             summary["labels"] = list(parts.head.labels)
@@ -122,11 +124,11 @@ def run_loop(
     saving = CheckpointHook(run, config, parts.signature, job, total_steps, events)
     hooks: list[StepHook] = [ProgressHook(progress)]
     if parts.data.validation is not None:
-        hooks.append(EvaluationHook(parts.validate, *parts.deciding, config.evaluation.every_steps, progress))
+        hooks.append(EvaluationHook(parts.validate, parts.objective, config.evaluation.every_steps, progress))
     if is_main:
         records = Records(run)
         records.begin(state.step)
-        hooks.append(RecordHook(records, events, parts.deciding[0]))
+        hooks.append(RecordHook(records, events, parts.objective))
     stopped_early = False
     if config.evaluation.patience is not None:
         stopping = EarlyStoppingHook(config.evaluation.patience)
