@@ -12,18 +12,20 @@ import typer
 from typer.core import TyperGroup
 
 from lmtune import __version__
-from lmtune.run import run_app
+from lmtune.run import Command, run_app
 
 VERBS = (
-    "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "ensemble", "evaluate",
-    "predict", "compare", "vote", "merge", "chat", "app", "push", "pull", "pretrain", "runs", "report", "doctor",
-    "schema",
+    "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "sweep", "crossval",
+    "ensemble", "evaluate", "predict", "compare", "vote", "merge", "chat", "app", "push", "pull", "pretrain", "runs",
+    "report", "doctor", "schema",
 )  # fmt: skip
 
 # What other tools call these verbs
 _MEANT = {
     "train": "finetune", "tune": "finetune", "fine-tune": "finetune", "fit": "finetune", "sft": "finetune",
     "eval": "evaluate", "score": "evaluate", "test": "evaluate", "validate": "check", "tokens": "preview",
+    "cross-validate": "crossval", "cv": "crossval", "kfold": "crossval",
+    "search": "sweep", "tune-settings": "sweep", "optimize": "sweep", "hpo": "sweep",
     "new": "init", "config": "init", "fuse": "merge", "export": "merge", "upload": "push", "download": "pull",
     "diff": "compare", "talk": "chat", "generate": "chat", "classify": "predict", "infer": "predict",
     "ui": "app", "web": "app", "serve": "app", "run": "runs",
@@ -57,5 +59,5 @@ def main() -> NoReturn:
 
     for verb in VERBS:
         recipe = importlib.import_module(f"lmtune.recipes.{verb}")
-        app.command(verb)(recipe.main)
+        app.command(verb, cls=Command)(recipe.main)
     run_app(app)

@@ -14,9 +14,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from lmtune.errors import LmtuneError, is_failure
 from lmtune.io.atomic import DISK_ERRORS
@@ -24,10 +25,28 @@ from lmtune.io.console import err, escape, program, tolerate_closed_stderr
 from lmtune.parallel.worker import note_exit_code
 
 
+class Command(TyperCommand):
+    """A verb. An option whose metavar ends in `...` takes all words `key=value` behind it: `--over a=1..2 b=3,4`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for one in self.params if str(one.metavar or "").endswith("...") for name in one.opts}
+        words, option = list[str](), None
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in several else None
+            elif option is not None and words[-1] != option and "=" in word:
+                words.append(option)
+            elif option is not None and words[-1] != option:
+                option = None
+            words.append(word)
+        parsed: list[str] = super().parse_args(ctx, words)
+        return parsed
+
+
 def run(recipe: Callable[..., None]) -> NoReturn:
     """Run one recipe's `main` on the command line's arguments, as `python recipes/VERB.py …` does."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(recipe)
+    app.command(cls=Command)(recipe)
     run_app(app)
 
 

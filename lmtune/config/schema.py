@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator,
 from pydantic.dataclasses import dataclass
 
 from lmtune.config.files import plain_name
+from lmtune.config.metrics import GENERATED, METRICS
 from lmtune.errors import ConfigError
 from lmtune.io.console import HUB_TOKEN
 from lmtune.io.text import format_list, pluralize, shorten
@@ -310,7 +311,8 @@ class TrainConfig:
     micro_batch_tokens: Count | Literal["auto"] = "auto"  # memory and speed only; never the result
     # adamw_8bit: its two moments in 8 bit through bitsandbytes, 2 bytes a trained weight instead of 8
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2.0e-4  # at its highest; small models take more
+    # at its highest; small models take more; find: by a range test of 60 steps before the first one
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | Literal["find"] = 2.0e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how the learning rate falls
     warmup_ratio: Fraction = 0.03  # share of the steps in which the learning rate rises
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # AdamW's
@@ -324,7 +326,9 @@ class EvaluationConfig:
     """When the validation rows are scored during training, and what is done with the result."""
 
     every_steps: Count | None = None  # null: only before the first and after the last step
-    patience: Count | None = None  # stop after so many evaluations without a better validation loss
+    # which score chooses the best step, as the run shows it: loss, token_accuracy, macro_f1, …; null: loss
+    metric: str | None = None
+    patience: Count | None = None  # stop after so many evaluations without a better score
     keep_best: bool = True  # with `every_steps`: the saved adapter is that of the best step, not of the last
     score_base: bool = True  # score the base too, before the first step, to compare with
     exact_match_rows: Annotated[int, Field(ge=0)] = 64  # generate answers for so many rows; 0: none
@@ -383,6 +387,14 @@ class FinetuneConfig:
                 f"evaluation.patience: {patience} waits for validation scores, and data.validation_fraction: 0.0 holds "
                 "no row out; raise the fraction, name data.validation, or set evaluation.patience: null"
             )
+        metric, known = self.evaluation.metric, METRICS[self.objective.kind]
+        if metric is not None and metric not in known:
+            found.append(
+                f"evaluation.metric: got {shorten(metric)}; should be {_either(known)}, of objective.kind: "
+                f"{self.objective.kind}"
+            )
+        if metric == GENERATED and not self.evaluation.exact_match_rows:
+            found.append(f"evaluation.metric: {GENERATED} needs rows to answer; raise evaluation.exact_match_rows")
         found += _share_problems(self.data)
         if re.search(HUB_TOKEN, self.run.name or ""):
             found.append("run.name: looks like a token of the Hub, and would be written down; choose another name")

@@ -165,7 +165,7 @@ def _resampled(statistics: Float64, seed: int) -> Float64:
 
 def _percentiles(values: Float64, rows: int) -> Interval:
     """The middle 95 % of resampled values, widened for few rows."""
-    below = _normal_share(-_student(rows - 1) * math.sqrt(rows / max(1, rows - 1)))
+    below = _normal_share(-student(rows - 1) * math.sqrt(rows / max(1, rows - 1)))
     low, high = np.quantile(values, [below, 1 - below])
     return Interval(float(low), float(high))
 
@@ -174,7 +174,7 @@ def _normal_share(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2))
 
 
-def _student(freedom: int) -> float:
+def student(freedom: int) -> float:
     """The quantile of Student's t that leaves 2.5 % above it; from the normal one, by Cornish and Fisher's series."""
     z, n = _Z, max(1, freedom)
     if n <= 2:

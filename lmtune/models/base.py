@@ -121,13 +121,18 @@ def load_model(
         raise _model_error(model, "weights", error) from error
     if not Path(path).is_dir():  # a folder was looked at before
         check_weights(model.name, weight_files(model)[0].parent)
-    if (found := head or stored_head(model)) is not None:
-        is_stored = head is None or _is_of_stored(model, head)
-        prepare_head(loaded, found, _stored_tensor(model, _HEAD_WEIGHT) if is_stored else None)
+    fit_head(model, loaded, head)
     loaded.config._name_or_path = path
     loaded.requires_grad_(False)
     _disable_cpu_repacking(loaded)
     return loaded.eval()
+
+
+def fit_head(model: ModelConfig, loaded: PreTrainedModel, head: Head | None) -> None:
+    """Give a classifier the head that `head` says, or its stored one; a language model is left as it is."""
+    if (found := head or stored_head(model)) is not None:
+        is_stored = head is None or _is_of_stored(model, head)
+        prepare_head(loaded, found, _stored_tensor(model, _HEAD_WEIGHT) if is_stored else None)
 
 
 def compute_dtype(device: torch.device, setting: str = "auto", sizes: tuple[int, int] = _SIZES) -> torch.dtype:

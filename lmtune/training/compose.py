@@ -18,6 +18,7 @@ import torch
 from lmtune.batching.packing import MicroBatch
 from lmtune.batching.plan import Planner
 from lmtune.batching.prefixes import Ints, shareable_prefix
+from lmtune.config.metrics import GENERATED, Direction, direction_of
 from lmtune.config.schema import (
     Dtype,
     FinetuneConfig,
@@ -30,7 +31,7 @@ from lmtune.data.rendering import Renderer
 from lmtune.data.selection import Selection
 from lmtune.data.store import LoadedData, load_data
 from lmtune.data.types import ExampleStore, WithValues
-from lmtune.errors import ConfigError, ModelError
+from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.measures import majority
 from lmtune.evaluation.scoring import (
@@ -67,6 +68,7 @@ from lmtune.training.estimate import token_cost
 from lmtune.training.loop import TrainingJob
 from lmtune.training.memory import checkpoint_layers, measure_activations
 from lmtune.training.optim import MOMENT_BYTES, OPTIMIZERS, check_optimizer
+from lmtune.training.shared import Shared
 from lmtune.training.state import RunSignature, TrainResult, TrainState
 
 # What a section of the config stands for, by its type. A tuning is made from its section, the base in the dtype of
@@ -147,16 +149,27 @@ class Components:
         job = TrainingJob(planner, data, self.forward, self.objective, self.model, optimizer, self.parallel, train)
         return job, state
 
+    @property
+    def deciding(self) -> tuple[str, Direction]:
+        """Which score of the validation rows says which step is the best, and which way is better."""
+        metric = self.config.evaluation.metric
+        return self.objective.selection if metric is None else (metric, direction_of(metric))
+
     def validate(self) -> Scores:
-        """Scores of the validation rows, without generating."""
+        """Scores of the validation rows; answers are generated if what they score is to decide."""
         assert self.held_out is not None
         scores = score(self.forward, self.objective, self.held_out, self.micro_batch_tokens, self.parallel)
+        metric = self.deciding[0]
+        if metric == GENERATED and (answered := self.score("the model", scores)) is not None:
+            scores = answered[0]
+        if scores.as_dict().get(metric) is None:
+            raise LmtuneError(f"evaluation.metric: {metric} cannot be measured on the validation rows; choose another")
         self.validated.append(scores)
         return scores
 
     def score_tuned(self, result: TrainResult) -> tuple[Scores, list[Answer]] | None:
         """As `score`, after training: the rows were scored with these weights already, at the last or the best step."""
-        name, _ = self.objective.selection
+        name, _ = self.deciding
         best = [scores for scores in self.validated if scores.value(name) == result.state.best_loss]
         known = self.validated[-1:] if result.weights is None else best[:1]  # none if an earlier process scored them
         return self.score("the tuned model", *known)
@@ -196,28 +209,30 @@ class Components:
         )  # fmt: skip
 
 
-def compose(config: FinetuneConfig, parallel: Parallel, selection: Selection | None = None) -> Components:
+def compose(
+    config: FinetuneConfig, parallel: Parallel, selection: Selection | None = None, shared: Shared | None = None
+) -> Components:
     """Load tokenizer, rows and model, and choose the objective and the trained parameters.
 
-    `selection` is of the rows that the settings name; a classifier has the classes of all of these.
+    `selection` is of the rows that the settings name; a classifier has the classes of all of these. `shared` holds what
+    an earlier run of this process has loaded, and takes what this one loads.
 
     ConfigError, DataError or ModelError if something is wrong with them; nothing was written but the row cache.
     """
     with starting_adapter(config) as start:
         own = config if start is None else replace(config, tuning=start.settings)
-        return _compose(own, parallel, start, selection)
+        return _compose(own, parallel, start, selection, shared)
 
 
 def _compose(
-    config: FinetuneConfig, parallel: Parallel, start: StartingAdapter | None, selection: Selection | None
-) -> Components:
+    config: FinetuneConfig, parallel: Parallel, start: StartingAdapter | None, selection: Selection | None,
+    shared: Shared | None,
+) -> Components:  # fmt: skip
     check_bitsandbytes(config.model.quantization)
     check_optimizer(config.train.optimizer, parallel.device)
     if parallel.device.type == "cuda" and config.model.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
-    renderer = _renderer(config)
-    with parallel.main_first():  # the others find the rows in the cache
-        data = load_data(config.data, renderer, config.train.seed, config.objective.rows)
+    renderer, data = load_rows(config, parallel, shared)
     head = find_head(
         config.objective, data, renderer.tokenizer, config.train.seed, renderer.uses_chat_template
     )  # fmt: skip
@@ -230,7 +245,11 @@ def _compose(
     stored = _with_dtype(config, parallel)
     dtype = DTYPES[stored.dtype]
     tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
-    base = load_model(replace(stored, dtype=tuning.load_dtype or stored.dtype), parallel.device, head)
+    loaded = replace(stored, dtype=tuning.load_dtype or stored.dtype)
+    base = (
+        load_model(loaded, parallel.device, head) if shared is None
+        else shared.base(loaded, parallel.device, head, tuning)
+    )  # fmt: skip
     if head is None and classifier_head(base) is not None:
         raise ModelError(
             f"model.name: {config.model.name}: a classifier, which cannot write; expected a language model for "
@@ -282,11 +301,27 @@ def _with_dtype(config: FinetuneConfig, parallel: Parallel) -> ModelConfig:
     return replace(model, dtype=cast(Dtype, parallel.gather([chosen])[0]))
 
 
-def _renderer(config: FinetuneConfig) -> Renderer:
+def load_rows(config: FinetuneConfig, parallel: Parallel, shared: Shared | None) -> tuple[Renderer, LoadedData]:
+    """What the rows are rendered with, and all that the settings name."""
+    begun_at = None if config.run.resume == "never" else RunDirectory.of(config.run).rendered_at()
+
+    def load() -> tuple[Renderer, LoadedData]:
+        renderer = _renderer(config, begun_at)
+        with parallel.main_first():  # the others find the rows in the cache
+            return renderer, load_data(config.data, renderer, config.train.seed, config.objective.rows)
+
+    if shared is None:
+        return load()
+    new_tokens = config.tuning.new_tokens if isinstance(config.tuning, LoraConfig) else ()
+    model = config.model.name, config.model.revision
+    key = model, config.data, config.train.seed, config.objective, new_tokens, begun_at
+    return shared.get("rows", key, load)
+
+
+def _renderer(config: FinetuneConfig, begun_at: str | None) -> Renderer:
     """The run's renderer; a template that writes the date writes one for the whole run, whenever it is continued."""
     tokenizer = load_run_tokenizer(config)
     template, system = config.data.template, config.data.system
-    begun_at = None if config.run.resume == "never" else RunDirectory.of(config.run).rendered_at()
     renderer = build_renderer(tokenizer, config.model, template, system, now=begun_at)
     now = renderer.rendered_at
     return renderer if now is None else build_renderer(tokenizer, config.model, template, system, now=now)

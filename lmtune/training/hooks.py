@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import torch
 
+from lmtune.config.metrics import Direction
 from lmtune.config.schema import FinetuneConfig
 from lmtune.evaluation.scoring import Scores
 from lmtune.io.console import warn
 from lmtune.models.tuning.base import Tensors
-from lmtune.objectives.base import Objective
 from lmtune.runs.events import CheckpointSaved, Evaluated, EventLog, StepDone
 from lmtune.runs.log import Accuracies, Records, StepRecord
 from lmtune.runs.store import RunDirectory, checkpoint_folders, problem_of
@@ -59,19 +59,21 @@ class EvaluationHook(Hook):
     """Scores the validation rows every so many steps and after the last, and notes which step is the best so far."""
 
     def __init__(
-        self, score: Callable[[], Scores], objective: Objective, every_steps: int | None, progress: StepProgress
-    ) -> None:
-        self.score, self.objective, self.every_steps, self.progress = score, objective, every_steps, progress
+        self, score: Callable[[], Scores], metric: str, direction: Direction, every_steps: int | None,
+        progress: StepProgress,
+    ) -> None:  # fmt: skip
+        """`metric` of what `score` gives says which step is the best, in this direction."""
+        self.score, self.metric, self.direction = score, metric, direction
+        self.every_steps, self.progress = every_steps, progress
 
     def after_step(self, event: StepEvent) -> Action:
         state, every = event.state, self.every_steps
         if not (state.step == event.total_steps or (every is not None and state.step % every == 0)):
             return "continue"
         event.validation = self.score()
-        name, direction = self.objective.selection
+        name, best = self.metric, state.best_loss
         value = event.validation.value(name)
-        best = state.best_loss
-        is_better = best is None or (value < best if direction == "min" else value > best)
+        is_better = best is None or (value < best if self.direction == "min" else value > best)
         if is_better:
             state.best_step, state.best_loss, state.evaluations_without_gain = state.step, value, 0
         else:
@@ -98,8 +100,9 @@ class EarlyStoppingHook(Hook):
 class RecordHook(Hook):
     """Writes each step to `metrics.jsonl` and `results.csv`, and as an event."""
 
-    def __init__(self, records: Records, events: EventLog, objective: Objective) -> None:
-        self.records, self.events, self.objective = records, events, objective
+    def __init__(self, records: Records, events: EventLog, metric: str) -> None:
+        """`metric` is what says which step is the best."""
+        self.records, self.events, self.metric = records, events, metric
 
     def after_step(self, event: StepEvent) -> Action:
         plan, result, state = event.plan, event.result, event.state
@@ -117,8 +120,7 @@ class RecordHook(Hook):
         self.records.add(record, (state.elapsed_tokens, state.elapsed_examples), training, validation)
         self.events.add(StepDone(**vars(record)))
         if scores is not None:
-            name, _ = self.objective.selection
-            self.events.add(Evaluated(state.step, "validation", scores.as_dict(), name, state.best_step))
+            self.events.add(Evaluated(state.step, "validation", scores.as_dict(), self.metric, state.best_step))
         return "continue"
 
 

@@ -173,7 +173,7 @@ def _say_start(run: RunDirectory, parts: Components, checkpoint: Checkpoint | No
     err.print(f"parameters: {escape(parts.parameters.describe())}")
     if isinstance(config.tuning, FullConfig) and config.train.learning_rate == TrainConfig().learning_rate:
         warn(
-            f"train.learning_rate: {config.train.learning_rate:g} is the default, for adapters; with tuning.kind: full "
+            f"train.learning_rate: {config.train.learning_rate} is the default, for adapters; with tuning.kind: full "
             "usual rates are 5e-6 to 5e-5 (a small model takes more)"
         )
     for warning in evaluation_warnings(config, data.validation is not None, steps):

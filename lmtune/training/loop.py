@@ -11,7 +11,7 @@ settings, the rows and the step's number, so a resumed run repeats an uninterrup
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -103,7 +103,7 @@ def train(job: TrainingJob, hooks: Sequence[StepHook], state: TrainState) -> boo
             started = time.perf_counter()
             plan = prefetcher.next_step()
             parallel.phase = f"step {plan.step}"
-            plan, result = _gradients(job, prefetcher, plan, signals)
+            plan, result = gradients(job, prefetcher, plan, signals.asked)
             if not result.is_finite:
                 for hook in hooks:
                     hook.on_failure(state)
@@ -132,15 +132,18 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def _gradients(
-    job: TrainingJob, prefetcher: BatchPrefetcher, plan: StepPlan, signals: StopSignals
+def gradients(
+    job: TrainingJob, prefetcher: BatchPrefetcher, plan: StepPlan, is_asked: Callable[[], bool] = lambda: False
 ) -> tuple[StepPlan, StepResult]:
-    """The step's gradient; out of memory halves the micro-batches and makes the same step again."""
+    """The step's gradient; out of memory halves the micro-batches and makes the same step again.
+
+    `is_asked` tells whether this process was asked to stop.
+    """
     while True:
         seed_step(job.train.seed, plan.step, job.parallel.rank)
         result = step_gradients(
             job.forward, job.objective, job.parameters, prefetcher.batches(), plan.totals, job.parallel,
-            signals.asked,
+            is_asked,
         )  # fmt: skip
         if not result.out_of_memory:
             return plan, result

@@ -19,6 +19,7 @@ def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
     It rises linearly over the first `warmup_ratio` of the steps, reaches `train.learning_rate` with the last of them,
     and then stays (`constant`) or falls to zero (`linear`, `cosine`).
     """
+    assert not isinstance(train.learning_rate, str), "a run has found it before its first step"
     warmup_steps = math.ceil(train.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is 7.000000000000001
     if step <= warmup_steps:
         return train.learning_rate * step / warmup_steps

@@ -33,11 +33,13 @@ from lmtune.runs.store import RunDirectory, ScoreValues, Summary
 from lmtune.training import memory
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components, compose
+from lmtune.training.find_rate import with_found_rate
 from lmtune.training.hooks import CheckpointHook, EarlyStoppingHook, EvaluationHook, ProgressHook, RecordHook
 from lmtune.training.lifecycle import FORMAT, begin, draw_report, running, update_summary
 from lmtune.training.loop import StepHook, train
 from lmtune.training.optim import MOMENT_BYTES
 from lmtune.training.progress import StepProgress
+from lmtune.training.shared import Shared
 from lmtune.training.state import TrainResult
 from lmtune.training.trackers import Trackers, require_trackers
 
@@ -52,8 +54,9 @@ class FinetuneResult:
 
 
 def run_finetune(
-    config: FinetuneConfig, run: RunDirectory, selection: Selection | None = None, hooks: Sequence[StepHook] = ()
-) -> FinetuneResult:
+    config: FinetuneConfig, run: RunDirectory, selection: Selection | None = None, hooks: Sequence[StepHook] = (),
+    shared: Shared | None = None,
+) -> FinetuneResult:  # fmt: skip
     """Train, score and save.
 
     Args:
@@ -61,6 +64,7 @@ def run_finetune(
         run: its folder, where the run is resumed that was begun there.
         selection: which of the rows to use; None for what `selection.json` in the folder says, or all.
         hooks: told of each step after its validation and records, before its checkpoint.
+        shared: what the runs of this process have in common.
 
     Raises:
         LmtuneError: something is wrong.
@@ -70,8 +74,9 @@ def run_finetune(
     parallel = connect(config.parallel, config.run.process_timeout_seconds)
     events = EventLog(run)
     with warnings_heard_by(events.warn), contextlib.ExitStack() as held:
-        parts = compose(config, parallel, run.read_selection() if selection is None else selection)
+        parts = compose(config, parallel, run.read_selection() if selection is None else selection, shared)
         held.enter_context(running(run, parts, events))
+        parts.config = with_found_rate(run, parts)
         checkpoint, complete = begin(run, parts, events)
         if complete:
             return FinetuneResult(run.read_summary(), True, parallel.is_main)
@@ -124,11 +129,11 @@ def run_loop(
     saving = CheckpointHook(run, config, parts.signature, job, total_steps, events)
     hooks: list[StepHook] = [ProgressHook(progress)]
     if parts.data.validation is not None:
-        hooks.append(EvaluationHook(parts.validate, parts.objective, config.evaluation.every_steps, progress))
+        hooks.append(EvaluationHook(parts.validate, *parts.deciding, config.evaluation.every_steps, progress))
     if is_main:
         records = Records(run)
         records.begin(state.step)
-        hooks.append(RecordHook(records, events, parts.objective))
+        hooks.append(RecordHook(records, events, parts.deciding[0]))
     stopped_early = False
     if config.evaluation.patience is not None:
         stopping = EarlyStoppingHook(config.evaluation.patience)

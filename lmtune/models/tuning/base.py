@@ -9,7 +9,7 @@ tuning.save(model, folder, metadata)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NotRequired, Protocol, TypedDict
@@ -79,6 +79,9 @@ class Tuning(Protocol):
 
     kind: ClassVar[str]
     load_dtype: ClassVar[Dtype | None]  # in which the base is loaded; None is the dtype of computation
+
+    def changed(self, base: PreTrainedModel) -> Iterable[torch.nn.Parameter]:
+        """The weights of `base` itself that `apply` or training changes; a classifier's head aside."""
 
     def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
         """Make `base`, which is frozen, trainable in fp32; what is random depends on `seed` alone."""

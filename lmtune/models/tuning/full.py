@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -29,6 +30,10 @@ class Full:
     def __init__(self, base: ModelConfig | None = None) -> None:
         """`base` is the stored model, of which `save` takes over what has not changed; None where nothing is saved."""
         self.base = base
+
+    def changed(self, base: PreTrainedModel) -> Iterable[torch.nn.Parameter]:
+        """All."""
+        return list(base.parameters())
 
     def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
         """Let every floating-point parameter of `base` learn, in fp32.

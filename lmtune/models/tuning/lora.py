@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,6 +61,11 @@ class Lora:
             start: the adapter folder that training begins from; None for a new adapter.
         """
         self.config, self.base, self.start = config, base, start
+
+    def changed(self, base: PreTrainedModel) -> Iterable[torch.nn.Parameter]:
+        """None, but where PiSSA takes its start out of the weights, or rows of new tokens are put into them."""
+        adds_rows = self.config.new_tokens or (self.start is not None and trained_rows(check_adapter(self.start)))
+        return list(base.parameters()) if adds_rows or self.config.init_lora_weights == "pissa" else ()
 
     def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
         """Put the adapter on `base`; `adapter_config.json` will name `base_name`.

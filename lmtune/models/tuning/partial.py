@@ -8,7 +8,7 @@ The result is a plain model folder, as of full tuning.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -45,6 +45,10 @@ class Partial(Full):
         """
         super().__init__(base)
         self.config = config
+
+    def changed(self, base: PreTrainedModel) -> Iterable[torch.nn.Parameter]:
+        """The parts."""
+        return find_parameters(base, self.config.parts).values()
 
     def apply(self, base: PreTrainedModel, seed: int, base_name: str) -> TunedModel:
         """Let the parts of `base` learn, in fp32.
