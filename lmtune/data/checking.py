@@ -22,7 +22,7 @@ from lmtune.io.atomic import cache_folder, get_or_build, key_of
 from lmtune.io.console import row_progress
 from lmtune.io.text import format_list, pluralize
 
-_VERSION = 6
+_VERSION = 7
 _KEPT = 100  # results, of a few KB
 _Paths = Sequence[Given]
 _Columns = Mapping[str, str] | None

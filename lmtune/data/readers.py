@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lmtune.data.columns import Columns
-from lmtune.data.encodings import CODECS, Transcoded, detect_encoding, marked_encoding
+from lmtune.data.encodings import CODECS, Detected, Transcoded, detect_encoding, marked_encoding
 from lmtune.data.hub_rows import hub_bytes, hub_rows, hub_sha256
 from lmtune.data.sources import DataFile, find_files, foreign_kind
 from lmtune.data.tables import Row, TableRow, csv_rows, not_utf8, parquet_rows, typed
@@ -92,17 +92,25 @@ def open_data(path: Path) -> io.BufferedReader:
 
 def open_text(path: Path, said: list[str], detects: bool = True) -> io.BufferedReader:
     """The bytes of a text file as UTF-8, whatever it is in; with `detects` the whole file may be read for that."""
+    return _opened(path, said, detects)[0]
+
+
+def _opened(path: Path, said: list[str], detects: bool = True) -> tuple[io.BufferedReader, str]:
+    """As `open_text`, and how to convert what is not UTF-8 in it."""
     file = open_data(path)
-    encoding = marked_encoding(file.peek(4)[:4])
+    encoding: str | None = marked_encoding(file.peek(4)[:4])
+    advice = ""
     if encoding is None and detects:
-        encoding = _detected(path)
+        found = detected(path)
+        encoding, advice = found.encoding, found.advice(path.name)
     if encoding is None:
-        return file
+        return file, advice
     said.append(encoding)
-    return io.BufferedReader(Transcoded(file, encoding))
+    return io.BufferedReader(Transcoded(file, encoding)), advice
 
 
-def _detected(path: Path) -> str | None:
+def detected(path: Path) -> Detected:
+    """What is found out about the encoding of a file without a mark."""
     with open_data(path) as file:
         return detect_encoding(iter(lambda: file.read(_PIECE_BYTES), b""))
 
@@ -118,16 +126,18 @@ def _json(file: DataFile, said: list[str]) -> Iterator[Row]:
             said += found
             yield from _lines(text, file.path, said)
             return
-    with open_text(file.path, said) as text:
-        yield from _list_items(text)
+    text, advice = _opened(file.path, said)
+    with text:
+        yield from _list_items(text, advice)
 
 
 def _csv(file: DataFile, said: list[str]) -> Iterator[Row]:
-    with open_text(file.path, said) as text:
+    text, advice = _opened(file.path, said)
+    with text:
         if kind := foreign_kind(text.peek(4096).removeprefix(_BOM)):
             yield 1, None, RowFault(f"the file is {kind}", ends_file=True)
         else:
-            yield from csv_rows(text, said)
+            yield from csv_rows(text, said, advice)
 
 
 READERS: dict[str, Callable[[DataFile, list[str]], Iterator[Row]]] = {
@@ -165,7 +175,7 @@ def num_bytes(file: DataFile) -> int:
 def _lines(file: IO[bytes], path: Path, said: list[str]) -> Iterator[Row]:
     """One value a line."""
     line = num_rows = 0
-    codec, is_ascii = "utf-8", True
+    codec, advice, is_ascii = "utf-8", "", True
     while raw := file.readline(MAX_ROW_BYTES + 1):
         line += 1
         if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
@@ -182,10 +192,13 @@ def _lines(file: IO[bytes], path: Path, said: list[str]) -> Iterator[Row]:
             continue
         if is_ascii and not raw.isascii():  # the first letter that tells
             is_ascii = False
-            if not _is_utf8(raw) and (encoding := _detected(path)):
-                said.append(encoding)
-                codec = CODECS[encoding]
-        yield line, None, _parsed(raw, codec)
+            if not _is_utf8(raw):
+                found = detected(path)
+                advice = found.advice(path.name)
+                if found.encoding is not None:
+                    said.append(found.encoding)
+                    codec = CODECS[found.encoding]
+        yield line, None, _parsed(raw, codec, advice)
         num_rows += 1
 
 
@@ -197,14 +210,14 @@ def _is_utf8(raw: bytes) -> bool:
     return True
 
 
-def _parsed(raw: bytes, codec: str) -> Any:
+def _parsed(raw: bytes, codec: str, advice: str) -> Any:
     """The JSON value that fills a line, or the fault in it."""
     try:
         return json.loads(raw.decode(codec), object_pairs_hook=unique_keys)
     except RowFault as fault:
         return fault
     except UnicodeDecodeError as error:
-        return not_utf8(error)
+        return not_utf8(error, advice)
     except json.JSONDecodeError as error:
         return _not_json(error)
     except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
@@ -259,10 +272,10 @@ class _Window:
                 return self.position < len(self.text)
             self.grow()
 
-    def not_utf8(self, error: UnicodeDecodeError) -> tuple[int, RowFault]:
+    def not_utf8(self, error: UnicodeDecodeError, advice: str) -> tuple[int, RowFault]:
         """The fault in what `grow` read last, and its line."""
         line = self._line + self.text.count("\n") + error.object.count(b"\n", 0, error.start)
-        return line, not_utf8(error, ends_file=True)
+        return line, not_utf8(error, advice, ends_file=True)
 
     def not_json(self, error: json.JSONDecodeError) -> tuple[int, RowFault]:
         """The fault in `text`, and its line."""
@@ -270,7 +283,7 @@ class _Window:
         return self._line + error.lineno - 1, _not_json(error, ends_file=True, column=column)
 
 
-def _list_items(file: IO[bytes]) -> Iterator[Row]:
+def _list_items(file: IO[bytes], advice: str) -> Iterator[Row]:
     """The items of the list that fills the file, each with the line where it begins."""
     window, number = _Window(file), 0
     try:
@@ -295,7 +308,7 @@ def _list_items(file: IO[bytes]) -> Iterator[Row]:
             reason = "more text after the list's end; for one row a line, drop the list's brackets"
             yield window.line, None, RowFault(reason, ends_file=True)
     except UnicodeDecodeError as error:
-        line, fault = window.not_utf8(error)
+        line, fault = window.not_utf8(error, advice)
         yield line, None, fault
 
 

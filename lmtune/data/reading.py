@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmtune.data.columns import Columns
+from lmtune.data.encodings import Guess
 from lmtune.data.formats import Format, detect_format, kind_of_format, parse_row
 from lmtune.data.readers import read_rows
 from lmtune.data.report import FaultyRows, RowCounter
@@ -58,7 +59,8 @@ class FileReport:
         ]
         if self.ignored_keys:
             lines.insert(0, f"these keys are not used: {listed_keys(sorted(self.ignored_keys), _SHOWN_KEYS)}")
-        return [f"{self.name}: {line}" for line in lines]
+        guesses = [one.warning for one in self.said if isinstance(one, Guess)]
+        return [f"{self.name}: {line}" for line in [*guesses, *lines]]
 
 
 @dataclass

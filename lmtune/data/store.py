@@ -49,7 +49,7 @@ from lmtune.io.console import row_progress
 from lmtune.io.text import pluralize
 
 _VERSION = 2  # of what the key is made of: runs of earlier versions know their rows by it
-_STORED = 8  # of what the columns hold; new columns or another number leave old entries unused
+_STORED = 9  # of what the columns hold; new columns or another number leave old entries unused
 _KEPT = 10  # entries: training and validation rows are two
 
 Int32 = npt.NDArray[np.int32]

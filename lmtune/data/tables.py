@@ -120,10 +120,10 @@ def checked_header(cells: Iterable[str], said: list[str]) -> tuple[str, ...]:
 # --- CSV
 
 
-def csv_rows(file: IO[bytes], said: list[str]) -> Iterator[Row]:
-    """The rows of a CSV in UTF-8, each with the line where it begins."""
+def csv_rows(file: IO[bytes], said: list[str], advice: str = "") -> Iterator[Row]:
+    """The rows of a CSV in UTF-8, each with the line where it begins; `advice` says what to do where it is not."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
-    lines = _Lines(file)
+    lines = _Lines(file, advice)
     sample = list(islice(lines, _SAMPLE_LINES))
     first, delimiter = 0, None
     if sample and (given := re.fullmatch(r"sep=(.)\r?\n", sample[0])):  # Excel's own way to name it
@@ -161,8 +161,8 @@ def csv_rows(file: IO[bytes], said: list[str]) -> Iterator[Row]:
 class _Lines:
     """The lines of a file as text; those that are not UTF-8 are noted, and read with what can be read of them."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._number = file, 0
+    def __init__(self, file: IO[bytes], advice: str) -> None:
+        self._file, self._number, self._advice = file, 0, advice
         self._damaged: dict[int, RowFault] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -178,7 +178,7 @@ class _Lines:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            self._damaged[self._number] = not_utf8(error)
+            self._damaged[self._number] = not_utf8(error, self._advice)
             return raw.decode(errors="replace")
 
     def damaged(self, first: int, last: int) -> RowFault | None:
@@ -187,12 +187,13 @@ class _Lines:
         return found[0] if found else None
 
 
-def not_utf8(error: UnicodeDecodeError, ends_file: bool = False) -> RowFault:
+def not_utf8(error: UnicodeDecodeError, advice: str, ends_file: bool = False) -> RowFault:
     """Told once: a whole file is in another encoding more often than single lines are damaged."""
     return RowFault(
-        f"byte {error.start + 1} (0x{error.object[error.start]:02x}) is not UTF-8; save the file as UTF-8: "
-        "iconv -f ITS_ENCODING -t UTF-8 (such as WINDOWS-1252 or GB18030)", once="encoding", ends_file=ends_file,
-    )  # fmt: skip
+        f"byte {error.start + 1} (0x{error.object[error.start]:02x}) is not UTF-8; save the file as UTF-8: {advice}",
+        once="encoding",
+        ends_file=ends_file,
+    )
 
 
 def _checked(cells: list[str], header: tuple[str, ...], header_line: int) -> TableRow:

@@ -23,12 +23,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lmtune.config.pretrain import CorpusConfig
-from lmtune.data.readers import open_text
+from lmtune.data.encodings import Guess
+from lmtune.data.readers import detected, open_text
 from lmtune.data.reading import ReadReport, read_examples
 from lmtune.data.sequences import SequenceTable
 from lmtune.data.sources import HUB, find_files, is_read
 from lmtune.data.types import Example, TokenizedExample, TokenSequence
 from lmtune.errors import DataError
+from lmtune.io.console import warn
 from lmtune.io.text import format_list
 
 if TYPE_CHECKING:
@@ -202,13 +204,15 @@ def _read_texts(files: Sequence[Path], split: str, read_as: dict[str, str]) -> I
             with open_text(path, said) as file:
                 text = file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            unreadable.append(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8")
+            advice = detected(path).advice(path.name)
+            unreadable.append(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8: {advice}")
             continue
         except (OSError, EOFError, zlib.error) as error:
             unreadable.append(f"{path}: cannot be read ({error})")
             continue
         if said:
             read_as[path.name] = ", ".join(said)
+            _warn_of_guesses(path.name, said)
         for part in text.split("\n\n") if split == "paragraph" else [text]:
             if part.strip():
                 yield Example(path.name, 1, text=part.strip())
@@ -230,6 +234,14 @@ def _read_rows(files: Sequence[str], read_as: dict[str, str]) -> Iterator[Exampl
                 yield example
         report.raise_for_faults("error", 1)
         read_as.update(report.read_as)
+        for found in report.files:
+            _warn_of_guesses(found.name, found.said)
+
+
+def _warn_of_guesses(name: str, said: Sequence[str]) -> None:
+    for one in said:
+        if isinstance(one, Guess):
+            warn(f"{name}: {one.warning}")
 
 
 def _content(document: Example) -> tuple[str, ...]:

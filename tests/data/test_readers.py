@@ -186,6 +186,61 @@ def test_what_cannot_be_told_is_a_fault(content: bytes) -> None:
     assert "is not UTF-8; save the file as UTF-8" in fault("rows.csv")
 
 
+OTHERS = {  # what one could take for Chinese or Western, by the encoding that iconv knows
+    "CP949": "배송은 얼마나 걸리나요?,보통 이틀이 걸립니다.\n매장은 어디에 있나요?,서울 강남구에 있습니다.\n",
+    "EUC-JP": "配送にはどのくらいかかりますか?,通常は二日かかります。\n",
+    "BIG5": "請問配送需要多久?,通常需要兩天,有時候三天。\n".replace(",有", "、有"),
+    "ISO-8859-2": "Jak dlouho trvá doručení?,Někdy tři dny.\nKde je váš obchod?,Náměstí Míru.\n",
+    "WINDOWS-1250": "Jak długo trwa dostawa?,Proszę zadzwonić.\nGdzie jest sklep?,Wrocław; ulica Świdnicka.\n",
+    "WINDOWS-1254": "Kargo ne kadar sürer?,Şimdi değil.\nİade nasıl yapılır?,Lütfen müşteri hizmetlerini arayın.\n",
+    "WINDOWS-1257": "Kiek laiko?,Ačiū labai; šiandien gražu.\nKur?,Ėjo į mišką.\n",
+    "CP850": "Où est le café?,Très près; à côté de l'église.\n",
+    "MACINTOSH": "Où est-il?,Voilà; c’est déjà là.\n",
+}
+_CODECS = {"MACINTOSH": "mac_roman", "WINDOWS-1250": "cp1250", "WINDOWS-1254": "cp1254", "WINDOWS-1257": "cp1257"}
+
+
+@pytest.mark.parametrize("encoding", OTHERS)
+@pytest.mark.parametrize("beside", ["", "café,señor\nGröße,für\n"])
+def test_another_encoding_is_a_fault_that_says_how_to_convert(encoding: str, beside: str) -> None:
+    """Also where rows of Windows-1252 stand before, and outnumber them by far."""
+    content = OTHERS[encoding].encode(_CODECS.get(encoding, encoding))
+    western = (beside * 40).encode("cp1252")
+    for name, lines in (("rows.csv", b"prompt,completion\n" + western + content), ("rows.jsonl", b'{"text": "')):
+        if name == "rows.jsonl":
+            lines += content.split(b"\n")[0].replace(b'"', b"") + b'"}\n'
+        Path(name).write_bytes(lines)
+        message = fault(name)
+        assert "is not UTF-8; save the file as UTF-8: " in message
+        if not beside:
+            assert f"iconv -f {encoding} -t UTF-8 {name} > NEW_FILE" in message or name == "rows.jsonl", message
+
+
+WESTERN = [
+    "Größe über alles,Müller fährt Straßenbahn", "Où est le café ?,Très près; à côté de l'église", "Voilà,très bien",
+    "¿Dónde está el niño?,¡Aquí! Mañana; señor", "Não é você?,Informação às três", "È già qui,però così; perché no",
+    "Åsa är här,på ön", "Rødgrød på fløden,æble", "Það er þó gott,að sjá þig; maður æfir", "“Hello” — it’s 5 €,a café…",
+    "Hyvää päivää,yötä", "Què és això?,una història de comunicació", "Größe,für\ncafé,très\nseñor,mañana\nNão,é",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WESTERN)
+def test_windows_1252_is_a_guess_that_is_warned_of_with_a_sample(text: str) -> None:
+    Path("rows.csv").write_bytes(f"prompt,completion\n{text}\n".encode("cp1252"))
+    report = ReadReport()
+    rows = list(read_examples(find_files(["rows.csv"]), report))
+    assert [row.messages[0].content for row in rows] == [line.split(",")[0] for line in text.split("\n")]
+    (warning,) = report.warnings
+    assert warning.startswith("rows.csv: the encoding is a guess: Windows-1252; it reads")
+    assert text.split(",")[0][:10] in warning
+
+
+def test_chinese_with_single_characters_of_other_scripts_is_gb18030() -> None:
+    lines = ["の", *["味道不错，就是送餐有点慢，下次还会再来", "挺好吃的，谢谢"] * 20]
+    Path("rows.csv").write_bytes(("text\n" + "\n".join(lines) + "\n").encode("gb18030"))
+    assert "GB18030" in read("rows.csv")[1]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

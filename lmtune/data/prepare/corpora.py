@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from lmtune.data.columns import Columns, columns_of
+from lmtune.data.encodings import Detected, reads_as_western
 from lmtune.data.prepare import chats, published
 from lmtune.data.prepare.pairing import Counts, Message, RawRow, conversations, rows_of
 from lmtune.data.prepare.settings import Settings
 from lmtune.data.prepare.threads import Post, Threads
-from lmtune.data.readers import open_text, read_rows
+from lmtune.data.readers import detected, open_text, read_rows
 from lmtune.data.sources import DataFile, find_files
-from lmtune.data.tables import TableRow, typed
+from lmtune.data.tables import TableRow, not_utf8, typed
 from lmtune.data.values import RowFault, listed_keys
 from lmtune.errors import ConfigError, DataError
 
@@ -297,14 +298,22 @@ def _labelled(given: str) -> tuple[str, str | None]:
 
 
 def _lines(file: DataFile, said: list[str]) -> Iterator[str]:
-    """The lines of a text, in whatever encoding; single lines in another one are read as Windows-1252."""
-    damaged = 0
+    """The lines of a text, in whatever encoding; single lines in another one are read as Windows-1252.
+
+    Raises:
+        DataError: the file is not UTF-8, or a line reads badly as Windows-1252.
+    """
+    damaged, found = 0, Detected()
     with open_text(file.path, said) as text:
         for number, raw in enumerate(text):
             try:
                 yield (raw.removeprefix(b"\xef\xbb\xbf") if number == 0 else raw).decode()
-            except UnicodeDecodeError:
+            except UnicodeDecodeError as error:
                 damaged += 1
+                found = detected(file.path) if damaged == 1 else found
+                if not (found.damaged and reads_as_western(raw)):
+                    fault = not_utf8(error, found.advice(file.path.name))
+                    raise DataError(f"{file.place(number + 1, shown=True)}: {fault}") from None
                 yield raw.decode("cp1252", "replace")
     if damaged:
         said.append(f"{damaged:,} of the lines are not UTF-8 and are read as Windows-1252")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lmtune.data.encodings import Guess
 from lmtune.data.formats import detect_format, kind_of_format, parse_row
 from lmtune.data.prepare.corpora import Sources
 from lmtune.data.prepare.pairing import RawRow
@@ -66,7 +67,8 @@ class Reading:
             for file in source.files:
                 self.inputs.append(Input(file.portable_name, content_hash(file), source.read_as, count))
             name = source.files[0].portable_name + (f" and {len(source.files) - 1} more" if source.files[1:] else "")
-            self.notes += [f"{name}: {source.read_as}: {pluralize(count)}", *(f"  {note}" for note in source.notes)]
+            self.notes.append(f"{name}: {source.read_as}: {pluralize(count)}")
+            self.notes += [f"  {_shown(note)}" for note in source.notes]
 
     def _row(self, raw: RawRow) -> Row | None:
         try:
@@ -130,6 +132,10 @@ class Reading:
             f"{pluralize(self.unusable.count)} cannot be used; fix what is named, or drop (step unusable)\n"
             f"{format_list(self.faults)}"
         )
+
+
+def _shown(note: str) -> str:
+    return f"warning: {note.warning}" if isinstance(note, Guess) else note
 
 
 def _readable(value: Any) -> Any:

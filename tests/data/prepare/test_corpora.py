@@ -403,6 +403,20 @@ def test_a_renamed_column_is_read_as_the_key_that_it_becomes(folder: Path) -> No
     assert row == {"messages": turns, "weight": 5}
 
 
+@pytest.mark.parametrize(("text", "codec"), [("Łódź jest łatwa\n", "cp1250"), ("Привет\n", "cp1251")])
+def test_text_in_an_encoding_that_cannot_be_told_is_a_fault(folder: Path, text: str, codec: str) -> None:
+    for before in ("", "Ein Satz über etwas.\n"):
+        (folder / "in.txt").write_bytes(before.encode() + text.encode(codec))
+        with pytest.raises(DataError, match=r"in\.txt:\d: byte \d+ .*iconv -f"):
+            read(folder)
+
+
+def test_a_guessed_encoding_is_warned_of(folder: Path) -> None:
+    (folder / "in.txt").write_bytes("Größe und Straße\n".encode("cp1252"))
+    _, reading, _ = read(folder)
+    assert any("warning: the encoding is a guess: Windows-1252; it reads" in note for note in reading.notes)
+
+
 def test_lines_in_another_encoding_are_said(folder: Path) -> None:
     (folder / "in.txt").write_bytes("Ein Satz über etwas.\n".encode() * 3 + "Größe\n".encode("cp1252"))
     rows, reading, _ = read(folder)
