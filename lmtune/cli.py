@@ -16,8 +16,8 @@ from lmtune.run import Command, run_app
 
 VERBS = (
     "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "sweep", "crossval",
-    "ensemble", "evaluate", "predict", "compare", "vote", "merge", "chat", "app", "push", "pull", "pretrain", "runs",
-    "report", "doctor", "schema",
+    "ensemble", "evaluate", "predict", "compare", "vote", "merge", "export", "chat", "app", "push", "pull", "pretrain",
+    "runs", "report", "doctor", "schema",
 )  # fmt: skip
 
 # What other tools call these verbs
@@ -26,9 +26,9 @@ _MEANT = {
     "eval": "evaluate", "score": "evaluate", "test": "evaluate", "validate": "check", "tokens": "preview",
     "cross-validate": "crossval", "cv": "crossval", "kfold": "crossval",
     "search": "sweep", "tune-settings": "sweep", "optimize": "sweep", "hpo": "sweep",
-    "new": "init", "config": "init", "fuse": "merge", "export": "merge", "upload": "push", "download": "pull",
-    "diff": "compare", "talk": "chat", "generate": "chat", "classify": "predict", "infer": "predict",
-    "ui": "app", "web": "app", "serve": "app", "run": "runs",
+    "new": "init", "config": "init", "fuse": "merge", "convert": "export", "gguf": "export", "upload": "push",
+    "download": "pull", "diff": "compare", "talk": "chat", "generate": "chat", "classify": "predict",
+    "infer": "predict", "ui": "app", "web": "app", "serve": "app", "run": "runs",
     "list": "runs", "status": "runs", "estimate": "plan", "memory": "plan", "demo": "quickstart", "help": "--help",
     "version": "--version",
 }  # fmt: skip

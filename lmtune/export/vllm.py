@@ -1,0 +1,81 @@
+"""An adapter for vLLM: its folder, with names that vLLM finds, the chat template, and the command that serves it.
+
+vLLM leaves out weights whose names it does not know without a word, and answers as the base. So what it cannot hold is
+refused here, and the names are those of the model class that it runs: where the base is published as a model of
+pictures and text, of which lmtune trains the text part, the layers have another path.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from lmtune.errors import ModelError
+from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, check_adapter
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that `--max-lora-rank` takes
+_TEXT, _WRAPPED = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
+
+
+def write_adapter(folder: Path, target: Path, base_architecture: str) -> int:
+    """Copy the adapter in `folder` to `target` in the form that vLLM reads.
+
+    Args:
+        folder: of PEFT.
+        target: an empty folder.
+        base_architecture: the class that the base's config names, which is what vLLM runs.
+
+    Returns:
+        How many tensors got other names.
+
+    Raises:
+        ModelError: the adapter learns what vLLM does not serve beside a base.
+    """
+    settings: Mapping[str, Any] = check_adapter(folder)
+    beyond = {
+        "use_dora": "DoRA", "modules_to_save": "modules_to_save", "trainable_token_indices": "new tokens",
+        "target_parameters": "LoRA on experts", "rank_pattern": "ranks of their own for some layers",
+        "alpha_pattern": "alphas of their own for some layers",
+    }  # fmt: skip
+    if held := [what for key, what in beyond.items() if settings.get(key)]:
+        raise ModelError(f"{folder}: vLLM does not serve {' and '.join(held)} as an adapter; serve the merged model")
+    weights, renamed = load_file(folder / WEIGHTS), 0
+    if base_architecture.endswith("ForConditionalGeneration"):
+        names = {name: name.replace(_TEXT, _WRAPPED, 1) for name in weights}
+        renamed = sum(name != new for name, new in names.items())
+        weights = {names[name]: tensor for name, tensor in weights.items()}
+    for path in folder.iterdir():
+        if path.is_file() and path.name != WEIGHTS:
+            shutil.copy2(path, target / path.name)
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    assert (target / CONFIG).is_file()
+    return renamed
+
+
+def command(base: str, name: str, adapter: str | None, rank: int, template: str | None, dtype: str) -> str:
+    """The command line that serves a model, or an adapter beside its base.
+
+    Args:
+        base: what vLLM loads.
+        name: by which requests call the model.
+        adapter: its folder; None serves `base` itself.
+        rank: of the adapter.
+        template: the file of the chat template; None for that of the base.
+        dtype: of the computation.
+    """
+    words = ["vllm", "serve", base, "--dtype", dtype]
+    if adapter is None:
+        words += ["--served-model-name", name]
+    else:
+        fitting = next((known for known in _RANKS if known >= rank), None)
+        if fitting is None:
+            raise ModelError(f"rank {rank}: vLLM serves adapters up to rank {_RANKS[-1]}; serve the merged model")
+        words += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(fitting)]
+    if template is not None:
+        words += ["--chat-template", template]
+    return shlex.join(words)
