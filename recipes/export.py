@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from lmtune.export.base import Engine, Kind, Request
-from lmtune.export.engines import EXPORTERS
-from lmtune.io.console import err, escape
+from lmtune.io.console import err, escape, progress
 from lmtune.run import run
 from lmtune.runs.store import choose_run
 
@@ -33,7 +32,11 @@ def main(
 
     Example: lmtune export runs/support --to ollama --type q4_k_m
     """
-    for line in EXPORTERS[to](Request(choose_run(target), kind, adapter, output, base)):
+    chosen = choose_run(target)
+    with progress("loading PyTorch and the libraries"):
+        from lmtune.export.engines import EXPORTERS
+
+    for line in EXPORTERS[to](Request(chosen, kind, adapter, output, base)):
         err.print(escape(line))
 
 
