@@ -1,6 +1,7 @@
 """How cost grows: with rows (the planner's time and memory), with the length of rows, with the rank, with processes.
 
 python -m benchmarks.scaling rows           # 1,000 to 1,000,000 short rows, planned for a whole epoch
+python -m benchmarks.scaling tokenize --rows 20000 1000000   # read, rendered, tokenized and stored, as training does
 python -m benchmarks.scaling length rank    # tokens per second of a training step
 python -m benchmarks.scaling processes      # `lmtune finetune --processes N`, whole runs
 python -m benchmarks.scaling balance        # how evenly a step's work is dealt to 2 to 64 processes
@@ -34,17 +35,20 @@ STEPS, ROW_TOKENS = 20, 24  # steps of a run for `processes`; mean tokens of the
 def main() -> None:
     """Measure what the command line names, print it as it comes, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("rows", "length", "rank", "processes", "balance"))
+    parser.add_argument("what", nargs="+", choices=("rows", "tokenize", "length", "rank", "processes", "balance"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", default="30m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=int, nargs="+", default=[20_000], help="of tokenize")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(options.device), "load_average_before": load_average()}
     for what in options.what:
         if what == "rows":
             report[what] = [planned(count) for count in ROWS]
+        elif what == "tokenize":
+            report[what] = [tokenized(count) for count in options.rows]
         elif what == "length":
             works = [(n, Workload(options.shape, fixed_length=n, batch_size=max(1, 4096 // n))) for n in LENGTHS]
             report[what] = [step_rate("length", n, work, options) for n, work in works]
@@ -132,6 +136,52 @@ def _plan_epoch(pipe: Any, path: Path) -> None:
         "memory_gib": round(after["VmRSS"] - before["VmRSS"], 3),
         "anonymous_gib": round(after["RssAnon"] - before["RssAnon"], 3),
     })  # fmt: skip
+
+
+# --- tokenize
+
+
+def tokenized(count: int) -> dict[str, Any]:
+    """Processor time and memory to read, render, tokenize and store `count` rows with `tiny`, in a new process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        examples = (Path(__file__).parents[1] / "examples" / "support.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in examples]
+        with path.open("w", encoding="utf-8") as file:
+            for number in range(count):
+                row = rows[number % len(rows)]
+                answer = " ".join([row["completion"]] * 3)
+                file.write(json.dumps({"prompt": f"Case {number}: {row['prompt']}", "completion": answer}) + "\n")
+        environment = {**os.environ, "LMTUNE_CACHE": folder, "HF_HUB_OFFLINE": "1"}
+        code = f"from benchmarks.scaling import _tokenize; _tokenize({str(path)!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True, text=True
+        )
+        found = {"rows": count, "file_mib": round(path.stat().st_size / 2**20, 1), **json.loads(done.stdout)}
+    print(
+        f"{count:>9,} rows, {found['file_mib']} MiB: {found['processor_seconds']:.0f} s of processor time, "
+        f"{1000 * found['processor_seconds'] / count:.2f} ms a row; peak memory {found['peak_gib']:.2f} GiB, before "
+        f"{found['before_gib']:.2f} GiB; {found['tokens']:,} tokens"
+    )
+    return found
+
+
+def _tokenize(path: str) -> None:
+    import resource
+
+    from lmtune.config.schema import DataConfig, ModelConfig
+    from lmtune.data.rendering import Renderer
+    from lmtune.data.store import tokenize
+    from lmtune.models.base import load_tokenizer
+
+    renderer = Renderer(load_tokenizer(ModelConfig(name="tiny")), "auto", None, ())
+    before, began = _resident()["VmRSS"], time.process_time()
+    data = tokenize([path], renderer, DataConfig(train=path))
+    seconds, peak = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({
+        "processor_seconds": round(seconds, 1), "before_gib": round(before, 3), "peak_gib": round(peak, 3),
+        "tokens": int(data.num_tokens.sum()), "kept": len(data),
+    }))  # fmt: skip
 
 
 def _resident() -> dict[str, float]:
