@@ -47,6 +47,7 @@ from lmtune.runs.ensembles import FILE, EnsembleFile, Method
 from lmtune.runs.store import RunDirectory, find_run
 from lmtune.search.combine import Combination, combine
 from lmtune.training.run import run_finetune
+from lmtune.training.shared import Shared
 
 Float64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -126,11 +127,11 @@ def train_ensemble(
     """
     folder = RunDirectory.of(config.run).path
     check_settings(config, way, folder)
-    weights, found = list[float](), list[RunDirectory]()
+    weights, found, shared = list[float](), list[RunDirectory](), Shared()
     for number, (run, selection, weigh) in enumerate(_planned(config, members, way, folder), 1):
         tell(f"member {number} of {members}: {run.path}")
         own = replace(config, run=replace(config.run, dir=str(folder), name=run.name))
-        run_finetune(own, run, selection)
+        run_finetune(own, run, selection, shared=shared)
         weight = weigh(run)
         if weight is not None:
             weights.append(weight)

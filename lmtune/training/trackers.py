@@ -153,7 +153,7 @@ def _named(who: str, scores: Mapping[str, float | None]) -> dict[str, float]:
 
 def _wandb_settings() -> object:
     """Without what the library collects by itself: code, Git, the machine and the command line."""
-    import wandb  # type: ignore[import-not-found]
+    import wandb
 
     os.environ.setdefault("WANDB_DISABLE_CODE", "true")
     return wandb.Settings(x_disable_meta=True, x_disable_machine_info=True, disable_git=True, save_code=False)
