@@ -36,7 +36,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_the_wheel_holds_every_source_file_and_what_goes_with_it(wheel: list[str]) -> None:
-    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "lmtune").rglob("*.py")}
+    kinds = (".py", ".css", ".js")
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "lmtune").rglob("*.*") if path.suffix in kinds}
     wanted |= {
         f"lmtune/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").glob("**/*.*") if path.suffix != ".pyc"
     }
