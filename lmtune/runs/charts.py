@@ -59,10 +59,11 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, least: float = 0.0) -> list[float]:
-        """Round values inside the scale, about five, at least `least` apart."""
+        """Round values inside the scale, about five, at least `least` apart; whole ones if that is 1."""
         raw = max((self.high - self.low) / _TICKS, least)
         power = 10.0 ** math.floor(math.log10(raw))
-        step = max(least, next(power * factor for factor in (1, 2, 2.5, 5, 10) if raw <= power * factor * 1.0001))
+        steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]
+        step = next(step for step in steps if raw <= step * 1.0001 and (least < 1 or step.is_integer()))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
 
@@ -176,18 +177,21 @@ def stacked_bars(title: str, bars: Sequence[tuple[str, Sequence[tuple[str, float
             f'title="{escape(part)}: {short(size)} {unit}"></span>'
             for number, (part, size) in enumerate(parts)
         )
-        listed = ", ".join(f"{part} {short(size)}" for part, size in parts if size >= most / 1000) if parts[1:] else ""
+        keys = "".join(
+            f'<span class="key part{number}">{escape(part)} {short(round(size, 3))}</span> '
+            for number, (part, size) in enumerate(parts) if parts[1:] and size >= most / 1000
+        )  # fmt: skip
         lines.append(
-            f'<div class="barline"><b>{escape(name)}</b> {short(total)} {unit}<div class="stack">{cells}</div>'
-            f"<small>{escape(listed)}</small></div>"
+            f'<div class="barline"><b>{escape(name)}</b> {short(round(total, 3))} {unit}'
+            f'<div class="stack">{cells}</div>{keys}</div>'
         )
     return "".join([*lines, "</figure>"])
 
 
 def short(value: float) -> str:
     """A number in few letters."""
-    if value and not 1e-3 <= abs(value) < 1e7:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    if value and not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace(".0e", "e")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

@@ -173,21 +173,14 @@ def _scores(summary: Summary) -> str:
         for part, scores in both:
             known = interval(key, scores, summary.standard_errors.get(part) or {})
             between = "" if known is None else f"{format_score(key, known[0])} to {format_score(key, known[1])}"
-            cells += [
-                f'<td class="number">{escape(format_score(key, scores.get(key)))}</td>',
-                f'<td class="number soft">{between}</td>',
-            ]
+            value = escape(format_score(key, scores.get(key)))
+            cells.append(f'<td class="number">{value}<small>{between}</small></td>')
         rows.append([f"<td>{escape(title)}</td>", *cells])
-    heads = "".join(
-        f'<th class="number">{escape(titles[part])}</th><th class="number">95 % interval</th>' for part, _ in both
-    )
+    heads = "".join(f'<th class="number">{escape(titles[part])}</th>' for part, _ in both)
     number = both[-1][1].get("rows")
-    over = (
-        f'<p class="soft">Over {pluralize(int(number), "held-out row")}.</p>'
-        if is_finite_number(number) and number
-        else ""
-    )
-    return _table(f"<th></th>{heads}", rows) + over
+    over = f" over {pluralize(int(number), 'held-out row')}" if is_finite_number(number) and number else ""
+    explained = f'<p class="soft">Scores{over}; below them their 95 % intervals.</p>'
+    return _table(f"<th></th>{heads}", rows, "scores") + explained
 
 
 def _table(heads: str, rows: Sequence[Sequence[str]], style: str = "") -> str:
@@ -243,7 +236,7 @@ def _answers(rows: Sequence[Mapping[str, str]], similarity: Similarity) -> str:
     body = []
     for gain, number, row, _ in scored[:_MOST_ANSWERS]:
         mark = "" if abs(gain) <= 1e-9 or len(columns) < 2 else "better" if gain > 0 else "worse"
-        sign = f"{gain:+.2f}" if len(columns) == 2 else f"{gain:.2f}"
+        sign = f"{gain:+.2f}" if mark else f"{gain:.2f}"
         texts = [f"<td>{escape(_cut(row.get(key, '')))}</td>" for key in ("question", "reference", *columns)]
         change = f'<td class="number {mark}" data-key="{gain:.6f}">{sign}</td>'
         body.append([f'<td class="number">{number}</td>', *texts, change])
@@ -337,7 +330,7 @@ def _events(events: Sequence[Event]) -> str:
             f'<td class="number">{event.step:,}</td>', f'<td class="{style}">{escape(text)}</td>',
         ])  # fmt: skip
     left = f" {len(told) - _MOST_WARNINGS:,} more are in events.jsonl." if len(told) > _MOST_WARNINGS else ""
-    table = _table('<th>time (UTC)</th><th class="number">step</th><th></th>', rows)
+    table = _table('<th>time (UTC)</th><th class="number">step</th><th></th>', rows, "events")
     return f'{table}<p class="soft">{pluralize(saved, "checkpoint")} saved.{left}</p>'
 
 

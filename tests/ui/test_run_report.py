@@ -36,7 +36,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run with answers, classes, tokens and lengths."""
     run = write_records(tmp_path_factory.mktemp("runs") / "support")
     rows = [
-        {"question": f"question {n}", "reference": "yes it is", "base": "no", "tuned": "yes it is" if n else "never"}
+        {"question": f"question {n}", "reference": "yes it is", "base": "no", "tuned": "yes it is" if n else "0" * 99}
         for n in range(12)
     ]
     run.predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -73,6 +73,11 @@ def test_the_page_fits_its_window_and_follows_its_colours(page: Page, request: p
     assert min(contrasts) >= 4.5  # WCAG's AA
 
 
+def test_a_telephone_shows_the_scores_of_both_models_at_once(page: Page) -> None:
+    assert page.locator(".wide").first.evaluate("one => one.scrollWidth - one.clientWidth") <= 0
+    assert page.locator(".scores th").all_inner_texts() == ["", "base", "tuned"]
+
+
 def test_answers_are_sorted_by_a_click_and_values_shown_under_the_pointer(page: Page) -> None:
     first = page.locator(".answers tbody tr").first
     assert "question 0" in first.inner_text()
@@ -87,10 +92,12 @@ def test_answers_are_sorted_by_a_click_and_values_shown_under_the_pointer(page: 
     assert page.locator(".chart output").first.inner_text().startswith("step 120 · each step 0.02")
 
 
-def test_the_page_prints(browser: Browser, report: Path) -> None:
-    page = browser.new_page(color_scheme="dark")
+def test_the_page_prints_all_columns(browser: Browser, report: Path) -> None:
+    page = browser.new_page(color_scheme="dark", viewport={"width": 700, "height": 1000})
     page.goto(report.as_uri())
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    hidden = "[...document.querySelectorAll('.wide')].map((one) => one.scrollWidth - one.clientWidth)"
+    assert max(page.evaluate(hidden)) <= 0
     assert page.pdf().startswith(b"%PDF")
     page.close()
