@@ -161,11 +161,13 @@ def test_only_the_rows_of_new_tokens_are_trained_and_they_begin_as_the_mean_of_t
         ({"modules_to_save": ("haed",)}, "nothing in this model is named haed; .* are lm_head, model.embed_tokens"),
         ({"modules_to_save": ("q_proj",)}, "q_proj cannot be trained whole: .* has an adapter"),
         ({"modules_to_save": ("embed_tokens",), "new_tokens": NEW}, "choose one of the two"),
+        ({"modules_to_save": ("head",), "new_tokens": NEW}, "choose one of the two"),
         ({"new_tokens": ("a",)}, "a is a token of this model already"),
     ],
 )
-def test_what_cannot_be_is_said(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
-    base = stored(tmp_path / "base")
+@each_tie
+def test_what_cannot_be_is_said(tmp_path: Path, is_tied: bool, settings: dict[str, Any], said: str) -> None:
+    base = stored(tmp_path / "base", tie_word_embeddings=is_tied)
     with pytest.raises(ConfigError, match=said):
         Lora(LoraConfig(**settings), base).apply(load_model(base, "cpu"), 0, "x")
 

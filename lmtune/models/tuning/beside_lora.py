@@ -57,10 +57,11 @@ def beside_lora(
         tables = [model.get_input_embeddings(), *([] if is_tied(model) else [model.get_output_embeddings()])]
         names = {module: name for name, module in model.named_modules()}
         saved = settings.get("modules_to_save", [])
-        if taken := [names[table] for table in tables if names[table] in saved]:
+        shared = _tables(model) if is_tied(model) else tables
+        if taken := [names[table] for table in shared if names.get(table) in saved]:
             raise ConfigError(
                 f"tuning.new_tokens: their rows are in {taken[0]}, which tuning.modules_to_save trains whole; choose "
-                "one of the two"
+                "one of the two: leave out new_tokens, or head and embeddings of modules_to_save"
             )
         ids = add_rows(model, tokenizer, tuning.new_tokens)
         # the tables were made anew if rows were added
