@@ -62,6 +62,13 @@ def test_a_misspelt_name_is_answered_by_the_nearest(empty_folder: Path, typed: s
     assert all(name in message_of("xyzzy") for name in shipped_configs())
 
 
+def test_a_whole_section_may_be_the_first_word(empty_folder: Path) -> None:
+    (empty_folder / "my.jsonl").write_text(ROW)
+    config = command_config("tuning={kind: full}", ("model.quantization=none",), "tiny", ("my.jsonl",))
+    assert config.tuning.kind == "full"
+    assert "tunning" in message_of("tunning={kind: full}", "data.train=my.jsonl", model="tiny")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

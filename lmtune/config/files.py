@@ -23,7 +23,7 @@ _ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".x
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _SNIFFED_BYTES = 1 << 20
 _MAX_NAME = 100
-_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+\s*=")
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\s*=")
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -72,7 +72,7 @@ def plain_name(name: str) -> str:
 
 
 def is_override(word: str) -> bool:
-    """Whether a word of the command line is `section.key=value` and names no file."""
+    """Whether a word of the command line is `section.key=value`, or `section={…}`, and names no file."""
     return _OVERRIDE.match(word) is not None and not os.path.exists(word)
 
 
