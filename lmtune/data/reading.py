@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from lmtune.data.columns import Columns
@@ -41,6 +42,7 @@ class FileReport:
         told: kinds of faults that are reported once a file.
         ignored_keys: the first of the keys that are not used.
         warnings: lines, by what is odd about them.
+        is_passed_over: it is a sheet without rows of a workbook that has some.
     """
 
     name: str
@@ -51,6 +53,7 @@ class FileReport:
     num_rows: int = 0
     ignored_keys: set[str] = field(default_factory=set)
     warnings: dict[str, RowCounter] = field(default_factory=dict)
+    is_passed_over: bool = False
 
     def describe_warnings(self) -> list[str]:
         """A line for each warning."""
@@ -59,6 +62,8 @@ class FileReport:
         ]
         if self.ignored_keys:
             lines.insert(0, f"these keys are not used: {listed_keys(sorted(self.ignored_keys), _SHOWN_KEYS)}")
+        if self.is_passed_over:
+            lines.append("the sheet holds no row under a header and is not read")
         guesses = [one.warning for one in self.said if isinstance(one, Guess)]
         return [f"{self.name}: {line}" for line in [*guesses, *lines]]
 
@@ -145,6 +150,8 @@ def read_examples(
         needs_columns: a column that no file has is a fault; not of validation rows, which may be written otherwise.
     """
     renamed = Columns(columns)
+    filled: set[Path] = set()
+    empty: list[tuple[DataFile, FileReport]] = []
     for file in files:
         found = FileReport(file.portable_name)
         report.files.append(found)
@@ -163,9 +170,14 @@ def read_examples(
             found.num_rows += 1
             yield example
         if not found.num_rows and report.num_faults == faults_before:
-            report.add_fault(
-                file.place(1, shown=True), "the file holds no row; it must hold one row a line", fatal=True
-            )
+            empty.append((file, found))
+        else:
+            filled.add(file.path)
+    for file, found in empty:
+        found.is_passed_over = file.kind == "xlsx" and file.path in filled
+        if not found.is_passed_over:
+            reason = "the file holds no row; it must hold one row a line"
+            report.add_fault(file.place(1, shown=True), reason, fatal=True)
     if needs_columns and renamed.unseen and not report.num_faults:
         report.add_fault("data.columns", f"no row has {listed_keys(sorted(renamed.unseen))}; remove it", fatal=True)
 

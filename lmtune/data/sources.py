@@ -148,10 +148,19 @@ def _with_sheet(path: Path) -> tuple[Path, str]:
 
 
 def unread_entries(paths: Sequence[Given]) -> list[str]:
-    """A warning for each folder of `paths` that holds more than the files that `find_files` takes from it."""
+    """A warning for each folder or workbook of `paths` that holds more than what `find_files` takes from it."""
     warnings = []
     for given in paths:
         path = _expanded(given.path if isinstance(given, DataSource) else given)
+        books = [path / name for name in _entries(path) if is_read(name)] if os.path.isdir(path) else [path]
+        for book in books:
+            shown, hidden = sheets_of(book) if KINDS.get(_suffix(book.name), ("", True))[0] == "xlsx" else ([], [])
+            if shown and hidden:
+                (name,) = portable_names([shown_name(book)])
+                names = [shown_name(sheet) for sheet in hidden]
+                warnings.append(
+                    f"{name}: hidden sheets are not read: {', '.join(names)}; show them, or name one: {name}:{names[0]}"
+                )
         others = [name for name in _entries(path) if not is_read(name) and not _ABOUT_DATA.match(name)]
         if others:
             shown = ", ".join(shown_name(name) + "/" * os.path.isdir(path / name) for name in others[:5])

@@ -117,6 +117,19 @@ def checked_header(cells: Iterable[str], said: list[str]) -> tuple[str, ...]:
     return names
 
 
+def check_no_header(cells: Iterable[str | None], header: tuple[str, ...]) -> None:
+    """Raise a RowFault for a row that is the header again, as in files that were joined."""
+    found = [(cell or "").replace("\ufeff", "").strip().casefold() for cell in cells]
+    names = [name.casefold() for name in header]
+    if found == names:
+        raise RowFault("the header stands here again; remove this row")
+    if sorted(found) == sorted(names):
+        raise RowFault(
+            "here the header stands again, in another order; put the rows from here on into a file of their own",
+            ends_file=True,
+        )
+
+
 # --- CSV
 
 
@@ -173,8 +186,7 @@ class _Lines:
         if not raw:
             raise StopIteration
         self._number += 1
-        if self._number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        raw = raw.removeprefix(b"\xef\xbb\xbf")  # also on a later line, where files were joined
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
@@ -202,8 +214,9 @@ def _checked(cells: list[str], header: tuple[str, ...], header_line: int) -> Tab
             f"{len(cells)} cells, but the header names {len(header)} columns; a cell that holds the delimiter or a "
             'line end stands in quotation marks: "…"'
         )
-    if tuple(cell.strip() for cell in cells) == header:
-        raise RowFault("the header stands here again; remove this row")
+    if any(cell.endswith(f"\ufeff{header[0]}") for cell in cells):
+        raise RowFault("the first row of another file follows without a line end; put a line end between the files")
+    check_no_header(cells, header)
     return TableRow.of(header, cells, header_line)
 
 

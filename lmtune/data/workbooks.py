@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from lmtune.data.tables import Row, TableRow, checked_header
+from lmtune.data.tables import Row, TableRow, check_no_header, checked_header
 from lmtune.data.values import RowFault
 
 _FILLED = re.compile(rb"<(?:\w+:)?(?:v|is)[ >]")
@@ -87,8 +87,7 @@ def _rows(sheet: Any, written: Any, said: list[str]) -> Iterator[tuple[int, Tabl
             if header is None:
                 header, header_number = checked_header([text or "" for text in texts], said), number
                 continue
-            if tuple((text or "").strip() for text in texts) == header:
-                raise RowFault("the header stands here again; remove this row")
+            check_no_header(texts, header)
             if outside := [_letter(place) for place in range(len(header), len(texts)) if texts[place] is not None]:
                 raise RowFault(
                     f"column {outside[0]} has a cell here and no name in the header; name it, or clear the cell"

@@ -22,7 +22,7 @@ from lmtune.data.formats import parse_row
 from lmtune.data.in_memory import paths_or_rows
 from lmtune.data.readers import read_rows
 from lmtune.data.reading import ReadReport, read_examples
-from lmtune.data.sources import find_files
+from lmtune.data.sources import find_files, unread_entries
 from lmtune.data.values import RowFault
 
 ROWS = [{"prompt": "Where, please?", "completion": 'In "A"\nand B'}, {"prompt": "p", "completion": "ü 汉字"}]
@@ -246,6 +246,10 @@ def test_chinese_with_single_characters_of_other_scripts_is_gb18030() -> None:
     [
         ("prompt,completion,prompt\na,b,c\n", 'rows.csv:1: the header names "prompt" twice'),
         ("prompt,completion\na,b\nprompt,completion\nc,d\n", "rows.csv:3: the header stands here again"),
+        ("\ufeffprompt,completion\na,b\n\ufeffprompt,completion\nc,d\n", "rows.csv:3: the header stands here again"),
+        ("prompt,completion\na,b\nPrompt,Completion\nc,d\n", "rows.csv:3: the header stands here again"),
+        ("prompt,completion\na,b\ncompletion,prompt\nd,c\n", "rows.csv:3: here the header stands again, in another"),
+        ("\ufefftext\na\nb\ufefftext\nc\n", "rows.csv:3: the first row of another file follows"),
         ("prompt,completion\na,b\nHello, world,b\n", "rows.csv:3: 3 cells, but the header names 2 columns"),
         ("prompt,completion\na,b\nc\n", "rows.csv:3: 1 cells, but the header names 2 columns"),
         ('prompt,completion\na,b\nc,"d\ne,f\n', "rows.csv:3: a cell that begins here"),
@@ -359,6 +363,19 @@ def test_each_sheet_that_holds_cells_is_a_source() -> None:
     assert [place for place, _ in read("book.xlsx")[0]] == ["book.xlsx:One!A2", "book.xlsx:Two!A4"]
     assert [place for place, _ in read("book.xlsx:Two")[0]] == ["book.xlsx:Two!A4"]
     assert "book.xlsx:Three!A1: the workbook has no such sheet; it has One, Empty, Two, Hid" in fault("book.xlsx:Three")
+    said = "book.xlsx: hidden sheets are not read: Hid; show them, or name one: book.xlsx:Hid"
+    assert unread_entries(["book.xlsx"]) == unread_entries(["."]) == [said]
+
+
+def test_a_sheet_without_rows_is_passed_over_and_named_where_another_has_rows() -> None:
+    write_book(Path("book.xlsx"), Notes=[["just some notes"]], One=[["text"], ["a"]])
+    report = ReadReport()
+    assert [row.text for row in read_examples(find_files(["book.xlsx"]), report)] == ["a"]
+    assert not report.num_faults
+    assert report.warnings == ["book.xlsx:Notes: the sheet holds no row under a header and is not read"]
+    alone = ReadReport()
+    assert not list(read_examples(find_files(["book.xlsx:Notes"]), alone))
+    assert "the file holds no row" in alone.fatal[0]
 
 
 @pytest.mark.parametrize(
