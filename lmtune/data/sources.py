@@ -154,13 +154,12 @@ def unread_entries(paths: Sequence[Given]) -> list[str]:
         path = _expanded(given.path if isinstance(given, DataSource) else given)
         books = [path / name for name in _entries(path) if is_read(name)] if os.path.isdir(path) else [path]
         for book in books:
-            shown, hidden = sheets_of(book) if KINDS.get(_suffix(book.name), ("", True))[0] == "xlsx" else ([], [])
-            if shown and hidden:
+            visible, hidden = sheets_of(book) if KINDS.get(_suffix(book.name), ("", True))[0] == "xlsx" else ([], [])
+            if visible and hidden:
                 (name,) = portable_names([shown_name(book)])
-                names = [shown_name(sheet) for sheet in hidden]
-                warnings.append(
-                    f"{name}: hidden sheets are not read: {', '.join(names)}; show them, or name one: {name}:{names[0]}"
-                )
+                sheets = ", ".join(map(shown_name, hidden))
+                first = f"{name}:{shown_name(hidden[0])}"
+                warnings.append(f"{name}: hidden sheets are not read: {sheets}; show them, or name one: {first}")
         others = [name for name in _entries(path) if not is_read(name) and not _ABOUT_DATA.match(name)]
         if others:
             shown = ", ".join(shown_name(name) + "/" * os.path.isdir(path / name) for name in others[:5])
