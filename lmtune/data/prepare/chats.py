@@ -36,8 +36,23 @@ _LEAST = 3  # of them with a head
 _NO_TEXT = re.compile(
     r"[\u200e\u200f]*(?:<[^<>]*omitted>|(?:image|video|audio|sticker|document|GIF|contact card) omitted|"
     r"(?:this message was deleted|you deleted this message|missed (?:voice|video) call)\.?|"
+    r"(?:diese nachricht wurde gelöscht|du hast diese nachricht gelöscht|se eliminó este mensaje|"
+    r"eliminaste este mensaje|ce message a été supprimé|vous avez supprimé ce message|"
+    r"questo messaggio è stato eliminato|hai eliminato questo messaggio|mensagem apagada|"
+    r"essa mensagem foi apagada|você apagou esta mensagem)\.?|"
+    r"(?:此消息已删除|此訊息已刪除|(?:你|您)(?:已?删除了?此消息|已?刪除了?此訊息))。?|"
+    r"<(?:Medien ausgeschlossen|(?:Archivo )?Multimedia omitido|Médias? omis|Media omessi|Mídia oculta|"
+    r"Arquivo de mídia oculto|省略多媒体文件|媒体文件已省略|已省略多媒體檔案)>|"
     r"messages and calls are end-to-end encrypted.*|"
     r"\[(?:图片|表情|动画表情|语音|视频|文件|位置|链接|红包|转账|视频通话|语音通话|photo|sticker|voice|video|file|image)\]|null|)",
+    re.IGNORECASE,
+)
+
+# What WhatsApp writes behind a message that was changed, by language.
+_EDITED = re.compile(
+    r"[\s\u200e\u200f]*<\u200e?(?:This message was edited|Diese Nachricht wurde bearbeitet|Se editó este mensaje|"
+    r"Ce message a été modifié|Questo messaggio è stato modificato|Mensagem editada|Essa mensagem foi editada|"
+    r"此消息已编辑|此消息已被编辑|此訊息已編輯|已編輯此訊息)[.。]?>[\s\u200e\u200f]*$",
     re.IGNORECASE,
 )
 
@@ -58,6 +73,7 @@ class Skipped:
 
 
 NO_TEXT = "without text (pictures, calls, deleted messages)"
+NO_AUTHOR = "from nobody (deleted accounts)"
 NOTICES = "said by the program"
 
 
@@ -81,7 +97,7 @@ def chat_head(lines: Iterable[str]) -> re.Pattern[str] | None:
 def text_messages(
     lines: Iterable[str], name: str, head: re.Pattern[str], month_first: bool, skipped: Skipped
 ) -> Iterator[Message]:  # fmt: skip
-    """The messages of a text file; lines without a head belong to the message before."""
+    """The messages of a text file; lines without a head belong to the message before. One without text has ""."""
     current: Message | None = None
     for number, line in enumerate(lines, start=1):
         line = line.rstrip("\r\n")
@@ -103,11 +119,11 @@ def text_messages(
 
 
 def _with_text(message: Message, skipped: Skipped) -> Iterator[Message]:
-    text = message.text.strip("\u200e\u200f\r\n ")
+    text = _EDITED.sub("", message.text).strip("\u200e\u200f\r\n ")
     if says_nothing(text):
         skipped.add(NO_TEXT)
-    else:
-        yield Message(message.place, message.author, text, message.time, message.conversation)
+        text = ""
+    yield Message(message.place, message.author, text, message.time, message.conversation)
 
 
 def has_month_first(lines: Iterable[str], head: re.Pattern[str]) -> bool:
@@ -185,6 +201,11 @@ class Export:
     parent: Callable[[Record], Any] = _nothing
     conversation: Callable[[Record], Any] = _nothing
     score: Callable[[Record], Any] = _nothing
+
+    @property
+    def is_of_program(self) -> bool:
+        """Whether a program writes it, which has records of other forms for what it says itself."""
+        return not self.name.startswith("columns ")
 
     @property
     def has_threads(self) -> bool:
@@ -359,13 +380,16 @@ def _parsed_time(text: str) -> float | None:
 
 
 def record_message(place: str, record: Record, export: Export, skipped: Skipped) -> Message | None:
-    """The message that a record holds, or None, which is counted."""
+    """The message that a record holds, without text as ""; None for what a program says. Both are counted."""
     if not export.is_message(record):
         skipped.add(NOTICES)
         return None
     text, author = str(export.text(record) or "").strip(), export.author(record)
-    if author is None or says_nothing(text):
+    if says_nothing(text):
         skipped.add(NO_TEXT)
-        return None
+        text = ""
+    elif author is None:
+        skipped.add(NO_AUTHOR)
+        text = ""
     conversation = str(export.conversation(record) or "")
-    return Message(place, str(author), text, record_seconds(export.time(record)), conversation)
+    return Message(place, str(author or ""), text, record_seconds(export.time(record)), conversation)

@@ -26,7 +26,7 @@ from lmtune.data.prepare.threads import Post, Threads
 from lmtune.data.readers import detected, open_text, read_rows
 from lmtune.data.sources import DataFile, find_files
 from lmtune.data.tables import TableRow, not_utf8, typed
-from lmtune.data.values import RowFault, listed_keys
+from lmtune.data.values import RowFault, listed_keys, quoted
 from lmtune.errors import ConfigError, DataError
 
 _MOST_BYTES = 1 << 30  # of an export that is one JSON document, which is read whole
@@ -135,7 +135,7 @@ class Sources:
             if self._is_faulty(place, record):
                 continue
             message = chats.record_message(place, record, export, self._skipped)
-            if message is not None:
+            if message is not None and message.text:
                 parent, score, id = export.parent(record), export.score(record), export.id(record)
                 if id is None:
                     self._faults.append(RawRow(place, RowFault("the post has no id")))
@@ -174,8 +174,14 @@ class Sources:
             raise ConfigError(f"--assistant: {wanted}: nobody of this name in {name}; there are {others}")
         source.notes += [*skipped.describe(), *counts.describe()]
 
-    def _records(self, records: Iterable[tuple[str, Any, str]], read_as: str, files: Sequence[DataFile]) -> Source:
-        """The records (place, record, conversation) of an export; they are held in memory, to be put in order."""
+    def _records(
+        self, records: Iterable[tuple[str, Any, str]], read_as: str, files: Sequence[DataFile],
+        needed: chats.Export | None = None,
+    ) -> Source:  # fmt: skip
+        """The records (place, record, conversation) of an export; they are held in memory, to be put in order.
+
+        `needed` is the form that each must have; None where records of another form are what a program says.
+        """
         source, skipped = Source(files, read_as, iter(())), chats.Skipped()
 
         def messages() -> Iterator[Message]:
@@ -185,7 +191,11 @@ class Sources:
                     continue
                 export = chats.export_of(record)
                 message = chats.record_message(place, record, export, skipped) if export else None
-                if export is None:
+                if export is None and needed is not None:
+                    missing = sorted(needed.keys - record.keys())
+                    fault = RowFault(f"the message has no {' and no '.join(missing)}, as others of this chat have")
+                    self._faults.append(RawRow(place, fault))
+                elif export is None:
                     skipped.add(chats.NOTICES)
                 if message is not None:
                     found.setdefault(f"{conversation}\0{message.conversation}", []).append(message)
@@ -201,8 +211,8 @@ class Sources:
         """An export that is one JSON document: a list of messages, or of chats with such lists."""
         found = list(_message_lists(document))
         records = [
-            (f"{file.portable_name}:message {number}", record, str(conversation))
-            for conversation, messages in enumerate(found) for number, record in enumerate(messages, start=1)
+            (f"{file.portable_name}:{chat if len(found) > 1 else ''}message {number}", record, str(conversation))
+            for conversation, (chat, messages) in enumerate(found) for number, record in enumerate(messages, start=1)
         ]  # fmt: skip
         known = next(export.name for _, record, _ in records if (export := chats.export_of(record)))
         return self._records(records, f"chat ({known})", [file])
@@ -258,12 +268,14 @@ class Sources:
         rows = read_rows(file, notes := list[str]())
         first = list(islice(rows, _LOOKED_AT))
         found = [chats.export_of(row) for _, _, row in first if isinstance(row, dict)]
-        export = found[0] if found and all(found) else None
+        known = [one for one in found if one is not None]
+        export = known[0] if known and (len(known) == len(found) or _is_mostly(known, found)) else None
         every = ((_place(file, number, item), row) for number, item, row in chain(first, rows))
         if export is not None and export.has_threads:
             self._posts.setdefault(export.name, []).append((file, self._mixed_posts(every, export)))
         elif export is not None:
-            yield self._records(((place, row, "") for place, row in every), f"chat ({export.name})", [file])
+            lacking = None if export.is_of_program else export
+            yield self._records(((place, row, "") for place, row in every), f"chat ({export.name})", [file], lacking)
         else:
             rename = self._columns.of_file(notes)
             yield Source([file], "rows", (RawRow(place, _renamed(row, rename)) for place, row in every), notes)
@@ -272,6 +284,11 @@ class Sources:
         """Posts of a file in which questions and answers may have other keys."""
         for place, record in records:
             yield from self._record_posts([(place, record)], chats.export_of(record) or usual)
+
+
+def _is_mostly(known: Sequence[chats.Export], found: Sequence[object]) -> bool:
+    """Whether a file is a chat though not every record is a message of it."""
+    return not known[0].is_of_program and len(known) * 2 > len(found)
 
 
 def _renamed(row: Any, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
@@ -345,7 +362,7 @@ def _document(file: DataFile) -> dict[str, Any] | None:
         if rest and _parsed(first) is not None:
             return None  # one row a line
         tree = _parsed(first + text.read())
-    is_chat = tree is not None and any(chats.export_of(one) for some in _message_lists(tree) for one in some)
+    is_chat = tree is not None and any(chats.export_of(one) for _, some in _message_lists(tree) for one in some)
     return tree if is_chat else None
 
 
@@ -357,11 +374,11 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def _message_lists(tree: dict[str, Any]) -> Iterator[list[Any]]:
-    """Every list under `messages` of a document, or of the chats in it."""
+def _message_lists(tree: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """(its chat, as a part of a place; the list) for each `messages` of a document, or of the chats in it."""
     for key, value in tree.items():
         if key == "messages" and isinstance(value, list):
-            yield value
+            yield f"chat {quoted(str(tree.get('name') or tree.get('id') or 'without a name'))}, ", value
         elif isinstance(value, dict):
             yield from _message_lists(value)
         elif isinstance(value, list) and key != "messages":

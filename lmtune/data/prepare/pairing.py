@@ -4,8 +4,9 @@
     qa               {"prompt": "Do you ship abroad?", "completion": "Yes,\nto 12 countries."}, …
     conversations    {"messages": [user, assistant, …]}
 
-Messages of one person that follow each other are one turn. Without `assistant`, who answers is the assistant: roles
-change with each turn.
+Messages of one person that follow each other are one turn. A message without text (a picture, a deleted one) is a turn
+that no row holds: what stands before and behind it is not joined. Without `assistant`, who answers is the assistant:
+roles change with each turn.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Message:
 
     Attributes:
         place: where it stands, as `chat.txt:17`.
+        text: "" where it is not known what was said.
         time: in seconds, from any start; None where the file has none.
         conversation: what tells conversations apart, as a channel.
     """
@@ -78,9 +80,28 @@ def _begins_anew(before: Message, message: Message, gap_seconds: float) -> bool:
 
 def rows_of(said: Sequence[Message], settings: Settings, group: str, counts: Counts) -> Iterator[RawRow]:
     """The rows of one conversation."""
-    counts.messages += len(said)
-    counts.authors |= {message.author for message in said}
-    turns = _turns(said, settings.assistant)
+    counts.messages += sum(bool(message.text) for message in said)
+    counts.authors |= {message.author for message in said if message.author}
+    for turns in _without_gaps(_turns(said, settings.assistant)):
+        yield from _rows_of_turns(turns, settings, group, counts)
+
+
+_Turn = tuple[Message, str, int]
+
+
+def _without_gaps(turns: Sequence[_Turn]) -> Iterator[list[_Turn]]:
+    """The turns between those without text."""
+    current: list[_Turn] = []
+    for turn in turns:
+        if turn[0].text:
+            current.append(turn)
+        else:
+            yield current
+            current = []
+    yield current
+
+
+def _rows_of_turns(turns: Sequence[_Turn], settings: Settings, group: str, counts: Counts) -> Iterator[RawRow]:
     used: set[int] = set()
     if settings.pair == "qa":
         for index in range(1, len(turns)):
@@ -98,17 +119,18 @@ def rows_of(said: Sequence[Message], settings: Settings, group: str, counts: Cou
     counts.unanswered += sum(many for index, (_, _, many) in enumerate(turns) if index not in used)
 
 
-def _turns(said: Sequence[Message], assistant: str | None) -> list[tuple[Message, str, int]]:
-    """(the turn, its role, of how many messages it is made)."""
-    turns: list[tuple[Message, str, int]] = []
+def _turns(said: Sequence[Message], assistant: str | None) -> list[_Turn]:
+    """(the turn, its role, of how many messages with text it is made)."""
+    turns: list[_Turn] = []
     for message in said:
         who = message.author if assistant is None else str(message.author == assistant)
         before = turns[-1] if turns else None
         if before is not None and before[1] == who:
-            joined = replace(before[0], text=f"{before[0].text}\n{message.text}")
-            turns[-1] = joined, who, before[2] + 1
+            texts = [text for text in (before[0].text, message.text) if text]
+            first = before[0] if before[0].text else message
+            turns[-1] = replace(first, text="\n".join(texts)), who, before[2] + bool(message.text)
         else:
-            turns.append((message, who, 1))
+            turns.append((message, who, int(bool(message.text))))
     roles = ("user", "assistant")
     return [
         (turn, roles[index % 2] if assistant is None else roles[who == "True"], many)

@@ -114,6 +114,67 @@ def test_a_chat_as_text(text: str, folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "<This message was edited>", "\u200e<This message was edited>", "<Diese Nachricht wurde bearbeitet.>",
+        "<Se editó este mensaje.>", "<Ce message a été modifié>", "<此消息已编辑>",
+    ],
+)  # fmt: skip
+def test_the_mark_of_an_edited_message_is_taken_off(folder: Path, mark: str) -> None:
+    text = ANDROID.replace("abroad?", f"abroad? {mark}").replace("Two are left.", f"Two are left. {mark}")
+    (folder / "in.txt").write_text(text, encoding="utf-8")
+    assert read(folder)[0] == pairs(ASKED, ANSWERED, LATER, ANSWER)
+
+
+@pytest.mark.parametrize("gone", ["This message was deleted", "<Media omitted>", "Diese Nachricht wurde gelöscht."])
+def test_a_message_without_text_does_not_join_those_around_it(folder: Path, gone: str) -> None:
+    said = [
+        ("Ann", "Where?"),
+        ("Ben", gone),
+        ("Ann", "And when?"),
+        ("Ben", gone),
+        ("Ben", "On Monday."),
+        ("Ann", "Hm."),
+    ]
+    lines = [f"12/03/2024, 18:0{minute} - {who}: {text}\n" for minute, (who, text) in enumerate(said)]
+    (folder / "in.txt").write_text("".join(lines), encoding="utf-8")
+    rows, reading, _ = read(folder)
+    assert rows == pairs("And when?", "On Monday.", "On Monday.", "Hm.")
+    assert any("1 of 4 messages are in no row" in note for note in reading.notes)
+    assert read(folder, pair="conversations")[0] == pairs("And when?", "On Monday.")
+    assert read(folder, assistant="Ben")[0] == pairs("And when?", "On Monday.")
+
+
+def test_what_a_deleted_account_says_is_not_counted_as_without_text(folder: Path) -> None:
+    messages = [
+        {"id": n, "type": "message", "date": f"2024-03-12T18:0{n}:00", "from": who, "text": text}
+        for n, (who, text) in enumerate([("Ann", "Where?"), (None, "Here."), ("Ann", "When?"), ("Ben", "Now.")])
+    ]
+    (folder / "in.json").write_text(json.dumps({"name": "x", "messages": messages}))
+    rows, reading, _ = read(folder)
+    assert rows == pairs("When?", "Now.")
+    assert "  1 left out: from nobody (deleted accounts)" in reading.notes
+
+
+def test_a_message_without_a_time_is_named(folder: Path) -> None:
+    said = [("Ann", "Where?"), ("Ben", "Here."), ("Ann", "When?"), ("Ben", "Now.")]
+    chat = [{"sender": who, "timestamp": 1767261600 + n, "message": text} for n, (who, text) in enumerate(said)]
+    del chat[2]["timestamp"]
+    (folder / "in.json").write_text(json.dumps(chat))
+    _, reading, _ = read(folder)
+    assert reading.faults == ["in.json:1 (item 3): the message has no timestamp, as others of this chat have"]
+
+
+def test_a_place_in_an_export_of_several_chats_names_the_chat(folder: Path) -> None:
+    def message(n: int, who: str) -> dict[str, Any]:
+        return {"id": n, "type": "message", "date": f"2024-03-12T18:0{n}:00", "from": who, "text": f"text {n}"}
+
+    chats = [{"name": name, "id": 1, "messages": [message(1, "Ann"), message(2, name)]} for name in ("Ben", "Cem")]
+    (folder / "in.json").write_text(json.dumps({"chats": {"list": chats}}))
+    assert read(folder)[2] == ['in.json:chat "Ben", message 2', 'in.json:chat "Cem", message 2']
+
+
 def test_a_chat_becomes_conversations_of_whom_the_model_shall_be(folder: Path) -> None:
     (folder / "in.txt").write_text(ANDROID + "13/03/2024, 09:02 - Ann Lee: Thanks!\n", encoding="utf-8")
     assert read(folder, pair="conversations")[0] == [talk(ASKED, ANSWERED), talk(LATER, ANSWER)]
