@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from lmtune.data.columns import columns_of
+from lmtune.data.encodings import Guess
 from lmtune.data.prepare.augmenting import Changes, augment, read_replacements
-from lmtune.io.console import command, escape, out
+from lmtune.io.console import command, escape, out, warn
 from lmtune.io.text import pluralize
 from lmtune.run import run
 
@@ -25,6 +27,9 @@ def main(
     ] = None,
     copies: Annotated[int, typer.Option(min=1, max=100, help="New rows for each row.")] = 1,
     seed: Annotated[int, typer.Option(help="Which words are changed.")] = 0,
+    columns: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN=KEY", help="A column under another name: review=text.")
+    ] = None,
 ) -> None:
     """Write the rows of IN and changed copies of them; answers stay as they are, and so do numbers.
 
@@ -32,7 +37,10 @@ def main(
 
     Example: lmtune augment train.jsonl -o more.jsonl --delete 0.1 --copies 2
     """
-    made = augment(data, output, Changes(delete, swap, read_replacements(table) if table else {}, copies, seed))
+    changes = Changes(delete, swap, read_replacements(table) if table else {}, copies, seed)
+    made = augment(data, output, changes, columns_of(columns or []))
+    for said in made.said:
+        warn(f"{data}: {said.warning}") if isinstance(said, Guess) else out.print(escape(f"{data}: {said}"))
     few = f"; {pluralize(made.unchanged)} had too few words for every copy" if made.unchanged else ""
     out.print(f"{pluralize(made.rows)} and {made.copies:,} copies{few}: [bold]{escape(str(output))}[/]. Next:")
     out.print(f"  [bold]{escape(command('check', output))}[/]")

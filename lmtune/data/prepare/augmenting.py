@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lmtune.data.columns import Columns
 from lmtune.data.formats import ORIGIN, detect_format, kind_of_format, parse_row
 from lmtune.data.prepare.plan import require_jsonl
 from lmtune.data.prepare.texts import SPACELESS
 from lmtune.data.readers import read_rows
 from lmtune.data.sources import DataFile, find_files
 from lmtune.data.types import Example, prompt_hash
-from lmtune.data.values import RowFault
+from lmtune.data.values import RowFault, listed_keys
 from lmtune.errors import ConfigError, DataError
 from lmtune.io.atomic import new_files
 from lmtune.io.console import row_progress
@@ -54,12 +55,13 @@ class Changes:
 
 @dataclass
 class Augmented:
-    """How many rows were read and made; `unchanged` had too few words to make every copy."""
+    """How many rows were read and made; `unchanged` had too few words to make every copy; `said` is of the file."""
 
     rows: int = 0
     copies: int = 0
     unchanged: int = 0
     kind: str = "answer"
+    said: list[str] = field(default_factory=list)
 
 
 def read_replacements(path: str) -> dict[str, tuple[str, ...]]:
@@ -124,8 +126,8 @@ def _is_kept(word: str) -> bool:
     return any(map(str.isdigit, word)) or not any(map(str.isalpha, word)) or re.search(r"\[[A-Z]+\]", word) is not None
 
 
-def augment(given: str, output: Path, changes: Changes) -> Augmented:
-    """Write the rows of `given`, each with its copies behind it.
+def augment(given: str, output: Path, changes: Changes, columns: Mapping[str, str] | None = None) -> Augmented:
+    """Write the rows of `given`, each with its copies behind it; `columns` is `data.columns`.
 
     Raises:
         ConfigError: `output` is there already, or nothing is to be done.
@@ -139,7 +141,7 @@ def augment(given: str, output: Path, changes: Changes) -> Augmented:
     made, changer = Augmented(), Changer(changes)
     with new_files(output) as folder, open(folder / output.name, "w", encoding="utf-8") as file:
         with row_progress("augmenting") as progress:
-            for place, row, example in _rows(find_files([given])):
+            for place, row, example in _rows(find_files([given]), columns, made.said):
                 made.rows += 1
                 made.kind = example.kind
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -154,10 +156,13 @@ def augment(given: str, output: Path, changes: Changes) -> Augmented:
     return made
 
 
-def _rows(files: Sequence[DataFile]) -> Iterator[tuple[str, dict[str, Any], Example]]:
-    """(place, the row as it stands, what it says)."""
+def _rows(
+    files: Sequence[DataFile], columns: Mapping[str, str] | None, said: list[str]
+) -> Iterator[tuple[str, dict[str, Any], Example]]:
+    """(place, the row under the keys that training reads, what it says)."""
+    renamed = Columns(columns)
     for file in files:
-        for number, _, row in read_rows(file):
+        for number, _, row in read_rows(file, said, renamed):
             place = file.place(number, shown=True)
             try:
                 if isinstance(row, RowFault):
@@ -174,6 +179,8 @@ def _rows(files: Sequence[DataFile]) -> Iterator[tuple[str, dict[str, Any], Exam
                 file.portable_name, number, parsed.messages, parsed.text, parsed.rejected, parsed.label,
                 kind=kind_of_format(format),
             )  # fmt: skip
+    if renamed.unseen:
+        raise ConfigError(f"--columns: no row has {listed_keys(sorted(renamed.unseen))}; remove it")
 
 
 def _copies(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lmtune.config.schema import DataConfig
-from lmtune.data.prepare.augmenting import Changer, Changes
+from lmtune.data.prepare.augmenting import Changer, Changes, augment
 from lmtune.data.store import load_data
 from lmtune.errors import ConfigError, DataError, LmtuneError
 from lmtune.recipes.augment import main
@@ -172,3 +172,16 @@ def test_mistakes_are_named_and_write_nothing(options: dict[str, Any], error: ty
         main(**{"data": "my.jsonl", "output": Path("out.jsonl"), **options})
     assert said in str(caught.value)
     assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_a_table_is_read_as_training_reads_it() -> None:
+    """Also where its columns have other names."""
+    Path("in.csv").write_text("label,review\n1,the lamp came broken today\n", encoding="utf-8")
+    made = augment("in.csv", Path("out.jsonl"), Changes(swap=1))
+    assert read("out.jsonl")[0] == {"label": 1, "text": "the lamp came broken today"}
+    assert "columns review → text" in made.said
+    Path("in.csv").write_text("stars,review\n1,the lamp came broken today\n", encoding="utf-8")
+    augment("in.csv", Path("named.jsonl"), Changes(swap=1), {"stars": "label", "review": "text"})
+    assert read("named.jsonl") == read("out.jsonl")
+    with pytest.raises(ConfigError, match="--columns: no row has"):
+        augment("in.csv", Path("x.jsonl"), Changes(swap=1), {"stars": "label", "review": "text", "starz": "weight"})
