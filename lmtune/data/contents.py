@@ -6,6 +6,7 @@ contradicts another. `lmtune.data.formats` says which function is for which keys
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -101,6 +102,12 @@ def _with_system(row: Row, parsed: ParsedRow) -> ParsedRow:
 def _with_tools(row: Row, parsed: ParsedRow, prefix: str = "") -> ParsedRow:
     """`parsed` with the row's own tools."""
     parsed.tools = read_tools(row, parsed.warnings, prefix)
+    if parsed.tools:
+        named = {json.loads(tool)["function"]["name"] for tool in parsed.tools}
+        called = {call.name for turn in (*parsed.messages, *parsed.rejected) for call in turn.tool_calls}
+        if called - named:
+            parsed.warnings.append("a call of a tool that is not in tools; correct its name, or add it to tools")
+            parsed.outcomes.add("unlisted_tools")
     return parsed
 
 
@@ -247,7 +254,7 @@ def _label(value: Any) -> Label:
     if isinstance(value, str):
         return strings({"label": value}, "label", filled="label")[0]
     if isinstance(value, bool) or is_finite_number(value):
-        number: Label = value
+        number: Label = int(value) if isinstance(value, float) and value.is_integer() else value  # 1 and 1.0 are one
         return number
     raise RowFault(f"label is {kind_of(value)}; it must be a text, a number, or a list of texts")
 

@@ -197,8 +197,11 @@ def kind_of_format(format: Format) -> RowKind:
 
 def _renaming(row: Row) -> str:
     """Which keys would make a row if they were renamed, or nothing."""
-    if turns := [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]:
-        return f"; rename {quoted(turns[0])} to messages"
+    lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if rows := [key for key in lists if is_complete(row[key][0]) or question_and_answer(row[key][0], is_table=False)]:
+        return f"; the rows are in the list under {quoted(rows[0])}: write that list alone, or one of its rows a line"
+    if lists:
+        return f"; rename {quoted(lists[0])} to messages"
     questions, answers = ([key for key in row if plain(key) in names] for names in (QUESTION_KEYS, _ANSWER_KEYS))
     if len(questions) != 1 or len(answers) != 1:
         return ""

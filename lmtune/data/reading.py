@@ -151,6 +151,7 @@ def read_examples(
     """
     renamed = Columns(columns)
     filled: set[Path] = set()
+    forms: dict[bool, tuple[int, str]] = {}  # labels that are lists, and those that are not: how many, the first place
     empty: list[tuple[DataFile, FileReport]] = []
     for file in files:
         found = FileReport(file.portable_name)
@@ -168,11 +169,20 @@ def read_examples(
                     report.add_fault(file.place(line, shown=True), reason, fatal=fault.ends_file)
                 continue
             found.num_rows += 1
+            if example.kind == "labelled":
+                counted, place = forms.get(isinstance(example.label, tuple), (0, ""))
+                forms[isinstance(example.label, tuple)] = counted + 1, place or file.place(line, shown=True)
             yield example
         if not found.num_rows and report.num_faults == faults_before:
             empty.append((file, found))
         else:
             filled.add(file.path)
+    if len(forms) > 1:
+        is_list = forms[True][0] <= forms[False][0]
+        (_, place), (most, _) = forms[is_list], forms[not is_list]
+        here, others = ("a list", "one label") if is_list else ("one label", "a list")
+        reason = f"label is {here}, but {others} in {pluralize(most)}; write every label as a list, or none"
+        report.add_fault(place, reason, fatal=True)
     for file, found in empty:
         found.is_passed_over = file.kind == "xlsx" and file.path in filled
         if not found.is_passed_over:

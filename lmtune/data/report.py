@@ -98,9 +98,11 @@ class LabelCounts:
     Attributes:
         counts: by name; of a row with several labels each counts.
         least, greatest, mean: of those that are numbers.
+        num_empty: rows with an empty list, of which no label holds.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
+    num_empty: int = 0
     num_numbers: int = 0
     least: float | None = None
     greatest: float | None = None
@@ -108,6 +110,7 @@ class LabelCounts:
 
     def add(self, label: Label) -> None:
         """Count the label of one row."""
+        self.num_empty += label == ()
         if isinstance(label, (int, float)) and not isinstance(label, bool):
             self.num_numbers += 1
             self.least = label if self.least is None else min(self.least, label)
@@ -124,10 +127,11 @@ class LabelCounts:
             return [f"  labels: numbers from {self.least:g} to {self.greatest:g}, mean {self.mean:.4g}"]
         if not self.counts:
             return []
+        none = f"; {pluralize(self.num_empty)} with none of them" if self.num_empty else ""
         often = sorted(self.counts.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} {count:,}" for name, count in often[:_SHOWN_LABELS])
         more = f" and {len(often) - _SHOWN_LABELS} more" if len(often) > _SHOWN_LABELS else ""
-        return [f"  {pluralize(len(often), 'label')}: {shown}{more}"]
+        return [f"  {pluralize(len(often), 'label')}: {shown}{more}{none}"]
 
 
 @dataclass(kw_only=True)

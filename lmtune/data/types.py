@@ -35,6 +35,7 @@ OUTCOMES = {
     "reasoning": "with reasoning",
     "tools": "with tools that the assistant may call",
     "tool_calls": "with tool calls",
+    "unlisted_tools": "with a call of a tool that is not in tools",
 }
 Label = bool | int | float | str | tuple[str, ...]
 

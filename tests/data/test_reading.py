@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from lmtune.data import readers
 from lmtune.data.readers import read_rows
 from lmtune.data.reading import ReadReport, read_examples
+from lmtune.data.report import LabelCounts
 from lmtune.data.sources import find_files, unread_entries
 from lmtune.data.types import Example
 from lmtune.data.values import RowFault
@@ -99,6 +101,44 @@ def test_files_may_differ_in_format(tmp_path: Path) -> None:
     )
     assert len(examples) == 2
     assert list(report.formats.values()) == ["prompt/completion", "text"]
+
+
+def test_labels_that_are_lists_in_some_rows_only_are_a_fault_at_the_rarer_form(tmp_path: Path) -> None:
+    rows = [b'{"text": "a", "label": "x"}', b'{"text": "b", "label": ["x", "y"]}', b'{"text": "c", "label": "y"}']
+    path = written(tmp_path, *rows)
+    (fault,) = read(path)[1].fatal
+    assert fault == f"{path}:2: label is a list, but one label in 2 rows; write every label as a list, or none"
+    path = written(tmp_path, rows[1], rows[0], rows[1])
+    assert f"{path}:2: label is one label, but a list in 2 rows" in read(path)[1].fatal[0]
+    alike = read(written(tmp_path, rows[1], b'{"text": "d", "label": []}'))
+    assert not alike[1].num_faults
+    counts = LabelCounts()
+    for example in alike[0]:
+        counts.add(example.label or ())
+    assert counts.describe() == ["  2 labels: x 1, y 1; 1 row with none of them"]
+
+
+def test_whole_numbers_with_and_without_decimals_are_one_class(tmp_path: Path) -> None:
+    rows, _ = read(written(tmp_path, b'{"text": "a", "label": 1}', b'{"text": "b", "label": 1.0}'))
+    assert [repr(row.label) for row in rows] == ["1", "1"]
+
+
+def test_a_call_of_a_tool_that_is_not_listed_is_warned_of_and_counted(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "1", "type": "function", "function": {"name": "lamb", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    row = {"tools": [tool], "messages": turns}
+    good = json.dumps(row).replace("lamb", "lamp").encode()
+    rows, report = read(written(tmp_path, good, json.dumps(row).encode()))
+    assert any("a call of a tool that is not in tools" in line and "line 2" in line for line in report.warnings)
+    assert ["unlisted_tools" in one.outcomes for one in rows] == [False, True]
+
+
+def test_rows_under_a_key_are_told_so(tmp_path: Path) -> None:
+    _, report = read(written(tmp_path, b'{"data": [{"prompt": "a", "completion": "b"}]}', name="rows.json"))
+    assert 'the rows are in the list under "data": write that list alone' in report.faults[0]
+    _, report = read(written(tmp_path, b'{"chat": [{"role": "user", "content": "b"}]}', name="rows.json"))
+    assert 'rename "chat" to messages' in report.faults[0]
 
 
 def test_a_row_that_is_too_long_is_skipped_without_being_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
