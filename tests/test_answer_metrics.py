@@ -10,7 +10,7 @@ from scipy import stats
 
 from lmtune.errors import ConfigError
 from lmtune.evaluation.answer_metrics import METRICS, answer_metric, number_in, rouge_l
-from lmtune.evaluation.intervals import _student, difference, interval, interval_of, share_sentence, win_interval
+from lmtune.evaluation.intervals import difference, interval, interval_of, share_sentence, student, win_interval
 
 PAIRS = [
     ("the cat sat on the mat", "a cat sat on the mat."),
@@ -172,7 +172,7 @@ def test_equal_seeds_draw_equal_rows_and_one_row_has_no_interval() -> None:
 
 def test_the_quantiles_of_student() -> None:
     for freedom in (1, 2, 3, 5, 9, 30, 1000):
-        assert _student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
 
 
 def test_scikit_learn_agrees_on_classes(tmp_path: Path) -> None:

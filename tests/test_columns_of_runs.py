@@ -57,7 +57,7 @@ def test_every_verb_that_reads_rows_for_a_run_takes_them(tmp_path: Path, capsys:
     asked = {"exact_match_rows": 1, "max_new_tokens": 4, "max_length": 256}
     evaluate.main(run, [rows], as_json=True, **asked)
     assert json.loads(capsys.readouterr().out)["tuned"]["rows"] == 3
-    compare.main(str(base), run, [rows], ["exact"], 1, 4, 256, as_json=True)
+    compare.main(str(base), run, [rows], ["exact"], rows=1, max_new_tokens=4, max_length=256, as_json=True)
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 3
     predict.main(run, [rows], tmp_path / "out.jsonl", 256, 4)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
