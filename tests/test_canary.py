@@ -124,7 +124,7 @@ def test_no_absolute_path_is_written_when_a_run_fails(place: Path) -> None:
 
 def test_rows_stay_in_the_files_that_are_there_to_hold_them(place: Path, hub: HubServer) -> None:
     assert holding(written(place), TRAINED) == []
-    assert holding(written(place), HELD_OUT) == ["runs/trial/predictions.jsonl"]
+    assert holding(written(place), HELD_OUT) == ["runs/trial/predictions.jsonl", "runs/trial/report.html"]
     for row in (TRAINED, HELD_OUT, "train.jsonl"):
         assert holding(sent(hub), row) == []
     for row in (TRAINED, HELD_OUT):

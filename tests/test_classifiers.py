@@ -211,7 +211,7 @@ def test_two_processes_give_the_model_of_one(tmp_path: Path, kind: str) -> None:
     ("kind", "label", "said"),
     [
         ("classification", "pink", r"no training row has; known are blue, green, red\n.*validation.jsonl:9: 'pink'"),
-        ("classification", ["red"], r"validation.jsonl:9: label is a list; the training rows have one class each"),
+        ("classification", ["red"], r"validation.jsonl:9: label is a list, but one label in 8 rows; write every label"),
         ("regression", 1.5, r"labels that are no numbers; .*\n.*train.jsonl:1: label 'red'"),
     ],
 )

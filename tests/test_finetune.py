@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
 
 FILES = {
     "config.yaml", "environment.json", "data.json", "metrics.jsonl", "results.csv", "summary.json", "predictions.jsonl",
-    "verification.json",
+    "verification.json", "events.jsonl", "preview.json", "report.html", "loss.png",
     "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/lmtune.json", "adapter/README.md",
     "adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja",
     "adapter/generation_config.json", ".lock", "local.json",
