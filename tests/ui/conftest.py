@@ -77,9 +77,10 @@ def start_app() -> Callable[..., Iterator[RunningApp]]:
     return start
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """One Chromium for all tests."""
+    """One Chromium for a file of tests: while Playwright is there, its event loop runs in the thread of the tests, and
+    no test of another file could run one of its own."""
     from playwright.sync_api import expect, sync_playwright
 
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -51,7 +51,7 @@ def wait_for_no_answers(seconds: float = 5.0) -> None:
 
 
 def test_side_by_side_the_base_hears_the_whole_conversation() -> None:
-    talk = Conversation([parrot(0.005)], Activity())
+    talk = Conversation([parrot(0.02)], Activity())
     assert finish(talk.send("one", settings())) > 1
     finish(talk.send("two", settings("both")))
     assert said(talk) == ["one", "You asked: one", "two", "You asked: two"]
