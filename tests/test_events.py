@@ -91,14 +91,14 @@ def test_warnings_wait_until_the_run_is_ours_and_hold_no_secret(tmp_path: Path) 
     run = RunDirectory(tmp_path)
     log = EventLog(run)
     with warnings_heard_by(log.warn):
-        warn(f"hf_{'a' * 30} and https://me:word@host and /root/private/rows.jsonl")
+        warn(f"hf_{'a' * 30} and https://me:word@host and /srv/private/rows.jsonl")
     warn("not of this run")
     assert not run.events.exists()
     log.begin(0)
     (told,) = read_events(run)
     assert isinstance(told, Warned)
     assert told.message.startswith("… and https://…@host and ")
-    assert " /root" not in told.message
+    assert " /srv" not in told.message
 
 
 def test_a_run_tells_what_it_does(tmp_path: Path) -> None:
