@@ -104,7 +104,7 @@ class Run:
 
     def merge(
         self, output: str | os.PathLike[str] | None = None, *, into: Into = "trained", accept_difference: bool = False,
-        base: str | os.PathLike[str] | None = None,
+        base: str | os.PathLike[str] | None = None, dtype: Literal["stored", "float32"] = "stored",
     ) -> Path:  # fmt: skip
         """Merge the adapter into its base: a plain model folder, verified against the model as trained.
 
@@ -113,6 +113,7 @@ class Run:
             into: `trained`: the weights that were trained over, dequantized. `original`: as published.
             accept_difference: keep the merged model even where its logits differ by more than rounding explains.
             base: where the base model is now, a folder or Hub id, if it was moved.
+            dtype: of the changed weights: that of the base, or fp32, in which nothing is rounded.
 
         Raises:
             ConfigError: `output` cannot be written, or holds something else.
@@ -122,7 +123,8 @@ class Run:
 
         folder = self._directory.merged if output is None else Path(output)
         with quiet():
-            merge_run(self._directory, folder, into, accept_difference, None if base is None else os.fspath(base))
+            place = None if base is None else os.fspath(base)
+            merge_run(self._directory, folder, into, accept_difference, place, dtype == "float32")
         return folder
 
     @property

@@ -30,13 +30,19 @@ def main(
             help="Keep the merged model even where its logits differ by more than rounding explains; the card says it.",
         ),
     ] = False,
+    dtype: Annotated[
+        Literal["stored", "float32"],
+        typer.Option(
+            help="Of the changed weights. stored: that of the base. float32: twice the size of 16 bit, nothing rounded."
+        ),
+    ] = "stored",
 ) -> None:
     """Merge the adapter of RUN into its base, and verify the result against the adapter model.
 
     Example: lmtune merge runs/support --output support-model
     """
     run_directory = choose_run(target)
-    merge_run(run_directory, output or run_directory.merged, into, accept_difference, base)
+    merge_run(run_directory, output or run_directory.merged, into, accept_difference, base, dtype == "float32")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def merge_run(
     into: Into = "trained",
     accept_difference: bool = False,
     base: str | None = None,
+    exact: bool = False,
 ) -> dict[str, Any]:
     """Merge the adapter of a run into its base, verify the result, and return the report, also in `merge.json`.
 
@@ -35,6 +36,7 @@ def merge_run(
         into: `trained`: the weights that were trained over, dequantized. `original`: as published.
         accept_difference: keep the merged model even where its logits differ by more than rounding explains.
         base: where the base model is now, a folder or Hub id, if it was moved.
+        exact: write what the adapter changes in fp32, whatever the base is stored in.
 
     Raises:
         ConfigError: `output` cannot be written, or holds something else.
@@ -57,7 +59,7 @@ def merge_run(
     from lmtune.inference.load import usable_adapter
 
     with usable_adapter(run_directory, base) as adapter:
-        return _merge(run_directory, adapter, output, into, accept_difference, base)
+        return _merge(run_directory, adapter, output, into, accept_difference, base, exact)
 
 
 def _write_whole(run: RunDirectory, output: Path, base: str | None) -> None:
@@ -84,6 +86,7 @@ def _merge(
     into: Into,
     accept_difference: bool,
     base: str | None,
+    exact: bool,
 ) -> dict[str, Any]:
     from lmtune.inference.load import saved_tokenizer, stop_tokens
     from lmtune.models.locate import run_config, shareable_name
@@ -108,7 +111,7 @@ def _merge(
         write_text(folder / "README.md", merged_card(config, summary, asdict(report), stops=names))
 
     report = asdict(
-        merge(config.model, adapter, output, into, sequences, tokenizer, stops, describe, accept_difference)
+        merge(config.model, adapter, output, into, sequences, tokenizer, stops, describe, accept_difference, exact)
     )
     if output == run_directory.merged and summary.status == "complete":  # else it is the run's own to write
         write_json(run_directory.summary, {**summary.tree, "merge": report})

@@ -3,9 +3,9 @@
 A base trained over in 4 or 8 bit is dequantized first: a merge into the codes would quantize the sum again, which moves
 the logits by several percent. `into="original"` adds to the base as published instead, which differs from what was
 trained by the quantization error. A tensor without a change is copied bit for bit; the others are computed in fp32 a
-block at a time (`block_weights`) and written in their stored dtype. Then `verify` compares the folder with the adapter
-over the same weights, which proves the merge, and with the model as it was trained; where layers in int8 have no
-adapter that differs a little more, for bitsandbytes rounds activations to 8 bits there.
+block at a time (`block_weights`) and written in their stored dtype, or in fp32 where asked. Then `verify` compares the
+folder with the adapter over the same weights, which proves the merge, and with the model as it was trained; where
+layers in int8 have no adapter that differs a little more, for bitsandbytes rounds activations to 8 bits there.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _ROOM_ON_A_GPU = 3  # times the stored weights: the base, the merged model, and 
 def merge(
     base: ModelConfig, adapter: Path, output: Path, into: Into, sequences: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int],
-    describe: Callable[[Path, MergeReport], None] | None = None, accept_difference: bool = False,
+    describe: Callable[[Path, MergeReport], None] | None = None, accept_difference: bool = False, exact: bool = False,
 ) -> MergeReport:  # fmt: skip
     """Merge, write `output`, load it again, compare, and only then give it its name.
 
@@ -83,13 +83,14 @@ def merge(
         stop_token_ids: the end of an answer first.
         describe: adds to the folder, before it gets its name, what else belongs there.
         accept_difference: keep a merge that differs by more than its bound, and say so in the report.
+        exact: write what the adapter changes in fp32, whatever the base is stored in.
 
     Raises:
         LmtuneError: a weight is not finite, or the model differs by more than the bound; nothing is left behind.
         ConfigError: another process is writing `output` now.
     """
     with new_folder(output) as staging:
-        source = _Source(base, adapter, into, sequences)
+        source = _Source(base, adapter, into, sequences, exact)
         with name_disk_errors(output):
             with progress("merging"):
                 is_untied = _write_weights(source, staging)
@@ -117,17 +118,21 @@ class _Source:
         config: the content of the base's config.json.
         empty: the base on the meta device.
         trained_dtype: in which the model was trained.
-        dtype: of the stored weights.
+        dtype: of the weights that are written, unless their own is another.
+        is_widened: whether that is more than the base is stored in.
         trained: the model as it was trained; None where that is the same as `reference`.
         reference: the adapter over these weights in fp32.
         rounds_activations: whether an int8 layer does.
     """
 
-    def __init__(self, base: ModelConfig, adapter: Path, into: Into, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, base: ModelConfig, adapter: Path, into: Into, sequences: Sequence[Sequence[int]], exact: bool
+    ) -> None:  # fmt: skip
         checked_path(base.name)
         self.device, self.trained_dtype = _merge_device(base), dtype_of(base, default_device())
         model = self._load(base, adapter)
-        self.dtype = stored_dtype(base)
+        self.dtype = torch.float32 if exact else stored_dtype(base)
+        self.is_widened = self.dtype != stored_dtype(base)
         self.config = read_tree(stored_files(base, [CONFIG])[CONFIG])
         self.stored = StoredWeights(weight_files(base))
         self.empty = empty_model(resolve_name(base.name), base.revision, Metadata.read(adapter).head)
@@ -211,7 +216,8 @@ def _write_weights(source: _Source, folder: Path) -> bool:
         pieces = layout.written({name: _as_stored(source, name, weights.meta(name)) for name in group})
         for name, piece in pieces.items():
             entry = entries.get(name)
-            dtype = entry.dtype if entry is not None and entry.is_float else source.dtype
+            is_as_before = entry is not None and entry.is_float and not source.is_widened
+            dtype = entry.dtype if entry is not None and is_as_before else source.dtype
             coming[name] = piece.to(torch.float32 if name in own_head else dtype)  # in which it computes
     gone = layout.replaced(other for group in groups.values() for other in group)
     if own_head:
@@ -286,7 +292,7 @@ def _write_texts(
 ) -> None:  # fmt: skip
     """Write the configs and the tokenizer's files."""
     dtype = str(source.dtype).removeprefix("torch.")
-    tree = merged_config(source.config, dtype, stop_token_ids, is_untied)
+    tree = merged_config(source.config, dtype, stop_token_ids, is_untied, source.is_widened)
     before, rows = (model.get_input_embeddings().weight.shape[0] for model in (source.empty, source.weights.base))
     for part in (tree, *(value for value in tree.values() if isinstance(value, dict))):
         if part.get("vocab_size") == before:  # new tokens have added rows

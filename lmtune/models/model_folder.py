@@ -308,14 +308,26 @@ def _write_tensor(file: IO[bytes], tensor: torch.Tensor) -> None:
 # --- configs and tokenizer
 
 
-def merged_config(base: Mapping[str, Any], dtype: str, stop_token_ids: Sequence[int], untied: bool) -> Tree:
-    """The config.json of a merged model, of its `base`'s; `untied`: the head has become a weight of its own."""
+def merged_config(
+    base: Mapping[str, Any], dtype: str, stop_token_ids: Sequence[int], untied: bool, widened: bool = False
+) -> Tree:
+    """The config.json of a merged model, of its `base`'s.
+
+    Args:
+        base: the content of the base's.
+        dtype: of the merged weights.
+        stop_token_ids: the end of an answer first.
+        untied: the head has become a weight of its own.
+        widened: `dtype` is more than the base says of itself.
+    """
     quantized = "quantization_config" in base or "compression_config" in base
     tree = {key: value for key, value in base.items() if key not in _DROPPED}
     said = tree.get("dtype") or tree.get("torch_dtype")
-    tree["dtype"] = tree["torch_dtype"] = dtype if quantized or not said else said
+    tree["dtype"] = tree["torch_dtype"] = dtype if quantized or widened or not said else said
     for part in (tree, *(value for value in tree.values() if isinstance(value, dict))):
         part.update(_rope_keys(part))
+        if widened:
+            part.update({key: dtype for key in ("dtype", "torch_dtype") if part.get(key)})
         if "eos_token_id" in part or part is tree:
             part["eos_token_id"] = _first(part.get("eos_token_id"), stop_token_ids[0])
         if untied and ("tie_word_embeddings" in part or part is tree):

@@ -134,7 +134,8 @@ def require_bounds(report: MergeReport, accept_difference: bool = False) -> Merg
                 f"expected at most {bound:.2g} (rounding)"
             )
             if not accept_difference or difference != difference:
-                raise LmtuneError(f"{text}; nothing was kept; --accept-difference keeps such a model")
+                way = "" if report.dtype == "float32" else "--dtype float32 writes it without rounding, "
+                raise LmtuneError(f"{text}; nothing was kept; {way}--accept-difference keeps such a model")
             warn(f"{text}; kept, because of --accept-difference")
             report = replace(report, accepted=True)
     return report

@@ -162,6 +162,27 @@ def test_whatever_was_trained_can_be_merged(tmp_path: Path, kind: str, changes: 
     assert report["logits_difference"] <= report["bound"] == merge.BOUNDS[torch.float32]
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_in_fp32_nothing_of_the_update_is_rounded(places: dict[str, Path], stored: str) -> None:
+    place = places[stored]
+    with inside(place):
+        report = merge_run(RunDirectory("runs/nf4"), Path("exact"), exact=True)
+        trained = load_for_inference("runs/nf4")
+    assert (report["dtype"], report["update_kept"]) == ("float32", 1.0)
+    assert report["logits_difference"] <= report["bound"] == merge.BOUNDS[torch.float32]
+    config = json.loads((place / "exact/config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    plain = AutoModelForCausalLM.from_pretrained(place / "exact")
+    assert {weight.dtype for weight in plain.parameters()} == {torch.float32}
+    assert difference(logits(plain), logits(trained.model.float())) <= 1e-4
+
+
+def test_a_refused_merge_in_16_bit_names_fp32() -> None:
+    bad = MergeReport("trained", "bfloat16", 1, 1, 0.1, 8e-2, 0.0, 8e-2, 1.0, 0.0)
+    with pytest.raises(LmtuneError, match="--dtype float32 writes it without rounding"):
+        require_bounds(bad)
+
+
 def test_everything_that_chat_needs_is_there(places: dict[str, Path]) -> None:
     place = places["float32"]
     folder, report = merged(place, "none", output="whole")
