@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lmtune.config import options
 from lmtune.config.load import command_config
 from lmtune.config.metrics import deciding_metric
 from lmtune.data.checking import check_config
@@ -20,12 +21,8 @@ from lmtune.runs.store import RunDirectory, Summary
 
 
 def main(
-    config_file: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, or the name of a shipped one.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
-    ] = None,
+    config_file: options.ConfigFile = None,
+    overrides: options.Overrides = None,
     folds: Annotated[int, typer.Option(min=2, max=100, help="How many parts; each is scored once.")] = 5,
     group: Annotated[
         str | None, typer.Option(metavar="FIELD", help="A key of rows; rows of equal values stay in one fold.")
@@ -33,8 +30,8 @@ def main(
     other: Annotated[
         str | None, typer.Option("--against", metavar="FOLDER", help="A cross-validation of the same rows to compare.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The base model; short for model.name=…")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Rows to train on; short for data.train=…")] = None,
+    model: options.BaseModel = None,
+    data: options.TrainRows = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document: each score of each fold.")] = False,
 ) -> None:
     """Score every row once, by a model that was not trained on it; the same command goes on where it stopped.

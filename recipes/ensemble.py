@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
+from lmtune.config import options
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.data.checking import check_config
@@ -22,10 +23,8 @@ Combination = Literal["linear", "ties", "dare"]
 
 
 def main(
-    config_file: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, as for finetune.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
-    ] = None,
+    config_file: options.ConfigFile = None,
+    overrides: options.Overrides = None,
     members: Annotated[int, typer.Option(min=2, help="Models to train; boosting may end before.")] = 5,
     method: Annotated[
         str, typer.Option(help="bagging: bootstrap samples of the rows; boosting: SAMME weights of rows with classes.")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from lmtune.config import options
 from lmtune.config.load import command_config
 from lmtune.data.checking import check_config
 from lmtune.io.console import out, print_json, progress
@@ -17,15 +18,10 @@ from lmtune.run import run
 
 
 def main(
-    config_file: Annotated[
-        str | None,
-        typer.Argument(metavar="[CONFIG]", help="A YAML file, or the name of a shipped one: qwen3_0.6b, support."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The base model; short for model.name=…")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Rows to train on; short for data.train=…")] = None,
+    config_file: options.ConfigFile = None,
+    overrides: options.Overrides = None,
+    model: options.BaseModel = None,
+    data: options.TrainRows = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to plan for.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lmtune.config import options
 from lmtune.config.load import load_config
 from lmtune.config.pretrain import PretrainConfig
 from lmtune.errors import ConfigError
@@ -19,9 +20,7 @@ from lmtune.runs.store import require_possible
 
 def main(
     config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
-    ] = None,
+    overrides: options.Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in output.dir.")] = False,
 ) -> None:
     """Train a model and a tokenizer from scratch on text: .txt files, or files of rows (data.path).

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lmtune.config import options
 from lmtune.config.load import command_config
 from lmtune.data.checking import check_config
 from lmtune.errors import ConfigError
@@ -16,12 +17,8 @@ from lmtune.run import run
 
 
 def main(
-    config_file: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, or the name of a shipped one.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
-    ] = None,
+    config_file: options.ConfigFile = None,
+    overrides: options.Overrides = None,
     over: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=LOW..HIGH[:log|:STEP]|A,B,C...", help="What to search; several behind each other."),
@@ -32,8 +29,8 @@ def main(
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="An Optuna storage, for machines that search together.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The base model; short for model.name=…")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Rows to train on; short for data.train=…")] = None,
+    model: options.BaseModel = None,
+    data: options.TrainRows = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document: all trials.")] = False,
 ) -> None:
     """Search settings by the score of held-out rows; the same command goes on where it stopped, or joins the search.
