@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from lmtune.models.gguf import gguf_folder
+
 REAL = Path(os.environ.get("LMTUNE_REAL", ".venv/real")).resolve()
 # What templates write and take for tokens of their own; the nearest real tokenizer may not have them yet.
 _CONTROL = re.compile(r"<\|[\w ]+\|?>|<\w+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|</?think>")
@@ -34,6 +36,11 @@ def tokenizer_of(name: str, template: str | None = None) -> Any:
         tokenizer.add_special_tokens({"additional_special_tokens": [token for token in new if "think>" not in token]})
         tokenizer.chat_template = template
     return tokenizer
+
+
+def smollm2() -> Path:
+    """The model of 135 million weights as a plain model folder, which lmtune makes of its GGUF file."""
+    return gguf_folder(str(REAL / "smollm2_gguf/model.gguf"), with_weights=True)
 
 
 def save_base(folder: Path, tokenizer: Any) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmtune.export.gguf import write_adapter, write_model
 from tests.export_models import FAMILIES, family_model
-from tests.real.folders import REAL, tokenizer_of
+from tests.real.folders import REAL, smollm2, tokenizer_of
 from tests.tiny import adapted
 
 pytestmark = pytest.mark.real
@@ -82,9 +82,10 @@ def test_an_adapter_over_its_base_is_the_adapted_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m"])
 def test_a_real_model_answers_in_fewer_bits(kind: Any, tmp_path: Path) -> None:
-    write_model(REAL / "smollm2", tmp_path / "m.gguf", kind, "test")
-    model = AutoModelForCausalLM.from_pretrained(REAL / "smollm2", dtype=torch.float32)
-    prompt = tokenizer_of("smollm2")("The capital of France is").input_ids
+    folder = smollm2()
+    write_model(folder, tmp_path / "m.gguf", kind, "test")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = AutoTokenizer.from_pretrained(folder)("The capital of France is").input_ids
     answer = [int(token) for token, _, _ in ask(tmp_path / "m.gguf", prompt, 4)["answer"]]
     own = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
     assert answer[:2] == own[:2]
