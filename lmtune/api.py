@@ -162,13 +162,13 @@ class Model:
         Raises:
             LmtuneError: an option is out of bounds, or the conversation is longer than the model can read.
         """
-        from lmtune.inference.engine import Sampling
+        from lmtune.inference.request import Sampling
 
         sampling = Sampling(temperature, top_p, max_new_tokens, seed)
         return self.session(system, history).reply(question, sampling, use_base=base)
 
     def session(self, system: str | None = None, history: Sequence[Message] = ()) -> ChatSession:
-        """A conversation: `for piece in session.stream("…"): …`; it keeps what was said and its KV cache."""
+        """A conversation: `for piece in session.stream("…"): …`; it keeps what was said."""
         from lmtune.data.types import Message as Turn
         from lmtune.inference.chat import ChatSession
 

@@ -44,8 +44,8 @@ def main(
     """
     with progress("loading PyTorch and the libraries"):
         from lmtune.inference.chat import ChatSession
-        from lmtune.inference.engine import Sampling
         from lmtune.inference.load import load_for_inference
+        from lmtune.inference.request import Sampling
         from lmtune.serve.terminal import TerminalChat
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)

@@ -20,8 +20,9 @@ import torch
 
 from lmtune.config.schema import LoraConfig, ModelConfig, Quantization
 from lmtune.forward.packed import PackedForward
-from lmtune.inference.engine import Request, Sampling, TransformersEngine
+from lmtune.inference.engine import TransformersEngine
 from lmtune.inference.load import build_renderer
+from lmtune.inference.request import Request, Sampling
 from lmtune.io.console import quiet
 from lmtune.models.base import load_model, load_tokenizer
 from lmtune.models.merge import merge

@@ -223,7 +223,7 @@ def test_an_overfit_model_answers_exactly(overfit: Path) -> None:
 def test_an_overfit_model_stops_by_itself(overfit: Path) -> None:
     """Within the budget, by the stop token, in lmtune's own generation and in plain transformers'."""
     from lmtune.data.types import Message
-    from lmtune.inference.engine import Request, Sampling
+    from lmtune.inference.request import Request, Sampling
 
     with inside(overfit):
         loaded = load_for_inference("trial")

@@ -18,8 +18,9 @@ from lmtune.data.replies import split_reply
 from lmtune.data.types import Example, Message
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.inference.chat import AnswerInfo, ChatSession, Detokenizer
-from lmtune.inference.engine import Request, Sampler, Sampling, TransformersEngine
+from lmtune.inference.engine import TransformersEngine
 from lmtune.inference.load import LoadedModel
+from lmtune.inference.request import Request, Sampler, Sampling
 from lmtune.kernels.attention import packed_attention
 from tests.chat_models import chat_model, never_stops, parrot, random_model
 from tests.tokenizers import CHANNELS, CHAT_TEMPLATES, EMPTY_THOUGHT_FIELD, QWEN3, QWEN35, R1, make_tokenizer
@@ -87,10 +88,10 @@ def test_an_option_out_of_bounds_is_named(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "llama2"])
 def test_what_is_read_is_what_training_put_before_the_answer(name: str) -> None:
-    loaded = chat_model(template=CHAT_TEMPLATES[name])
     turns = [Message("user", "What is the capital of <|im_end|> France?"), Message("assistant", "Paris."),
              Message("user", "Of Italy?")]  # fmt: skip
     for count in (1, 3):
+        loaded = chat_model(template=CHAT_TEMPLATES[name])  # another engine, which has read nothing
         asked = [Message("system", "Be brief."), *turns[:count]]
         document = loaded.renderer.render(Example("a", 1, (*asked, Message("assistant", "Rome."))))[-1]
         session = ChatSession(loaded, "Be brief.", turns[: count - 1])
@@ -102,11 +103,11 @@ def test_what_is_read_is_what_training_put_before_the_answer(name: str) -> None:
 
 
 def test_training_s_system_prompt_is_used_where_the_user_gives_none() -> None:
-    loaded = chat_model(system="Be brief.")
-    seen = spy_on_reading(loaded)
-    ChatSession(loaded).reply("Hello", Sampling(max_new_tokens=1))
-    ChatSession(loaded, system="Be brief.").reply("Hello", Sampling(max_new_tokens=1))
-    ChatSession(loaded, system="Be long.").reply("Hello", Sampling(max_new_tokens=1))
+    seen = []
+    for system in (None, "Be brief.", "Be long."):
+        loaded = chat_model(system="Be brief.")
+        seen.append(spy_on_reading(loaded))
+        ChatSession(loaded, system).reply("Hello", Sampling(max_new_tokens=1))
     assert seen[0] == seen[1] != seen[2]
 
 
@@ -255,9 +256,9 @@ def test_a_long_prompt_is_read_in_parts_and_can_be_stopped_between() -> None:
     assert [len(ids) for ids in seen][:2] == [512, 512]
     prompt = loaded.renderer.prompt_ids([Message("user", question)])
     assert said.rstrip("\ufffd") == loaded.renderer.decode(generated(loaded, prompt, 24)).rstrip("\ufffd")
-    session = ChatSession(loaded)
+    loaded = chat_model(positions=4096)
+    session, seen = ChatSession(loaded), spy_on_reading(loaded)
     assert session.prompt_progress == (0, 0)
-    del seen[:]
     hook = loaded.model.register_forward_pre_hook(lambda *_: session.stop())
     assert session.reply(question, SHORT) == ""
     hook.remove()

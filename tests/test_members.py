@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lmtune.inference.engine import Request, Sampling, TransformersEngine
+from lmtune.inference.engine import TransformersEngine
+from lmtune.inference.request import Request, Sampling
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.members import BASE, Members
 from tests.chat_models import random_model

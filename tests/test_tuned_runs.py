@@ -16,8 +16,8 @@ from lmtune.errors import ConfigError
 from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.export.hub import prepare_push
 from lmtune.export.merged import merge_run
-from lmtune.inference.engine import Request, Sampling
 from lmtune.inference.load import load_for_inference, usable_adapter
+from lmtune.inference.request import Request, Sampling
 from lmtune.inference.start_adapter import with_starting_adapter
 from lmtune.models.base import load_model
 from lmtune.runs.store import RunDirectory

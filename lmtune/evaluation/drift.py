@@ -29,8 +29,9 @@ from lmtune.evaluation.answer_files import prompt_of_row, read_prompts
 from lmtune.evaluation.answer_metrics import exact
 from lmtune.evaluation.predict import prompt_of
 from lmtune.evaluation.results import ScoreOfRows, scores_of_parts
-from lmtune.inference.engine import Request, Sampling, unpacked_attention
+from lmtune.inference.engine import unpacked_attention
 from lmtune.inference.load import LoadedModel, load_for_inference
+from lmtune.inference.request import Request, Sampling
 from lmtune.io.console import progress
 from lmtune.models.members import AS_IS
 from lmtune.models.structure import max_positions

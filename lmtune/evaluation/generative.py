@@ -39,7 +39,8 @@ def answers(
 
     `who` stands in the progress shown.
     """
-    from lmtune.inference.engine import Request, Sampling, TransformersEngine
+    from lmtune.inference.engine import TransformersEngine
+    from lmtune.inference.request import Request, Sampling
 
     prompts, references = zip(*(split_prompt(data[row]) for row in rows), strict=True) if rows else ((), ())
     training = model.training

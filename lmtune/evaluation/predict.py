@@ -16,8 +16,8 @@ from lmtune.data.sources import Given, find_files
 from lmtune.data.types import Example
 from lmtune.errors import ConfigError, DataError
 from lmtune.inference.classify import Classifier
-from lmtune.inference.engine import Request, Sampling
 from lmtune.inference.load import LoadedModel
+from lmtune.inference.request import Request, Sampling
 from lmtune.io.console import progress, warn
 from lmtune.io.text import pluralize
 from lmtune.models.structure import max_positions

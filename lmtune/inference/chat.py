@@ -4,8 +4,8 @@
     for piece in session.stream("Where is my parcel?", Sampling(temperature=0.7, seed=1)):
         print(piece, end="", flush=True)
 
-The prompt is `Renderer.prompt_ids`, token for token what training put before an answer. A session keeps the prompt
-caches of what was read, so a further turn costs only its own tokens. Sessions share one model token by token.
+The prompt is `Renderer.prompt_ids`, token for token what training put before an answer. The engine
+keeps what was read, so a further turn costs only its own tokens, and answers all sessions of a model together.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from lmtune.data.types import Message
 from lmtune.errors import ConfigError, LmtuneError
 from lmtune.inference.classify import Classifier
-from lmtune.inference.engine import FinishReason, Generation, PromptCache, Request, Sampling
 from lmtune.inference.load import LoadedModel
+from lmtune.inference.request import FinishReason, Generation, Request, Sampling
 
 
 def check_chats(model: LoadedModel) -> None:
@@ -72,7 +72,6 @@ class ChatSession:
         self._history = list(messages)
         self._infos = list(infos) or [None] * len(self._history)
         self._answer: _Answer | None = None  # to the last question of `_history`: under way, or complete
-        self._caches: dict[bool, PromptCache] = {}  # by use_base: the two read the same tokens differently
         self._guard = threading.Lock()
 
     @property
@@ -170,12 +169,6 @@ class ChatSession:
         with self._guard:
             self.stop()
             self._set([])
-            self._caches.clear()
-
-    def release(self) -> None:
-        """Free the KV caches; the conversation stays and is read again when it goes on."""
-        with self._guard:
-            self._caches.clear()
 
     def _turns(self) -> list[tuple[Message, AnswerInfo | None]]:
         turns = list(zip(self._history, self._infos, strict=True))
@@ -222,9 +215,8 @@ class ChatSession:
             question = [] if user_text is None else [(Message("user", user_text), None)]
             self._set([*self._turns()[:keep], *question], answer)
             history = self._history
-            cache = self._caches.pop(use_base, None) or PromptCache()
         try:
-            for piece in self._pieces(history, cache, sampling, answer, begun):
+            for piece in self._pieces(history, sampling, answer, begun):
                 answer.text += piece
                 yield piece
         except Exception:
@@ -234,14 +226,10 @@ class ChatSession:
             raise
         finally:
             answer.stop()
-            with self._guard:
-                if self._answer is answer and cache.is_whole:
-                    self._caches[use_base] = cache
 
     def _pieces(
-        self, history: Sequence[Message], cache: PromptCache, sampling: Sampling, answer: _Answer,
-        begun: Sequence[int],
-    ) -> Iterator[str]:  # fmt: skip
+        self, history: Sequence[Message], sampling: Sampling, answer: _Answer, begun: Sequence[int]
+    ) -> Iterator[str]:
         """The answer to `history`, or what comes after the tokens that it has already, as text."""
         if self.classifier is not None:
             yield str(self.classifier.verdicts([self._prompt(history)])[0])
@@ -260,7 +248,7 @@ class ChatSession:
             )
         sampling = replace(sampling, stop_token_ids=tuple(self.model.renderer.stop_token_ids))
         request = Request(prompt, sampling, self.model.answering(answer.use_base))
-        for token in answer.follow(self.model.engine.submit(request, cache)):
+        for token in answer.follow(self.model.engine.submit(request)):
             answer.token_ids.append(token)
             if piece := parser.feed(detokenizer.add(token)):
                 yield piece

@@ -5,147 +5,37 @@
         ...
     answers = engine.generate([Request(ids, sampling, Members((name,))) for ids, name in asked])
 
-A request says the prompt, how its answer is sampled, and who answers: an adapter of several on one base, or all of them
-together. `submit` streams the answer to one, one forward pass at a time under a lock, so that requests take turns token
-by token. A `PromptCache` makes the next prompt cheap where it begins alike. `generate` answers many in batches, in
-which each row has its own adapter. Neither uses a model's own generation settings.
+Batching is continuous (Orca, https://www.usenix.org/conference/osdi22/presentation/yu): all requests under way share
+each forward pass, whoever asked, whenever they came, whatever their adapter, sampling and length; a request enters when
+its prompt is read and leaves at its end. There is no thread behind it: whoever waits for a token runs the next pass for
+all. What was read stays for prompts that begin alike. No model's own generation settings are used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from lmtune.errors import ConfigError, LmtuneError
-from lmtune.io.text import format_list, is_finite_number
+from lmtune.errors import LmtuneError
+from lmtune.inference.kv_cache import copy_of, is_joinable, join, select, with_room
+from lmtune.inference.prefixes import Prefix, PrefixStore
+from lmtune.inference.request import Generation, Request, Sampler
 from lmtune.kernels.attention import NAME as PACKED_ATTENTION
-from lmtune.models.members import AS_IS, BASE, Members
+from lmtune.models.members import BASE
 from lmtune.models.structure import base_of, max_positions
 
 if TYPE_CHECKING:
     from transformers import Cache
 
-_PREFILL_TOKENS = 512  # in one forward pass, so that a long prompt can be stopped and lets other prompts in
-
-FinishReason = Literal["stop", "length", "context", "stopped"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the tokens of an answer are chosen, and where it ends.
-
-    Attributes:
-        temperature: 0 is greedy; 1 is the model's own distribution.
-        top_p: nucleus sampling threshold: sample only among the most probable tokens that together have this
-            probability; 1 is all.
-        max_new_tokens: where an answer that does not stop is cut.
-        seed: equal seeds give equal answers.
-        stop_token_ids: each ends the answer and is not part of it.
-
-    Raises:
-        ConfigError: naming every value that is out of bounds.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        number, integer = is_finite_number, partial(is_finite_number, integer=True)
-        fits = {
-            ("temperature", "a number, 0 or more"): number(self.temperature) and self.temperature >= 0,
-            ("top_p", "a number above 0 and at most 1"): number(self.top_p) and 0 < self.top_p <= 1,
-            ("max_new_tokens", "an integer, 1 or more"): integer(self.max_new_tokens) and self.max_new_tokens >= 1,
-            ("seed", f"an integer from 0 to {2**32 - 1}"): integer(self.seed) and 0 <= self.seed < 2**32,
-        }
-        wrong = [f"{name}: {getattr(self, name)!r}; expected {what}" for (name, what), is_right in fits.items()
-                 if not is_right]  # fmt: skip
-        if wrong:
-            raise ConfigError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} options are wrong\n{format_list(wrong)}")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt to answer.
-
-    Attributes:
-        prompt_ids: token ids, at least one.
-        sampling: how tokens are chosen, and what ends the answer.
-        members: who answers.
-    """
-
-    prompt_ids: Sequence[int]
-    sampling: Sampling = Sampling()
-    members: Members = AS_IS
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows of a batch it takes: one for each member."""
-        return max(1, len(self.members.adapters))
-
-
-class Generation(Iterator[int]):
-    """The answer to one prompt, token by token; stop tokens are not given out.
-
-    Attributes:
-        num_prompt_tokens: of the prompt.
-        num_read: how many of them are in the cache by now.
-        finish_reason: `stop` at a stop token, `length` at `max_new_tokens`, `context` where the model reads no
-            further, `stopped` by `cancel` or `close`; None while it goes on.
-    """
-
-    def __init__(self, num_prompt_tokens: int, decode: Callable[[Generation], Iterator[int]]) -> None:
-        self.num_prompt_tokens, self.num_read = num_prompt_tokens, 0
-        self.finish_reason: FinishReason | None = None
-        self.is_cancelled = False
-        self._tokens = decode(self)
-
-    def __next__(self) -> int:
-        return next(self._tokens)
-
-    def cancel(self) -> None:
-        """End it at its next token; may be called from any thread."""
-        self.is_cancelled = True
-
-
-class PromptCache:
-    """What a model has read: token ids with their keys and values. It serves one generation at a time.
-
-    Attributes:
-        token_ids: the tokens that the cache holds.
-        is_whole: False while a forward pass is at work; one that is interrupted leaves half a cache, to be thrown away.
-    """
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.is_whole = True
-        self.key_values: Cache | None = None
-        self.prompt: tuple[list[int], torch.Tensor] | None = None  # the last one, and its logits[V]
-
-    def crop(self, length: int) -> bool:
-        """Keep the first `length` tokens. False: this kind of cache cannot be cropped, and it is empty now."""
-        extra = len(self.token_ids) - length
-        if extra == 0:
-            return True
-        if self.key_values is not None and extra > 0 and getattr(self.key_values, "is_croppable", False):
-            # A sliding window that has moved on no longer holds what it should go back to, and raises.
-            with contextlib.suppress(RuntimeError):
-                self.key_values.crop(-extra)
-                if self.key_values.get_seq_length() == length:
-                    self.token_ids = self.token_ids[:length]
-                    return True
-        self.key_values, self.token_ids = None, []
-        return False
+_PREFILL_TOKENS = 512  # of prompts in one forward pass, so that a long one can be stopped and lets others in
+_PREFIX_BYTES = 2**29
 
 
 class Engine(Protocol):
@@ -155,23 +45,19 @@ class Engine(Protocol):
     def max_positions(self) -> int | None:
         """The longest prompt with its answer, in tokens; None without a limit."""
 
-    def submit(self, request: Request, cache: PromptCache | None = None) -> Generation:
+    def submit(self, request: Request) -> Generation:
         """Stream the answer to a request whose prompt is shorter than `max_positions`.
-
-        Args:
-            request: who answers what.
-            cache: what an earlier prompt to the same members has left; it is filled for the next one.
 
         Raises:
             LmtuneError: from the iterator, where the logits are not finite.
         """
 
     def generate(self, requests: Sequence[Request], advance: Callable[[int], None] | None = None) -> list[list[int]]:
-        """Answer many requests in batches.
+        """Answer many requests.
 
         Args:
             requests: in any order; each with its own members and sampling.
-            advance: is called with the number of answers after each batch.
+            advance: is called with a number of answers that are there.
 
         Returns:
             The new tokens of each, in the order of the requests, without the stop token.
@@ -181,6 +67,65 @@ class Engine(Protocol):
         """
 
 
+@dataclass(eq=False)
+class _Row:
+    """A request under way: a row of a batch, or of an ensemble one for each member.
+
+    Attributes:
+        token_ids: the prompt, then the answer.
+        room: how many tokens the answer may have.
+        keeps: whether what it read is kept for later prompts.
+        num_read: how many tokens are in the cache.
+        logits: `[V]` after the prompt.
+    """
+
+    request: Request
+    generation: Generation
+    sampler: Sampler
+    token_ids: list[int]
+    room: int
+    keeps: bool
+    num_read: int = 0
+    cache: Cache | None = None
+    logits: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.request.num_rows
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def needed(self) -> int:
+        """How many columns it may come to need."""
+        return self.num_prompt + self.room
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Rows that share a forward pass, with their cache of `length` columns.
+
+    Attributes:
+        without_adapter: the adapter is switched off for the pass.
+    """
+
+    rows: list[_Row]
+    cache: Cache | None
+    length: int
+    without_adapter: bool
+
+    @property
+    def places(self) -> list[range]:
+        """Which rows of the tensors are whose."""
+        places, start = [], 0
+        for row in self.rows:
+            places.append(range(start, start + row.num_rows))
+            start += row.num_rows
+        return places
+
+
 class TransformersEngine:
     """An `Engine` over a transformers model, or a PEFT model over one.
 
@@ -188,27 +133,36 @@ class TransformersEngine:
         model: in evaluation mode.
         lock: held during a forward pass; PEFT tells its layers by hooks which adapter to use.
         batch_tokens: prompts and answers of one batch hold at most so many tokens, padding included.
+        prefix_bytes: how much of what was read is kept.
     """
 
     def __init__(
         self, model: torch.nn.Module, lock: contextlib.AbstractContextManager[object] | None = None,
-        batch_tokens: int = 16_384,
+        batch_tokens: int = 32_768, prefix_bytes: int = _PREFIX_BYTES,
     ) -> None:  # fmt: skip
         self._model: Any = model
         self._lock, self._batch_tokens = lock or threading.RLock(), batch_tokens
         # whole modules beside the adapter, of which PEFT can switch some kinds only by `disable_adapter`
         self._trains_modules = any(hasattr(module, "original_module") for module in model.modules())
-        self._keeps_logits = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+        parameters = inspect.signature(base_of(model).forward).parameters
+        self._keeps_logits, self._takes_positions = "logits_to_keep" in parameters, "position_ids" in parameters
+        self._arrived: deque[_Row] = deque()  # from any thread
+        self._waiting: deque[_Row] = deque()
+        self._reading: list[_Row] = []
+        self._batches: list[_Batch] = []
+        self._prefixes = PrefixStore(prefix_bytes)
+        self._joins: bool | None = None  # whether its cache is of a kind that rows can share; None: not seen yet
 
     @property
     def max_positions(self) -> int | None:
         """See `Engine`."""
         return max_positions(self._model)
 
-    def submit(self, request: Request, cache: PromptCache | None = None) -> Generation:
+    def submit(self, request: Request) -> Generation:
         """See `Engine`."""
-        read = cache or PromptCache()
-        return Generation(len(request.prompt_ids), lambda generation: self._decode(request, read, generation))
+        row = self._new_row(request, keeps=True)
+        self._arrived.append(row)
+        return row.generation
 
     def generate(self, requests: Sequence[Request], advance: Callable[[int], None] | None = None) -> list[list[int]]:
         """See `Engine`. Equal to `submit` for each request, to rounding."""
@@ -216,181 +170,226 @@ class TransformersEngine:
         for index, request in enumerate(requests):
             if limit is not None and (length := len(request.prompt_ids)) >= limit:
                 raise LmtuneError(f"prompt {index}: {length} tokens; expected fewer than the model reads, {limit}")
-        answers: list[list[int]] = [[] for _ in requests]
-        by_length = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids), reverse=True)
-        while by_length:
-            longest = len(requests[by_length[0]].prompt_ids)
-            room = max(requests[index].sampling.max_new_tokens for index in by_length)
-            room = room if limit is None else min(room, limit - longest)
-            rows = itertools.accumulate(requests[index].num_rows for index in by_length)
-            count = max(1, sum(row * (longest + room) <= self._batch_tokens for row in rows))
-            batch, by_length = by_length[:count], by_length[count:]
-            generated = _generate_batch(self._model, [requests[index] for index in batch], room)
-            for index, new in zip(batch, generated, strict=True):
-                sampling = requests[index].sampling
-                new = new[: sampling.max_new_tokens]
-                end = next((place for place, token in enumerate(new) if token in sampling.stop_token_ids), len(new))
-                answers[index] = new[:end]
-            if advance is not None:
-                advance(len(batch))
-        return answers
-
-    def _decode(self, request: Request, cache: PromptCache, generation: Generation) -> Iterator[int]:
-        prompt, sampling = list(request.prompt_ids), request.sampling
-        sampler = Sampler(sampling)
+        rows = [self._new_row(request, keeps=False) for request in requests]
+        self._arrived.extend(sorted(rows, key=lambda row: row.num_prompt, reverse=True))  # like beside like
+        waiting = list(rows)
         try:
-            for logits in self._prefill(prompt, request.members, cache):  # noqa: B007 - the last is used below
-                generation.num_read = len(cache.token_ids)
-                if generation.is_cancelled:
-                    return
-            limit = self.max_positions
-            room = sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(prompt))
-            for left in range(room, 0, -1):
-                token = sampler(logits)
-                if generation.is_cancelled:
-                    return
-                if token in sampling.stop_token_ids:
-                    generation.finish_reason = "stop"
-                    return
-                yield token
-                if left > 1:
-                    logits = self._read([token], request.members, cache)
-            generation.finish_reason = "context" if limit is not None and room == limit - len(prompt) else "length"
+            while waiting:
+                with self._lock:
+                    self._step()
+                ended = [row for row in waiting if row.generation.is_over]
+                if ended and advance is not None:
+                    advance(len(ended))
+                waiting = [row for row in waiting if not row.generation.is_over]
+            return [list(row.generation) for row in rows]
         finally:
-            generation.finish_reason = generation.finish_reason or "stopped"
+            for row in waiting:
+                row.generation.cancel()
 
-    def _prefill(self, prompt: list[int], members: Members, cache: PromptCache) -> Iterator[torch.Tensor]:
-        """Read the part of `prompt` that is not in the cache, piece by piece; yields logits[V] after each piece.
+    def _new_row(self, request: Request, keeps: bool) -> _Row:
+        limit, prompt = self.max_positions, list(request.prompt_ids)
+        most = request.sampling.max_new_tokens
+        room = most if limit is None else min(most, limit - len(prompt))
+        return _Row(request, Generation(len(prompt), self._advance), Sampler(request.sampling), prompt, room, keeps)
 
-        The same prompt again, as another try has it, takes the logits of the first time, so that an equal seed gives
-        an equal answer to the last bit.
-        """
-        before, cache.prompt = cache.prompt, None
-        if before is not None and before[0] == prompt and cache.crop(len(prompt)):
-            cache.prompt = before
-            yield before[1]
+    def _advance(self, generation: Generation) -> None:
+        with self._lock:
+            if not generation.has_news:
+                self._step()
+
+    # --- one pass over what generates, one over what is read
+
+    def _step(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        for batch in list(self._batches):
+            with self._ends_on_error(batch.rows):
+                self._decode(batch)
+        if self._reading:
+            rows = self._next_to_read()
+            with self._ends_on_error(rows):
+                self._read(rows)
+
+    def _drop_cancelled(self) -> None:
+        while self._arrived:
+            self._waiting.append(self._arrived.popleft())
+        self._waiting = deque(row for row in self._waiting if not row.generation.is_cancelled)
+        for row in [row for row in self._reading if row.generation.is_cancelled]:
+            self._reading.remove(row)
+            if row.keeps and row.cache is not None and is_joinable(row.cache):
+                self._prefixes.add(row.request.members, Prefix(tuple(row.token_ids[: row.num_read]), row.cache))
+        for batch in list(self._batches):
+            self._leave(batch, [row for row in batch.rows if row.generation.is_cancelled])
+
+    def _admit(self) -> None:
+        """Let those in who have come first, as far as there is room; one is always let in."""
+        inside = [*self._reading, *(row for batch in self._batches for row in batch.rows)]
+        while self._waiting:
+            asked = [*inside, self._waiting[0]]
+            if inside and sum(row.num_rows for row in asked) * max(row.needed for row in asked) > self._batch_tokens:
+                return
+            row = self._waiting.popleft()
+            found = self._prefixes.find(row.request.members, row.token_ids) if self._joins else None
+            if found is not None:
+                row.cache, row.num_read, row.logits = found.cache, len(found.token_ids), found.logits
+                row.generation.num_read = row.num_read
+            self._reading.append(row)
+            inside = asked
+
+    @contextlib.contextmanager
+    def _ends_on_error(self, rows: Sequence[_Row]) -> Iterator[None]:
+        """An error inside ends these requests, whose cache is half written, and is raised where they are waited for."""
+        rows = list(rows)
+        try:
+            yield
+        except BaseException as error:
+            self._reading = [row for row in self._reading if row not in rows]
+            self._batches = [batch for batch in self._batches if not any(row in rows for row in batch.rows)]
+            for row in rows:
+                row.generation.end("stopped", error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _next_to_read(self) -> list[_Row]:
+        """The first prompt, with others behind it that fit into the same pass."""
+        first, *others = self._reading
+        rows = [first]
+        if first.num_read or not self._joins or first.num_prompt > _PREFILL_TOKENS:
+            return rows
+        for row in others:
+            together = [*rows, row]
+            width = max(one.num_prompt for one in together)
+            if row.num_read or self._is_switched_off(row) != self._is_switched_off(first):
+                continue
+            if sum(one.num_rows for one in together) * width > _PREFILL_TOKENS:
+                break
+            rows = together
+        return rows
+
+    def _read(self, rows: list[_Row]) -> None:
+        """Read a piece of one prompt, or the whole of several; who has read all generates from now on."""
+        first, off = rows[0], self._is_switched_off(rows[0])
+        if first.logits is None:
+            end = first.num_read + _PREFILL_TOKENS
+            batch = _Batch(rows, first.cache, first.num_read, off)
+            logits = self._forward(batch, [row.token_ids[:end] for row in rows])
+            first.cache = batch.cache  # of several, that of all
+            for row in rows:
+                row.num_read = row.generation.num_read = min(end, row.num_prompt)
+            if first.num_read < first.num_prompt:
+                return
+            for row, place in zip(rows, batch.places, strict=True):
+                row.logits = row.request.members.next_token(logits[place.start : place.stop])
+        self._reading = [row for row in self._reading if row not in rows]
+        cache, first.cache = first.cache, None
+        self._joins = is_joinable(cache)
+        batch = _Batch(rows, with_room(cache) if is_joinable(cache) else cache, max(row.num_read for row in rows), off)
+        self._batches.append(batch)
+        self._choose(batch, [row.logits for row in rows if row.logits is not None])
+        if batch.rows:
+            self._merge()
+
+    def _merge(self) -> None:
+        """Put the batch that came last beside one of its kind."""
+        *others, last = self._batches
+        beside = next((batch for batch in others if batch.without_adapter == last.without_adapter), None)
+        if beside is not None and is_joinable(beside.cache) and is_joinable(last.cache):
+            join(beside.cache, beside.length, last.cache, last.length)
+            beside.rows, beside.length = [*beside.rows, *last.rows], max(beside.length, last.length)
+            self._batches.remove(last)
+
+    def _decode(self, batch: _Batch) -> None:
+        """The next token of each row."""
+        logits = self._forward(batch, [row.token_ids for row in batch.rows])
+        for row in batch.rows:
+            row.num_read = len(row.token_ids)
+        parts = [logits[place.start : place.stop] for place in batch.places]
+        members = [row.request.members for row in batch.rows]
+        self._choose(batch, [one.next_token(part) for one, part in zip(members, parts, strict=True)])
+
+    def _choose(self, batch: _Batch, logits: Sequence[torch.Tensor]) -> None:
+        """Take a token of each row's logits `[V]`, and let those go that have ended."""
+        greedy = torch.stack([*logits]).argmax(-1).tolist()
+        finite = torch.isfinite(torch.stack([one.max() for one in logits])).tolist()
+        ended = []
+        for row, one, best, is_finite in zip(batch.rows, logits, greedy, finite, strict=True):
+            generation, sampling = row.generation, row.request.sampling
+            if not is_finite:
+                text = "logits: NaN or infinity; expected finite numbers; the weights or adapter are damaged"
+                generation.end("stopped", LmtuneError(text))
+                ended.append(row)
+                continue
+            token = best if sampling.temperature == 0 else row.sampler(one)
+            if token in sampling.stop_token_ids:
+                generation.end("stop")
+                ended.append(row)
+                continue
+            row.token_ids.append(token)
+            generation.add(token)
+            if len(row.token_ids) - row.num_prompt == row.room:
+                generation.end("length" if row.room == sampling.max_new_tokens else "context")
+                ended.append(row)
+        self._leave(batch, ended)
+
+    def _leave(self, batch: _Batch, leaving: Sequence[_Row]) -> None:
+        """Take rows out of a batch, and keep what they have read."""
+        if not leaving:
             return
-        pairs = zip(cache.token_ids, prompt[:-1], strict=False)
-        shared = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-        cache.crop(min(len(cache.token_ids), len(prompt) - 1) if shared is None else shared)
-        rest = prompt[len(cache.token_ids) :]
-        for start in range(0, len(rest), _PREFILL_TOKENS):
-            logits = self._read(rest[start : start + _PREFILL_TOKENS], members, cache)
-            if start + _PREFILL_TOKENS >= len(rest):
-                cache.prompt = prompt, logits
-            yield logits
+        places = dict(zip(batch.rows, batch.places, strict=True))
+        for row in leaving:
+            if row.keeps and is_joinable(batch.cache):
+                cache = copy_of(batch.cache)
+                select(cache, batch.length, list(places[row]), row.num_read)
+                ids = tuple(row.token_ids[: row.num_read])
+                self._prefixes.add(row.request.members, Prefix(ids, cache, row.logits, row.num_prompt))
+        batch.rows = [row for row in batch.rows if row not in leaving]
+        if not batch.rows:
+            self._batches.remove(batch)
+        elif is_joinable(batch.cache):
+            columns = max(row.num_read for row in batch.rows)
+            select(batch.cache, batch.length, [place for row in batch.rows for place in places[row]], columns)
+            batch.length = columns
 
-    def _read(self, token_ids: list[int], members: Members, cache: PromptCache) -> torch.Tensor:
-        """Read further tokens; returns fp32 logits[V] after the last.
+    # --- the model
 
-        Raises:
-            LmtuneError: the logits are not finite.
-        """
-        after = [*cache.token_ids, *token_ids]
-        # A model that hands back no cache reads everything again at each token.
-        rows = [after if cache.key_values is None else token_ids] * max(1, len(members.adapters))
-        input_ids = torch.tensor(rows, device=self._model.device)
+    def _is_switched_off(self, row: _Row) -> bool:
+        return self._trains_modules and row.request.members.adapters == (BASE,)
+
+    def _forward(self, batch: _Batch, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Read what is new of each row's tokens; returns fp32 logits `[R, V]` after the last of each."""
+        if batch.cache is None:  # not there yet, or the model hands back none and reads everything again
+            batch.length = 0
+        starts = [0 if batch.cache is None else row.num_read for row in batch.rows]
+        new = [ids[start:] for ids, start in zip(token_ids, starts, strict=True)]
+        width = max(len(ids) for ids in new)
+        of_rows = [place for place, row in enumerate(batch.rows) for _ in range(row.num_rows)]
+        input_ids = torch.tensor([[0] * (width - len(new[place])) + list(new[place]) for place in of_rows])
+        # columns that a row does not have, before its first token
+        missing = torch.tensor([batch.length + width - len(token_ids[place]) for place in of_rows])
         arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
+        if bool(missing.any()):
+            columns = torch.arange(batch.length + width)
+            arguments["attention_mask"] = (columns >= missing[:, None]).long().to(self._model.device)
+            if self._takes_positions:
+                positions = (columns[batch.length :] - missing[:, None]).clamp(min=0)
+                arguments["position_ids"] = positions.to(self._model.device)
         switch: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self._trains_modules and members.adapters == (BASE,):
+        if batch.without_adapter:
             switch = self._model.disable_adapter()
-        elif members.adapters:  # faster than `disable_adapter`, which looks through the whole model at each switch
-            arguments["adapter_names"] = list(members.adapters)
-        cache.is_whole = False
-        with self._lock, torch.no_grad(), switch, unpacked_attention(self._model):
-            output = self._model(input_ids=input_ids, past_key_values=cache.key_values, use_cache=True, **arguments)
-        cache.key_values, cache.token_ids = getattr(output, "past_key_values", None), after
-        cache.is_whole = True
-        logits = members.next_token(output.logits[:, -1].float())
-        if not torch.isfinite(logits.max()):
-            raise LmtuneError("logits: NaN or infinity; expected finite numbers; the weights or adapter are damaged")
+        elif any(row.request.members.adapters for row in batch.rows):
+            # faster than `disable_adapter`, which looks through the whole model at each switch
+            active = getattr(self._model, "active_adapter", BASE)
+            arguments["adapter_names"] = [
+                name for row in batch.rows for name in row.request.members.adapters or (active,)
+            ]
+        with torch.no_grad(), switch, unpacked_attention(self._model):
+            output = self._model(
+                input_ids=input_ids.to(self._model.device), past_key_values=batch.cache, use_cache=True, **arguments
+            )
+        batch.cache = getattr(output, "past_key_values", None)
+        batch.length += width
+        logits: torch.Tensor = output.logits[:, -1].float()
         return logits
-
-
-class Sampler:
-    """Chooses tokens with transformers' own warpers and a random generator that no other answer shares."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-
-        self._greedy, self._seed = sampling.temperature == 0, sampling.seed
-        self._generator: torch.Generator | None = None
-        self._warp = LogitsProcessorList()
-        if not self._greedy:
-            self._warp.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_p < 1:
-            self._warp.append(TopPLogitsWarper(float(sampling.top_p)))
-
-    def __call__(self, logits: torch.Tensor) -> int:
-        """The next token after logits[V]."""
-        if self._greedy:
-            return int(logits.argmax())
-        if self._generator is None:
-            self._generator = torch.Generator(logits.device).manual_seed(self._seed)
-        # Less its maximum the scores overflow at no temperature, and the distribution is the same.
-        scores = self._warp(None, (logits - logits.max())[None])
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
-
-
-def _generate_batch(model: Any, requests: Sequence[Request], max_new_tokens: int) -> list[list[int]]:
-    """One batch through `model.generate`, padded on the left; what follows each prompt, and what is after its end."""
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-
-    plain = all(request.sampling.temperature == 0 and not request.members.is_ensemble for request in requests)
-    of_rows = [request for request in requests for _ in range(request.num_rows)]
-    width = max(len(request.prompt_ids) for request in requests)
-    pad = next((token for request in requests for token in request.sampling.stop_token_ids), 0)  # masked: any serves
-    missing = [width - len(request.prompt_ids) for request in of_rows]
-    rows = [[pad] * less + list(request.prompt_ids) for less, request in zip(missing, of_rows, strict=True)]
-    input_ids = torch.tensor(rows, device=model.device)
-    mask = (torch.arange(width) >= torch.tensor(missing)[:, None]).long().to(model.device)
-    config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad, use_cache=True
-    )
-    arguments: dict[str, Any] = {}
-    if any(request.members.adapters for request in requests):
-        active = getattr(model, "active_adapter", BASE)
-        arguments["adapter_names"] = [name for one in requests for name in one.members.adapters or (active,)]
-    with torch.no_grad(), unpacked_attention(model), _no_generation_config(model):
-        output = model.generate(
-            input_ids=input_ids, attention_mask=mask, generation_config=config,
-            logits_processor=LogitsProcessorList([] if plain else [_Chooser(requests)]),
-            stopping_criteria=StoppingCriteriaList([_Ends(of_rows, width)]), **arguments,
-        )  # fmt: skip
-    starts = itertools.accumulate((request.num_rows for request in requests), initial=0)
-    new: list[list[int]] = output[:, width:].tolist()
-    return [new[start] for start, _ in zip(starts, requests, strict=False)]
-
-
-class _Chooser:
-    """A logits processor that leaves each row the one token that its request takes, of all its members."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._requests = [(request, Sampler(request.sampling)) for request in requests]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        parts = torch.split(scores, [request.num_rows for request, _ in self._requests])
-        tokens = [
-            sampler(request.members.next_token(part))
-            for (request, sampler), part in zip(self._requests, parts, strict=True)
-        ]
-        counts = torch.tensor([len(part) for part in parts])
-        chosen = torch.tensor(tokens).repeat_interleave(counts).to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
-
-
-class _Ends:
-    """A stopping criterion that ends each row at a stop token of its request, or at its limit."""
-
-    def __init__(self, of_rows: Sequence[Request], width: int) -> None:
-        most = max(len(request.sampling.stop_token_ids) for request in of_rows)
-        stops = [[*request.sampling.stop_token_ids, *[-1] * most][:most] for request in of_rows]
-        self._stops = torch.tensor(stops).view(len(of_rows), most)
-        self._limits = width + torch.tensor([request.sampling.max_new_tokens for request in of_rows])
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        self._stops, self._limits = self._stops.to(input_ids.device), self._limits.to(input_ids.device)
-        return (input_ids[:, -1:] == self._stops).any(1) | (input_ids.shape[1] >= self._limits)
 
 
 @contextlib.contextmanager
@@ -406,20 +405,3 @@ def unpacked_attention(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def _no_generation_config(model: Any) -> Iterator[None]:
-    """Inside the block the model brings no generation settings of its own, which transformers uses where a call leaves
-    something open; a batch would answer otherwise than a chat."""
-    from transformers import GenerationConfig
-
-    parts = [model] if base_of(model) is model else [model, base_of(model)]  # a PEFT model hands its own to its base
-    before = [part.generation_config for part in parts]
-    try:
-        for part in parts:
-            part.generation_config = GenerationConfig()
-        yield
-    finally:
-        for part, config in zip(parts, before, strict=True):
-            part.generation_config = config

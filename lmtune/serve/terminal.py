@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from lmtune.data.replies import is_still_reasoning, split_reply
 from lmtune.errors import DataError, LmtuneError
 from lmtune.inference.chat import ChatSession
-from lmtune.inference.engine import Sampling
+from lmtune.inference.request import Sampling
 from lmtune.io.console import err, escape
 from lmtune.io.text import format_list
 

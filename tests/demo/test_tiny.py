@@ -15,7 +15,8 @@ from lmtune.config.schema import FinetuneConfig, ModelConfig
 from lmtune.data.rendering import Renderer
 from lmtune.data.types import Message
 from lmtune.demo import support_data, support_heldout, tiny_path
-from lmtune.inference.engine import Request, Sampling, TransformersEngine
+from lmtune.inference.engine import TransformersEngine
+from lmtune.inference.request import Request, Sampling
 from lmtune.models.base import load_model, load_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"

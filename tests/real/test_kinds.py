@@ -38,8 +38,8 @@ KINDS: dict[str, tuple[str, str | None, Template, str, str]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from lmtune.inference.chat import ChatSession
-    from lmtune.inference.engine import Sampling
     from lmtune.inference.load import load_for_inference
+    from lmtune.inference.request import Sampling
     from lmtune.recipes.evaluate import main as evaluate
     from lmtune.recipes.finetune import main as finetune
     from lmtune.recipes.preview import main as preview
@@ -92,8 +92,8 @@ CALL = '<tool_call>\n{"name": "shelf", "arguments": {"item": N}}\n</tool_call>'
 def test_calls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A tuned model calls its tool: scored, predicted, and shown in the terminal as what it is."""
     from lmtune.inference.chat import ChatSession
-    from lmtune.inference.engine import Sampling
     from lmtune.inference.load import load_for_inference
+    from lmtune.inference.request import Sampling
     from lmtune.recipes.evaluate import main as evaluate
     from lmtune.recipes.finetune import main as finetune
     from lmtune.serve.terminal import TerminalChat

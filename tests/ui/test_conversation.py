@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lmtune.errors import LmtuneError
-from lmtune.inference.engine import Sampling
+from lmtune.inference.request import Sampling
 from lmtune.serve.studio import conversation as module
 from lmtune.serve.studio.conversation import Activity, Conversation, Mode, Settings, Tabs
 from lmtune.serve.studio.display import speaker_name
@@ -184,14 +184,11 @@ def test_tabs_are_apart_and_forgotten_when_closed() -> None:
 
 def test_the_tab_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_TABS", 3)
-    monkeypatch.setattr(module, "_MAX_CACHES", 2)
     tabs = Tabs(MODELS, Activity())
     talks = {key: tabs.of(("", key)) for key in "abc"}
     for talk in talks.values():
         finish(talk.send("Hello", settings()))
     tabs.of(("", "a"))
-    assert not talks["b"].columns[0]._caches
-    assert talks["a"].columns[0]._caches
     assert said(talks["b"]) == ["Hello", "You asked: Hello"]
     tabs.of(("", "d"))
     assert tabs.of(("", "b")) is not talks["b"]

@@ -19,8 +19,8 @@ import pytest
 
 from lmtune.errors import DataError, LmtuneError
 from lmtune.inference.chat import ChatSession
-from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
+from lmtune.inference.request import Sampling
 from lmtune.serve.terminal import TerminalChat
 from tests.chat_models import chat_model, parrot
 from tests.test_generation import scripted
@@ -126,7 +126,7 @@ def test_a_pipe_gets_the_answer_without_its_reasoning(capsys: pytest.CaptureFixt
 
 PROGRAM = """
 from lmtune.inference.chat import ChatSession
-from lmtune.inference.engine import Sampling
+from lmtune.inference.request import Sampling
 from lmtune.serve.terminal import TerminalChat
 from tests.chat_models import chat_model, never_stops
 options = Sampling(temperature=1.0, max_new_tokens=8000)

@@ -1,6 +1,6 @@
 """The conversations of the browser tabs, without a line of Gradio: who answers, how answers are followed, what stays.
 
-A model answers in a thread of its own for each answer, and takes turns with other answers token by token. A tab's
+A model answers in a thread of its own for each answer, and gives all answers under way a token in one pass. A tab's
 handler looks a few times a second at the answer, so the page is redrawn at that rate. A conversation is kept under the
 tab's own key: two tabs never see each other's text. The browser keeps a copy (`to_json`), with which a page that is
 loaded again goes on (`restore_json`). Every speaker, a model with or without its adapter, has a session of its own.
@@ -21,15 +21,14 @@ from typing import Any, Literal
 from lmtune.data.types import Message
 from lmtune.errors import LmtuneError
 from lmtune.inference.chat import AnswerInfo, ChatSession
-from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
+from lmtune.inference.request import Sampling
 
 Mode = Literal["tuned", "base", "both"]
 Turn = tuple[Message, AnswerInfo | None]
 Speaker = tuple[int, bool]  # index of the model, and whether it answers without its adapter
 MODES: dict[Mode, tuple[bool, ...]] = {"tuned": (False,), "base": (True,), "both": (False, True)}
 MAX_TABS = 1000  # conversations kept; the least recently used goes first
-_MAX_CACHES = 16  # of them, how many keep their KV caches; the others read their conversation again
 _MAX_JSON = 400_000  # characters; a request may hold a million bytes, and a browser keeps a few million
 _VERSION = 1  # of the copy
 _REDRAW_SECONDS = 0.05
@@ -100,11 +99,6 @@ class Conversation:
             session.clear()
         self._sessions = {speaker: self._sessions[speaker] for speaker in self._shown}
 
-    def release(self) -> None:
-        """Free the KV caches."""
-        for session in list(self._sessions.values()):
-            session.release()
-
     def num_tokens(self) -> int:
         """Tokens of the answers under way, or just given."""
         return sum(session.num_answer_tokens for session in self.columns)
@@ -125,9 +119,6 @@ class Conversation:
             if speaker not in before:
                 same_side = [session for (_, base), session in before.items() if base == speaker[1]]
                 self._sessions[speaker] = self._session_after(speaker, (same_side or [*before.values()])[0].turns)
-        for speaker, session in before.items():
-            if speaker not in chosen:
-                session.release()
         self._shown = chosen
 
     def to_json(self) -> str:
@@ -285,8 +276,6 @@ class Tabs:
             self._conversations[key] = conversation
             while len(self._conversations) > MAX_TABS:
                 self._conversations.popitem(last=False)[1].clear()
-            if len(self._conversations) > _MAX_CACHES:
-                list(self._conversations.values())[-_MAX_CACHES - 1].release()
             return conversation
 
     def close(self, key: tuple[str, str]) -> None:

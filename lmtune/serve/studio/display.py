@@ -19,7 +19,7 @@ from typing import Any
 
 from lmtune.data.replies import is_still_reasoning, split_reply
 from lmtune.inference.chat import AnswerInfo
-from lmtune.inference.engine import FinishReason
+from lmtune.inference.request import FinishReason
 from lmtune.serve.studio.conversation import Turn
 
 _JOINER = "\u2060"

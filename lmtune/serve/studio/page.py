@@ -23,8 +23,8 @@ from typing import Any
 import gradio as gr
 
 from lmtune.errors import LmtuneError
-from lmtune.inference.engine import Sampling
 from lmtune.inference.load import LoadedModel
+from lmtune.inference.request import Sampling
 from lmtune.io.console import err, escape
 from lmtune.models.structure import base_of
 from lmtune.serve.studio.conversation import MAX_TABS, MODES, Activity, Conversation, Mode, Settings, Tabs

@@ -1,0 +1,222 @@
+"""The engine: requests share each pass whatever they are and whenever they come, and each gets what it would alone."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from lmtune.errors import LmtuneError
+from lmtune.inference.engine import TransformersEngine
+from lmtune.inference.request import Generation, Request, Sampling
+from lmtune.models.members import AS_IS, BASE, Members
+from tests.architectures import architecture
+from tests.chat_models import parrot, random_model
+
+LONG = Sampling(max_new_tokens=30)
+PROMPTS = [list(range(5, 5 + length)) for length in (40, 3, 17, 1, 26, 9)]
+
+
+def passes(model: Any) -> list[list[int]]:
+    """`[rows, columns]` of every forward pass from now on."""
+    seen: list[list[int]] = []
+    model.register_forward_pre_hook(lambda m, a, kwargs: seen.append([*kwargs["input_ids"].shape]), with_kwargs=True)
+    return seen
+
+
+def alone(model: Any, request: Request) -> list[int]:
+    """What an engine that has read nothing and serves nobody else answers."""
+    return list(TransformersEngine(model).submit(request))
+
+
+def interleaved(generations: list[Generation], order: int) -> list[list[int]]:
+    """The tokens of all, asked for in turns; each is asked from a later turn on than the one before."""
+    answers: list[list[int]] = [[] for _ in generations]
+    open_ones, turn = set(range(len(generations))), 0
+    while open_ones:
+        for place in sorted(open_ones):
+            if turn < place * order:
+                continue
+            token = next(generations[place], None)
+            if token is None:
+                open_ones.discard(place)
+            else:
+                answers[place].append(token)
+        turn += 1
+    return answers
+
+
+@pytest.mark.parametrize("order", [0, 3])
+def test_each_gets_the_tokens_that_it_would_get_alone(order: int) -> None:
+    model = random_model(2)
+    members = [AS_IS, Members((BASE,)), AS_IS, Members(("default",)), Members((BASE,)), AS_IS]
+    samplings = [
+        LONG,
+        LONG,
+        Sampling(0.9, 0.9, 20, seed=3),
+        Sampling(max_new_tokens=1),
+        LONG,
+        Sampling(max_new_tokens=7),
+    ]
+    requests = [Request(*one) for one in zip(PROMPTS, samplings, members, strict=True)]
+    wanted = [alone(model, request) for request in requests]
+    engine = TransformersEngine(model)
+    assert interleaved([engine.submit(request) for request in requests], order) == wanted
+    assert TransformersEngine(model).generate(requests) == wanted
+    assert [len(one) for one in wanted] == [30, 30, 20, 1, 30, 7]
+
+
+def test_all_that_generate_share_a_pass() -> None:
+    model = random_model()
+    engine = TransformersEngine(model)
+    engine.generate([Request([5])])  # of which kind its cache is is known from now on
+    seen = passes(model)
+    generations = [engine.submit(Request(prompt, LONG)) for prompt in PROMPTS]
+    interleaved(generations, 0)
+    assert [6, 1] in seen
+    assert len(seen) <= 30 + 2, "the prompts are read together, too"
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text", "gpt2", "deepseek_v3", "mamba2"])
+def test_caches_of_every_kind_are_shared(name: str) -> None:
+    """Windows that move on, states in place of keys, keys and values of different sizes, learned positions."""
+    model = architecture(name).eval()
+    prompts = [[5 + (7 * place + step) % 90 for step in range(length)] for place, length in enumerate((21, 4, 33, 12))]
+    requests = [Request(prompt, Sampling(max_new_tokens=12)) for prompt in prompts]
+    wanted = [alone(model, request) for request in requests]
+    engine = TransformersEngine(model)
+    assert interleaved([engine.submit(request) for request in requests], 2) == wanted
+
+
+def test_logits_in_a_batch_are_those_alone() -> None:
+    model = random_model(1)
+    kept: list[torch.Tensor] = []
+    model.register_forward_hook(lambda m, a, output: kept.append(output.logits[:, -1]))
+
+    def read(prompts: list[list[int]], names: list[str]) -> torch.Tensor:
+        engine = TransformersEngine(model)
+        engine.generate([Request([5])])
+        del kept[:]
+        engine.generate(
+            [Request(p, Sampling(max_new_tokens=4), Members((n,))) for p, n in zip(prompts, names, strict=True)]
+        )
+        return torch.stack([one[-1] for one in kept])
+
+    names = ["default", BASE, "default"]
+    single = read([PROMPTS[1]], [names[1]])
+    together = read([*PROMPTS[:3:2], PROMPTS[1]], [names[0], names[2], names[1]])
+    assert single.shape == together.shape
+    assert float((single - together).abs().max()) <= 1e-5 * float(single.abs().max())
+
+
+def test_what_was_read_is_not_read_again_by_whomever() -> None:
+    model = random_model()
+    engine = TransformersEngine(model)
+    system = list(range(100, 140))
+    first = list(engine.submit(Request([*system, 5, 6], LONG)))
+    seen = passes(model)
+    request = Request([*system, 7, 8], LONG)
+    assert list(engine.submit(request)) == alone(model, request)
+    assert seen[0] == [1, 2]
+    del seen[:]
+    whole = Request([*system, 5, 6, *first, 9], LONG)
+    assert list(engine.submit(whole)) == alone(model, whole)
+    assert seen[0] == [1, 2], "the last token of an answer is read by nobody"
+    del seen[:]
+    list(engine.submit(Request([*system, 7, 8], LONG, Members((BASE,)))))
+    assert seen[0] == [1, 42], "others read for themselves"
+    nothing_kept = TransformersEngine(model, prefix_bytes=0)
+    del seen[:]
+    assert [list(nothing_kept.submit(request)) for _ in range(2)] == [alone(model, request)] * 2
+    assert [shape for shape in seen if shape[1] > 1] == [[1, 42]] * 3
+
+
+def test_one_that_is_cancelled_leaves_and_the_others_go_on() -> None:
+    model = random_model()
+    engine = TransformersEngine(model)
+    requests = [Request(prompt, LONG) for prompt in PROMPTS[:3]]
+    wanted = [alone(model, request) for request in requests]
+    first, second, third = (engine.submit(request) for request in requests)
+    begun = [next(generation) for generation in (first, second, third)]
+    second.cancel()
+    assert list(second) == []
+    assert second.finish_reason == "stopped"
+    seen = passes(model)
+    assert [begun[0], *first] == wanted[0]
+    assert {rows for rows, _ in seen} == {2}
+    del third  # nobody waits for it
+    assert list(engine.submit(requests[1])) == wanted[1]
+    assert seen[-1][0] == 1
+
+
+def test_more_than_there_is_room_for_wait_in_their_order() -> None:
+    model = random_model()
+    engine = TransformersEngine(model, batch_tokens=2 * (9 + 30))
+    prompts = [[5 + place] * 9 for place in range(5)]
+    requests = [Request(prompt, LONG) for prompt in prompts]
+    wanted = [alone(model, request) for request in requests]
+    seen = passes(model)
+    generations = [engine.submit(request) for request in requests]
+    assert list(generations[-1]) == wanted[-1]
+    assert all(generation.is_over for generation in generations)
+    assert max(rows for rows, _ in seen) == 2
+    assert [list(generation) for generation in generations[:-1]] == wanted[:-1]
+
+
+def test_an_error_ends_those_of_its_pass_alone() -> None:
+    model = random_model()
+    engine = TransformersEngine(model)
+    generations = [engine.submit(Request(prompt, LONG)) for prompt in PROMPTS[:2]]
+    for generation in generations:
+        next(generation)
+    hook = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    for generation in generations:
+        with pytest.raises(MemoryError, match="no room"):
+            list(generation)
+        assert generation.finish_reason == "stopped"
+    hook.remove()
+    assert list(engine.submit(Request(PROMPTS[0], LONG))) == alone(model, Request(PROMPTS[0], LONG))
+
+
+def test_a_row_whose_logits_are_not_finite_is_the_only_one_that_ends() -> None:
+    model = random_model(adapter=False)
+    engine = TransformersEngine(model)
+    engine.generate([Request([5])])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[400] = float("nan")
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num())
+    good, bad = engine.submit(Request([5, 6], LONG)), engine.submit(Request([400, 6], LONG))
+    with pytest.raises(LmtuneError, match="NaN or infinity"):
+        list(bad)
+    assert list(good) == alone(model, Request([5, 6], LONG))
+
+
+def test_threads_share_passes() -> None:
+    model = random_model()
+    engine = TransformersEngine(model)
+    requests = [Request([5 + place, *prompt], LONG) for place, prompt in enumerate(PROMPTS * 2)]
+    wanted = [alone(model, request) for request in requests]
+    answers: dict[int, list[int]] = {}
+    threads = [
+        threading.Thread(target=lambda place=place: answers.update({place: list(engine.submit(requests[place]))}))
+        for place in range(len(requests))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [answers[place] for place in range(len(requests))] == wanted
+
+
+def test_a_model_whose_cache_is_unknown_answers_one_by_one() -> None:
+    loaded = parrot()
+    prompts = [
+        loaded.tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in "abc"
+    ]
+    requests = [Request(prompt, Sampling(max_new_tokens=40, stop_token_ids=(4,))) for prompt in prompts]
+    seen = passes(loaded.model)
+    answers = interleaved([loaded.engine.submit(request) for request in requests], 0)
+    assert [loaded.tokenizer.decode(answer) for answer in answers] == [f"You asked: {text}" for text in "abc"]
+    assert {rows for rows, _ in seen} == {1}
