@@ -40,7 +40,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._rooms: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append `[R, H, T, D]`; returns all keys and values, as views."""
         if not self.is_initialized:

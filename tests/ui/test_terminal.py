@@ -115,6 +115,7 @@ def test_a_pipe_gets_the_answer_without_its_reasoning(capsys: pytest.CaptureFixt
     loaded = scripted(R1, "thinking", "why</think>\n\n  Item 5.<|im_end|>")
     piped(loaded, b"Hello\n", Sampling(max_new_tokens=64))
     assert capsys.readouterr().out == "  Item 5.\n"
+    loaded = scripted(R1, "thinking", "why</think>\n\n  Item 5.<|im_end|>")
     piped(loaded, b"Hello\n", Sampling(max_new_tokens=64), as_json=True)
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert (told["reasoning"], told["answer"], told["finish_reason"]) == ("why", "  Item 5.", "stop")
