@@ -8,20 +8,23 @@ import pytest
 import torch
 
 from lmtune.config.schema import OrpoConfig, SimpoConfig
+from lmtune.data.types import TokenizedExample
 from lmtune.objectives.preference import Answers, Orpo, Simpo, WithOtherAnswers
 from tests.jobs import final_weights, job_for, records
 from tests.objectives import test_heads
 from tests.objectives.test_preference import rows_for
-from tests.tiny import Rows, adapted, tiny_classifier, tiny_model
+from tests.tiny import Rows, adapted, tiny_classifier, tiny_model, token_sequence
 from tests.tokenizers import make_tokenizer
 
 trl = pytest.importorskip("trl")
+orpo = pytest.importorskip("trl.experimental.orpo")
 STEPS, ROWS = 6, 6
 
 
 def prepared(kind: type[Any]) -> type[Any]:
     """A trainer that takes tokenized rows."""
-    return type("Prepared", (kind,), {"_prepare_dataset": lambda self, dataset, *rest: dataset})
+    as_it_is = lambda self, given, *rest, **more: given  # noqa: E731
+    return type("Prepared", (kind,), {"_prepare_dataset": as_it_is, "tokenize_row": as_it_is})
 
 
 def parts(sequence: Any) -> tuple[list[int], list[int]]:
@@ -56,6 +59,34 @@ def whole_pairs_of(rows: Rows) -> list[dict[str, Any]]:
     ]
 
 
+def labelled_pairs_of(rows: Rows) -> list[dict[str, Any]]:
+    found = []
+    for row in rows.rows:
+        both = dict(zip(("chosen", "rejected"), map(parts, row.sequences), strict=True))
+        found.append({"prompt_input_ids": both["chosen"][0], "prompt_attention_mask": [1] * len(both["chosen"][0])})
+        for name, (prompt, answer) in both.items():
+            found[-1][f"{name}_input_ids"] = [*prompt, *answer]
+            found[-1][f"{name}_attention_mask"] = [1] * len([*prompt, *answer])
+            found[-1][f"{name}_labels"] = [*[-100] * len(prompt), *answer]
+    return found
+
+
+def where_orpos_agree(rows: Rows) -> Rows:
+    """Pairs behind one token, with chosen answers of one length.
+
+    TRL's cross-entropy is over the prompt too, and of a batch the mean over tokens; ours and the paper's is over the
+    answer, and of each answer the mean. With these pairs both are the same.
+    """
+    made = []
+    for row in rows.rows:
+        answers = [parts(sequence) for sequence in row.sequences]
+        (prompt, chosen), (_, rejected) = answers
+        cut = [[prompt[-1], *chosen[:3]], [prompt[-1], *rejected]]
+        pair = tuple(token_sequence(ids, [0] + [1] * (len(ids) - 1)) for ids in cut)
+        made.append(TokenizedExample(row.location, pair, {}, row.label, row.weight))
+    return Rows(made)
+
+
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dpo": ({"kind": "dpo", "beta": 0.5}, {"beta": 0.5, "precompute_ref_log_probs": True}),
     "ipo": ({"kind": "ipo", "beta": 0.4}, {"beta": 0.4, "loss_type": ["ipo"], "precompute_ref_log_probs": True}),
@@ -63,9 +94,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"kind": "kto", "beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7},
         {"beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7, "precompute_ref_log_probs": True},
     ),
+    "orpo": ({"kind": "orpo", "beta": 0.6}, {"beta": 0.6}),
     "reward": ({"kind": "reward"}, {}),
 }
 MADE = {
+    "orpo": (orpo.ORPOTrainer, orpo.ORPOConfig, labelled_pairs_of),
     "kto": (trl.KTOTrainer, trl.KTOConfig, judged_of),
     "reward": (trl.RewardTrainer, trl.RewardConfig, whole_pairs_of),
 }
@@ -82,7 +115,7 @@ def test_losses_and_weights_are_those_of_trls_trainer(name: str, tmp_path: Path)
     trainer_kind, config_kind, rows_of = MADE.get(name, (trl.DPOTrainer, trl.DPOConfig, pairs_of))
     head = test_heads.CASES["reward"][1] if name == "reward" else None
     rows = test_heads.rows_for("reward", weights=False) if name == "reward" else rows_for(name, ROWS)
-    rows = Rows(rows.rows[:ROWS])
+    rows = where_orpos_agree(rows) if name == "orpo" else Rows(rows.rows[:ROWS])
 
     def model() -> Any:
         return adapted(tiny_model() if head is None else tiny_classifier(head))
@@ -121,13 +154,11 @@ def answers() -> Answers:
 
 
 def test_odds_are_those_of_trls_orpo() -> None:
-    """Its cross-entropy is over the prompt too, ours and the paper's over the answer."""
-    from trl.experimental.orpo import ORPOTrainer
-
+    """Of answers of any length behind prompts of any length."""
     some = answers()
     chosen, rejected = some.means
     trainer: Any = SimpleNamespace(beta=0.6, accelerator=SimpleNamespace(device="cpu"))
-    odds, reward_chosen, reward_rejected, *_ = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)
+    odds, reward_chosen, reward_rejected, *_ = orpo.ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)
     losses, rewards = Orpo(OrpoConfig(beta=0.6)).of_pairs(some)
     torch.testing.assert_close(losses, -chosen - odds, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rewards, (reward_chosen, reward_rejected))
