@@ -9,7 +9,7 @@ import pytest
 from lmtune.errors import DataError
 from lmtune.evaluation.answer_metrics import answer_metric
 from lmtune.evaluation.compare import compare
-from lmtune.evaluation.results import RowResult
+from lmtune.evaluation.results import RowResult, scores_of
 from lmtune.evaluation.tables import comparison_table, describe_worse
 from lmtune.io.console import out
 from lmtune.recipes import compare as recipe
@@ -54,6 +54,35 @@ def test_a_clear_difference_is_said_in_words() -> None:
     with out.capture() as shown:
         out.print(comparison_table("runs/a", "runs/b", found))
     assert "40 / 0 / 20" in shown.get()
+
+
+def of_preferences(rewards: list[float], is_likelier: list[bool], kl: bool = False) -> list[RowResult]:
+    """Pairs, or judged answers, as `evaluate` has them."""
+    found = []
+    for line, (reward, likelier) in enumerate(zip(rewards, is_likelier, strict=True)):
+        parts = {"loss": (0.7 - reward, 1.0), "reward_chosen": (reward, 1.0), "accuracy": (float(reward > 0), 1.0)}
+        parts |= {"kl": (0.0, 1.0)} if kl else {"pair_accuracy": (float(likelier), 1.0)}
+        found.append(RowResult(f"pairs.jsonl:{line + 1}", parts=parts))
+    return found
+
+
+@pytest.mark.parametrize(("is_kto", "deciding"), [(False, "pair_accuracy"), (True, "loss")])
+def test_a_base_that_is_its_own_reference_does_not_lose_by_that(is_kto: bool, deciding: str) -> None:
+    """Its rewards are 0, so none is right; a model that has moved by chance is no better."""
+    by_chance = [0.1 if line % 2 else -0.1 for line in range(40)]
+    base = of_preferences([0.0] * 40, [True] * 40, is_kto)
+    found = compare(base, of_preferences(by_chance, [True] * 40, is_kto), ())
+    assert found.deciding == deciding
+    assert found.differences[deciding].verdict == "not told apart"
+    better = compare(base, of_preferences([0.1] * 40, [True] * 40, is_kto), ()).differences[deciding]
+    assert better.verdict == ("better" if is_kto else "not told apart")
+
+
+def test_rewards_of_0_are_numbers_and_no_shares() -> None:
+    found = scores_of(of_preferences([0.0] * 40, [True] * 40), ())
+    assert found["reward_chosen"].interval == (0, 0)
+    low, high = found["pair_accuracy"].interval or (0, 0)
+    assert 0.9 < low < high == 1
 
 
 def test_a_lower_loss_is_better() -> None:

@@ -17,7 +17,10 @@ from lmtune.evaluation.answer_metrics import AnswerMetric
 from lmtune.evaluation.intervals import Difference, difference
 from lmtune.evaluation.results import Measured, RowResult, ScoreOfRows, by_metric, by_part, scores_of
 
-_OF_ANSWERS = ("loss", "token_accuracy", "sequence_accuracy")
+_COMPARED = {  # by a score that only such rows have
+    "token_accuracy": ("loss", "token_accuracy", "sequence_accuracy"), "pair_accuracy": ("pair_accuracy", "accuracy"),
+    "kl": ("loss",),
+}  # fmt: skip
 _LOWER_IS_BETTER = ("loss",)
 
 
@@ -132,11 +135,20 @@ def _measured(
         if both[0] is not None and both[1] is not None:
             places = np.array(answered)[both[0].places]
             yield metric.name, replace(both[0], places=places), replace(both[1], places=places)
-    both_answer = all("token_accuracy" in row.parts for pair in pairs for row in pair)
-    for name in _OF_ANSWERS if both_answer else ("accuracy",):
+    for name in _part_names(pairs):
         both = [by_part([pair[which] for pair in pairs], name) for which in (0, 1)]
         if both[0] is not None and both[1] is not None and np.array_equal(both[0].places, both[1].places):
             yield name, both[0], both[1]
+
+
+def _part_names(pairs: Sequence[tuple[RowResult, RowResult]]) -> tuple[str, ...]:
+    """By what rows are compared beside metrics of their answers, first what decides.
+
+    A model that is its own reference has rewards of 0, which are right nowhere; so pairs are told by which answer is
+    the likelier one, and judged answers, which have a divergence, by their loss.
+    """
+    known = set.intersection(*(set(row.parts) for pair in pairs for row in pair))
+    return next((names for mark, names in _COMPARED.items() if mark in known), ("accuracy",))
 
 
 def slices_of(

@@ -25,7 +25,7 @@ from lmtune.evaluation.compare import Comparison, Slice, compare, slices_of
 from lmtune.evaluation.generative import Answer, questions
 from lmtune.evaluation.intervals import Interval, interval, interval_of
 from lmtune.evaluation.measures import measure
-from lmtune.evaluation.results import RowResult, scores_of
+from lmtune.evaluation.results import RowResult, is_share, scores_of
 from lmtune.evaluation.scoring import (
     RowScores,
     Scores,
@@ -195,7 +195,8 @@ def _said(head: Head, outputs: npt.NDArray[np.float64]) -> str:
 def intervals_of(found: RowScores, head: Head | None) -> Intervals:
     """Of the scores of an objective over rows, those that are sums and those that are not."""
     known: dict[str, Interval | None] = {
-        name: interval(part[part[:, 1] != 0], mean_of_sums) for name, part in found.parts.items()
+        name: interval(part[part[:, 1] != 0], mean_of_sums, may_be_share=is_share(name))
+        for name, part in found.parts.items()
     }
     outputs, targets, rows = found.outputs, found.targets, found.scores.rows
     if head is None or outputs is None or targets is None or rows > _MEASURED_ROWS:

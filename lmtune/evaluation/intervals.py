@@ -88,15 +88,17 @@ def _in_words(name: str, verdict: str, wins: Interval) -> str:
     return f"{name} is {verdict}: it wins {low} to {high} of 100 rows"
 
 
-def interval(statistics: Float64, score: Score, seed: int = 0) -> Interval | None:
+def interval(statistics: Float64, score: Score, seed: int = 0, may_be_share: bool = True) -> Interval | None:
     """Of `score(statistics.sum(0))` of rows' statistics `[N, S]`; None for fewer than two rows.
 
-    Of statistics that are 0 or 1, and a 1 behind it, the score is taken for the share that they add up to.
+    Of statistics that are 0 or 1, and a 1 behind it, the score is taken for the share that they add up to, unless
+    `may_be_share` says that they are numbers: rewards may all be 0.
     """
     count = len(statistics)
     if count < 2:
         return None
-    if statistics.shape[1] == 2 and (statistics[:, 1] == 1).all() and np.isin(statistics[:, 0], (0, 1)).all():
+    whole = statistics.shape[1] == 2 and (statistics[:, 1] == 1).all() and np.isin(statistics[:, 0], (0, 1)).all()
+    if may_be_share and whole:
         return Interval(*wilson(float(statistics[:, 0].mean()), count))
     return _percentiles(score(_resampled(statistics, seed)), count)
 

@@ -80,6 +80,11 @@ def by_part(rows: Sequence[RowResult], name: str) -> Measured | None:
     return Measured(statistics, mean_of_sums, np.array(places))
 
 
+def is_share(name: str) -> bool:
+    """Whether one of `RowResult.parts` is a share of rows, or of tokens; else it is a number, as a reward is."""
+    return name.endswith("accuracy")
+
+
 def part_names(rows: Sequence[RowResult]) -> list[str]:
     """The scores that rows have beside metrics of their answers."""
     return list(dict.fromkeys(name for row in rows for name in row.parts))
@@ -96,11 +101,11 @@ class ScoreOfRows:
 
 def scores_of(rows: Sequence[RowResult], metrics: Sequence[AnswerMetric]) -> dict[str, ScoreOfRows]:
     """Of the answers by each metric, then the scores that the rows have already."""
-    found = [(metric.name, by_metric(rows, metric)) for metric in metrics]
-    found += [(name, by_part(rows, name)) for name in part_names(rows)]
+    found = [(metric.name, by_metric(rows, metric), True) for metric in metrics]
+    found += [(name, by_part(rows, name), is_share(name)) for name in part_names(rows)]
     return {
-        name: ScoreOfRows(one.value, interval(one.statistics, one.score), len(one.places))
-        for name, one in found if one is not None
+        name: ScoreOfRows(one.value, interval(one.statistics, one.score, may_be_share=share), len(one.places))
+        for name, one, share in found if one is not None
     }  # fmt: skip
 
 
