@@ -325,7 +325,8 @@ def describe_report(report: DataReport) -> str:
         lines += ["validation:", *describe_part(validation)]
     elif validation is not None and validation.held_out:
         copies = f"; {validation.copies:,} augmented copies of them are not used" if validation.copies else ""
-        lines.append(f"  {pluralize(validation.held_out)} of these held out for validation{copies}")
+        held = f"{validation.held_out:,} rows and pieces" if report.train.pieces else pluralize(validation.held_out)
+        lines.append(f"  {held} of these held out for validation{copies}")
     elif validation is not None:
         lines.append("  warning: no validation rows: a part can be held out only of two or more different rows")
     if any(source.share is not None for source in report.sources or ()):

@@ -13,7 +13,7 @@ import pytest
 from lmtune.config.schema import DataConfig
 from lmtune.data.in_memory import paths_or_rows, rows_file
 from lmtune.data.rendering import Renderer
-from lmtune.data.report import PartReport, RowCounter, describe_part, typed
+from lmtune.data.report import PartReport, RowCounter, describe_part, describe_report, typed
 from lmtune.data.store import TokenizedData, load_data, tokenize
 from lmtune.data.types import Example, Message, RowKind, WithValues, content_hash, prompt_hash
 from lmtune.errors import DataError
@@ -264,7 +264,9 @@ class TestSplit:
         )
         loaded = load_data(config, Renderer(make_tokenizer(CHATML)), 0)
         assert loaded.validation is not None
-        assert len(loaded.validation) == round(0.2 * (len(loaded.train) + len(loaded.validation)))
+        held_out = len(loaded.validation)
+        assert held_out == round(0.2 * (len(loaded.train) + held_out))
+        assert f"  {held_out} rows and pieces of these held out for validation" in describe_report(loaded.report)
 
     @pytest.mark.parametrize(
         ("kind", "row"),
