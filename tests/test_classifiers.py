@@ -245,6 +245,12 @@ def test_a_language_model_is_not_made_of_a_classifier(done: tuple[Path, RunDirec
         write_rows(Path("answers.jsonl"), [{"prompt": "Hi", "completion": "Ho"}] * 4)
     with pytest.raises(ModelError, match=r"a classifier, which cannot write; expected a language model for .*: sft"):
         finetune(place, model__name="runs/trial/merged", data__train="answers.jsonl", data__validation=None)
+    if done[2] != "lora":
+        return
+    with pytest.raises(ConfigError, match=r"tuning\.adapter: trial is of a classifier, which cannot write; expected"):
+        finetune(
+            place, run__name="writes", tuning__adapter="trial", data__train="answers.jsonl", data__validation=None
+        )  # fmt: skip
 
 
 def test_a_plan_counts_the_head() -> None:

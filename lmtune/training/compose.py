@@ -238,7 +238,7 @@ def _compose(
     )  # fmt: skip
     if head is not None and head.pad_token_id is not None:  # saved with the tokenizer, as transformers needs it
         renderer.tokenizer.pad_token_id = head.pad_token_id
-    if start is not None and head is not None:
+    if start is not None:
         _check_same_head(start, head)
     if selection is not None:
         data = data.selected(selection, config.data)
@@ -280,10 +280,14 @@ def _compose(
     )  # fmt: skip
 
 
-def _check_same_head(start: StartingAdapter, head: Head) -> None:
-    """ConfigError if the adapter that training begins from has a head of other outputs."""
+def _check_same_head(start: StartingAdapter, head: Head | None) -> None:
+    """ConfigError if the adapter that training begins from has a head of other outputs, or one that is not wanted."""
     saved = Metadata.read(start.folder).head
-    if saved is None or (saved.kind, saved.labels) != (head.kind, head.labels):
+    if head is None and saved is not None:
+        raise ConfigError(
+            f"tuning.adapter: {start.name} is of a classifier, which cannot write; expected that of a language model"
+        )
+    if head is not None and (saved is None or (saved.kind, saved.labels) != (head.kind, head.labels)):
         had = "writes, and has no head" if saved is None else f"has the outputs {', '.join(saved.labels)}"
         raise ConfigError(
             f"tuning.adapter: {start.name} {had}; expected {', '.join(head.labels)}, as the rows have them; begin from "
