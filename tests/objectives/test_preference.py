@@ -158,7 +158,7 @@ def test_micro_batches_of_any_size_give_the_same_weights(tmp_path: Path, name: s
             torch.testing.assert_close(weight, whole[key], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo", "kto"])
+@each
 def test_resuming_from_any_step_is_bitwise_the_same(tmp_path: Path, name: str) -> None:
     settings: dict[str, Any] = {
         "run__checkpoint_every_steps": 1, "run__keep_checkpoints": 10, "objective": OBJECTIVES[name],
