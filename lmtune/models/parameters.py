@@ -1,7 +1,7 @@
 """How many parameters a run trains, freezes and quantizes, and the precision of the rest, in one line.
 
-    parameters: 20,512 trained (LoRA r=4 on 9 modules and 2 expert tensors); 2.9 M frozen, of these 2.1 M in nf4, the
-    rest in float32; not adapted: router
+    parameters: 11,008 trained (LoRA r=4 on 11 modules and 2 expert tensors, over 98,304 of the base); 156,288 frozen:
+    49,152 in nf4, 107,136 in float32 (experts 49,152: 0.188 MiB; embeddings, head and norms 57,984); not adapted: …
 
 The count is the same for a loaded base and for one on the meta device.
 """
@@ -92,17 +92,25 @@ class Parameters:
         """The line."""
         if not self.frozen:
             return f"{self.trained:,} trained ({self.what})"
-        held = f"{short_count(self.frozen)} frozen"
-        if not self.quantized:
-            held += f" in {self.dtype}"
-        else:
-            held += f", of these {short_count(self.quantized)} in {self.quantization}, the rest in {self.dtype}"
-        if self.experts and self.quantization != "none":
-            each: int = getattr(torch, self.dtype).itemsize
-            share, size = self.experts / self.frozen, self.experts * each / _GIB
-            held += f": experts ({share:.0%} of the weights) stay in {each * 8} bit: {size_text(size)}"
+        what, adapted = self.what, self.adapted_linear + self.adapted_experts
+        if adapted:
+            what += f", over {short_count(adapted)} of the base"
         left = f"; not adapted: {', '.join(self.not_adapted)}" if self.not_adapted else ""
-        return f"{self.trained:,} trained ({self.what}); {held}{left}"
+        return f"{self.trained:,} trained ({what}); {short_count(self.frozen)} frozen{self._held()}{left}"
+
+    def _held(self) -> str:
+        """How many of the frozen ones are held in which precision, and of which parts those in full precision are."""
+        if self.quantization == "none":
+            return f" in {self.dtype}"
+        size = self.experts * getattr(torch, self.dtype).itemsize / _GIB
+        parts = {
+            f"experts {short_count(self.experts)}: {size_text(size)}": self.experts,
+            f"linear layers {short_count(self.linear - self.quantized)}": self.linear - self.quantized,
+            f"embeddings, head and norms {short_count(self.other)}": self.other,
+        }
+        said = "; ".join(part for part, number in parts.items() if number)
+        quantized = f"{short_count(self.quantized)} in {self.quantization}, " if self.quantized else ""
+        return f": {quantized}{short_count(self.frozen - self.quantized)} in {self.dtype} ({said})"
 
 
 def count_parameters(

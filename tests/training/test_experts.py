@@ -25,8 +25,8 @@ def test_a_run_over_a_mixture_of_experts(tmp_path: Path, quantization: str, caps
         warnings.filterwarnings("error", module="peft", category=UserWarning)
         run, summary = finetune(folder, model__quantization=quantization, evaluation__exact_match_rows=1)
         said = " ".join(capsys.readouterr().err.split())
-        assert "(LoRA r=4 on 8 modules and 2 expert tensors); " in said
-        assert said.count("stay in 32 bit") == (quantization != "none")
+        assert "(LoRA r=4 on 8 modules and 2 expert tensors, over " in said
+        assert said.count(" in float32 (experts ") == (quantization != "none")
         assert f"parameters: {summary['trainable_parameters']:,} trained" in said
         assert summary["tuned"]["loss"] < summary["base"]["loss"]
         config, state = read_adapter(run.adapter)

@@ -211,9 +211,12 @@ def test_a_forecast_counts_what_is_there_of_a_mixture_of_experts(tmp_path: Path)
     assert found.memory.expert_copies == pytest.approx(4 * 3 * 64 * 64 * 4 / GIB)
     assert found.memory.base_weights > 4 * 3 * 64 * 64 * 4 / GIB, "experts are not quantized"
     said = dict(found.lines())["parameters"]
-    assert f"{found.parameters.trained:,} trained (LoRA r=4 on 11 modules and 2 expert tensors); " in said
-    assert " in nf4, the rest in float32: experts (" in said
-    assert "of the weights) stay in 32 bit: 0.188 MiB; not adapted: router" in said
+    numbers = found.parameters
+    assert (
+        f"{numbers.trained:,} trained (LoRA r=4 on 11 modules and 2 expert tensors, over 98,304 of the base); " in said
+    )
+    assert f" frozen: {numbers.quantized:,} in nf4, {numbers.frozen - numbers.quantized:,} in float32 (experts " in said
+    assert f"(experts 49,152: 0.188 MiB; embeddings, head and norms {numbers.other:,}); not adapted: router" in said
     assert not [value for _, value in found.lines() if value.startswith("0.0")]
 
 
