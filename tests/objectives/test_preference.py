@@ -227,11 +227,13 @@ def test_odds_of_sure_answers_stay_finite() -> None:
     torch.testing.assert_close(_log1mexp(x), torch.tensor(wanted), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize(
+    "name", ["dpo", "kto", *(pytest.param(name, marks=pytest.mark.long) for name in ("ipo", "orpo", "simpo"))]
+)
 def test_two_processes_give_what_one_gives(tmp_path: Path, name: str) -> None:
     place = make_workplace(tmp_path / "work")
     rows = [
-        {"prompt": f"Say number {n}!", "chosen": f"It is {n}.", "rejected": f"No. {9 - n % 10}"} if name == "dpo"
+        {"prompt": f"Say number {n}!", "chosen": f"It is {n}.", "rejected": f"No. {9 - n % 10}"} if name != "kto"
         else {"prompt": f"Say number {n}!", "completion": f"It is {n}." if n % 3 else "No.", "label": bool(n % 3)}
         for n in range(20)
     ]  # fmt: skip
