@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import lmtune
 from lmtune.errors import ConfigError, LmtuneError, ModelError
+from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.evaluation.scoring import row_losses
 from lmtune.inference.load import load_for_inference
 from lmtune.models.members import Members
@@ -245,6 +246,19 @@ def test_without_validation_rows_members_are_scored_on_rows_that_they_have_not_s
 
 
 # --- runs that are there
+
+
+def test_rows_that_a_member_was_trained_on_are_counted(bagged: Path) -> None:
+    """Those of its bootstrap sample, not all of the file; of an ensemble those that any member was trained on."""
+    with inside(bagged):
+        runs = [RunDirectory(f"runs/trial/member-{number}") for number in (1, 2, 3)]
+        samples = [set(selection.train) for run in runs if (selection := run.read_selection())]
+        found = [
+            evaluate_loaded(load_for_inference(str(place)), ["train.jsonl", "validation.jsonl"], 0, 8, 128).trained_rows
+            for place in ("runs/trial/member-1", "runs/trial")
+        ]
+        assert found == [len(samples[0]), len(set().union(*samples))]
+        assert found[0] < found[1] <= len(TEXTS) - 9
 
 
 def test_runs_that_are_there_are_joined(bagged: Path) -> None:

@@ -239,7 +239,7 @@ def evaluate_loaded(
     if loaded.has_adapter:
         with loaded.use_base():
             base = scorer.score(exact_match_rows, max_new_tokens, metrics, "the base")
-    known = None if loaded.run is None else _trained_rows(loaded.run, loaded)
+    known = _trained_rows(loaded)
     trained = None if known is None else int(np.isin(scorer.data.content, known).sum())
     deciding = metrics or (answer_metric("exact"),)
     comparison = None if base is None else compare(base.rows, tuned.rows, deciding)
@@ -278,13 +278,22 @@ def objective_of_model(loaded: LoadedModel) -> Objective:
     return Sft() if loaded.head is None else objective_for(loaded.head)
 
 
-def _trained_rows(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint64] | None:
+def _trained_rows(loaded: LoadedModel) -> npt.NDArray[np.uint64] | None:
+    """The hashes of the rows that the model, or a member of it, was trained on; None if that is not known of all."""
+    runs = loaded.member_runs if loaded.members.adapters else () if loaded.run is None else (loaded.run,)
+    found = [rows for run in runs if (rows := _trained_rows_of(run, loaded)) is not None]
+    return np.concatenate(found) if found and len(found) == len(runs) else None
+
+
+def _trained_rows_of(run: RunDirectory, loaded: LoadedModel) -> npt.NDArray[np.uint64] | None:
     """The hashes of the rows that `run` trained on; None if its data is not here any more, or is not the same."""
     try:
         config = load_config(FinetuneConfig, run.config)
         data = load_data(config.data, loaded.renderer, config.train.seed, config.objective.rows)
         # by the files' content: the tokenizer beside an adapter may name another end token than the base's
-        begun = run.read_data_report()
+        begun, selection = run.read_data_report(), run.read_selection()
+        if begun is None or begun.train.sha256 != data.report.train.sha256:
+            return None
+        return (data if selection is None else data.selected(selection, config.data)).train.content
     except (LmtuneError, OSError):
         return None
-    return data.train.content if begun is not None and begun.train.sha256 == data.report.train.sha256 else None

@@ -81,6 +81,7 @@ class LoadedModel:
         run: the run that the model comes from, if that is known.
         head: of a classifier; None for a language model.
         members: who answers, of several adapters on the model.
+        member_runs: the runs that these adapters come from; empty where one is an adapter without its run.
         lock: held by whoever runs the model, since switching the adapter off concerns all threads.
     """
 
@@ -94,6 +95,7 @@ class LoadedModel:
     run: RunDirectory | None = None
     head: Head | None = None
     members: Members = AS_IS
+    member_runs: tuple[RunDirectory, ...] = ()
     lock: contextlib.AbstractContextManager[bool] = field(default_factory=threading.RLock, repr=False)
 
     @functools.cached_property
@@ -238,7 +240,9 @@ def load_members(
                 raise ModelError(f"{place}: another {apart[0]} than {places[0]} has; members of an ensemble share it")
             add_adapter(cast("PeftModel", first.model), adapter, name)
     members = Members(tuple(names), ensemble.weights, method or ensemble.method)
-    return replace(first, name=f"{folder.name} ({len(names)} members: {first.name}, …)", members=members)
+    name, runs = f"{folder.name} ({len(names)} members: {first.name}, …)", [find_run(place) for place in places]
+    known = tuple(run for run in runs if run is not None)
+    return replace(first, name=name, members=members, member_runs=known if len(known) == len(runs) else ())
 
 
 def _shared(metadata: Metadata) -> dict[str, Any]:
