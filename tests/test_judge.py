@@ -111,6 +111,14 @@ def test_each_row_is_asked_in_both_orders_and_ties_are_kept(tmp_path: Path) -> N
         assert len(endpoint.requests) == 8, "what is kept is not asked again"
 
 
+def test_verdicts_of_another_endpoint_are_not_taken(tmp_path: Path) -> None:
+    """Two servers may call what they serve by the same name."""
+    with serving(lambda body, number: (200, "A")) as one, serving(prefers_good) as other:
+        ask(one, tmp_path / "kept.jsonl")
+        assert ask(other, tmp_path / "kept.jsonl").counts == (2, 1, 2)
+        assert len(other.requests) == 8
+
+
 def test_a_judge_that_names_a_place_gives_ties_that_are_counted(tmp_path: Path) -> None:
     with serving(lambda body, number: (200, "A")) as endpoint:
         found = ask(endpoint, tmp_path / "kept.jsonl")
@@ -137,17 +145,18 @@ def test_a_broken_connection_costs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
 
     def leaving(body: dict[str, Any], number: int) -> Answer:
-        return prefers_good(body, number) if number < 5 else (503, {"error": "away"})
+        return prefers_good(body, number) if number < 5 or is_back else (503, {"error": "away"})
 
-    told = r"status 503, 4 times; verdicts so far are kept: the same command continues"
-    with serving(leaving) as endpoint, pytest.raises(LmtuneError, match=told):
-        ask(endpoint, path)
-    assert len(path.read_text().splitlines()) == 5
-    with open(path, "a") as file:
-        file.write('{"key": "half a li')
-    with serving(prefers_good) as endpoint:
+    told, is_back = r"status 503, 4 times; verdicts so far are kept: the same command continues", False
+    with serving(leaving) as endpoint:
+        with pytest.raises(LmtuneError, match=told):
+            ask(endpoint, path)
+        assert len(path.read_text().splitlines()) == 5
+        with open(path, "a") as file:
+            file.write('{"key": "half a li')
+        asked, is_back = len(endpoint.requests), True
         found = ask(endpoint, path)
-        assert len(endpoint.requests) == 3
+        assert len(endpoint.requests) == asked + 3
     assert list(found.by_row.values()) == ["second", "first", "tie", "tie", "second"]
 
 

@@ -166,7 +166,7 @@ class Judge:
             said = tree["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise LmtuneError(
-                f"--judge: {self._shown}: the answer has no choices; expected a chat completion"
+                f"--judge: {self.shown}: the answer has no choices; expected a chat completion"
             ) from None
         return str(said or "")
 
@@ -175,7 +175,7 @@ class Judge:
         self._is_stopped = True
 
     @property
-    def _shown(self) -> str:
+    def shown(self) -> str:
         """The address without what may be secret in it."""
         url = httpx.URL(self._address)
         return f"{url.scheme}://{url.netloc.decode().rpartition('@')[2]}{url.path}"
@@ -186,7 +186,7 @@ class Judge:
         names = [str(one.get("id")) for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if len(names) == 1:
             return names[0]
-        raise ConfigError(f"--judge-model: missing; {self._shown} has {', '.join(names[:8]) or 'no list of models'}")
+        raise ConfigError(f"--judge-model: missing; {self.shown} has {', '.join(names[:8]) or 'no list of models'}")
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """A JSON object from the endpoint, after as many tries as are worth it."""
@@ -214,7 +214,7 @@ class Judge:
                 hint = f"; set {KEY_VARIABLE}" if answer.status_code in (401, 403) else ""
                 said = answer.text.replace(os.environ.get(KEY_VARIABLE) or "\0", "…")
                 reason = " ".join(said.split())[:200]
-                raise ConfigError(f"--judge: {self._shown}: status {answer.status_code}{hint}: {reason}")
+                raise ConfigError(f"--judge: {self.shown}: status {answer.status_code}{hint}: {reason}")
             try:
                 tree = answer.json()
             except ValueError:
@@ -223,7 +223,7 @@ class Judge:
                 return tree
             problem = "the answer is no JSON object"
         raise LmtuneError(
-            f"--judge: {self._shown}: {problem}, {_TRIES} times; verdicts so far are kept: the same command continues"
+            f"--judge: {self.shown}: {problem}, {_TRIES} times; verdicts so far are kept: the same command continues"
         )
 
 
@@ -274,7 +274,7 @@ def judged(pairs: Sequence[Pair], judge: Judge, kept: KeptLines) -> Judgement:
     known: dict[str, Verdict] = {str(line.get("key")): line["verdict"] for line in kept.lines if "verdict" in line}
     asked = [pair for pair in pairs if not exact(pair.first, pair.second)]
     orders = {(*pair.place, swapped): _swapped(pair) if swapped else pair for pair in asked for swapped in (0, 1)}
-    keys = {place: _key(judge.model, pair) for place, pair in orders.items()}
+    keys = {place: _key(judge, pair) for place, pair in orders.items()}
     missing = list({key: place for place, key in keys.items() if key not in known}.values())
     if known and len(missing) < len(keys):
         err.print(f"{pluralize(len(keys) - len(missing), 'verdict')} taken from {escape(str(kept.path))}")
@@ -319,7 +319,7 @@ def _swapped(pair: Pair) -> Pair:
     return replace(pair, first=pair.second, second=pair.first)
 
 
-def _key(model: str, pair: Pair) -> str:
-    """Equal for the same question about the same answers to the same judge."""
-    parts = [model, *(one["content"] for one in messages(pair))]
+def _key(judge: Judge, pair: Pair) -> str:
+    """Equal for the same question about the same answers to the same model at the same address."""
+    parts = [judge.shown, judge.model, *(one["content"] for one in messages(pair))]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
