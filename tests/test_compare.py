@@ -46,6 +46,16 @@ def test_rows_are_paired_by_their_place_and_those_that_got_worse_come_first() ->
     assert "first:     yes" in describe_worse(found.rows, 3)[-2]
 
 
+def test_the_first_metric_orders_the_rows_and_the_next_those_that_it_does_not_tell_apart() -> None:
+    """A loss in nats is no reason to stand before a row that is wrong now."""
+    first = results({1: "yes", 2: "yes", 3: "no", 4: "yes"}, {1: 4.0, 2: 4.0, 3: 4.0, 4: 4.0})
+    second = results({1: "yes", 2: "no", 3: "yes", 4: "yes"}, {1: 40.0, 2: 4.0, 3: 80.0, 4: 2.0})
+    found = compare(first, second, [answer_metric("exact")])
+    assert [(row.first.location, row.gain) for row in found.rows] == [
+        ("rows.jsonl:2", -1), ("rows.jsonl:1", -9), ("rows.jsonl:4", 0.5), ("rows.jsonl:3", 1),
+    ]  # fmt: skip
+
+
 def test_a_clear_difference_is_said_in_words() -> None:
     first, second = (dict.fromkeys(range(60), "no"), {line: "yes" if line % 3 else "no" for line in range(60)})
     found = compare(results(first), results(second), [answer_metric("exact")])

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from lmtune.errors import DataError
 from lmtune.evaluation.answer_metrics import AnswerMetric
@@ -100,7 +101,7 @@ def compare(first: Sequence[RowResult], second: Sequence[RowResult], metrics: Se
         raise DataError("there is no row that both models could read")
     scores: dict[str, tuple[float, float]] = {}
     differences: dict[str, Difference] = {}
-    gains = np.zeros(len(pairs))
+    gains, apart_by = np.zeros(len(pairs)), list[npt.NDArray[np.float64]]()
     for name, one, other in _measured(pairs, metrics):
         sign = -1 if name in _LOWER_IS_BETTER else 1
         found = difference(one.statistics, other.statistics, one.score, higher_is_better=sign > 0)
@@ -109,11 +110,14 @@ def compare(first: Sequence[RowResult], second: Sequence[RowResult], metrics: Se
         scores[name], differences[name] = (one.value, other.value), found
         apart = sign * (other.of_rows - one.of_rows)
         gains[one.places] = np.where(gains[one.places] == 0, apart, gains[one.places])
+        apart_by.append(np.zeros(len(pairs)))
+        apart_by[-1][one.places] = apart
     if not differences:
         raise DataError("the two models were trained for different things; compare models of one objective")
     rows = [ComparedRow(one, other, float(gain)) for (one, other), gain in zip(pairs, gains, strict=True)]
     left_out = len(first) + len(second) - 2 * len(pairs)
-    return Comparison(scores, differences, sorted(rows, key=lambda row: row.gain), left_out)
+    order = np.lexsort(apart_by[::-1])  # by the first metric; rows that it does not tell apart by the next
+    return Comparison(scores, differences, [rows[place] for place in order], left_out)
 
 
 def _numbered(rows: Sequence[RowResult]) -> Iterator[tuple[tuple[str, int], RowResult]]:
