@@ -85,6 +85,9 @@ def test_a_metric_that_is_not_there_is_named() -> None:
         answer_metric("rouge")
     with pytest.raises(ConfigError, match="not a regular expression"):
         answer_metric("regex:(")
+    for name in ("number:", "regex:"):
+        with pytest.raises(ConfigError, match=f"--metric {name}: expected what to look for after the colon"):
+            answer_metric(name)
 
 
 def test_numbers_are_found_as_people_write_them() -> None:

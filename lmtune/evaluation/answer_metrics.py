@@ -70,9 +70,11 @@ def answer_metric(name: str) -> AnswerMetric:
     """The metric called `name`; some take what they look for after a colon: `regex:^\\d+$`, `number:Answer:`.
 
     Raises:
-        ConfigError: there is none of that name, or its regular expression is wrong.
+        ConfigError: there is none of that name, or its regular expression or mark is wrong or missing.
     """
     kind, given, argument = name.partition(":")
+    if kind in ("regex", "number") and given and not argument:
+        raise ConfigError(f"--metric {name}: expected what to look for after the colon, such as number:####")
     if kind == "regex":
         return _mean_of(name, _matches_pattern(argument))
     if kind == "number":
