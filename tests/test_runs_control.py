@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from lmtune.errors import CheckpointError, ConfigError, LmtuneError, ModelError
-from lmtune.recipes import runs
+from lmtune.recipes import report, runs
 from lmtune.recipes.runs import Action
-from lmtune.runs.comparison import best_of, compare_runs
+from lmtune.runs.comparison import best_of, compare_runs, shown_setting
 from lmtune.runs.control import cancel, deletable, delete, holder_of
 from lmtune.runs.store import RunDirectory
-from tests.sample_run import SUMMARY, write_records
+from tests.sample_run import METRICS, SUMMARY, write_records
 
 HOLD = (  # a process that holds a run, and ends as training does
     "import signal, sys, time\nfrom lmtune.runs.store import RunDirectory\n"
@@ -59,6 +59,25 @@ def test_compare_tells_the_settings_that_differ_beside_the_scores(
     assert tree["notes"] == []
     runs.main(Action.compare, ["support", "other"])
     assert "tuning.rank" in capsys.readouterr().out
+
+
+def test_compare_knows_how_far_an_interrupted_run_got_and_writes_settings_as_a_config(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_records(run.path.with_name("other"))
+    changed = {"trackers: []": "trackers: [tensorboard, trackio]", "use_dora: false": "use_dora: true"}
+    for before, after in changed.items():
+        other.config.write_text(other.config.read_text().replace(before, after))
+    other.summary.write_text('{"status": "interrupted"}')
+    found = compare_runs([run, other])
+    assert found.figures["steps"] == (SUMMARY["steps"], METRICS[-1]["step"])
+    runs.main(Action.compare, ["support", "other"])
+    shown = capsys.readouterr().out
+    assert "[tensorboard, trackio]" in shown
+    assert " true" in shown
+    assert shown_setting([{"path": "a.jsonl", "share": None}]) == "[{path: a.jsonl, share: null}]"
+    report.main(["support", "other"], output=Path("both.html"))
+    assert "<td>[]</td><td>[tensorboard, trackio]</td>" in Path("both.html").read_text(encoding="utf-8")
 
 
 def test_compare_says_that_other_rows_were_held_out(run: RunDirectory) -> None:

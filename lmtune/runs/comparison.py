@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from lmtune.config.yaml import read_yaml
 from lmtune.runs.history import run_status
+from lmtune.runs.log import last_steps
 from lmtune.runs.store import RunDirectory, Summary
 
 _OF_EACH = ("run.name",)  # differs always
@@ -59,7 +60,7 @@ def compare_runs(runs: Sequence[RunDirectory]) -> Comparison:
         settings={key: values for key, values in different.items() if any(value != values[0] for value in values)},
         base=_scores([summary.base for summary in summaries]),
         tuned=_scores([summary.tuned for summary in summaries]),
-        figures=_figures(summaries),
+        figures=_figures(runs, summaries),
         notes=_notes(runs, settings),
     )  # fmt: skip
 
@@ -73,6 +74,19 @@ def settings_of(run: RunDirectory) -> dict[str, object]:
         else:
             flat[section] = values
     return flat
+
+
+def shown_setting(value: object) -> str:
+    """A setting as a config writes it: `[tensorboard, trackio]`; a dash where a run has none."""
+    return "–" if value is None else _as_yaml(value)
+
+
+def _as_yaml(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_as_yaml(one)}' for key, one in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def best_of(name: str, values: Sequence[float | None]) -> int | None:
@@ -90,8 +104,14 @@ def _scores(of_runs: Sequence[Mapping[str, float | None] | None]) -> dict[str, t
     return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
 
-def _figures(summaries: Sequence[Summary]) -> dict[str, tuple[float | None, ...]]:
+def _figures(runs: Sequence[RunDirectory], summaries: Sequence[Summary]) -> dict[str, tuple[float | None, ...]]:
+    found: dict[str, tuple[float | None, ...]]
     found = {name: tuple(summary.figures.get(name) for summary in summaries) for name in _FIGURES}
+    # one that has not ended has its steps in its records only
+    found["steps"] = tuple(
+        next((one.step for one in last_steps(run, 1)), None) if steps is None else steps
+        for run, steps in zip(runs, found["steps"], strict=True)
+    )
     return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
 

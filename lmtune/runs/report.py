@@ -17,7 +17,7 @@ from lmtune.data.report import PartReport, describe_report
 from lmtune.io.atomic import write_text
 from lmtune.io.text import is_finite_number, pluralize
 from lmtune.runs.charts import Mark, Series, bar_chart, line_chart, short, stacked_bars
-from lmtune.runs.comparison import best_of, compare_runs, settings_of
+from lmtune.runs.comparison import best_of, compare_runs, settings_of, shown_setting
 from lmtune.runs.curves import Curves, charts_of, loss_png
 from lmtune.runs.events import CheckpointSaved, Event, StatusChanged, Warned, read_events
 from lmtune.runs.history import overview
@@ -350,7 +350,7 @@ def _beside(runs: Sequence[RunDirectory], curves: Sequence[Curves]) -> str:
         rows.append(
             [
                 f"<td>{escape(key)}</td>",
-                *(f"<td>{'–' if value is None else escape(str(value))}</td>" for value in values),
+                *(f"<td>{escape(shown_setting(value))}</td>" for value in values),
             ]
         )
     for part, scores in (("base", found.base), ("tuned", found.tuned)):

@@ -11,7 +11,7 @@ from lmtune.data.report import describe_report
 from lmtune.errors import LmtuneError
 from lmtune.io.console import escape, out
 from lmtune.io.text import is_finite_number, pluralize
-from lmtune.runs.comparison import Comparison, best_of
+from lmtune.runs.comparison import Comparison, best_of, shown_setting
 from lmtune.runs.events import CheckpointSaved, Evaluated, Event, StepDone, Warned, best_so_far, shown_scores
 from lmtune.runs.history import Overview, RunGroup, overview
 from lmtune.runs.store import RunDirectory, ScoreValues
@@ -213,7 +213,7 @@ def comparison_table(found: Comparison) -> Table:
         table.add_column(escape(name), justify="right", overflow="fold")
     table.add_row("status", *found.status)
     for key, values in found.settings.items():
-        table.add_row(escape(key), *("–" if value is None else escape(str(value)) for value in values), style="cyan")
+        table.add_row(escape(key), *(escape(shown_setting(value)) for value in values), style="cyan")
     both = (*(("base", *one) for one in found.base.items()), *(("tuned", *one) for one in found.tuned.items()))
     for part, name, numbers in both:
         if name not in ("rows", "exact_match_rows"):
