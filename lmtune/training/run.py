@@ -20,7 +20,8 @@ from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.scoring import Scores
 from lmtune.inference.load import run_metadata
 from lmtune.io.atomic import new_folder, write_json, write_text
-from lmtune.io.console import warnings_heard_by
+from lmtune.io.console import err, warnings_heard_by
+from lmtune.io.text import pluralize
 from lmtune.models.device import free_memory
 from lmtune.models.model_folder import write_adapter_texts
 from lmtune.models.tuning.base import Tensors
@@ -87,6 +88,12 @@ def run_finetune(
         if checkpoint is None:
             trackers.scored("base", base, 0)
         result = run_loop(run, parts, checkpoint, events, [trackers, *hooks])
+        early = ""
+        if result.stopped_early:
+            count, name = config.evaluation.patience, parts.deciding[0]
+            early = f"stopped early: {pluralize(count or 0, 'evaluation')} in a row without a better {name}"
+            if parallel.is_main:
+                err.print(f"{early} than at step {result.state.best_step}")
         parallel.phase = "scoring and saving the result"
         tuned = parts.score_tuned(result)
         trackers.scored("tuned", tuned[0].as_dict() if tuned else None, result.state.step)
@@ -112,7 +119,7 @@ def run_finetune(
             if "classes" in summary and (picture := confusion_svg(summary["classes"])) is not None:
                 write_text(run.confusion, picture)
             write_json(run.summary, summary)  # last: it says that the run is complete
-            events.status("complete")
+            events.status("complete", early)
             draw_report(run)
         parallel.barrier()  # nobody ends well before the result is saved
     return FinetuneResult(Summary.parse(summary), False, parallel.is_main)

@@ -253,12 +253,15 @@ def test_a_halved_micro_batch_stays_halved_if_the_setting_is_the_same(place: Pat
     assert finetune(place)[1]["micro_batch_tokens"] == 77
 
 
-def test_a_run_that_patience_ended_ends_there_after_a_crash_too(place: Path) -> None:
+def test_a_run_that_patience_ended_ends_there_after_a_crash_too(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Killed between the last checkpoint and the summary."""
     changes = {"evaluation__every_steps": 1, "evaluation__patience": 1, "train__learning_rate": 10.0}
     whole, summary = finetune(place, run__name="whole", **changes)
     assert summary["stopped_early"]
     assert summary["steps"] < 8
+    told = "stopped early: 1 evaluation in a row without a better loss"
+    assert f"{told} than at step {summary['best_step']}" in capfd.readouterr().err
+    assert told in whole.events.read_text().splitlines()[-1]
     run = cut_off(place, summary["steps"], **changes)
     _, again = finetune(place, run__checkpoint_every_steps=1, run__keep_checkpoints=99, **changes)
     assert (again["steps"], again["stopped_early"], again["best_step"]) == (
