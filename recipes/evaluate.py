@@ -72,6 +72,7 @@ def main(
         from lmtune.inference.load import load_for_inference
 
     loaded, tree, judgement = load_for_inference(target, base=base, method="vote" if vote else None), {}, None
+    further = score_further(loaded, drift, drift_prompts, lm_eval)  # first: a model of which there is none is told soon
     if paths:
         found = evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length, known, metrics, by)
         if found.trained_rows:
@@ -82,7 +83,6 @@ def main(
         write_rows(output, with_verdicts(tree["rows"], judgement))
         if confusion is not None:
             draw_confusion(confusion, tree.get("classes"))
-    further = score_further(loaded, drift, drift_prompts, lm_eval)
     if as_json:
         print_json({**tree, **further.as_dict()})
         return

@@ -18,6 +18,7 @@ from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.evaluation.scoring import row_losses
 from lmtune.inference.load import load_for_inference
 from lmtune.models.members import Members
+from lmtune.recipes import evaluate
 from lmtune.runs.ensembles import FILE, EnsembleFile, joined
 from lmtune.runs.store import RunDirectory
 from lmtune.search.combine import combine
@@ -180,6 +181,20 @@ def test_answers_are_scored_by_the_mean_of_probabilities_of_each_token(writers: 
     gain = scores.beside(scores.best, scores.together).difference
     assert gain.value == pytest.approx(scores.best.rows.scores.loss - scores.together.rows.scores.loss)
     assert gain.interval.low <= gain.value <= gain.interval.high
+
+
+@pytest.mark.parametrize("option", [{"drift": True}, {"lm_eval": "words"}])
+def test_drift_and_benchmarks_of_an_ensemble_are_refused_before_rows_are_scored(
+    writers: Path, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(*_: object) -> None:
+        raise AssertionError("rows are scored")
+
+    monkeypatch.setattr("lmtune.evaluation.evaluate.evaluate_loaded", score)
+    for place in ("further", "lm_eval_tasks"):
+        monkeypatch.setattr(f"lmtune.evaluation.{place}.require_lm_eval", lambda: None)
+    with inside(writers), pytest.raises(ConfigError, match="give one of its members"):
+        evaluate.main("runs/trial", [Path("train.jsonl")], **option)
 
 
 def test_an_ensemble_chats_and_its_base_too(writers: Path) -> None:
