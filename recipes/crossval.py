@@ -48,7 +48,7 @@ def main(
     check_config(config)  # before any model is loaded
     with progress("loading PyTorch and the libraries"):
         from lmtune.search.crossval import CrossValidation, against, check_crossval, cross_validate
-        from lmtune.search.tables import crossval_sentence, crossval_table
+        from lmtune.search.tables import crossval_sentence, crossval_tables
 
     check_crossval(config, folds, group)
     known = None if before is None else CrossValidation.read(before)
@@ -64,7 +64,9 @@ def main(
         tree: dict[str, Any] = result.to_dict()
         print_json({**tree, **({"against": {name: vars(one) for name, one in apart.items()}} if known else {})})
         return
-    out.print(crossval_table(result, apart, known))
+    for table in crossval_tables(result, apart, known):
+        out.print(table)
+        out.print("")
     folder = RunDirectory.of(config.run).path
     out.print(f"over {pluralize(result.rows)} in {folds} folds, each scored once; 95 % intervals of the mean")
     if known is not None:

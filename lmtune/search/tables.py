@@ -3,41 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rich.table import Table
 
+from lmtune.config.metrics import direction_of
 from lmtune.io.console import escape
 from lmtune.io.text import pluralize
-from lmtune.runs.tables import format_score, names_of
+from lmtune.runs.tables import SHARES, format_score, names_of
 from lmtune.search.crossval import CrossValidation, Spread, verdict
 from lmtune.search.results import SweepResult
 from lmtune.search.space import short
 
 
-def crossval_table(result: CrossValidation, apart: Mapping[str, Spread], other: CrossValidation | None = None) -> Table:
-    """A line for each score: base, folds, mean, deviation, interval; and how far it is above that of `other`."""
-    table = Table(box=None, pad_edge=False)
-    titles = [*(["base"] if result.base else []), *(f"fold {n + 1}" for n in range(result.folds)), "mean", "±", "95 %"]
-    if other is not None:
-        titles.append(f"above {other.name} (95 %)")
-    for title in ("", *titles):
-        table.add_column(escape(title), justify="right" if title else "left", no_wrap=True)
-    names = names_of({name: spread.mean for name, spread in result.tuned.items()})
-    for name, spread in result.tuned.items():
-        if name not in names:
-            continue
-        base = result.base.get(name)
+def crossval_tables(
+    result: CrossValidation, apart: Mapping[str, Spread], other: CrossValidation | None = None
+) -> list[Table]:
+    """The scores of each fold; mean, deviation and interval of each score; and how far it is above that of `other`.
+
+    Three tables and not one: a terminal of 80 columns shows each whole.
+    """
+    known = names_of({name: spread.mean for name, spread in result.tuned.items()})
+    names = {name: known[name] for name in result.tuned if name in known}
+    folds = _plain_table(*names.values())
+    for number in range(result.folds):
+        folds.add_row(f"fold {number + 1}", *(format_score(name, result.tuned[name].values[number]) for name in names))
+    means = _plain_table(*(["base"] if result.base else []), "mean", "±", "95 %")
+    for name, title in names.items():
+        spread, base = result.tuned[name], result.base.get(name)
         cells = [format_score(name, base.mean if base else None)] if result.base else []
-        cells += [format_score(name, value) for value in spread.values]
-        cells += [
-            f"[bold]{format_score(name, spread.mean)}[/]",
-            format_score(name, spread.deviation),
-            _range(name, spread),
-        ]
+        cells += [f"[bold]{format_score(name, spread.mean)}[/]", format_score(name, spread.deviation)]
+        means.add_row(title, *cells, _range(name, _possible(name, spread)))
+    if other is None:
+        return [folds, means]
+    above = _plain_table(escape(f"above {other.name}"), "95 %")
+    for name, title in names.items():
         if (found := apart.get(name)) is not None:
-            cells.append(f"{format_score(name, found.mean)} ({_range(name, found)})")
-        table.add_row(names[name], *cells)
+            above.add_row(title, format_score(name, found.mean), _range(name, found))
+    return [folds, means, above]
+
+
+def _plain_table(*titles: str) -> Table:
+    """Columns of numbers behind their names."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("", *titles):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
     return table
+
+
+def _possible(name: str, spread: Spread) -> Spread:
+    """The interval within what the score can be: few folds reach beyond it."""
+    is_share = name in SHARES or name.endswith("accuracy") or name in ("macro_f1", "auc")
+    low = max(0.0, spread.low) if is_share or direction_of(name) == "min" else spread.low
+    return replace(spread, low=low, high=min(1.0, spread.high) if is_share else spread.high)
 
 
 def crossval_sentence(result: CrossValidation, apart: Mapping[str, Spread], other: CrossValidation) -> str:

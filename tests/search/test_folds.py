@@ -1,11 +1,14 @@
 """Folds: every row is scored once, families stay together, labels are spread, and copies change nothing."""
 
+import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lmtune.config.schema import DataConfig
 from lmtune.data.prepare.augmenting import Changes, augment
@@ -14,7 +17,9 @@ from lmtune.data.selection import Selection
 from lmtune.data.store import TokenizedData, tokenize
 from lmtune.data.types import RowKind
 from lmtune.errors import ConfigError
+from lmtune.search.crossval import CrossValidation, Spread
 from lmtune.search.folds import fold_selections, group_values
+from lmtune.search.tables import crossval_tables
 from tests.tokenizers import CHATML, make_tokenizer
 
 
@@ -128,3 +133,20 @@ def test_rows_of_one_prompt_in_all_are_families_by_their_content() -> None:
     data = read(rows)
     for one in fold_selections(data, 3):
         assert not texts_of(data, one.validation or ()) & texts_of(data, one.train)
+
+
+def test_five_folds_are_shown_whole_on_80_columns_and_no_share_is_beyond_1() -> None:
+    scores = {
+        name: Spread.of([part * n for n in (1, 2, 3, 4, 5)])
+        for name, part in {"loss": 1.5, "perplexity": 900.0, "token_accuracy": 0.2, "sequence_accuracy": 0.2,
+                           "exact_match": 0.2}.items()
+    }  # fmt: skip
+    result = CrossValidation("plain-folds", 5, None, "loss", 50, scores, scores, ("a",) * 5, (9,) * 5)
+    console = Console(width=80, file=io.StringIO())
+    for table in crossval_tables(result, scores, result):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert re.search(r"Sequence accuracy +60\.0 % +60\.0 % +31\.6 % +1\.1 % to 100\.0 %", shown), shown
+    assert re.search(r"fold 5 +7\.5000 +4500 +100\.0 %", shown)
+    assert re.search(r"Loss +4\.5000 +0\.0\d+ to 8\.9\d+\n", shown)
