@@ -89,7 +89,8 @@ def test_compare_says_that_other_rows_were_held_out(run: RunDirectory) -> None:
 
 @pytest.mark.parametrize(
     ("name", "values", "best"),
-    [("loss", (3.0, 1.0, 2.0), 1), ("exact_match", (0.5, None, 0.75), 2), ("loss", (1.0, 1.0), None),
+    [("loss", (3.0, 1.0, 2.0), 1), ("mean_absolute_error", (0.5, 0.25), 1), ("reward_rejected", (-1.0, 1.0), None),
+     ("exact_match", (0.5, None, 0.75), 2), ("loss", (1.0, 1.0), None),
      ("rows", (3, 4), None), ("loss", (None, 2.0), None), ("loss", (1.0, 1.0, 2.0), None)],
 )  # fmt: skip
 def test_the_best_score_is_known_by_its_name(name: str, values: tuple[float | None, ...], best: int | None) -> None:

@@ -6,9 +6,11 @@ found.settings["train.learning_rate"]       # (0.0002, 0.001)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from lmtune.config.metrics import direction_of
 from lmtune.config.yaml import read_yaml
 from lmtune.runs.history import run_status
 from lmtune.runs.log import last_steps
@@ -19,7 +21,8 @@ _FIGURES = (
     "steps", "best_step", "train_seconds", "tokens_per_second", "peak_memory_gib", "estimated_memory_gib",
     "trainable_parameters",
 )  # fmt: skip
-_LOW_IS_GOOD = ("loss", "perplexity", "kl", "mse", "mae", "rmse")
+# Of these neither a high nor a low value is the better one.
+_NEITHER = re.compile(r"kl|(logprob|length)_.*|reward_(un)?desirable|reward_(chosen|rejected)")
 _COUNTS = ("rows", "exact_match_rows")
 
 
@@ -92,9 +95,9 @@ def _as_yaml(value: object) -> str:
 def best_of(name: str, values: Sequence[float | None]) -> int | None:
     """Which of several scores is the best; None where that is not known, or they are equal."""
     known = [value for value in values if value is not None]
-    if len(set(known)) < 2 or name in _COUNTS:
+    if len(set(known)) < 2 or name in _COUNTS or _NEITHER.fullmatch(name):
         return None
-    best = min(known) if name in _LOW_IS_GOOD else max(known)
+    best = min(known) if direction_of(name) == "min" else max(known)
     return values.index(best) if values.count(best) == 1 else None
 
 
