@@ -105,6 +105,21 @@ def test_a_lower_loss_is_better() -> None:
     assert all(row.gain == 0.125 for row in found.rows)
 
 
+@pytest.mark.parametrize("name", ["mean_absolute_error", "squared_error"])
+def test_values_are_compared_by_how_far_off_they_are(name: str) -> None:
+    """Not by the share of them that is off by less than a half."""
+    first, second = (
+        [RowResult(f"rows:{n}", answer="1", parts={name: (off, 1.0), "accuracy": (1.0, 1.0)}) for n in range(12)]
+        for off in (0.25, 0.125)
+    )
+    found = compare(first, second, [])
+    assert (found.deciding, found.scores[name]) == (name, (0.25, 0.125))
+    assert found.differences[name].verdict == "better"
+    with out.capture() as shown:
+        out.print(comparison_table("a", "b", found))
+    assert "0.1250" in shown.get()
+
+
 def test_models_of_different_objectives_and_rows_in_common_are_needed() -> None:
     classified = [RowResult(f"a:{right}", parts={"accuracy": (right, 1.0)}) for right in (1.0, 0.0)]
     assert compare(classified, classified, []).scores == {"accuracy": (0.5, 0.5)}

@@ -18,11 +18,12 @@ from lmtune.evaluation.answer_metrics import AnswerMetric
 from lmtune.evaluation.intervals import Difference, difference
 from lmtune.evaluation.results import Measured, RowResult, ScoreOfRows, by_metric, by_part, scores_of
 
+_OF_VALUES = ("mean_absolute_error", "squared_error")  # of regression, the second of answers in files
 _COMPARED = {  # by a score that only such rows have
     "token_accuracy": ("loss", "token_accuracy", "sequence_accuracy"), "pair_accuracy": ("pair_accuracy", "accuracy"),
-    "kl": ("loss",),
+    "kl": ("loss",), **dict.fromkeys(_OF_VALUES, _OF_VALUES),
 }  # fmt: skip
-_LOWER_IS_BETTER = ("loss",)
+_LOWER_IS_BETTER = ("loss", *_OF_VALUES)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lmtune.io.text import pluralize
 from lmtune.runs.tables import SCORES, format_score, names_of
 
 _MOST_SLICES = 20
-_PLAIN = ("loss", "squared_error")  # no shares
+_PLAIN = ("loss", "mean_absolute_error", "squared_error")  # no shares
 Cell = tuple[float | None, Interval | None]
 
 
