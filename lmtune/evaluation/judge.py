@@ -165,9 +165,7 @@ class Judge:
         try:
             said = tree["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
-            raise LmtuneError(
-                f"--judge: {self.shown}: the answer has no choices; expected a chat completion"
-            ) from None
+            raise LmtuneError(f"--judge: {self.shown}: the answer has no choices; expected a chat completion") from None
         return str(said or "")
 
     def stop(self) -> None:
