@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 import lmtune
+from lmtune.data.types import Message
 from lmtune.errors import ConfigError, LmtuneError, ModelError
+from lmtune.evaluation.drift import drift_of
 from lmtune.evaluation.evaluate import evaluate_loaded
 from lmtune.evaluation.scoring import row_losses
 from lmtune.inference.load import load_for_inference
-from lmtune.models.members import Members
+from lmtune.inference.request import Request, Sampling
+from lmtune.models.members import BASE, Members
 from lmtune.recipes import evaluate
 from lmtune.runs.ensembles import FILE, EnsembleFile, joined
 from lmtune.runs.store import RunDirectory
@@ -183,9 +187,8 @@ def test_answers_are_scored_by_the_mean_of_probabilities_of_each_token(writers: 
     assert gain.interval.low <= gain.value <= gain.interval.high
 
 
-@pytest.mark.parametrize("option", [{"drift": True}, {"lm_eval": "words"}])
-def test_drift_and_benchmarks_of_an_ensemble_are_refused_before_rows_are_scored(
-    writers: Path, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_benchmarks_of_an_ensemble_are_refused_before_rows_are_scored(
+    writers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def score(*_: object) -> None:
         raise AssertionError("rows are scored")
@@ -194,7 +197,32 @@ def test_drift_and_benchmarks_of_an_ensemble_are_refused_before_rows_are_scored(
     for place in ("further", "lm_eval_tasks"):
         monkeypatch.setattr(f"lmtune.evaluation.{place}.require_lm_eval", lambda: None)
     with inside(writers), pytest.raises(ConfigError, match="give one of its members"):
-        evaluate.main("runs/trial", [Path("train.jsonl")], **option)
+        evaluate.main("runs/trial", [Path("train.jsonl")], lm_eval="words")
+
+
+@pytest.mark.parametrize("method", ["mean", "vote"])
+def test_drift_of_an_ensemble_is_that_of_what_its_members_say_together(writers: Path, method: Any) -> None:
+    with inside(writers):
+        loaded = load_for_inference("runs/trial", method=method)
+        first = load_for_inference(str(EnsembleFile.read(Path("runs/trial")).places(Path("runs/trial"))[0]))
+    prompts = writers / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "What is number 3?"}) + "\n")
+    found = drift_of(loaded, prompts, max_new_tokens=6)
+    (row,) = found.rows
+    names = loaded.members.adapters
+    alone = drift_of(dataclasses.replace(loaded, members=Members(names[:1])), prompts, max_new_tokens=6)
+    assert alone.kl.value == pytest.approx(drift_of(first, prompts, max_new_tokens=6).kl.value, abs=1e-5)
+    prompt = loaded.renderer.prompt_ids([Message("user", "What is number 3?")])
+    said = loaded.engine.generate([Request(prompt, Sampling(max_new_tokens=row.tokens), Members((BASE,)))])[0]
+    ids = torch.tensor([[*prompt, *said]])
+    with torch.no_grad():
+        each = torch.stack([loaded.model(input_ids=ids, adapter_names=[name]).logits[0].softmax(-1) for name in names])
+        base = loaded.model(input_ids=ids, adapter_names=[BASE]).logits[0].log_softmax(-1)
+    together = loaded.members.combine(each).log()
+    places = slice(len(prompt) - 1, len(prompt) - 1 + row.tokens)
+    wanted = (base.exp() * (base - together)).sum(-1)[places].mean()
+    assert row.kl == pytest.approx(float(wanted), abs=1e-4)
+    assert row.kl > 0
 
 
 def test_an_ensemble_chats_and_its_base_too(writers: Path) -> None:

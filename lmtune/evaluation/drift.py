@@ -33,7 +33,7 @@ from lmtune.inference.engine import unpacked_attention
 from lmtune.inference.load import LoadedModel, load_for_inference
 from lmtune.inference.request import Request, Sampling
 from lmtune.io.console import progress
-from lmtune.models.members import AS_IS
+from lmtune.models.members import AS_IS, Members
 from lmtune.models.structure import max_positions
 
 MAX_NEW_TOKENS = 64
@@ -92,8 +92,6 @@ def drift_of(loaded: LoadedModel, prompts: Path | None = None, max_new_tokens: i
     """
     if loaded.head is not None:
         raise ConfigError("--drift: a classifier gives no answers; expected a language model")
-    if loaded.members != AS_IS:
-        raise ConfigError("--drift: an ensemble has no distribution of its own; give one of its members")
     examples = read_prompts(drift_prompts() if prompts is None else prompts)
     room = (max_positions(loaded.model) or 1 << 30) - max_new_tokens
     ids = [prompt_of(loaded.renderer, example) for example in examples]
@@ -104,17 +102,18 @@ def drift_of(loaded: LoadedModel, prompts: Path | None = None, max_new_tokens: i
     base = loaded if loaded.has_adapter else _own_base(loaded)
     as_base = base.use_base if loaded.has_adapter else contextlib.nullcontext
     sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=tuple(loaded.renderer.stop_token_ids))
-    with as_base(), progress("letting the base answer", len(ids), "prompts") as shown:
-        before = base.engine.generate([Request(prompt, sampling) for prompt in ids], shown.advance)
+    with progress("letting the base answer", len(ids), "prompts") as shown:
+        who = base.answering(use_base=True)
+        before = base.engine.generate([Request(prompt, sampling, who) for prompt in ids], shown.advance)
     with progress("letting the tuned model answer", len(ids), "prompts") as shown:
-        after = loaded.engine.generate([Request(prompt, sampling) for prompt in ids], shown.advance)
+        after = loaded.engine.generate([Request(prompt, sampling, loaded.members) for prompt in ids], shown.advance)
     rows = []
     with progress("comparing with the base", len(ids), "prompts") as shown:
         for example, prompt, said, other in zip(examples, ids, before, after, strict=True):
             along = said if len(said) == max_new_tokens else [*said, loaded.renderer.stop_token_ids[0]]
             with as_base():
-                wanted = _logprobs(base.model, prompt, along)
-            found = _logprobs(loaded.model, prompt, along)
+                wanted = _logprobs(base.model, AS_IS, prompt, along)
+            found = _logprobs(loaded.model, loaded.members, prompt, along)
             kl = (wanted.exp() * (wanted - found)).sum(-1).clamp(min=0).double().mean()
             one, two = (split_reply(loaded.renderer.decode(ids))[1] for ids in (said, other))
             rows.append(DriftRow(example.location, prompt_of_row(example), one, two, float(kl), len(along)))
@@ -132,9 +131,12 @@ def _own_base(loaded: LoadedModel) -> LoadedModel:
     return load_for_inference(load_config(FinetuneConfig, loaded.run.config).model.name)
 
 
-def _logprobs(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """The log-probabilities `[T, V]` of the tokens at the places of `answer[T]`, fp32."""
-    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+def _logprobs(model: Any, members: Members, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+    """The log-probabilities `[T, V]` of the tokens at the places of `answer[T]`, of all members together, fp32."""
+    ids = torch.tensor([[*prompt, *answer]] * max(1, len(members.adapters)), device=model.device)
+    switch = {"adapter_names": list(members.adapters)} if members.adapters else {}
     with torch.no_grad(), unpacked_attention(model):
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits.float(), -1)
+        logits = model(input_ids=ids, use_cache=False, **switch).logits[:, len(prompt) - 1 : -1].float()
+    if not members.adapters:
+        return torch.log_softmax(logits[0], -1)
+    return members.combine(logits.softmax(-1)).log().float()

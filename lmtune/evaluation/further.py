@@ -74,4 +74,5 @@ def _range(found: Interval | None, factor: int = 1) -> str:
 def _with_error(value: float | None, error: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {1.96 * error:.4f}"
+    form = ".4f" if abs(value) < 1000 else ".4g"
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {1.96 * error:{form}}"
