@@ -114,6 +114,16 @@ def test_it_is_scored_as_the_run_said(done: tuple[Path, RunDirectory, str]) -> N
     assert sum(map(sum, summary["classes"]["confusion"])) == 9
     assert summary["tuned"]["loss"] < summary["base"]["loss"]
     assert {"accuracy", "loss"} <= json.loads(run.metrics.read_text().splitlines()[-1]).keys()
+    said = [json.loads(line) for line in run.predictions.read_text().splitlines()]
+    held_out = [json.loads(line) for line in (place / "validation.jsonl").read_text().splitlines()]
+    assert [(row["question"], row["reference"]) for row in said] == [
+        (row["text"], row["label"])
+        for row in held_out[:3]  # evaluation.exact_match_rows
+    ]
+    assert [row["tuned"] for row in said] == [row.answer for row in scored.rows[:3]]
+    report = run.report.read_text()
+    assert 'class="answers sortable"' in report
+    assert "It learns what to say of each row as a whole." in report
     picture = ET.parse(run.confusion)
     assert [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")][-9:] == [
         str(number) for row in summary["classes"]["confusion"] for number in row

@@ -22,7 +22,7 @@ from lmtune.data.types import ExampleStore
 from lmtune.errors import DataError, LmtuneError
 from lmtune.evaluation.answer_metrics import AnswerMetric, answer_metric, mean_of_sums
 from lmtune.evaluation.compare import Comparison, Slice, compare, slices_of
-from lmtune.evaluation.generative import Answer, questions
+from lmtune.evaluation.generative import Answer, questions, text_read, verdict_text
 from lmtune.evaluation.intervals import Interval, interval, interval_of
 from lmtune.evaluation.measures import measure
 from lmtune.evaluation.results import RowResult, is_share, scores_of
@@ -37,7 +37,6 @@ from lmtune.evaluation.scoring import (
 )
 from lmtune.evaluation.slices import slice_names
 from lmtune.forward.packed import PackedForward
-from lmtune.inference.classify import verdict_of
 from lmtune.inference.load import LoadedModel
 from lmtune.inference.start_adapter import as_it_began
 from lmtune.io.console import warn
@@ -135,7 +134,7 @@ class Scorer:
         found = score_rows(self.forward, self.objective, self.rows, tokens, who)
         scores, answers = evaluate(
             self.forward, renderer, self.rows, answer_rows, max_new_tokens, tokens, self.objective, who=who,
-            known=found.scores,
+            known=found,
         )  # fmt: skip
         if self.objective.rows != "answer":
             return _Found(scores, intervals_of(found, self.loaded.head), self._rows_of_objective(found), [])
@@ -168,9 +167,9 @@ class Scorer:
             example = self.data[row]
             ids, mask = example.sequences[0].input_ids, example.sequences[0].loss_mask
             reference = renderer.decode(ids[mask].tolist()) if example.label is None else label_name(example.label)
-            said = None if found.outputs is None or head is None else _said(head, found.outputs[row])
+            said = None if found.outputs is None or head is None else verdict_text(head, found.outputs[row])
             parts["accuracy"] = parts.pop("sequence_accuracy")
-            rows.append(RowResult(example.location, question_of(ids[~mask].tolist()), reference, said, parts, length))
+            rows.append(RowResult(example.location, text_read(question_of, example), reference, said, parts, length))
         return rows
 
     def _lengths(self) -> list[int]:
@@ -182,14 +181,6 @@ def _parts(found: RowScores) -> list[dict[str, tuple[float, float]]]:
     lists = {name: part.tolist() for name, part in found.parts.items()}
     count = found.scores.rows
     return [{name: (part[row][0], part[row][1]) for name, part in lists.items()} for row in range(count)]
-
-
-def _said(head: Head, outputs: npt.NDArray[np.float64]) -> str:
-    """What a classifier says, in words."""
-    import torch
-
-    label = verdict_of(head, torch.from_numpy(outputs)).label
-    return f"{label:.6g}" if isinstance(label, float) else label_name(label)
 
 
 def intervals_of(found: RowScores, head: Head | None) -> Intervals:

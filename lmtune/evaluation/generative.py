@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lmtune.data.rendering import Renderer
 from lmtune.data.replies import split_reply
+from lmtune.data.report import label_name
 from lmtune.data.types import ExampleStore, Message, TokenizedExample
 from lmtune.evaluation.answer_metrics import exact
 from lmtune.io.console import progress
+from lmtune.models.head import Head
 from lmtune.models.members import AS_IS, Members
+
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,33 @@ def answers(
         Answer(row, question_of(prompt), *(split_reply(renderer.decode(ids))[1] for ids in (reference, said)))
         for row, prompt, reference, said in zip(rows, prompts, references, generated, strict=True)
     ]
+
+
+def verdicts(renderer: Renderer, head: Head, data: ExampleStore, outputs: Float64) -> list[Answer]:
+    """What a classifier says of the first rows, by its `outputs[N, K]`, beside what is right."""
+    question_of = questions(renderer)
+    said = [verdict_text(head, one) for one in outputs]
+    rows = [data[row] for row in range(len(said))]
+    return [
+        Answer(row, text_read(question_of, one), "" if one.label is None else label_name(one.label), text)
+        for row, (one, text) in enumerate(zip(rows, said, strict=True))
+    ]
+
+
+def text_read(question_of: Callable[[Sequence[int]], str], row: TokenizedExample) -> str:
+    """What a classifier reads of a row, as text."""
+    sequence = row.sequences[0]
+    return question_of(sequence.input_ids[~sequence.loss_mask].tolist())
+
+
+def verdict_text(head: Head, outputs: Float64) -> str:
+    """What a classifier says by its `outputs[K]`, in words."""
+    import torch
+
+    from lmtune.inference.classify import verdict_of
+
+    label = verdict_of(head, torch.from_numpy(outputs)).label
+    return f"{label:.6g}" if isinstance(label, float) else label_name(label)
 
 
 def split_prompt(row: TokenizedExample) -> tuple[list[int], list[int]]:

@@ -25,7 +25,7 @@ from lmtune.batching.prefetch import pack_units
 from lmtune.data.rendering import Renderer
 from lmtune.data.types import ExampleStore
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.evaluation.generative import Answer, answers, split_prompt
+from lmtune.evaluation.generative import Answer, answers, split_prompt, verdicts
 from lmtune.evaluation.measures import ClassScores, measure
 from lmtune.forward.packed import Outputs, PackedForward
 from lmtune.io.console import err, progress, warn
@@ -152,23 +152,14 @@ def _has_position_table(model: Any, limit: int) -> bool:
     return any(limit <= len(table) < limit + 8 for table in tables)
 
 
-def score(
-    forward: PackedForward, objective: Objective, data: ExampleStore, micro_batch_tokens: int,
-    parallel: Parallel | None = None, who: str = "the model",
-) -> Scores:  # fmt: skip
+def score_rows(
+    forward: PackedForward, objective: Objective, data: ExampleStore, micro_batch_tokens: int, who: str = "the model",
+    parallel: Parallel | None = None,
+) -> RowScores:  # fmt: skip
     """What the model scores on all rows without generating: of answers token by token, else by its objective."""
     if objective.rows == "answer":
-        return teacher_forced(forward, data, micro_batch_tokens, parallel, who)
-    return score_objective(forward, objective, data, micro_batch_tokens, parallel, who)
-
-
-def score_rows(
-    forward: PackedForward, objective: Objective, data: ExampleStore, micro_batch_tokens: int, who: str = "the model"
-) -> RowScores:
-    """As `score`, and of each row by itself."""
-    if objective.rows == "answer":
-        return rows_teacher_forced(forward, data, micro_batch_tokens, who=who)
-    return rows_of_objective(forward, objective, data, micro_batch_tokens, who=who)
+        return rows_teacher_forced(forward, data, micro_batch_tokens, parallel, who)
+    return rows_of_objective(forward, objective, data, micro_batch_tokens, parallel, who)
 
 
 def teacher_forced(
@@ -402,16 +393,19 @@ def with_exact_match(scores: Scores, given: Sequence[Answer]) -> Scores:
 def evaluate(
     forward: PackedForward, renderer: Renderer, data: ExampleStore, exact_match_rows: int, max_new_tokens: int,
     micro_batch_tokens: int, objective: Objective, parallel: Parallel | None = None, who: str = "the model",
-    known: Scores | None = None,
+    known: RowScores | None = None,
 ) -> tuple[Scores, list[Answer]]:  # fmt: skip
-    """Scores of all rows, and of answers the exact match of the first `exact_match_rows`; answers in row order.
+    """Scores of all rows, and what the model says of the first `exact_match_rows`, in row order: its answers with their
+    exact match, or the classes or values that a classifier gives.
 
     With several ranks each scores its share, and all return the same. `who` is named in the progress shown; `known`
     are the scores without generating, where these weights were scored before.
     """
-    scores = known or score(forward, objective, data, micro_batch_tokens, parallel, who)
+    found = known or score_rows(forward, objective, data, micro_batch_tokens, who, parallel)
+    if objective.head is not None and found.outputs is not None:
+        return found.scores, verdicts(renderer, objective.head, data, found.outputs[:exact_match_rows])
     if objective.rows != "answer":
-        return scores, []
+        return found.scores, []
     rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
     room = max_positions(forward.model) or math.inf
     rows = [row for row in range(min(exact_match_rows, len(data))) if 0 < len(split_prompt(data[row])[0]) < room]
@@ -419,4 +413,4 @@ def evaluate(
         given = answers(forward.model, renderer, data, rows[rank::world], max_new_tokens, who, forward.members)
     if world > 1 and parallel is not None:
         given = sorted(parallel.gather(given), key=lambda answer: answer.row)
-    return with_exact_match(scores, given), given
+    return with_exact_match(found.scores, given), given

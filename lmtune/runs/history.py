@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from lmtune.config.metrics import GENERATED
 from lmtune.config.yaml import read_yaml
 from lmtune.errors import LmtuneError
 from lmtune.runs.log import StepRecord, last_steps
 from lmtune.runs.store import RunDirectory, ScoreValues, Summary, run_folders
 
 _RECENT_STEPS = 20
+_TOLD = (GENERATED, "accuracy", "pair_accuracy", "mean_absolute_error", "loss")  # the first that a run has is shown
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Overview:
     changed: datetime  # when a file of the run was last written, local time
     recent_loss: float | None = None  # the mean over the trained tokens of the last 20 steps
     validation_loss: float | None = None  # with the saved adapter
+    metric: str | None = None  # which score tells most of such a run: exact_match, accuracy, …
+    base_score: float | None = None
+    tuned_score: float | None = None
 
 
 def list_runs(runs_dir: str | Path = "runs") -> list[Overview]:
@@ -102,12 +107,15 @@ def overview(run: RunDirectory) -> Overview:
         status = run_status(run, summary)
     steps = last_steps(run, _RECENT_STEPS)
     files = (run.config, run.summary, run.metrics)
+    scores = [part for part in (summary.tuned, summary.base) if part is not None]
+    metric = next((name for name in _TOLD for part in scores if part.get(name) is not None), None)
     return Overview(
         run.name, status, str(model.get("name", "?")), str(model.get("quantization", "?")),
         steps[-1].step if steps else summary.steps, steps[-1].loss if steps else None,
         _score(summary.base), _score(summary.tuned),
         datetime.fromtimestamp(max(path.stat().st_mtime for path in files if path.is_file())),
         _mean_loss(steps), _score(summary.tuned, "loss"),
+        metric, _score(summary.base, metric), _score(summary.tuned, metric),
     )  # fmt: skip
 
 
@@ -144,10 +152,12 @@ def _number(text: str | None) -> int | float | str | None:
 
 
 def _mean_loss(steps: Sequence[StepRecord]) -> float | None:
-    """The loss of a trained token over several steps."""
+    """The loss of a trained token over several steps; where rows are trained on as a whole, the mean of the steps."""
     tokens = sum(step.trained_tokens for step in steps)
-    return sum(step.loss * step.trained_tokens for step in steps) / tokens if tokens else None
+    if not tokens:
+        return sum(step.loss for step in steps) / len(steps) if steps else None
+    return sum(step.loss * step.trained_tokens for step in steps) / tokens
 
 
-def _score(scores: ScoreValues | None, name: str = "exact_match") -> float | None:
-    return None if scores is None else scores.get(name)
+def _score(scores: ScoreValues | None, name: str | None = GENERATED) -> float | None:
+    return None if scores is None or name is None else scores.get(name)

@@ -303,7 +303,9 @@ def _tokens(run: RunDirectory) -> str:
     rows = run.read_json(run.preview).get("rows")
     if not isinstance(rows, list) or not rows:
         return ""
-    parts = ['<p class="soft">The first training rows as the model reads them. Trained tokens are green.</p>']
+    has_targets = any(is_target for row in rows for _, is_target in row["tokens"])
+    what = "Trained tokens are green." if has_targets else "It learns what to say of each row as a whole."
+    parts = [f'<p class="soft">The first training rows as the model reads them. {what}</p>']
     for row in rows:
         pieces = "".join(
             f"<b>{escape(text)}</b>" if is_target else f"<i>{escape(text)}</i>" for text, is_target in row["tokens"]

@@ -183,7 +183,7 @@ def runs_table(runs: Sequence[Overview | RunGroup], width: int) -> Table:
     table = Table(box=None, pad_edge=False)
     columns = [
         ("run", 0), ("status", 0), ("model", 90), ("quantization", 90), ("steps", 0), ("train loss", 0),
-        ("held-out loss", 130), ("exact match", 0), ("last change", 90),
+        ("held-out loss", 145), ("score", 0), ("last change", 90),
     ]  # fmt: skip # title, and the least width that shows it
     for title, least in columns:
         is_text = title in ("run", "status", "model", "quantization")
@@ -191,18 +191,27 @@ def runs_table(runs: Sequence[Overview | RunGroup], width: int) -> Table:
             table.add_column(title, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for item in runs:
         run = item.runs[0] if isinstance(item, RunGroup) else item
-        scores = (run.base_exact_match, run.tuned_exact_match)
-        base, tuned = ("?" if share is None else f"{100 * share:.1f}" for share in scores)
         changed = max(one.changed for one in item.runs) if isinstance(item, RunGroup) else item.changed
         cells = [
             escape(item.name), escape(item.status), escape(run.model), escape(run.quantization),
             "" if run.steps is None else str(run.steps),
             "" if run.recent_loss is None else f"{run.recent_loss:.4f}",
             "" if run.validation_loss is None else f"{run.validation_loss:.4f}",
-            "" if scores == (None, None) else f"{base} → {tuned} %", f"{changed:%Y-%m-%d %H:%M}",
+            _score_cell(run), f"{changed:%Y-%m-%d %H:%M}",
         ]  # fmt: skip
         table.add_row(*(cell for cell, (_, least) in zip(cells, columns, strict=True) if width >= least))
     return table
+
+
+def _score_cell(run: Overview) -> str:
+    """`exact match 2.5 → 92.5 %`, `accuracy 58.8 %`; of a base that was not scored nothing."""
+    if run.metric is None:
+        return ""
+    base, tuned = (format_score(run.metric, score) for score in (run.base_score, run.tuned_score))
+    if run.tuned_score is None:
+        tuned = "?"
+    before = "" if run.base_score is None else f"{base.removesuffix(' %') if tuned.endswith('%') else base} → "
+    return f"{run.metric.replace('_', ' ')} {before}{tuned}"
 
 
 def comparison_table(found: Comparison) -> Table:

@@ -35,12 +35,13 @@ from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.evaluation.generative import Answer
 from lmtune.evaluation.measures import majority
 from lmtune.evaluation.scoring import (
+    RowScores,
     Scores,
     check_lengths,
     evaluate,
     plural_of,
-    score,
     score_objective,
+    score_rows,
     sequence_logprobs,
 )
 from lmtune.forward.packed import Outputs, PackedForward
@@ -100,7 +101,7 @@ class Components:
     selection: Selection | None = None  # of the rows; None where the settings alone say which are used
     rows: ExampleStore | None = None  # to train on, with what the objective computes before the first step
     held_out: ExampleStore | None = None  # to score on, likewise
-    validated: list[Scores] = field(default_factory=list)  # so far
+    validated: list[RowScores] = field(default_factory=list)  # so far
     begun: bool = False  # whether the run's files are those of this process; before that, they are not its to change
 
     @property
@@ -158,19 +159,20 @@ class Components:
     def validate(self) -> Scores:
         """Scores of the validation rows; answers are generated if what they score is to decide."""
         assert self.held_out is not None
-        scores = score(self.forward, self.objective, self.held_out, self.micro_batch_tokens, self.parallel)
-        metric = self.deciding[0]
-        if metric == GENERATED and (answered := self.score("the model", scores)) is not None:
+        tokens, parallel = self.micro_batch_tokens, self.parallel
+        found = score_rows(self.forward, self.objective, self.held_out, tokens, parallel=parallel)
+        scores, metric = found.scores, self.deciding[0]
+        if metric == GENERATED and (answered := self.score("the model", found)) is not None:
             scores = answered[0]
         if scores.as_dict().get(metric) is None:
             raise LmtuneError(f"evaluation.metric: {metric} cannot be measured on the validation rows; choose another")
-        self.validated.append(scores)
+        self.validated.append(replace(found, scores=scores))
         return scores
 
     def score_tuned(self, result: TrainResult) -> tuple[Scores, list[Answer]] | None:
         """As `score`, after training: the rows were scored with these weights already, at the last or the best step."""
         name, _ = self.deciding
-        best = [scores for scores in self.validated if scores.value(name) == result.state.best_loss]
+        best = [found for found in self.validated if found.scores.value(name) == result.state.best_loss]
         known = self.validated[-1:] if result.weights is None else best[:1]  # none if an earlier process scored them
         return self.score("the tuned model", *known)
 
@@ -195,7 +197,7 @@ class Components:
             self.forward, self.objective, self.held_out, self.micro_batch_tokens, self.parallel, self.head.constant, run
         ), []  # fmt: skip
 
-    def score(self, who: str, known: Scores | None = None) -> tuple[Scores, list[Answer]] | None:
+    def score(self, who: str, known: RowScores | None = None) -> tuple[Scores, list[Answer]] | None:
         """All scores of the validation rows, and the answers the model generated; None without such rows.
 
         `who`, the base or the tuned model, is named in the progress shown; `known` is what `validate` found.
