@@ -160,8 +160,9 @@ def tokenized(count: int) -> dict[str, Any]:
         found = {"rows": count, "file_mib": round(path.stat().st_size / 2**20, 1), **json.loads(done.stdout)}
     print(
         f"{count:>9,} rows, {found['file_mib']} MiB: {found['processor_seconds']:.0f} s of processor time, "
-        f"{1000 * found['processor_seconds'] / count:.2f} ms a row; peak memory {found['peak_gib']:.2f} GiB, before "
-        f"{found['before_gib']:.2f} GiB; {found['tokens']:,} tokens"
+        f"{1000 * found['processor_seconds'] / count:.2f} ms a row; {found['seconds']:.0f} s elapsed; peak memory "
+        f"{found['peak_gib']:.2f} GiB, before {found['before_gib']:.2f} GiB, of a worker "
+        f"{found['worker_gib']:.2f} GiB; {found['tokens']:,} tokens"
     )
     return found
 
@@ -175,11 +176,14 @@ def _tokenize(path: str) -> None:
     from lmtune.models.base import load_tokenizer
 
     renderer = Renderer(load_tokenizer(ModelConfig(name="tiny")), "auto", None, ())
-    before, began = _resident()["VmRSS"], time.process_time()
+    before, began, start = _resident()["VmRSS"], time.process_time(), time.perf_counter()
     data = tokenize([path], renderer, DataConfig(train=path))
-    seconds, peak = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    own, elapsed = time.process_time() - began, time.perf_counter() - start
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN)  # that render, where there are several processors
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({
-        "processor_seconds": round(seconds, 1), "before_gib": round(before, 3), "peak_gib": round(peak, 3),
+        "processor_seconds": round(own + workers.ru_utime + workers.ru_stime, 1), "seconds": round(elapsed, 1),
+        "before_gib": round(before, 3), "peak_gib": round(peak, 3), "worker_gib": round(workers.ru_maxrss / 2**20, 3),
         "tokens": int(data.num_tokens.sum()), "kept": len(data),
     }))  # fmt: skip
 
