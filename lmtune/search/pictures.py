@@ -38,7 +38,9 @@ def history_svg(result: SweepResult) -> str:
     across = Axis.of("trial", [number for number, _, _ in points])
     up = Axis.of(result.metric, [score for _, score, _ in points])
     curves = [Curve("trials", points, is_line=False), Curve("best so far", steps, is_strong=True)]
-    return curves_svg(f"{result.name}: {result.metric} of each trial", across, up, curves)
+    left = len(result.trials) - len(done)
+    note = f" ({left} that did not end are not shown)" if left else ""
+    return curves_svg(f"{result.name}: {result.metric} of each trial{note}", across, up, curves)
 
 
 def parallel_coordinates_svg(space: Space, result: SweepResult) -> str:

@@ -64,7 +64,7 @@ class PruningHook(Hook):
         if step not in self.trial.study.trials[self.trial.number].intermediate_values:  # it was told before a crash
             self.trial.report(value, step)
         if not event.is_last and self.trial.should_prune():
-            raise Pruned(f"pruned after step {step}: {self.metric} {value:.4f} is behind the other trials")
+            raise Pruned(f"after step {step}: {self.metric} {value:.4f} is behind the other trials")
         return "continue"
 
 

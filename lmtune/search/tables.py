@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.table import Table
@@ -76,8 +76,9 @@ def sweep_table(result: SweepResult, most: int = 15) -> Table:
     table = Table(box=None, pad_edge=False)
     ranked = result.ranked
     keys = list(ranked[0].values) if ranked else []
-    for title in ("trial", result.metric, *keys, "steps", "seconds", ""):
-        table.add_column(escape(title), justify="left" if title in ("", *keys) else "right")
+    for title in ("trial", result.metric, *_short_names(keys), "steps", "seconds"):
+        table.add_column(escape(title), justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, overflow="ellipsis")
     for one in ranked[:most]:
         style = "bold" if one.number == result.best else None
         score = format_score(result.metric, one.score) if one.score is not None else one.status
@@ -85,6 +86,12 @@ def sweep_table(result: SweepResult, most: int = 15) -> Table:
         settings = [escape(short(one.values.get(key, ""))) for key in keys]
         table.add_row(str(one.number), score, *settings, *counts, escape(one.reason), style=style)
     return table
+
+
+def _short_names(keys: Sequence[str]) -> list[str]:
+    """`learning_rate` for `train.learning_rate`, where no other key ends so."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
 
 
 def describe_sweep(result: SweepResult, most: int = 15) -> list[str]:
