@@ -16,8 +16,8 @@ from lmtune.run import Command, run_app
 
 VERBS = (
     "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "sweep", "crossval",
-    "ensemble", "evaluate", "predict", "compare", "vote", "merge", "export", "chat", "app", "push", "pull", "pretrain",
-    "runs", "report", "doctor", "schema",
+    "ensemble", "evaluate", "predict", "compare", "vote", "merge", "export", "verify", "chat", "app", "push", "pull",
+    "pretrain", "runs", "report", "doctor", "schema",
 )  # fmt: skip
 
 # What other tools call these verbs

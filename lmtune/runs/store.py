@@ -180,6 +180,16 @@ class RunDirectory:
             raise ModelError(f"{self.path}: no verification.json, the rows to compare on; run it again to make it")
         return cast("list[list[int]]", rows)
 
+    def read_prompt_lengths(self) -> list[int] | None:
+        """How many tokens of each of those rows stand before the answer, 0 in a text; None in an older file."""
+        tree = self.read_json(self.verification)
+        lengths, rows = tree.get("prompt_tokens"), self.read_verification()
+        if lengths is None:
+            return None
+        if not isinstance(lengths, list) or len(lengths) != len(rows) or not _are_token_ids([[0, *lengths]]):
+            raise CheckpointError(f"{self.verification}: damaged: prompt_tokens; restore it")
+        return cast("list[int]", lengths)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process, until the block ends or the process dies.

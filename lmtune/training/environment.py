@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lmtune.data.preview import pieces_of
+from lmtune.evaluation.generative import split_prompt
 from lmtune.training.compose import Components
 
 _SHOWN_TOKENS, _BARS = 400, 40
@@ -80,10 +81,14 @@ def preview(parts: Components, count: int = 4) -> dict[str, Any]:
 
 
 def verification_rows(parts: Components, count: int = 16) -> dict[str, Any]:
-    """The tokens of some held-out rows (trained ones where none are held out), on which a merge is verified later.
+    """The tokens of some held-out rows (trained ones where none are held out), on which a merge, or what an endpoint
+    serves, is verified later, and how many of them stand before the answer.
 
     Of a row that makes several sequences the last, which holds all of it: each costs a pass over all weights.
     """
     rows = parts.data.train if parts.data.validation is None else parts.data.validation
-    some = [rows[index].sequences[-1] for index in range(min(count, len(rows)))]
-    return {"sequences": [sequence.input_ids.tolist() for sequence in some]}
+    some = [rows[index] for index in range(min(count, len(rows)))]
+    return {
+        "sequences": [row.sequences[-1].input_ids.tolist() for row in some],
+        "prompt_tokens": [len(split_prompt(row)[0]) for row in some],
+    }

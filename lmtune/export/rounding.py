@@ -1,0 +1,77 @@
+"""How far a model moves when its weights are rounded to fewer bits: what to expect of another engine's file.
+
+    with rounded(model, "q8_0"):
+        model(...)              # each linear layer and embedding computes with rounded weights
+
+Nothing is written and no weight is changed: a hook adds what rounding changes in a layer's output. Of `q4_k_m` it is
+near, not equal: llama.cpp takes the scale of a group with some care, and gives some layers more bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+
+Rounding = Literal["f16", "q8_0", "q4_k_m"]
+ROUNDINGS: tuple[Rounding, ...] = ("f16", "q8_0", "q4_k_m")
+_GROUP = 32  # weights that share a scale
+
+
+@contextlib.contextmanager
+def rounded(model: torch.nn.Module, kind: Rounding) -> Iterator[None]:
+    """Inside the block the layers of `model`, adapters merged, compute as with weights of `kind`."""
+    from peft.tuners.lora import LoraLayer
+
+    inside = {id(part) for one in model.modules() if isinstance(one, LoraLayer) for part in one.modules()} - {
+        id(one) for one in model.modules() if isinstance(one, LoraLayer)
+    }
+    handles = []
+    for module in model.modules():
+        if id(module) in inside or not isinstance(module, (LoraLayer, torch.nn.Linear, torch.nn.Embedding)):
+            continue
+        handles.append(module.register_forward_hook(lambda layer, args, out: out + _change(layer, args[0], kind)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def round_rows(weight: torch.Tensor, kind: Rounding) -> torch.Tensor:
+    """fp32 `[N, K]` as it comes back from a file of this type; rows that do not fit its groups have 16 bits."""
+    return weight.half().float() if weight.shape[-1] % _GROUP else _ROUNDED[kind](weight)
+
+
+def _eight_bits(weight: torch.Tensor) -> torch.Tensor:
+    groups = weight.reshape(-1, _GROUP)
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
+    return ((groups / scale).round() * scale.half().float()).reshape(weight.shape)
+
+
+def _four_bits(weight: torch.Tensor) -> torch.Tensor:
+    groups = weight.reshape(-1, _GROUP)
+    low = groups.amin(-1, keepdim=True).clamp_max(0)
+    scale = ((groups.amax(-1, keepdim=True) - low) / 15).clamp_min(1e-12)
+    return (((groups - low) / scale).round().clamp(0, 15) * scale + low).reshape(weight.shape)
+
+
+_ROUNDED: dict[Rounding, Callable[[torch.Tensor], torch.Tensor]] = {
+    "f16": lambda weight: weight.half().float(), "q8_0": _eight_bits, "q4_k_m": _four_bits,
+}  # fmt: skip
+
+
+def _change(layer: Any, given: torch.Tensor, kind: Rounding) -> torch.Tensor:
+    """What rounding adds to the output of a layer."""
+    base = getattr(layer, "base_layer", layer)
+    if isinstance(base, torch.nn.Embedding):
+        rows = base.weight[given].float()
+        return (round_rows(rows, kind) - rows).to(base.weight.dtype)
+    weight = base.weight.float()
+    if not isinstance(base, torch.nn.Linear) or weight.dim() != 2 or given.shape[-1] != weight.shape[-1]:
+        return given.new_zeros(())
+    if base is not layer and not layer.disable_adapters:
+        weight = weight + sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
+    return torch.nn.functional.linear(given, (round_rows(weight, kind) - weight).to(given.dtype))
