@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _ROWS = 8  # that are answered; all are scored
 _MORE_TOKENS, _MOST_TOKENS = 24, 256  # of an answer beyond the one that was trained; in all
+_FEW_TOKENS = 32  # that tell the weights
 _CLOSED = (401, 403)
 _NAMES = 8
 
@@ -97,7 +98,8 @@ def ask(
         found.scored = each("completions with echo", rows, _scorer(served, tokenizer))
         found.chatted = each("chat", talks, lambda row: Asked(row, served.chat(row.messages, _most(row)), _most(row)))
         if not found.scored or not found.chatted:
-            found.completed = each("completions", rows[:_ROWS], _completer(served, tokenizer))
+            most = _FEW_TOKENS if found.chatted else _MOST_TOKENS  # chats show how answers end
+            found.completed = each("completions", rows[:_ROWS], _completer(served, tokenizer, most))
     if not talks and not found.scored and not found.completed:
         found.notes.append("chat: no row of the run can be written as messages for its template")
     if not (found.scored or found.completed or found.chatted):
@@ -163,15 +165,15 @@ def _scorer(served: Served, tokenizer: PreTrainedTokenizerBase) -> Callable[[Ver
     return lambda row: Asked(row, ask_one(row.ids, row), 1)
 
 
-def _completer(served: Served, tokenizer: PreTrainedTokenizerBase) -> Callable[[VerificationRow], Asked]:
+def _completer(served: Served, tokenizer: PreTrainedTokenizerBase, most: int) -> Callable[[VerificationRow], Asked]:
     def completed(prompt: Prompt, row: VerificationRow) -> Said:
-        said = served.complete(prompt, _most(row))
+        said = served.complete(prompt, min(most, _most(row)))
         if said.prompt_tokens not in (None, row.num_prompt):
             raise _Unusable(f"reads {said.prompt_tokens} tokens where training has {row.num_prompt}")
         return said
 
     ask_one = _in_either_form(tokenizer, completed)
-    return lambda row: Asked(row, ask_one(row.prompt, row), _most(row))
+    return lambda row: Asked(row, ask_one(row.prompt, row), min(most, _most(row)))
 
 
 def _in_either_form(
