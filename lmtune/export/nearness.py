@@ -109,9 +109,10 @@ def of_places(
 def _share(served: Sequence[Float64], tuned: Sequence[Float64], base: Sequence[Float64]) -> float | None:
     """The projection of what is served on the way from base to tuned, each token weighted by its probability."""
     along = length = 0.0
-    for said, one, other in zip(served, tuned, base, strict=True):
+    for place in zip(served, tuned, base, strict=True):
+        said, one, other = (values.clip(np.log(_LEAST)) for values in place)
         weight, way = (np.exp(one) + np.exp(other)) / 2, one - other
-        along += float((weight * way * (said.clip(np.log(_LEAST)) - other)).sum())
+        along += float((weight * way * (said - other)).sum())
         length += float((weight * way * way).sum())
     return along / length if length > 0 else None
 

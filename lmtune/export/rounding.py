@@ -4,7 +4,8 @@
         model(...)              # each linear layer and embedding computes with rounded weights
 
 Nothing is written and no weight is changed: a hook adds what rounding changes in a layer's output. Of `q4_k_m` it is
-near, not equal: llama.cpp takes the scale of a group with some care, and gives some layers more bits.
+near, not equal: the embeddings and the head have 6 bits, as in llama.cpp, which takes the scale of a group with some
+care and gives a few layers more bits, too.
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ def rounded(model: torch.nn.Module, kind: Rounding) -> Iterator[None]:
     inside = {id(part) for one in model.modules() if isinstance(one, LoraLayer) for part in one.modules()} - {
         id(one) for one in model.modules() if isinstance(one, LoraLayer)
     }
+    tables = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings())}  # type: ignore[operator]
+
+    def hook(layer: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        is_table = not tables.isdisjoint({id(layer), id(getattr(layer, "base_layer", layer))})
+        return out + _change(layer, args[0], kind, is_table)
+
     handles = []
     for module in model.modules():
         if id(module) in inside or not isinstance(module, (LoraLayer, torch.nn.Linear, torch.nn.Embedding)):
             continue
-        handles.append(module.register_forward_hook(lambda layer, args, out: out + _change(layer, args[0], kind)))
+        handles.append(module.register_forward_hook(hook))
     try:
         yield
     finally:
@@ -40,15 +47,26 @@ def rounded(model: torch.nn.Module, kind: Rounding) -> Iterator[None]:
             handle.remove()
 
 
-def round_rows(weight: torch.Tensor, kind: Rounding) -> torch.Tensor:
-    """fp32 `[N, K]` as it comes back from a file of this type; rows that do not fit its groups have 16 bits."""
-    return weight.half().float() if weight.shape[-1] % _GROUP else _ROUNDED[kind](weight)
+def round_rows(weight: torch.Tensor, kind: Rounding, is_table: bool = False) -> torch.Tensor:
+    """fp32 `[N, K]` as it comes back from a file of this type; rows that do not fit its groups have 16 bits.
+
+    `is_table`: the embeddings or the head.
+    """
+    if weight.shape[-1] % _GROUP:
+        return weight.half().float()
+    return _six_bits(weight) if is_table and kind == "q4_k_m" else _ROUNDED[kind](weight)
 
 
 def _eight_bits(weight: torch.Tensor) -> torch.Tensor:
     groups = weight.reshape(-1, _GROUP)
     scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
     return ((groups / scale).round() * scale.half().float()).reshape(weight.shape)
+
+
+def _six_bits(weight: torch.Tensor) -> torch.Tensor:
+    groups = weight.reshape(-1, _GROUP // 2)
+    scale = (groups.abs().amax(-1, keepdim=True) / 31.5).clamp_min(1e-12)
+    return ((groups / scale).round().clamp(-32, 31) * scale).reshape(weight.shape)
 
 
 def _four_bits(weight: torch.Tensor) -> torch.Tensor:
@@ -63,15 +81,15 @@ _ROUNDED: dict[Rounding, Callable[[torch.Tensor], torch.Tensor]] = {
 }  # fmt: skip
 
 
-def _change(layer: Any, given: torch.Tensor, kind: Rounding) -> torch.Tensor:
+def _change(layer: Any, given: torch.Tensor, kind: Rounding, is_table: bool) -> torch.Tensor:
     """What rounding adds to the output of a layer."""
     base = getattr(layer, "base_layer", layer)
     if isinstance(base, torch.nn.Embedding):
         rows = base.weight[given].float()
-        return (round_rows(rows, kind) - rows).to(base.weight.dtype)
+        return (round_rows(rows, kind, is_table) - rows).to(base.weight.dtype)
     weight = base.weight.float()
     if not isinstance(base, torch.nn.Linear) or weight.dim() != 2 or given.shape[-1] != weight.shape[-1]:
         return given.new_zeros(())
     if base is not layer and not layer.disable_adapters:
         weight = weight + sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
-    return torch.nn.functional.linear(given, (round_rows(weight, kind) - weight).to(given.dtype))
+    return torch.nn.functional.linear(given, (round_rows(weight, kind, is_table) - weight).to(given.dtype))
