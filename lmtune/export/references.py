@@ -18,8 +18,8 @@ from lmtune.config.schema import LoraConfig
 from lmtune.data.rendering import Renderer
 from lmtune.errors import ModelError
 from lmtune.export.rounding import Rounding, rounded
-from lmtune.inference.engine import Request, Sampling
 from lmtune.inference.load import LoadedModel, load_for_inference
+from lmtune.inference.request import Request, Sampling
 from lmtune.models.base import load_model
 from lmtune.models.block_weights import BlockWeights
 from lmtune.models.locate import run_config
