@@ -199,7 +199,9 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path, nam
     assert lasting(killed) == lasting(whole)
 
 
-@pytest.mark.parametrize("kind", ["classification", "regression", "reward"])
+@pytest.mark.parametrize(
+    "kind", ["classification", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("regression", "reward"))]
+)
 def test_two_processes_give_the_model_of_one(tmp_path: Path, kind: str) -> None:
     rows: list[dict[str, Any]] = {
         "classification": TEXTS, "reward": PAIRS,

@@ -162,7 +162,7 @@ def test_a_stop_outside_of_training_ends_at_once_and_is_told(tmp_path: Path, num
     """While the base is scored, for example."""
     folder = make_workplace(tmp_path / "work")
     write_config(folder)
-    trouble = at_call("lmtune.evaluation.scoring", "teacher_forced", send(number))
+    trouble = at_call("lmtune.evaluation.scoring", "rows_teacher_forced", send(number))
     assert lmtune(folder, "finetune", "run.yaml", trouble=trouble) == code
     assert "Traceback" not in said(folder)
     assert json.loads((folder / "runs/trial/summary.json").read_text())["status"] == "interrupted"

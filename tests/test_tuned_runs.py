@@ -166,7 +166,11 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path, nam
     assert lasting(killed) == lasting(whole)
 
 
-@pytest.mark.parametrize("name", [*TUNINGS, *BESIDE])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("full", "new_tokens") else pytest.param(name, marks=pytest.mark.long)
+     for name in (*TUNINGS, *BESIDE)],
+)  # fmt: skip
 def test_two_processes_give_what_one_gives(tmp_path: Path, name: str) -> None:
     place = make_workplace(tmp_path / "work")
     write_config(place, **tuned_by(name))

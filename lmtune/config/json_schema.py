@@ -10,6 +10,7 @@ type.
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import json
 import textwrap
@@ -26,6 +27,7 @@ from lmtune.errors import ConfigError
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _ORDER = ("model", "tuning", "objective", "data", "train", "evaluation", "parallel", "run")  # of the sections in a file
 REQUIRED = MISSING  # the default of a setting that has none
+_TREES: dict[type[Any], dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def settings(schema: type[Any] = FinetuneConfig, values: Mapping[str, Any] | Non
     default.
     """
     found = {}
-    tree, types = json_schema(schema), kinds(schema)
+    tree, types = _tree(schema), kinds(schema)
     for section, kind in chosen_types(schema, values or {}).items():
         known = tree["$defs"][kind.__name__]["properties"]
         for field in fields(kind):
@@ -89,6 +91,17 @@ def every_kind(schema: type[Any] = FinetuneConfig) -> Iterator[tuple[str, type[A
 
 def json_schema(schema: type[Any] = FinetuneConfig) -> dict[str, Any]:
     """The JSON Schema of a config, its descriptions taken from the docstrings and comments of the types."""
+    return copy.deepcopy(_tree(schema))
+
+
+def _tree(schema: type[Any]) -> dict[str, Any]:
+    """`json_schema`, made once: it reads the source of every section."""
+    if schema not in _TREES:
+        _TREES[schema] = _new_tree(schema)
+    return _TREES[schema]
+
+
+def _new_tree(schema: type[Any]) -> dict[str, Any]:
     tree: dict[str, Any] = TypeAdapter(schema).json_schema()
     tree = {"$schema": DRAFT, "title": "lmtune config", **{k: v for k, v in tree.items() if k != "title"}}
     for types in kinds(schema).values():

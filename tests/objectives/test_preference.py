@@ -228,7 +228,7 @@ def test_odds_of_sure_answers_stay_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dpo", "kto", *(pytest.param(name, marks=pytest.mark.long) for name in ("ipo", "orpo", "simpo"))]
+    "name", ["dpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("kto", "ipo", "orpo", "simpo"))]
 )
 def test_two_processes_give_what_one_gives(tmp_path: Path, name: str) -> None:
     place = make_workplace(tmp_path / "work")

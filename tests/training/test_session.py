@@ -71,15 +71,16 @@ def test_settings_of_evaluation_without_effect_are_said(
 @pytest.mark.parametrize("every", [None, 2])
 def test_no_weights_are_scored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None) -> None:
     """Neither those of the last step nor, where they are kept, those of the best; and the base only where asked."""
-    folder, passes, real = make_workplace(tmp_path / "work"), list[str](), compose.score
+    folder, passes, real = make_workplace(tmp_path / "work"), list[str](), compose.score_rows
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **named: Any) -> Any:
         passes.append("validation")
-        scores = real(*arguments)
-        return scores if len(passes) == 1 else replace(scores, loss=9.0)  # the first is the best
+        found = real(*arguments, **named)
+        worse = replace(found, scores=replace(found.scores, loss=9.0))
+        return found if len(passes) == 1 else worse  # the first is the best
 
-    monkeypatch.setattr(compose, "score", counted)
-    monkeypatch.setattr(scoring, "score", lambda *arguments: passes.append("score") or real(*arguments))
+    monkeypatch.setattr(compose, "score_rows", counted)
+    monkeypatch.setattr(scoring, "score_rows", lambda *arguments: passes.append("score") or real(*arguments))
     run, summary = finetune(folder, evaluation__every_steps=every, train__max_steps=4, evaluation__score_base=False)
     assert passes == ["validation"] * (1 if every is None else 2)
     assert summary["best_step"] == (4 if every is None else 2)
