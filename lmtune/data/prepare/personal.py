@@ -93,12 +93,12 @@ PATTERNS = {
     ),
     "telephone numbers": Pattern(
         "[PHONE]",
-        r"(?<![\w+.])(?:"
+        r"(?<![\w+.])(?<!\d-)(?:"
         r"\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d(?:[ .-]?\d){6,12}"  # +49 30 1234567
         r"|(?:86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}"  # a mobile telephone in China
         r"|0\d{2,3}-\d{7,8}"  # a telephone at home in China
         r"|\(\d{3}\) ?\d{3}[.-]\d{4}|\d{3}([.-])\d{3}\1\d{4}"  # North America
-        r")(?![\d.-]*\d)",
+        r")(?![\d.-]*\d)(?! ?[=*/×÷])",  # 6000-150-1200-2000=2650 is arithmetic
     ),
 }
 # What every pattern needs
