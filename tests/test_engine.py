@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lmtune.errors import LmtuneError
+from lmtune.inference import prefixes
 from lmtune.inference.engine import TransformersEngine
 from lmtune.inference.request import Generation, Request, Sampling
 from lmtune.models.members import AS_IS, BASE, Members
@@ -131,6 +132,30 @@ def test_what_was_read_is_not_read_again_by_whomever() -> None:
     del seen[:]
     assert [list(nothing_kept.submit(request)) for _ in range(2)] == [alone(model, request)] * 2
     assert [shape for shape in seen if shape[1] > 1] == [[1, 42]] * 3
+
+
+def test_few_prefixes_are_kept_and_no_more_than_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "MAX_PREFIXES", 3)
+    model = random_model()
+    short = Sampling(max_new_tokens=2)
+
+    def reads_again(prompts: int, prefix_bytes: int) -> list[bool]:
+        """Of each prompt, whether nothing of it was kept after the last one."""
+        engine = TransformersEngine(model, prefix_bytes=prefix_bytes)
+        asked = [Request([5 + place] * 20, short) for place in range(prompts)]
+        for request in asked:
+            list(engine.submit(request))
+        seen, found = passes(model), []
+        for request in reversed(asked):
+            del seen[:]
+            list(engine.submit(request))
+            found.append([1, 20] in seen)
+        return found[::-1]
+
+    assert reads_again(3, 2**29) == [False] * 3
+    assert reads_again(4, 2**29) == [True, False, False, False]
+    one = 2 * 2 * 2 * 21 * 16 * 4 + 512 * 4  # layers, keys and values, heads, tokens, size of a head, fp32; logits
+    assert reads_again(3, 2 * one) == [True, False, False]
 
 
 def test_one_that_is_cancelled_leaves_and_the_others_go_on() -> None:

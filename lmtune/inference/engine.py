@@ -317,6 +317,7 @@ class TransformersEngine:
             if not is_finite:
                 text = "logits: NaN or infinity; expected finite numbers; the weights or adapter are damaged"
                 generation.end("stopped", LmtuneError(text))
+                row.keeps = False
                 ended.append(row)
                 continue
             token = best if sampling.temperature == 0 else row.sampler(one)

@@ -12,6 +12,8 @@ from transformers import Cache
 from lmtune.inference.kv_cache import can_crop, copy_of, crop, num_bytes
 from lmtune.models.members import Members
 
+MAX_PREFIXES = 256  # each is compared with a prompt that comes
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -36,23 +38,24 @@ class Prefix:
 
 
 class PrefixStore:
-    """The prefixes used last, up to a number of bytes.
+    """The prefixes used last, up to a number of bytes and `MAX_PREFIXES`.
 
     Members do not share what they read: an adapter changes keys and values.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self._max_bytes, self._bytes = max_bytes, 0
         self._kept: OrderedDict[tuple[Members, tuple[int, ...]], Prefix] = OrderedDict()
 
     def add(self, members: Members, prefix: Prefix) -> None:
         """Keep one in place of those that it begins with."""
         ids = prefix.token_ids
         for key in [key for key in self._kept if key[0] == members and ids[: len(key[1])] == key[1]]:
-            del self._kept[key]
+            self._bytes -= self._kept.pop(key).num_bytes
         self._kept[members, ids] = prefix
-        while sum(kept.num_bytes for kept in self._kept.values()) > self._max_bytes:
-            self._kept.popitem(last=False)
+        self._bytes += prefix.num_bytes
+        while self._bytes > self._max_bytes or len(self._kept) > MAX_PREFIXES:
+            self._bytes -= self._kept.popitem(last=False)[1].num_bytes
 
     def find(self, members: Members, prompt: Sequence[int]) -> Prefix | None:
         """The longest part of `prompt` that was read before, in a cache of its own; at least the last token is left to
