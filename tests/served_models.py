@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 import torch
+
+from tests.json_server import json_server
 
 Logits = Callable[[Sequence[int]], torch.Tensor]  # token ids to logits [T, V]
 Style = Literal["openai", "vllm", "llama.cpp"]
@@ -155,39 +155,13 @@ def served(serving: Serving) -> Iterator[str]:
     """The address of a server that does so, for as long as the block lasts."""
     lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self._answer(body)
+    def answer(path: str, body: dict[str, Any] | None, key: str | None) -> tuple[int, Any]:
+        with lock:
+            serving.requests.append((path, body or {}))
+            serving.keys.append(key)
+            if serving.key is not None and key != f"Bearer {serving.key}":
+                return 401, {"error": f"no such key: {key}"}
+            return serving.answer(path, body or {})
 
-        def do_GET(self) -> None:
-            self._answer({})
-
-        def _answer(self, body: dict[str, Any]) -> None:
-            key = self.headers["Authorization"]
-            with lock:
-                serving.requests.append((self.path, body))
-                serving.keys.append(key)
-                if serving.key is not None and key != f"Bearer {serving.key}":
-                    status, tree = 401, {"error": f"no such key: {key}"}
-                else:
-                    status, tree = serving.answer(self.path, body)
-            data = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
-            with contextlib.suppress(OSError):
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with json_server(answer) as url:
+        yield url

@@ -6,7 +6,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +15,37 @@ from lmtune.errors import ConfigError, DataError, LmtuneError
 from lmtune.evaluation.judge import KEY_VARIABLE, Judge, Judgement, Pair, judged, messages, read_verdict
 from lmtune.evaluation.kept import KeptLines
 from lmtune.recipes import compare
+from tests.json_server import json_server
 from tests.workplace import write_rows
 
 Answer = tuple[int, Any]  # status, and what is said, or a whole body
 
 
 class Endpoint:
-    """A server on this machine; `say` makes an answer of a request's body, and of how many came before."""
+    """What an endpoint was asked, with which keys; `say` makes an answer of a body, and of how many came before."""
 
     def __init__(self, say: Callable[[dict[str, Any], int], Answer]) -> None:
+        self.url = ""
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        lock = threading.Lock()
-        endpoint = self
+        self._say, self._lock = say, threading.Lock()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    endpoint.requests.append(body)
-                    endpoint.keys.append(self.headers["Authorization"])
-                    number = len(endpoint.requests) - 1
-                status, said = say(body, number)
-                tree = {"choices": [{"message": {"content": said}}]} if isinstance(said, str) else said
-                self._send(status, tree)
-
-            def do_GET(self) -> None:
-                self._send(200, {"data": [{"id": "the-judge"}]})
-
-            def _send(self, status: int, tree: Any) -> None:
-                data = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
-                with contextlib.suppress(OSError):  # who asked may be gone
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+    def answer(self, path: str, body: dict[str, Any] | None, key: str | None) -> Answer:
+        if body is None:
+            return 200, {"data": [{"id": "the-judge"}]}
+        with self._lock:
+            self.requests.append(body)
+            self.keys.append(key)
+            number = len(self.requests) - 1
+        status, said = self._say(body, number)
+        return status, {"choices": [{"message": {"content": said}}]} if isinstance(said, str) else said
 
 
 @contextlib.contextmanager
 def serving(say: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoint]:
     endpoint = Endpoint(say)
-    thread = threading.Thread(target=endpoint.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with json_server(endpoint.answer) as endpoint.url:
         yield endpoint
-    finally:
-        endpoint.server.shutdown()
-        endpoint.server.server_close()
-        thread.join()
 
 
 def sides(body: dict[str, Any]) -> tuple[str, str]:
