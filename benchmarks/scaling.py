@@ -1,10 +1,11 @@
-"""How cost grows: with rows (the planner's time and memory), with the length of rows, with the rank, with processes.
+"""How cost grows: with rows (the planner's time and memory), their length, the rank, processes, and requests.
 
 python -m benchmarks.scaling rows           # 1,000 to 1,000,000 short rows, planned for a whole epoch
 python -m benchmarks.scaling tokenize --rows 20000 1000000   # read, rendered, tokenized and stored, as training does
 python -m benchmarks.scaling length rank    # tokens per second of a training step
 python -m benchmarks.scaling processes      # `lmtune finetune --processes N`, whole runs
 python -m benchmarks.scaling balance        # how evenly a step's work is dealt to 2 to 64 processes
+python -m benchmarks.scaling requests       # tokens per second of the engine, for 1 to 64 requests at a time
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,15 @@ from benchmarks.workload import Workload
 ROWS = (1_000, 10_000, 100_000, 1_000_000)
 LENGTHS = (64, 256, 1024, 4096)
 RANKS = (4, 16, 64, 256)
+REQUESTS, ANSWER_TOKENS = (1, 4, 16, 64), 100
 STEPS, ROW_TOKENS = 20, 24  # steps of a run for `processes`; mean tokens of the short rows
 
 
 def main() -> None:
     """Measure what the command line names, print it as it comes, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("rows", "tokenize", "length", "rank", "processes", "balance"))
+    kinds = ("rows", "tokenize", "length", "rank", "processes", "balance", "requests")
+    parser.add_argument("what", nargs="+", choices=kinds)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", default="30m")
     parser.add_argument("--repeats", type=int, default=5)
@@ -54,6 +58,8 @@ def main() -> None:
             report[what] = [step_rate("length", n, work, options) for n, work in works]
         elif what == "rank":
             report[what] = [step_rate("rank", n, Workload(options.shape, rank=n), options) for n in RANKS]
+        elif what == "requests":
+            report[what] = answered()
         elif what == "balance":
             report[what] = [balance(count) for count in (2, 8, 64)]
         else:
@@ -193,6 +199,27 @@ def _resident() -> dict[str, float]:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     pairs = (line.split() for line in lines if line.startswith(("VmRSS", "RssAnon")))
     return {name.rstrip(":"): int(size) / 2**20 for name, size, *_ in pairs}
+
+
+# --- requests
+
+
+def answered(counts: Sequence[int] = REQUESTS, tokens: int = ANSWER_TOKENS) -> list[dict[str, Any]]:
+    """Tokens a second where so many requests, with prompts of 31 tokens, are made of `tiny` at the same moment."""
+    from lmtune.inference.engine import TransformersEngine
+    from lmtune.inference.load import load_for_inference
+    from lmtune.inference.request import Request, Sampling
+
+    model, sampling, found = load_for_inference("tiny").model, Sampling(max_new_tokens=tokens), []
+    list(TransformersEngine(model).submit(Request([5], sampling)))  # what is slow once
+    for count in counts:
+        engine, began = TransformersEngine(model), time.perf_counter()
+        asked = [engine.submit(Request([5 + place, *range(20, 50)], sampling)) for place in range(count)]
+        given = sum(len(list(generation)) for generation in asked)
+        seconds = time.perf_counter() - began
+        found.append({"requests": count, "tokens_per_second": round(given / seconds, 1), "seconds": round(seconds, 3)})
+        print(f"{count:>3} at a time: {given / seconds:,.0f} tokens/s; the last answer ends after {seconds:.2f} s")
+    return found
 
 
 # --- processes

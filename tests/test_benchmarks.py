@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.compare import flop_per_token, gate
 from benchmarks.profile_step import profile
-from benchmarks.scaling import balance, planned
+from benchmarks.scaling import answered, balance, planned
 from benchmarks.workload import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +99,12 @@ def test_planning_and_balance_are_measured() -> None:
     assert found["memory_gib"] < 1
     found = balance(2)
     assert 1 <= found["dealt"] < found["in_order"]
+
+
+def test_requests_at_a_time_are_measured() -> None:
+    found = answered((1, 3), tokens=4)
+    assert [one["requests"] for one in found] == [1, 3]
+    assert found[0]["tokens_per_second"] * found[0]["seconds"] == pytest.approx(4, rel=0.2)
 
 
 @pytest.mark.long
