@@ -13,7 +13,7 @@ from lmtune.data.checking import check_data
 from lmtune.data.columns import columns_of
 from lmtune.errors import ConfigError
 from lmtune.evaluation import options
-from lmtune.io.console import print_json, progress, warn
+from lmtune.io.console import progress, warn
 from lmtune.io.text import pluralize
 from lmtune.run import run
 from lmtune.runs.columns import columns_for, run_of
@@ -50,8 +50,8 @@ def main(
     from lmtune.evaluation.answer_files import aligned, is_answer_file, read_answers
     from lmtune.evaluation.answer_metrics import answer_metrics
     from lmtune.evaluation.compare import compare, slices_of
-    from lmtune.evaluation.judging import describe_judgement, judge_rows, open_judge, with_verdicts
-    from lmtune.evaluation.showing import difference_trees, print_comparison, row_trees, slice_trees, write_rows
+    from lmtune.evaluation.judging import judge_scored, open_judge
+    from lmtune.evaluation.showing import comparison_tree, print_comparison, write_rows
     from lmtune.evaluation.slices import require_field, slice_names
 
     metrics, named = answer_metrics(metric, METRICS), columns_of(columns or [])
@@ -73,7 +73,7 @@ def main(
 
         return row_results(load_for_inference(target), paths, rows, max_new_tokens, max_length, known)
 
-    asked = open_judge(judge, judge_model)
+    asked = open_judge(judge, judge_model, [one for one in (first, second) if one not in files], rows)
     require_field(by, paths)
     if not files:
         check_data(paths, columns=known)
@@ -82,18 +82,13 @@ def main(
         other = aligned(one, other)
     compared = compare(one, other, metrics)
     slices = [] if by is None else slices_of(slice_names(by, paths, one), one, other, metrics)
-    judgement = judge_rows(asked, compared.rows, output)
-    lines = with_verdicts(row_trees(compared.rows, ("first", "second")), judgement)
-    write_rows(output, lines)
+    tree = comparison_tree(compared, slices)
+    write_rows(output, tree["rows"])
     if compared.left_out:
         warn(f"{pluralize(compared.left_out)} that only one of the two could read are left out (--max-length)")
-    if as_json:
-        differences = difference_trees(compared.differences)
-        tree = {"scores": compared.scores, "differences": differences, "slices": slice_trees(slices), "rows": lines}
-        print_json(tree if judgement is None else {**tree, "judge": judgement.as_dict()})
-    else:
+    if not as_json:
         print_comparison(first, second, compared, shown, slices, by)
-        describe_judgement(judgement, second, first)
+    judge_scored(asked, compared.rows, tree, output, (second, first), as_json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from lmtune.data.checking import check_data
 from lmtune.data.columns import columns_of
 from lmtune.errors import ConfigError
 from lmtune.evaluation import options
-from lmtune.io.console import print_json, progress, warn
+from lmtune.io.console import progress, warn
 from lmtune.run import run
 from lmtune.runs.columns import columns_for, run_of
 
@@ -45,17 +45,18 @@ def main(
 
     Example: lmtune evaluate runs/support heldout.jsonl --metric f1 --by topic
     """
+    from lmtune.evaluation import judging, showing
     from lmtune.evaluation.answer_files import is_answer_file
     from lmtune.evaluation.answer_metrics import answer_metrics
-    from lmtune.evaluation.judging import describe_judgement, judge_rows, open_judge, with_verdicts
-    from lmtune.evaluation.showing import draw_confusion, evaluate_file, evaluation_tree, print_evaluation, write_rows
     from lmtune.evaluation.slices import require_field
 
     metrics, named = answer_metrics(metric, ("f1", "chrf")), columns_of(columns or [])
     if is_answer_file(target):
         if data:
             raise ConfigError(f"{target} holds answers and the rows that they are of; leave {data[0]} out")
-        evaluate_file(target, metrics, by, output, as_json, named)
+        if judge is not None:
+            raise ConfigError(f"--judge: {target} holds answers of one model; `lmtune compare` lets it judge two files")
+        showing.evaluate_file(target, metrics, by, output, as_json, named)
         return
     drift = drift or drift_prompts is not None
     if not (data or drift or lm_eval):
@@ -65,31 +66,33 @@ def main(
     if paths:
         check_data(paths, columns=known)
         require_field(by, paths)
-    asked = open_judge(judge, judge_model)
+    elif judge is not None:
+        raise ConfigError("--judge: compares answers to rows; give files or folders of rows as DATA")
+    asked = judging.open_judge(judge, judge_model, [target], exact_match_rows)
     with progress("loading PyTorch and the libraries"):
         from lmtune.evaluation.evaluate import evaluate_loaded
         from lmtune.evaluation.further import print_further, score_further
         from lmtune.inference.load import load_for_inference
 
-    loaded, tree, judgement = load_for_inference(target, base=base, method="vote" if vote else None), {}, None
+    loaded = load_for_inference(target, base=base, method="vote" if vote else None)
     further = score_further(loaded, drift, drift_prompts, lm_eval)  # first: a model of which there is none is told soon
+    tree: showing.Tree = {**further.as_dict()}
+    rows: judging.Rows = ()
+    beside = "the base"
     if paths:
         found = evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length, known, metrics, by)
         if found.trained_rows:
             warn(f"{found.trained_rows} of {found.tuned.rows} rows were trained on; their scores say nothing of others")
-        compared = None if found.comparison is None or judge_reference else found.comparison.rows
-        judgement = judge_rows(asked, compared or found.rows, output)
-        tree = evaluation_tree(found, judgement)
-        write_rows(output, with_verdicts(tree["rows"], judgement))
-        if confusion is not None:
-            draw_confusion(confusion, tree.get("classes"))
-    if as_json:
-        print_json({**tree, **further.as_dict()})
-        return
-    if paths:
-        print_evaluation(found, metrics, shown, by)
-        describe_judgement(judgement, "tuned", "the base" if compared else "the reference")
-    print_further(further, shown)
+        tree = {**showing.evaluation_tree(found), **tree}
+        showing.write_rows(output, tree["rows"])
+        compared = None if found.comparison is None or judge_reference else found.comparison
+        rows, beside = (found.rows, "the reference") if compared is None else (compared.rows, "the base")
+        if not as_json:
+            showing.print_evaluation(found, metrics, shown, by)
+    if not as_json:
+        print_further(further, shown)
+    judging.judge_scored(asked, rows, tree, output, ("tuned", beside), as_json)
+    showing.draw_confusion(confusion, tree.get("classes"))
 
 
 if __name__ == "__main__":

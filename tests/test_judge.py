@@ -6,16 +6,20 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lmtune.config.load import build_config, dump_config
+from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError, DataError, LmtuneError
 from lmtune.evaluation.judge import KEY_VARIABLE, Judge, Judgement, Pair, judged, messages, read_verdict
 from lmtune.evaluation.kept import KeptLines
-from lmtune.recipes import compare
+from lmtune.recipes import compare, evaluate
 from tests.json_server import json_server
+from tests.sample_run import write_base, write_records
 from tests.workplace import write_rows
 
 Answer = tuple[int, Any]  # status, and what is said, or a whole body
@@ -217,3 +221,76 @@ def test_compare_asks_the_judge(tmp_path: Path, capsys: pytest.CaptureFixture[st
     write_rows(tmp_path / "c.jsonl", [{"text": "x", "label": "p", "prediction": "p"}])
     with serving(prefers_good) as endpoint, pytest.raises(DataError, match="--judge: no row has generated answers"):
         compare.main(str(tmp_path / "c.jsonl"), str(tmp_path / "c.jsonl"), judge=endpoint.url)
+
+
+def leaving_after(count: int) -> Callable[[dict[str, Any], int], Answer]:
+    """What answers so many requests, and refuses the others."""
+    return lambda body, number: prefers_good(body, number) if number < count else (403, {"error": "no credit"})
+
+
+def test_a_judge_that_fails_takes_no_score_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"Say {n}", "completion": "good"} for n in range(12)]
+    for name, said in (("a", "bad"), ("b", "good")):
+        write_rows(tmp_path / f"{name}.jsonl", [{**row, "prediction": f"{said} {n}"} for n, row in enumerate(rows)])
+    files, output = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")), tmp_path / "rows.jsonl"
+    with serving(leaving_after(5)) as endpoint:
+        with pytest.raises(ConfigError, match="status 403"):
+            compare.main(*files, judge=endpoint.url, output=output)
+        shown = capsys.readouterr().out
+        assert "b.jsonl is better: it wins" in shown
+        assert "chrf" in shown
+        written = [json.loads(line) for line in output.read_text().splitlines()]
+        assert len(written) == 12
+        with pytest.raises(ConfigError, match="status 403"):
+            compare.main(*files, judge=endpoint.url, output=output, as_json=True)
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["rows"] == written
+    assert tree["differences"]["f1"]["verdict"] == "better"
+    assert "status 403" in tree["judge"]["error"]
+
+
+@pytest.mark.slow
+def test_evaluate_keeps_its_scores_where_the_judge_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_base(base := tmp_path / "base")
+    write_rows(tmp_path / "held.jsonl", [{"prompt": f"Say {n}", "completion": str(n)} for n in range(4)])
+    given = {"data": [tmp_path / "held.jsonl"], "max_new_tokens": 4, "max_length": 256}
+    with serving(leaving_after(0)) as endpoint, pytest.raises(ConfigError, match="status 403"):
+        evaluate.main(str(base), **given, judge=endpoint.url, as_json=True)
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["tuned"]["rows"] == len(tree["rows"]) == 4
+    assert "status 403" in tree["judge"]["error"]
+
+
+@pytest.mark.parametrize("kind", ["classification", "dpo", "head", "merged"])
+def test_models_without_answers_are_refused_before_anything_is_loaded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmtune.inference.load.load_for_inference", lambda *given, **more: pytest.fail("loaded"))
+    folder = tmp_path / "model"
+    if kind == "head":
+        folder.mkdir()
+        (folder / "lmtune.json").write_text(json.dumps({"head": {"kind": "single_label", "labels": ["a", "b"]}}))
+    elif kind == "merged":
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
+    else:
+        write_records(folder)
+        tree = {"model": {"name": "tiny"}, "data": {"train": "a.jsonl"}, "objective": {"kind": kind}}
+        (folder / "config.yaml").write_text(dump_config(build_config(FinetuneConfig, tree, where="test")))
+    write_rows(tmp_path / "held.jsonl", [{"prompt": "Say 1", "completion": "1"}])
+    with serving(prefers_good) as endpoint:
+        for command in (evaluate.main, partial(compare.main, "tiny")):
+            with pytest.raises(ConfigError, match=r"--judge: compares generated answers; .*leave --judge out"):
+                command(str(folder), data=[tmp_path / "held.jsonl"], judge=endpoint.url)
+        assert not endpoint.requests
+
+
+def test_where_there_is_nothing_to_judge_it_is_said_at_once(tmp_path: Path) -> None:
+    write_rows(tmp_path / "held.jsonl", [{"prompt": "Say 1", "completion": "1", "prediction": "1"}])
+    held, judge = [tmp_path / "held.jsonl"], "http://127.0.0.1:9/v1"
+    with pytest.raises(ConfigError, match="--judge: compares generated answers, and none are asked for"):
+        evaluate.main("tiny", held, exact_match_rows=0, judge=judge)
+    with pytest.raises(ConfigError, match=r"--judge: .*held\.jsonl holds answers of one model"):
+        evaluate.main(str(held[0]), judge=judge)
+    with pytest.raises(ConfigError, match="--judge: compares answers to rows"):
+        evaluate.main("tiny", drift=True, judge=judge)

@@ -25,19 +25,18 @@ from lmtune.runs.tables import print_classes
 
 if TYPE_CHECKING:
     from lmtune.evaluation.evaluate import Evaluation
-    from lmtune.evaluation.judge import Judgement
     from lmtune.evaluation.scoring import Scores
 
 Tree = dict[str, Any]
 
 
-def write_rows(path: Path | None, rows: Iterable[Mapping[str, object]]) -> None:
-    """Rows as JSONL, if a file was asked for."""
+def write_rows(path: Path | None, rows: Iterable[Mapping[str, object]], what: str = "") -> None:
+    """Rows as JSONL, if a file was asked for; `what` says what is new in them."""
     if path is None:
         return
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_text(path, "".join(lines))
-    err.print(f"{pluralize(len(lines))} in {escape(str(path))}")
+    err.print(f"{pluralize(len(lines))}{what} in {escape(str(path))}")
 
 
 def difference_trees(differences: Mapping[str, Difference]) -> Tree:
@@ -73,6 +72,12 @@ def row_trees(rows: Sequence[ComparedRow | RowResult], names: tuple[str, str]) -
     return trees
 
 
+def comparison_tree(compared: Comparison, slices: Sequence[Slice]) -> Tree:
+    """All of a comparison, for `--json`."""
+    differences, rows = difference_trees(compared.differences), row_trees(compared.rows, ("first", "second"))
+    return {"scores": compared.scores, "differences": differences, "slices": slice_trees(slices), "rows": rows}
+
+
 def print_comparison(
     first: str, second: str, compared: Comparison, shown: int, slices: Sequence[Slice] = (), by: str | None = None
 ) -> None:
@@ -91,8 +96,8 @@ def print_slices(slices: Sequence[Slice], by: str | None, second: str = "tuned",
         out.print(table)
 
 
-def evaluation_tree(found: Evaluation, judgement: Judgement | None = None) -> Tree:
-    """All of an evaluation, for `--json`; also what a judge says of it."""
+def evaluation_tree(found: Evaluation) -> Tree:
+    """All of an evaluation, for `--json`."""
     before, tuned, classes = found.base, found.tuned, found.tuned.classes
     errors = {"tuned": tuned.standard_errors, "base": before.standard_errors if before else None}
     compared = found.comparison
@@ -103,7 +108,6 @@ def evaluation_tree(found: Evaluation, judgement: Judgement | None = None) -> Tr
     if compared is not None:
         tree["differences"] = difference_trees(compared.differences)
         tree["verdict"] = sentence_of(compared)
-    tree |= {} if judgement is None else {"judge": judgement.as_dict()}
     tree |= {"slices": slice_trees(found.slices)} if found.slices else {}
     tree |= {"trained_rows": found.trained_rows, "data": found.report.to_dict()}
     answers = [{"question": a.question, "reference": a.reference, "answer": a.prediction} for a in found.answers]
@@ -163,8 +167,10 @@ def evaluate_file(
     print_slices(slices, by)
 
 
-def draw_confusion(path: Path, classes: Tree | None) -> None:
-    """The picture in a file; ConfigError where there is no such matrix."""
+def draw_confusion(path: Path | None, classes: Tree | None) -> None:
+    """The picture in a file, if one was asked for; ConfigError where there is no such matrix."""
+    if path is None:
+        return
     picture = None if classes is None else confusion_svg(classes)
     if picture is None:
         raise ConfigError("--confusion: only a model that gives one class a row has a confusion matrix; leave it out")
