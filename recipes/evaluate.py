@@ -78,7 +78,7 @@ def main(
     further = score_further(loaded, drift, drift_prompts, lm_eval)  # first: a model of which there is none is told soon
     tree: showing.Tree = {**further.as_dict()}
     rows: judging.Rows = ()
-    beside = "the base"
+    name = beside = ""
     if paths:
         found = evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length, known, metrics, by)
         if found.trained_rows:
@@ -87,11 +87,12 @@ def main(
         showing.write_rows(output, tree["rows"])
         compared = None if found.comparison is None or judge_reference else found.comparison
         rows, beside = (found.rows, "the reference") if compared is None else (compared.rows, "the base")
+        name = target if found.base is None else "tuned"
         if not as_json:
             showing.print_evaluation(found, metrics, shown, by)
     if not as_json:
         print_further(further, shown)
-    judging.judge_scored(asked, rows, tree, output, ("tuned", beside), as_json)
+    judging.judge_scored(asked, rows, tree, output, (name, beside), as_json)
     showing.draw_confusion(confusion, tree.get("classes"))
 
 

@@ -19,7 +19,7 @@ from lmtune.evaluation.judge import KEY_VARIABLE, Judge, Judgement, Pair, judged
 from lmtune.evaluation.kept import KeptLines
 from lmtune.recipes import compare, evaluate
 from tests.json_server import json_server
-from tests.sample_run import write_base, write_records
+from tests.sample_run import write_base, write_records, write_run
 from tests.workplace import write_rows
 
 Answer = tuple[int, Any]  # status, and what is said, or a whole body
@@ -259,6 +259,23 @@ def test_evaluate_keeps_its_scores_where_the_judge_fails(tmp_path: Path, capsys:
     tree = json.loads(capsys.readouterr().out)
     assert tree["tuned"]["rows"] == len(tree["rows"]) == 4
     assert "status 403" in tree["judge"]["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "more"), [("base", {}), ("support", {"judge_reference": True}), ("support", {})])
+def test_the_judge_calls_a_model_by_what_it_is(
+    target: str, more: dict[str, bool], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_base(base := tmp_path / "base")
+    write_run(tmp_path / "support", str(base))
+    write_rows(tmp_path / "held.jsonl", [{"prompt": f"Say {n}", "completion": f"good {n}"} for n in range(2)])
+    given = {"data": [tmp_path / "held.jsonl"], "max_new_tokens": 4, "max_length": 256, **more}
+    with serving(lambda body, number: (200, "TIE")) as endpoint:
+        evaluate.main(str(tmp_path / target), **given, judge=endpoint.url)
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("judge: "))
+    name = "tuned" if target == "support" else str(tmp_path / "base")
+    beside = "the base" if target == "support" and not more else "the reference"
+    assert f"({name} wins 0, {beside} 0, ties 2)" in said
 
 
 @pytest.mark.parametrize("kind", ["classification", "dpo", "head", "merged"])
