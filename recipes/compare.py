@@ -82,7 +82,7 @@ def main(
         other = aligned(one, other)
     compared = compare(one, other, metrics)
     slices = [] if by is None else slices_of(slice_names(by, paths, one), one, other, metrics)
-    tree = comparison_tree(compared, slices)
+    tree = comparison_tree(compared, slices, metrics)
     write_rows(output, tree["rows"])
     if compared.left_out:
         warn(f"{pluralize(compared.left_out)} that only one of the two could read are left out (--max-length)")

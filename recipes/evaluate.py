@@ -83,7 +83,7 @@ def main(
         found = evaluate_loaded(loaded, paths, exact_match_rows, max_new_tokens, max_length, known, metrics, by)
         if found.trained_rows:
             warn(f"{found.trained_rows} of {found.tuned.rows} rows were trained on; their scores say nothing of others")
-        tree = {**showing.evaluation_tree(found), **tree}
+        tree = {**showing.evaluation_tree(found, metrics), **tree}
         showing.write_rows(output, tree["rows"])
         compared = None if found.comparison is None or judge_reference else found.comparison
         rows, beside = (found.rows, "the reference") if compared is None else (compared.rows, "the base")

@@ -10,7 +10,7 @@ from lmtune.errors import ConfigError, DataError
 from lmtune.evaluation.answer_files import aligned, answers_of_file, read_answers
 from lmtune.evaluation.answer_metrics import answer_metric
 from lmtune.evaluation.compare import slices_of
-from lmtune.evaluation.results import RowResult, scores_of
+from lmtune.evaluation.results import RowResult, scores_of, values_of
 from lmtune.evaluation.slices import MISSING, slice_names
 from lmtune.recipes import compare, evaluate
 from tests.sample_run import write_base, write_run
@@ -58,6 +58,19 @@ def test_every_score_has_an_interval_and_the_base_beside_it(
     assert {"row", "question", "reference", "base", "tuned", "scores"} <= written[0].keys()
     whole = sum(row["scores"]["tuned"]["sequence_accuracy"] for row in written) / len(written)
     assert whole == tree["tuned"]["sequence_accuracy"]
+    answered = [row for row in written if row["tuned"] is not None]
+    assert (len(answered), len(written)) == (12, 16)
+    assert all("f1" not in row["scores"]["tuned"] for row in written if row not in answered)
+    for part in ("base", "tuned"):
+        for name in ("f1", "exact_match"):  # means of rows; chrF is over all rows together
+            values = [row["scores"][part][name] for row in answered]
+            assert sum(values) / 12 == pytest.approx(tree[part][name]), name
+    assert all(list(row["scores"]["tuned"])[:2] == ["chrf", "f1"] for row in answered)
+    assert all(
+        row["gain"] == pytest.approx(row["scores"]["tuned"]["chrf"] - row["scores"]["base"]["chrf"])
+        for row in answered
+        if row["scores"]["tuned"]["chrf"] != row["scores"]["base"]["chrf"]
+    )
 
 
 @pytest.mark.slow
@@ -125,11 +138,13 @@ def test_a_file_of_answers_stands_for_a_model(tmp_path: Path, capsys: pytest.Cap
     assert tree["tuned"]["exact"]["value"] == 0.75
     assert tree["tuned"]["exact"]["interval"] == pytest.approx([0.505, 0.898], abs=1e-3)  # Wilson
     assert [one["slice"] for one in tree["slices"]] == ["even", "odd"]
+    assert [row["scores"]["tuned"]["exact"] for row in tree["rows"]] == 12 * [1.0] + 4 * [0.0]
     compare.main(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), metric=["exact"], as_json=True)
     tree = json.loads(capsys.readouterr().out)
     difference = tree["differences"]["exact"]
     assert (difference["wins"], difference["losses"], difference["ties"], difference["verdict"]) == (0, 12, 4, "worse")
     assert tree["rows"][0]["question"] == "Say 0"
+    assert tree["rows"][0]["scores"] == {"first": {"exact": 1.0}, "second": {"exact": 0.0}}
     assert answers_of_file(str(tmp_path / "b.jsonl"), ["Say 3"]) == ["?"]
     with pytest.raises(ConfigError, match="no answer to 1 prompt, such as 'Say more'"):
         answers_of_file(str(tmp_path / "b.jsonl"), ["Say more"])
@@ -160,4 +175,5 @@ def test_calls_are_compared_in_the_rows_that_have_one() -> None:
     ]
     assert scores_of(rows, [answer_metric("tool_call")])["tool_call"].rows == 1
     assert scores_of(rows, [answer_metric("tool_call")])["tool_call"].value == 1
+    assert [values_of(row, [answer_metric("tool_call")]) for row in rows] == [{"tool_call": 1.0}, {}]
     assert "tool_call" not in scores_of(rows[1:], [answer_metric("tool_call")])

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lmtune.errors import DataError
 from lmtune.evaluation.answer_metrics import AnswerMetric
 from lmtune.evaluation.intervals import Difference, difference
-from lmtune.evaluation.results import Measured, RowResult, ScoreOfRows, by_metric, by_part, scores_of
+from lmtune.evaluation.results import Measured, RowResult, ScoreOfRows, by_metric, by_part, scores_of, values_of
 
 _OF_VALUES = ("mean_absolute_error", "squared_error")  # of regression, the second of answers in files
 _COMPARED = {  # by a score that only such rows have
@@ -34,12 +34,14 @@ class ComparedRow:
     second: RowResult
     gain: float
 
-    def as_dict(self, first: str = "first", second: str = "second") -> dict[str, object]:
-        """For a line of JSON; the models' answers and scores stand under their names."""
+    def as_dict(
+        self, first: str = "first", second: str = "second", metrics: Sequence[AnswerMetric] = ()
+    ) -> dict[str, object]:
+        """For a line of JSON; the models' answers and scores, those by `metrics` too, stand under their names."""
         tree: dict[str, object] = {"row": self.first.location, "gain": self.gain}
         tree.update(question=self.first.question, reference=self.first.reference)
         tree.update({first: self.first.answer, second: self.second.answer})
-        return {**tree, "scores": {first: values_of(self.first), second: values_of(self.second)}}
+        return {**tree, "scores": {first: values_of(self.first, metrics), second: values_of(self.second, metrics)}}
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,6 @@ class Slice:
     rows: int
     scores: dict[str, ScoreOfRows] = field(default_factory=dict)
     compared: Comparison | None = None
-
-
-def values_of(row: RowResult) -> dict[str, float]:
-    """The scores of one row by itself."""
-    return {name: value / count for name, (value, count) in row.parts.items() if count}
 
 
 def compare(first: Sequence[RowResult], second: Sequence[RowResult], metrics: Sequence[AnswerMetric]) -> Comparison:

@@ -80,6 +80,13 @@ def by_part(rows: Sequence[RowResult], name: str) -> Measured | None:
     return Measured(statistics, mean_of_sums, np.array(places))
 
 
+def values_of(row: RowResult, metrics: Sequence[AnswerMetric] = ()) -> dict[str, float]:
+    """The scores of one row by itself: of its answer by each metric about it, then those that it has already."""
+    own = {metric.name: by_metric([row], metric) for metric in metrics}
+    known = {name: value / count for name, (value, count) in row.parts.items() if count}
+    return {**{name: found.value for name, found in own.items() if found is not None}, **known}
+
+
 def is_share(name: str) -> bool:
     """Whether one of `RowResult.parts` is a share of rows, or of tokens; else it is a number, as a reward is."""
     return name.endswith("accuracy")

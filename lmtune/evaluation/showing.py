@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmtune.data.report import describe_part
 from lmtune.errors import ConfigError
 from lmtune.evaluation.answer_files import read_answers
-from lmtune.evaluation.answer_metrics import AnswerMetric
-from lmtune.evaluation.compare import ComparedRow, Comparison, Slice, slices_of, values_of
+from lmtune.evaluation.answer_metrics import AnswerMetric, answer_metric
+from lmtune.evaluation.compare import ComparedRow, Comparison, Slice, slices_of
 from lmtune.evaluation.intervals import Difference
-from lmtune.evaluation.results import RowResult, ScoreOfRows, scores_of
+from lmtune.evaluation.results import RowResult, ScoreOfRows, scores_of, values_of
 from lmtune.evaluation.slices import slice_names
 from lmtune.evaluation.tables import Cell, comparison_table, describe_worse, evaluation_table, slices_table
 from lmtune.io.atomic import write_text
@@ -60,21 +60,23 @@ def score_trees(scores: Mapping[str, ScoreOfRows]) -> Tree:
     return {name: {"value": one.value, "interval": one.interval, "rows": one.rows} for name, one in scores.items()}
 
 
-def row_trees(rows: Sequence[ComparedRow | RowResult], names: tuple[str, str]) -> list[Tree]:
-    """Rows for a file: of two models under their names, of one under the second."""
+def row_trees(
+    rows: Sequence[ComparedRow | RowResult], names: tuple[str, str], metrics: Sequence[AnswerMetric]
+) -> list[Tree]:
+    """Rows for a file, with their scores: of two models under their names, of one under the second."""
     trees = []
     for row in rows:
         if isinstance(row, ComparedRow):
-            trees.append(dict(row.as_dict(*names)))
+            trees.append(dict(row.as_dict(*names, metrics)))
         else:
             own = {"row": row.location, "question": row.question, "reference": row.reference, names[1]: row.answer}
-            trees.append({**own, "scores": {names[1]: values_of(row)}})
+            trees.append({**own, "scores": {names[1]: values_of(row, metrics)}})
     return trees
 
 
-def comparison_tree(compared: Comparison, slices: Sequence[Slice]) -> Tree:
-    """All of a comparison, for `--json`."""
-    differences, rows = difference_trees(compared.differences), row_trees(compared.rows, ("first", "second"))
+def comparison_tree(compared: Comparison, slices: Sequence[Slice], metrics: Sequence[AnswerMetric]) -> Tree:
+    """All of a comparison, for `--json`; each row has its own scores by `metrics`."""
+    differences, rows = difference_trees(compared.differences), row_trees(compared.rows, ("first", "second"), metrics)
     return {"scores": compared.scores, "differences": differences, "slices": slice_trees(slices), "rows": rows}
 
 
@@ -96,8 +98,8 @@ def print_slices(slices: Sequence[Slice], by: str | None, second: str = "tuned",
         out.print(table)
 
 
-def evaluation_tree(found: Evaluation) -> Tree:
-    """All of an evaluation, for `--json`."""
+def evaluation_tree(found: Evaluation, metrics: Sequence[AnswerMetric]) -> Tree:
+    """All of an evaluation, for `--json`; each row has its own scores by `metrics`, and whether it is right."""
     before, tuned, classes = found.base, found.tuned, found.tuned.classes
     errors = {"tuned": tuned.standard_errors, "base": before.standard_errors if before else None}
     compared = found.comparison
@@ -111,7 +113,8 @@ def evaluation_tree(found: Evaluation) -> Tree:
     tree |= {"slices": slice_trees(found.slices)} if found.slices else {}
     tree |= {"trained_rows": found.trained_rows, "data": found.report.to_dict()}
     answers = [{"question": a.question, "reference": a.reference, "answer": a.prediction} for a in found.answers]
-    return {**tree, "answers": answers, "rows": row_trees(rows_worst_first(found), ("base", "tuned"))}
+    of_rows = [*metrics, replace(answer_metric("exact"), name="exact_match")]
+    return {**tree, "answers": answers, "rows": row_trees(rows_worst_first(found), ("base", "tuned"), of_rows)}
 
 
 def rows_worst_first(found: Evaluation) -> Sequence[ComparedRow | RowResult]:
@@ -157,7 +160,7 @@ def evaluate_file(
     rows = read_answers(path, columns)
     scores = scores_of(rows, metrics)
     slices = [] if by is None else slices_of(slice_names(by, [path], rows), None, rows, metrics)
-    trees = row_trees(rows, ("", "tuned"))
+    trees = row_trees(rows, ("", "tuned"), metrics)
     write_rows(output, trees)
     if as_json:
         print_json({"tuned": score_trees(scores), "slices": slice_trees(slices), "rows": trees})
