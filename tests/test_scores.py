@@ -9,9 +9,11 @@ import pytest
 from lmtune.errors import ConfigError, DataError
 from lmtune.evaluation.answer_files import aligned, answers_of_file, read_answers
 from lmtune.evaluation.answer_metrics import answer_metric
+from lmtune.evaluation.compare import compare as compared_rows
 from lmtune.evaluation.compare import slices_of
 from lmtune.evaluation.results import RowResult, scores_of, values_of
 from lmtune.evaluation.slices import MISSING, slice_names
+from lmtune.evaluation.tables import slices_table
 from lmtune.recipes import compare, evaluate
 from tests.sample_run import write_base, write_run
 from tests.workplace import write_rows
@@ -177,3 +179,25 @@ def test_calls_are_compared_in_the_rows_that_have_one() -> None:
     assert scores_of(rows, [answer_metric("tool_call")])["tool_call"].value == 1
     assert [values_of(row, [answer_metric("tool_call")]) for row in rows] == [{"tool_call": 1.0}, {}]
     assert "tool_call" not in scores_of(rows[1:], [answer_metric("tool_call")])
+
+
+def test_a_table_of_slices_shows_what_the_sentence_is_about() -> None:
+    """Of a classifier its accuracy, not its loss; also where the first slice has fewer scores than others."""
+    alike: dict[str, dict[str, tuple[float, float]]] = {
+        "accuracy": {"loss": (0.5, 1.0), "accuracy": (1.0, 1.0)},
+        "mean_absolute_error": {"loss": (0.5, 1.0), "accuracy": (0.0, 1.0), "mean_absolute_error": (0.5, 1.0)},
+        "squared_error": {"squared_error": (0.25, 1.0)},
+        "pair_accuracy": {"loss": (0.5, 1.0), "accuracy": (1.0, 1.0), "pair_accuracy": (1.0, 1.0)},
+        "loss": {"loss": (0.5, 4.0), "token_accuracy": (2.0, 4.0), "sequence_accuracy": (0.0, 1.0)},
+    }
+    for wanted, parts in alike.items():
+        rows = [RowResult(f"a:{n}", parts=parts) for n in range(4)]
+        found = slices_of({row.location: "even" if n % 2 else "odd" for n, row in enumerate(rows)}, None, rows, [])
+        assert slices_table(found, "topic").title == wanted
+        assert compared_rows(rows, rows, []).deciding == wanted
+    answered = [RowResult(f"b:{n}", "q", "yes", "yes", alike["loss"]) for n in range(4)]
+    names = {row.location: row.location[0] for row in [*rows, *answered]}
+    for first in (None, [*rows, *answered]):
+        table = slices_table(slices_of(names, first, [*rows, *answered], [answer_metric("exact")]), "source")
+        assert table.title == "exact"
+        assert table.row_count == 2

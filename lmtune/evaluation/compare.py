@@ -16,14 +16,19 @@ import numpy.typing as npt
 from lmtune.errors import DataError
 from lmtune.evaluation.answer_metrics import AnswerMetric
 from lmtune.evaluation.intervals import Difference, difference
-from lmtune.evaluation.results import Measured, RowResult, ScoreOfRows, by_metric, by_part, scores_of, values_of
+from lmtune.evaluation.results import (
+    OF_VALUES,
+    Measured,
+    RowResult,
+    ScoreOfRows,
+    by_metric,
+    by_part,
+    deciding_parts,
+    scores_of,
+    values_of,
+)
 
-_OF_VALUES = ("mean_absolute_error", "squared_error")  # of regression, the second of answers in files
-_COMPARED = {  # by a score that only such rows have
-    "token_accuracy": ("loss", "token_accuracy", "sequence_accuracy"), "pair_accuracy": ("pair_accuracy", "accuracy"),
-    "kl": ("loss",), **dict.fromkeys(_OF_VALUES, _OF_VALUES),
-}  # fmt: skip
-_LOWER_IS_BETTER = ("loss", *_OF_VALUES)
+_LOWER_IS_BETTER = ("loss", *OF_VALUES)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Slice:
     Attributes:
         name: the value.
         rows: how many.
-        scores: of the second model, or of the only one.
+        scores: of the second model, or of the only one; first what decides.
         compared: with the first; None of one model, and where no row has a score in common.
     """
 
@@ -137,20 +142,10 @@ def _measured(
         if both[0] is not None and both[1] is not None:
             places = np.array(answered)[both[0].places]
             yield metric.name, replace(both[0], places=places), replace(both[1], places=places)
-    for name in _part_names(pairs):
+    for name in deciding_parts(set.intersection(*(set(row.parts) for pair in pairs for row in pair))):
         both = [by_part([pair[which] for pair in pairs], name) for which in (0, 1)]
         if both[0] is not None and both[1] is not None and np.array_equal(both[0].places, both[1].places):
             yield name, both[0], both[1]
-
-
-def _part_names(pairs: Sequence[tuple[RowResult, RowResult]]) -> tuple[str, ...]:
-    """By what rows are compared beside metrics of their answers, first what decides.
-
-    A model that is its own reference has rewards of 0, which are right nowhere; so pairs are told by which answer is
-    the likelier one, and judged answers, which have a divergence, by their loss.
-    """
-    known = set.intersection(*(set(row.parts) for pair in pairs for row in pair))
-    return next((names for mark, names in _COMPARED.items() if mark in known), ("accuracy",))
 
 
 def slices_of(

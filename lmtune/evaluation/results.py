@@ -5,7 +5,7 @@ Needs no torch, so that answers in files are compared at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,11 @@ from lmtune.evaluation.answer_metrics import AnswerMetric, mean_of_sums
 from lmtune.evaluation.intervals import Interval, interval
 
 Float64 = npt.NDArray[np.float64]
+OF_VALUES = ("mean_absolute_error", "squared_error")  # of regression, the second of answers in files
+_COMPARED = {  # by a score that only such rows have
+    "token_accuracy": ("loss", "token_accuracy", "sequence_accuracy"), "pair_accuracy": ("pair_accuracy", "accuracy"),
+    "kl": ("loss",), **dict.fromkeys(OF_VALUES, OF_VALUES),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,18 @@ def is_share(name: str) -> bool:
 
 
 def part_names(rows: Sequence[RowResult]) -> list[str]:
-    """The scores that rows have beside metrics of their answers."""
-    return list(dict.fromkeys(name for row in rows for name in row.parts))
+    """The scores that rows have beside metrics of their answers, first what decides."""
+    known = dict.fromkeys(name for row in rows for name in row.parts)
+    return list(dict.fromkeys([*(name for name in deciding_parts(known) if name in known), *known]))
+
+
+def deciding_parts(known: Collection[str]) -> tuple[str, ...]:
+    """By which of the scores `known` models are compared beside metrics of their answers, first what decides.
+
+    A model that is its own reference has rewards of 0, which are right nowhere; so pairs are told by which answer is
+    the likelier one, and judged answers, which have a divergence, by their loss.
+    """
+    return next((names for mark, names in _COMPARED.items() if mark in known), ("accuracy",))
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ class ScoreOfRows:
 
 
 def scores_of(rows: Sequence[RowResult], metrics: Sequence[AnswerMetric]) -> dict[str, ScoreOfRows]:
-    """Of the answers by each metric, then the scores that the rows have already."""
+    """Of the answers by each metric, then the scores that the rows have already; first what decides."""
     found = [(metric.name, by_metric(rows, metric), True) for metric in metrics]
     found += [(name, by_part(rows, name), is_share(name)) for name in part_names(rows)]
     return {

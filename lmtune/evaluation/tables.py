@@ -69,8 +69,9 @@ def slices_table(slices: Sequence[Slice], by: str, second: str = "tuned", first:
     """The deciding score of each slice; None if there are no slices."""
     if not slices:
         return None
-    compared = next((one.compared for one in slices if one.compared is not None), None)
-    deciding = next(iter(slices[0].scores)) if compared is None else compared.deciding
+    known = [one.compared for one in slices if one.compared is not None]
+    compared = max(known, key=lambda one: len(one.differences), default=None)  # some slices may have no answers
+    deciding = compared.deciding if compared else next(iter(max(slices, key=lambda one: len(one.scores)).scores))
     beside = () if compared is None else (first, second, "difference (95 %)", "better / worse / same")
     table = plain_table("rows", *(beside or (f"{deciding} (95 %)",)), head=by)
     for one in slices[:_MOST_SLICES]:
