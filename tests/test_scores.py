@@ -12,6 +12,7 @@ from lmtune.evaluation.answer_metrics import answer_metric
 from lmtune.evaluation.compare import compare as compared_rows
 from lmtune.evaluation.compare import slices_of
 from lmtune.evaluation.results import RowResult, scores_of, values_of
+from lmtune.evaluation.showing import draw_confusion
 from lmtune.evaluation.slices import MISSING, slice_names
 from lmtune.evaluation.tables import slices_table
 from lmtune.recipes import compare, evaluate
@@ -201,3 +202,14 @@ def test_a_table_of_slices_shows_what_the_sentence_is_about() -> None:
         table = slices_table(slices_of(names, first, [*rows, *answered], [answer_metric("exact")]), "source")
         assert table.title == "exact"
         assert table.row_count == 2
+
+
+def test_it_is_said_where_the_confusion_matrix_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = {"labels": ["a", "b"], "confusion": [[3, 1], [0, 4]]}
+    draw_confusion(tmp_path / "confusion.svg", classes)
+    shown = capsys.readouterr()
+    assert (shown.out, "confusion.svg" in shown.err) == ("", True)
+    assert (tmp_path / "confusion.svg").read_text().startswith("<svg")
+    draw_confusion(None, None)
+    with pytest.raises(ConfigError, match="--confusion: only a model that gives one class a row"):
+        draw_confusion(tmp_path / "none.svg", None)

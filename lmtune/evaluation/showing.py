@@ -178,3 +178,4 @@ def draw_confusion(path: Path | None, classes: Tree | None) -> None:
     if picture is None:
         raise ConfigError("--confusion: only a model that gives one class a row has a confusion matrix; leave it out")
     write_text(path, picture)
+    err.print(f"the confusion matrix is in {escape(str(path))}")
