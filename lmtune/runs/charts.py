@@ -38,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A line across a chart, down (`at` is an x) or along (`at` is a y), with its name."""
+    """A line across a chart, down (`at` is an x) or along (`at` is a y); its name stands in the legend."""
 
     name: str
     at: float
@@ -123,7 +123,7 @@ def line_chart(title: str, series: Sequence[Series], marks: Sequence[Mark] = ())
     """A figure with a legend; every text in it may hold anything."""
     x, y = scales_of(series, marks)
     parts = [
-        f'<figure class="chart"><figcaption>{escape(title)}{_legend(series)}</figcaption>'
+        f'<figure class="chart"><figcaption>{escape(title)}{_legend(series, marks)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" data-x="{_numbers(x)}" '
         f'data-y="{_numbers(y)}">',
         *_axes(x, y),
@@ -146,7 +146,8 @@ def bar_chart(
     most = max((count for _, counts, _ in groups for count in counts), default=1) or 1
     x = Scale(0.0, max(edges[-1], 0.0 if mark is None else mark.at) * 1.02, _LEFT, WIDTH - _RIGHT)
     y = Scale(0.0, most * 1.06, HEIGHT - _BOTTOM, _TOP)
-    legend = _legend([Series(name, [], [], style) for name, _, style in groups])
+    marks = [] if mark is None else [mark]
+    legend = _legend([Series(name, [], [], style) for name, _, style in groups], marks)
     parts = [
         f'<figure class="chart"><figcaption>{escape(title)}{legend}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
@@ -162,7 +163,7 @@ def bar_chart(
                     f'width="{max(1.0, wide - 1):.1f}" height="{max(1.0, y(0) - y(count)):.1f}">'
                     f"<title>{escape(said)}</title></rect>"
                 )
-    parts += [] if mark is None else [_mark(mark, x, y)]
+    parts += [_mark(one, x, y) for one in marks]
     return "".join([*parts, "</svg></figure>"])
 
 
@@ -215,20 +216,17 @@ def _axes(x: Scale, y: Scale, unit: str = "step", least: float = 0.0) -> list[st
 
 def _mark(mark: Mark, x: Scale, y: Scale) -> str:
     if mark.is_vertical:
-        place = x(mark.at)
-        ends = place > (x.start + x.end) / 2
-        line = f'x1="{place:.1f}" x2="{place:.1f}" y1="{y.end}" y2="{y.start}"'
-        text = f'x="{place + (-5 if ends else 5):.1f}" y="{y.end + 9}" text-anchor="{"end" if ends else "start"}"'
+        line = f'x1="{x(mark.at):.1f}" x2="{x(mark.at):.1f}" y1="{y.end}" y2="{y.start}"'
     else:
         line = f'x1="{x.start}" x2="{x.end}" y1="{y(mark.at):.1f}" y2="{y(mark.at):.1f}"'
-        text = f'x="{x.end}" y="{y(mark.at) - 4:.1f}" text-anchor="end"'
-    return f'<line class="mark" {line}/><text class="tick" {text}>{escape(mark.name)}</text>'
+    return f'<line class="mark" {line}/>'
 
 
-def _legend(series: Sequence[Series]) -> str:
-    if len(series) < 2:
-        return ""
-    return "".join(f'<span class="key {one.style}">{escape(one.name)}</span>' for one in series)
+def _legend(series: Sequence[Series], marks: Sequence[Mark]) -> str:
+    """The names of the lines, where there are several; in the plot they could lie on a curve."""
+    names = [(one.style, one.name) for one in series] if len(series) > 1 else []
+    names += [("mark", one.name) for one in marks]
+    return "".join(f'<span class="key {style}">{escape(name)}</span>' for style, name in names)
 
 
 def _numbers(scale: Scale) -> str:

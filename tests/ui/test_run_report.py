@@ -28,6 +28,14 @@ CONTRASTS = """() => {
     return (two[0] + 0.05) / (two[1] + 0.05);
   });
 }"""
+COVERED = """() => [...document.querySelectorAll(".chart svg")].flatMap((chart) => {
+  const boxes = [...chart.querySelectorAll("text")].map((one) => [one.textContent, one.getBBox()]);
+  const lines = [...chart.querySelectorAll("polyline")].flatMap((line) =>
+    Array.from({length: 2000}, (_, part) => line.getPointAtLength((part / 1999) * line.getTotalLength())));
+  return boxes.filter(([, box]) => lines.some((point) =>
+    point.x > box.x && point.x < box.x + box.width && point.y > box.y && point.y < box.y + box.height,
+  )).map(([name]) => name);
+})"""
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
@@ -45,6 +53,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.summary.write_text(json.dumps({**SUMMARY, "classes": classes, "best_step": 60, "estimate": estimate}))
     bars = {"edges": [0, 10, 20], "train": [4, 7], "validation": [1, 2], "limit": 20}
     tokens = [["Who", False], ["·are", False], ["·you", True]]
+    # gradients around the norm at which they are clipped
+    steps = [json.loads(line) for line in run.events.read_text().splitlines()]
+    lines = [json.dumps({**step, "grad_norm": 1 + 0.4 * (-1) ** step["step"]}) + "\n" for step in steps]
+    run.events.write_text("".join(lines))
     run.preview.write_text(json.dumps({"rows": [{"where": "a.jsonl:1", "tokens": tokens, "more": 5}], "lengths": bars}))
     write_report([run], run.report, token_f1)
     return run.report
@@ -76,6 +88,13 @@ def test_the_page_fits_its_window_and_follows_its_colours(page: Page, request: p
 def test_a_telephone_shows_the_scores_of_both_models_at_once(page: Page) -> None:
     assert page.locator(".wide").first.evaluate("one => one.scrollWidth - one.clientWidth") <= 0
     assert page.locator(".scores th").all_inner_texts() == ["", "base", "tuned"]
+
+
+def test_no_text_of_a_chart_lies_on_its_curve(page: Page) -> None:
+    assert page.evaluate(COVERED) == []
+    for chart, mark in (("Gradient norm", "clipped at 1"), ("Loss", "best step 60")):
+        caption = page.locator("figcaption", has_text=chart).first
+        assert mark in caption.inner_text()
 
 
 def test_answers_are_sorted_by_a_click_and_values_shown_under_the_pointer(page: Page) -> None:
