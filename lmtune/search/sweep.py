@@ -5,6 +5,8 @@
 A trial's values are drawn from (seed, its number, the key) and what was found before, so a search that was killed goes
 on as if it had not been: the trial that was under way has its values in the study and resumes as any run does. Several
 processes may work on one study; which trials are under way here is told by locks, which die with their process.
+Machines that share a study have no lock in common: which combination a trial tries, and whether it is one too many,
+follows from its number, which the database gives to one of them only.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +44,7 @@ from lmtune.training.run import run_finetune
 from lmtune.training.shared import Shared
 
 STUDY, BEST = "study.db", "best.yaml"
+_TRIES = 20  # to make the tables of a study
 _STARTUP_TRIALS = 8  # drawn at random, before what was found says where to look
 _ABOUT = "lmtune"  # the study's own note of what is searched
 
@@ -76,7 +81,7 @@ class Plan:
         space: the settings and what is searched.
         trials: how many there are to be in the study in all.
         minutes: after which no trial begins; None is no limit.
-        storage: an Optuna storage URL; None is `study.db` in the sweep's folder.
+        storage: the address of a database, as SQLAlchemy reads it; None is `study.db` in the sweep's folder.
         prune: end trials that are behind.
     """
 
@@ -118,12 +123,13 @@ def sweep(plan: Plan, said: Callable[[TrialResult, SweepResult], None] | None = 
         LmtuneError: something is wrong; Interrupted: a trial was asked to stop, and is saved.
     """
     check_plan(plan)
+    storage = None if plan.storage is None else _storage(plan)  # before anything is written
     folder, config = plan.folder, plan.space.config
     if config.run.resume == "never" and folder.exists():
         err.print(f"the earlier sweep is now {escape(str(RunDirectory(folder).archive()))}")
     folder.mkdir(parents=True, exist_ok=True)
     with _deciding(plan):  # of processes that start at once, one makes the study
-        study = _open_study(plan)
+        study = _open_study(plan, storage or _storage(plan))
     shared, seen, began = Shared(), set[str](), time.monotonic()
     while plan.minutes is None or time.monotonic() - began < 60 * plan.minutes:
         with _claimed(plan, study) as trial:
@@ -132,7 +138,7 @@ def sweep(plan: Plan, said: Callable[[TrialResult, SweepResult], None] | None = 
             _make(plan, study, trial, shared, seen)
             result = _write(plan, study)
             if said is not None:
-                said(result.trials[trial.number], result)
+                said(next(one for one in result.trials if one.number == trial.number), result)
     return _write(plan, study)
 
 
@@ -152,22 +158,38 @@ def _optuna() -> Any:
     return optuna
 
 
-def _open_study(plan: Plan) -> Any:
+def _storage(plan: Plan) -> Any:
+    """The database, with Optuna's tables; ConfigError if it cannot be used."""
+    optuna = _optuna()
+    arguments = {"connect_args": {"timeout": 60}} if plan.url.startswith("sqlite") else None
+    tries = _TRIES
+    while True:
+        try:
+            return optuna.storages.RDBStorage(plan.url, engine_kwargs=arguments)
+        except Exception as error:  # whatever a database or its driver raises
+            cause = (
+                getattr(error, "orig", None) or (error.__cause__ if isinstance(error, ImportError) else None) or error
+            )
+            tries -= 1
+            if tries and re.search("already exists|unique", str(cause), re.IGNORECASE):
+                time.sleep(0.1)  # another machine makes the tables at this moment
+                continue
+            advice = (
+                "this database needs a driver; install it with pip" if isinstance(error, ImportError)
+                else "expected the address of a database that can be reached, such as sqlite:////shared/study.db"
+            )  # fmt: skip
+            raise ConfigError(f"--storage: {_without_password(plan.url)}: {one_line(cause)}; {advice}") from None
+
+
+def _open_study(plan: Plan, storage: Any) -> Any:
     """The study, new or as it was left; CheckpointError if it searches something else."""
     optuna, config = _optuna(), plan.space.config
     metric, direction = deciding_metric(config.evaluation.metric, config.objective.kind)
-    try:
-        arguments = {"connect_args": {"timeout": 60}} if plan.url.startswith("sqlite") else None
-        storage = optuna.storages.RDBStorage(plan.url, engine_kwargs=arguments)
-        study = optuna.create_study(
-            storage=storage, study_name=config.run.name, load_if_exists=True,
-            direction="minimize" if direction == "min" else "maximize",
-            pruner=optuna.pruners.MedianPruner() if plan.prune else optuna.pruners.NopPruner(),
-        )  # fmt: skip
-    except Exception as error:  # whatever a database or its driver raises
-        raise ConfigError(
-            f"--storage: {_without_password(plan.url)}: {type(error).__name__}: {one_line(error)}"
-        ) from None
+    study = optuna.create_study(
+        storage=storage, study_name=config.run.name, load_if_exists=True,
+        direction="minimize" if direction == "min" else "maximize",
+        pruner=optuna.pruners.MedianPruner() if plan.prune else optuna.pruners.NopPruner(),
+    )  # fmt: skip
     tree = {key: value for key, value in to_tree(config).items() if key not in ("run", "parallel")}
     now = {"over": {one.key: one.text for one in plan.space.choices}, "settings": tree, "metric": metric}
     before = study.user_attrs.get(_ABOUT)
@@ -228,8 +250,8 @@ def _cut_off(plan: Plan, study: Any, held: contextlib.ExitStack) -> Any:
     short."""
     optuna = _optuna()
     for known in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        owner = known.user_attrs.get("folder", None if plan.storage is None else "")
-        if owner in (None, _owner(plan)) and _lock(plan, known.number, held):
+        is_own = plan.storage is None or known.user_attrs.get("folder") == _owner(plan)
+        if is_own and _lock(plan, known.number, held):
             now = study.get_trials(deepcopy=False)[known.number]
             if now.state == optuna.trial.TrialState.RUNNING:  # and not done by the process that has just let go of it
                 trial = optuna.Trial(study, known._trial_id)
@@ -240,30 +262,46 @@ def _cut_off(plan: Plan, study: Any, held: contextlib.ExitStack) -> Any:
 
 def _new(plan: Plan, study: Any, held: contextlib.ExitStack) -> Any:
     """A new trial; None if there are enough, or every combination was tried."""
-    trials = study.get_trials(deepcopy=False)
-    if len(trials) >= plan.trials:
+    if _is_enough(plan, _trials(study)):
         return None
-    if combinations := plan.space.combinations(plan.trials):
-        waiting = [one for one in trials if one.state == _optuna().trial.TrialState.WAITING]
-        tried = [dict(one.system_attrs.get("fixed_params", one.params)) for one in trials]
-        left = [one for one in combinations if one not in tried]
-        if not left and not waiting:
-            return None
-        if not waiting:  # one that a crash left between the two calls
-            study.enqueue_trial(left[0])
     trial = study.ask()
+    if _is_enough(plan, [one for one in _trials(study) if one.number < trial.number]):  # others were quicker
+        study.tell(trial, state=_optuna().trial.TrialState.FAIL)
+        return None
     _lock(plan, trial.number, held)
     trial.set_user_attr("folder", _owner(plan))
     _draw(plan, study, trial)
     return trial
 
 
+def _trials(study: Any) -> list[Any]:
+    """All in their order, without those that were one too many."""
+    return [one for one in study.get_trials(deepcopy=False) if one.state.name != "FAIL"]
+
+
+def _is_enough(plan: Plan, trials: Sequence[Any]) -> bool:
+    return len(trials) >= plan.trials or bool(plan.space.combinations(plan.trials) and not _left(plan, trials))
+
+
+def _left(plan: Plan, trials: Sequence[Any]) -> list[dict[str, str]]:
+    """The combinations that these trials do not try; one without its values yet takes the first that is left to it."""
+    left = plan.space.combinations(plan.trials)
+    for one in trials:
+        own = one.params if len(one.params) == len(plan.space.choices) else next(iter(left), None)
+        left = [values for values in left if values != own]
+    return left
+
+
 def _draw(plan: Plan, study: Any, trial: Any) -> None:
     """Give the trial a value for every key; those that it has stay."""
     optuna = _optuna()
+    left = _left(plan, [one for one in _trials(study) if one.number < trial.number])
     for place, choice in enumerate(plan.space.choices):
         seed = np.random.SeedSequence([plan.space.config.train.seed, trial.number, place]).generate_state(1)[0]
         study.sampler = optuna.samplers.TPESampler(seed=int(seed), n_startup_trials=_STARTUP_TRIALS)
+        if left:
+            with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+                study.sampler = optuna.samplers.PartialFixedSampler(left[0], study.sampler)
         _suggest(trial, choice)
 
 
@@ -278,8 +316,11 @@ def _suggest(trial: Any, choice: Choice) -> None:
 
 
 def _owner(plan: Plan) -> str:
-    """What stands for this folder on this machine."""
-    return hashlib.sha256(f"{uuid.getnode()} {plan.folder.resolve()}".encode()).hexdigest()[:16]
+    """What stands for this folder on this machine. Containers may share address and path, machines may share a disk."""
+    mark = plan.folder / ".sweep.id"
+    if not mark.is_file():
+        write_text(mark, uuid.uuid4().hex)
+    return hashlib.sha256(f"{uuid.getnode()} {mark.read_text('utf-8')}".encode()).hexdigest()[:16]
 
 
 def _make(plan: Plan, study: Any, trial: Any, shared: Shared, seen: set[str]) -> None:
@@ -323,24 +364,29 @@ def _write(plan: Plan, study: Any) -> SweepResult:
     """The study as it is now, in `sweep.json`, `best.yaml` and pictures."""
     optuna, config = _optuna(), plan.space.config
     metric, direction = deciding_metric(config.evaluation.metric, config.objective.kind)
-    trials = tuple(_result(plan, one) for one in study.get_trials(deepcopy=False))
+    trials = tuple(_result(plan, one) for one in _trials(study))
     done = [one for one in trials if one.status == "complete" and one.score is not None]
-    best = None
-    if done:
-        best = (min if direction == "min" else max)(done, key=lambda one: cast(float, one.score)).number
+    best = (min if direction == "min" else max)(done, key=lambda one: cast(float, one.score)) if done else None
     importances: dict[str, float] = {}
     if len(done) > 2:
         with contextlib.suppress(ValueError, RuntimeError, ImportError):  # all trials have one value, or one score
             importances = {key: float(share) for key, share in optuna.importance.get_param_importances(study).items()}
-    result = SweepResult(str(config.run.name), metric, direction, trials, best, importances)
+    result = SweepResult(
+        str(config.run.name), metric, direction, trials, None if best is None else best.number, importances
+    )
     write_json(plan.folder / RESULT, asdict(result))
-    if best is not None and (run := RunDirectory(plan.folder / f"trial-{best:03d}")).exists():
-        own = load_config(FinetuneConfig, run.config)  # with what the run has found by itself
-        name = f"{config.run.name}-best"
-        own = replace(own, run=replace(config.run, name=name, resume="auto"), evaluation=config.evaluation)
-        write_text(plan.folder / BEST, dump_config(own))
+    if best is not None:
+        write_text(plan.folder / BEST, dump_config(_best_config(plan, best)))
     write_pictures(plan.folder, plan.space, result)
     return result
+
+
+def _best_config(plan: Plan, best: TrialResult) -> FinetuneConfig:
+    """The settings of a trial for a run of its own, with what its run has found by itself if it was made here."""
+    config, run = plan.space.config, RunDirectory(plan.folder / f"trial-{best.number:03d}")
+    own = load_config(FinetuneConfig, run.config) if run.exists() else plan.space.configured(best.values)
+    named = replace(config.run, name=f"{config.run.name}-best", resume="auto")
+    return replace(own, run=named, evaluation=config.evaluation)
 
 
 def _result(plan: Plan, trial: Any) -> TrialResult:

@@ -92,6 +92,28 @@ def test_a_sweep_goes_on_where_it_was_killed(place: Path, whole_sweep: list[Any]
     assert not list((place / "runs/trial").glob(".trial-*"))
 
 
+def test_machines_share_the_trials_by_the_address_of_a_study(tmp_path: Path) -> None:
+    """Two working folders, as two machines have them, and a new study in a third one."""
+    folders = [make_workplace(tmp_path / name) for name in ("one", "other")]
+    (tmp_path / "shared").mkdir()
+    sweep = ("sweep", "run.yaml", "--over", "tuning.rank=2,4", "train.batch_size=2,4,8", "--trials", "20")
+    sweep = (*sweep, "--storage", f"sqlite:///{tmp_path}/shared/study.db")
+    for folder in folders:
+        write_config(folder, **SMALL)
+    both = [start(folder, *sweep) for folder in folders]
+    assert [ended(one) for one in both] == [0, 0], "\n".join(map(said, folders))
+    made = [set(re.findall(r"^trial \d+: .*?: ", said(folder), re.MULTILINE)) for folder in folders]
+    assert len(made[0] | made[1]) == len(made[0]) + len(made[1]) == 6, made
+    tables = []
+    for folder in folders:
+        assert lmtune(folder, *sweep) == 0, said(folder)
+        figures = json.loads((folder / "runs/trial/sweep.json").read_text())
+        assert {trial["status"] for trial in figures["trials"]} == {"complete"}
+        tables.append((figures, (folder / "runs/trial/best.yaml").read_text()))
+    assert tables[0] == tables[1]
+    assert len({tuple(trial["values"].values()) for trial in tables[0][0]["trials"]}) == 6
+
+
 def test_two_processes_share_the_trials(place: Path) -> None:
     """Each trial is made by one of them, and there are as many as were asked for."""
     both = [start(place, *SWEEP, output=f"output{number}") for number in (0, 1)]

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,4 +118,102 @@ def test_what_is_needed_is_said_before_anything_is_loaded(place: Path) -> None:
         search(place, plan_of(prune=True))
     with pytest.raises(ConfigError, match=r"data\.validation_fraction: 0 holds no row out"):
         search(place, plan_of(data__validation=None, data__validation_fraction=0.0))
+    assert not (place / "runs").exists()
+
+
+GRID = ["tuning.rank=2,4", "train.batch_size=4,8"]
+
+
+def shared_plan(folder: Path, over: list[str] = OVER, trials: int = 3) -> Plan:
+    """With a study beside the working folders."""
+    return replace(plan_of(over, trials), storage=f"sqlite:///{folder}/shared.db")
+
+
+def test_folders_that_share_a_study_all_get_its_table_and_the_best_settings(tmp_path: Path) -> None:
+    one, other = (make_workplace(tmp_path / name) for name in ("one", "other"))
+    first = search(one, shared_plan(tmp_path, trials=2))
+    second = search(other, shared_plan(tmp_path, trials=3))
+    assert second.trials[:2] == first.trials
+    assert search(one, shared_plan(tmp_path, trials=3)) == second
+    here, there = one / "runs" / "trial", other / "runs" / "trial"
+    assert sorted(path.name for path in here.glob("trial-*")) == ["trial-000", "trial-001"]
+    assert sorted(path.name for path in there.glob("trial-*")) == ["trial-002"]
+    assert not (here / "study.db").exists()
+    for name in ("best.yaml", "sweep.json", "history.svg"):
+        assert (here / name).read_text() == (there / name).read_text(), name
+    with inside(other):
+        config = load_config(FinetuneConfig, there / "best.yaml")
+    best = second.trials[second.best or 0].values
+    assert (f"{config.train.learning_rate:g}", str(config.tuning.rank)) == (
+        f"{float(best['train.learning_rate']):g}", best["tuning.rank"]
+    )  # fmt: skip
+
+
+def another_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine takes a trial between the look of this one and its own trial."""
+    optuna = pytest.importorskip("optuna")
+    asked, ask = [], optuna.Study.ask
+
+    def asking(study: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 2:
+            ask(study)
+        return ask(study)
+
+    monkeypatch.setattr(optuna.Study, "ask", asking)
+
+
+def test_machines_that_begin_at_once_try_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    another_begins(monkeypatch)
+    result = search(make_workplace(tmp_path / "work"), shared_plan(tmp_path, GRID, 4))
+    tried = [(trial.status, *trial.values.values()) for trial in result.trials]
+    assert tried == [("complete", "2", "4"), ("running",), ("complete", "4", "4"), ("complete", "4", "8")]
+
+
+def test_machines_that_begin_at_once_make_no_trial_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    another_begins(monkeypatch)
+    place = make_workplace(tmp_path / "work")
+    result = search(place, shared_plan(tmp_path, trials=2))
+    assert [trial.status for trial in result.trials] == ["complete", "running"]
+    more = search(place, shared_plan(tmp_path, trials=3))
+    assert [(trial.number, trial.status) for trial in more.trials] == [
+        (0, "complete"), (1, "running"), (3, "complete")
+    ]  # fmt: skip
+
+
+def test_a_trial_of_another_machine_is_not_taken_for_one_that_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers on two machines may have the same address and the same folder."""
+    with monkeypatch.context() as patch:
+        patch.setattr("lmtune.search.sweep.run_finetune", lambda *given, **more: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            search(make_workplace(tmp_path / "work"), shared_plan(tmp_path))
+    (tmp_path / "work").rename(tmp_path / "elsewhere")
+    result = search(make_workplace(tmp_path / "work"), shared_plan(tmp_path, trials=2))
+    assert [trial.status for trial in result.trials] == ["running", "complete"]
+
+
+DRIVER = "this database needs a driver; install it with pip"
+REACHED = "expected the address of a database that can be reached, such as sqlite:////shared/study.db"
+
+
+@pytest.mark.parametrize(
+    ("address", "reason", "advice"),
+    [
+        ("mysql://nobody@127.0.0.1:1/x", "No module named 'MySQLdb'", DRIVER),
+        ("mysqlx://nobody:secret@host/x", "mysqlx", REACHED), ("journal.log", "Could not parse", REACHED),
+        ("sqlite:////none/such/study.db", "unable to open database file", REACHED),
+    ],
+)  # fmt: skip
+def test_a_storage_that_cannot_be_used_is_told_before_anything_is_written(
+    address: str, reason: str, advice: str, place: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--storage: ") as raised:
+        search(place, replace(plan_of(), storage=address))
+    told = str(raised.value)
+    assert reason in told
+    assert told.endswith(advice)
+    assert "\n" not in told
+    assert "secret" not in told
     assert not (place / "runs").exists()
