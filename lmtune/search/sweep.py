@@ -130,6 +130,9 @@ def sweep(plan: Plan, said: Callable[[TrialResult, SweepResult], None] | None = 
     folder.mkdir(parents=True, exist_ok=True)
     with _deciding(plan):  # of processes that start at once, one makes the study
         study = _open_study(plan, storage or _storage(plan))
+        for left in folder.glob(".trial-*.lock"):  # by a process that was killed behind its last trial
+            with contextlib.ExitStack() as held:
+                _lock(plan, int(left.stem.removeprefix(".trial-")), held)
     shared, seen, began = Shared(), set[str](), time.monotonic()
     while plan.minutes is None or time.monotonic() - began < 60 * plan.minutes:
         with _claimed(plan, study) as trial:
