@@ -14,7 +14,7 @@ import pytest
 
 from lmtune.config.load import build_config, dump_config
 from lmtune.config.schema import FinetuneConfig
-from lmtune.errors import ConfigError, DataError, LmtuneError
+from lmtune.errors import ConfigError, LmtuneError
 from lmtune.evaluation.judge import KEY_VARIABLE, Judge, Judgement, Pair, judged, messages, read_verdict
 from lmtune.evaluation.kept import KeptLines
 from lmtune.recipes import compare, evaluate
@@ -219,7 +219,7 @@ def test_compare_asks_the_judge(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert "b.jsonl is better: it wins" in capsys.readouterr().out
         assert len(endpoint.requests) == 24
     write_rows(tmp_path / "c.jsonl", [{"text": "x", "label": "p", "prediction": "p"}])
-    with serving(prefers_good) as endpoint, pytest.raises(DataError, match="--judge: no row has generated answers"):
+    with serving(prefers_good) as endpoint, pytest.raises(LmtuneError, match="--judge: no row has generated answers"):
         compare.main(str(tmp_path / "c.jsonl"), str(tmp_path / "c.jsonl"), judge=endpoint.url)
 
 
@@ -234,14 +234,15 @@ def test_a_judge_that_fails_takes_no_score_with_it(tmp_path: Path, capsys: pytes
         write_rows(tmp_path / f"{name}.jsonl", [{**row, "prediction": f"{said} {n}"} for n, row in enumerate(rows)])
     files, output = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")), tmp_path / "rows.jsonl"
     with serving(leaving_after(5)) as endpoint:
-        with pytest.raises(ConfigError, match="status 403"):
+        with pytest.raises(LmtuneError, match="status 403") as raised:
             compare.main(*files, judge=endpoint.url, output=output)
+        assert raised.value.exit_code == 1, "2 says that nothing was written"
         shown = capsys.readouterr().out
         assert "b.jsonl is better: it wins" in shown
         assert "chrf" in shown
         written = [json.loads(line) for line in output.read_text().splitlines()]
         assert len(written) == 12
-        with pytest.raises(ConfigError, match="status 403"):
+        with pytest.raises(LmtuneError, match="status 403"):
             compare.main(*files, judge=endpoint.url, output=output, as_json=True)
     tree = json.loads(capsys.readouterr().out)
     assert tree["rows"] == written
@@ -254,7 +255,7 @@ def test_evaluate_keeps_its_scores_where_the_judge_fails(tmp_path: Path, capsys:
     write_base(base := tmp_path / "base")
     write_rows(tmp_path / "held.jsonl", [{"prompt": f"Say {n}", "completion": str(n)} for n in range(4)])
     given = {"data": [tmp_path / "held.jsonl"], "max_new_tokens": 4, "max_length": 256}
-    with serving(leaving_after(0)) as endpoint, pytest.raises(ConfigError, match="status 403"):
+    with serving(leaving_after(0)) as endpoint, pytest.raises(LmtuneError, match="status 403"):
         evaluate.main(str(base), **given, judge=endpoint.url, as_json=True)
     tree = json.loads(capsys.readouterr().out)
     assert tree["tuned"]["rows"] == len(tree["rows"]) == 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, ModelConfig
-from lmtune.errors import ConfigError, DataError, ModelError
+from lmtune.errors import ConfigError, DataError, LmtuneError, ModelError
 from lmtune.evaluation.compare import ComparedRow
 from lmtune.evaluation.judge import Judge, Judgement, Pair, judged
 from lmtune.evaluation.kept import KeptLines
@@ -73,8 +73,7 @@ def judge_scored(
         as_json: whether there is no text for people.
 
     Raises:
-        DataError: no row has answers.
-        LmtuneError: the judge does not answer.
+        LmtuneError: no row has answers, or the judge does not answer; not a ConfigError, since scores were written.
     """
     judgement = None
     try:
@@ -86,6 +85,8 @@ def judge_scored(
             write_rows(output, tree["rows"], " with verdicts")
     except BaseException as error:
         tree["judge"] = {"error": str(error) or "stopped"}
+        if isinstance(error, LmtuneError):
+            raise LmtuneError(str(error)) from error
         raise
     finally:
         if as_json:
