@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import runpy
 from pathlib import Path
@@ -17,6 +18,7 @@ from lmtune.cli import VERBS
 from lmtune.config.json_schema import every_kind
 from lmtune.config.pretrain import PretrainConfig
 from lmtune.config.schema import FinetuneConfig
+from lmtune.data.checking import check_tree, inspect_data
 from tests.test_imports import LAYERS
 
 ROOT = Path(__file__).parents[1]
@@ -123,3 +125,29 @@ def test_every_page_is_in_the_navigation_and_the_readme() -> None:
     navigation, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("mkdocs.yml", "README.md"))
     assert {page for page in pages if f": {page}" not in navigation} == set()
     assert {page for page in pages if f"docs/{page}" not in readme} == set()
+
+
+def test_the_readme_names_every_command_that_prints_one_json_document() -> None:
+    """`chat` prints one object a line; what `schema` prints is JSON in any case."""
+    said = PAGES["README.md"].partition(" accept `--json`")[0].rpartition("each command.")[2]
+    named = re.findall(r"`([a-z]+)`", said)
+    assert set(named) == {verb for verb in VERBS if "--json" in options(verb)} - {"chat", "schema"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("Images", {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}),
+        ("audio", {"role": "user", "content": "What is said?", "audio": "a.wav"}),
+        ("video", {"role": "user", "content": "What is seen?", "video": "a.mp4"}),
+        ("tool", {"role": "user", "content": "Off.", "calls": [{"name": "lamp", "arguments": {"on": False}}]}),
+    ],
+)
+def test_the_limits_name_the_rows_that_are_refused(kind: str, row: dict[str, object], tmp_path: Path) -> None:
+    limits = PAGES["README.md"].partition("## Limits")[2].partition("\n## ")[0]
+    (refused,) = re.findall(r"^- (.*) are not supported as training data", limits, re.MULTILINE)
+    calls = row.pop("calls", None)
+    answer = {"role": "assistant", "content": "Yes."} if calls is None else {"role": "assistant", "tool_calls": calls}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [row, answer]}) + "\n")
+    num_faults = check_tree(inspect_data([str(tmp_path / "rows.jsonl")], ()))["num_faults"]
+    assert bool(num_faults) == (kind.lower() in refused.lower())
