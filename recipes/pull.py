@@ -1,4 +1,4 @@
-"""Download an adapter from the Hugging Face Hub, checked before anything reads it.
+"""Download an adapter or a model from the Hugging Face Hub, checked before anything reads it.
 
 lmtune pull anna/support
 """
@@ -15,9 +15,9 @@ from lmtune.run import run
 def main(
     repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the Hub.")],
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to make; adapters/USER--NAME if not given.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to make; else adapters/ or models/USER--NAME.")] = None,
 ) -> None:
-    """Download the adapter in USER/NAME; weights in safetensors only, and no code.
+    """Download the adapter, of lmtune or PEFT, or the model in USER/NAME; safetensors only, and no code.
 
     Example: lmtune pull anna/support
     """

@@ -1,11 +1,12 @@
-"""A Hub of our own for tests: what pushing and pulling a model and reading a data set need of the Hub's interface.
+"""A Hub of our own for tests: what pushing and pulling a model or Space and reading a data set need of its interface.
 
     with HubServer() as hub:
         hub.add("me/adapter", {"adapter_config.json": b"…"})
         subprocess.run([...], env={**os.environ, **hub.environment})
 
 The real client talks to it (`HF_ENDPOINT`, read when huggingface_hub is imported, so in a process of its own). Every
-request is kept with its body, so that a test can look for what should never have been sent.
+request is kept with its body, so that a test can look for what should never have been sent. The name of a Space begins
+with `spaces/`.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._refuse(status, "", "out of order")
         if token not in (None, TOKEN):
             return self._refuse(401, "", "Invalid credentials in Authorization header")
+        path = path.replace("/api/spaces/", "/api/models/spaces/", 1)
         for pattern, answer in _ROUTES:
             if match := re.fullmatch(pattern, path):
                 return answer(self, request, **match.groupdict())
@@ -130,6 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(401, "", "Invalid username or password.")
         if not name.startswith(f"{USER}/"):
             return self._refuse(403, "", f"You don't have the rights to create a model under {name}")
+        if wanted.get("type") == "space":
+            if wanted.get("sdk") != "gradio":
+                return self._refuse(400, "", "a Space needs an sdk")
+            name = f"spaces/{name}"
         if name in self.hub.repositories:
             return self._send(409, {"error": "exists already", "url": f"{self.hub.url}/{name}"})
         self.hub.add(name, {}, private=wanted.get("visibility") == "private" or wanted.get("private", False))
@@ -144,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def preupload(self, request: Request, name: str, revision: str) -> None:
         names = [file["path"] for file in json.loads(request.body)["files"]]
-        kinds = {n: "lfs" if n.endswith(".safetensors") else "regular" for n in names}
+        kinds = {n: "lfs" if n.endswith(_LARGE) else "regular" for n in names}
         self._send(200, {"files": [{"path": n, "uploadMode": k, "shouldIgnore": False} for n, k in kinds.items()]})
 
     def lfs_batch(self, request: Request, name: str) -> None:
@@ -170,6 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
         sha = repository.commit(revision, files)
         self._send(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
@@ -253,12 +261,13 @@ class _Handler(BaseHTTPRequestHandler):
 def _tree_entry(path: str, content: bytes) -> dict[str, Any]:
     git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git}
-    if path.endswith(".safetensors"):
+    if path.endswith(_LARGE):
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     return entry
 
 
-_NAME = r"(?P<name>[^/]+/[^/]+?)"
+_LARGE = (".safetensors", ".gguf")
+_NAME = r"(?P<name>(?:spaces/)?[^/]+/[^/]+?)"
 _ROUTES = (
     (r"/api/validate-yaml", _Handler.validate_yaml),
     (r"/api/repos/create", _Handler.create),

@@ -17,7 +17,8 @@ import yaml
 from safetensors.torch import save_file
 
 from lmtune.errors import ConfigError, ModelError
-from lmtune.export.hub import checked_repository, prepare_push
+from lmtune.export.uploads import prepare_push
+from lmtune.models.hub import checked_repository
 from lmtune.models.tuning.adapter_files import check_adapter
 from lmtune.runs.store import RunDirectory
 from tests.hub_server import TOKEN, HubServer
@@ -141,13 +142,14 @@ import json, os, sys
 from pathlib import Path
 from lmtune.errors import LmtuneError
 from lmtune.export.hub import pull, push
+from lmtune.export.uploads import prepare_push
 from lmtune.runs.store import RunDirectory
 told = {}
 for name, action, token, *arguments in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = token
     try:
         if action == "push":
-            push(RunDirectory("runs/support"), *arguments)
+            push(prepare_push(RunDirectory("runs/support"), *arguments))
         else:
             pull(*arguments, output=Path("out"))
     except LmtuneError as error:
@@ -162,7 +164,9 @@ ANSWERS = {
     "gated": (["pull", TOKEN, "lab/gated"], 2, r"lab/gated is gated: accept its conditions"),
     "bad token": (["pull", WRONG, "me/good"], 1, r"does not accept your token.*hf auth login"),
     "pickled": (["pull", TOKEN, "me/pickled"], 2, r"pickled weights \(adapter_model.bin\).*safetensors"),
-    "whole": (["pull", TOKEN, "lab/whole"], 2, r"a whole model.*lmtune chat lab/whole"),
+    "damaged": (["pull", TOKEN, "lab/damaged"], 2, r"lab/damaged: .*model.safetensors: empty; download it again"),
+    "pickled model": (["pull", TOKEN, "lab/whole"], 2, r"pickled weights \(pytorch_model.bin\).*safetensors"),
+    "gguf": (["pull", TOKEN, "lab/gguf"], 2, r"GGUF files.*`hf download lab/gguf a-q8_0.gguf .*lmtune chat models/a-q"),
     "empty": (["pull", TOKEN, "me/empty"], 2, r"no adapter_model.safetensors and no adapter_config.json"),
     "unsafe": (["pull", TOKEN, "me/unsafe"], 2, r"me/unsafe: .*auto_mapping: not a setting"),
     "no token": (["push", "", "me/support"], 1, r"without a Hub token: log in with `hf auth login`, or set HF_TOKEN"),
@@ -184,7 +188,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         hub.add("lab/gated", good, gated=True)
         pickled = {name: content for name, content in good.items() if name != "adapter_model.safetensors"}
         hub.add("me/pickled", {**pickled, "adapter_model.bin": b"\x80\x04."})
-        hub.add("lab/whole", {"config.json": b"{}", "model.safetensors": b""})
+        hub.add("lab/damaged", {"config.json": b"{}", "model.safetensors": b""})
+        hub.add("lab/whole", {"config.json": b"{}", "pytorch_model.bin": b"\x80\x04."})
+        hub.add("lab/gguf", {"a-q8_0.gguf": b"GGUF", "README.md": b""})
         hub.add("me/empty", {"README.md": b""})
         hub.add("me/unsafe", {**good, "adapter_config.json": json.dumps(unsafe).encode()})
         hub.broken["me/broken"] = 500
@@ -223,7 +229,7 @@ def test_pull_leaves_an_existing_folder_alone_and_pickles_out(
     hub.add("me/both", {**files, "adapter_model.bin": b"\x80\x04.", "training_args.bin": b"\x80", "run.py": b"boom"})
     pulled = lmtune(hub, tmp_path, "pull", "me/both")
     assert pulled.returncode == 0
-    assert "its base model is /data/models/base: a folder of its author" in pulled.stderr
+    assert "its base model is /data/models/base: a folder of its author" in " ".join(pulled.stderr.split())
     folder = tmp_path / "adapters" / "me--both"
     assert {path.name for path in folder.iterdir()} == UPLOADED
     again = lmtune(hub, tmp_path, "pull", "me/both")

@@ -63,10 +63,40 @@ def test_front_matter_is_what_the_hub_reads() -> None:
     head = front_matter(adapter_card(settings(), RUN, DATA, "me/support"))
     assert (head["base_model"], head["library_name"], head["pipeline_tag"]) == ("lab/base", "peft", "text-generation")
     assert {"lora", "lmtune"} <= set(head["tags"])
-    metrics = head["model-index"][0]["results"][0]["metrics"]
-    assert {m["name"]: m["value"] for m in metrics} == {
-        "Loss": 0.02, "Perplexity": 1.02, "Token accuracy": 0.995, "Sequence accuracy": 0.95, "Exact match": 0.925,
-    }  # fmt: skip
+    assert head["base_model_relation"] == "adapter"
+
+
+def test_scores_are_read_back_by_the_hubs_library() -> None:
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    own = {**DATA_TREE["train"], "sha256": ["ab" * 32], "files": ["private-validation.jsonl"], "rows": 40}
+    for validation, what, identity in (
+        ({"held_out": 40}, "rows held out of the training data", "sha256-0"),
+        (own, "held-out rows", f"sha256-{'ab' * 32}"),
+    ):
+        data = DataReport.from_dict({**DATA_TREE, "validation": validation})
+        name, results = model_index_to_eval_results(
+            front_matter(adapter_card(settings(), RUN, data, "me/support"))["model-index"]
+        )
+        assert name == "support"
+        assert {(one.task_type, one.dataset_name, one.dataset_type) for one in results} == {
+            ("text-generation", what, identity)
+        }
+        assert results[0].dataset_args == {"rows": 40}
+        found = {one.metric_name: (one.metric_type, one.metric_value) for one in results}
+        assert found["Exact match"] == ("exact_match", 0.925)
+        assert found["Exact match (base model)"] == ("exact_match", 0.025)
+        assert len(found) == 10
+
+
+def test_a_classifiers_scores_have_the_hubs_names() -> None:
+    scores = {"loss": 0.1, "accuracy": 0.9, "macro_f1": 0.8, "rows": 40}
+    config = settings(objective={"kind": "classification"})
+    card = adapter_card(config, Summary(base=None, tuned=scores), DATA, "me/mood")
+    (result,) = front_matter(card)["model-index"][0]["results"]
+    assert result["task"]["type"] == "text-classification"
+    assert {one["type"]: one["value"] for one in result["metrics"]} == {"loss": 0.1, "accuracy": 0.9, "f1": 0.8}
+    assert "lmtune pull me/mood\nlmtune predict adapters/me--mood ROWS.jsonl" in card
 
 
 def test_card_tells_scores_settings_and_counts() -> None:
@@ -76,6 +106,7 @@ def test_card_tells_scores_settings_and_counts() -> None:
         "| Loss | 3.5000 | 0.0200 |",
         "| `tuning.rank` | `16` |",
         "| `tuning.target_modules` | `.*(q\\|v)_proj` |",  # no text breaks the table
+        "| train: file, SHA-256 | `0` |",
         "| train: kept | 480 |",
         "| train: dropped, too long | 3 |",
         "| validation: held out | 40 |",
@@ -100,7 +131,9 @@ def test_absent_numbers_are_said_to_be_absent() -> None:
     card = adapter_card(settings(), Summary(base={"loss": 3.5}, tuned={"exact_match": None, "loss": 1.0}), None)
     assert "| Exact match | not measured | not measured |" in card
     assert "number of rows was not recorded" in card
-    assert [m["name"] for m in front_matter(card)["model-index"][0]["results"][0]["metrics"]] == ["Loss"]
+    assert [m["name"] for m in front_matter(card)["model-index"][0]["results"][0]["metrics"]] == [
+        "Loss", "Loss (base model)",
+    ]  # fmt: skip
     bare = adapter_card(settings(), Summary(), None)
     assert "The scores were not measured." in bare
     assert "model-index" not in front_matter(bare)

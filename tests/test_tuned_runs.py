@@ -14,8 +14,8 @@ from lmtune.config.schema import ModelConfig
 from lmtune.data.types import Message
 from lmtune.errors import ConfigError
 from lmtune.evaluation.evaluate import evaluate_loaded
-from lmtune.export.hub import prepare_push
 from lmtune.export.merged import merge_run
+from lmtune.export.uploads import prepare_push
 from lmtune.inference.load import load_for_inference, usable_adapter
 from lmtune.inference.request import Request, Sampling
 from lmtune.inference.start_adapter import with_starting_adapter

@@ -28,8 +28,7 @@ from lmtune.io.console import progress
 from lmtune.models.model_folder import GENERATION, StoredWeights, read_tree
 from lmtune.models.tuning.adapter_files import WEIGHTS, check_adapter
 
-# llama.cpp's numbers of them
-_FILE_TYPES = {
+_FILE_TYPES: dict[Kind, int] = {
     "f32": 0,
     "f16": 1,
     "q4_0": 2,
@@ -120,6 +119,11 @@ def write_model(folder: Path, output: Path, kind: Kind, name: str) -> Written:
 
     _write(output, arch.name, keys, tensors, type_of)
     return Written(output, arch.name, output.stat().st_size, len(kept), "tokenizer.chat_template" in keys)
+
+
+def kind_of_file_type(number: object) -> Kind | None:
+    """The type of most weights in a file, by its `general.file_type`; None for one that lmtune does not write."""
+    return next((kind for kind, known in _FILE_TYPES.items() if known == number), None)
 
 
 def write_adapter(folder: Path, config: Config, output: Path, name: str) -> Written:

@@ -100,7 +100,7 @@ def _merge(
     stops = stop_tokens(adapter)
     names = [str(tokenizer.convert_ids_to_tokens(index)) for index in stops]
     sequences = run_directory.read_verification()
-    summary = run_directory.read_summary()
+    summary, data = run_directory.read_summary(), run_directory.read_data_report()
 
     def describe(folder: Path, report: MergeReport) -> None:
         merged = replace(
@@ -108,7 +108,7 @@ def _merge(
         )
         write_json(folder / "lmtune.json", merged.as_dict())
         write_json(folder / "merge.json", asdict(report))
-        write_text(folder / "README.md", merged_card(config, summary, asdict(report), stops=names))
+        write_text(folder / "README.md", merged_card(config, summary, asdict(report), stops=names, data=data))
 
     report = asdict(
         merge(config.model, adapter, output, into, sequences, tokenizer, stops, describe, accept_difference, exact)

@@ -61,7 +61,7 @@ def gguf_folder(name: str, with_weights: bool = False) -> Path:
         raise ModelError(f"model.name: {name}: no such file; expected a GGUF file, a model folder, a Hub id, or tiny")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"model.name: {name}: a GGUF file is read by the package gguf; `pip install gguf`")
-    metadata = _checked(name, path)
+    metadata = gguf_metadata(name, path)
     kind = "gguf" if with_weights else "gguf_texts"
     status = path.stat()
     key = key_of(gguf_digest(path), status.st_size, status.st_mtime_ns, version("transformers"), version("gguf"))
@@ -81,27 +81,12 @@ def gguf_folder(name: str, with_weights: bool = False) -> Path:
     return get_or_build(cache_folder() / kind, key, build, keep=_KEPT[kind])
 
 
-def gguf_digest(path: Path) -> str:
-    """SHA-256, in hex, of samples of a file and its size, so that 100 GB take no time."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        for index in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    digest.update(str(size).encode())
-    return digest.hexdigest()
+def gguf_metadata(name: str, path: Path) -> dict[str, Any]:
+    """What the header of a file says, by its keys.
 
-
-def gguf_parameters(name: str) -> int:
-    """How many parameters the file holds, by its header."""
-    from transformers.integrations.gguf.reader import GgufHeader
-
-    header = GgufHeader.from_file(str(Path(name).expanduser()))
-    return sum(math.prod(tensor.shape) for tensor in header.tensors)
-
-
-def _checked(name: str, path: Path) -> dict[str, Any]:
-    """The file's metadata.
+    Args:
+        name: the file, as `model.name` gives it.
+        path: where it is.
 
     Raises:
         ModelError: what can be seen without reading weights keeps it from being a base.
@@ -129,6 +114,25 @@ def _checked(name: str, path: Path) -> dict[str, Any]:
     if (kind := metadata.get("general.type", "model")) != "model":
         raise ModelError(f"model.name: {name}: its general.type is {kind}; expected the file of a whole model")
     return metadata
+
+
+def gguf_digest(path: Path) -> str:
+    """SHA-256, in hex, of samples of a file and its size, so that 100 GB take no time."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for index in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    digest.update(str(size).encode())
+    return digest.hexdigest()
+
+
+def gguf_parameters(name: str) -> int:
+    """How many parameters the file holds, by its header."""
+    from transformers.integrations.gguf.reader import GgufHeader
+
+    header = GgufHeader.from_file(str(Path(name).expanduser()))
+    return sum(math.prod(tensor.shape) for tensor in header.tensors)
 
 
 def _build(name: str, path: Path, metadata: dict[str, Any], folder: Path, with_weights: bool) -> None:

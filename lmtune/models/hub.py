@@ -1,6 +1,7 @@
-"""The Hugging Face Hub as a source of adapters: which files are downloaded, and what its errors mean in words.
+"""The Hugging Face Hub as a source of adapters and models: what is downloaded, and what its errors mean in words.
 
-    folder = download_adapter("anna/support", Path("adapters/anna--support"))
+    found = look_up("anna/support")               # an adapter, at its newest commit
+    download(found, Path("adapters/anna--support"))
     folder = cached_adapter("anna/support")       # in the Hub's own cache; found offline after the first time
 
 Only safetensors and text files are downloaded. The token is huggingface_hub's own (`hf auth login` or HF_TOKEN).
@@ -10,67 +11,109 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lmtune import __version__
 from lmtune.errors import ConfigError, LmtuneError, ModelError
 from lmtune.io.text import one_line
+from lmtune.models.model_folder import GENERATION, TOKENIZER_FILES
 from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS
+from lmtune.models.validate import CONFIG as MODEL_CONFIG
+from lmtune.models.validate import INDEX
+from lmtune.models.validate import WEIGHTS as MODEL_WEIGHTS
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 CARD = "README.md"
-VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
-ADAPTER_FILES = (
-    WEIGHTS, CONFIG, METADATA, CARD, *VOCABULARY, "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "generation_config.json",
+VOCABULARY = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json",
+    "vocab.txt", "merges.txt",
 )  # fmt: skip
+# Patterns of names; what matches none of them is neither downloaded nor uploaded
+MODEL_WEIGHT_FILES = (MODEL_WEIGHTS, INDEX, "model-*-of-*.safetensors")
+_TEXT_FILES = (METADATA, CARD, GENERATION, *TOKENIZER_FILES)
+ADAPTER_FILES = (WEIGHTS, CONFIG, *_TEXT_FILES)
+MODEL_FILES = (MODEL_CONFIG, *MODEL_WEIGHT_FILES, *_TEXT_FILES)
+Form = Literal["adapter", "model"]
+FILES: dict[Form, tuple[str, ...]] = {"adapter": ADAPTER_FILES, "model": MODEL_FILES}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 
-def download_adapter(repository: str, revision: str | None = None, folder: Path | None = None) -> Path:
-    """Download an adapter's files; returns where they are.
+@dataclass(frozen=True)
+class Found:
+    """A repository that holds something of use.
+
+    Attributes:
+        repository: `user/name`.
+        form: an adapter, or a whole model.
+        commit: in hex.
+    """
+
+    repository: str
+    form: Form
+    commit: str
+
+
+def look_up(repository: str, revision: str | None = None) -> Found:
+    """What a repository holds.
 
     Args:
         repository: `user/name`.
         revision: a branch, tag or commit; None is the main branch.
-        folder: where to; None is the Hub's cache.
 
     Raises:
         ConfigError: the name is not `user/name`.
-        ModelError: there is no such repository or revision, or it holds no adapter in safetensors.
+        ModelError: there is no such repository or revision, or it holds neither adapter nor model in safetensors.
         LmtuneError: the Hub cannot be reached.
     """
     checked_repository(repository)
     with explained(repository, "download", revision):
+        info = hub_api().model_info(repository, revision=revision)
+        return Found(repository, _form(repository, [str(file.rfilename) for file in info.siblings or []]), info.sha)
+
+
+def download(found: Found, folder: Path) -> None:
+    """Download the files of an adapter or model into `folder`.
+
+    Raises:
+        ModelError, LmtuneError: as `look_up`.
+    """
+    with explained(found.repository, "download"):
         from huggingface_hub import snapshot_download
 
-        info = hub_api().model_info(repository, revision=revision)
-        _require_adapter(repository, [str(file.rfilename) for file in info.siblings or []])
-        # by its commit the cache would not know that it is the newest, and offline not find it
-        wanted = revision if folder is None else info.sha
-        return Path(
-            snapshot_download(repository, revision=wanted, local_dir=folder, allow_patterns=list(ADAPTER_FILES))
-        )
+        wanted = list(FILES[found.form])
+        snapshot_download(found.repository, revision=found.commit, local_dir=folder, allow_patterns=wanted)
 
 
 def cached_adapter(repository: str) -> Path:
     """An adapter of the Hub in its cache, downloaded where it is not there or is newer; offline, as it was last.
 
-    Raises: as `download_adapter`.
+    Raises:
+        ConfigError, ModelError, LmtuneError: as `look_up`; the repository holds no adapter.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
-        return download_adapter(repository)
+        if look_up(repository).form != "adapter":
+            raise ModelError(f"{repository} holds no {WEIGHTS}; it is a whole model: use it as model.name")
+        with explained(repository, "download"):
+            # not by its commit: the cache would not know that it is the newest, and offline not find it
+            return Path(snapshot_download(repository, allow_patterns=list(ADAPTER_FILES)))
     except ModelError:
         raise
     except LmtuneError:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
         with contextlib.suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(repository, local_files_only=True, allow_patterns=list(ADAPTER_FILES)))
         raise
+
+
+def is_among(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of `patterns`, as the Hub's client reads them, matches the name of a file."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def checked_repository(name: str) -> str:
@@ -89,16 +132,25 @@ def checked_repository(name: str) -> str:
     raise ConfigError(f"{name!r} is not a repository name; expected user/name, for example anna/support")
 
 
-def _require_adapter(repository: str, names: list[str]) -> None:
-    """Raise ModelError unless the repository holds an adapter in safetensors."""
+def _form(repository: str, names: list[str]) -> Form:
+    """What files of these names are.
+
+    Raises:
+        ModelError: neither an adapter nor a model in safetensors.
+    """
+    if WEIGHTS in names and CONFIG in names:
+        return "adapter"
+    if CONFIG not in names and MODEL_CONFIG in names and any(is_among(name, MODEL_WEIGHT_FILES) for name in names):
+        return "model"
     missing = [name for name in (WEIGHTS, CONFIG) if name not in names]
-    if not missing:
-        return
-    fix = "it is not an adapter"
+    fix = "it is neither an adapter nor a model in safetensors"
     if pickled := [name for name in names if name.endswith(_PICKLES)]:
         fix = f"pickled weights ({pickled[0]}) can run code when read; ask its author for safetensors"
-    elif "config.json" in names:
-        fix = f"it is a whole model: use it as model.name, or `lmtune chat {repository}`"
+    elif files := [name for name in names if name.endswith(".gguf")]:
+        fix = (
+            f"it holds GGUF files: choose one, `hf download {repository} {files[0]} --local-dir models`, then "
+            f"`lmtune chat models/{files[0]}`"
+        )
     raise ModelError(f"{repository} holds no {' and no '.join(missing)}; {fix}")
 
 

@@ -3,15 +3,18 @@
     Path("README.md").write_text(adapter_card(config, summary, data, "user/name"))
 
 PEFT's own card is a form full of blanks. Ours holds only what is known: settings, row counts and measured numbers, and
-code that loads the model; what was not measured is said to be so. No row of the data, no path and no machine is in it.
+code that loads the model; what was not measured is said to be so. Of the data it has hashes and counts: no row, no name
+of a file, no path and no machine.
 The front matter follows the Hub's specification, https://huggingface.co/docs/hub/model-cards.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import yaml
 
@@ -27,11 +30,31 @@ from lmtune.config.schema import (
     RewardConfig,
 )
 from lmtune.data.report import DataReport, PartReport
-from lmtune.runs.store import ScoreValues, Summary
+from lmtune.runs.store import Summary
 from lmtune.runs.tables import NOT_MEASURED, SCORES, format_score, names_of
 
 _QUANTIZATIONS = {"none": "not quantized", "nf4": "4-bit NF4 (bitsandbytes)", "int8": "8-bit (bitsandbytes)"}
 _PRIVATE_KEYS = ("data.train", "data.validation", "data.system", "tuning.adapter")  # names and words of the user's own
+_MAX_HASHES = 10  # of the files of one part of the data
+# The Hub's name of a metric, where it is another than ours
+_METRICS = {key: kind for key, (_, kind) in SCORES.items()} | {"macro_f1": "f1", "auc": "roc_auc", "r2": "r_squared"}
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What a card says of a GGUF file.
+
+    Attributes:
+        name: of the file.
+        kind: of its weights, `q8_0`; empty where it is not known.
+        num_bytes: of the file.
+        has_template: whether it holds a chat template.
+    """
+
+    name: str
+    kind: str
+    num_bytes: int
+    has_template: bool
 
 
 def adapter_card(
@@ -40,12 +63,12 @@ def adapter_card(
 ) -> str:  # fmt: skip
     """The README.md of an adapter folder, on the Hub as `repository`; `stops` end an answer, the usual one first.
 
-    Of the data nothing is taken but counts.
+    Of the data nothing is taken but hashes and counts.
     """
     base, title = config.model.name, repository or config.run.name or "LoRA adapter"
     start = summary.started_from
     return join_parts(
-        _front_matter(config, "peft", ["lora", "lmtune", "transformers"], summary.tuned or {}, title),
+        _front_matter(config, "peft", ["lora", "lmtune", "transformers"], title, _results(config, summary, data)),
         f"# {title.rpartition('/')[2]}",
         f"A LoRA adapter for {_linked(base)}, fine-tuned with lmtune {__version__}. "
         "It holds the change to the base model only, so it is loaded together with that model.",
@@ -71,14 +94,14 @@ def model_card(
         parts = (tuning.parts,) if isinstance(tuning.parts, str) else tuning.parts
         learned = f"Of its weights, these were trained: {', '.join(f'`{part}`' for part in parts)}"
     return join_parts(
-        _front_matter(config, "transformers", [tuning.kind, "lmtune"], summary.tuned or {}, title),
+        _front_matter(config, "transformers", [tuning.kind, "lmtune"], title, _results(config, summary, data)),
         f"# {title.rpartition('/')[2]}",
         f"{_linked(base)}, fine-tuned with lmtune {__version__}. {learned}. It is a whole model and needs no adapter.",
         _base_table(config.model),
         _scores_part(summary),
         _data_part(data),
         _settings_part(config),
-        merged_usage(config, repository or "path/to/model", stops),
+        merged_usage(config, repository or "path/to/model", stops, repository),
         _limits(base),
     )
 
@@ -94,12 +117,12 @@ def result_card(
 
 def merged_card(
     config: FinetuneConfig, summary: Summary, merge: Mapping[str, object], repository: str | None = None,
-    stops: Sequence[str] = (),
+    stops: Sequence[str] = (), data: DataReport | None = None,
 ) -> str:  # fmt: skip
     """The README.md of a merged model; `merge` is what `merge.json` holds of its check."""
     base, title = config.model.name, repository or config.run.name or "merged model"
     return join_parts(
-        _front_matter(config, "transformers", ["lora", "merged", "lmtune"], summary.tuned or {}, title),
+        _front_matter(config, "transformers", ["lora", "merged", "lmtune"], title, _results(config, summary, data)),
         f"# {title.rpartition('/')[2]}",
         f"{_linked(base)} with a LoRA adapter merged into its weights, fine-tuned with lmtune {__version__}. "
         "It is a whole model and needs no adapter.",
@@ -107,36 +130,89 @@ def merged_card(
         _merge_part(merge),
         _scores_part(summary),
         "These are the scores of base and adapter, measured before the merge." if summary.tuned else "",
+        _data_part(data),
         _settings_part(config),
-        merged_usage(config, repository or "path/to/merged", stops),
+        merged_usage(config, repository or "path/to/merged", stops, repository),
         _limits(base),
     )
 
 
-def _front_matter(
-    config: FinetuneConfig, library: str, tags: Sequence[str], tuned: ScoreValues, title: str
+def gguf_card(
+    config: FinetuneConfig, summary: Summary, data: DataReport | None, repository: str, files: Sequence[GgufFile],
+    stops: Sequence[str] = (), why_not_ollama: str = "",
 ) -> str:  # fmt: skip
+    """The README.md of a repository of GGUF files.
+
+    It names no scores for the Hub to compare: those of the run were measured before the weights were rounded.
+    """
+    tags = ["gguf", "llama.cpp", *([] if why_not_ollama else ["ollama"]), "lmtune"]
+    sizes = [(f"`{one.name}`", one.kind.upper(), f"{one.num_bytes / 2**20:,.1f} MiB") for one in files]
+    return join_parts(
+        _front_matter(config, "gguf", [*tags, *([] if _is_whole(files) else ["quantized"])], repository, []),
+        f"# {repository.rpartition('/')[2]}",
+        f"{_linked(config.model.name)}, fine-tuned with lmtune {__version__}, as GGUF for llama.cpp, Ollama and LM "
+        "Studio. It is a whole model and needs no adapter.",
+        _table(("file", "weights", "size"), sizes),
+        gguf_usage(repository, files, stops, why_not_ollama),
+        _base_table(config.model),
+        _scores_part(summary),
+        "These scores were measured before the export. Fewer bits change a model: score what you use."
+        if summary.tuned else "",
+        _data_part(data),
+        _settings_part(config),
+        _limits(config.model.name),
+    )  # fmt: skip
+
+
+def _is_whole(files: Sequence[GgufFile]) -> bool:
+    """Whether all files hold weights in at least 16 bits."""
+    return all(not one.kind.startswith("q") for one in files)
+
+
+def _front_matter(
+    config: FinetuneConfig, library: str, tags: Sequence[str], title: str, results: Sequence[Mapping[str, object]]
+) -> str:
     """The YAML block that the Hub reads. It names the base; one from a folder of this machine has no place in it."""
-    base, task = config.model.name, "text-classification" if is_classifier(config) else "text-generation"
+    base, task = config.model.name, _task(config)
     tree: dict[str, object] = {"base_model": base} if is_hub_id(base) or base == "tiny" else {}
     tree |= {"pipeline_tag": task, "library_name": library, "tags": list(tags)}
-    if is_hub_id(base) and library == "transformers":
-        tree["base_model_relation"] = "finetune"
-    metrics = [
-        {"name": name, "type": kind, "value": float(f"{tuned[key]:.6g}")}
-        for key, (name, kind) in SCORES.items()
-        if format_score(key, tuned.get(key)) != NOT_MEASURED
-    ]
-    if metrics:
-        tree["model-index"] = [{
-            "name": title.rpartition("/")[2],
-            "results": [{
-                "task": {"type": task},
-                "dataset": {"name": "held-out rows", "type": "custom"},
-                "metrics": metrics,
-            }],
-        }]  # fmt: skip
+    if is_hub_id(base):  # in GGUF too: its weights are not those of the base in fewer bits
+        tree["base_model_relation"] = "adapter" if library == "peft" else "finetune"
+    if results:
+        tree["model-index"] = [{"name": title.rpartition("/")[2], "results": list(results)}]
     return f"---\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}---"
+
+
+def _task(config: FinetuneConfig) -> str:
+    """The Hub's name of what the model does."""
+    return "text-classification" if is_classifier(config) else "text-generation"
+
+
+def _results(config: FinetuneConfig, summary: Summary, data: DataReport | None) -> list[Mapping[str, object]]:
+    """The measured scores, those of the base named as such, for the `model-index` of the front matter.
+
+    The rows are named by the hash of their file, so that only scores over the same rows are beside each other.
+    """
+    base, tuned = summary.base or {}, summary.tuned or {}
+    first = str(summary.tree.get("baseline") or "base model")
+    metrics = [
+        {"name": name + suffix, "type": _METRICS.get(key, key), "value": float(f"{scores[key]:.6g}")}
+        for scores, suffix in ((tuned, ""), (base, f" ({first})"))
+        for key, name in names_of(base, tuned).items()
+        if format_score(key, scores.get(key)) != NOT_MEASURED
+    ]
+    if not tuned or not metrics:
+        return []
+    dataset: dict[str, object] = {"name": "held-out rows", "type": "custom"}
+    if data is not None and data.validation is not None:
+        is_own = isinstance(data.validation, PartReport)
+        hashes = (data.validation if isinstance(data.validation, PartReport) else data.train).sha256
+        whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+        dataset = {"name": "held-out rows" if is_own else "rows held out of the training data",
+                   "type": f"sha256-{whole}"}  # fmt: skip
+    if (num_rows := tuned.get("rows")) is not None:
+        dataset["args"] = {"rows": num_rows}
+    return [{"task": {"type": _task(config)}, "dataset": dataset, "metrics": metrics}]
 
 
 def _base_table(model: ModelConfig) -> str:
@@ -201,17 +277,31 @@ def _merge_part(merge: Mapping[str, object]) -> str:
 def _data_part(data: DataReport | None) -> str:
     if data is None:
         return "## Data\n\nThe number of rows was not recorded."
-    rows = list(_counts("train", data.train))
+    rows = [*_hashes("train", data.train), *_counts("train", data.train)]
     if isinstance(data.validation, PartReport):
-        rows += _counts("validation", data.validation)
+        rows += [*_hashes("validation", data.validation), *_counts("validation", data.validation)]
     elif data.validation is not None:
         rows.append(("validation: held out", f"{data.validation.held_out:,}"))
-    return join_parts("## Data", "Its content is not part of this repository; this is what became of its rows.",
-                      _table(("", "count"), rows))  # fmt: skip
+    return join_parts(
+        "## Data",
+        "The data are not part of this repository; this is what became of their rows. Whoever has a file can compare "
+        "its SHA-256 (`sha256sum FILE`; of a data set on the Hub it is that over its files).",
+        _table(("", ""), rows),
+    )
+
+
+def _hashes(name: str, part: PartReport) -> Iterator[tuple[str, str]]:
+    """The hash of each file, by its number and not its name; of many files one hash over theirs."""
+    if len(part.sha256) > _MAX_HASHES:
+        whole = hashlib.sha256("\n".join(part.sha256).encode()).hexdigest()
+        yield f"{name}: SHA-256 over those of {len(part.sha256)} files", f"`{whole}`"
+        return
+    for number, one in enumerate(part.sha256, start=1):
+        yield f"{name}: file{f' {number}' if len(part.sha256) > 1 else ''}, SHA-256", f"`{one}`"
 
 
 def _counts(name: str, part: PartReport) -> Iterator[tuple[str, str]]:
-    """The counts of one part of the data, and nothing else of it: no name of a file, no line, no text."""
+    """The counts of one part of the data: no name of a file, no line, no text."""
     counts = {key: getattr(part, key) for key in ("rows", "kept", "tokens", "trained_tokens", "longest_row_tokens")}
     found = {f"dropped, {reason}": counter.count for reason, counter in part.dropped.items()}
     found |= {"truncated": part.truncated.count, "duplicates": part.duplicates.count}
@@ -338,11 +428,9 @@ def adapter_usage(
             "## How to use it", note, "With PEFT:",
             _python(_PEFT_CLASSIFIER, imports=imports, base=argument, place=place, outputs=outputs),
             f"The outputs are {', '.join(map(str, labels))}, in this order." if isinstance(labels, list) else "",
-            f"With lmtune: `lmtune predict {place} ROWS.jsonl`.",
+            _with_lmtune("predict", "adapters", place, repository, " ROWS.jsonl"),
         )  # fmt: skip
     words = {"imports": imports, "base": argument, "place": place, "prompt": _prompt(config)}
-    folder = repository.replace("/", "--") if repository else ""
-    own = f"lmtune pull {repository}\nlmtune chat adapters/{folder}" if repository else f"lmtune chat {place}"
     return join_parts(
         "## How to use it",
         note,
@@ -352,25 +440,60 @@ def adapter_usage(
         stops_note(stops),
         "With transformers alone (PEFT must be installed), the rest as above:",
         _python(_TRANSFORMERS_CODE, **words),
-        "With lmtune, which also takes over the system prompt and the stop tokens of training:",
-        f"```bash\n{own}\n```",
+        _with_lmtune("chat", "adapters", place, repository),
     )
 
 
-def merged_usage(config: FinetuneConfig, place: str, stops: Sequence[str] = ()) -> str:
+def merged_usage(
+    config: FinetuneConfig, place: str, stops: Sequence[str] = (), repository: str | None = None
+) -> str:  # fmt: skip
     """The same for a merged model in `place`, a repository or folder."""
     if is_classifier(config):
         return join_parts(
             "## How to use it", _python(_MERGED_CLASSIFIER, place=place),
-            f"With lmtune: `lmtune predict {place} ROWS.jsonl`.",
+            _with_lmtune("predict", "models", place, repository, " ROWS.jsonl"),
         )  # fmt: skip
     return join_parts(
         "## How to use it",
         _python(_MERGED_CODE, place=place, prompt=_prompt(config)),
         _system_note(config),
         stops_note(stops),
-        f"With lmtune: `lmtune chat {place}`.",
+        _with_lmtune("chat", "models", place, repository),
     )
+
+
+def _with_lmtune(verb: str, folder: str, place: str, repository: str | None, more: str = "") -> str:
+    """The commands that load a model from `place`, or from `repository` once it was pulled into `folder`."""
+    own = f"lmtune {verb} {place}{more}"
+    if repository:
+        own = f"lmtune pull {repository}\nlmtune {verb} {folder}/{repository.replace('/', '--')}{more}"
+    lead = "With lmtune, which also takes over the system prompt and the stop tokens of training:"
+    return f"{lead}\n\n```bash\n{own}\n```"
+
+
+def gguf_usage(repository: str, files: Sequence[GgufFile], stops: Sequence[str], why_not_ollama: str) -> str:
+    """How the GGUF files of a repository are run."""
+    kinds = [one.kind.upper() for one in files if one.kind]
+    tag = f":{kinds[0]}" if kinds else ""
+    jinja = " --jinja" if all(one.has_template for one in files) else ""
+    ollama = f"```bash\nollama run hf.co/{repository}{tag}\n```"
+    if why_not_ollama:
+        ollama = f"Ollama cannot prompt it as in training: {why_not_ollama}. Use llama.cpp."
+    more = f"In place of `{kinds[0]}`: {', '.join(f'`{kind}`' for kind in kinds[1:])}." if kinds[1:] else ""
+    own = f"hf download {repository} {files[0].name} --local-dir .\nlmtune chat {files[0].name}"
+    return join_parts(
+        "## How to use it",
+        "With Ollama, which reads template, stop tokens and system prompt from this repository:"
+        if not why_not_ollama else "",
+        ollama,
+        "With llama.cpp:",
+        f"```bash\nllama-server -hf {repository}{tag}{jinja}\n```",
+        more,
+        "" if jinja else "It has no chat template: send it plain prompts (`/completion`), as it was trained.",
+        stops_note(stops),
+        "With lmtune:",
+        f"```bash\n{own}\n```",
+    )  # fmt: skip
 
 
 def _prompt(config: FinetuneConfig) -> str:

@@ -11,7 +11,7 @@ import torch
 from lmtune.config.load import build_config, dump_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError, ModelError
-from lmtune.export.hub import shared_texts
+from lmtune.export.uploads import shared_texts
 from lmtune.inference.load import build_renderer, load_for_inference, run_metadata
 from lmtune.io.atomic import write_json
 from lmtune.models.base import base_fingerprint, load_model, load_tokenizer
