@@ -99,6 +99,5 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
             imported |= {name.split(".")[0] for name in names}
     imported -= {"flash_attn", "triton"}  # on GPUs; PyTorch brings Triton
     imported -= {"wandb"}  # a tracker that the user has
-    declared -= {"python-multipart"}  # Starlette imports it, to read forms
     third_party = {aliases.get(name, name) for name in imported - sys.stdlib_module_names} - {None}
     assert {requirement_name(str(name)) for name in third_party} - optional == declared

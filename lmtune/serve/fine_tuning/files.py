@@ -15,6 +15,7 @@ from typing import IO, Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
+from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -107,7 +108,8 @@ def _found(store: Store, file_id: str) -> StoredFile:
 @contextlib.asynccontextmanager
 async def _form_of(request: Request, max_bytes: int) -> AsyncIterator[FormData]:
     """The fields of a multipart body, of bounded size; the file is on the disk, and gone after the block."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise ApiError(400, "content-type: expected multipart/form-data with the fields file and purpose")
 
     async def bounded() -> AsyncGenerator[bytes, None]:

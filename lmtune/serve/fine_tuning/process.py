@@ -25,6 +25,7 @@ from lmtune.runs.control import cancel
 from lmtune.runs.store import RunDirectory
 
 _LAST_WORDS = 2000  # characters
+_KEY = "LMTUNE_API_KEY"  # of the server's clients; training needs none
 
 
 class JobProcess:
@@ -37,13 +38,16 @@ class JobProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._is_asked = False
 
-    def start(self, config: Path, environment: Mapping[str, str]) -> None:
+    def start(self, config: Path, environment: Mapping[str, str], device: str | None = None) -> None:
         """Run `lmtune finetune CONFIG`; nobody else may do it at the time.
 
         Args:
             config: the YAML file.
             environment: variables beside those of the server.
+            device: the value of CUDA_VISIBLE_DEVICES; None leaves it as it is.
         """
+        shown = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+        inherited = {name: value for name, value in os.environ.items() if name != _KEY}
         with self._lock.open("a+") as lock, self.log.open("wb") as log:
             held = try_lock(lock)
             assert held is not False, f"{self._lock} is held"
@@ -51,9 +55,9 @@ class JobProcess:
             self._child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lmtune", "finetune", str(config)], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[lock.fileno()],
-                env={**os.environ, **environment},
+                env={**inherited, **environment, **shown},
             )  # fmt: skip
-            lock.write(str(self._child.pid))
+            lock.write(f"{self._child.pid}\n{device or ''}")
 
     def is_alive(self) -> bool:
         """Whether it works, as a child of this process or of an earlier server."""
@@ -69,7 +73,7 @@ class JobProcess:
         """Ask it, once, to end its step, save and go."""
         if self._is_asked or not self.is_alive():
             return
-        number = self._lock.read_text().strip()
+        number = self._lock.read_text().partition("\n")[0]
         with contextlib.suppress(ProcessLookupError, LmtuneError):
             if number:
                 os.kill(int(number), signal.SIGTERM)
@@ -81,6 +85,14 @@ class JobProcess:
     def exit_code(self) -> int | None:
         """As `subprocess` has it; None where an earlier server started the process, or it works."""
         return None if self._child is None else self._child.poll()
+
+    @property
+    def device(self) -> str | None:
+        """What it was started with; None for all devices."""
+        try:
+            return self._lock.read_text().partition("\n")[2] or None
+        except FileNotFoundError:
+            return None
 
     @property
     def started_at(self) -> float:

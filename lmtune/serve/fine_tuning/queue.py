@@ -74,11 +74,16 @@ class Queue:
         """Look at the jobs now."""
         self._wake.set()
 
-    def close(self, seconds: float = 60) -> None:
-        """Ask every process to save and stop, and wait so long for it; the next start goes on with the jobs."""
+    def close(self, seconds: float = 60) -> bool:
+        """Ask every process to save and stop, and wait so long for it; the next start goes on with the jobs.
+
+        Returns whether all have stopped.
+        """
         self._closing = True
         self._wake.set()
-        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def run_of(self, job: Job) -> RunDirectory:
         """The run of a job."""
@@ -105,7 +110,7 @@ class Queue:
         for job in self.store.jobs_that_are("running", "queued", "paused", "cancelled"):
             process = self._process_of(job)
             if process.is_alive():
-                self._workers[job.id] = self._worker(job, process, self._free_device())
+                self._workers[job.id] = self._worker(job, process, process.device)
             elif job.status == "running":
                 worker = self._worker(job, process, None)
                 worker.follower.look()
@@ -173,8 +178,7 @@ class Queue:
         if not self.store.change(job.id, ("queued",), status="running", begun_after_step=after):
             return
         worker = self._worker(job, self._process_of(job), self._free_device())
-        shown = {} if worker.device is None else {"CUDA_VISIBLE_DEVICES": worker.device}
-        worker.process.start(self._config_of(job), {**environment_of(job), **shown})
+        worker.process.start(self._config_of(job), environment_of(job), worker.device)
         self._workers[job.id] = worker
         self.store.add_event(job.id, "Fine-tuning job started" if not after else "Fine-tuning job started again")
 

@@ -6,16 +6,17 @@ The names and bounds are those of OpenAI's API. A field that it does not have is
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _MAX_PAIRS = 16
 
-Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
-Factor = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+# A number, or `auto`, which is None here
+_AUTO = BeforeValidator(lambda value: None if value == "auto" else value)
+Count = Annotated[Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None, _AUTO]
+Epochs = Annotated[Annotated[int, Field(ge=1, le=1000, strict=True)] | None, _AUTO]
+Factor = Annotated[Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False, strict=True)] | None, _AUTO]
 Text = Annotated[str, Field(min_length=1, max_length=512)]
 
 
@@ -24,17 +25,17 @@ class _Body(BaseModel):
 
 
 class Hyperparameters(_Body):
-    """How it is trained; `auto` is what suits the rows and the model."""
+    """How it is trained; None is what suits the rows and the model."""
 
-    n_epochs: Annotated[int, Field(ge=1, le=1000, strict=True)] | Auto | None = None
-    batch_size: Count | Auto | None = None
-    learning_rate_multiplier: Factor | Auto | None = None
+    n_epochs: Epochs = None
+    batch_size: Count = None
+    learning_rate_multiplier: Factor = None
 
 
 class DpoHyperparameters(Hyperparameters):
     """The same, for pairs; a higher `beta` stays closer to the model at the start."""
 
-    beta: Factor | Auto | None = None
+    beta: Factor = None
 
 
 class SupervisedMethod(_Body):
@@ -49,21 +50,18 @@ class DpoMethod(_Body):
     hyperparameters: DpoHyperparameters | None = None
 
 
-def _supported(kind: str) -> str:
+def _supported(kind: object) -> object:
     if kind == "reinforcement":
         raise ValueError(
-            "reinforcement is not supported: lmtune has no objective over sampled answers and graders; expected "
-            "supervised or dpo"
+            "reinforcement; lmtune has no objective over sampled answers and graders; expected supervised or dpo",
         )
-    if kind not in ("supervised", "dpo"):
-        raise ValueError("expected supervised or dpo")
     return kind
 
 
 class Method(_Body):
     """What is minimized: over answers, or over pairs of answers."""
 
-    type: Annotated[str, AfterValidator(_supported)]
+    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_supported)]
     supervised: SupervisedMethod | None = None
     dpo: DpoMethod | None = None
     reinforcement: dict[str, object] | None = None
@@ -73,7 +71,7 @@ class Method(_Body):
         others = {"supervised": self.supervised, "dpo": self.dpo, "reinforcement": self.reinforcement}
         del others[self.type]
         if given := [name for name, value in others.items() if value is not None]:
-            raise ValueError(f"{given[0]} belongs to another type than {self.type}; remove it")
+            raise ValueError(f"{given[0]} does not belong to type {self.type}; remove it")
         return self
 
 
@@ -105,16 +103,6 @@ Metadata = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Hyperparameters; None is `auto`."""
-
-    n_epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate_multiplier: float | None = None
-    beta: float | None = None
-
-
 class JobRequest(_Body):
     """The body of `POST /v1/fine_tuning/jobs`."""
 
@@ -133,6 +121,8 @@ class JobRequest(_Body):
         own = self.method and (self.method.supervised or self.method.dpo)
         if own and own.hyperparameters and self.hyperparameters:
             raise ValueError("hyperparameters stands in method and beside it; remove the one beside it")
+        if self.kind == "supervised" and self.asked.beta is not None:
+            raise ValueError("hyperparameters.beta: belongs to the method dpo; remove it")
         return self
 
     @property
@@ -141,11 +131,11 @@ class JobRequest(_Body):
         return "dpo" if self.method is not None and self.method.type == "dpo" else "supervised"
 
     @property
-    def asked(self) -> Asked:
-        """The hyperparameters that have a number, wherever they stand."""
+    def asked(self) -> DpoHyperparameters:
+        """The hyperparameters, wherever they stand."""
         method = self.method and (self.method.supervised or self.method.dpo)
         given = (method and method.hyperparameters) or self.hyperparameters or Hyperparameters()
-        return Asked(**{key: value for key, value in given if value not in (None, "auto")})
+        return DpoHyperparameters(**given.model_dump())
 
 
 def model_name(base: str, suffix: str | None, job: str) -> str:

@@ -93,10 +93,10 @@ class FineTuning:
 
     def close(self, seconds: float = 60) -> None:
         """Have running jobs save and stop, and wait so long for it; the next start goes on with them."""
-        self._queue.close(seconds)
+        if self._queue.close(seconds):  # else its thread goes on until the process ends
+            self.store.close()
         if self._lock is not None:
             self._lock.close()
-        self.store.close()
 
     def models(self) -> list[TunedModel]:
         """The models of jobs that have succeeded and whose runs are there, the oldest first."""

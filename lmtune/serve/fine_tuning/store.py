@@ -201,7 +201,7 @@ class Store:
         name = new_id("ftjob-")
         asked = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
         asked |= {"beta": "auto"} if request.kind == "dpo" else {}
-        asked |= {key: value for key, value in asdict(request.asked).items() if value is not None}
+        asked |= {key: value for key, value in request.asked if value is not None}
         with self._lock:
             self._base.execute(
                 "insert into jobs (id, created_at, request, base, status, hyperparameters) values (?, ?, ?, ?, ?, ?)",
