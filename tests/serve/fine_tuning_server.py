@@ -103,7 +103,7 @@ def until(holds: Callable[[], Any], seconds: float = 120) -> Any:
     end = time.monotonic() + seconds
     while not (found := holds()):
         assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
+        time.sleep(0.2)
     return found
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
 from openai import OpenAI
 
 from tests.processes import free_port
@@ -72,6 +73,7 @@ def adapter(runs: Path, job: str) -> bytes:
     return (runs / job / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_job_outlives_its_server_and_its_machine_bit_for_bit(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with server_of(runs) as first:

@@ -44,8 +44,9 @@ def jobs_router(store: Store, queue: Queue, bases: Bases, seed: int) -> APIRoute
         if request.validation_file == request.training_file:
             raise ApiError(400, "validation_file: is the training file; expected other rows", param="validation_file")
         chosen = request if request.seed is not None else request.model_copy(update={"seed": seed})
-        job = store.add_job(chosen, base)
-        store.add_event(job.id, f"Created fine-tuning job: {job.id}", key="created")
+        with store.together():  # so that the queue does not tell of it first
+            job = store.add_job(chosen, base)
+            store.add_event(job.id, f"Created fine-tuning job: {job.id}", key="created")
         queue.wake()
         return job_object(job)
 
@@ -84,13 +85,12 @@ def jobs_router(store: Store, queue: Queue, bases: Bases, seed: int) -> APIRoute
 
     def change(job_id: str, only_from: tuple[str, ...], status: JobStatus, said: str, **values: object) -> Object:
         job = found_job(store, job_id)
-        if not store.change(job_id, only_from, status=status, **values):
-            raise ApiError(
-                400,
-                f"{job_id} is {found_job(store, job_id).status}; expected {', '.join(only_from)}",
-                code="wrong_status",
-            )
-        store.add_event(job.id, said)
+        with store.together():
+            if not store.change(job_id, only_from, status=status, **values):
+                now = found_job(store, job_id).status
+                wanted = ", ".join(only_from)
+                raise ApiError(400, f"{job_id} is {now}; expected {wanted}", code="wrong_status")
+            store.add_event(job.id, said)
         queue.wake()
         return job_object(found_job(store, job_id))
 
