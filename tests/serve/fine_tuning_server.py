@@ -1,6 +1,6 @@
 """A server of files and fine-tuning jobs alone, for the `openai` client: in a thread, or as a process to kill.
 
-python tests/serve/fine_tuning_server.py FOLDER PORT
+python -m tests.serve.fine_tuning_server FOLDER PORT
 """
 
 from __future__ import annotations

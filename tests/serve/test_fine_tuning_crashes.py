@@ -94,7 +94,7 @@ def test_a_job_outlives_its_server_and_its_machine_bit_for_bit(tmp_path: Path) -
         job = ended(third.client, ids[1])
         said = messages(third.client, ids[1])
         assert job.status == "succeeded", said
-        assert "The server has started again: the job goes on from its checkpoint" in said
+        assert "The server has started again: the job resumes from its checkpoint" in said
         assert any(message.startswith("Resumed after step ") for message in said)
         steps = sorted(message.partition(":")[0] for message in said if message.startswith("Step "))
         assert steps == sorted(f"Step {n}/40" for n in range(1, 41))

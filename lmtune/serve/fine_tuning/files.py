@@ -123,7 +123,7 @@ async def _form_of(request: Request, max_bytes: int) -> AsyncIterator[FormData]:
     try:
         form = await MultiPartParser(request.headers, bounded(), max_files=1, max_fields=10).parse()
     except MultiPartException as error:
-        raise ApiError(400, f"the body is no multipart form: {error.message}") from None
+        raise ApiError(400, f"the body is not a multipart form: {error.message}") from None
     try:
         yield form
     finally:

@@ -1,7 +1,7 @@
 """The queue: a thread that has each job's files checked, trains one job a device, and notes how it ended.
 
 A job's status says what is wanted of it; the thread makes the processes agree with it. So requests only change the
-status, and whatever happens to the server in between, the next look at jobs and processes goes on from there: a process
+status, and whatever happens to the server in between, the next look at jobs and processes continues there: a process
 that outlived the server is found by its lock, and a job that lost its process is started again, which resumes its run.
 """
 
@@ -117,7 +117,7 @@ class Queue:
                 if self._outcome(job, worker) in ("complete", "failed"):
                     self._settle(job, worker)
                 elif self.store.change(job.id, ("running",), status="queued"):
-                    self.store.add_event(job.id, "The server has started again: the job goes on from its checkpoint")
+                    self.store.add_event(job.id, "The server has started again: the job resumes from its checkpoint")
 
     def _look(self) -> None:
         """One round: read what runs tell, end what is not wanted, note what has ended, check files, start."""
@@ -198,7 +198,7 @@ class Queue:
             if self.store.change(job.id, ("running",), status="paused"):
                 self.store.add_event(job.id, "The run was stopped outside of the API; resume the job to go on", "warn")
         elif self._has_gone_on(job) and self.store.change(job.id, ("running",), status="queued"):
-            self.store.add_event(job.id, "The process was killed: the job goes on from its checkpoint", "warn")
+            self.store.add_event(job.id, "The process was killed: the job resumes from its checkpoint", "warn")
         else:
             reason = "The process was killed before it finished another step; perhaps the memory was full"
             self._fail(job, JobError("process_killed", f"{reason}. {worker.process.last_words()}".strip()))

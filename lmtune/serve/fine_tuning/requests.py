@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 _MAX_PAIRS = 16
 
-# A number, or `auto`, which is None here
+# A number, or `auto`, for which None stands here
 _AUTO = BeforeValidator(lambda value: None if value == "auto" else value)
 Count = Annotated[Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None, _AUTO]
 Epochs = Annotated[Annotated[int, Field(ge=1, le=1000, strict=True)] | None, _AUTO]

@@ -161,7 +161,7 @@ def _training(job: Job, model: str, files: JobFiles, num_rows: int, defaults: Tr
 
 
 def _tuning(job: Job, runs: Path, defaults: Tree) -> dict[str, object]:
-    """The section `tuning`: that of the defaults, or what goes on from the adapter of an earlier job."""
+    """The section `tuning`: that of the defaults, or what continues the adapter of an earlier job."""
     own = dict(defaults.get("tuning", {}))
     if job.base.start is None:
         return own
