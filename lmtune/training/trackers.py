@@ -123,7 +123,11 @@ class Trackers(Hook):
                 "auto_log_cpu": False,
                 "auto_log_gpu": False,
             },
-            "wandb": {"run_name": _PROJECT, "name": own, "settings": _wandb_settings},
+            "wandb": {
+                "run_name": os.environ.get("WANDB_PROJECT", _PROJECT),
+                "name": os.environ.get("WANDB_NAME", own),
+                "settings": _wandb_settings,
+            },
             "mlflow": {"experiment_name": _PROJECT, "run_name": own},
         }
         given = {key: value() if callable(value) else value for key, value in options[name].items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import sqlite3
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +106,26 @@ def test_a_tracker_that_fails_is_told_nothing_more_and_the_run_goes_on(
     assert Fake.told == [("settings", None), ("base/loss", 0), ("train/loss", 1), ("train/loss", 2)]
     said = "run.trackers: tensorboard has failed and is told nothing more: no network at all; the run goes on"
     assert capsys.readouterr().err.count(said) == 1
+
+
+def test_wandb_shows_the_run_in_the_project_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Wandb(Fake):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            made.append(options)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, __spec__=object()))
+    monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"wandb": Wandb})
+    folder = make_workplace(tmp_path)
+    finetune(folder, run__trackers=["wandb"])
+    monkeypatch.setenv("WANDB_PROJECT", "shop")
+    monkeypatch.setenv("WANDB_NAME", "first")
+    finetune(folder, run__trackers=["wandb"], run__name="other")
+    assert [(one["run_name"], one["name"]) for one in made] == [("lmtune", "trial"), ("shop", "first")]
 
 
 @pytest.mark.parametrize(

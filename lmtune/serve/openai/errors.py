@@ -93,6 +93,6 @@ def _of_fields(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     lines = []
     for fault in faults:
         place = ".".join(str(part) for part in fault["loc"][1:]) or str(fault["loc"][0])
-        lines.append((place, f"{place}: {fault['msg']}"))
+        lines.append((place, f"{place}: {str(fault['msg']).removeprefix('Value error, ')}"))
     message = "; ".join(dict.fromkeys(line for _, line in lines))
     return ApiError(400, message, param=lines[0][0] if lines else None, code="invalid_value")
