@@ -131,19 +131,17 @@ class TransformersEngine:
 
     Args:
         model: in evaluation mode.
-        lock: held during a forward pass; PEFT tells its layers by hooks which adapter to use.
         batch_tokens: prompts and answers of one batch hold at most so many tokens, padding included.
         prefix_bytes: how much of what was read is kept.
+
+    Attributes:
+        lock: held during a forward pass; PEFT tells its layers by hooks which adapter to use.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, lock: contextlib.AbstractContextManager[object] | None = None,
-        batch_tokens: int = 32_768, prefix_bytes: int = _PREFIX_BYTES,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: torch.nn.Module, batch_tokens: int = 32_768, prefix_bytes: int = _PREFIX_BYTES) -> None:
         self._model: Any = model
-        self._lock, self._batch_tokens = lock or threading.RLock(), batch_tokens
-        # whole modules beside the adapter, of which PEFT can switch some kinds only by `disable_adapter`
-        self._trains_modules = any(hasattr(module, "original_module") for module in model.modules())
+        self.lock: contextlib.AbstractContextManager[bool] = threading.RLock()
+        self._batch_tokens = batch_tokens
         parameters = inspect.signature(base_of(model).forward).parameters
         self._keeps_logits, self._takes_positions = "logits_to_keep" in parameters, "position_ids" in parameters
         self._arrived: deque[_Row] = deque()  # from any thread
@@ -175,7 +173,7 @@ class TransformersEngine:
         waiting = list(rows)
         try:
             while waiting:
-                with self._lock:
+                with self.lock:
                     self._step()
                 ended = [row for row in waiting if row.generation.is_over]
                 if ended and advance is not None:
@@ -193,7 +191,7 @@ class TransformersEngine:
         return _Row(request, Generation(len(prompt), self._advance), Sampler(request.sampling), prompt, room, keeps)
 
     def _advance(self, generation: Generation) -> None:
-        with self._lock:
+        with self.lock:
             if not generation.has_news:
                 self._step()
 
@@ -354,7 +352,11 @@ class TransformersEngine:
     # --- the model
 
     def _is_switched_off(self, row: _Row) -> bool:
-        return self._trains_modules and row.request.members.adapters == (BASE,)
+        """Whether the adapter is to be switched off for the whole pass: it has whole modules beside it, of which PEFT
+        can leave out some kinds only by `disable_adapter`."""
+        if row.request.members.adapters != (BASE,):
+            return False
+        return any(hasattr(module, "original_module") for module in self._model.modules())
 
     def _forward(self, batch: _Batch, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Read what is new of each row's tokens; returns fp32 logits `[R, V]` after the last of each."""

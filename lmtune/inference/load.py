@@ -9,10 +9,8 @@ The template, system prompt and stop tokens are those of training: an adapter fo
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,7 +80,7 @@ class LoadedModel:
         head: of a classifier; None for a language model.
         members: who answers, of several adapters on the model.
         member_runs: the runs that these adapters come from; empty where one is an adapter without its run.
-        lock: held by whoever runs the model, since switching the adapter off concerns all threads.
+        engine: generates tokens with the model, for any number of conversations; of all that answer over one base.
     """
 
     model: PreTrainedModel
@@ -96,12 +94,12 @@ class LoadedModel:
     head: Head | None = None
     members: Members = AS_IS
     member_runs: tuple[RunDirectory, ...] = ()
-    lock: contextlib.AbstractContextManager[bool] = field(default_factory=threading.RLock, repr=False)
+    engine: TransformersEngine = field(kw_only=True, repr=False)
 
-    @functools.cached_property
-    def engine(self) -> TransformersEngine:
-        """Generates tokens with this model, for any number of conversations."""
-        return TransformersEngine(self.model, self.lock)
+    @property
+    def lock(self) -> contextlib.AbstractContextManager[bool]:
+        """Held by whoever runs the model, since switching the adapter off concerns all threads."""
+        return self.engine.lock
 
     def answering(self, use_base: bool = False) -> Members:
         """Who answers a request, by `Request.members`."""
@@ -279,7 +277,8 @@ def _loaded(
         tokenizer, base, metadata.template, metadata.system, stop_token_ids=metadata.stop_token_ids
     )
     return LoadedModel(
-        model, tokenizer, renderer, name, has_adapter, metadata.system, metadata.rendered_at, head=metadata.head
+        model, tokenizer, renderer, name, has_adapter, metadata.system, metadata.rendered_at, head=metadata.head,
+        engine=TransformersEngine(model),
     )  # fmt: skip
 
 
