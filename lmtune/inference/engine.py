@@ -26,9 +26,9 @@ import torch
 from lmtune.errors import LmtuneError
 from lmtune.inference.kv_cache import copy_of, is_joinable, join, select, with_room
 from lmtune.inference.prefixes import Prefix, PrefixStore
-from lmtune.inference.request import Generation, Request, Sampler
+from lmtune.inference.request import Generation, Request, Sampler, TokenLogprobs, token_logprobs
 from lmtune.kernels.attention import NAME as PACKED_ATTENTION
-from lmtune.models.members import BASE
+from lmtune.models.members import AS_IS, BASE, Members
 from lmtune.models.structure import base_of, max_positions
 
 if TYPE_CHECKING:
@@ -190,6 +190,44 @@ class TransformersEngine:
         room = most if limit is None else min(most, limit - len(prompt))
         return _Row(request, Generation(len(prompt), self._advance), Sampler(request.sampling), prompt, room, keeps)
 
+    @property
+    def num_requests(self) -> int:
+        """How many are under way or wait."""
+        return (
+            len(self._arrived) + len(self._waiting) + len(self._reading) + sum(len(one.rows) for one in self._batches)
+        )
+
+    def step(self) -> None:
+        """Give every request under way a token, and read a piece of what waits; for whoever runs the engine for others.
+
+        Errors are raised where the answers are waited for.
+        """
+        with self.lock:
+            self._step()
+
+    def score(self, token_ids: Sequence[int], members: Members = AS_IS, num_top: int = 0) -> list[TokenLogprobs]:
+        """How probable each token is after those before it.
+
+        Args:
+            token_ids: `[T]`, at most `max_positions` of them.
+            members: who reads.
+            num_top: how many of the most probable tokens are told at each place.
+
+        Returns:
+            `[T - 1]`: of all but the first.
+        """
+        row = self._new_row(Request(token_ids, members=members), keeps=False)
+        batch, last = _Batch([row], None, 0, self._is_switched_off(row)), len(token_ids) - 1
+        found: list[TokenLogprobs] = []
+        while (start := row.num_read) < last:
+            end = min(last, start + _PREFILL_TOKENS)
+            with self.lock:
+                logits = self._forward(batch, [token_ids[:end]], end - start)
+            row.num_read = end
+            each = [members.next_token(logits[:, place]) for place in range(end - start)]
+            found += token_logprobs(torch.stack(each), token_ids[start + 1 : end + 1], num_top)
+        return found
+
     def _advance(self, generation: Generation) -> None:
         with self.lock:
             if not generation.has_news:
@@ -270,7 +308,7 @@ class TransformersEngine:
         if first.logits is None:
             end = first.num_read + _PREFILL_TOKENS
             batch = _Batch(rows, first.cache, first.num_read, off)
-            logits = self._forward(batch, [row.token_ids[:end] for row in rows])
+            logits = self._forward(batch, [row.token_ids[:end] for row in rows])[:, -1]
             first.cache = batch.cache  # of several, that of all
             for row in rows:
                 row.num_read = row.generation.num_read = min(end, row.num_prompt)
@@ -298,7 +336,7 @@ class TransformersEngine:
 
     def _decode(self, batch: _Batch) -> None:
         """The next token of each row."""
-        logits = self._forward(batch, [row.token_ids for row in batch.rows])
+        logits = self._forward(batch, [row.token_ids for row in batch.rows])[:, -1]
         for row in batch.rows:
             row.num_read = len(row.token_ids)
         parts = [logits[place.start : place.stop] for place in batch.places]
@@ -311,24 +349,40 @@ class TransformersEngine:
         finite = torch.isfinite(torch.stack([one.max() for one in logits])).tolist()
         ended = []
         for row, one, best, is_finite in zip(batch.rows, logits, greedy, finite, strict=True):
-            generation, sampling = row.generation, row.request.sampling
+            generation, sampling, constraint = row.generation, row.request.sampling, row.request.constraint
             if not is_finite:
                 text = "logits: NaN or infinity; expected finite numbers; the weights or adapter are damaged"
                 generation.end("stopped", LmtuneError(text))
                 row.keeps = False
                 ended.append(row)
                 continue
-            token = best if sampling.temperature == 0 else row.sampler(one)
+            try:
+                token = best if sampling.temperature == 0 and constraint is None else self._sampled(row, one)
+            except LmtuneError as error:
+                generation.end("stopped", error)
+                ended.append(row)
+                continue
             if token in sampling.stop_token_ids:
                 generation.end("stop")
                 ended.append(row)
                 continue
             row.token_ids.append(token)
+            if row.request.num_logprobs is not None:
+                generation.logprobs += token_logprobs(one[None], [token], row.request.num_logprobs)
             generation.add(token)
             if len(row.token_ids) - row.num_prompt == row.room:
                 generation.end("length" if row.room == sampling.max_new_tokens else "context")
                 ended.append(row)
         self._leave(batch, ended)
+
+    def _sampled(self, row: _Row, logits: torch.Tensor) -> int:
+        """The next token after `logits[V]`, of those that the request's constraint allows."""
+        constraint = row.request.constraint
+        allowed = None if constraint is None else constraint.allowed()
+        token = row.sampler(logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), -torch.inf))
+        if constraint is not None and token not in row.request.sampling.stop_token_ids:
+            constraint.advance(token)
+        return token
 
     def _leave(self, batch: _Batch, leaving: Sequence[_Row]) -> None:
         """Take rows out of a batch, and keep what they have read."""
@@ -358,8 +412,8 @@ class TransformersEngine:
             return False
         return any(hasattr(module, "original_module") for module in self._model.modules())
 
-    def _forward(self, batch: _Batch, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read what is new of each row's tokens; returns fp32 logits `[R, V]` after the last of each."""
+    def _forward(self, batch: _Batch, token_ids: Sequence[Sequence[int]], keeps: int = 1) -> torch.Tensor:
+        """Read what is new of each row's tokens; returns fp32 logits `[R, K, V]` after the last `keeps` of each."""
         if batch.cache is None:  # not there yet, or the model hands back none and reads everything again
             batch.length = 0
         starts = [0 if batch.cache is None else row.num_read for row in batch.rows]
@@ -369,7 +423,7 @@ class TransformersEngine:
         input_ids = torch.tensor([[0] * (width - len(new[place])) + list(new[place]) for place in of_rows])
         # columns that a row does not have, before its first token
         missing = torch.tensor([batch.length + width - len(token_ids[place]) for place in of_rows])
-        arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
+        arguments: dict[str, Any] = {"logits_to_keep": keeps} if self._keeps_logits else {}
         if bool(missing.any()):
             columns = torch.arange(batch.length + width)
             arguments["attention_mask"] = (columns >= missing[:, None]).long().to(self._model.device)
@@ -391,7 +445,7 @@ class TransformersEngine:
             )
         batch.cache = getattr(output, "past_key_values", None)
         batch.length += width
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -keeps:].float()
         return logits
 
 
