@@ -135,11 +135,12 @@ class TransformersEngine:
         prefix_bytes: how much of what was read is kept.
 
     Attributes:
+        model: as given, or by `use`.
         lock: held during a forward pass; PEFT tells its layers by hooks which adapter to use.
     """
 
     def __init__(self, model: torch.nn.Module, batch_tokens: int = 32_768, prefix_bytes: int = _PREFIX_BYTES) -> None:
-        self._model: Any = model
+        self.use(model)
         self.lock: contextlib.AbstractContextManager[bool] = threading.RLock()
         self._batch_tokens = batch_tokens
         parameters = inspect.signature(base_of(model).forward).parameters
@@ -154,7 +155,12 @@ class TransformersEngine:
     @property
     def max_positions(self) -> int | None:
         """See `Engine`."""
-        return max_positions(self._model)
+        return max_positions(self.model)
+
+    def use(self, model: torch.nn.Module) -> None:
+        """Go on with the same model after adapters were put on it, with `lock` held."""
+        self.model: Any = model
+        self._has_adapters = hasattr(model, "peft_config")
 
     def submit(self, request: Request) -> Generation:
         """See `Engine`."""
@@ -408,9 +414,9 @@ class TransformersEngine:
     def _is_switched_off(self, row: _Row) -> bool:
         """Whether the adapter is to be switched off for the whole pass: it has whole modules beside it, of which PEFT
         can leave out some kinds only by `disable_adapter`."""
-        if row.request.members.adapters != (BASE,):
+        if not self._has_adapters or row.request.members.adapters != (BASE,):
             return False
-        return any(hasattr(module, "original_module") for module in self._model.modules())
+        return any(hasattr(module, "original_module") for module in self.model.modules())
 
     def _forward(self, batch: _Batch, token_ids: Sequence[Sequence[int]], keeps: int = 1) -> torch.Tensor:
         """Read what is new of each row's tokens; returns fp32 logits `[R, K, V]` after the last `keeps` of each."""
@@ -426,22 +432,22 @@ class TransformersEngine:
         arguments: dict[str, Any] = {"logits_to_keep": keeps} if self._keeps_logits else {}
         if bool(missing.any()):
             columns = torch.arange(batch.length + width)
-            arguments["attention_mask"] = (columns >= missing[:, None]).long().to(self._model.device)
+            arguments["attention_mask"] = (columns >= missing[:, None]).long().to(self.model.device)
             if self._takes_positions:
                 positions = (columns[batch.length :] - missing[:, None]).clamp(min=0)
-                arguments["position_ids"] = positions.to(self._model.device)
+                arguments["position_ids"] = positions.to(self.model.device)
         switch: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if batch.without_adapter:
-            switch = self._model.disable_adapter()
-        elif any(row.request.members.adapters for row in batch.rows):
+            switch = self.model.disable_adapter()
+        elif self._has_adapters and any(row.request.members.adapters for row in batch.rows):
             # faster than `disable_adapter`, which looks through the whole model at each switch
-            active = getattr(self._model, "active_adapter", BASE)
+            active = getattr(self.model, "active_adapter", BASE)
             arguments["adapter_names"] = [
                 name for row in batch.rows for name in row.request.members.adapters or (active,)
             ]
-        with torch.no_grad(), switch, unpacked_attention(self._model):
-            output = self._model(
-                input_ids=input_ids.to(self._model.device), past_key_values=batch.cache, use_cache=True, **arguments
+        with torch.no_grad(), switch, unpacked_attention(self.model):
+            output = self.model(
+                input_ids=input_ids.to(self.model.device), past_key_values=batch.cache, use_cache=True, **arguments
             )
         batch.cache = getattr(output, "past_key_values", None)
         batch.length += width
