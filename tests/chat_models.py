@@ -74,7 +74,9 @@ class Parrot(torch.nn.Module):
     def __init__(self, tokenizer: Any, seconds: float, positions: int) -> None:
         super().__init__()
         self.tokenizer, self.seconds, self.is_base = tokenizer, seconds, False
-        self.config = SimpleNamespace(max_position_embeddings=positions, _attn_implementation="sdpa")
+        self.config = SimpleNamespace(
+            max_position_embeddings=positions, _attn_implementation="sdpa", vocab_size=len(tokenizer)
+        )  # fmt: skip
         self.config.get_text_config = lambda: self.config
         self.device = torch.device("cpu")
         self._encoded: dict[str, list[int]] = {}
