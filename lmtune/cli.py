@@ -16,8 +16,8 @@ from lmtune.run import Command, run_app
 
 VERBS = (
     "quickstart", "init", "prepare", "augment", "check", "preview", "plan", "finetune", "sweep", "crossval",
-    "ensemble", "evaluate", "predict", "compare", "vote", "merge", "export", "verify", "chat", "app", "push", "pull",
-    "pretrain", "runs", "report", "doctor", "schema",
+    "ensemble", "evaluate", "predict", "compare", "vote", "merge", "export", "verify", "chat", "app", "serve", "push",
+    "pull", "pretrain", "runs", "report", "doctor", "schema",
 )  # fmt: skip
 
 # What other tools call these verbs
@@ -28,7 +28,7 @@ _MEANT = {
     "search": "sweep", "tune-settings": "sweep", "optimize": "sweep", "hpo": "sweep",
     "new": "init", "config": "init", "fuse": "merge", "convert": "export", "gguf": "export", "upload": "push",
     "download": "pull", "diff": "compare", "talk": "chat", "generate": "chat", "classify": "predict",
-    "infer": "predict", "ui": "app", "web": "app", "serve": "app", "run": "runs",
+    "infer": "predict", "ui": "app", "web": "app", "server": "serve", "api": "serve", "run": "runs",
     "list": "runs", "status": "runs", "estimate": "plan", "memory": "plan", "demo": "quickstart", "help": "--help",
     "version": "--version",
 }  # fmt: skip

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lmtune.data.rendering import Renderer
+from lmtune.inference.engine import TransformersEngine
 from lmtune.inference.load import LoadedModel
 from tests.tokenizers import CHATML, make_tokenizer
 
@@ -48,7 +49,7 @@ def chat_model(
     tokenizer = make_tokenizer(template)
     renderer = Renderer(tokenizer, "auto", system)
     model = random_model(seed, adapter, positions, window, dora)
-    return LoadedModel(model, tokenizer, renderer, "random", adapter, system)
+    return LoadedModel(model, tokenizer, renderer, "random", adapter, system, engine=TransformersEngine(model))
 
 
 def never_stops(loaded: LoadedModel, seconds: float = 0.0) -> LoadedModel:
@@ -73,7 +74,9 @@ class Parrot(torch.nn.Module):
     def __init__(self, tokenizer: Any, seconds: float, positions: int) -> None:
         super().__init__()
         self.tokenizer, self.seconds, self.is_base = tokenizer, seconds, False
-        self.config = SimpleNamespace(max_position_embeddings=positions, _attn_implementation="sdpa")
+        self.config = SimpleNamespace(
+            max_position_embeddings=positions, _attn_implementation="sdpa", vocab_size=len(tokenizer)
+        )  # fmt: skip
         self.config.get_text_config = lambda: self.config
         self.device = torch.device("cpu")
         self._encoded: dict[str, list[int]] = {}
@@ -131,4 +134,5 @@ def parrot(
     """A model that says what it was asked."""
     tokenizer = make_tokenizer(CHATML)
     model = Parrot(tokenizer, seconds, positions)
-    return LoadedModel(model, tokenizer, Renderer(tokenizer, "auto", system), name, adapter, system)
+    renderer = Renderer(tokenizer, "auto", system)
+    return LoadedModel(model, tokenizer, renderer, name, adapter, system, engine=TransformersEngine(model))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
 from typing import Any
 
@@ -245,3 +247,70 @@ def test_a_model_whose_cache_is_unknown_answers_one_by_one() -> None:
     answers = interleaved([loaded.engine.submit(request) for request in requests], 0)
     assert [loaded.tokenizer.decode(answer) for answer in answers] == [f"You asked: {text}" for text in "abc"]
     assert {rows for rows, _ in seen} == {1}
+
+
+@pytest.mark.parametrize("adapter", [AS_IS, Members((BASE,))])
+def test_log_probabilities_are_those_of_the_whole_text(adapter: Members) -> None:
+    model, prompt = random_model(2), PROMPTS[0]
+    others = [Request(PROMPTS[place], LONG) for place in (2, 4)]
+    asked = Request(prompt, Sampling(0.8, 0.9, 20, seed=1), adapter, num_logprobs=3)
+    engine = TransformersEngine(model)
+    generation, *rest = [engine.submit(request) for request in (asked, *others)]
+    answer, *_ = interleaved([generation, *rest], 0)
+    assert [one.token for one in generation.logprobs] == answer
+    scored = TransformersEngine(model).score([*prompt, *answer], adapter, num_top=3)
+    switch = model.disable_adapter() if adapter != AS_IS else contextlib.nullcontext()
+    with torch.no_grad(), switch:
+        plain = model(torch.tensor([[*prompt, *answer]])).logits[0, :-1].log_softmax(-1)
+    wanted = plain[torch.arange(len(plain)), torch.tensor([*prompt, *answer][1:])]
+    assert torch.allclose(torch.tensor([one.logprob for one in scored]), wanted, atol=1e-4)
+    for got, want in zip(generation.logprobs, scored[len(prompt) - 1 :], strict=True):
+        assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
+        assert [token for token, _ in got.top] == [token for token, _ in want.top]
+        assert all(one >= other for (_, one), (_, other) in itertools.pairwise(got.top))
+
+
+def test_a_long_text_is_scored_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = random_model(2), PROMPTS[0]
+    whole = TransformersEngine(model).score(ids)
+    monkeypatch.setattr("lmtune.inference.engine._PREFILL_TOKENS", 7)
+    seen = passes(model)
+    pieces = TransformersEngine(model).score(ids)
+    assert [columns for _, columns in seen] == [7] * 5 + [4]
+    assert [one.logprob for one in pieces] == pytest.approx([one.logprob for one in whole], abs=1e-4)
+    assert TransformersEngine(model).score(ids[:1]) == []
+
+
+class OnlyEven:
+    """Allows even tokens, and after three of them the last of the vocabulary."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.said = size, list[int]()
+
+    def allowed(self) -> torch.Tensor | None:
+        ids = torch.arange(self.size)
+        return ids % 2 == 0 if len(self.said) < 3 else ids == self.size - 1
+
+    def advance(self, token: int) -> None:
+        self.said.append(token)
+        if token == self.size - 1:
+            raise LmtuneError("it has ended")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_a_constraint_decides_which_tokens_may_come(temperature: float) -> None:
+    model, size = random_model(2), random_model(2).config.vocab_size
+    for stops in ((size - 1,), ()):
+        rule = OnlyEven(size)
+        engine = TransformersEngine(model)
+        bound = Request(PROMPTS[0], Sampling(temperature, 1.0, 9, 0, stops), constraint=rule)
+        free = Request(PROMPTS[0], LONG)
+        ruled, other = engine.submit(bound), engine.submit(free)
+        assert [token % 2 for token in itertools.islice(ruled, 3)] == [0] * 3
+        if stops:
+            assert list(ruled) == []
+            assert ruled.finish_reason == "stop"
+        else:
+            with pytest.raises(LmtuneError, match="it has ended"):
+                next(ruled)
+        assert list(other) == alone(model, free)

@@ -454,7 +454,9 @@ def test_a_prompt_that_fills_the_model_is_refused() -> None:
 def scripted(template: str, option: Template, said: str, max_new_tokens: int = 64) -> LoadedModel:
     """A model that always says `said`, control tokens included."""
     tokenizer = make_tokenizer(template)
-    loaded = LoadedModel(random_model(adapter=False), tokenizer, Renderer(tokenizer, option), "scripted", False)
+    model = random_model(adapter=False)
+    renderer = Renderer(tokenizer, option)
+    loaded = LoadedModel(model, tokenizer, renderer, "scripted", False, engine=TransformersEngine(model))
     script = tokenizer.encode(said, add_special_tokens=False)
     place = [0]
 

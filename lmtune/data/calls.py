@@ -36,6 +36,7 @@ _TOOLS = tuple(
     })
     for call in _CALLS
 )  # fmt: skip
+CALL_OPENING = "<tool_call>"  # of a call as chat shows it
 _REPLIED = re.compile(r"<tool_call>\n(?P<call>\{.*?\})\n</tool_call>\n?", re.DOTALL)
 _MARK = re.compile(r"\s*(<[^<>]*>|[^\s<]+)")  # what stands behind a value
 _DECODER = json.JSONDecoder()
@@ -203,14 +204,14 @@ def find_tool_support(render: Render, tokens: Mapping[str, bool], end: str, ends
 def call_text(calls: Sequence[Call]) -> str:
     """Calls as chat shows and remembers them, whatever the template's form is."""
     return "\n".join(
-        "<tool_call>\n" + json.dumps({"name": name, "arguments": given}, ensure_ascii=False) + "\n</tool_call>"
+        f"{CALL_OPENING}\n" + json.dumps({"name": name, "arguments": given}, ensure_ascii=False) + "\n</tool_call>"
         for name, given in calls
     )
 
 
 def split_calls(reply: str) -> tuple[str, tuple[ToolCall, ...]]:
     """(text, calls) of a reply that ends in calls in the form of `call_text`."""
-    start = reply.find("<tool_call>\n{")
+    start = reply.find(f"{CALL_OPENING}\n{{")
     calls: list[ToolCall] = []
     position = start
     while 0 <= position < len(reply):

@@ -34,11 +34,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lmtune.data.calls import ELSEWHERE, split_calls
+from lmtune.data.calls import CALL_OPENING, ELSEWHERE, split_calls
 from lmtune.data.replies import ReplyFormat, ReplyParser
 from lmtune.data.report import RowCounter
 from lmtune.data.templates import ChatTemplate, TemplateFault
-from lmtune.data.types import Example, Message, TokenSequence
+from lmtune.data.types import Example, Message, TokenSequence, ToolCall
 from lmtune.data.values import listed_keys
 from lmtune.errors import DataError, LmtuneError, ModelError
 from lmtune.io.text import pluralize
@@ -167,6 +167,37 @@ class Renderer:
         text, calls = split_calls(reply) if self._reply_format.calls is not None else (reply, ())
         return Message("assistant", text, tool_calls=calls)
 
+    @property
+    def answer_mark(self) -> str:
+        """What a reply says before its answer, in `marked_text`: the end of its reasoning, or the answer's channel."""
+        form = self._reply_format
+        return form.closing if form.is_opened else form.lead
+
+    @property
+    def call_mark(self) -> str | None:
+        """What the first call in a reply begins with, empty where it is JSON alone; None if calls cannot be read."""
+        if self._reply_format.calls is not None:
+            return CALL_OPENING
+        form = self._chat.tools.form if self._chat is not None else None
+        return form.lead if form is not None and form.is_json else None
+
+    def calls_in(self, reply: str) -> tuple[str, tuple[ToolCall, ...]]:
+        """(text, calls) of a reply that `decode` gives; all is text where its calls cannot be read."""
+        if self._reply_format.calls is not None:
+            return split_calls(reply)
+        form = self._chat.tools.form if self._chat is not None else None
+        if form is None or not form.is_json or (not form.lead and not reply.lstrip().startswith("{")):
+            return reply, ()
+        calls = form.read(reply if form.lead else reply.lstrip()) or []
+        text = reply[: reply.find(form.lead)].rstrip() if form.lead else ""
+        numbered = enumerate(calls, start=1)
+        if not calls or not all(isinstance(name, str) and isinstance(given, dict) for name, given in calls):
+            return reply, ()
+        return text, tuple(
+            ToolCall(name, json.dumps(given, ensure_ascii=False), f"call{number:05d}")
+            for number, (name, given) in numbered
+        )
+
     def reply_parser(self) -> ReplyParser:
         """What makes a reply of `marked_text`, piece by piece."""
         return ReplyParser(self._reply_format)
@@ -180,6 +211,10 @@ class Renderer:
             elif index not in self.stop_token_ids:
                 run.append(int(index))
         return text + self._text_of(run)
+
+    def plain_text(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without control tokens."""
+        return self._text_of(list(ids))
 
     def _text_of(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""

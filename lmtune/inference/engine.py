@@ -26,9 +26,9 @@ import torch
 from lmtune.errors import LmtuneError
 from lmtune.inference.kv_cache import copy_of, is_joinable, join, select, with_room
 from lmtune.inference.prefixes import Prefix, PrefixStore
-from lmtune.inference.request import Generation, Request, Sampler
+from lmtune.inference.request import Generation, Request, Sampler, TokenLogprobs, token_logprobs
 from lmtune.kernels.attention import NAME as PACKED_ATTENTION
-from lmtune.models.members import BASE
+from lmtune.models.members import AS_IS, BASE, Members
 from lmtune.models.structure import base_of, max_positions
 
 if TYPE_CHECKING:
@@ -131,19 +131,18 @@ class TransformersEngine:
 
     Args:
         model: in evaluation mode.
-        lock: held during a forward pass; PEFT tells its layers by hooks which adapter to use.
         batch_tokens: prompts and answers of one batch hold at most so many tokens, padding included.
         prefix_bytes: how much of what was read is kept.
+
+    Attributes:
+        model: as given, or by `use`.
+        lock: held during a forward pass; PEFT tells its layers by hooks which adapter to use.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, lock: contextlib.AbstractContextManager[object] | None = None,
-        batch_tokens: int = 32_768, prefix_bytes: int = _PREFIX_BYTES,
-    ) -> None:  # fmt: skip
-        self._model: Any = model
-        self._lock, self._batch_tokens = lock or threading.RLock(), batch_tokens
-        # whole modules beside the adapter, of which PEFT can switch some kinds only by `disable_adapter`
-        self._trains_modules = any(hasattr(module, "original_module") for module in model.modules())
+    def __init__(self, model: torch.nn.Module, batch_tokens: int = 32_768, prefix_bytes: int = _PREFIX_BYTES) -> None:
+        self.use(model)
+        self.lock: contextlib.AbstractContextManager[bool] = threading.RLock()
+        self._batch_tokens = batch_tokens
         parameters = inspect.signature(base_of(model).forward).parameters
         self._keeps_logits, self._takes_positions = "logits_to_keep" in parameters, "position_ids" in parameters
         self._arrived: deque[_Row] = deque()  # from any thread
@@ -156,7 +155,12 @@ class TransformersEngine:
     @property
     def max_positions(self) -> int | None:
         """See `Engine`."""
-        return max_positions(self._model)
+        return max_positions(self.model)
+
+    def use(self, model: torch.nn.Module) -> None:
+        """Go on with the same model after adapters were put on it, with `lock` held."""
+        self.model: Any = model
+        self._has_adapters = hasattr(model, "peft_config")
 
     def submit(self, request: Request) -> Generation:
         """See `Engine`."""
@@ -175,7 +179,7 @@ class TransformersEngine:
         waiting = list(rows)
         try:
             while waiting:
-                with self._lock:
+                with self.lock:
                     self._step()
                 ended = [row for row in waiting if row.generation.is_over]
                 if ended and advance is not None:
@@ -192,8 +196,46 @@ class TransformersEngine:
         room = most if limit is None else min(most, limit - len(prompt))
         return _Row(request, Generation(len(prompt), self._advance), Sampler(request.sampling), prompt, room, keeps)
 
+    @property
+    def num_requests(self) -> int:
+        """How many are under way or wait."""
+        return (
+            len(self._arrived) + len(self._waiting) + len(self._reading) + sum(len(one.rows) for one in self._batches)
+        )
+
+    def step(self) -> None:
+        """Give every request under way a token, and read a piece of what waits; for whoever runs the engine for others.
+
+        Errors are raised where the answers are waited for.
+        """
+        with self.lock:
+            self._step()
+
+    def score(self, token_ids: Sequence[int], members: Members = AS_IS, num_top: int = 0) -> list[TokenLogprobs]:
+        """How probable each token is after those before it.
+
+        Args:
+            token_ids: `[T]`, at most `max_positions` of them.
+            members: who reads.
+            num_top: how many of the most probable tokens are told at each place.
+
+        Returns:
+            `[T - 1]`: of all but the first.
+        """
+        row = self._new_row(Request(token_ids, members=members), keeps=False)
+        batch, last = _Batch([row], None, 0, self._is_switched_off(row)), len(token_ids) - 1
+        found: list[TokenLogprobs] = []
+        while (start := row.num_read) < last:
+            end = min(last, start + _PREFILL_TOKENS)
+            with self.lock:
+                logits = self._forward(batch, [token_ids[:end]], end - start)
+            row.num_read = end
+            each = [members.next_token(logits[:, place]) for place in range(end - start)]
+            found += token_logprobs(torch.stack(each), token_ids[start + 1 : end + 1], num_top)
+        return found
+
     def _advance(self, generation: Generation) -> None:
-        with self._lock:
+        with self.lock:
             if not generation.has_news:
                 self._step()
 
@@ -272,7 +314,7 @@ class TransformersEngine:
         if first.logits is None:
             end = first.num_read + _PREFILL_TOKENS
             batch = _Batch(rows, first.cache, first.num_read, off)
-            logits = self._forward(batch, [row.token_ids[:end] for row in rows])
+            logits = self._forward(batch, [row.token_ids[:end] for row in rows])[:, -1]
             first.cache = batch.cache  # of several, that of all
             for row in rows:
                 row.num_read = row.generation.num_read = min(end, row.num_prompt)
@@ -300,7 +342,7 @@ class TransformersEngine:
 
     def _decode(self, batch: _Batch) -> None:
         """The next token of each row."""
-        logits = self._forward(batch, [row.token_ids for row in batch.rows])
+        logits = self._forward(batch, [row.token_ids for row in batch.rows])[:, -1]
         for row in batch.rows:
             row.num_read = len(row.token_ids)
         parts = [logits[place.start : place.stop] for place in batch.places]
@@ -313,24 +355,40 @@ class TransformersEngine:
         finite = torch.isfinite(torch.stack([one.max() for one in logits])).tolist()
         ended = []
         for row, one, best, is_finite in zip(batch.rows, logits, greedy, finite, strict=True):
-            generation, sampling = row.generation, row.request.sampling
+            generation, sampling, constraint = row.generation, row.request.sampling, row.request.constraint
             if not is_finite:
                 text = "logits: NaN or infinity; expected finite numbers; the weights or adapter are damaged"
                 generation.end("stopped", LmtuneError(text))
                 row.keeps = False
                 ended.append(row)
                 continue
-            token = best if sampling.temperature == 0 else row.sampler(one)
+            try:
+                token = best if sampling.temperature == 0 and constraint is None else self._sampled(row, one)
+            except LmtuneError as error:
+                generation.end("stopped", error)
+                ended.append(row)
+                continue
             if token in sampling.stop_token_ids:
                 generation.end("stop")
                 ended.append(row)
                 continue
             row.token_ids.append(token)
+            if row.request.num_logprobs is not None:
+                generation.logprobs += token_logprobs(one[None], [token], row.request.num_logprobs)
             generation.add(token)
             if len(row.token_ids) - row.num_prompt == row.room:
                 generation.end("length" if row.room == sampling.max_new_tokens else "context")
                 ended.append(row)
         self._leave(batch, ended)
+
+    def _sampled(self, row: _Row, logits: torch.Tensor) -> int:
+        """The next token after `logits[V]`, of those that the request's constraint allows."""
+        constraint = row.request.constraint
+        allowed = None if constraint is None else constraint.allowed()
+        token = row.sampler(logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), -torch.inf))
+        if constraint is not None and token not in row.request.sampling.stop_token_ids:
+            constraint.advance(token)
+        return token
 
     def _leave(self, batch: _Batch, leaving: Sequence[_Row]) -> None:
         """Take rows out of a batch, and keep what they have read."""
@@ -354,10 +412,14 @@ class TransformersEngine:
     # --- the model
 
     def _is_switched_off(self, row: _Row) -> bool:
-        return self._trains_modules and row.request.members.adapters == (BASE,)
+        """Whether the adapter is to be switched off for the whole pass: it has whole modules beside it, of which PEFT
+        can leave out some kinds only by `disable_adapter`."""
+        if not self._has_adapters or row.request.members.adapters != (BASE,):
+            return False
+        return any(hasattr(module, "original_module") for module in self.model.modules())
 
-    def _forward(self, batch: _Batch, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read what is new of each row's tokens; returns fp32 logits `[R, V]` after the last of each."""
+    def _forward(self, batch: _Batch, token_ids: Sequence[Sequence[int]], keeps: int = 1) -> torch.Tensor:
+        """Read what is new of each row's tokens; returns fp32 logits `[R, K, V]` after the last `keeps` of each."""
         if batch.cache is None:  # not there yet, or the model hands back none and reads everything again
             batch.length = 0
         starts = [0 if batch.cache is None else row.num_read for row in batch.rows]
@@ -367,29 +429,29 @@ class TransformersEngine:
         input_ids = torch.tensor([[0] * (width - len(new[place])) + list(new[place]) for place in of_rows])
         # columns that a row does not have, before its first token
         missing = torch.tensor([batch.length + width - len(token_ids[place]) for place in of_rows])
-        arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
+        arguments: dict[str, Any] = {"logits_to_keep": keeps} if self._keeps_logits else {}
         if bool(missing.any()):
             columns = torch.arange(batch.length + width)
-            arguments["attention_mask"] = (columns >= missing[:, None]).long().to(self._model.device)
+            arguments["attention_mask"] = (columns >= missing[:, None]).long().to(self.model.device)
             if self._takes_positions:
                 positions = (columns[batch.length :] - missing[:, None]).clamp(min=0)
-                arguments["position_ids"] = positions.to(self._model.device)
+                arguments["position_ids"] = positions.to(self.model.device)
         switch: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if batch.without_adapter:
-            switch = self._model.disable_adapter()
-        elif any(row.request.members.adapters for row in batch.rows):
+            switch = self.model.disable_adapter()
+        elif self._has_adapters and any(row.request.members.adapters for row in batch.rows):
             # faster than `disable_adapter`, which looks through the whole model at each switch
-            active = getattr(self._model, "active_adapter", BASE)
+            active = getattr(self.model, "active_adapter", BASE)
             arguments["adapter_names"] = [
                 name for row in batch.rows for name in row.request.members.adapters or (active,)
             ]
-        with torch.no_grad(), switch, unpacked_attention(self._model):
-            output = self._model(
-                input_ids=input_ids.to(self._model.device), past_key_values=batch.cache, use_cache=True, **arguments
+        with torch.no_grad(), switch, unpacked_attention(self.model):
+            output = self.model(
+                input_ids=input_ids.to(self.model.device), past_key_values=batch.cache, use_cache=True, **arguments
             )
         batch.cache = getattr(output, "past_key_values", None)
         batch.length += width
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -keeps:].float()
         return logits
 
 

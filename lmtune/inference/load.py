@@ -9,10 +9,8 @@ The template, system prompt and stop tokens are those of training: an adapter fo
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,7 +80,7 @@ class LoadedModel:
         head: of a classifier; None for a language model.
         members: who answers, of several adapters on the model.
         member_runs: the runs that these adapters come from; empty where one is an adapter without its run.
-        lock: held by whoever runs the model, since switching the adapter off concerns all threads.
+        engine: generates tokens with the model, for any number of conversations; of all that answer over one base.
     """
 
     model: PreTrainedModel
@@ -96,12 +94,12 @@ class LoadedModel:
     head: Head | None = None
     members: Members = AS_IS
     member_runs: tuple[RunDirectory, ...] = ()
-    lock: contextlib.AbstractContextManager[bool] = field(default_factory=threading.RLock, repr=False)
+    engine: TransformersEngine = field(kw_only=True, repr=False)
 
-    @functools.cached_property
-    def engine(self) -> TransformersEngine:
-        """Generates tokens with this model, for any number of conversations."""
-        return TransformersEngine(self.model, self.lock)
+    @property
+    def lock(self) -> contextlib.AbstractContextManager[bool]:
+        """Held by whoever runs the model, since switching the adapter off concerns all threads."""
+        return self.engine.lock
 
     def answering(self, use_base: bool = False) -> Members:
         """Who answers a request, by `Request.members`."""
@@ -199,7 +197,7 @@ def _load_whole(
             model.get_parameter(key).copy_(tensor)
     renderer = build_renderer(tokenizer, config.model, config.data.template, config.data.system, now=run.rendered_at())
     metadata = run_metadata(config, renderer, base_fingerprint(config.model), head=head)
-    return _loaded(model, tokenizer, config.model, name, metadata, has_adapter=False)
+    return loaded_model(model, tokenizer, config.model, name, metadata, has_adapter=False)
 
 
 def _load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedModel:
@@ -213,7 +211,7 @@ def _load_with_adapter(folder: Path, base: ModelConfig, name: str) -> LoadedMode
         if not set(new) & plain.get_vocab().keys():  # the base alone has the rows that training began with
             add_rows(model, plain, new)
     model = load_adapter(model, folder, base_fingerprint(base))
-    return _loaded(model, tokenizer, base, name, metadata, has_adapter=metadata.head is None)
+    return loaded_model(model, tokenizer, base, name, metadata, has_adapter=metadata.head is None)
 
 
 def load_members(
@@ -268,18 +266,20 @@ def _load_plain(model: ModelConfig) -> LoadedModel:
     if metadata.head is None and classifier_head(loaded) is not None:  # another tool's
         metadata = replace(metadata, head=stored_head(model))
     tokenizer = load_tokenizer(model)
-    return _loaded(loaded, tokenizer, model, Path(model.name).name, metadata, has_adapter=False)
+    return loaded_model(loaded, tokenizer, model, Path(model.name).name, metadata, has_adapter=False)
 
 
-def _loaded(
+def loaded_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: ModelConfig, name: str, metadata: Metadata,
-    has_adapter: bool,
+    has_adapter: bool, engine: TransformersEngine | None = None,
 ) -> LoadedModel:  # fmt: skip
+    """A model with the renderer that its metadata describe, and an engine of its own unless one is given."""
     renderer = build_renderer(
         tokenizer, base, metadata.template, metadata.system, stop_token_ids=metadata.stop_token_ids
     )
     return LoadedModel(
-        model, tokenizer, renderer, name, has_adapter, metadata.system, metadata.rendered_at, head=metadata.head
+        model, tokenizer, renderer, name, has_adapter, metadata.system, metadata.rendered_at, head=metadata.head,
+        engine=engine or TransformersEngine(model),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -53,6 +53,31 @@ class Sampling:
             raise ConfigError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} options are wrong\n{format_list(wrong)}")
 
 
+class Constraint(Protocol):
+    """What an answer may say, token by token: a grammar. One belongs to one answer."""
+
+    def allowed(self) -> torch.Tensor | None:
+        """Which tokens may come next, `bool[V]` on the CPU; None for all."""
+
+    def advance(self, token: int) -> None:
+        """A token has come."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How probable a token was, before temperature, `top_p` and a constraint.
+
+    Attributes:
+        token: its id.
+        logprob: in nats.
+        top: the most probable tokens there with theirs, in this order.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to answer.
@@ -61,11 +86,15 @@ class Request:
         prompt_ids: token ids, at least one.
         sampling: how tokens are chosen, and what ends the answer.
         members: who answers.
+        num_logprobs: how many of the most probable tokens `Generation.logprobs` names beside each; None for nothing.
+        constraint: what the answer may say.
     """
 
     prompt_ids: Sequence[int]
     sampling: Sampling = Sampling()
     members: Members = AS_IS
+    num_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def num_rows(self) -> int:
@@ -79,12 +108,14 @@ class Generation(Iterator[int]):
     Attributes:
         num_prompt_tokens: of the prompt.
         num_read: how many of them are in the cache by now.
+        logprobs: of each token so far, also of those that were given out, if the request asks for them.
         is_cancelled: whether it was.
     """
 
     def __init__(self, num_prompt_tokens: int, advance: Callable[[Generation], None]) -> None:
         """`advance` runs the engine until there is a further token, or the end."""
         self.num_prompt_tokens, self.num_read = num_prompt_tokens, 0
+        self.logprobs: list[TokenLogprobs] = []
         self.is_cancelled = False
         self._advance = advance
         self._tokens: deque[int] = deque()
@@ -138,6 +169,17 @@ class Generation(Iterator[int]):
     def end(self, reason: FinishReason, error: BaseException | None = None) -> None:
         """The engine's: there are no further tokens, because of an error or not."""
         self._error, self._reason = error, reason
+
+
+def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """How probable `tokens[N]` are after `logits[N, V]`, each beside the `num_top` most probable ones."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs[torch.arange(len(tokens)), torch.tensor(tokens, device=logits.device)].tolist()
+    best = logprobs.topk(min(num_top, logits.shape[-1]), -1)
+    return [
+        TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(tokens, chosen, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
 
 
 class Sampler:

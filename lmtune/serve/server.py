@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
@@ -111,6 +111,23 @@ def in_space() -> bool:
     return bool(os.environ.get("SPACE_ID")) and bool(os.environ.get("SPACE_HOST"))
 
 
+class Work(Protocol):
+    """Answers of one kind that a server gives.
+
+    Attributes:
+        closing: no further answer is begun.
+    """
+
+    closing: bool
+
+    @property
+    def num_answering(self) -> int:
+        """How many are under way."""
+
+    def stop_all(self) -> None:
+        """End them."""
+
+
 def launch(models: Sequence[LoadedModel], address: Address, examples: Sequence[Sequence[str]] = ()) -> None:
     """Serve the app until Ctrl-C or SIGTERM; answers under way are finished first.
 
@@ -122,13 +139,26 @@ def launch(models: Sequence[LoadedModel], address: Address, examples: Sequence[S
     Raises:
         LmtuneError: no port is free, or the server cannot start.
     """
-    from gradio.networking import setup_tunnel
-
     from lmtune.serve.studio.conversation import Activity
 
     activity = Activity()
     with progress("building the page"):
         application = build_application(models, address, activity, examples)
+    run_server(application, address, [activity], "lmtune app: {}")
+
+
+def run_server(application: ASGIApp, address: Address, works: Sequence[Work], said: str) -> None:
+    """Serve an application until Ctrl-C or SIGTERM; answers under way are finished first.
+
+    Args:
+        application: to serve.
+        address: where.
+        works: whose answers are finished.
+        said: is printed once the server listens, with its URL in place of `{}`.
+
+    Raises:
+        LmtuneError: no port is free, or the server cannot start.
+    """
     with _listen(address) as listening:
         received: list[int] = []  # before the address is said, since who reads it may end the app at once
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -137,15 +167,17 @@ def launch(models: Sequence[LoadedModel], address: Address, examples: Sequence[S
         if port != address.port:
             err.print(f"port {address.port} is taken, so the app is on {port}")
         shown = f"[{address.host}]" if ":" in address.host else address.host
-        out.print(f"lmtune app: http://{shown}:{port}")
+        out.print(said.format(f"http://{shown}:{port}"))
         if address.share:
+            from gradio.networking import setup_tunnel
+
             try:
                 link = setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
             except Exception as error:
                 raise LmtuneError(f"--share: no public link: {error}") from error
             out.print(f"public link: {escape(link)}")
         err.print("[dim]Ctrl-C stops it[/]")
-        _serve(application, listening, activity, received)
+        _serve(application, listening, works, received)
 
 
 def build_application(
@@ -211,7 +243,7 @@ class RequestFilter:
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
             refusal = _body_refusal(body, is_json=not scope["path"].startswith("/login"))
-            receive = _replay(body, receive)
+            receive = replay(body, receive)
         if refusal is None:
             await self._app(scope, receive, send_with_headers)
         else:
@@ -241,7 +273,7 @@ def _body_refusal(body: bytes, is_json: bool) -> tuple[int, str] | None:
     return None
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """Gives `body`, which was read already, then whatever comes: that the client leaves."""
     rest: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -251,7 +283,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-def _serve(application: ASGIApp, listening: socket.socket, activity: Activity, received: list[int]) -> None:
+def _serve(application: ASGIApp, listening: socket.socket, works: Sequence[Work], received: list[int]) -> None:
     """Run `application` until a signal is in `received`; answers under way are finished, or at a second signal stopped.
 
     Raises:
@@ -272,13 +304,19 @@ def _serve(application: ASGIApp, listening: socket.socket, activity: Activity, r
     while not received and thread.is_alive():
         time.sleep(0.1)
     if not received:
-        raise LmtuneError("the app's server ended by itself; LMTUNE_TRACEBACK=1 may show why")
-    activity.closing = True
-    if activity.num_answering:
-        err.print(f"finishing {activity.num_answering} answer(s); Ctrl-C again stops at once")
-        _wait(lambda: activity.num_answering == 0 or len(received) > 1, _DRAIN_SECONDS)
-        activity.stop_all()
-        _wait(lambda: activity.num_answering == 0, _DELIVERY_SECONDS)
+        raise LmtuneError("the server ended by itself; LMTUNE_TRACEBACK=1 may show why")
+    for work in works:
+        work.closing = True
+
+    def num_answering() -> int:
+        return sum(work.num_answering for work in works)
+
+    if num_answering():
+        err.print(f"finishing {num_answering()} answer(s); Ctrl-C again stops at once")
+        _wait(lambda: num_answering() == 0 or len(received) > 1, _DRAIN_SECONDS)
+        for work in works:
+            work.stop_all()
+        _wait(lambda: num_answering() == 0, _DELIVERY_SECONDS)
         time.sleep(_DELIVERY_SECONDS)
     server.should_exit = True
     thread.join(1)

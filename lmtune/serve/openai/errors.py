@@ -9,6 +9,7 @@ The `openai` package makes of the status its exception, of `message` its text, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ from starlette.responses import Response
 from lmtune.errors import LmtuneError
 from lmtune.io.console import err, escape
 
+_UNION = re.compile(
+    r"(constrained-)?(str|int|float|bool|list|dict|tuple)(\[.*)?"
+)  # which of several types, of pydantic
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -92,7 +96,8 @@ def _of_fields(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     """All fields that are wrong, each by its path; `param` is the first."""
     lines = []
     for fault in faults:
-        place = ".".join(str(part) for part in fault["loc"][1:]) or str(fault["loc"][0])
+        parts = [str(part) for part in fault["loc"][1:]]
+        place = ".".join(part for part in parts if not _UNION.fullmatch(part)) or str(fault["loc"][0])
         lines.append((place, f"{place}: {str(fault['msg']).removeprefix('Value error, ')}"))
     message = "; ".join(dict.fromkeys(line for _, line in lines))
     return ApiError(400, message, param=lines[0][0] if lines else None, code="invalid_value")

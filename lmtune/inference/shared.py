@@ -1,0 +1,152 @@
+"""Several models over as few bases as possible: adapters of one base are on it together, and answer in one batch.
+
+    models = SharedModels()
+    support, sales = models.load("runs/support"), models.load("runs/sales")     # one base in memory, one engine
+    base = models.load("tiny")                                                  # the same base, without an adapter
+
+An adapter may come at any time, also while the others answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from lmtune.config.load import load_config
+from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig, Quantization
+from lmtune.errors import ModelError
+from lmtune.inference.load import LoadedModel, load_for_inference, loaded_model, saved_tokenizer, usable_adapter
+from lmtune.io.console import err, escape
+from lmtune.models.base import base_fingerprint, load_tokenizer, resolve_name
+from lmtune.models.locate import adapter_base, run_config
+from lmtune.models.members import BASE, Members
+from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, Metadata, check_adapter, trained_rows
+from lmtune.models.tuning.lora import ADAPTER, add_adapter, load_adapter
+from lmtune.runs.ensembles import find_ensemble
+from lmtune.runs.store import RunDirectory, find_run
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_Key = tuple[str, str, str]  # the base's fingerprint, quantization and dtype
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter that a target names: its folder or run, its base, and its name for people."""
+
+    place: Path | RunDirectory
+    base: ModelConfig
+    name: str
+
+    @contextlib.contextmanager
+    def folder(self, base: str | None) -> Iterator[Path]:
+        if isinstance(self.place, Path):
+            yield self.place
+        else:
+            with usable_adapter(self.place, base) as folder:
+                yield folder
+
+
+class SharedModels:
+    """Loads models, each base once.
+
+    Args:
+        quantization: of all bases; by default what each adapter was trained over, and none for plain models.
+        base: where the base of all adapters is, if not where they name it.
+    """
+
+    def __init__(self, quantization: Quantization | None = None, base: str | None = None) -> None:
+        self._quantization, self._base = quantization, base
+        self._first: dict[_Key, LoadedModel] = {}
+        self._numbers = itertools.count(2)
+
+    def load(self, target: str) -> LoadedModel:
+        """What `target` names, as `load_for_inference`; over a base that is there already, if it fits."""
+        adapter = self._adapter(target)
+        if adapter is None:
+            is_plain = find_ensemble(target) is None and find_run(target) is None
+            return self._plain(target) if is_plain else load_for_inference(target, self._quantization, self._base)
+        key = self._key(adapter.base)
+        with adapter.folder(self._base) as folder:
+            fault = _unshareable(folder)
+            if fault is None and key in self._first:
+                return self._beside(self._first[key], adapter, folder)
+        if key in self._first and fault is not None:
+            err.print(f"[dim]{escape(target)} has a base of its own, since {fault}[/]")
+        loaded = load_for_inference(target, self._quantization, self._base)
+        if fault is None:
+            self._first[key] = loaded
+        return loaded
+
+    def _adapter(self, target: str) -> _Adapter | None:
+        """The adapter that a target names; None for models and ensembles."""
+        if find_ensemble(target) is not None:
+            return None
+        if (run := find_run(target)) is not None:
+            if not isinstance(load_config(FinetuneConfig, run.config).tuning, LoraConfig):
+                return None
+            model = run_config(run, self._base).model
+            base = model if self._quantization is None else replace(model, quantization=self._quantization)
+            return _Adapter(run, base, f"{run.name} ({model.name})")
+        folder = Path(target)
+        if not (folder / WEIGHTS).is_file() and not (folder / CONFIG).is_file():
+            return None
+        return _Adapter(folder, adapter_base(folder, self._quantization, self._base), folder.resolve().name)
+
+    def _plain(self, target: str) -> LoadedModel:
+        model = ModelConfig(name=target, quantization=self._quantization or "none")
+        first = self._first.get(key) if (key := self._known_key(model)) is not None else None
+        if first is None:
+            first = load_for_inference(target, self._quantization)
+            if first.head is not None:
+                return first
+            self._first.setdefault(key or self._key(model), first)
+        else:
+            metadata, name = Metadata.read(Path(resolve_name(model.name))), Path(target).name
+            tokenizer = load_tokenizer(model)
+            first = loaded_model(first.engine.model, tokenizer, model, name, metadata, False, first.engine)
+        return replace(first, members=Members((BASE,)))
+
+    def _beside(self, first: LoadedModel, adapter: _Adapter, folder: Path) -> LoadedModel:
+        """An adapter on a base that has others, or none so far."""
+        metadata, fingerprint = Metadata.read(folder), base_fingerprint(adapter.base)
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = saved_tokenizer(folder) if has_tokenizer else load_tokenizer(adapter.base)
+        with first.lock:
+            model, name = first.engine.model, ADAPTER
+            if hasattr(model, "peft_config"):
+                name = f"member-{next(self._numbers):04d}"  # no part of which is the name of another
+                add_adapter(cast("PeftModel", model), folder, name, fingerprint)
+            else:
+                model = cast("PreTrainedModel", load_adapter(model, folder, fingerprint))
+            first.engine.use(model)
+        loaded = loaded_model(model, tokenizer, adapter.base, adapter.name, metadata, True, first.engine)
+        run = adapter.place if isinstance(adapter.place, RunDirectory) else find_run(adapter.place.resolve().parent)
+        return replace(loaded, members=Members((name,)), run=run)
+
+    @staticmethod
+    def _key(model: ModelConfig) -> _Key:
+        return base_fingerprint(model), model.quantization, model.dtype
+
+    def _known_key(self, model: ModelConfig) -> _Key | None:
+        """The key of a base if it can be told before it is loaded."""
+        try:
+            return self._key(model)
+        except ModelError:
+            return None
+
+
+def _unshareable(folder: Path) -> str | None:
+    """Why an adapter cannot be on a base together with others, if it cannot."""
+    config = check_adapter(folder)
+    if Metadata.read(folder).head is not None:
+        return "it is a classifier"
+    if config.get("modules_to_save") or trained_rows(config):
+        return "it trains whole modules or tokens of its own beside the adapter"
+    return None

@@ -1,0 +1,317 @@
+"""The API as OpenAI's own client uses it, and what that client cannot say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_params
+
+from lmtune.data.types import Message
+from lmtune.inference.load import load_for_inference
+from lmtune.inference.request import Request, Sampling
+from lmtune.serve.openai.schemas import ChatRequest, CompletionRequest
+from tests.chat_models import chat_model, parrot
+from tests.serve.api_server import KEY, Api, api_of
+
+HOT: list[Any] = [{"role": "user", "content": "What is the opposite of hot?"}]
+SKY: list[Any] = [{"role": "user", "content": "What colour is the sky?"}]
+NUMBER = {"type": "object", "properties": {"number": {"type": "integer", "minimum": 1}}, "required": ["number"],
+          "additionalProperties": False}  # fmt: skip
+CHAT_FIELDS = {*chat_params.CompletionCreateParamsBase.__annotations__, "stream"}
+COMPLETION_FIELDS = {*completion_create_params.CompletionCreateParamsBase.__annotations__, "stream"}
+NOT_SUPPORTED = {
+    "audio", "function_call", "functions", "logit_bias", "modalities", "moderation", "prediction",
+    "prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "verbosity", "web_search_options",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[Api]:
+    with api_of(
+        {"tiny": load_for_inference("tiny"), "parrot": parrot(0.002), "random": chat_model(positions=64)}
+    ) as one:
+        yield one
+
+
+def greedy(text: str) -> str:
+    """What the engine alone answers."""
+    loaded = load_for_inference("tiny")
+    sampling = Sampling(max_new_tokens=64, stop_token_ids=tuple(loaded.renderer.stop_token_ids))
+    return loaded.renderer.decode(
+        list(loaded.engine.submit(Request(loaded.renderer.prompt_ids([Message("user", text)]), sampling)))
+    )
+
+
+def test_a_chat_is_what_the_model_says(api: Api) -> None:
+    answer = api.client.chat.completions.create(model="tiny", messages=HOT, temperature=0)
+    (choice,) = answer.choices
+    assert choice.message.content == greedy("What is the opposite of hot?") == "The opposite of hot is cold."
+    assert (choice.finish_reason, answer.model, answer.object) == ("stop", "tiny", "chat.completion")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.completion_tokens == 7
+
+
+def test_a_stream_is_the_same_in_pieces(api: Api) -> None:
+    chunks = list(api.client.chat.completions.create(
+        model="tiny", messages=HOT, temperature=0, stream=True, stream_options={"include_usage": True}, logprobs=True,
+    ))  # fmt: skip
+    *said, last = chunks
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in said) == "The opposite of hot is cold."
+    assert [chunk.choices[0].finish_reason for chunk in said[-2:]] == [None, "stop"]
+    assert said[0].choices[0].delta.role == "assistant"
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 7
+    tokens = [
+        one.token for chunk in said if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content or ()
+    ]
+    assert "".join(tokens) == "The opposite of hot is cold."
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_many_clients_get_what_they_would_alone(api: Api) -> None:
+    async def ask() -> list[str | None]:
+        client = openai.AsyncOpenAI(base_url=f"{api.url}/v1", api_key=KEY, max_retries=0)
+        asked = [
+            client.chat.completions.create(model="tiny", messages=messages, temperature=0)
+            for messages in [HOT, SKY] * 8
+        ]
+        return [answer.choices[0].message.content for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask()) == ["The opposite of hot is cold.", "The sky is blue."] * 8
+
+
+def test_an_asynchronous_stream(api: Api) -> None:
+    async def ask() -> str:
+        client = openai.AsyncOpenAI(base_url=f"{api.url}/v1", api_key=KEY, max_retries=0)
+        stream = await client.chat.completions.create(model="tiny", messages=SKY, temperature=0, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    assert asyncio.run(ask()) == "The sky is blue."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "said"), [("is", "The sky "), (["ue", "zz"], "The sky is bl"), ("blue.", "The sky is ")]
+)
+def test_a_stop_string_cuts_though_tokens_do_not_end_there(api: Api, stream: bool, stop: Any, said: str) -> None:
+    given: dict[str, Any] = {"model": "tiny", "temperature": 0, "stop": stop, "max_tokens": 20}
+    if not stream:
+        (choice,) = api.client.chat.completions.create(messages=SKY, **given).choices
+        assert (choice.message.content, choice.finish_reason) == (said, "stop")
+        return
+    chunks = list(api.client.chat.completions.create(messages=SKY, stream=True, **given))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert api.is_idle()
+
+
+def test_several_answers_differ_and_a_seed_repeats_them(api: Api) -> None:
+    given: dict[str, Any] = {"model": "random", "messages": HOT, "n": 4, "max_tokens": 8}
+    one, two, other = (
+        [choice.message.content for choice in api.client.chat.completions.create(seed=seed, **given).choices]
+        for seed in (7, 7, 8)
+    )
+    assert one == two != other
+    assert len(set(one)) > 1
+    chunks = list(api.client.chat.completions.create(seed=7, stream=True, **given))
+    streamed = ["".join(c.choices[0].delta.content or "" for c in chunks if c.choices[0].index == n) for n in range(4)]
+    assert streamed == one
+    one_token = api.client.chat.completions.create(model="tiny", messages=HOT, max_completion_tokens=1)
+    assert one_token.choices[0].finish_reason == "length"
+
+
+def test_log_probabilities_of_an_answer(api: Api) -> None:
+    answer = api.client.chat.completions.create(
+        model="tiny", messages=SKY, temperature=0, logprobs=True, top_logprobs=3
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    loaded = load_for_inference("tiny")
+    prompt = loaded.renderer.prompt_ids([Message("user", SKY[0]["content"])])
+    said = loaded.tokenizer.encode("The sky is blue.", add_special_tokens=False)
+    scored = loaded.engine.score([*prompt, *said], num_top=3)[len(prompt) - 1 :]
+    assert [one.logprob for one in logprobs.content] == pytest.approx([one.logprob for one in scored], abs=1e-4)
+    for one, want in zip(logprobs.content, scored, strict=True):
+        assert bytes(one.bytes or ()).decode() == one.token
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx([top for _, top in want.top], abs=1e-4)
+
+
+def test_a_completion_echoes_and_scores_its_prompt(api: Api) -> None:
+    answer = api.client.completions.create(
+        model="tiny", prompt=["The sky is", "A dog"], max_tokens=3, echo=True, logprobs=2, temperature=0
+    )
+    sky, dog = answer.choices
+    assert sky.text == "The sky is blue."
+    assert dog.text.startswith("A dog")
+    assert sky.logprobs is not None
+    assert sky.logprobs.tokens == ["The", " sky", " is", " blue", "."]
+    assert sky.logprobs.text_offset == [0, 3, 7, 10, 15]
+    assert sky.logprobs.token_logprobs is not None
+    assert sky.logprobs.token_logprobs[0] is None
+    loaded = load_for_inference("tiny")
+    scored = [one.logprob for one in loaded.engine.score(loaded.tokenizer.encode("The sky is blue."))]
+    assert sky.logprobs.token_logprobs[1:] == pytest.approx(scored, abs=1e-4)
+    alone = api.client.completions.create(model="tiny", prompt="The sky is blue.", max_tokens=0, echo=True, logprobs=0)
+    assert alone.choices[0].text == "The sky is blue."
+    assert alone.choices[0].logprobs is not None
+    assert alone.choices[0].logprobs.token_logprobs[1:] == pytest.approx(scored, abs=1e-4)  # type: ignore[index]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 5
+
+
+def test_completions_of_tokens_and_texts_in_a_stream(api: Api) -> None:
+    ids = load_for_inference("tiny").tokenizer.encode("The sky is")
+    given: dict[str, Any] = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+    whole = api.client.completions.create(prompt=ids, **given)
+    chunks = list(api.client.completions.create(prompt="The sky is", stream=True, echo=True, logprobs=1, **given))
+    assert (
+        "".join(chunk.choices[0].text for chunk in chunks) == f"The sky is{whole.choices[0].text}" == "The sky is blue."
+    )
+    tokens = [
+        token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens or ()
+    ]
+    assert "".join(tokens) == "The sky is blue."
+    offsets = [
+        at for chunk in chunks if chunk.choices[0].logprobs for at in chunk.choices[0].logprobs.text_offset or ()
+    ]
+    assert offsets == [0, 3, 7, 10, 15]
+
+
+@pytest.mark.parametrize("model", ["tiny", "random"])
+def test_an_answer_keeps_to_a_schema(api: Api, model: str) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "number", "schema": NUMBER, "strict": True}}
+    answer = api.client.chat.completions.create(model=model, messages=HOT, response_format=form, seed=1, n=3)
+    for choice in answer.choices:
+        assert choice.message.content is not None
+        if choice.finish_reason == "stop":
+            assert json.loads(choice.message.content)["number"] >= 1
+        else:
+            assert choice.message.content.startswith('{"number": ')
+    any_object = api.client.chat.completions.create(model="tiny", messages=HOT, response_format={"type": "json_object"})
+    assert (any_object.choices[0].message.content or "").startswith("{")
+
+
+WRONG: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"model": "nothing"}, "model", "does not exist. This server has: tiny, parrot, random."),
+    ({"temperature": 3}, "temperature", "less than or equal to 2"),
+    ({"temperature": "warm", "n": 0}, "temperature", "n: Input should be greater than"),
+    ({"suffixes": 1}, "suffixes", "not permitted"),
+    ({"frequency_penalty": 1.5}, "frequency_penalty", "Input should be 0"),
+    ({"messages": []}, "messages", "at least 1 item"),
+    ({"messages": [{"role": "king", "content": "x"}]}, "messages", "king"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages", "content"),
+    ({"messages": [*HOT, {"role": "assistant", "content": "Cold."}]}, "messages", "the last turn is the assistant's"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages", "image"),
+    ({"messages": [{"role": "user", "content": "hot " * 5000}]}, "messages", "reads at most"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, None, ""),
+    ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    ({"stop": ["a"] * 40}, "stop", "at most"),
+    ({"tools": [{"type": "function"}]}, "tools", "tools"),
+    ({"tool_choice": "required"}, "tool_choice", "none"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "missing"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "number of"}}}}, "response_format",
+     "cannot be kept to"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "param", "says"), WRONG)
+def test_what_is_wrong_is_said_by_field(api: Api, change: dict[str, Any], param: str | None, says: str) -> None:
+    body = json.dumps({"model": "tiny", "messages": HOT, "max_tokens": 4, **change})
+    answer = api.http.post("/chat/completions", content=body, headers={"content-type": "application/json"})
+    if param is None:
+        assert answer.status_code in (200, 400)
+        return
+    error = answer.json()["error"]
+    assert answer.status_code == (404 if param == "model" else 400)
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'{"model": NaN}', b"[" * 5000, b'{"model": "tiny"}'])
+def test_a_body_that_is_none(api: Api, body: bytes) -> None:
+    for path in ("/chat/completions", "/completions"):
+        answer = api.http.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"]
+
+
+def test_who_has_no_key_gets_nothing(api: Api) -> None:
+    url, body = f"{api.url}/v1/chat/completions", {"model": "tiny", "messages": HOT}
+    for given in (b"", b"Bearer wrong", KEY.encode(), b"Bearer \xff"):
+        answer = httpx.post(url, headers={b"authorization": given}, json=body)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert KEY not in answer.text
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{api.url}/v1", api_key="other", max_retries=0).models.list()
+    assert httpx.get(f"{api.url}/health").json()["status"] == "ok"
+
+
+def test_models_are_listed_by_name(api: Api) -> None:
+    assert [model.id for model in api.client.models.list()] == ["tiny", "parrot", "random"]
+    assert api.client.models.retrieve("tiny").owned_by == "lmtune"
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        api.client.models.retrieve("nothing/else")
+    for path in ("/embeddings", "/chat"):
+        answer = api.http.post(path, json={})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "invalid_request_error")
+    assert api.http.get("/chat/completions").status_code == 405
+
+
+def test_a_client_that_leaves_ends_its_answer(api: Api) -> None:
+    counting = {"model": "parrot", "messages": [{"role": "user", "content": "count"}], "max_tokens": 3000}
+    with api.http.stream("POST", "/chat/completions", json={**counting, "stream": True}) as answer:
+        next(answer.iter_lines())
+        assert api.answering.num_answering == 1
+    assert api.is_idle()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{api.url}/v1/chat/completions", json=counting, timeout=0.3, headers={"authorization": f"Bearer {KEY}"}
+        )
+    assert api.is_idle()
+    counts = httpx.get(f"{api.url}/metrics").text
+    assert 'lmtune_requests_total{model="parrot",status="left"} 2.0' in counts
+    assert "lmtune_running_requests 0.0" in counts
+
+
+def test_more_requests_than_the_bound_are_told_to_try_again() -> None:
+    counting: Any = {"model": "parrot", "messages": [{"role": "user", "content": "count"}], "max_tokens": 200}
+    with api_of({"parrot": parrot(0.005)}, max_requests=2) as api:
+        threads = [threading.Thread(target=api.client.chat.completions.create, kwargs=counting) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while api.answering.num_answering < 2:
+            time.sleep(0.01)
+        with pytest.raises(openai.RateLimitError, match="2 requests are under way") as refused:
+            api.client.chat.completions.create(**counting)
+        assert refused.value.response.headers["retry-after"] == "1"
+        for thread in threads:
+            thread.join()
+        patient = api.client.with_options(max_retries=3)
+        assert patient.chat.completions.create(**{**counting, "max_tokens": 2}).choices[0].finish_reason == "length"
+        api.answering.closing = True
+        with pytest.raises(openai.InternalServerError, match="closing"):
+            api.client.chat.completions.create(**counting)
+
+
+def test_fields_are_those_of_the_openai_package() -> None:
+    own = {field.alias or name for name, field in ChatRequest.model_fields.items()}
+    assert own <= CHAT_FIELDS
+    assert CHAT_FIELDS - own == NOT_SUPPORTED, "docs/serving.md lists what is refused"
+    own = set(CompletionRequest.model_fields) - {
+        "metadata", "service_tier", "store", "safety_identifier", "prompt_cache_key",  # of chats, taken here too
+    }  # fmt: skip
+    assert own <= COMPLETION_FIELDS
+    assert COMPLETION_FIELDS - own == {"logit_bias", "suffix"}
