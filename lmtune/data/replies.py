@@ -137,8 +137,9 @@ class ReplyParser:
         if ended and lead:
             assert self._form.calls is not None
             calls = self._form.calls.read(lead + rest)
-            shown = call_text(calls) if calls else (lead + rest).translate(self._named)
-            return (f"{text.rstrip()}\n" if text.strip() else "") + shown
+            if not calls:
+                return said.translate(self._named)
+            return (f"{text.rstrip()}\n" if text.strip() else "") + call_text(calls)
         if not ended and not lead:
             text = _without_beginning(said, self._call_lead)
         if not ended and not text.strip():  # a blank before a call is none of the answer's

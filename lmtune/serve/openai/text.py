@@ -109,7 +109,7 @@ class ChatText:
         if self._calls is None:
             return Piece(content, reasoning)
         text, calls = self._renderer.calls_in(self._calls)
-        return Piece(content + (text if self._said or content else text.lstrip()), reasoning, calls)
+        return Piece(content + text, reasoning, calls)
 
     def _pieces(self, text: str) -> Piece:
         return self._split(self._stops.feed(text), ended=False)
@@ -151,8 +151,8 @@ class ChatText:
         else:
             text, mark, rest = self._held.partition(self._mark)
             if mark:
-                self._calls, self._held = mark + rest, ""
-                text = text.rstrip()
+                said = text.rstrip()
+                self._calls, self._held, text = text[len(said) :] + mark + rest, "", said
             else:
                 keep = 0 if ended else max(_overlap(text, self._mark), len(text) - len(text.rstrip()))
                 text, self._held = text[: len(text) - keep], text[len(text) - keep :]
