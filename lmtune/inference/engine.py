@@ -351,10 +351,11 @@ class TransformersEngine:
 
     def _choose(self, batch: _Batch, logits: Sequence[torch.Tensor]) -> None:
         """Take a token of each row's logits `[V]`, and let those go that have ended."""
-        greedy = torch.stack([*logits]).argmax(-1).tolist()
+        biased = [row.request.sampling.biased(one) for row, one in zip(batch.rows, logits, strict=True)]
+        greedy = torch.stack(biased).argmax(-1).tolist()
         finite = torch.isfinite(torch.stack([one.max() for one in logits])).tolist()
         ended = []
-        for row, one, best, is_finite in zip(batch.rows, logits, greedy, finite, strict=True):
+        for row, one, scores, best, is_finite in zip(batch.rows, logits, biased, greedy, finite, strict=True):
             generation, sampling, constraint = row.generation, row.request.sampling, row.request.constraint
             if not is_finite:
                 text = "logits: NaN or infinity; expected finite numbers; the weights or adapter are damaged"
@@ -363,7 +364,7 @@ class TransformersEngine:
                 ended.append(row)
                 continue
             try:
-                token = best if sampling.temperature == 0 and constraint is None else self._sampled(row, one)
+                token = best if sampling.temperature == 0 and constraint is None else self._sampled(row, scores)
             except LmtuneError as error:
                 generation.end("stopped", error)
                 ended.append(row)

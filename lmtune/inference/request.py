@@ -28,6 +28,7 @@ class Sampling:
         max_new_tokens: where an answer that does not stop is cut.
         seed: equal seeds give equal answers.
         stop_token_ids: each ends the answer and is not part of it.
+        logit_bias: (token, what is added to its logit), before temperature; -100 rules a token out.
 
     Raises:
         ConfigError: naming every value that is out of bounds.
@@ -38,6 +39,15 @@ class Sampling:
     max_new_tokens: int = 256
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def biased(self, logits: torch.Tensor) -> torch.Tensor:
+        """`logits[V]` with `logit_bias`."""
+        if not self.logit_bias:
+            return logits
+        tokens, added = zip(*self.logit_bias, strict=True)
+        bias = torch.tensor(added, dtype=logits.dtype, device=logits.device)
+        return logits.index_add(0, torch.tensor(tokens, device=logits.device), bias)
 
     def __post_init__(self) -> None:
         number, integer = is_finite_number, partial(is_finite_number, integer=True)

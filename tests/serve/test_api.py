@@ -29,7 +29,7 @@ NUMBER = {"type": "object", "properties": {"number": {"type": "integer", "minimu
 CHAT_FIELDS = {*chat_params.CompletionCreateParamsBase.__annotations__, "stream"}
 COMPLETION_FIELDS = {*completion_create_params.CompletionCreateParamsBase.__annotations__, "stream"}
 NOT_SUPPORTED = {
-    "audio", "function_call", "functions", "logit_bias", "modalities", "moderation", "prediction",
+    "audio", "function_call", "functions", "modalities", "moderation", "prediction",
     "prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "verbosity", "web_search_options",
 }  # fmt: skip
 
@@ -203,6 +203,21 @@ def test_an_answer_keeps_to_a_schema(api: Api, model: str) -> None:
     assert (any_object.choices[0].message.content or "").startswith("{")
 
 
+def test_a_bias_rules_tokens_out_and_in(api: Api) -> None:
+    tokenizer = load_for_inference("tiny").tokenizer
+    (blue,) = tokenizer.encode(" blue", add_special_tokens=False)
+    (green,) = tokenizer.encode(" green", add_special_tokens=False)
+    given: dict[str, Any] = {"model": "tiny", "messages": SKY, "temperature": 0, "max_tokens": 5}
+
+    def said(bias: dict[str, int]) -> str | None:
+        return api.client.chat.completions.create(logit_bias=bias, **given).choices[0].message.content
+
+    assert "blue" not in (said({str(blue): -100}) or "blue")
+    assert (said({str(green): 100}) or "").split() == ["green"] * 5
+    answer = api.http.post("/chat/completions", json={**given, "logit_bias": {"999999": 1}})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logit_bias")
+
+
 WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"model": "nothing"}, "model", "does not exist. This server has: tiny, parrot, random."),
     ({"temperature": 3}, "temperature", "less than or equal to 2"),
@@ -314,4 +329,4 @@ def test_fields_are_those_of_the_openai_package() -> None:
         "metadata", "service_tier", "store", "safety_identifier", "prompt_cache_key",  # of chats, taken here too
     }  # fmt: skip
     assert own <= COMPLETION_FIELDS
-    assert COMPLETION_FIELDS - own == {"logit_bias", "suffix"}
+    assert COMPLETION_FIELDS - own == {"suffix"}

@@ -25,8 +25,12 @@ def sampling_of(body: ChatRequest | CompletionRequest, loaded: LoadedModel, max_
     temperature = 1.0 if body.temperature is None else body.temperature
     top_p = 1.0 if body.top_p is None else body.top_p
     seed = secrets.randbits(32) if body.seed is None else body.seed
+    bias, size = tuple((body.logit_bias or {}).items()), loaded.model.config.get_text_config().vocab_size
+    if (over := next((token for token, _ in bias if token >= size), None)) is not None:
+        raise ApiError(400, f"logit_bias: token {over}; expected tokens below {size}", param="logit_bias")
     return [
-        Sampling(temperature, top_p, max(1, max_tokens), (seed + place) % 2**32, stops) for place in range(body.n or 1)
+        Sampling(temperature, top_p, max(1, max_tokens), (seed + place) % 2**32, stops, bias)
+        for place in range(body.n or 1)
     ]
 
 

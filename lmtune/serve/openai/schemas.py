@@ -18,10 +18,12 @@ _MAX_INT = 2**63 - 1
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 NumTokens = Annotated[int, Field(ge=1, le=_MAX_INT)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0, le=_MAX_INT)]
 Seed = Annotated[int, Field(ge=-_MAX_INT - 1, le=_MAX_INT)]
 StopText = Annotated[str, Field(min_length=1, max_length=500)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
-TokenIds = list[Annotated[int, Field(ge=0)]]
+TokenIds = list[TokenId]
 
 
 class _Form(BaseModel):
@@ -67,6 +69,7 @@ class _Sampled(_Form):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: Seed | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     user: str | None = None
