@@ -281,6 +281,16 @@ def test_a_long_text_is_scored_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     assert TransformersEngine(model).score(ids[:1]) == []
 
 
+def test_prompts_that_share_a_few_tokens_are_read_together() -> None:
+    engine, sampling = TransformersEngine(model := random_model(2)), Sampling(max_new_tokens=2)
+    prompts = [[5, 6, 7, *range(20 + place, 40 + place)] for place in range(5)]
+    first, *others = [Request(prompt, sampling) for prompt in prompts]
+    list(engine.submit(first))
+    seen = passes(model)
+    assert interleaved([engine.submit(request) for request in others], 0) == [alone(model, one) for one in others]
+    assert [4, 23] in seen
+
+
 class OnlyEven:
     """Allows even tokens, and after three of them the last of the vocabulary."""
 

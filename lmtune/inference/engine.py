@@ -272,7 +272,7 @@ class TransformersEngine:
                 return
             row = self._waiting.popleft()
             found = self._prefixes.find(row.request.members, row.token_ids) if self._joins else None
-            if found is not None:
+            if found is not None and _is_worth_it(len(found.token_ids), row.num_prompt):
                 row.cache, row.num_read, row.logits = found.cache, len(found.token_ids), found.logits
                 row.generation.num_read = row.num_read
             self._reading.append(row)
@@ -351,7 +351,7 @@ class TransformersEngine:
 
     def _choose(self, batch: _Batch, logits: Sequence[torch.Tensor]) -> None:
         """Take a token of each row's logits `[V]`, and let those go that have ended."""
-        biased = [row.request.sampling.biased(one) for row, one in zip(batch.rows, logits, strict=True)]
+        biased = [row.sampler.biased(one) for row, one in zip(batch.rows, logits, strict=True)]
         greedy = torch.stack(biased).argmax(-1).tolist()
         finite = torch.isfinite(torch.stack([one.max() for one in logits])).tolist()
         ended = []
@@ -454,6 +454,11 @@ class TransformersEngine:
         batch.length += width
         logits: torch.Tensor = output.logits[:, -keeps:].float()
         return logits
+
+
+def _is_worth_it(num_read: int, num_prompt: int) -> bool:
+    """Whether to go on from a prefix: such a prompt has a pass of its own, while others are read together."""
+    return num_read >= 128 or 2 * num_read >= num_prompt
 
 
 @contextlib.contextmanager

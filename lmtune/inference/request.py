@@ -41,14 +41,6 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
 
-    def biased(self, logits: torch.Tensor) -> torch.Tensor:
-        """`logits[V]` with `logit_bias`."""
-        if not self.logit_bias:
-            return logits
-        tokens, added = zip(*self.logit_bias, strict=True)
-        bias = torch.tensor(added, dtype=logits.dtype, device=logits.device)
-        return logits.index_add(0, torch.tensor(tokens, device=logits.device), bias)
-
     def __post_init__(self) -> None:
         number, integer = is_finite_number, partial(is_finite_number, integer=True)
         fits = {
@@ -200,11 +192,23 @@ class Sampler:
 
         self._greedy, self._seed = sampling.temperature == 0, sampling.seed
         self._generator: torch.Generator | None = None
+        self._bias = sampling.logit_bias
+        self._biased: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens, and what is added to their logits
         self._warp = LogitsProcessorList()
         if not self._greedy:
             self._warp.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_p < 1:
             self._warp.append(TopPLogitsWarper(float(sampling.top_p)))
+
+    def biased(self, logits: torch.Tensor) -> torch.Tensor:
+        """`logits[V]` with `Sampling.logit_bias`."""
+        if not self._bias:
+            return logits
+        if self._biased is None:
+            tokens, added = zip(*self._bias, strict=True)
+            bias = torch.tensor(added, dtype=logits.dtype, device=logits.device)
+            self._biased = torch.tensor(tokens, device=logits.device), bias
+        return logits.index_add(0, *self._biased)
 
     def __call__(self, logits: torch.Tensor) -> int:
         """The next token after logits[V]."""

@@ -22,6 +22,9 @@ from lmtune.serve.openai.catalog import Served
 from lmtune.serve.openai.errors import ApiError
 from lmtune.serve.openai.metrics import Metrics
 
+# How long an answer waits between two looks for news, for each request under way: a chunk of HTTP costs as much
+# processor time as a token of a small model, so with many clients chunks hold several tokens.
+_PAUSE_SECONDS_EACH, _LONGEST_PAUSE_SECONDS = 0.0015, 0.1
 _FINISH = {"stop": "stop", "length": "length", "context": "length", "stopped": "stop"}
 
 
@@ -56,6 +59,8 @@ class Answer(AsyncIterator[list[int]]):
         while not tokens:
             if self._is_over:
                 raise StopAsyncIteration
+            if self.num_tokens and not self._generation.is_over:
+                await asyncio.sleep(self._call.pause_seconds)
             if not self._generation.has_news and not self._generation.is_over:
                 await self._news.wait()
                 self._news.clear()
@@ -86,6 +91,11 @@ class Call:
         self.answers: list[Answer] = []
         self.num_prompt_tokens = 0
         self.is_left = False
+
+    @property
+    def pause_seconds(self) -> float:
+        """How long an answer waits between two looks for news."""
+        return min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS_EACH * self._answering.num_answering)
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Begin to answer."""
