@@ -1,7 +1,7 @@
 """Requests in OpenAI's form: the fields that are understood, and those that are taken because clients send them.
 
 https://platform.openai.com/docs/api-reference/chat/create and /completions/create. Any other field is an error that
-names it: a field that is ignored in silence is an answer that was not asked for.
+names it: a field that is silently ignored is an answer that was not asked for.
 """
 
 from __future__ import annotations
