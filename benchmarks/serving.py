@@ -60,7 +60,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     common: dict[str, Any] = {"model": options.model, "max_tokens": options.tokens, "temperature": 0, "stream": True,
                               "stream_options": {"include_usage": True}}  # fmt: skip
     if options.end:
-        common["logit_bias"] = {str(token): -100 for token in options.end}
+        common["logit_bias"] = {str(token): -100.0 for token in options.end}
     number = 0
 
     def body() -> dict[str, Any]:

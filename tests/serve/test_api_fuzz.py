@@ -65,12 +65,12 @@ def check(api: Api, path: str, body: Any, kind: Any) -> None:
 
 
 @given(CHAT)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_any_chat(api: Api, body: Any) -> None:
     check(api, "/chat/completions", body, openai.types.chat.ChatCompletion)
 
 
 @given(COMPLETION)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_any_completion(api: Api, body: Any) -> None:
     check(api, "/completions", body, openai.types.Completion)
