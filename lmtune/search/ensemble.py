@@ -139,8 +139,8 @@ def train_ensemble(
     if len(found) < 2:
         raise LmtuneError(
             f"{folder}: {len(found)} member{'s' * (len(found) != 1)} left, and an ensemble needs two; what was trained "
-            "is a run like others; members that get every row right need fewer steps (train.max_steps), members that are "
-            "no better than chance more; or take --method bagging"
+            "is a run like others; members that get every row right need fewer steps (train.max_steps), those no "
+            "better than chance more; or take --method bagging"
         )
     chosen: Method = method or ("vote" if way == "boosting" else "mean")
     EnsembleFile(tuple(run.name for run in found), tuple(weights), chosen, way).write(folder)
