@@ -12,12 +12,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_params
 
 from lmtune.data.types import Message
 from lmtune.inference.load import load_for_inference
 from lmtune.inference.request import Request, Sampling
+from lmtune.serve.openai.answers import Answering
+from lmtune.serve.openai.application import build_api
+from lmtune.serve.openai.catalog import Catalog
+from lmtune.serve.openai.metrics import Metrics
 from lmtune.serve.openai.schemas import ChatRequest, CompletionRequest
 from tests.chat_models import chat_model, parrot
 from tests.serve.api_server import KEY, Api, api_of
@@ -260,6 +266,25 @@ def test_a_body_that_is_none(api: Api, body: bytes) -> None:
         answer = api.http.post(path, content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400
         assert answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_not_json_is_called_so(api: Api) -> None:
+    answer = api.http.post(
+        "/chat/completions", content=b'{"model": "tiny",', headers={"content-type": "application/json"}
+    )
+    error = answer.json()["error"]
+    assert error["param"] == "body"
+    assert error["message"].startswith("body: not JSON at character 17: ")
+
+
+@pytest.mark.parametrize("page", [None, FastAPI()])
+def test_what_is_not_there_is_said_in_openais_shape_beside_a_page_too(page: FastAPI | None) -> None:
+    with TestClient(build_api(Catalog(), Answering(Metrics()), KEY, page=page)) as client:
+        for method, path in (("POST", "/v1/embeddings"), ("GET", "/v1/chat/completions"), ("DELETE", "/v1/models/x")):
+            answer = client.request(method, path, headers={"authorization": f"Bearer {KEY}"})
+            assert answer.status_code in (404, 405)
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+            assert path in answer.json()["error"]["message"]
 
 
 def test_who_has_no_key_gets_nothing(api: Api) -> None:
