@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmtune.serve.openai.answers import Answering
@@ -70,7 +71,9 @@ def build_api(
     @application.api_route("/v1/{path:path}", methods=_METHODS, include_in_schema=False)
     async def nothing(path: str, http: Request) -> Response:
         """What no route above answers; else the page would, and not in OpenAI's form."""
-        raise ApiError(404, f"{http.method} /v1/{path}: no such route; /openapi.json lists those there are")
+        is_known = any(route.matches(http.scope)[0] is Match.PARTIAL for route in application.router.routes)
+        status, what = (405, "another method is expected") if is_known else (404, "no such route")
+        raise ApiError(status, f"{http.method} /v1/{path}: {what}; /openapi.json lists the routes")
 
     if page is not None:
         application.mount("/", page)
