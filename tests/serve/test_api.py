@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -314,7 +315,8 @@ def test_models_are_listed_by_name(api: Api) -> None:
 def test_a_client_that_leaves_ends_its_answer(api: Api) -> None:
     counting = {"model": "parrot", "messages": [{"role": "user", "content": "count"}], "max_tokens": 3000}
     with api.http.stream("POST", "/chat/completions", json={**counting, "stream": True}) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept, since the connection is closed with it
+        next(lines)
         assert api.answering.num_answering == 1
     assert api.is_idle()
     with pytest.raises(httpx.ReadTimeout):
@@ -325,6 +327,25 @@ def test_a_client_that_leaves_ends_its_answer(api: Api) -> None:
     counts = httpx.get(f"{api.url}/metrics").text
     assert 'lmtune_requests_total{model="parrot",status="left"} 2.0' in counts
     assert "lmtune_running_requests 0.0" in counts
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
+def test_an_answer_that_the_server_cuts_does_not_pass_as_whole(path: str, stream: bool) -> None:
+    asked = {"prompt": "The"} if path == "/completions" else {"messages": HOT}
+    bias = {str(token): -100 for token in load_for_inference("tiny").renderer.stop_token_ids}
+    body = {"model": "tiny", "max_tokens": 1500, "stream": stream, "logit_bias": bias, **asked}
+    with api_of({"tiny": load_for_inference("tiny")}) as api, ThreadPoolExecutor() as pool:
+        answer = pool.submit(api.http.post, path, json=body)
+        while not api.answering.num_answering:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        api.answering.stop_all()
+        said = answer.result(10)
+    assert stream or said.status_code == 503
+    assert "server_closing" in said.text
+    assert 'finish_reason": "stop' not in said.text
+    assert "[DONE]" not in said.text
 
 
 def test_more_requests_than_the_bound_are_told_to_try_again() -> None:
