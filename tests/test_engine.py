@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lmtune.errors import LmtuneError
+from lmtune.inference import engine as engine_module
 from lmtune.inference import prefixes
 from lmtune.inference.engine import TransformersEngine
 from lmtune.inference.request import Generation, Request, Sampling
@@ -204,6 +205,27 @@ def test_an_error_ends_those_of_its_pass_alone() -> None:
             list(generation)
         assert generation.finish_reason == "stopped"
     hook.remove()
+    assert list(engine.submit(Request(PROMPTS[0], LONG))) == alone(model, Request(PROMPTS[0], LONG))
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+def test_no_memory_for_what_is_kept_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch, cancels: bool) -> None:
+    model = random_model()
+    engine = TransformersEngine(model)
+    list(engine.submit(Request(PROMPTS[0], LONG)))
+    under_way, other = engine.submit(Request(PROMPTS[1], LONG)), engine.submit(Request(PROMPTS[3], LONG))
+    for generation in (under_way, other):
+        next(generation)
+    for module in (engine_module, prefixes):
+        monkeypatch.setattr(module, "copy_of", lambda cache: (_ for _ in ()).throw(MemoryError("no room")))
+    if cancels:
+        other.cancel()  # what it has read is kept
+    asked = under_way if cancels else engine.submit(Request(PROMPTS[0], LONG))  # of which much was read
+    engine.step()  # as a server's thread does
+    with pytest.raises(MemoryError, match="no room"):
+        list(asked)
+    assert engine.num_requests == 0
+    monkeypatch.undo()
     assert list(engine.submit(Request(PROMPTS[0], LONG))) == alone(model, Request(PROMPTS[0], LONG))
 
 

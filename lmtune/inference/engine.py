@@ -242,8 +242,11 @@ class TransformersEngine:
     # --- one pass over what generates, one over what is read
 
     def _step(self) -> None:
-        self._drop_cancelled()
-        self._admit()
+        while self._arrived:
+            self._waiting.append(self._arrived.popleft())
+        with self._ends_on_error([*self._waiting, *self._reading, *(row for one in self._batches for row in one.rows)]):
+            self._drop_cancelled()  # both copy caches, for which there may be no memory
+            self._admit()
         for batch in list(self._batches):
             with self._ends_on_error(batch.rows):
                 self._decode(batch)
@@ -253,8 +256,6 @@ class TransformersEngine:
                 self._read(rows)
 
     def _drop_cancelled(self) -> None:
-        while self._arrived:
-            self._waiting.append(self._arrived.popleft())
         self._waiting = deque(row for row in self._waiting if not row.generation.is_cancelled)
         for row in [row for row in self._reading if row.generation.is_cancelled]:
             self._reading.remove(row)
@@ -285,6 +286,7 @@ class TransformersEngine:
         try:
             yield
         except BaseException as error:
+            self._waiting = deque(row for row in self._waiting if row not in rows)
             self._reading = [row for row in self._reading if row not in rows]
             self._batches = [batch for batch in self._batches if not any(row in rows for row in batch.rows)]
             for row in rows:

@@ -7,17 +7,24 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_params
 
 from lmtune.data.types import Message
 from lmtune.inference.load import load_for_inference
 from lmtune.inference.request import Request, Sampling
+from lmtune.serve.openai.answers import Answering
+from lmtune.serve.openai.application import build_api
+from lmtune.serve.openai.catalog import Catalog
+from lmtune.serve.openai.metrics import Metrics
 from lmtune.serve.openai.schemas import ChatRequest, CompletionRequest
 from tests.chat_models import chat_model, parrot
 from tests.serve.api_server import KEY, Api, api_of
@@ -262,6 +269,26 @@ def test_a_body_that_is_none(api: Api, body: bytes) -> None:
         assert answer.json()["error"]["message"]
 
 
+def test_a_body_that_is_not_json_is_called_so(api: Api) -> None:
+    answer = api.http.post(
+        "/chat/completions", content=b'{"model": "tiny",', headers={"content-type": "application/json"}
+    )
+    error = answer.json()["error"]
+    assert error["param"] == "body"
+    assert error["message"].startswith("body: not JSON at character 17: ")
+
+
+@pytest.mark.parametrize("page", [None, FastAPI()])
+def test_what_is_not_there_is_said_in_openais_shape_beside_a_page_too(page: FastAPI | None) -> None:
+    with TestClient(build_api(Catalog(), Answering(Metrics()), KEY, page=page)) as client:
+        asked = {("POST", "/v1/embeddings"): 404, ("GET", "/v1/chat/completions"): 405, ("PUT", "/v1/models/x"): 405}
+        for (method, path), status in asked.items():
+            answer = client.request(method, path, headers={"authorization": f"Bearer {KEY}"})
+            assert answer.status_code == status
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+            assert path in answer.json()["error"]["message"]
+
+
 def test_who_has_no_key_gets_nothing(api: Api) -> None:
     url, body = f"{api.url}/v1/chat/completions", {"model": "tiny", "messages": HOT}
     for given in (b"", b"Bearer wrong", KEY.encode(), b"Bearer \xff"):
@@ -288,7 +315,8 @@ def test_models_are_listed_by_name(api: Api) -> None:
 def test_a_client_that_leaves_ends_its_answer(api: Api) -> None:
     counting = {"model": "parrot", "messages": [{"role": "user", "content": "count"}], "max_tokens": 3000}
     with api.http.stream("POST", "/chat/completions", json={**counting, "stream": True}) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept, since the connection is closed with it
+        next(lines)
         assert api.answering.num_answering == 1
     assert api.is_idle()
     with pytest.raises(httpx.ReadTimeout):
@@ -299,6 +327,25 @@ def test_a_client_that_leaves_ends_its_answer(api: Api) -> None:
     counts = httpx.get(f"{api.url}/metrics").text
     assert 'lmtune_requests_total{model="parrot",status="left"} 2.0' in counts
     assert "lmtune_running_requests 0.0" in counts
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
+def test_an_answer_that_the_server_cuts_does_not_pass_as_whole(path: str, stream: bool) -> None:
+    asked = {"prompt": "The"} if path == "/completions" else {"messages": HOT}
+    bias = {str(token): -100 for token in load_for_inference("tiny").renderer.stop_token_ids}
+    body = {"model": "tiny", "max_tokens": 1500, "stream": stream, "logit_bias": bias, **asked}
+    with api_of({"tiny": load_for_inference("tiny")}) as api, ThreadPoolExecutor() as pool:
+        answer = pool.submit(api.http.post, path, json=body)
+        while not api.answering.num_answering:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        api.answering.stop_all()
+        said = answer.result(10)
+    assert stream or said.status_code == 503
+    assert "server_closing" in said.text
+    assert 'finish_reason": "stop' not in said.text
+    assert "[DONE]" not in said.text
 
 
 def test_more_requests_than_the_bound_are_told_to_try_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.runs.history import list_runs
 from lmtune.runs.store import RunDirectory
+from lmtune.serve.fine_tuning.process import JobProcess
 from tests.serve.fine_tuning_server import PAIRS, ROWS, Served, ended, lines, serving, until
 
 
@@ -247,6 +249,23 @@ def test_a_process_that_is_killed_again_and_again_fails_its_job(served: Served) 
     assert error is not None
     assert error.code == "process_killed"
     assert "killed before it finished another step; perhaps the memory was full" in error.message
+
+
+def test_a_process_that_cannot_be_started_now_is_started_later(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, calls = JobProcess.start, []
+
+    def start_later(process: JobProcess, *arguments: Any, **named: Any) -> None:
+        calls.append(process)
+        if len(calls) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        start(process, *arguments, **named)
+
+    monkeypatch.setattr(JobProcess, "start", start_later)
+    job = served.client.fine_tuning.jobs.create(
+        model="tiny", training_file=served.upload(ROWS), hyperparameters={"n_epochs": 1}
+    )
+    until(lambda: len(calls) >= 3, 20)
+    assert ended(served.client, job.id).status == "succeeded"
 
 
 def test_jobs_are_listed_by_page_and_metadata(tmp_path: Path) -> None:

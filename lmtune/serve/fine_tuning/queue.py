@@ -177,8 +177,12 @@ class Queue:
         after = steps[-1].step if steps else 0
         if not self.store.change(job.id, ("queued",), status="running", begun_after_step=after):
             return
-        worker = self._worker(job, self._process_of(job), self._free_device())
-        worker.process.start(self._config_of(job), environment_of(job), worker.device)
+        try:
+            worker = self._worker(job, self._process_of(job), self._free_device())
+            worker.process.start(self._config_of(job), environment_of(job), worker.device)
+        except Exception:  # the next look tries again
+            self.store.change(job.id, ("running",), status="queued")
+            raise
         self._workers[job.id] = worker
         self.store.add_event(job.id, "Fine-tuning job started" if not after else "Fine-tuning job started again")
 

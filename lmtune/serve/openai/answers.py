@@ -115,6 +115,11 @@ class Call:
         for answer in self.answers:
             answer.cancel()
 
+    def check(self) -> None:
+        """ApiError if its answers were cut, for a client that is there: then the server closes."""
+        if self.is_left:
+            raise ApiError(503, "the server closed before the answer was whole; ask again", code="server_closing")
+
     def end(self, status: str) -> None:
         """Count it, once it is over."""
         for answer in self.answers:

@@ -1,7 +1,7 @@
 """The application of `lmtune serve`: its routes, and who may use them.
 
 Every route under `/v1` wants the key, as `Authorization: Bearer KEY`. So no website that the user visits can use the
-server, though a browser may send requests to this machine. `/health` and `/metrics` tell counts only.
+server, though a browser may send requests to this machine. `/health` and `/metrics` tell names of models and counts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmtune.serve.openai.answers import Answering
@@ -25,6 +27,7 @@ from lmtune.serve.server import replay
 
 MAX_BODY_BYTES = 16_000_000
 MAX_TOKENS = 1024  # of an answer whose request does not say it
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _UPLOADS = "/v1/files"  # has a limit of its own
 
 
@@ -64,6 +67,13 @@ def build_api(
     async def metrics() -> Response:
         """Counts for Prometheus."""
         return Response(answering.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @application.api_route("/v1/{path:path}", methods=_METHODS, include_in_schema=False)
+    async def nothing(path: str, http: Request) -> Response:
+        """What no route above answers; else the page would, and not in OpenAI's form."""
+        is_known = any(route.matches(http.scope)[0] is Match.PARTIAL for route in application.router.routes)
+        status, what = (405, "another method is expected") if is_known else (404, "no such route")
+        raise ApiError(status, f"{http.method} /v1/{path}: {what}; /openapi.json lists the routes")
 
     if page is not None:
         application.mount("/", page)

@@ -96,17 +96,16 @@ def event_stream(chunks: AsyncIterator[Tree], http: HttpRequest, answering: Answ
     last one."""
 
     async def events() -> AsyncIterator[bytes]:
-        with answering.ending(call):
-            async with leaving(http, call):
-                try:
+        try:
+            with answering.ending(call):
+                async with leaving(http, call):
                     async for chunk in chunks:
-                        if call.is_left:
-                            return
+                        call.check()
                         yield b"data: " + json.dumps(chunk, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
-                    yield b"data: [DONE]\n\n"
-                except Exception as error:
-                    yield b"data: " + json.dumps(as_api_error(error).body).encode() + b"\n\n"
-                    raise
+                    call.check()
+            yield b"data: [DONE]\n\n"
+        except Exception as error:  # its status was sent long ago
+            yield b"data: " + json.dumps(as_api_error(error).body).encode() + b"\n\n"
 
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers)

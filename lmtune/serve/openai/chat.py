@@ -59,6 +59,7 @@ def chat_routes(catalog: Catalog, answering: Answering, max_tokens: int) -> APIR
         with answering.ending(call):
             async with leaving(http, call):
                 choices = await _choices(call, answers, texts)
+                call.check()
         return JSONResponse({**head, "choices": choices, "usage": usage_of(call)})
 
     return router

@@ -78,6 +78,7 @@ def completion_routes(catalog: Catalog, answering: Answering) -> APIRouter:
         with answering.ending(call):
             async with leaving(http, call):
                 trees = await _trees(body, call, choices)
+                call.check()
         return JSONResponse({**head, "choices": trees, "usage": usage_of(call)})
 
     return router

@@ -96,6 +96,10 @@ def _of_fields(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     """All fields that are wrong, each by its path; `param` is the first."""
     lines = []
     for fault in faults:
+        if fault["type"] == "json_invalid":
+            why = fault.get("ctx", {}).get("error", fault["msg"])
+            lines.append(("body", f"body: not JSON at character {fault['loc'][-1]}: {why}"))
+            continue
         parts = [str(part) for part in fault["loc"][1:]]
         place = ".".join(part for part in parts if not _UNION.fullmatch(part)) or str(fault["loc"][0])
         lines.append((place, f"{place}: {str(fault['msg']).removeprefix('Value error, ')}"))
