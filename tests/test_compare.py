@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lmtune.errors import DataError
 from lmtune.evaluation.answer_metrics import answer_metric
@@ -64,6 +65,10 @@ def test_a_clear_difference_is_said_in_words() -> None:
     with out.capture() as shown:
         out.print(comparison_table("runs/a", "runs/b", found))
     assert "40 / 0 / 20" in shown.get()
+    narrow = Console(width=80)
+    with narrow.capture() as shown:
+        narrow.print(comparison_table("runs/boosting25", "runs/the-best", found))
+    assert any("66.7 %" in line and "40 / 0 / 20" in line for line in shown.get().splitlines()), shown.get()
 
 
 def of_preferences(rewards: list[float], is_likelier: list[bool], kl: bool = False) -> list[RowResult]:

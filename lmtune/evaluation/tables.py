@@ -15,6 +15,7 @@ from lmtune.runs.tables import SCORES, format_score, names_of
 
 _MOST_SLICES = 20
 _PLAIN = ("loss", "mean_absolute_error", "squared_error")  # no shares
+_BESIDE = ("difference (95 %)", "better /\nworse / same")  # a narrow terminal folds the names, not these
 Cell = tuple[float | None, Interval | None]
 
 
@@ -34,7 +35,7 @@ def difference_cells(name: str, found: Difference) -> list[str]:
 
 def comparison_table(first: str, second: str, compared: Comparison) -> Table:
     """Both models' scores, their difference with its 95 % interval, and on how many rows the second is better."""
-    table = plain_table(first, second, "difference (95 %)", "better / worse / same")
+    table = plain_table(first, second, *_BESIDE)
     for name, found in compared.differences.items():
         table.add_row(name, *(shown_score(name, one) for one in compared.scores[name]), *difference_cells(name, found))
     return table
@@ -72,7 +73,7 @@ def slices_table(slices: Sequence[Slice], by: str, second: str = "tuned", first:
     known = [one.compared for one in slices if one.compared is not None]
     compared = max(known, key=lambda one: len(one.differences), default=None)  # some slices may have no answers
     deciding = compared.deciding if compared else next(iter(max(slices, key=lambda one: len(one.scores)).scores))
-    beside = () if compared is None else (first, second, "difference (95 %)", "better / worse / same")
+    beside = () if compared is None else (first, second, *_BESIDE)
     table = plain_table("rows", *(beside or (f"{deciding} (95 %)",)), head=by)
     for one in slices[:_MOST_SLICES]:
         cells = [escape(one.name), str(one.rows)]
@@ -97,7 +98,7 @@ def plain_table(*titles: str, head: str = "") -> Table:
     table = Table(box=None, pad_edge=False, title_justify="left", caption_justify="left")
     table.add_column(escape(head), no_wrap=True)
     for title in titles:
-        table.add_column(escape(title), justify="right", overflow="fold")
+        table.add_column(escape(title), justify="right", overflow="fold", no_wrap=title in _BESIDE)
     return table
 
 
