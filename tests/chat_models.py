@@ -78,6 +78,7 @@ class Parrot(torch.nn.Module):
             max_position_embeddings=positions, _attn_implementation="sdpa", vocab_size=len(tokenizer)
         )  # fmt: skip
         self.config.get_text_config = lambda: self.config
+        self.peft_config = {"default": None}
         self.device = torch.device("cpu")
         self._encoded: dict[str, list[int]] = {}
 

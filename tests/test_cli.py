@@ -140,7 +140,7 @@ def test_the_version_and_no_arguments() -> None:
     assert "quickstart" in nothing.stdout + nothing.stderr
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("train", "finetune"), ("prevew", "preview"), ("serve", "app")])
+@pytest.mark.parametrize(("typed", "meant"), [("train", "finetune"), ("prevew", "preview"), ("web", "app")])
 def test_a_verb_of_another_tool_is_answered_by_ours(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], typed: str, meant: str
 ) -> None:

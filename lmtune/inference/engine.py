@@ -273,7 +273,8 @@ class TransformersEngine:
                 return
             row = self._waiting.popleft()
             found = self._prefixes.find(row.request.members, row.token_ids) if self._joins else None
-            if found is not None and _is_worth_it(len(found.token_ids), row.num_prompt):
+            others = bool(self._waiting or self._reading)
+            if found is not None and (not others or _is_worth_it(len(found.token_ids), row.num_prompt)):
                 row.cache, row.num_read, row.logits = found.cache, len(found.token_ids), found.logits
                 row.generation.num_read = row.num_read
             self._reading.append(row)
@@ -459,7 +460,7 @@ class TransformersEngine:
 
 
 def _is_worth_it(num_read: int, num_prompt: int) -> bool:
-    """Whether to go on from a prefix: such a prompt has a pass of its own, while others are read together."""
+    """Whether to go on from a prefix though others wait, who are read together, while such a prompt is read alone."""
     return num_read >= 128 or 2 * num_read >= num_prompt
 
 

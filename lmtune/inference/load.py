@@ -470,6 +470,18 @@ def newest_saved(run: RunDirectory) -> Saved | None:
     return None
 
 
+def saved_at(run: RunDirectory, step: int) -> Saved:
+    """The weights of the run's checkpoint after `step`.
+
+    Raises:
+        ModelError: it is not there any more, or not whole.
+    """
+    folder = next((path for path in checkpoint_folders(run.checkpoints) if step_of(path) == step), None)
+    if folder is None or problem_of(folder) is not None:
+        raise ModelError(f"{run.path}: no whole checkpoint of step {step}; the newest are kept (run.keep_checkpoints)")
+    return Saved(step, None, False, load_file(folder / ADAPTER))
+
+
 def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | None = None) -> None:
     """Fill an empty folder as the run would fill `adapter/` with these weights; `base` is where its base is now."""
     config = run_config(run, base)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,15 @@ from typing import TYPE_CHECKING, cast
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig, Quantization
 from lmtune.errors import ModelError
-from lmtune.inference.load import LoadedModel, load_for_inference, loaded_model, saved_tokenizer, usable_adapter
+from lmtune.inference.load import (
+    LoadedModel,
+    load_for_inference,
+    loaded_model,
+    saved_at,
+    saved_tokenizer,
+    usable_adapter,
+    write_adapter,
+)
 from lmtune.io.console import err, escape
 from lmtune.models.base import base_fingerprint, load_tokenizer, resolve_name
 from lmtune.models.locate import adapter_base, run_config
@@ -38,16 +47,21 @@ _Key = tuple[str, str, str]  # the base's fingerprint, quantization and dtype
 
 @dataclass(frozen=True)
 class _Adapter:
-    """An adapter that a target names: its folder or run, its base, and its name for people."""
+    """An adapter that a target names: its folder or run, its base, its name for people; of a run maybe a checkpoint."""
 
     place: Path | RunDirectory
     base: ModelConfig
     name: str
+    step: int | None = None
 
     @contextlib.contextmanager
     def folder(self, base: str | None) -> Iterator[Path]:
         if isinstance(self.place, Path):
             yield self.place
+        elif self.step is not None:
+            with tempfile.TemporaryDirectory(prefix="lmtune-") as folder:
+                write_adapter(self.place, saved_at(self.place, self.step), Path(folder), base)
+                yield Path(folder)
         else:
             with usable_adapter(self.place, base) as folder:
                 yield folder
@@ -83,6 +97,22 @@ class SharedModels:
         if fault is None:
             self._first[key] = loaded
         return loaded
+
+    def load_checkpoint(self, target: str, step: int) -> LoadedModel:
+        """A run's adapter as it was after a step, over a base that is there.
+
+        Raises:
+            ModelError: there is no such checkpoint, it is no adapter, or its base is not loaded.
+        """
+        adapter = self._adapter(target)
+        if adapter is None or isinstance(adapter.place, Path):
+            raise ModelError(f"{target}: not a run with an adapter, so its checkpoints are no models that share a base")
+        first = self._first.get(self._key(adapter.base))
+        if first is None:
+            raise ModelError(f"{target}: its base {adapter.base.name} is not loaded")
+        adapter = replace(adapter, step=step)
+        with adapter.folder(self._base) as folder:
+            return self._beside(first, adapter, folder)
 
     def _adapter(self, target: str) -> _Adapter | None:
         """The adapter that a target names; None for models and ensembles."""

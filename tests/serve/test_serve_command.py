@@ -90,6 +90,12 @@ def test_a_walk_with_openais_client_alone(tmp_path: Path) -> None:
         assert client.files.content(job.result_files[0]).text.startswith("step,train_loss,")
         undisturbed = say(client, job.fine_tuned_model)
         assert undisturbed != say(client, "tiny")
+        last, *earlier = [one.fine_tuned_model_checkpoint for one in client.fine_tuning.jobs.checkpoints.list(job.id)]
+        assert say(client, last) == undisturbed
+        assert earlier
+        assert all(say(client, name) for name in earlier)
+        with pytest.raises(openai.NotFoundError):
+            say(client, f"{job.fine_tuned_model}:ckpt-step-9999")
         second = client.fine_tuning.jobs.create(training_file=file.id, **asked).id
         wait_for(client, second, lambda one: list(client.fine_tuning.jobs.checkpoints.list(one.id)))
         client.fine_tuning.jobs.pause(second)

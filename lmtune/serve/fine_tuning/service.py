@@ -9,6 +9,7 @@ tuning.models()       # those of earlier jobs, to load at the start; `load(name,
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,17 @@ from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError
 from lmtune.io.atomic import try_lock
+from lmtune.runs.store import checkpoint_folders, step_of
 from lmtune.serve.fine_tuning.events import events_router
 from lmtune.serve.fine_tuning.files import files_router
 from lmtune.serve.fine_tuning.jobs import Bases, jobs_router
 from lmtune.serve.fine_tuning.queue import Queue
+from lmtune.serve.fine_tuning.requests import model_name
 from lmtune.serve.fine_tuning.settings import read_defaults
 from lmtune.serve.fine_tuning.store import Store
 from lmtune.serve.openai.errors import add_error_handlers
+
+_CHECKPOINT = re.compile(r"(?P<model>ft:.+):ckpt-step-(?P<step>\d{1,9})")
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,15 @@ class FineTuning:
                 created = int(job.finished_at or job.created_at)
                 found.append(TunedModel(str(job.fine_tuned_model), run.path, job.base.name, created))
         return found
+
+    def checkpoint(self, name: str) -> tuple[Path, int] | None:
+        """Run and step of a checkpoint's name, as `/checkpoints` lists it; None if no job has it."""
+        found = _CHECKPOINT.fullmatch(name)
+        for job in self.store.jobs_that_are("succeeded", "running", "paused", "cancelled", "failed") if found else ():
+            if found is not None and model_name(job.base.name, job.request.suffix, job.id) == found["model"]:
+                run, step = self._queue.run_of(job), int(found["step"])
+                return (run.path, step) if step in map(step_of, checkpoint_folders(run.checkpoints)) else None
+        return None
 
 
 def application_of(tuning: FineTuning) -> FastAPI:

@@ -45,9 +45,14 @@ class _Promised:
 
 
 class Catalog:
-    """Names and their models; may be added to from any thread while the server runs."""
+    """Names and their models; may be added to from any thread while the server runs.
+
+    Attributes:
+        more: loads the model of a name that is not listed; None where there is none.
+    """
 
     def __init__(self) -> None:
+        self.more: Callable[[str], LoadedModel | None] = lambda name: None
         self._models: dict[str, Served | _Promised] = {}
         self._loading = threading.Lock()
 
@@ -78,15 +83,17 @@ class Catalog:
         found = self._models.get(name)
         if isinstance(found, Served):
             return found
-        self._check(name)
         try:
             return await run_in_threadpool(self.load, name)
         except LmtuneError as error:
             raise ApiError(500, f"{name}: cannot be loaded: {error}", param="model", code="model_error") from None
 
     def load(self, name: str) -> Served:
-        """The model of a name, loaded now if it was promised."""
+        """The model of a name, loaded now if it was not. Errors as of `find`, or those of loading."""
         with self._loading:
+            if name not in self._models and (loaded := self.more(name)) is not None:
+                self.add(name, loaded)
+            self._check(name)
             found = self._models[name]
             if isinstance(found, _Promised):
                 self.add(name, found.load(), found.created)

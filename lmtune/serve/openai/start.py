@@ -86,6 +86,14 @@ class _Models:
         with self._lock:
             return self._shared.load(target)
 
+    def load_checkpoint(self, tuning: FineTuning, name: str) -> LoadedModel | None:
+        """The model of a checkpoint of a job, by the name that is listed for it."""
+        found = tuning.checkpoint(name)
+        if found is None:
+            return None
+        with self._lock:
+            return self._shared.load_checkpoint(str(found[0]), found[1])
+
     def on_model(self, name: str, run: Path) -> None:
         """A job has made a model: it can be used at once."""
         self.catalog.promise(name, lambda: self.load(str(run)), int(time.time()))
@@ -170,6 +178,7 @@ def trainable(
 
 def _fine_tuning(jobs: JobSettings, models: _Models, bases: Mapping[str, ModelConfig]) -> FineTuning:
     tuning = FineTuning(jobs.runs / ".serve", jobs.runs, lambda: bases, jobs.defaults, models.on_model)
+    models.catalog.more = functools.partial(models.load_checkpoint, tuning)
     for model in tuning.models():
         models.catalog.promise(model.name, functools.partial(models.load, str(model.run)), model.created)
     return tuning
