@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtune.config.load import load_config
+from lmtune.config.options import Base
 from lmtune.config.schema import FinetuneConfig, sources_of
 from lmtune.errors import LmtuneError
 from lmtune.io.console import err, escape, progress
@@ -35,9 +36,7 @@ def main(
     host: Annotated[str, typer.Option(help="Address to serve at; any but 127.0.0.1 needs --auth.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port, or the next that is free.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Also by a public link; needs --auth.")] = False,
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base of the adapters is now.")
-    ] = None,
+    base: Base = None,
     auth: Annotated[
         str | None, typer.Option(metavar="USER:PASSWORD", envvar="LMTUNE_AUTH", help="Who may use the app.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lmtune.config.options import Base
 from lmtune.errors import ConfigError
 from lmtune.io.console import err, escape, progress
 from lmtune.run import run
@@ -22,9 +23,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 256,
     seed: Annotated[int, typer.Option(help="Of sampling: equal seeds give equal answers.")] = 0,
     vote: Annotated[bool, typer.Option("--vote", help="Of an ensemble: count votes, not the mean.")] = False,
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
-    ] = None,
+    base: Base = None,
     without_adapter: Annotated[bool, typer.Option("--without-adapter", help="Let the base model answer.")] = False,
     conversation: Annotated[
         bool, typer.Option("--conversation", help="The lines of a pipe are one conversation, not each asked alone.")

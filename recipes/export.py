@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lmtune.config.options import Base
 from lmtune.export.base import Engine, Kind, Request
 from lmtune.io.console import err, escape, progress
 from lmtune.run import run
@@ -21,9 +22,7 @@ def main(
     kind: Annotated[Kind, typer.Option("--type", help="Of the weights in GGUF.")] = "q8_0",
     adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, to be served over its base.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File or folder; else in the run's.")] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
-    ] = None,
+    base: Base = None,
 ) -> None:
     """Export RUN for another engine, with its chat template and the stop tokens that it was trained with.
 

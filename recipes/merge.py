@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from lmtune.config.options import Base
 from lmtune.export.merged import merge_run
 from lmtune.run import run
 from lmtune.runs.store import choose_run
@@ -20,9 +21,7 @@ def main(
         Literal["trained", "original"],
         typer.Option(help="trained: the weights that were trained over, dequantized. original: as published."),
     ] = "trained",
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
-    ] = None,
+    base: Base = None,
     accept_difference: Annotated[
         bool,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lmtune.config.options import Base
 from lmtune.data.columns import columns_of
 from lmtune.io.atomic import write_text
 from lmtune.io.console import err, escape, progress
@@ -27,9 +28,7 @@ def main(
         typer.Option(help="Another name of a key, as question=prompt; by default those of the run's data.columns."),
     ] = None,
     vote: Annotated[bool, typer.Option("--vote", help="Of an ensemble: count votes, not the mean.")] = False,
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
-    ] = None,
+    base: Base = None,
 ) -> None:
     """The rows of DATA with `prediction` beside their keys, one JSON object a line, in their order.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lmtune.config.options import Base
 from lmtune.config.schema import Quantization
 from lmtune.io.console import err, escape, progress
 from lmtune.recipes.app import newest_run
@@ -23,9 +24,7 @@ def main(
     ] = None,
     host: Annotated[str, typer.Option(help="Address; any but 127.0.0.1 needs LMTUNE_API_KEY.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port, or the next that is free.")] = 8000,
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base of the adapters is now.")
-    ] = None,
+    base: Base = None,
     quantization: Annotated[
         Quantization | None, typer.Option(help="Of all bases; by default what each adapter was trained over.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lmtune.config.options import Base
 from lmtune.io.console import escape, out, print_json, progress
 from lmtune.run import run
 from lmtune.runs.store import choose_run
@@ -20,9 +21,7 @@ def main(
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the model there; else the run's, or the only one.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")
-    ] = None,
+    base: Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON document.")] = False,
 ) -> None:
     """Ask an endpoint that speaks OpenAI's protocol for the run's held-out rows, and compare with both models.

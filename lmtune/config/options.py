@@ -15,3 +15,4 @@ Overrides = Annotated[
 ]
 BaseModel = Annotated[str | None, typer.Option(help="The base model; short for model.name=…")]
 TrainRows = Annotated[list[str] | None, typer.Option(help="Rows to train on; short for data.train=…")]
+Base = Annotated[str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")]

@@ -26,7 +26,6 @@ JudgeAddress = Annotated[
     typer.Option("--judge", metavar="URL", help="An OpenAI-compatible endpoint that compares answers; see the docs."),
 ]
 JudgeModel = Annotated[str | None, typer.Option(metavar="NAME", help="The judge's model, if the endpoint has several.")]
-Base = Annotated[str | None, typer.Option(metavar="FOLDER_OR_ID", help="Where the base model is now, if it was moved.")]
 ColumnNames = Annotated[
     list[str] | None,
     typer.Option("--columns", help="Another name of a key, as question=prompt; by default those of the run."),
