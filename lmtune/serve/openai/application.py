@@ -116,13 +116,14 @@ class _Guard:
             await refusal.response(scope, receive, send)
             return
         if scope["path"] != _UPLOADS:
-            body, more = b"", True
+            body, more = bytearray(), True
             while more and len(body) <= MAX_BODY_BYTES:
                 message = await receive()
-                body, more = body + message.get("body", b""), message.get("more_body", False)
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
             if len(body) > MAX_BODY_BYTES:
                 refusal = ApiError(413, f"the body is over {MAX_BODY_BYTES:,} bytes; expected less")
                 await refusal.response(scope, receive, send)
                 return
-            receive = replay(body, receive)
+            receive = replay(bytes(body), receive)
         await self._app(scope, receive, send)

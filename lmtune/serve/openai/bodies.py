@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from starlette.requests import Request as HttpRequest
@@ -13,6 +14,7 @@ from lmtune.data.rendering import Renderer
 from lmtune.inference.load import LoadedModel
 from lmtune.inference.request import Sampling, TokenLogprobs
 from lmtune.serve.openai.answers import Answering, Call, leaving
+from lmtune.serve.openai.catalog import Served
 from lmtune.serve.openai.errors import ApiError, as_api_error
 from lmtune.serve.openai.schemas import ChatRequest, CompletionRequest
 
@@ -42,6 +44,13 @@ def check_length(prompt: Sequence[int], loaded: LoadedModel, param: str) -> None
     if limit is not None and len(prompt) >= limit:
         message = f"{param}: {len(prompt)} tokens; this model reads at most {limit}, with its answer; shorten it"
         raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def head_of(served: Served, prefix: str, kind: str) -> Tree:
+    """What answers of a `kind` and their chunks begin with."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": served.name,
+    }  # fmt: skip
 
 
 def usage_of(call: Call) -> Tree:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import AsyncIterator, Sequence
 
 from fastapi import APIRouter
@@ -18,7 +17,7 @@ from lmtune.data.values import RowFault
 from lmtune.errors import ModelError
 from lmtune.inference.request import Constraint, Request
 from lmtune.serve.openai.answers import Answer, Answering, Call, leaving, merged
-from lmtune.serve.openai.bodies import Tree, chat_logprobs, check_length, event_stream, sampling_of, usage_of
+from lmtune.serve.openai.bodies import Tree, chat_logprobs, check_length, event_stream, head_of, sampling_of, usage_of
 from lmtune.serve.openai.catalog import Catalog, Served
 from lmtune.serve.openai.errors import ApiError
 from lmtune.serve.openai.schemas import ChatRequest
@@ -50,10 +49,7 @@ def chat_routes(catalog: Catalog, answering: Answering, max_tokens: int) -> APIR
         call.num_prompt_tokens = len(prompt)
         answers = call.ask(requests)
         texts = [ChatText(served.renderer, body.stops, bool(tools)) for _ in answers]
-        head: Tree = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion", "created": int(time.time()),
-            "model": served.name,
-        }  # fmt: skip
+        head = head_of(served, "chatcmpl", "chat.completion")
         if body.stream:
             return event_stream(_chunks(head, body, call, answers, texts), http, answering, call)
         with answering.ending(call):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +12,15 @@ from starlette.responses import JSONResponse, Response
 
 from lmtune.inference.request import Request, TokenLogprobs
 from lmtune.serve.openai.answers import Answer, Answering, Call, leaving, merged
-from lmtune.serve.openai.bodies import Tree, check_length, completion_logprobs, event_stream, sampling_of, usage_of
+from lmtune.serve.openai.bodies import (
+    Tree,
+    check_length,
+    completion_logprobs,
+    event_stream,
+    head_of,
+    sampling_of,
+    usage_of,
+)
 from lmtune.serve.openai.catalog import Catalog, Served
 from lmtune.serve.openai.errors import ApiError
 from lmtune.serve.openai.schemas import CompletionRequest
@@ -57,10 +63,7 @@ def completion_routes(catalog: Catalog, answering: Answering) -> APIRouter:
             raise ApiError(400, "max_tokens: 0; expected 1 or more, or echo: true", param="max_tokens")
         samplings = sampling_of(body, served.loaded, _MAX_TOKENS if body.max_tokens is None else body.max_tokens)
         call = answering.begin(served)
-        head: Tree = {
-            "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
-            "model": served.name,
-        }  # fmt: skip
+        head = head_of(served, "cmpl", "text_completion")
         try:
             choices = await _begin(body, call, prompts)
             if asks:
