@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from lmtune.config.options import Base
 from lmtune.data.checking import check_data
 from lmtune.data.columns import columns_of
 from lmtune.errors import ConfigError
@@ -37,7 +36,7 @@ def main(
     confusion: options.Confusion = None,
     columns: options.ColumnNames = None,
     vote: Annotated[bool, typer.Option("--vote", help="Of an ensemble: count votes, not the mean.")] = False,
-    base: Base = None,
+    base: options.Base = None,
 ) -> None:
     """Loss, accuracies and metrics of generated answers with 95 % intervals; of classes F1 and confusion.
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lmtune.config.options import Base as Base
+
 TARGET = "A run, model folder or Hub id; or a file of answers that `predict` wrote."
 Data = Annotated[list[Path] | None, typer.Argument(metavar="DATA...", help="Files or folders of rows.")]
 Metrics = Annotated[
