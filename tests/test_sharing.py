@@ -37,7 +37,6 @@ from tests.ui.client import GOOD, Client
 from tests.workplace import QUESTIONS, environment, finetune, inside, write_rows
 
 pytestmark = pytest.mark.slow  # a run, and processes that load a model
-pytest.importorskip("gguf")
 
 IDS = torch.arange(3, 40)[None]
 SHARE = """
