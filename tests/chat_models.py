@@ -49,7 +49,10 @@ def chat_model(
     tokenizer = make_tokenizer(template)
     renderer = Renderer(tokenizer, "auto", system)
     model = random_model(seed, adapter, positions, window, dora)
-    return LoadedModel(model, tokenizer, renderer, "random", adapter, system, engine=TransformersEngine(model))
+    return LoadedModel(
+        name="random", renderer=renderer, engine=TransformersEngine(model), has_adapter=adapter, system=system,
+        model=model, tokenizer=tokenizer,
+    )  # fmt: skip
 
 
 def never_stops(loaded: LoadedModel, seconds: float = 0.0) -> LoadedModel:
@@ -136,4 +139,7 @@ def parrot(
     tokenizer = make_tokenizer(CHATML)
     model = Parrot(tokenizer, seconds, positions)
     renderer = Renderer(tokenizer, "auto", system)
-    return LoadedModel(model, tokenizer, renderer, name, adapter, system, engine=TransformersEngine(model))
+    return LoadedModel(
+        name=name, renderer=renderer, engine=TransformersEngine(model), has_adapter=adapter, system=system,
+        model=model, tokenizer=tokenizer,
+    )  # fmt: skip

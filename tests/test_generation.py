@@ -456,7 +456,9 @@ def scripted(template: str, option: Template, said: str, max_new_tokens: int = 6
     tokenizer = make_tokenizer(template)
     model = random_model(adapter=False)
     renderer = Renderer(tokenizer, option)
-    loaded = LoadedModel(model, tokenizer, renderer, "scripted", False, engine=TransformersEngine(model))
+    loaded = LoadedModel(
+        name="scripted", renderer=renderer, engine=TransformersEngine(model), model=model, tokenizer=tokenizer
+    )
     script = tokenizer.encode(said, add_special_tokens=False)
     place = [0]
 

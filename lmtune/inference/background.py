@@ -1,8 +1,6 @@
-"""An engine that runs in a thread of its own and tells who waits: for a server, whose event loop may not wait.
+"""An engine that is run by a thread of its own, which tells who waits.
 
-    engine = BackgroundEngine(loaded.engine, tell=lambda waiting: loop.call_soon_threadsafe(wake, waiting))
-    generation = engine.submit(request, future)      # `tell` gets `future` whenever there is something new
-    while generation.has_news and ...: next(generation)
+    background = BackgroundEngine(engine, tell=lambda waiting: loop.call_soon_threadsafe(wake, waiting))
 
 Whoever else uses the same engine, such as a chat, goes on as before: its tokens come from the same passes.
 """
@@ -11,24 +9,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol
 
-from lmtune.inference.engine import TransformersEngine
+from lmtune.inference.base import Waiter
 from lmtune.inference.request import Generation, Request
 
-Waiter = TypeVar("Waiter")
+
+class Stepped(Protocol):
+    """An engine that somebody has to run."""
+
+    def submit(self, request: Request) -> Generation:
+        """See `Engine`."""
+
+    def step(self) -> None:
+        """Give every request under way a token."""
 
 
 class BackgroundEngine(Generic[Waiter]):
-    """Runs an engine while somebody waits for an answer.
+    """Runs an engine while somebody waits for an answer; a `Background`."""
 
-    Args:
-        engine: to run.
-        tell: is called, from the engine's thread, after each pass with those whose answer has news or is over.
-    """
-
-    def __init__(self, engine: TransformersEngine, tell: Callable[[Sequence[Waiter]], None]) -> None:
-        self.engine, self._tell = engine, tell
+    def __init__(self, engine: Stepped, tell: Callable[[Sequence[Waiter]], None]) -> None:
+        self._engine, self._tell = engine, tell
         self._waiting: dict[Generation, Waiter] = {}
         self._changed = threading.Condition()
         self._is_closed = False
@@ -36,15 +37,15 @@ class BackgroundEngine(Generic[Waiter]):
         self._thread.start()
 
     def submit(self, request: Request, waiter: Waiter) -> Generation:
-        """Answer a request; as of `Engine.submit`. Ask the answer for tokens only while it `has_news`."""
-        generation = self.engine.submit(request)
+        """See `Background`."""
+        generation = self._engine.submit(request)
         with self._changed:
             self._waiting[generation] = waiter
             self._changed.notify()
         return generation
 
     def close(self) -> None:
-        """Answer no more; answers under way are cancelled."""
+        """See `Background`."""
         with self._changed:
             self._is_closed = True
             for generation in self._waiting:
@@ -59,7 +60,7 @@ class BackgroundEngine(Generic[Waiter]):
                 if self._is_closed:
                     self._tell(list(self._waiting.values()))
                     return
-            self.engine.step()
+            self._engine.step()
             with self._changed:
                 news = [(one, waiter) for one, waiter in self._waiting.items() if one.has_news or one.is_over]
                 for generation, _ in news:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 
 from lmtune.data.types import Message
 from lmtune.errors import ConfigError, LmtuneError
+from lmtune.inference.chat_model import ChatModel
 from lmtune.inference.classify import Classifier
 from lmtune.inference.load import LoadedModel
 from lmtune.inference.request import FinishReason, Generation, Request, Sampling
 
 
-def check_chats(model: LoadedModel) -> None:
+def check_chats(model: ChatModel) -> None:
     """ConfigError for a model that has nothing to say of a message alone: it scores an answer to a prompt."""
     if model.head is not None and model.head.kind == "reward":
         raise ConfigError(
@@ -60,14 +61,14 @@ class ChatSession:
     """
 
     def __init__(
-        self, model: LoadedModel, system: str | None = None, messages: Sequence[Message] = (),
+        self, model: ChatModel, system: str | None = None, messages: Sequence[Message] = (),
         infos: Sequence[AnswerInfo | None] = (),
     ) -> None:  # fmt: skip
         """A conversation that begins with `messages`; `infos` holds one for each, None for questions."""
         check_chats(model)
         self.model = model
         self.system = system
-        self.classifier = None if model.head is None else Classifier(model)
+        self.classifier = Classifier(model) if isinstance(model, LoadedModel) and model.head is not None else None
         self.remembers = model.renderer.uses_chat_template and self.classifier is None
         self._history = list(messages)
         self._infos = list(infos) or [None] * len(self._history)

@@ -19,11 +19,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lmtune.errors import LmtuneError
+from lmtune.inference.background import BackgroundEngine
+from lmtune.inference.base import Waiter
 from lmtune.inference.kv_cache import copy_of, is_joinable, join, select, with_room
 from lmtune.inference.prefixes import Prefix, PrefixStore
 from lmtune.inference.request import Generation, Request, Sampler, TokenLogprobs, token_logprobs
@@ -36,35 +38,6 @@ if TYPE_CHECKING:
 
 _PREFILL_TOKENS = 512  # of prompts in one forward pass, so that a long one can be stopped and lets others in
 _PREFIX_BYTES = 2**29
-
-
-class Engine(Protocol):
-    """What generates tokens: the model of this process, or whatever else serves one."""
-
-    @property
-    def max_positions(self) -> int | None:
-        """The longest prompt with its answer, in tokens; None without a limit."""
-
-    def submit(self, request: Request) -> Generation:
-        """Stream the answer to a request whose prompt is shorter than `max_positions`.
-
-        Raises:
-            LmtuneError: from the iterator, where the logits are not finite.
-        """
-
-    def generate(self, requests: Sequence[Request], advance: Callable[[int], None] | None = None) -> list[list[int]]:
-        """Answer many requests.
-
-        Args:
-            requests: in any order; each with its own members and sampling.
-            advance: is called with a number of answers that are there.
-
-        Returns:
-            The new tokens of each, in the order of the requests, without the stop token.
-
-        Raises:
-            LmtuneError: a prompt leaves no room for an answer.
-        """
 
 
 @dataclass(eq=False)
@@ -157,6 +130,19 @@ class TransformersEngine:
         """See `Engine`."""
         return max_positions(self.model)
 
+    @property
+    def vocab_size(self) -> int:
+        """See `Engine`."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def description(self) -> str:
+        """See `Engine`."""
+        base = base_of(self.model)
+        size = base.num_parameters()
+        amount = f"{size / 1e9:.1f} billion" if size >= 1e9 else f"{size / 1e6:.1f} million"
+        return f"{amount} parameters on the {'GPU' if base.device.type == 'cuda' else 'CPU'}"
+
     def use(self, model: torch.nn.Module) -> None:
         """Go on with the same model after adapters were put on it, with `lock` held."""
         self.model: Any = model
@@ -203,6 +189,10 @@ class TransformersEngine:
             len(self._arrived) + len(self._waiting) + len(self._reading) + sum(len(one.rows) for one in self._batches)
         )
 
+    def background(self, tell: Callable[[Sequence[Waiter]], None]) -> BackgroundEngine[Waiter]:
+        """See `Engine`."""
+        return BackgroundEngine(self, tell)
+
     def step(self) -> None:
         """Give every request under way a token, and read a piece of what waits; for whoever runs the engine for others.
 
@@ -212,16 +202,7 @@ class TransformersEngine:
             self._step()
 
     def score(self, token_ids: Sequence[int], members: Members = AS_IS, num_top: int = 0) -> list[TokenLogprobs]:
-        """How probable each token is after those before it.
-
-        Args:
-            token_ids: `[T]`, at most `max_positions` of them.
-            members: who reads.
-            num_top: how many of the most probable tokens are told at each place.
-
-        Returns:
-            `[T - 1]`: of all but the first.
-        """
+        """See `Engine`."""
         row = self._new_row(Request(token_ids, members=members), keeps=False)
         batch, last = _Batch([row], None, 0, self._is_switched_off(row)), len(token_ids) - 1
         found: list[TokenLogprobs] = []

@@ -25,6 +25,7 @@ from lmtune.data.rendering import Renderer, Template
 from lmtune.errors import CheckpointError, ConfigError, LmtuneError, ModelError, is_failure
 from lmtune.forward.ensemble import EnsembleForward
 from lmtune.forward.packed import PackedForward
+from lmtune.inference.chat_model import ChatModel
 from lmtune.inference.engine import TransformersEngine
 from lmtune.io.atomic import write_json
 from lmtune.io.console import err, escape
@@ -33,7 +34,7 @@ from lmtune.models.changed_weights import write_changed
 from lmtune.models.gguf import is_gguf
 from lmtune.models.head import Head, classifier_head
 from lmtune.models.locate import adapter_base, is_local, run_config, shareable_name
-from lmtune.models.members import AS_IS, BASE, Members
+from lmtune.models.members import Members
 from lmtune.models.model_folder import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
 from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata, check_adapter, trained_rows
@@ -64,60 +65,27 @@ if TYPE_CHECKING:
 _TARGETS = "a run, an adapter or model folder, a GGUF file, a Hub id, or tiny"
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode with what is needed to talk to it.
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel(ChatModel):
+    """A model of this process, in evaluation mode.
 
     Attributes:
         model: a transformers model, or a PeftModel over one.
         tokenizer: its tokenizer.
-        renderer: turns messages into the tokens of training.
-        name: for people.
         has_adapter: whether `use_base` makes a difference; not for a classifier, whose base has no head.
-        system: the system prompt of training, used where the user gives none.
-        trained_at: the time that the template wrote into the prompts of training, if it writes one.
-        run: the run that the model comes from, if that is known.
-        head: of a classifier; None for a language model.
-        members: who answers, of several adapters on the model.
-        member_runs: the runs that these adapters come from; empty where one is an adapter without its run.
-        engine: generates tokens with the model, for any number of conversations; of all that answer over one base.
+        member_runs: the runs that the members come from; empty where one is an adapter without its run.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    renderer: Renderer
-    name: str
-    has_adapter: bool
-    system: str | None = None
-    trained_at: str | None = None
-    run: RunDirectory | None = None
-    head: Head | None = None
-    members: Members = AS_IS
     member_runs: tuple[RunDirectory, ...] = ()
-    engine: TransformersEngine = field(kw_only=True, repr=False)
-
-    @property
-    def lock(self) -> contextlib.AbstractContextManager[bool]:
-        """Held by whoever runs the model, since switching the adapter off concerns all threads."""
-        return self.engine.lock
-
-    def answering(self, use_base: bool = False) -> Members:
-        """Who answers a request, by `Request.members`."""
-        return Members((BASE,)) if use_base and self.has_adapter else self.members
+    engine: TransformersEngine = field(repr=False)
 
     def packed_forward(self) -> PackedForward:
         """Scores rows with this model, or with its members."""
         if not self.members.adapters:
             return PackedForward(self.model)
         return EnsembleForward(cast("PeftModel", self.model), self.members, self.head)
-
-    @property
-    def date_note(self) -> str | None:
-        """What to say where the template writes another date now than it wrote in training."""
-        now = self.renderer.rendered_at
-        if now is None or self.trained_at is None or now[:10] == self.trained_at[:10]:
-            return None
-        return f"the chat template writes today's date, {now[:10]}; in training it wrote {self.trained_at[:10]}"
 
     @contextlib.contextmanager
     def use_base(self) -> Iterator[None]:
@@ -278,8 +246,8 @@ def loaded_model(
         tokenizer, base, metadata.template, metadata.system, stop_token_ids=metadata.stop_token_ids
     )
     return LoadedModel(
-        model, tokenizer, renderer, name, has_adapter, metadata.system, metadata.rendered_at, head=metadata.head,
-        engine=engine or TransformersEngine(model),
+        name=name, renderer=renderer, engine=engine or TransformersEngine(model), has_adapter=has_adapter,
+        system=metadata.system, trained_at=metadata.rendered_at, head=metadata.head, model=model, tokenizer=tokenizer,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from lmtune.errors import ConfigError, LmtuneError
 from lmtune.io.console import err, escape, out, progress
 
 if TYPE_CHECKING:
-    from lmtune.inference.load import LoadedModel
+    from lmtune.inference.chat_model import ChatModel
     from lmtune.serve.studio.conversation import Activity
 
 DEFAULT_PORT = 7860
@@ -128,7 +128,7 @@ class Work(Protocol):
         """End them."""
 
 
-def launch(models: Sequence[LoadedModel], address: Address, examples: Sequence[Sequence[str]] = ()) -> None:
+def launch(models: Sequence[ChatModel], address: Address, examples: Sequence[Sequence[str]] = ()) -> None:
     """Serve the app until Ctrl-C or SIGTERM; answers under way are finished first.
 
     Args:
@@ -181,7 +181,7 @@ def run_server(application: ASGIApp, address: Address, works: Sequence[Work], sa
 
 
 def build_application(
-    models: Sequence[LoadedModel], address: Address, activity: Activity, examples: Sequence[Sequence[str]] = ()
+    models: Sequence[ChatModel], address: Address, activity: Activity, examples: Sequence[Sequence[str]] = ()
 ) -> FastAPI:
     """The page behind its middleware; arguments as of `launch`."""
     from gradio import mount_gradio_app

@@ -108,7 +108,7 @@ def open_tab(browser: Browser, app: RunningApp) -> Iterator[Callable[..., Tab]]:
 
 def test_a_conversation(open_tab: Callable[..., Tab]) -> None:
     tab = open_tab()
-    expect(tab.page.locator("#header")).to_contain_text("2.4 million parameters with its LoRA adapter, on the CPU.")
+    expect(tab.page.locator("#header")).to_contain_text("2.4 million parameters on the CPU, with its LoRA adapter.")
     expect(tab.page.locator("#header")).to_contain_text("Everything stays on this computer.")
     tab.page.locator(".answers .example", has_text="Where do customers").click()
     expect(tab.answers()).to_have_text("You asked: Where do customers park their cars?")

@@ -15,8 +15,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 from starlette.requests import Request as HttpRequest
 
-from lmtune.inference.background import BackgroundEngine
-from lmtune.inference.engine import TransformersEngine
+from lmtune.inference.base import Background, Engine
 from lmtune.inference.request import Generation, Request, TokenLogprobs
 from lmtune.serve.openai.catalog import Served
 from lmtune.serve.openai.errors import ApiError
@@ -35,7 +34,7 @@ class Answer(AsyncIterator[list[int]]):
         num_tokens: so far.
     """
 
-    def __init__(self, engine: BackgroundEngine[Answer], request: Request, began: Call) -> None:
+    def __init__(self, engine: Background[Answer], request: Request, began: Call) -> None:
         self.num_tokens = 0
         self._call, self._news, self._is_over = began, asyncio.Event(), False
         self._generation: Generation = engine.submit(request, self)
@@ -99,7 +98,7 @@ class Call:
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Begin to answer."""
-        engine = self._answering.engine(self.served.loaded.engine)
+        engine = self._answering.engine(self.served.model.engine)
         self.answers += [Answer(engine, request, self) for request in requests]
         return self.answers
 
@@ -142,15 +141,15 @@ class Answering:
     def __init__(self, metrics: Metrics, max_requests: int = 256) -> None:
         self.metrics, self.closing = metrics, False
         self._max_requests, self._calls = max_requests, set[Call]()
-        self._engines: dict[TransformersEngine, BackgroundEngine[Answer]] = {}
+        self._engines: dict[Engine, Background[Answer]] = {}
 
     @property
     def num_answering(self) -> int:
         """Requests under way."""
         return len(self._calls)
 
-    def engine(self, engine: TransformersEngine) -> BackgroundEngine[Answer]:
-        """The thread of an engine; from the server's loop."""
+    def engine(self, engine: Engine) -> Background[Answer]:
+        """An engine that runs by itself; from the server's loop."""
         if (running := self._engines.get(engine)) is None:
             loop = asyncio.get_running_loop()
 
@@ -158,7 +157,7 @@ class Answering:
                 with contextlib.suppress(RuntimeError):  # the loop has ended
                     loop.call_soon_threadsafe(_wake, answers)
 
-            running = self._engines[engine] = BackgroundEngine(engine, tell)
+            running = self._engines[engine] = engine.background(tell)
         return running
 
     def begin(self, served: Served) -> Call:

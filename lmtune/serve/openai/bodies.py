@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 
 from lmtune.data.rendering import Renderer
-from lmtune.inference.load import LoadedModel
+from lmtune.inference.chat_model import ChatModel
 from lmtune.inference.request import Sampling, TokenLogprobs
 from lmtune.serve.openai.answers import Answering, Call, leaving
 from lmtune.serve.openai.catalog import Served
@@ -21,13 +21,13 @@ from lmtune.serve.openai.schemas import ChatRequest, CompletionRequest
 Tree = dict[str, object]
 
 
-def sampling_of(body: ChatRequest | CompletionRequest, loaded: LoadedModel, max_tokens: int) -> list[Sampling]:
+def sampling_of(body: ChatRequest | CompletionRequest, model: ChatModel, max_tokens: int) -> list[Sampling]:
     """How each of the `n` answers is chosen; without a seed they differ from request to request."""
-    stops = tuple(loaded.renderer.stop_token_ids)
+    stops = tuple(model.renderer.stop_token_ids)
     temperature = 1.0 if body.temperature is None else body.temperature
     top_p = 1.0 if body.top_p is None else body.top_p
     seed = secrets.randbits(32) if body.seed is None else body.seed
-    bias, size = tuple((body.logit_bias or {}).items()), loaded.model.config.get_text_config().vocab_size
+    bias, size = tuple((body.logit_bias or {}).items()), model.engine.vocab_size
     if (over := next((token for token, _ in bias if token >= size), None)) is not None:
         raise ApiError(400, f"logit_bias: token {over}; expected tokens below {size}", param="logit_bias")
     return [
@@ -36,9 +36,9 @@ def sampling_of(body: ChatRequest | CompletionRequest, loaded: LoadedModel, max_
     ]
 
 
-def check_length(prompt: Sequence[int], loaded: LoadedModel, param: str) -> None:
+def check_length(prompt: Sequence[int], model: ChatModel, param: str) -> None:
     """ApiError for a prompt that leaves no room for an answer, or holds nothing."""
-    limit = loaded.engine.max_positions
+    limit = model.engine.max_positions
     if not prompt:
         raise ApiError(400, f"{param}: empty; expected at least one token", param=param)
     if limit is not None and len(prompt) >= limit:

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from lmtune.data.rendering import Renderer
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.inference.load import LoadedModel
+from lmtune.inference.chat_model import ChatModel
 from lmtune.serve.openai.errors import ApiError
 from lmtune.serve.openai.grammar import Grammars
 
@@ -23,14 +23,14 @@ class Served:
 
     Attributes:
         name: by which it is asked for.
-        loaded: the model.
+        model: itself.
         renderer: a copy of the model's, for the server's thread alone: a tokenizer is not for several at once.
         grammars: make its answers keep to a schema.
         created: when it was made, in seconds since 1970.
     """
 
     name: str
-    loaded: LoadedModel
+    model: ChatModel
     renderer: Renderer
     grammars: Grammars
     created: int
@@ -40,7 +40,7 @@ class Served:
 class _Promised:
     """A model that is loaded when it is first asked for."""
 
-    load: Callable[[], LoadedModel]
+    load: Callable[[], ChatModel]
     created: int
 
 
@@ -52,11 +52,11 @@ class Catalog:
     """
 
     def __init__(self) -> None:
-        self.more: Callable[[str], LoadedModel | None] = lambda name: None
+        self.more: Callable[[str], ChatModel | None] = lambda name: None
         self._models: dict[str, Served | _Promised] = {}
         self._loading = threading.Lock()
 
-    def add(self, name: str, loaded: LoadedModel, created: int | None = None) -> None:
+    def add(self, name: str, model: ChatModel, created: int | None = None) -> None:
         """Serve a model.
 
         Raises:
@@ -64,13 +64,13 @@ class Catalog:
         """
         if isinstance(self._models.get(name), Served):
             raise ConfigError(f"{name}: two models have this name; give one another: NAME=RUN_OR_MODEL")
-        if loaded.head is not None:
+        if model.head is not None:
             raise ConfigError(f"{name}: a classifier, which gives no answers; use lmtune predict or lmtune chat")
-        renderer = copy.deepcopy(loaded.renderer)
-        grammars = Grammars(renderer, int(loaded.model.config.get_text_config().vocab_size))
-        self._models[name] = Served(name, loaded, renderer, grammars, int(time.time()) if created is None else created)
+        renderer = copy.deepcopy(model.renderer)
+        grammars = Grammars(renderer, model.engine.vocab_size)
+        self._models[name] = Served(name, model, renderer, grammars, int(time.time()) if created is None else created)
 
-    def promise(self, name: str, load: Callable[[], LoadedModel], created: int) -> None:
+    def promise(self, name: str, load: Callable[[], ChatModel], created: int) -> None:
         """Serve a model that is loaded when it is first asked for."""
         self._models.setdefault(name, _Promised(load, created))
 

@@ -34,7 +34,7 @@ def chat_routes(catalog: Catalog, answering: Answering, max_tokens: int) -> APIR
         served = await catalog.find(body.model)
         tools = _tools(body)
         prompt = _prompt(body, served, tools)
-        samplings = sampling_of(body, served.loaded, body.max_completion_tokens or body.max_tokens or max_tokens)
+        samplings = sampling_of(body, served.model, body.max_completion_tokens or body.max_tokens or max_tokens)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
@@ -42,7 +42,7 @@ def chat_routes(catalog: Catalog, answering: Answering, max_tokens: int) -> APIR
         if body.response_format is not None and body.response_format.type != "text":
             rules = [await run_in_threadpool(served.grammars.constraint, body.response_format) for _ in samplings]
         requests = [
-            Request(prompt, sampling, served.loaded.members, num_logprobs, rule)
+            Request(prompt, sampling, served.model.members, num_logprobs, rule)
             for sampling, rule in zip(samplings, rules, strict=True)
         ]
         call = answering.begin(served)
@@ -80,7 +80,7 @@ def _prompt(body: ChatRequest, served: Served, tools: Sequence[str]) -> list[int
         prompt = list(served.renderer.prompt_ids(turns, tools))
     except (RowFault, ModelError) as fault:
         raise ApiError(400, str(fault), param="messages") from None
-    check_length(prompt, served.loaded, "messages")
+    check_length(prompt, served.model, "messages")
     return prompt
 
 

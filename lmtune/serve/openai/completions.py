@@ -61,14 +61,14 @@ def completion_routes(catalog: Catalog, answering: Answering) -> APIRouter:
         asks = body.max_tokens != 0
         if not asks and not body.echo:
             raise ApiError(400, "max_tokens: 0; expected 1 or more, or echo: true", param="max_tokens")
-        samplings = sampling_of(body, served.loaded, _MAX_TOKENS if body.max_tokens is None else body.max_tokens)
+        samplings = sampling_of(body, served.model, _MAX_TOKENS if body.max_tokens is None else body.max_tokens)
         call = answering.begin(served)
         head = head_of(served, "cmpl", "text_completion")
         try:
             choices = await _begin(body, call, prompts)
             if asks:
                 requests = [
-                    Request(choice.prompt, sampling, served.loaded.members, body.logprobs)
+                    Request(choice.prompt, sampling, served.model.members, body.logprobs)
                     for choice, sampling in zip(choices, samplings * len(prompts), strict=True)
                 ]
                 for choice, answer in zip(choices, call.ask(requests), strict=True):
@@ -97,22 +97,22 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 def _tokens(prompt: str | list[int], served: Served) -> list[int]:
     """The tokens of a prompt; a text begins as the tokenizer begins texts."""
     ids = [int(index) for index in served.renderer.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
-    size = served.loaded.model.config.get_text_config().vocab_size
+    size = served.model.engine.vocab_size
     if (over := next((index for index in ids if index >= size), None)) is not None:
         raise ApiError(400, f"prompt: token {over}; expected tokens below {size}", param="prompt")
-    check_length(ids, served.loaded, "prompt")
+    check_length(ids, served.model, "prompt")
     return ids
 
 
 async def _begin(body: CompletionRequest, call: Call, prompts: Sequence[list[int]]) -> list[_Choice]:
     """A choice for each answer; with `echo` and `logprobs` the prompts are scored."""
-    loaded, renderer = call.served.loaded, call.served.renderer
+    model, renderer = call.served.model, call.served.renderer
     choices: list[_Choice] = []
     for prompt in prompts:
         call.num_prompt_tokens += len(prompt)
         scored: list[TokenLogprobs | int] = []
         if body.echo and body.logprobs is not None:
-            found = await run_in_threadpool(loaded.engine.score, prompt, loaded.members, body.logprobs)
+            found = await run_in_threadpool(model.engine.score, prompt, model.members, body.logprobs)
             scored = [prompt[0], *found]
         echoed = renderer.plain_text(prompt) if body.echo else ""
         one = _Choice(prompt, scored, echoed, PlainText(renderer, body.stops))

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from lmtune.data.types import Message
 from lmtune.errors import LmtuneError
 from lmtune.inference.chat import AnswerInfo, ChatSession
-from lmtune.inference.load import LoadedModel
+from lmtune.inference.chat_model import ChatModel
 from lmtune.inference.request import Sampling
 
 Mode = Literal["tuned", "base", "both"]
@@ -48,7 +48,7 @@ class Settings:
 class Conversation:
     """One tab's conversation. In mode `both` it has two columns, which hear the same questions."""
 
-    def __init__(self, models: Sequence[LoadedModel], activity: Activity) -> None:
+    def __init__(self, models: Sequence[ChatModel], activity: Activity) -> None:
         self._models, self._activity = models, activity
         self._shown: list[Speaker] = [(0, False)]
         self._sessions: dict[Speaker, ChatSession] = {(0, False): ChatSession(models[0])}
@@ -264,7 +264,7 @@ class Activity:
 class Tabs:
     """The conversations of all browser tabs, by key."""
 
-    def __init__(self, models: Sequence[LoadedModel], activity: Activity) -> None:
+    def __init__(self, models: Sequence[ChatModel], activity: Activity) -> None:
         self._models, self.activity = models, activity
         self._conversations: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
         self._lock = threading.Lock()

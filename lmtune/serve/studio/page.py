@@ -23,10 +23,9 @@ from typing import Any
 import gradio as gr
 
 from lmtune.errors import LmtuneError
-from lmtune.inference.load import LoadedModel
+from lmtune.inference.chat_model import ChatModel
 from lmtune.inference.request import Sampling
 from lmtune.io.console import err, escape
-from lmtune.models.structure import base_of
 from lmtune.serve.studio.conversation import MAX_TABS, MODES, Activity, Conversation, Mode, Settings, Tabs
 from lmtune.serve.studio.display import MATHS, escape_markdown, original_text, render_turns, status_line
 
@@ -70,7 +69,7 @@ class Page:
     """
 
     def __init__(
-        self, models: Sequence[LoadedModel], examples: Sequence[Sequence[str]], activity: Activity, place: str
+        self, models: Sequence[ChatModel], examples: Sequence[Sequence[str]], activity: Activity, place: str
     ) -> None:
         self.models, self.place = models, place
         self.examples = [[{"text": question} for question in questions] for questions in examples]
@@ -155,13 +154,9 @@ class Page:
 
     def _header(self, index: int) -> str:
         model = self.models[index]
-        base = base_of(model.model)
-        size = base.num_parameters()
-        amount = f"{size / 1e9:.1f} billion" if size >= 1e9 else f"{size / 1e6:.1f} million"
-        what = f"{amount} parameters{' with its LoRA adapter' if model.has_adapter else ''}"
-        device = "on the GPU" if base.device.type == "cuda" else "on the CPU"
+        what = f"{model.engine.description}{', with its LoRA adapter' if model.has_adapter else ''}"
         alone = "" if model.renderer.uses_chat_template else " Each question stands alone."
-        line = escape_markdown(f"{what}, {device}. {self.place}{alone}")
+        line = escape_markdown(f"{what}. {self.place}{alone}")
         return f"<h1>{escape_markdown(model.name)} <span>· lmtune</span></h1><p>{line}</p>"
 
     # --- what happens
@@ -319,7 +314,7 @@ def _key(request: gr.Request) -> tuple[str, str]:
     return str(getattr(request, "username", None) or ""), str(request.session_hash or "")
 
 
-def _settings(values: Sequence[Any], models: Sequence[LoadedModel]) -> Settings:
+def _settings(values: Sequence[Any], models: Sequence[ChatModel]) -> Settings:
     """The values of the settings panel.
 
     Raises:
@@ -343,7 +338,7 @@ def _for_script(value: dict[str, Any]) -> str:
     return base64.b64encode(json.dumps(value).encode()).decode()
 
 
-def _about_system(model: LoadedModel) -> str | None:
+def _about_system(model: ChatModel) -> str | None:
     return "Empty: the one of training." if model.system else None
 
 
