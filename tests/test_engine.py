@@ -316,8 +316,13 @@ def test_prompts_that_share_a_few_tokens_are_read_together() -> None:
 class OnlyEven:
     """Allows even tokens, and after three of them the last of the vocabulary."""
 
+    text = ""
+
     def __init__(self, size: int) -> None:
         self.size, self.said = size, list[int]()
+
+    def constraint(self) -> OnlyEven:
+        return self
 
     def allowed(self) -> torch.Tensor | None:
         ids = torch.arange(self.size)
@@ -335,7 +340,7 @@ def test_a_constraint_decides_which_tokens_may_come(temperature: float) -> None:
     for stops in ((size - 1,), ()):
         rule = OnlyEven(size)
         engine = TransformersEngine(model)
-        bound = Request(PROMPTS[0], Sampling(temperature, 1.0, 9, 0, stops), constraint=rule)
+        bound = Request(PROMPTS[0], Sampling(temperature, 1.0, 9, 0, stops), grammar=rule)
         free = Request(PROMPTS[0], LONG)
         ruled, other = engine.submit(bound), engine.submit(free)
         assert [token % 2 for token in itertools.islice(ruled, 3)] == [0] * 3

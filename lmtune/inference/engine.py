@@ -28,7 +28,7 @@ from lmtune.inference.background import BackgroundEngine
 from lmtune.inference.base import Waiter
 from lmtune.inference.kv_cache import copy_of, is_joinable, join, select, with_room
 from lmtune.inference.prefixes import Prefix, PrefixStore
-from lmtune.inference.request import Generation, Request, Sampler, TokenLogprobs, token_logprobs
+from lmtune.inference.request import Constraint, Generation, Request, Sampler, TokenLogprobs, token_logprobs
 from lmtune.kernels.attention import NAME as PACKED_ATTENTION
 from lmtune.models.members import AS_IS, BASE, Members
 from lmtune.models.structure import base_of, max_positions
@@ -47,6 +47,7 @@ class _Row:
     Attributes:
         token_ids: the prompt, then the answer.
         room: how many tokens the answer may have.
+        constraint: what it may say.
         keeps: whether what it read is kept for later prompts.
         num_read: how many tokens are in the cache.
         logits: `[V]` after the prompt.
@@ -58,6 +59,7 @@ class _Row:
     token_ids: list[int]
     room: int
     keeps: bool
+    constraint: Constraint | None
     num_read: int = 0
     cache: Cache | None = None
     logits: torch.Tensor | None = None
@@ -180,7 +182,9 @@ class TransformersEngine:
         limit, prompt = self.max_positions, list(request.prompt_ids)
         most = request.sampling.max_new_tokens
         room = most if limit is None else min(most, limit - len(prompt))
-        return _Row(request, Generation(len(prompt), self._advance), Sampler(request.sampling), prompt, room, keeps)
+        generation, sampler = Generation(len(prompt), self._advance), Sampler(request.sampling)
+        constraint = None if request.grammar is None else request.grammar.constraint()
+        return _Row(request, generation, sampler, prompt, room, keeps, constraint)
 
     @property
     def num_requests(self) -> int:
@@ -340,7 +344,7 @@ class TransformersEngine:
         finite = torch.isfinite(torch.stack([one.max() for one in logits])).tolist()
         ended = []
         for row, one, scores, best, is_finite in zip(batch.rows, logits, biased, greedy, finite, strict=True):
-            generation, sampling, constraint = row.generation, row.request.sampling, row.request.constraint
+            generation, sampling, constraint = row.generation, row.request.sampling, row.constraint
             if not is_finite:
                 text = "logits: NaN or infinity; expected finite numbers; the weights or adapter are damaged"
                 generation.end("stopped", LmtuneError(text))
@@ -367,8 +371,8 @@ class TransformersEngine:
         self._leave(batch, ended)
 
     def _sampled(self, row: _Row, logits: torch.Tensor) -> int:
-        """The next token after `logits[V]`, of those that the request's constraint allows."""
-        constraint = row.request.constraint
+        """The next token after `logits[V]`, of those that its constraint allows."""
+        constraint = row.constraint
         allowed = None if constraint is None else constraint.allowed()
         token = row.sampler(logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), -torch.inf))
         if constraint is not None and token not in row.request.sampling.stop_token_ids:

@@ -56,13 +56,26 @@ class Sampling:
 
 
 class Constraint(Protocol):
-    """What an answer may say, token by token: a grammar. One belongs to one answer."""
+    """What one answer may say, token by token."""
 
     def allowed(self) -> torch.Tensor | None:
         """Which tokens may come next, `bool[V]` on the CPU; None for all."""
 
     def advance(self, token: int) -> None:
         """A token has come."""
+
+
+class Grammar(Protocol):
+    """What answers may say.
+
+    Attributes:
+        text: of the grammar, as llguidance reads it, for an engine in another process.
+    """
+
+    text: str
+
+    def constraint(self) -> Constraint:
+        """For one answer."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +102,14 @@ class Request:
         sampling: how tokens are chosen, and what ends the answer.
         members: who answers.
         num_logprobs: how many of the most probable tokens `Generation.logprobs` names beside each; None for nothing.
-        constraint: what the answer may say.
+        grammar: what the answer may say.
     """
 
     prompt_ids: Sequence[int]
     sampling: Sampling = Sampling()
     members: Members = AS_IS
     num_logprobs: int | None = None
-    constraint: Constraint | None = None
+    grammar: Grammar | None = None
 
     @property
     def num_rows(self) -> int:

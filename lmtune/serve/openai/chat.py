@@ -15,7 +15,7 @@ from lmtune.data.turns import parse_turns
 from lmtune.data.types import ToolCall
 from lmtune.data.values import RowFault
 from lmtune.errors import ModelError
-from lmtune.inference.request import Constraint, Request
+from lmtune.inference.request import Grammar, Request
 from lmtune.serve.openai.answers import Answer, Answering, Call, leaving, merged
 from lmtune.serve.openai.bodies import Tree, chat_logprobs, check_length, event_stream, head_of, sampling_of, usage_of
 from lmtune.serve.openai.catalog import Catalog, Served
@@ -38,13 +38,10 @@ def chat_routes(catalog: Catalog, answering: Answering, max_tokens: int) -> APIR
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
-        rules: list[Constraint | None] = [None] * len(samplings)
+        grammar: Grammar | None = None
         if body.response_format is not None and body.response_format.type != "text":
-            rules = [await run_in_threadpool(served.grammars.constraint, body.response_format) for _ in samplings]
-        requests = [
-            Request(prompt, sampling, served.model.members, num_logprobs, rule)
-            for sampling, rule in zip(samplings, rules, strict=True)
-        ]
+            grammar = await run_in_threadpool(served.grammars.of_format, body.response_format)
+        requests = [Request(prompt, sampling, served.model.members, num_logprobs, grammar) for sampling in samplings]
         call = answering.begin(served)
         call.num_prompt_tokens = len(prompt)
         answers = call.ask(requests)

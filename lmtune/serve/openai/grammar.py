@@ -23,7 +23,7 @@ _FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 
 
 class Grammars:
-    """Makes constraints for the answers of one model.
+    """Makes grammars for the answers of one model.
 
     Args:
         renderer: of the model.
@@ -35,8 +35,8 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
 
-    def constraint(self, format: ResponseFormat) -> JsonConstraint:
-        """What keeps an answer to a format other than `text`; the first call takes up to some seconds.
+    def of_format(self, format: ResponseFormat) -> AnswerGrammar:
+        """What keeps answers to a format other than `text`; the first call takes up to some seconds.
 
         Raises:
             ApiError: the schema cannot be kept to.
@@ -51,18 +51,31 @@ class Grammars:
                 stops = list(self._renderer.stop_token_ids)
                 self._tokenizer = from_tokenizer(self._renderer.tokenizer, self._vocab_size, stops)
         try:
-            matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(schema, defaults=_FORM))
+            text = LLMatcher.grammar_from_json_schema(schema, defaults=_FORM)
+            matcher = LLMatcher(self._tokenizer, text)
             fault = matcher.get_error()
         except (ValueError, TypeError, RecursionError) as error:
             fault = str(error)
         if fault:
             message = f"response_format: the schema cannot be kept to: {fault}"
             raise ApiError(400, message, param="response_format", code="invalid_json_schema")
-        return JsonConstraint(matcher, self._renderer, self._vocab_size)
+        return AnswerGrammar(text, matcher, self._renderer, self._vocab_size)
 
 
-class JsonConstraint:
-    """A `Constraint` of one answer; its reasoning, and what names a channel, are free."""
+class AnswerGrammar:
+    """A `Grammar` of answers; their reasoning, and what names a channel, are free."""
+
+    def __init__(self, text: str, matcher: LLMatcher, renderer: Renderer, vocab_size: int) -> None:
+        self.text = text
+        self._matcher, self._renderer, self._vocab_size = matcher, renderer, vocab_size
+
+    def constraint(self) -> AnswerConstraint:
+        """See `Grammar`."""
+        return AnswerConstraint(self._matcher.deep_copy(), self._renderer, self._vocab_size)
+
+
+class AnswerConstraint:
+    """A `Constraint` of one answer."""
 
     def __init__(self, matcher: LLMatcher, renderer: Renderer, vocab_size: int) -> None:
         self._matcher, self._renderer, self._vocab_size = matcher, renderer, vocab_size
