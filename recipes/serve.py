@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,8 @@ from lmtune.config.schema import Quantization
 from lmtune.io.console import err, escape, progress
 from lmtune.recipes.app import newest_run
 from lmtune.run import run
+
+EngineKind = Literal["auto", "lmtune", "vllm"]
 
 
 def main(
@@ -28,6 +30,10 @@ def main(
     quantization: Annotated[
         Quantization | None, typer.Option(help="Of all bases; by default what each adapter was trained over.")
     ] = None,
+    engine: Annotated[
+        EngineKind, typer.Option(help="What generates; auto is vLLM where there is a GPU and it is installed.")
+    ] = "auto",
+    vllm_args: Annotated[str, typer.Option(metavar="TEXT", help="Further options for `vllm serve`.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut if its request does not say.")] = 1024,
     max_requests: Annotated[int, typer.Option(min=1, help="Under way at once; more are told to try again.")] = 256,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The chat page at /.")] = True,
@@ -45,14 +51,15 @@ def main(
     Example: lmtune serve runs/support base=tiny --port 8000
     """
     with progress("loading PyTorch and the libraries"):
-        from lmtune.serve.openai.start import JobSettings, serve, serving_address
+        from lmtune.serve.openai.start import EngineSettings, JobSettings, serve, serving_address
 
     address = serving_address(host, port)
     targets = models or [newest_run() or "tiny"]
     if not models:
         err.print(f"[dim]no model named, so it is {escape(targets[0])}[/]")
     settings = JobSettings(runs, job_defaults) if jobs else None
-    serve(targets, address, quantization, base, max_tokens, max_requests, page, settings)
+    generating = EngineSettings(engine, quantization, base, vllm_args)
+    serve(targets, address, generating, max_tokens, max_requests, page, settings)
 
 
 if __name__ == "__main__":

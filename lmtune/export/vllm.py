@@ -22,6 +22,23 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that `--max-lora-rank` takes
 _TEXT, _WRAPPED = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
 
 
+def check_servable(folder: Path) -> int:
+    """The rank of the adapter in `folder`, of PEFT.
+
+    Raises:
+        ModelError: it learns what vLLM does not serve beside a base.
+    """
+    settings: Mapping[str, Any] = check_adapter(folder)
+    beyond = {
+        "use_dora": "DoRA", "modules_to_save": "modules_to_save", "trainable_token_indices": "new tokens",
+        "target_parameters": "LoRA on experts", "rank_pattern": "ranks of their own for some layers",
+        "alpha_pattern": "alphas of their own for some layers",
+    }  # fmt: skip
+    if held := [what for key, what in beyond.items() if settings.get(key)]:
+        raise ModelError(f"{folder}: vLLM does not serve {' and '.join(held)} as an adapter; serve the merged model")
+    return int(settings["r"])
+
+
 def write_adapter(folder: Path, target: Path, base_architecture: str) -> int:
     """Copy the adapter in `folder` to `target` in the form that vLLM reads.
 
@@ -36,14 +53,7 @@ def write_adapter(folder: Path, target: Path, base_architecture: str) -> int:
     Raises:
         ModelError: the adapter learns what vLLM does not serve beside a base.
     """
-    settings: Mapping[str, Any] = check_adapter(folder)
-    beyond = {
-        "use_dora": "DoRA", "modules_to_save": "modules_to_save", "trainable_token_indices": "new tokens",
-        "target_parameters": "LoRA on experts", "rank_pattern": "ranks of their own for some layers",
-        "alpha_pattern": "alphas of their own for some layers",
-    }  # fmt: skip
-    if held := [what for key, what in beyond.items() if settings.get(key)]:
-        raise ModelError(f"{folder}: vLLM does not serve {' and '.join(held)} as an adapter; serve the merged model")
+    check_servable(folder)
     weights, renamed = load_file(folder / WEIGHTS), 0
     if base_architecture.endswith("ForConditionalGeneration"):
         names = {name: name.replace(_TEXT, _WRAPPED, 1) for name in weights}
@@ -55,6 +65,18 @@ def write_adapter(folder: Path, target: Path, base_architecture: str) -> int:
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
     assert (target / CONFIG).is_file()
     return renamed
+
+
+def fitting_rank(rank: int) -> int:
+    """The least rank that vLLM knows which holds `rank`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    fitting = next((known for known in _RANKS if known >= rank), None)
+    if fitting is None:
+        raise ModelError(f"rank {rank}: vLLM serves adapters up to rank {_RANKS[-1]}; serve the merged model")
+    return fitting
 
 
 def command(base: str, name: str, adapter: str | None, rank: int, template: str | None, dtype: str) -> str:
@@ -72,10 +94,7 @@ def command(base: str, name: str, adapter: str | None, rank: int, template: str 
     if adapter is None:
         words += ["--served-model-name", name]
     else:
-        fitting = next((known for known in _RANKS if known >= rank), None)
-        if fitting is None:
-            raise ModelError(f"rank {rank}: vLLM serves adapters up to rank {_RANKS[-1]}; serve the merged model")
-        words += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(fitting)]
+        words += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(fitting_rank(rank))]
     if template is not None:
         words += ["--chat-template", template]
     return shlex.join(words)

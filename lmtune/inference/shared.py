@@ -9,62 +9,33 @@ An adapter may come at any time, also while the others answer.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from lmtune.config.load import load_config
-from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig, Quantization
+from lmtune.config.schema import ModelConfig, Quantization
 from lmtune.errors import ModelError
+from lmtune.inference.adapter_source import AdapterSource, find_adapter
 from lmtune.inference.load import (
     LoadedModel,
     load_for_inference,
     loaded_model,
-    saved_at,
     saved_tokenizer,
-    usable_adapter,
-    write_adapter,
 )
 from lmtune.io.console import err, escape
 from lmtune.models.base import base_fingerprint, load_tokenizer, resolve_name
-from lmtune.models.locate import adapter_base, run_config
 from lmtune.models.members import BASE, Members
-from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, Metadata, check_adapter, trained_rows
+from lmtune.models.tuning.adapter_files import Metadata, check_adapter, trained_rows
 from lmtune.models.tuning.lora import ADAPTER, add_adapter, load_adapter
 from lmtune.runs.ensembles import find_ensemble
-from lmtune.runs.store import RunDirectory, find_run
+from lmtune.runs.store import find_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 _Key = tuple[str, str, str]  # the base's fingerprint, quantization and dtype
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """An adapter that a target names: its folder or run, its base, its name for people; of a run maybe a checkpoint."""
-
-    place: Path | RunDirectory
-    base: ModelConfig
-    name: str
-    step: int | None = None
-
-    @contextlib.contextmanager
-    def folder(self, base: str | None) -> Iterator[Path]:
-        if isinstance(self.place, Path):
-            yield self.place
-        elif self.step is not None:
-            with tempfile.TemporaryDirectory(prefix="lmtune-") as folder:
-                write_adapter(self.place, saved_at(self.place, self.step), Path(folder), base)
-                yield Path(folder)
-        else:
-            with usable_adapter(self.place, base) as folder:
-                yield folder
 
 
 class SharedModels:
@@ -82,7 +53,7 @@ class SharedModels:
 
     def load(self, target: str) -> LoadedModel:
         """What `target` names, as `load_for_inference`; over a base that is there already, if it fits."""
-        adapter = self._adapter(target)
+        adapter = find_adapter(target, self._quantization, self._base)
         if adapter is None:
             is_plain = find_ensemble(target) is None and find_run(target) is None
             return self._plain(target) if is_plain else load_for_inference(target, self._quantization, self._base)
@@ -104,7 +75,7 @@ class SharedModels:
         Raises:
             ModelError: there is no such checkpoint, it is no adapter, or its base is not loaded.
         """
-        adapter = self._adapter(target)
+        adapter = find_adapter(target, self._quantization, self._base)
         if adapter is None or isinstance(adapter.place, Path):
             raise ModelError(f"{target}: not a run with an adapter, so its checkpoints are no models that share a base")
         first = self._first.get(self._key(adapter.base))
@@ -113,21 +84,6 @@ class SharedModels:
         adapter = replace(adapter, step=step)
         with adapter.folder(self._base) as folder:
             return self._beside(first, adapter, folder)
-
-    def _adapter(self, target: str) -> _Adapter | None:
-        """The adapter that a target names; None for models and ensembles."""
-        if find_ensemble(target) is not None:
-            return None
-        if (run := find_run(target)) is not None:
-            if not isinstance(load_config(FinetuneConfig, run.config).tuning, LoraConfig):
-                return None
-            model = run_config(run, self._base).model
-            base = model if self._quantization is None else replace(model, quantization=self._quantization)
-            return _Adapter(run, base, f"{run.name} ({model.name})")
-        folder = Path(target)
-        if not (folder / WEIGHTS).is_file() and not (folder / CONFIG).is_file():
-            return None
-        return _Adapter(folder, adapter_base(folder, self._quantization, self._base), folder.resolve().name)
 
     def _plain(self, target: str) -> LoadedModel:
         model = ModelConfig(name=target, quantization=self._quantization or "none")
@@ -143,7 +99,7 @@ class SharedModels:
             first = loaded_model(first.engine.model, tokenizer, model, name, metadata, False, first.engine)
         return replace(first, members=Members((BASE,)))
 
-    def _beside(self, first: LoadedModel, adapter: _Adapter, folder: Path) -> LoadedModel:
+    def _beside(self, first: LoadedModel, adapter: AdapterSource, folder: Path) -> LoadedModel:
         """An adapter on a base that has others, or none so far."""
         metadata, fingerprint = Metadata.read(folder), base_fingerprint(adapter.base)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -157,8 +113,7 @@ class SharedModels:
                 model = cast("PreTrainedModel", load_adapter(model, folder, fingerprint))
             first.engine.use(model)
         loaded = loaded_model(model, tokenizer, adapter.base, adapter.name, metadata, True, first.engine)
-        run = adapter.place if isinstance(adapter.place, RunDirectory) else find_run(adapter.place.resolve().parent)
-        return replace(loaded, members=Members((name,)), run=run)
+        return replace(loaded, members=Members((name,)), run=adapter.run)
 
     @staticmethod
     def _key(model: ModelConfig) -> _Key:

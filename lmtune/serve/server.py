@@ -147,7 +147,9 @@ def launch(models: Sequence[ChatModel], address: Address, examples: Sequence[Seq
     run_server(application, address, [activity], "lmtune app: {}")
 
 
-def run_server(application: ASGIApp, address: Address, works: Sequence[Work], said: str) -> None:
+def run_server(
+    application: ASGIApp, address: Address, works: Sequence[Work], said: str, check: Callable[[], None] = lambda: None
+) -> None:  # fmt: skip
     """Serve an application until Ctrl-C or SIGTERM; answers under way are finished first.
 
     Args:
@@ -155,6 +157,7 @@ def run_server(application: ASGIApp, address: Address, works: Sequence[Work], sa
         address: where.
         works: whose answers are finished.
         said: is printed once the server listens, with its URL in place of `{}`.
+        check: is called often; raises LmtuneError where there is nothing to serve any more.
 
     Raises:
         LmtuneError: no port is free, or the server cannot start.
@@ -177,7 +180,7 @@ def run_server(application: ASGIApp, address: Address, works: Sequence[Work], sa
                 raise LmtuneError(f"--share: no public link: {error}") from error
             out.print(f"public link: {escape(link)}")
         err.print("[dim]Ctrl-C stops it[/]")
-        _serve(application, listening, works, received)
+        _serve(application, listening, works, received, check)
 
 
 def build_application(
@@ -283,7 +286,10 @@ def replay(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-def _serve(application: ASGIApp, listening: socket.socket, works: Sequence[Work], received: list[int]) -> None:
+def _serve(
+    application: ASGIApp, listening: socket.socket, works: Sequence[Work], received: list[int],
+    check: Callable[[], None],
+) -> None:  # fmt: skip
     """Run `application` until a signal is in `received`; answers under way are finished, or at a second signal stopped.
 
     Raises:
@@ -302,6 +308,7 @@ def _serve(application: ASGIApp, listening: socket.socket, works: Sequence[Work]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="lmtune-server", daemon=True)
     thread.start()
     while not received and thread.is_alive():
+        check()
         time.sleep(0.1)
     if not received:
         raise LmtuneError("the server ended by itself; LMTUNE_TRACEBACK=1 may show why")

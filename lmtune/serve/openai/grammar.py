@@ -5,6 +5,7 @@ Of the libraries for this it is one without dependencies; xgrammar brings a buil
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
@@ -51,7 +52,7 @@ class Grammars:
                 stops = list(self._renderer.stop_token_ids)
                 self._tokenizer = from_tokenizer(self._renderer.tokenizer, self._vocab_size, stops)
         try:
-            text = LLMatcher.grammar_from_json_schema(schema, defaults=_FORM)
+            text = f"start: %json {json.dumps({'x-guidance': _FORM, **schema})}"
             matcher = LLMatcher(self._tokenizer, text)
             fault = matcher.get_error()
         except (ValueError, TypeError, RecursionError) as error:

@@ -5,20 +5,22 @@ serve(["runs/support", "base=tiny"], Address(port=8000, auth="lmtune:KEY"))
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from fastapi import FastAPI
 
 from lmtune.config.schema import ModelConfig, Quantization
 from lmtune.errors import ConfigError, LmtuneError
-from lmtune.inference.load import LoadedModel
+from lmtune.inference.chat_model import ChatModel
 from lmtune.inference.shared import SharedModels
 from lmtune.io.console import err, escape, progress, warn
 from lmtune.models.locate import adapter_base, run_config
@@ -32,8 +34,12 @@ from lmtune.serve.openai.catalog import Catalog
 from lmtune.serve.openai.metrics import Metrics
 from lmtune.serve.server import Address, Work, run_server
 
+if TYPE_CHECKING:
+    from lmtune.serve.studio.conversation import Activity
+
 KEY = "LMTUNE_API_KEY"
 USER = "lmtune"  # of the page
+EngineKind = Literal["auto", "lmtune", "vllm"]
 
 
 def serving_address(host: str, port: int) -> Address:
@@ -75,24 +81,34 @@ class JobSettings:
     defaults: Path | None = None
 
 
+class Loader(Protocol):
+    """Loads what is served."""
+
+    def load(self, target: str) -> ChatModel:
+        """What `target` names, as of `load_for_inference`."""
+
+    def load_checkpoint(self, target: str, step: int) -> ChatModel:
+        """A run's adapter as it was after a step."""
+
+
 class _Models:
     """Loads what is served, one at a time."""
 
-    def __init__(self, quantization: Quantization | None, base: str | None) -> None:
-        self._shared, self._lock = SharedModels(quantization, base), threading.Lock()
+    def __init__(self, loader: Loader) -> None:
+        self._loader, self._lock = loader, threading.Lock()
         self.catalog = Catalog()
 
-    def load(self, target: str) -> LoadedModel:
+    def load(self, target: str) -> ChatModel:
         with self._lock:
-            return self._shared.load(target)
+            return self._loader.load(target)
 
-    def load_checkpoint(self, tuning: FineTuning, name: str) -> LoadedModel | None:
+    def load_checkpoint(self, tuning: FineTuning, name: str) -> ChatModel | None:
         """The model of a checkpoint of a job, by the name that is listed for it."""
         found = tuning.checkpoint(name)
         if found is None:
             return None
         with self._lock:
-            return self._shared.load_checkpoint(str(found[0]), found[1])
+            return self._loader.load_checkpoint(str(found[0]), found[1])
 
     def on_model(self, name: str, run: Path) -> None:
         """A job has made a model: it can be used at once."""
@@ -103,16 +119,58 @@ class _Models:
             warn(f"{name}: cannot be loaded: {error}")
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """What generates the tokens.
+
+    Attributes:
+        kind: `lmtune`, `vllm`, or `auto`: vLLM where there is a GPU and it is installed.
+        quantization: of all bases, by default what each adapter was trained over.
+        base: where the base of all adapters is, if not where they name it.
+        vllm_arguments: further words for `vllm serve`.
+    """
+
+    kind: EngineKind = "auto"
+    quantization: Quantization | None = None
+    base: str | None = None
+    vllm_arguments: str = ""
+
+
+@contextlib.contextmanager
+def _loading(
+    settings: EngineSettings, targets: Sequence[str], has_jobs: bool
+) -> Iterator[tuple[Loader, Callable[[], None]]]:
+    """Who loads the models, and a check that raises LmtuneError when what runs them has ended."""
+    from lmtune.serve.vllm import models as vllm
+
+    why = "asked for" if settings.kind == "lmtune" else vllm.is_of_use()
+    if settings.kind == "vllm" or (settings.kind == "auto" and why is None):
+        options = vllm.Settings(settings.quantization, settings.base, settings.vllm_arguments, has_jobs)
+        try:
+            models = vllm.VllmModels.start(targets, options)
+        except LmtuneError as error:
+            if settings.kind == "vllm":
+                raise
+            why = str(error)
+        else:
+            with models:
+                err.print(f"[dim]engine: vLLM, {escape(str(vllm.find_vllm()))}[/]")
+                yield models, models.check
+            return
+    err.print(f"[dim]engine: lmtune's own ({escape(str(why))})[/]")
+    yield SharedModels(settings.quantization, settings.base), lambda: None
+
+
 def serve(
-    targets: Sequence[str], address: Address, quantization: Quantization | None = None, base: str | None = None,
-    max_tokens: int = MAX_TOKENS, max_requests: int = 256, has_page: bool = True, jobs: JobSettings | None = None,
+    targets: Sequence[str], address: Address, engine: EngineSettings | None = None, max_tokens: int = MAX_TOKENS,
+    max_requests: int = 256, has_page: bool = True, jobs: JobSettings | None = None,
 ) -> None:  # fmt: skip
     """Serve models until Ctrl-C or SIGTERM; answers under way are finished first.
 
     Args:
         targets: as of `named`.
         address: where; its password is the key.
-        quantization, base: as of `SharedModels`.
+        engine: what generates.
         max_tokens: where an answer is cut whose request does not say it.
         max_requests: under way at once.
         has_page: whether the chat page is at `/`.
@@ -121,44 +179,52 @@ def serve(
     Raises:
         ConfigError: two models have one name, or one is a classifier; or another server works in the folder of jobs.
         ModelError: there is no such model.
-        LmtuneError: no port is free.
+        LmtuneError: no port is free, or the engine has ended.
     """
-    models, loaded, bases = _Models(quantization, base), list[LoadedModel](), dict[str, ModelConfig]()
-    for name, target in map(named, targets):
-        loaded.append(models.load(target))
-        models.catalog.add(name, loaded[-1])
-        if loaded[-1].date_note:
-            err.print(f"[dim]{escape(name)}: {escape(str(loaded[-1].date_note))}[/]")
-        if (trained := trainable(name, target, quantization, base)) is not None:
-            bases.setdefault(*trained)
-    answering = Answering(Metrics(), max_requests)
-    works: list[Work] = [answering]
-    tuning = None if jobs is None else _fine_tuning(jobs, models, bases)
-    page: FastAPI | None = None
-    if has_page:
-        from lmtune.serve.server import build_application
-        from lmtune.serve.studio.conversation import Activity
-
-        with progress("building the page"):
-            works.append(activity := Activity())
-            page = build_application(loaded, address, activity)
-    assert address.auth is not None
-    routers = [] if tuning is None else [tuning.router]
-    application = build_api(
-        models.catalog, answering, address.auth.partition(":")[2], address.allowed_hosts, max_tokens, routers, page
-    )
-    err.print(f"models: {escape(', '.join(models.catalog.names))}")
-    if page is not None:
-        err.print(f"[dim]the page at / asks for user {USER} and, as password, the key[/]")
-    if tuning is not None:
-        tuning.start()
-        err.print(f"[dim]fine-tuning jobs over: {escape(', '.join(bases) or 'no model of these')}[/]")
-    try:
-        run_server(application, address, works, "lmtune serve: {}/v1")
-    finally:
-        answering.close()
+    engine = engine or EngineSettings()
+    of_names = list(map(named, targets))
+    with _loading(engine, [target for _, target in of_names], jobs is not None) as (loader, check):
+        models, loaded, bases = _Models(loader), list[ChatModel](), dict[str, ModelConfig]()
+        for name, target in of_names:
+            loaded.append(models.load(target))
+            models.catalog.add(name, loaded[-1])
+            if loaded[-1].date_note:
+                err.print(f"[dim]{escape(name)}: {escape(str(loaded[-1].date_note))}[/]")
+            if (trained := trainable(name, target, engine.quantization, engine.base)) is not None:
+                bases.setdefault(*trained)
+        answering = Answering(Metrics(), max_requests)
+        works: list[Work] = [answering]
+        tuning = None if jobs is None else _fine_tuning(jobs, models, bases)
+        page: FastAPI | None = None
+        if has_page:
+            page, activity = _page(loaded, address)
+            works.append(activity)
+        assert address.auth is not None
+        routers = [] if tuning is None else [tuning.router]
+        application = build_api(
+            models.catalog, answering, address.auth.partition(":")[2], address.allowed_hosts, max_tokens, routers, page
+        )
+        err.print(f"models: {escape(', '.join(models.catalog.names))}")
+        if page is not None:
+            err.print(f"[dim]the page at / asks for user {USER} and, as password, the key[/]")
         if tuning is not None:
-            tuning.close()
+            tuning.start()
+            err.print(f"[dim]fine-tuning jobs over: {escape(', '.join(bases) or 'no model of these')}[/]")
+        try:
+            run_server(application, address, works, "lmtune serve: {}/v1", check)
+        finally:
+            answering.close()
+            if tuning is not None:
+                tuning.close()
+
+
+def _page(models: Sequence[ChatModel], address: Address) -> tuple[FastAPI, Activity]:
+    from lmtune.serve.server import build_application
+    from lmtune.serve.studio.conversation import Activity
+
+    with progress("building the page"):
+        activity = Activity()
+        return build_application(models, address, activity), activity
 
 
 def trainable(

@@ -1,0 +1,1 @@
+"""`vllm serve` behind the server of lmtune: https://docs.vllm.ai."""
