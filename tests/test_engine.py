@@ -316,7 +316,7 @@ def test_prompts_that_share_a_few_tokens_are_read_together() -> None:
 class OnlyEven:
     """Allows even tokens, and after three of them the last of the vocabulary."""
 
-    text = ""
+    text, starts_after = "", ""
 
     def __init__(self, size: int) -> None:
         self.size, self.said = size, list[int]()

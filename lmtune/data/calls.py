@@ -87,6 +87,19 @@ class CallFormat:
             return written[: written.index(lead) + len(lead)]
         return written.partition(_CALLS[0].name)[0] if not lead and not written.lstrip().startswith("{") else ""
 
+    @property
+    def frame(self) -> tuple[str, str, str] | None:
+        """What an answer of one call says before the name, between it and the arguments, and after these; None where
+        they do not come in this order, or are not JSON."""
+        arguments = json.loads(_CALLS[0].arguments)
+        place = next(((start, end) for start, value, end in _objects(self.written) if value == arguments), None)
+        before, name, rest = self.written.partition(_CALLS[0].name)
+        if not self.is_json or place is None or not name or place[0] < len(before):
+            return None
+        between = rest[: place[0] - len(before) - len(name)]
+        after = self.written[place[1] :]
+        return before, between, after.partition(self.end)[0] if self.end else after
+
     def read(self, text: str) -> list[Call] | None:
         """The calls in an answer's text; None if what begins as a call is none, or the form is not JSON."""
         found: list[Call] = []

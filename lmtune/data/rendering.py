@@ -181,6 +181,17 @@ class Renderer:
         form = self._chat.tools.form if self._chat is not None else None
         return form.lead if form is not None and form.is_json else None
 
+    @property
+    def call_frame(self) -> tuple[str, str, str] | None:
+        """As of `CallFormat`; None where calls cannot be read."""
+        form = self._chat.tools.form if self._chat is not None else None
+        return None if form is None else form.frame
+
+    @property
+    def reasoning_end(self) -> str:
+        """What ends the reasoning that each reply begins with, in `marked_text`; empty where replies need none."""
+        return self._reply_format.closing if self._reply_format.is_opened else ""
+
     def calls_in(self, reply: str) -> tuple[str, tuple[ToolCall, ...]]:
         """(text, calls) of a reply that `decode` gives; all is text where its calls cannot be read."""
         if self._reply_format.calls is not None:

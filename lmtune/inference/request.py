@@ -70,9 +70,11 @@ class Grammar(Protocol):
 
     Attributes:
         text: of the grammar, as llguidance reads it, for an engine in another process.
+        starts_after: what an answer says before it holds; empty where it holds from the first token.
     """
 
     text: str
+    starts_after: str
 
     def constraint(self) -> Constraint:
         """For one answer."""

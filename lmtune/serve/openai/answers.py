@@ -97,9 +97,13 @@ class Call:
         return min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS_EACH * self._answering.num_answering)
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """Begin to answer."""
+        """Begin to answer; what the engine refuses ends the call."""
         engine = self._answering.engine(self.served.model.engine)
-        self.answers += [Answer(engine, request, self) for request in requests]
+        try:
+            self.answers += [Answer(engine, request, self) for request in requests]
+        except BaseException:
+            self._answering.finish(self, "error")
+            raise
         return self.answers
 
     def has_begun(self) -> None:
@@ -177,10 +181,11 @@ class Answering:
         return call
 
     def finish(self, call: Call, status: str) -> None:
-        """A request is over."""
-        self._calls.discard(call)
-        call.end(status)
-        self.metrics.running(len(self._calls))
+        """A request is over; to say it again changes nothing."""
+        if call in self._calls:
+            self._calls.discard(call)
+            call.end(status)
+            self.metrics.running(len(self._calls))
 
     @contextlib.contextmanager
     def ending(self, call: Call) -> Iterator[None]:

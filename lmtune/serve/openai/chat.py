@@ -20,7 +20,7 @@ from lmtune.serve.openai.answers import Answer, Answering, Call, leaving, merged
 from lmtune.serve.openai.bodies import Tree, chat_logprobs, check_length, event_stream, head_of, sampling_of, usage_of
 from lmtune.serve.openai.catalog import Catalog, Served
 from lmtune.serve.openai.errors import ApiError
-from lmtune.serve.openai.schemas import ChatRequest
+from lmtune.serve.openai.schemas import ChatRequest, NamedTool
 from lmtune.serve.openai.text import ChatText, Piece
 
 
@@ -39,7 +39,10 @@ def chat_routes(catalog: Catalog, answering: Answering, max_tokens: int) -> APIR
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
         grammar: Grammar | None = None
-        if body.response_format is not None and body.response_format.type != "text":
+        if isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required":
+            name = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+            grammar = await run_in_threadpool(served.grammars.of_calls, tools, name)
+        elif body.response_format is not None and body.response_format.type != "text":
             grammar = await run_in_threadpool(served.grammars.of_format, body.response_format)
         requests = [Request(prompt, sampling, served.model.members, num_logprobs, grammar) for sampling in samplings]
         call = answering.begin(served)

@@ -24,7 +24,7 @@ from lmtune.errors import LmtuneError
 from lmtune.io.console import err, escape
 
 _UNION = re.compile(
-    r"(constrained-)?(str|int|float|bool|list|dict|tuple)(\[.*)?"
+    r"(constrained-)?(str|int|float|bool|list|dict|tuple|literal|NamedTool)(\[.*)?"
 )  # which of several types, of pydantic
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

@@ -53,6 +53,19 @@ class ResponseFormat(_Form):
     json_schema: JsonSchema | None = None
 
 
+class ToolName(_Form):
+    """`name` of a tool."""
+
+    name: str
+
+
+class NamedTool(_Form):
+    """The tool that the answer is to call."""
+
+    type: Literal["function"]
+    function: ToolName
+
+
 class _Sampled(_Form):
     """What both kinds of requests have.
 
@@ -94,7 +107,7 @@ class ChatRequest(_Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
 

@@ -207,6 +207,9 @@ class VllmEngine:
             body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
         if request.num_logprobs is not None:
             body |= {"logprobs": request.num_logprobs, "return_tokens_as_token_ids": True}
+        if request.grammar is not None and request.grammar.starts_after:
+            raise LmtuneError("an answer in a form after reasoning; vLLM keeps to forms from the first token only; use "
+                              "--engine lmtune")  # fmt: skip
         if request.grammar is not None:
             body["structured_outputs"] = {"grammar": request.grammar.text}
         return body
