@@ -68,6 +68,17 @@ def test_a_chat_is_what_the_model_says(api: Api) -> None:
     assert answer.usage.completion_tokens == 7
 
 
+def test_bytes_of_log_probabilities_are_whole_though_tokens_end_inside_characters(api: Api) -> None:
+    asked: Any = [{"role": "user", "content": "你好"}]
+    answer = api.client.chat.completions.create(model="parrot", messages=asked, logprobs=True, temperature=0)
+    assert answer.choices[0].logprobs is not None
+    tokens = answer.choices[0].logprobs.content or []
+    said = b"".join(bytes(token.bytes or ()) for token in tokens)
+    assert said.decode() == answer.choices[0].message.content
+    assert "你好" in said.decode()
+    assert any("\ufffd" in token.token for token in tokens)
+
+
 def test_a_stream_is_the_same_in_pieces(api: Api) -> None:
     chunks = list(api.client.chat.completions.create(
         model="tiny", messages=HOT, temperature=0, stream=True, stream_options={"include_usage": True}, logprobs=True,

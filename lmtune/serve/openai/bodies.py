@@ -67,12 +67,12 @@ def token_text(renderer: Renderer, token: int) -> str:
     return str(renderer.tokenizer.decode([token]))
 
 
-def chat_logprobs(renderer: Renderer, found: Sequence[TokenLogprobs]) -> Tree:
+def chat_logprobs(served: Served, found: Sequence[TokenLogprobs]) -> Tree:
     """As a choice of a chat has them."""
 
     def entry(token: int, logprob: float) -> Tree:
-        text = token_text(renderer, token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+        said = served.grammars.token_bytes(token)
+        return {"token": said.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(said)}
 
     content = [
         {**entry(one.token, one.logprob), "top_logprobs": [entry(*top) for top in one.top]} for one in found

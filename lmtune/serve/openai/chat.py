@@ -110,7 +110,7 @@ async def _choices(call: Call, answers: Sequence[Answer], texts: Sequence[ChatTe
         found = answer.logprobs
         choices.append({
             "index": index, "message": message, "finish_reason": _reason(answer, text, bool(calls)),
-            "logprobs": chat_logprobs(call.served.renderer, found) if found else None,
+            "logprobs": chat_logprobs(call.served, found) if found else None,
         })  # fmt: skip
     return choices
 
@@ -147,7 +147,7 @@ async def _chunks(
             delta["tool_calls"] = _call_trees(piece.calls, is_delta=True)
         new = answer.logprobs[-len(tokens) :] if tokens else ()
         if delta or new:
-            yield chunk(index, delta, None, chat_logprobs(call.served.renderer, new) if new else None)
+            yield chunk(index, delta, None, chat_logprobs(call.served, new) if new else None)
         if tokens is None:
             yield chunk(index, {}, _reason(answer, text, bool(piece.calls)))
     if counts:

@@ -81,6 +81,17 @@ class Grammars:
         text = "\n".join([f"start: {before} ({either}) {after}", *rules])
         return self._grammar(text, self._renderer.reasoning_end, "tools")
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token says; of one inside a character a part of its UTF-8."""
+        return bytes(self._read_tokenizer().decode_bytes([token]))
+
+    def _read_tokenizer(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                stops = list(self._renderer.stop_token_ids)
+                self._tokenizer = from_tokenizer(self._renderer.tokenizer, self._vocab_size, stops)
+            return self._tokenizer
+
     def _literal(self, text: str) -> str:
         """A text in the grammar, with control tokens as such."""
         added = self._renderer.tokenizer.added_tokens_decoder
@@ -90,12 +101,8 @@ class Grammars:
         return " ".join(f"<[{special[part]}]>" if part in special else json.dumps(part) for part in parts if part)
 
     def _grammar(self, text: str, starts_after: str, param: str) -> AnswerGrammar:
-        with self._lock:
-            if self._tokenizer is None:
-                stops = list(self._renderer.stop_token_ids)
-                self._tokenizer = from_tokenizer(self._renderer.tokenizer, self._vocab_size, stops)
         try:
-            matcher = LLMatcher(self._tokenizer, text)
+            matcher = LLMatcher(self._read_tokenizer(), text)
             fault = matcher.get_error()
         except (ValueError, TypeError, RecursionError) as error:
             fault = str(error)
