@@ -341,6 +341,21 @@ def test_a_client_that_leaves_ends_its_answer(api: Api) -> None:
     assert "lmtune_running_requests 0.0" in counts
 
 
+def test_a_client_that_leaves_ends_the_scoring_of_its_prompts(api: Api) -> None:
+    body = {"model": "random", "prompt": [[5] * 60] * 1500, "max_tokens": 0, "echo": True, "logprobs": 1}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{api.url}/v1/completions", json=body, timeout=0.3, headers={"authorization": f"Bearer {KEY}"})
+    assert api.is_idle(1.0)
+
+
+def test_a_model_that_was_named_at_the_start_is_not_deleted(api: Api) -> None:
+    with pytest.raises(openai.PermissionDeniedError, match="named when the server was started"):
+        api.client.models.delete("tiny")
+    with pytest.raises(openai.NotFoundError):
+        api.client.models.delete("nothing")
+    assert api.client.models.retrieve("tiny").id == "tiny"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
 def test_an_answer_that_the_server_cuts_does_not_pass_as_whole(path: str, stream: bool) -> None:

@@ -268,6 +268,24 @@ def test_a_process_that_cannot_be_started_now_is_started_later(served: Served, m
     assert ended(served.client, job.id).status == "succeeded"
 
 
+def test_a_process_that_can_never_be_started_lets_others_pass(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, jobs, names = JobProcess.start, served.client.fine_tuning.jobs, list[str]()
+
+    def refuse_the_first(process: JobProcess, *arguments: Any, **named: Any) -> None:
+        if process.run.path.name in names[:1]:
+            raise OSError(errno.EPERM, "not permitted")
+        start(process, *arguments, **named)
+
+    monkeypatch.setattr(JobProcess, "start", refuse_the_first)
+    monkeypatch.setattr("lmtune.serve.fine_tuning.queue._START_TRIES", 3)
+    asked: Any = {"model": "tiny", "training_file": served.upload(ROWS), "hyperparameters": {"n_epochs": 1}}
+    names += [jobs.create(**asked).id, jobs.create(**asked).id]
+    error = ended(served.client, names[0]).error
+    assert error is not None
+    assert (error.code, error.message) == ("not_started", "The process could not be started: [Errno 1] not permitted")
+    assert ended(served.client, names[1]).status == "succeeded"
+
+
 def test_jobs_are_listed_by_page_and_metadata(tmp_path: Path) -> None:
     with serving(tmp_path / "runs") as server:
         jobs, file = server.client.fine_tuning.jobs, server.upload(ROWS)

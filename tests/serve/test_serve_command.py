@@ -109,6 +109,13 @@ def test_a_walk_with_openais_client_alone(tmp_path: Path) -> None:
         again = wait_for(client, second, lambda one: one.status == "succeeded")
         assert {job.fine_tuned_model, again.fine_tuned_model} <= {model.id for model in client.models.list()}
         assert say(client, again.fine_tuned_model) == say(client, job.fine_tuned_model) == undisturbed
+        assert say(client, last) == undisturbed
+        assert client.models.delete(job.fine_tuned_model).deleted
+        for gone in (job.fine_tuned_model, last):
+            with pytest.raises(openai.NotFoundError):
+                say(client, gone)
+        with pytest.raises(openai.NotFoundError):
+            client.models.delete(job.fine_tuned_model)
     one, two = (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors" for name in (job.id, second))
     assert one.read_bytes() == two.read_bytes()
     loaded = load_for_inference(str(tmp_path / "runs" / job.id))

@@ -32,6 +32,7 @@ from lmtune.serve.fine_tuning.store import Job, JobError, Store
 
 Outcome = Literal["complete", "stopped", "killed", "failed"]
 _LOOK_SECONDS = 0.3
+_START_TRIES = 20
 _STOP_CODES = (143, 130, 129, -15, -2, -1)  # of SIGTERM, Ctrl-C and SIGHUP, whether the run could save or not
 _UNDER_WAY = ("validating_files", "queued", "running")
 
@@ -63,6 +64,7 @@ class Queue:
         self.store, self.runs, self.defaults, self.on_model = store, runs, defaults, on_model
         self._devices: list[str | None] = list(devices) if devices else [None]
         self._workers: dict[str, _Worker] = {}
+        self._failed_starts: dict[str, int] = {}
         self._wake, self._closing = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="fine-tuning", daemon=True)
 
@@ -180,8 +182,11 @@ class Queue:
         try:
             worker = self._worker(job, self._process_of(job), self._free_device())
             worker.process.start(self._config_of(job), environment_of(job), worker.device)
-        except Exception:  # the next look tries again
+        except Exception as error:  # the next look tries again, but others wait behind this one
             self.store.change(job.id, ("running",), status="queued")
+            self._failed_starts[job.id] = self._failed_starts.get(job.id, 0) + 1
+            if self._failed_starts[job.id] == _START_TRIES:
+                self._fail(job, JobError("not_started", f"The process could not be started: {one_line(error)}"))
             raise
         self._workers[job.id] = worker
         self.store.add_event(job.id, "Fine-tuning job started" if not after else "Fine-tuning job started again")

@@ -107,11 +107,22 @@ class FineTuning:
         """The models of jobs that have succeeded and whose runs are there, the oldest first."""
         found = []
         for job in self.store.jobs_that_are("succeeded"):
-            run = self._queue.run_of(job)
-            if run.exists() and run.has_result(load_config(FinetuneConfig, run.config).tuning):
+            run, name = self._queue.run_of(job), str(job.fine_tuned_model)
+            if (
+                not self.store.is_deleted(name)
+                and run.exists()
+                and run.has_result(load_config(FinetuneConfig, run.config).tuning)
+            ):
                 created = int(job.finished_at or job.created_at)
-                found.append(TunedModel(str(job.fine_tuned_model), run.path, job.base.name, created))
+                found.append(TunedModel(name, run.path, job.base.name, created))
         return found
+
+    def delete_model(self, name: str) -> bool:
+        """Have no such model any more, nor its checkpoints; its job and its run stay. False if no job has made it."""
+        if self.store.job_of_model(name) is None:
+            return False
+        self.store.delete_model(name)
+        return True
 
     def checkpoint(self, name: str) -> tuple[Path, int] | None:
         """Run and step of a checkpoint's name, as `/checkpoints` lists it; None if no job has it."""
@@ -119,6 +130,8 @@ class FineTuning:
         for job in self.store.jobs_that_are("succeeded", "running", "paused", "cancelled", "failed") if found else ():
             if found is not None and model_name(job.base.name, job.request.suffix, job.id) == found["model"]:
                 run, step = self._queue.run_of(job), int(found["step"])
+                if self.store.is_deleted(found["model"]):
+                    return None
                 return (run.path, step) if step in map(step_of, checkpoint_folders(run.checkpoints)) else None
         return None
 

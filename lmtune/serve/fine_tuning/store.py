@@ -45,6 +45,7 @@ create table if not exists events (
     number integer primary key autoincrement, id text unique not null, job text not null, created_at real not null,
     level text not null, message text not null, data text
 );
+create table if not exists deleted_models (name text primary key not null);
 create index if not exists events_of_job on events (job, number);
 """
 _LETTERS = string.ascii_letters + string.digits
@@ -221,6 +222,15 @@ class Store:
         """The job that made the model of this name."""
         found = self._one("select * from jobs where fine_tuned_model = ? and status = 'succeeded'", model)
         return None if found is None else _job(found)
+
+    def delete_model(self, model: str) -> None:
+        """Have no such model any more; its job and its run stay."""
+        with self._lock:
+            self._base.execute("insert or ignore into deleted_models values (?)", (model,))
+
+    def is_deleted(self, model: str) -> bool:
+        """Whether a model was deleted."""
+        return self._one("select name from deleted_models where name = ?", model) is not None
 
     def jobs(
         self, after: Job | None, limit: int, metadata: Mapping[str, str] | None = None, only_without: bool = False

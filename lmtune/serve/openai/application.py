@@ -95,6 +95,12 @@ def _model_routes(catalog: Catalog) -> APIRouter:
         """One model."""
         return catalog.entry(name)
 
+    @router.delete("/models/{name:path}")
+    def delete_model(name: str) -> dict[str, object]:
+        """A model that a job has made; its run stays."""
+        catalog.delete(name)
+        return {"id": name, "object": "model", "deleted": True}
+
     return router
 
 

@@ -49,10 +49,12 @@ class Catalog:
 
     Attributes:
         more: loads the model of a name that is not listed; None where there is none.
+        forget: called with the name of a model that is to be deleted; False where it may not be.
     """
 
     def __init__(self) -> None:
         self.more: Callable[[str], ChatModel | None] = lambda name: None
+        self.forget: Callable[[str], bool] = lambda name: False
         self._models: dict[str, Served | _Promised] = {}
         self._loading = threading.Lock()
 
@@ -105,6 +107,20 @@ class Catalog:
         """A model as `/v1/models` tells it. Errors as of `find`."""
         self._check(name)
         return {"id": name, "object": "model", "created": self._models[name].created, "owned_by": "lmtune"}
+
+    def delete(self, name: str) -> None:
+        """Serve a model, and its checkpoints, no longer.
+
+        Raises:
+            ApiError: there is none, or it was named at the start.
+        """
+        self._check(name)
+        if not self.forget(name):
+            message = f"{name}: named when the server was started; expected a model that a fine-tuning job has made"
+            raise ApiError(403, message, param="model")
+        for known in list(self._models):
+            if known == name or known.startswith(f"{name}:"):
+                del self._models[known]
 
     @property
     def names(self) -> list[str]:

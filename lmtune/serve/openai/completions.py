@@ -65,7 +65,8 @@ def completion_routes(catalog: Catalog, answering: Answering) -> APIRouter:
         call = answering.begin(served)
         head = head_of(served, "cmpl", "text_completion")
         try:
-            choices = await _begin(body, call, prompts)
+            async with leaving(http, call):
+                choices = await _begin(body, call, prompts)
             if asks:
                 requests = [
                     Request(choice.prompt, sampling, served.model.members, body.logprobs)
@@ -109,6 +110,7 @@ async def _begin(body: CompletionRequest, call: Call, prompts: Sequence[list[int
     model, renderer = call.served.model, call.served.renderer
     choices: list[_Choice] = []
     for prompt in prompts:
+        call.check()
         call.num_prompt_tokens += len(prompt)
         scored: list[TokenLogprobs | int] = []
         if body.echo and body.logprobs is not None:

@@ -245,6 +245,7 @@ def trainable(
 def _fine_tuning(jobs: JobSettings, models: _Models, bases: Mapping[str, ModelConfig]) -> FineTuning:
     tuning = FineTuning(jobs.runs / ".serve", jobs.runs, lambda: bases, jobs.defaults, models.on_model)
     models.catalog.more = functools.partial(models.load_checkpoint, tuning)
+    models.catalog.forget = tuning.delete_model
     for model in tuning.models():
         models.catalog.promise(model.name, functools.partial(models.load, str(model.run)), model.created)
     return tuning

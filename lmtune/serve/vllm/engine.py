@@ -112,10 +112,6 @@ class VllmEngine:
         """
         self._post("/load_lora_adapter", {"lora_name": name, "lora_path": folder})
 
-    def remove_adapter(self, name: str) -> None:
-        """Serve it no longer."""
-        self._post("/unload_lora_adapter", {"lora_name": name})
-
     def close(self) -> None:
         """End all answers."""
         for generation in list(self._tasks):
