@@ -9,6 +9,7 @@ engine cannot hold is refused with the reason, since it would answer otherwise t
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from lmtune.errors import ConfigError, ModelError
 from lmtune.export.base import Engine, Exporter, Request
 from lmtune.export.merged import merge_run
 from lmtune.io.atomic import new_folder, write_text
-from lmtune.models.locate import run_config, shareable_name
+from lmtune.models.locate import run_config
+
+# Every option after it goes to vLLM: `serve.sh --port 8001`
+_SERVE = '#!/bin/sh\ncd "$(dirname "$0")" || exit\nexec {command} "$@"\n'
 
 
 def export_gguf(request: Request) -> list[str]:
@@ -80,24 +84,26 @@ def export_vllm(request: Request) -> list[str]:
         ConfigError: the folder is there already.
     """
     from lmtune.export import vllm
+    from lmtune.models.base import resolve_name
 
     config = run_config(request.run, request.base)
     name, dtype = request.run.name, request.run.trained_dtype() or "auto"
     if not isinstance(config.tuning, LoraConfig) or not request.adapter:
-        return [vllm.command(str(merged_folder(request)), name, None, 0, None, dtype)]
+        return [shlex.join(vllm.command(str(merged_folder(request)), name, dtype))]
     target = _free(request.place("vllm"))
     adapter = _adapter(request)
+    base = resolve_name(config.model.name, with_weights=True)
     with new_folder(target) as staging:
         renamed = vllm.write_adapter(adapter, staging, str((_whole_config(request).architectures or [""])[0]))
-        has_template = (staging / "chat_template.jinja").is_file()
-        base = shareable_name(config.model.name, target) if request.output else config.model.name
-        template = str(target / "chat_template.jinja") if has_template else None
-        command = vllm.command(base, name, str(target), config.tuning.rank, template, dtype)
-        write_text(staging / "serve.sh", f"#!/bin/sh\n{command}\n")
-    said = [f"{target} holds the adapter for vLLM, and serve.sh"]
+        from_there = os.path.relpath(base, target) if os.path.isdir(base) else base
+        itself = vllm.adapter_command(from_there, name, staging, ".", dtype)
+        write_text(staging / "serve.sh", _SERVE.format(command=shlex.join(itself)))
+    said = [
+        f"{target} holds the adapter for vLLM; sh {shlex.quote(str(target / 'serve.sh'))} serves it by this command:"
+    ]
     if renamed:
-        said.append(f"{renamed} weights have the names of the base's text part in its model of pictures and text")
-    return [*said, command]
+        said.insert(0, f"{renamed} weights have the names of the base's text part in its model of pictures and text")
+    return [*said, shlex.join(vllm.adapter_command(base, name, target, str(target), dtype))]
 
 
 EXPORTERS: dict[Engine, Exporter] = {

@@ -1,4 +1,4 @@
-"""An adapter for vLLM: its folder, with names that vLLM finds, the chat template, and the command that serves it.
+"""An adapter for vLLM: its folder, with names that vLLM finds, and the command that serves it.
 
 vLLM leaves out weights whose names it does not know without a word, and answers as the base. So what it cannot hold is
 refused here, and the names are those of the model class that it runs: where the base is published as a model of
@@ -7,7 +7,7 @@ pictures and text, of which lmtune trains the text part, the layers have another
 
 from __future__ import annotations
 
-import shlex
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lmtune.errors import ModelError
 from lmtune.models.tuning.adapter_files import CONFIG, WEIGHTS, check_adapter
 
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that `--max-lora-rank` takes
 _TEXT, _WRAPPED = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
 
@@ -79,22 +80,30 @@ def fitting_rank(rank: int) -> int:
     return fitting
 
 
-def command(base: str, name: str, adapter: str | None, rank: int, template: str | None, dtype: str) -> str:
-    """The command line that serves a model, or an adapter beside its base.
+def command(base: str, name: str, dtype: str) -> list[str]:
+    """The words of the command line that serves the model `base` under `name`, computed in `dtype`."""
+    return ["vllm", "serve", base, "--dtype", dtype, "--served-model-name", name]
+
+
+def adapter_command(base: str, name: str, folder: Path, shown: str, dtype: str) -> list[str]:
+    """The words of the command line that serves an adapter under `name` beside its base.
+
+    vLLM takes template and end tokens from the base, unless it is told where those of training are.
 
     Args:
         base: what vLLM loads.
-        name: by which requests call the model.
-        adapter: its folder; None serves `base` itself.
-        rank: of the adapter.
-        template: the file of the chat template; None for that of the base.
+        name: by which requests call the adapter.
+        folder: as `write_adapter` has written it.
+        shown: that folder as the command names it.
         dtype: of the computation.
+
+    Raises:
+        ModelError: its rank is too high.
     """
-    words = ["vllm", "serve", base, "--dtype", dtype]
-    if adapter is None:
-        words += ["--served-model-name", name]
-    else:
-        words += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(fitting_rank(rank))]
-    if template is not None:
-        words += ["--chat-template", template]
-    return shlex.join(words)
+    words = ["vllm", "serve", base, "--dtype", dtype, "--enable-lora", "--lora-modules", f"{name}={shown}"]
+    words += ["--max-lora-rank", str(fitting_rank(check_servable(folder)))]
+    if (folder / TEMPLATE).is_file():
+        words += ["--chat-template", os.path.join(shown, TEMPLATE)]
+    if (folder / GENERATION).is_file():
+        words += ["--generation-config", shown]
+    return words

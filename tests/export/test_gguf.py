@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lmtune.demo import tiny_path
 from lmtune.errors import ConfigError, ModelError
 from lmtune.export.base import Request
 from lmtune.export.engines import EXPORTERS
@@ -20,8 +23,10 @@ from lmtune.export.gguf_models import architecture
 from lmtune.export.gguf_tokenizer import tokenizer_keys
 from lmtune.export.k_quants import quantize_q4_k, quantize_q6_k
 from lmtune.export.ollama import turn_texts
+from lmtune.inference.load import load_for_inference
 from lmtune.models.gguf import gguf_folder
 from tests.export_models import FAMILIES, family_config, family_model
+from tests.recorded_server import recorded_run
 from tests.tiny import SAVED_VOCABULARY, adapted
 from tests.tokenizers import CHATML, make_tokenizer, turns
 from tests.workplace import finetune, inside, make_workplace
@@ -196,9 +201,39 @@ def test_a_run_is_exported_for_each_engine(tmp_path: Path) -> None:
         assert (run.path / "ollama/trial.gguf").is_file()
         said = EXPORTERS["vllm"](Request(run, adapter=True))
         assert f"--enable-lora --lora-modules trial={run.path / 'vllm'} --max-lora-rank 8" in said[-1]
-        assert (run.path / "vllm/chat_template.jinja").is_file()
+        assert run_by("vllm", said[-1], folder) == run_by("vllm", f"sh {run.path / 'vllm/serve.sh'}", folder)
+        said = EXPORTERS["vllm"](Request(run, adapter=True, output=folder / "elsewhere/vllm"))
+        found = run_by("vllm", said[-1], folder)
+        assert found == run_by("vllm", "sh elsewhere/vllm/serve.sh", folder)
+        assert found["serve"] == str(folder / "base")
+        assert found["--chat-template"] == str(folder / "elsewhere/vllm/chat_template.jinja")
+        stops = json.loads((Path(found["--generation-config"]) / "generation_config.json").read_text())
+        assert stops["eos_token_id"] == list(load_for_inference(str(run.path)).renderer.stop_token_ids)
         with pytest.raises(ConfigError, match="Ollama takes the merged model"):
             EXPORTERS["ollama"](Request(run, adapter=True))
+
+
+def run_by(program: str, command: str, folder: Path) -> dict[str, str]:
+    """What `command`, run in `folder`, tells `program`: option and value, paths absolute."""
+    stub = folder / "bin" / program
+    stub.parent.mkdir(exist_ok=True)
+    stub.write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True)
+    where, *words = done.stdout.decode().splitlines()
+    words = [os.path.normpath(os.path.join(where, word)) if os.path.exists(os.path.join(where, word)) else word
+             for word in words if word != "--enable-lora"]  # fmt: skip
+    words = [f"{name}={os.path.normpath(os.path.join(where, value))}" if value else name
+             for name, _, value in (word.partition("=") for word in words)]  # fmt: skip
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def test_an_adapter_over_the_embedded_model_names_its_folder(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path)
+    found = run_by("vllm", EXPORTERS["vllm"](Request(run, adapter=True))[-1], tmp_path)
+    assert found["serve"] == str(tiny_path())
+    assert found == run_by("vllm", f"sh {run.path / 'vllm/serve.sh'}", tmp_path)
 
 
 def test_vllm_gets_the_names_of_a_wrapped_text_model(tmp_path: Path) -> None:
