@@ -146,6 +146,10 @@ class _Unusable(Exception):
     """An answer that says nothing of the row; the text tells why."""
 
 
+class _Unscored(_Unusable):
+    """The row was read as it is, and not scored."""
+
+
 Prompt = list[int] | str
 
 
@@ -155,7 +159,9 @@ def _scorer(served: Served, tokenizer: PreTrainedTokenizerBase) -> Callable[[Ver
     def scored(prompt: Prompt, row: VerificationRow) -> Said:
         said = served.score(prompt, row.ids)
         if not said.prompt_tops:
-            other = said.prompt_tokens is not None and said.prompt_tokens != len(row.ids)
+            if said.prompt_tokens == len(row.ids):
+                raise _Unscored("not scored")
+            other = said.prompt_tokens is not None
             raise _Unusable(
                 f"reads {said.prompt_tokens} tokens where training has {len(row.ids)}" if other else "not scored"
             )
@@ -187,6 +193,8 @@ def _in_either_form(
         if not by_text:
             try:
                 return one(list(ids), row)
+            except _Unscored:  # as text neither
+                raise
             except _Unusable:
                 by_text = True
             except RefusedError as refusal:

@@ -1,6 +1,6 @@
 """What else a chat endpoint may make of the same messages: the mistakes in serving that change a prompt, as tokens.
 
-    for variant, ids in variants(renderer, messages).items(): ...
+    for (variant, form), ids in variants(renderer, messages).items(): ...
 
 The one under which the tuned model says what the endpoint says, and which has as many tokens as the endpoint counts, is
 the mistake.
@@ -32,6 +32,7 @@ class Variant:
     fix: str
 
 
+_FEW = 8  # tokens that are tried before a prompt
 _TEMPLATE = "serve it with the chat_template.jinja of the run (vLLM: --chat-template FILE; llama.cpp: --jinja "
 _TEMPLATE += "--chat-template-file FILE; Ollama: the Modelfile of `lmtune export --to ollama`)"
 SYSTEM_LOST = Variant(
@@ -42,6 +43,10 @@ BEGIN_TWICE = Variant(
     "bos_twice", "with one more beginning token ({bos}) than in training",
     "the template writes {bos} and the tokenizer adds it again; switch one off (GGUF: add_bos_token false; vLLM: no "
     "add_special_tokens), or export the run again",
+)  # fmt: skip
+BEGIN_ADDED = Variant(
+    "bos_added", "with a token before the prompt of training",
+    "let the endpoint's tokenizer add no beginning token (GGUF: add_bos_token false), or export the run again",
 )  # fmt: skip
 BEGIN_LOST = Variant(
     "bos_lost", "without the beginning token ({bos}) of training",
@@ -60,12 +65,13 @@ PLAIN = Variant("plain", "as plain text, without a template", _TEMPLATE)
 OTHER = Variant("other", "by a template that is not the one of training", _TEMPLATE)
 
 
-def variants(renderer: Renderer, messages: Sequence[Message]) -> dict[Variant, list[int]]:
-    """The prompt of `messages` under each mistake that changes it."""
+def variants(renderer: Renderer, messages: Sequence[Message]) -> dict[tuple[Variant, int], list[int]]:
+    """The prompt of `messages` under each mistake that changes it, by the mistake and the number of its form."""
     tokenizer: Any = renderer.tokenizer
     right = renderer.prompt_ids(messages)
     bos = tokenizer.bos_token_id
     begin = [] if bos is None else [int(bos)]
+    others = [number for number in tokenizer.all_special_ids if [number] != begin][:_FEW]
     turns = [{"role": turn.role, "content": turn.content} for turn in messages]
 
     def rendered(turns: Sequence[Any], **options: Any) -> list[int]:
@@ -80,6 +86,7 @@ def variants(renderer: Renderer, messages: Sequence[Message]) -> dict[Variant, l
     tried: list[tuple[Variant, Callable[[], list[int]]]] = [
         (SYSTEM_LOST, lambda: rendered([turn for turn in turns if turn["role"] != "system"])),
         (BEGIN_TWICE, lambda: [*begin, *right]),
+        *((BEGIN_ADDED, lambda number=number: [number, *right]) for number in others),
         (BEGIN_LOST, lambda: right[1:] if right[:1] == begin else right),
         (REASONING, lambda: rendered(turns, enable_thinking=True)),
         (REASONING, lambda: rendered(turns, enable_thinking=False)),
@@ -88,10 +95,10 @@ def variants(renderer: Renderer, messages: Sequence[Message]) -> dict[Variant, l
         (CHATML, lambda: begin + encoded(chatml + "<|im_start|>assistant\n")),
         (PLAIN, lambda: begin + encoded("\n\n".join(turn["content"] for turn in turns))),
     ]
-    found = dict[Variant, list[int]]()
-    for variant, render in tried:
+    found = dict[tuple[Variant, int], list[int]]()
+    for form, (variant, render) in enumerate(tried):
         with contextlib.suppress(Exception):  # of any kind, as a template raises it: then it is no mistake of this one
             ids = render()
             if ids and ids != right and ids not in found.values():
-                found.setdefault(variant, ids)
+                found[variant, form] = ids
     return found

@@ -115,25 +115,30 @@ class _Chat:
         `is_tuned`: that the weights are those of the tuned model is known.
         """
         is_near = as_trained.weights in (("tuned", "unknown") if is_tuned else ("tuned", "base", "unknown"))
-        if is_near and (self.counted is None or _least(as_trained) <= _EXACT * as_trained.expected.get("f16", 0.0)):
+        if is_near and (self.counted is None or _least(as_trained) <= _EXACT * _in_16_bit(as_trained)):
             return None, as_trained
         fitting = dict[Variant, Nearness]()
-        for variant, prompts in self._prompts().items():
+        for variant, prompts in self._prompts():
             if any(count not in (None, len(ids)) for count, ids in zip(self._counts, prompts, strict=True)):
                 continue
             near = self._measurer.answered(self._asked, prompts, as_trained.expected)
-            if near.weights in (("tuned",) if is_tuned else ("tuned", "base")) and _least(near) <= _least(as_trained):
+            bound = _least(fitting.get(variant, as_trained))
+            if near.weights in (("tuned",) if is_tuned else ("tuned", "base")) and _least(near) <= bound:
                 fitting[variant] = near
         if fitting:
             best = min(fitting, key=lambda one: _least(fitting[one]))
             return best, fitting[best]
         return (OTHER if is_tuned or self.counted else None), as_trained
 
-    def _prompts(self) -> dict[Variant, list[list[int]]]:
+    def _prompts(self) -> list[tuple[Variant, list[list[int]]]]:
         """The prompts of all rows under each mistake that changes all of them."""
         each = [variants(self._renderer, one.row.messages) for one in self._asked]
-        shared = [variant for variant in each[0] if all(variant in one for one in each)]
-        return {variant: [one[variant] for one in each] for variant in shared}
+        shared = [key for key in each[0] if all(key in one for one in each)]
+        return [(key[0], [one[key] for one in each]) for key in shared]
+
+
+def _in_16_bit(near: Nearness) -> float:
+    return max(near.expected.get("f16", 0.0), near.expected.get("bf16", 0.0))
 
 
 def _least(near: Nearness) -> float:
