@@ -11,7 +11,7 @@ from lmtune.data.replies import split_reply
 from lmtune.export.asking import Asked
 from lmtune.export.nearness import Float64, Nearness, of_answers, of_places
 from lmtune.export.references import Reference, References, ScoredTokens
-from lmtune.export.rounding import ROUNDINGS
+from lmtune.export.rounding import PRECISIONS
 from lmtune.export.served import has_logprobs
 from lmtune.export.tokens_of_texts import TokenNumbers
 from lmtune.io.console import progress
@@ -80,7 +80,7 @@ class Measurer:
     def _expected(self, rows: Sequence[ScoredTokens], tuned: Sequence[list[Float64]]) -> dict[str, float]:
         """How far rounding moves the tuned model."""
         found = dict[str, float]()
-        for kind in ROUNDINGS:
+        for kind in PRECISIONS:
             moved = [one for row in rows for one in self._references.tuned.logprobs(row, kind)]
             flat = [one for row in tuned for one in row]
             found[kind] = of_places(moved, flat, flat, len(rows)).to_tuned

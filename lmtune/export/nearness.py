@@ -48,7 +48,7 @@ class Nearness:
         between: how far the base is from the tuned model on the same.
         share: of the way from the base (0) to the tuned model (1); None of answers.
         rows, count: how many rows, and tokens or answers, this is of.
-        expected: by type of weights, how far rounding moves the tuned model, in nats a token.
+        expected: by type of weights, how far rounding moves the tuned model, in nats a token; `bf16`: computing in it.
     """
 
     by: Literal["logprobs", "answers"]
@@ -90,8 +90,16 @@ class Nearness:
         """The type of weights whose rounding explains the distance to the tuned model best."""
         if not self.expected:
             return None
-        logs = {name: abs(np.log((self.to_tuned + 1e-9) / (value + 1e-9))) for name, value in self.expected.items()}
-        return min(logs, key=lambda name: logs[name])
+        return self.fitting_types[0]
+
+    @property
+    def fitting_types(self) -> list[str]:
+        """The nearest type, then those that explain the distance within a factor of 3."""
+        found = sorted(self.expected, key=self._off)
+        return [name for name in found if name == found[0] or self._off(name) < np.log(3)]
+
+    def _off(self, name: str) -> float:
+        return float(abs(np.log((self.to_tuned + 1e-9) / (self.expected[name] + 1e-9))))
 
 
 def of_places(

@@ -17,7 +17,7 @@ import torch
 from lmtune.config.schema import LoraConfig
 from lmtune.data.rendering import Renderer
 from lmtune.errors import ModelError
-from lmtune.export.rounding import Rounding, rounded
+from lmtune.export.rounding import Precision, rounded
 from lmtune.inference.load import LoadedModel, load_for_inference
 from lmtune.inference.request import Request, Sampling
 from lmtune.models.base import load_model
@@ -49,21 +49,23 @@ class Reference:
 
     def __init__(self, loaded: LoadedModel, weights: BlockWeights, use_base: bool) -> None:
         self._loaded, self._weights, self._use_base = loaded, weights, use_base
-        self._reader = LogitsReader(weights.base, self._exact)
+        self._dtype = torch.float32
+        self._reader = LogitsReader(weights.base, self._computing)
         self._numbers = itertools.count()
 
     @contextlib.contextmanager
-    def _exact(self) -> Iterator[None]:
+    def _computing(self) -> Iterator[None]:
         switch = self._loaded.use_base() if self._use_base else contextlib.nullcontext()
-        with switch, self._weights.in_dtype(torch.float32, dequantize=True):
+        with switch, self._weights.in_dtype(self._dtype, dequantize=True):
             yield
 
-    def logprobs(self, asked: ScoredTokens, kind: Rounding | None = None) -> list[Float64]:
+    def logprobs(self, asked: ScoredTokens, kind: Precision | None = None) -> list[Float64]:
         """At each of its places the log-probabilities `[k]` of the tokens there, in their order.
 
-        With `kind` those of the model with its weights rounded.
+        With `kind` those of the model with its weights rounded, or computed in bf16.
         """
-        with contextlib.nullcontext() if kind is None else rounded(self._weights.base, kind):
+        self._dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+        with contextlib.nullcontext() if kind is None or kind == "bf16" else rounded(self._weights.base, kind):
             self._reader.read(next(self._numbers), asked.ids)
             found, places = list[Float64](), list(asked.places.items())
             for start in range(0, len(places), _AT_ONCE):  # each costs a pass through the head, and rounding it

@@ -1,11 +1,12 @@
 """How far a model moves when its weights are rounded to fewer bits: what to expect of another engine's file.
 
     with rounded(model, "q8_0"):
-        model(...)              # each linear layer and embedding computes with rounded weights
+        model(...)              # each linear layer and embedding computes with rounded weights and inputs
 
-Nothing is written and no weight is changed: a hook adds what rounding changes in a layer's output. Of `q4_k_m` it is
-near, not equal: the embeddings and the head have 6 bits, as in llama.cpp, which takes the scale of a group with some
-care and gives a few layers more bits, too.
+llama.cpp rounds the inputs of a layer, too: to 8 bits where its weights have 8 or fewer, else to 16. Nothing is written
+and no weight is changed: a hook adds what rounding changes in a layer's output. Of `q4_k_m` it is near, not equal: the
+embeddings and the head have 6 bits, as in llama.cpp, which takes the scale of a group with some care and gives a few
+layers more bits, too.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from typing import Any, Literal
 import torch
 
 Rounding = Literal["f16", "q8_0", "q4_k_m"]
+Precision = Literal["f16", "bf16", "q8_0", "q4_k_m"]  # of what is served; of bf16 it is the computation that tells
 ROUNDINGS: tuple[Rounding, ...] = ("f16", "q8_0", "q4_k_m")
+PRECISIONS: tuple[Precision, ...] = ("f16", "bf16", "q8_0", "q4_k_m")
 _GROUP = 32  # weights that share a scale
+_LARGE_GROUP = 256  # inputs that do, where weights have k-quants
 
 
 @contextlib.contextmanager
@@ -57,8 +61,15 @@ def round_rows(weight: torch.Tensor, kind: Rounding, is_table: bool = False) -> 
     return _six_bits(weight) if is_table and kind == "q4_k_m" else _ROUNDED[kind](weight)
 
 
-def _eight_bits(weight: torch.Tensor) -> torch.Tensor:
-    groups = weight.reshape(-1, _GROUP)
+def round_inputs(hidden: torch.Tensor, kind: Rounding) -> torch.Tensor:
+    """fp32 `[..., K]` as llama.cpp multiplies it with weights of this type: in 16 bits, or in 8."""
+    if kind == "f16" or hidden.shape[-1] % _GROUP:
+        return hidden.half().float()
+    return _eight_bits(hidden, _LARGE_GROUP if kind == "q4_k_m" and hidden.shape[-1] % _LARGE_GROUP == 0 else _GROUP)
+
+
+def _eight_bits(weight: torch.Tensor, group: int = _GROUP) -> torch.Tensor:
+    groups = weight.reshape(-1, group)
     scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
     return ((groups / scale).round() * scale.half().float()).reshape(weight.shape)
 
@@ -92,4 +103,6 @@ def _change(layer: Any, given: torch.Tensor, kind: Rounding, is_table: bool) -> 
         return given.new_zeros(())
     if base is not layer and not layer.disable_adapters:
         weight = weight + sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
-    return torch.nn.functional.linear(given, (round_rows(weight, kind, is_table) - weight).to(given.dtype))
+    linear = torch.nn.functional.linear
+    exact = linear(given.float(), weight)
+    return (linear(round_inputs(given.float(), kind), round_rows(weight, kind, is_table)) - exact).to(given.dtype)

@@ -126,7 +126,7 @@ def evidence(near: Nearness, explains: bool) -> str:
     expected = ", ".join(f"{name} {_nats(value)}" for name, value in near.expected.items())
     fits = ""
     if explains and near.nearest_type:
-        fits = f", as expected of {near.nearest_type} ({expected})"
+        fits = f", as expected of {' or '.join(near.fitting_types)} ({expected})"
     elif expected:
         fits = f" (expected of {expected})"
     share = "" if near.share is None else f"; {round(100 * near.share)} % of the way from base to tuned"

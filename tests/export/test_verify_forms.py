@@ -10,10 +10,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lmtune.data.rendering import Renderer
+from lmtune.data.types import Message
 from lmtune.export.nearness import Nearness, divergence, of_answers, of_places
+from lmtune.export.prompt_variants import CHATML as CHATML_PROMPT
+from lmtune.export.prompt_variants import variants
 from lmtune.export.served import Said, chat, completion, has_logprobs
 from lmtune.export.tokens_of_texts import TokenNumbers
-from tests.tokenizers import CHATML, make_tokenizer
+from tests.tokenizers import CHATML, LLAMA2, make_tokenizer
 
 # /v1/completions with echo and logprobs, as vLLM answers: the prompt by id, too, and the token that follows it.
 VLLM_ECHO = {
@@ -146,6 +150,14 @@ def test_tokens_are_found_by_their_text() -> None:
     assert [numbers.of(text) for text in (" the", "the", " ", "▁the", "\n")] == [1, 2, 3, 1, 4]
 
 
+def test_chatml_is_tried_with_and_without_a_beginning_token() -> None:
+    tokenizer = make_tokenizer(LLAMA2)
+    tried = variants(Renderer(tokenizer), [Message("user", "Hello")])
+    forms = [ids for (variant, _), ids in tried.items() if variant is CHATML_PROMPT]
+    assert [ids[0] == tokenizer.bos_token_id for ids in forms] == [False, True]
+    assert forms[0] == forms[1][1:]
+
+
 def logs(*probabilities: float) -> Any:
     return np.log(np.array(probabilities))
 
@@ -178,6 +190,7 @@ def test_what_it_is_near_to() -> None:
     assert near(3e-7, 1.0).nearest_type == "f16"
     assert near(0.01, 1.0).nearest_type == "q4_k_m"
     assert near(0.01, 1.0, expected={}).nearest_type is None
+    assert near(0.01, 1.0, expected={"f16": 1e-7, "bf16": 0.004, "q8_0": 0.008}).fitting_types == ["q8_0", "bf16"]
 
 
 def test_places_and_answers() -> None:
