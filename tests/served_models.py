@@ -31,6 +31,7 @@ class Serving:
         drops_system: whether it leaves system turns out.
         counts: whether it tells how many tokens a prompt has.
         names: of its models.
+        parents: of those that are adapters, what they are over.
         key: that it wants.
         body: what it answers to everything: status and bytes.
     """
@@ -45,6 +46,7 @@ class Serving:
     drops_system: bool = False
     counts: bool = True
     names: tuple[str, ...] = ("trial",)
+    parents: dict[str, str] = field(default_factory=dict)
     key: str | None = None
     body: tuple[int, bytes] | None = None
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -55,7 +57,7 @@ class Serving:
         if self.body is not None:
             return self.body
         if path.endswith("/models"):
-            return 200, {"data": [{"id": name} for name in self.names]}
+            return 200, {"data": [{"id": name, "parent": self.parents.get(name)} for name in self.names]}
         if body.get("model") not in self.names:
             return 404, {"error": {"message": f"The model `{body.get('model')}` does not exist.", "code": 404}}
         if path.endswith("/chat/completions") and "chat" in self.ways:

@@ -168,7 +168,7 @@ class Judge:
 
 
 def _only_model(endpoint: Endpoint) -> str:
-    names = endpoint.models()
+    names = list(endpoint.models())
     if len(names) == 1:
         return names[0]
     raise ConfigError(f"--judge-model: missing; {endpoint.shown} has {', '.join(names[:8]) or 'no list of models'}")

@@ -11,7 +11,7 @@ way is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,9 @@ _MORE_TOKENS, _MOST_TOKENS = 24, 256  # of an answer beyond the one that was tra
 _FEW_TOKENS = 32  # that tell the weights
 _CLOSED = (401, 403)
 _NAMES = 8
+
+
+Listed = Mapping[str, str | None]  # the models of an endpoint, each with the one that it is an adapter over
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,14 @@ class AskedRows:
     notes: list[str] = field(default_factory=list)
 
 
-def choose_model(endpoint: Endpoint, wanted: str | None, run: str) -> tuple[str, list[str]]:
+def choose_model(endpoint: Endpoint, wanted: str | None, run: str) -> tuple[str, Listed]:
     """The model to ask, and all that the endpoint lists: `wanted`, or the one of the run's name, or the only one.
 
     Raises:
         ConfigError: none is given and there are several, or the endpoint wants a key.
         LmtuneError: nobody answers there.
     """
-    listed = list[str]()
+    listed: Listed = {}
     try:
         listed = endpoint.models()
     except RefusedError as refusal:
@@ -69,17 +72,18 @@ def choose_model(endpoint: Endpoint, wanted: str | None, run: str) -> tuple[str,
     if wanted is not None:
         return wanted, listed
     if run in listed or len(listed) == 1:
-        return (run if run in listed else listed[0]), listed
+        return (run if run in listed else next(iter(listed))), listed
     raise ConfigError(f"--model: missing; {endpoint.shown} has {names(listed) or 'no list of models'}")
 
 
-def names(listed: Sequence[str]) -> str:
+def names(listed: Iterable[str]) -> str:
     """The first names of a list."""
+    listed = list(listed)
     return ", ".join(listed[:_NAMES]) + (", …" if len(listed) > _NAMES else "")
 
 
 def ask(
-    served: Served, rows: Sequence[VerificationRow], tokenizer: PreTrainedTokenizerBase, listed: Sequence[str] = ()
+    served: Served, rows: Sequence[VerificationRow], tokenizer: PreTrainedTokenizerBase, listed: Iterable[str] = ()
 ) -> AskedRows:
     """Ask all that the endpoint has.
 
@@ -108,7 +112,7 @@ def ask(
 
 
 def _each(
-    served: Served, listed: Sequence[str], way: str, rows: Sequence[VerificationRow],
+    served: Served, listed: Iterable[str], way: str, rows: Sequence[VerificationRow],
     one: Callable[[VerificationRow], Asked], notes: list[str], advance: Callable[[], None],
 ) -> Iterator[Asked]:  # fmt: skip
     """Every row that is answered; none after the first that is not, unless one was before."""

@@ -15,6 +15,11 @@ BASE_ADVICE = (
     "apply the adapter. vLLM: --enable-lora --lora-modules NAME=FOLDER, and requests name NAME (`lmtune export RUN "
     "--to vllm --adapter` writes the command); llama.cpp: --lora FILE; else serve the merged model"
 )
+IDLE_ADVICE = (
+    "the endpoint lists an adapter of this name over {parent}, which changes nothing there: vLLM leaves out weights "
+    "whose names it does not know; `lmtune export RUN --to vllm --adapter` writes them as it reads them, or serve the "
+    "merged model"
+)
 END_ADVICE = (
     "serve the run's generation_config.json with the weights (vLLM), or export the run again (GGUF, Ollama); until "
     "then give `stop` with each request: {stops}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmtune.data.rendering import Renderer
-from lmtune.export.asking import Asked, AskedRows, ask, names
+from lmtune.export.asking import Asked, AskedRows, Listed, ask, names
 from lmtune.export.measuring import Measurer, own_prompts
 from lmtune.export.nearness import Nearness, Weights
 from lmtune.export.prompt_variants import OTHER, Variant, variants
@@ -24,6 +24,7 @@ from lmtune.export.served import Served
 from lmtune.export.verdict import (
     BASE_ADVICE,
     END_ADVICE,
+    IDLE_ADVICE,
     NEITHER_ADVICE,
     SAME_ADVICE,
     UNCLEAR_ADVICE,
@@ -38,14 +39,14 @@ _EXACT = 4.0  # times what 16 bit explains: then the prompt is that of training,
 
 
 def verify_endpoint(
-    served: Served, run: RunDirectory, listed: Sequence[str] = (), base: str | None = None
+    served: Served, run: RunDirectory, listed: Listed | None = None, base: str | None = None
 ) -> Verification:  # fmt: skip
     """Compare a model at an endpoint with the tuned model and the base of a run.
 
     Args:
         served: the model.
         run: a run of a language model that has a result.
-        listed: all models that the endpoint lists.
+        listed: all models that the endpoint lists, each with the one that it is an adapter over, where it says so.
         base: where the base is now, if it was moved.
 
     Raises:
@@ -56,6 +57,7 @@ def verify_endpoint(
     references = load_references(run, base)
     renderer = references.renderer
     rows = verification_rows(run, renderer, references.system)
+    listed = listed or {}
     asked = ask(served, rows, renderer.tokenizer, listed)
     measurer = Measurer(references)
     chat, weights = _Chat(measurer, renderer, asked.chatted), _weights(asked, measurer)
@@ -76,10 +78,10 @@ def verify_endpoint(
     if near.weights == "tuned" and variant is None:
         run_on = measurer.run_on(asked.chatted or asked.completed)
     verdict = _verdict(near.weights, variant, run_on)
-    bos, others = str(renderer.tokenizer.bos_token or ""), [name for name in listed if name != served.model]
+    bos = str(renderer.tokenizer.bos_token or "")
     return Verification(
         verdict, near.weights, served.model, way, near, shown, variant, bos, run_on, chat.counted, tuple(asked.notes),
-        _advice(verdict, near, variant, bos, renderer.stop_tokens, others),
+        _advice(verdict, near, variant, bos, renderer.stop_tokens, listed, served.model),
     )  # fmt: skip
 
 
@@ -155,14 +157,18 @@ def _verdict(weights: Weights, variant: Variant | None, run_on: tuple[int, int])
 
 
 def _advice(
-    verdict: Verdict, near: Nearness, variant: Variant | None, bos: str, stops: Sequence[str], others: Sequence[str]
-) -> str:
+    verdict: Verdict, near: Nearness, variant: Variant | None, bos: str, stops: Sequence[str], listed: Listed,
+    model: str,
+) -> str:  # fmt: skip
+    parent = listed.get(model)
     advice = {
-        "tuned": "", "base": BASE_ADVICE, "neither": NEITHER_ADVICE,
+        "tuned": "", "base": BASE_ADVICE if parent is None else IDLE_ADVICE.format(parent=parent),
+        "neither": NEITHER_ADVICE,
         "end token": END_ADVICE.format(stops=", ".join(stops)),
         "template": (variant or OTHER).fix.format(bos=bos),
         "unknown": UNCLEAR_ADVICE if near.tells else SAME_ADVICE,
     }[verdict]  # fmt: skip
-    if others and verdict in ("base", "neither"):
+    others = [name for name in listed if name != model]
+    if others and verdict in ("base", "neither") and parent is None:
         advice += f"; the endpoint also lists {names(others)}: --model NAME"
     return advice

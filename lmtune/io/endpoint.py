@@ -108,14 +108,15 @@ class Endpoint:
         url = self._address
         return f"{url.scheme}://{url.netloc.decode().rpartition('@')[2]}{url.path}"
 
-    def models(self) -> list[str]:
-        """The names of the models that it lists.
+    def models(self) -> dict[str, str | None]:
+        """The names of the models that it lists, each with the one that it is an adapter over, where it says so.
 
         Raises:
             RefusedError, FailingError: as of `post`.
         """
         listed = self._request("GET", "/models", None).get("data")
-        return [str(one.get("id")) for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+        models = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+        return {str(one.get("id")): str(one["parent"]) if one.get("parent") else None for one in models}
 
     def post(self, path: str, body: Mapping[str, object]) -> Tree:
         """What it answers, a JSON object.

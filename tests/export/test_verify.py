@@ -274,6 +274,8 @@ def test_another_name_is_answered_by_the_names_that_there_are(trained: Trained) 
     assert verified(trained, several, "tuned-model").is_right
     both = trained.serving(logits=trained.base, names=("trial", "elsewhere"))  # the run's name is taken
     assert "the endpoint also lists elsewhere: --model NAME" in verified(trained, both).advice
+    both.parents = {"trial": "elsewhere"}
+    assert "an adapter of this name over elsewhere, which changes nothing" in verified(trained, both).advice
 
 
 def test_a_key_is_asked_for_sent_and_written_nowhere(
