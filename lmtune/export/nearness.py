@@ -25,6 +25,7 @@ Float64 = npt.NDArray[np.float64]
 
 _LEAST = 1e-8  # a probability, since logs of rounded ones may be anything below
 _SAME = 1e-6  # nats a token, of two models that do not differ
+_FLOOR = 1e-7  # nats a token: sums in another order, keys and values in 16 bit
 _TIMES = 4.0  # what four bits a weight explain
 _EXACT_LIMIT = 1e-3  # nats a token that are near in any case: 16 bit computes so
 _ANSWERS_LIMIT = 0.5
@@ -99,7 +100,7 @@ class Nearness:
         return [name for name in found if name == found[0] or self._off(name) < np.log(3)]
 
     def _off(self, name: str) -> float:
-        return float(abs(np.log((self.to_tuned + 1e-9) / (self.expected[name] + 1e-9))))
+        return float(abs(np.log((self.to_tuned + _FLOOR) / (self.expected[name] + _FLOOR))))
 
 
 def of_places(
