@@ -343,6 +343,16 @@ class ReplicatedConfig:
 
 
 @section
+class FsdpConfig:
+    """The frozen weights are shared out over the processes."""
+
+    kind: Literal["fsdp"] = "fsdp"  # each holds a part of the frozen weights; gradients are summed
+
+
+ParallelConfig = Annotated[ReplicatedConfig | FsdpConfig, Field(discriminator="kind")]
+
+
+@section
 class RunConfig:
     """Where the run lives on disk, and how often it is saved."""
 
@@ -368,7 +378,7 @@ class FinetuneConfig:
     objective: ObjectiveConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    parallel: ReplicatedConfig = ReplicatedConfig()
+    parallel: ParallelConfig = ReplicatedConfig()
     run: RunConfig = RunConfig()
 
     def problems(self) -> list[str]:

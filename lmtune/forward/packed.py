@@ -76,12 +76,13 @@ class PackedForward:
 
     members: Members = AS_IS
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None = None, joins_layers: bool = True) -> None:
         """
         Args:
             model: with or without an adapter.
             dtype: in which products are computed, those with fp32 weights too; by default the base's. Weights and
                 gradients that are fp32 stay fp32.
+            joins_layers: whether LoRA layers of one input may share one matrix, which holds their base weights.
         """
         self.model = model
         self.base: PreTrainedModel = base_of(model)
@@ -92,7 +93,7 @@ class PackedForward:
         self.dtype = dtype or self.base.dtype
         self._autocast_dtype = self.dtype if self._is_mixed() else None
         self.capabilities = Capabilities.none()
-        groups, self._separate_lora = join_lora_layers(self)
+        groups, self._separate_lora = join_lora_layers(self) if joins_layers else ([], None)
         self._groups = weakref.WeakSet(groups)  # layers may leave theirs, and the memory with it
         self.capabilities = find_capabilities(self)
 

@@ -150,7 +150,7 @@ class BaseWeight:
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`y[T, out] + x[T, in] Wᵀ`, rounded once; `y` may be its place."""
-        state = getattr(self.layer.weight, "quant_state", None)
+        state = self._quant_state
         if state is None or self._dense is not None or len(x) > 1 or x.requires_grad:
             return add_product(y, x, self.dense(x.dtype).t())
         from bitsandbytes import matmul_4bit
@@ -191,15 +191,22 @@ class BaseWeight:
         with_base = ((weight @ a.to(dtype).t()) * b).sum(1)
         return (self._squared_norms + 2 * with_base + ((b @ (a @ a.t())) * b).sum(1)).clamp_(0).sqrt()
 
+    @property
+    def _quant_state(self) -> Any:
+        """Of 4 bit; a weight that is shared out over processes has left it to its layer."""
+        own = getattr(self.layer.weight, "quant_state", None)
+        return getattr(self.layer, "quant_state", None) if own is None else own
+
     def _dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         weight = self.layer.weight
-        if (state := getattr(weight, "quant_state", None)) is not None:
+        if (state := self._quant_state) is not None:
             from bitsandbytes.functional import dequantize_4bit
 
             dense: torch.Tensor = dequantize_4bit(weight.data, state)
             return dense.to(dtype)
         if weight.dtype == torch.int8:
-            largest = weight.SCB if weight.SCB is not None else self.layer.state.SCB  # moved at the first forward
+            held = getattr(weight, "SCB", None)
+            largest = self.layer.state.SCB if held is None else held  # moved at the first forward
             exact: torch.Tensor = weight.data * (largest / 127.0).float()[:, None]  # fp32, rounded once
             return exact.to(dtype)
         plain: torch.Tensor = weight.detach().to(dtype)

@@ -13,6 +13,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from lmtune.models.tuning.base import TunedModel
+
 T = TypeVar("T")
 
 
@@ -48,6 +50,21 @@ class Parallel(Protocol):
     device: torch.device
     phase: str  # what it is doing, for the message about one that hangs; `step N` is held to the time limit
     on_failure: Callable[[str], None] | None  # told the reason when it is ended from outside its main thread
+    equal_passes: bool  # whether every rank must make as many passes as the others
+
+    @property
+    def load_device(self) -> torch.device:
+        """Where a model is loaded, before `shard`."""
+
+    @property
+    def scoring(self) -> Parallel:
+        """The ranks that share the rows that are scored."""
+
+    def shard(self, model: TunedModel) -> None:
+        """Keep what this rank has to hold of a model, on its device; after its kernels were chosen, before a pass."""
+
+    def passes(self) -> contextlib.AbstractContextManager[None]:
+        """Held during forward and backward passes; says why one fails of which all ranks take part."""
 
     @property
     def is_main(self) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmtune.config.schema import ReplicatedConfig
+from lmtune.config.schema import FsdpConfig, ParallelConfig, ReplicatedConfig
 from lmtune.errors import ConfigError
 from lmtune.io.atomic import wait_for_lock
 from lmtune.io.console import err
@@ -32,7 +32,7 @@ _PLAIN_JOB = {
 }  # fmt: skip
 
 
-def connect(section: ReplicatedConfig, process_timeout_seconds: float) -> Parallel:
+def connect(section: ParallelConfig, process_timeout_seconds: float) -> Parallel:
     """This process among those of the run, which have found each other when it returns.
 
     `process_timeout_seconds`: how long a rank may show no sign of life while the others wait for it.
@@ -48,8 +48,10 @@ def connect(section: ReplicatedConfig, process_timeout_seconds: float) -> Parall
 
         return Single()
     from lmtune.parallel.replicated import Replicated
+    from lmtune.parallel.sharded import Sharded
 
-    parallel = {ReplicatedConfig: Replicated}[type(section)](process_timeout_seconds)
+    kinds: dict[type, type[Replicated]] = {ReplicatedConfig: Replicated, FsdpConfig: Sharded}
+    parallel = kinds[type(section)](process_timeout_seconds)
     atexit.register(parallel.close)  # or the launcher would report a run that ended well as failed
     if parallel.world_size != running:
         raise ConfigError(f"--processes: {running} were started, but Accelerate sees {parallel.world_size}")

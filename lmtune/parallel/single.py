@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 
 from lmtune.models.device import default_device
-from lmtune.parallel.base import GradientBuffer
+from lmtune.models.tuning.base import TunedModel
+from lmtune.parallel.base import GradientBuffer, Parallel
 
 T = TypeVar("T")
 
@@ -17,12 +18,29 @@ T = TypeVar("T")
 class Single:
     """The only process of a run."""
 
-    rank, world_size, is_main = 0, 1, True
+    rank, world_size, equal_passes = 0, 1, False
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = default_device() if device is None else device
+    def __init__(self, device: torch.device | None = None, is_main: bool = True) -> None:
+        self.device, self.is_main = default_device() if device is None else device, is_main
         self.phase = "start"
         self.on_failure: Callable[[str], None] | None = None
+
+    @property
+    def load_device(self) -> torch.device:
+        """Where a model is loaded."""
+        return self.device
+
+    @property
+    def scoring(self) -> Parallel:
+        """This one scores."""
+        return self
+
+    def shard(self, model: TunedModel) -> None:
+        """All of it is here."""
+
+    def passes(self) -> contextlib.AbstractContextManager[None]:
+        """There is nobody to wait for."""
+        return contextlib.nullcontext()
 
     def sum_gradients(self, buffer: GradientBuffer) -> None:
         """The sum of one."""

@@ -115,12 +115,13 @@ class Components:
         """Compute what the objective needs of the model as it is before the first step, once."""
         if self.rows is None:
             plural = plural_of(self.objective)
-            find = partial(sequence_logprobs, self.forward, self.objective.units, parallel=self.parallel)
-            self.rows = self.objective.precompute(self.data.train, partial(find, what=plural))
-            if self.data.validation is not None:
-                self.held_out = self.objective.precompute(
-                    self.data.validation, partial(find, what=f"held-out {plural}")
-                )  # fmt: skip
+            find = partial(sequence_logprobs, self.forward, self.objective.units, parallel=self.parallel.scoring)
+            with self.parallel.passes():
+                self.rows = self.objective.precompute(self.data.train, partial(find, what=plural))
+                if self.data.validation is not None:
+                    self.held_out = self.objective.precompute(
+                        self.data.validation, partial(find, what=f"held-out {plural}")
+                    )  # fmt: skip
 
     def job(self, resumed: Checkpoint | None = None) -> tuple[TrainingJob, TrainState]:
         """What the loop works with, and where it begins; the tensors of `resumed` are in the model and the optimizer.
@@ -159,8 +160,9 @@ class Components:
     def validate(self) -> Scores:
         """Scores of the validation rows; answers are generated if what they score is to decide."""
         assert self.held_out is not None
-        tokens, parallel = self.micro_batch_tokens, self.parallel
-        found = score_rows(self.forward, self.objective, self.held_out, tokens, parallel=parallel)
+        tokens, parallel = self.micro_batch_tokens, self.parallel.scoring
+        with self.parallel.passes():
+            found = score_rows(self.forward, self.objective, self.held_out, tokens, parallel=parallel)
         scores, metric = found.scores, self.deciding[0]
         if metric == GENERATED and (answered := self.score("the model", found)) is not None:
             scores = answered[0]
@@ -194,7 +196,8 @@ class Components:
             return Outputs.of_scores(constant.to(batch.weights.device).expand(len(batch.example_of), -1))
 
         return score_objective(
-            self.forward, self.objective, self.held_out, self.micro_batch_tokens, self.parallel, self.head.constant, run
+            self.forward, self.objective, self.held_out, self.micro_batch_tokens, self.parallel.scoring,
+            self.head.constant, run
         ), []  # fmt: skip
 
     def score(self, who: str, known: RowScores | None = None) -> tuple[Scores, list[Answer]] | None:
@@ -205,10 +208,11 @@ class Components:
         if self.held_out is None:
             return None
         settings = self.config.evaluation
-        return evaluate(
-            self.forward, self.renderer, self.held_out, settings.exact_match_rows, settings.max_new_tokens,
-            self.micro_batch_tokens, self.objective, self.parallel, who, known,
-        )  # fmt: skip
+        with self.parallel.passes():
+            return evaluate(
+                self.forward, self.renderer, self.held_out, settings.exact_match_rows, settings.max_new_tokens,
+                self.micro_batch_tokens, self.objective, self.parallel.scoring, who, known,
+            )  # fmt: skip
 
 
 def compose(
@@ -232,6 +236,9 @@ def _compose(
 ) -> Components:  # fmt: skip
     check_bitsandbytes(config.model.quantization)
     check_optimizer(config.train.optimizer, parallel.device)
+    if parallel.equal_passes and isinstance(config.tuning, FullConfig):
+        raise ConfigError("parallel.kind: fsdp; it shares out weights that are not trained; expected replicated for "
+                          "tuning.kind: full")  # fmt: skip
     if parallel.device.type == "cuda" and config.model.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
     renderer, data = load_rows(config, parallel, shared)
@@ -249,8 +256,8 @@ def _compose(
     tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
     loaded = replace(stored, dtype=tuning.load_dtype or stored.dtype)
     base = (
-        load_model(loaded, parallel.device, head) if shared is None
-        else shared.base(loaded, parallel.device, head, tuning)
+        load_model(loaded, parallel.load_device, head) if shared is None
+        else shared.base(loaded, parallel.load_device, head, tuning)
     )  # fmt: skip
     if head is None and classifier_head(base) is not None:
         raise ModelError(
@@ -266,8 +273,10 @@ def _compose(
         for tensor in tuning.initial_tensors(model):
             parallel.broadcast(tensor)
         if model.has_adapter:
-            fuse(model.module, all(parallel.gather([dense_weights_fit(model.module, parallel.device)])))
-        forward = PackedForward(model.module, dtype)
+            keeps = not parallel.equal_passes and dense_weights_fit(model.module, parallel.device)
+            fuse(model.module, all(parallel.gather([keeps])))
+        parallel.shard(model)
+        forward = PackedForward(model.module, dtype, joins_layers=not parallel.equal_passes)
     for capabilities in parallel.gather([forward.capabilities]):  # the plan, which all ranks make alike, depends on it
         forward.capabilities = forward.capabilities.intersect(capabilities)
     if parallel.is_main:
@@ -343,7 +352,9 @@ def _choose_micro_batch(
     device, tokens = parallel.device, data.train.num_tokens
     share = float(data.train.num_targets.sum() / tokens.sum())
     shape = memory.shape_of(forward.model, parameters)
-    activations = measure_activations(forward, share) or memory.estimated_activations(shape, forward.dtype)
+    # where weights are gathered for each layer, they would be counted with what the layer keeps
+    measured = None if parallel.equal_passes else measure_activations(forward, share)
+    activations = measured or memory.estimated_activations(shape, forward.dtype)
     # the weights are there already; their gradients and moments come with the first step
     coming = memory.trained_bytes(shape, forward.dtype, MOMENT_BYTES[config.train.optimizer]) - 4 * parameters.trained
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens

@@ -141,9 +141,10 @@ def gradients(
     """
     while True:
         seed_step(job.train.seed, plan.step, job.parallel.rank)
+        num_passes = max(map(len, plan.micro_batches)) if job.parallel.equal_passes else 0
         result = step_gradients(
             job.forward, job.objective, job.parameters, prefetcher.batches(), plan.totals, job.parallel,
-            is_asked,
+            is_asked, num_passes,
         )  # fmt: skip
         if not result.out_of_memory:
             return plan, result
@@ -186,9 +187,11 @@ def _reduce_memory(job: TrainingJob, planner: Planner, plan: StepPlan) -> Planne
 def _not_finite(job: TrainingJob, plan: StepPlan, result: StepResult) -> LmtuneError:
     """An error that names the examples that made the loss or gradient infinite or NaN, on whichever rank they were."""
     seed_step(job.train.seed, plan.step, job.parallel.rank)
+    of_ranks = [sum(map(len, units)) for units in plan.micro_batches]
     examples = find_nonfinite_examples(
-        job.forward, job.objective, job.parameters, plan.micro_batches[job.parallel.rank], job.data
-    )
+        job.forward, job.objective, job.parameters, plan.micro_batches[job.parallel.rank], job.data, job.parallel,
+        max(of_ranks) if job.parallel.equal_passes else 0,
+    )  # fmt: skip
     examples = job.parallel.gather(examples)
     rows = format_list(sorted(set(examples))) if examples else "  none alone; the step as a whole"
     return LmtuneError(

@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from lmtune.batching.packing import MicroBatch
+from lmtune.batching.packing import MicroBatch, pack
 from lmtune.batching.plan import Totals, Unit
 from lmtune.batching.prefetch import pack_units
-from lmtune.data.types import ExampleStore
+from lmtune.data.types import ExampleStore, TokenSequence
 from lmtune.forward.packed import PackedForward
 from lmtune.models.device import is_out_of_memory
 from lmtune.objectives.base import LossSum, Objective
@@ -51,11 +52,13 @@ def step_gradients(
     totals: Totals,
     parallel: Parallel,
     is_interrupted: Callable[[], bool] = lambda: False,
+    num_passes: int = 0,
 ) -> StepResult:
     """Leave the step's gradient in `.grad` of every parameter (fp32), the same on all ranks.
 
     `batches` are this rank's micro-batches, on any device; `totals` are of the whole step, over all ranks.
-    `is_interrupted` tells whether this process was asked to stop; it is asked when the gradients are there.
+    `is_interrupted` tells whether this process was asked to stop; it is asked when the gradients are there. Where ranks
+    gather weights for each other, `num_passes` is the most micro-batches of a rank; those with fewer make empty passes.
     """
     num_sums = 1 + 2 * len(objective.metrics)  # the loss, and sum and count of each metric
     buffer = GradientBuffer.of(parameters, totals.examples + num_sums + 2)
@@ -63,12 +66,14 @@ def step_gradients(
     sums, short_of_memory, statistic = [0.0] * num_sums, False, 0.0
     if objective.two_passes:
         batches = list(batches)
-        statistic = _statistic(forward, objective, batches, parallel)
+        statistic = _statistic(forward, objective, batches, parallel, num_passes)
     try:
-        with forward.context():
+        with forward.context(), parallel.passes():
             rows = [
                 _accumulate(forward, objective, batch.to(buffer.flat.device), errors, statistic) for batch in batches
             ]
+            for _ in range(num_passes - len(rows)):
+                (_empty_pass(forward, objective) * 0).backward()  # type: ignore[no-untyped-call]
         # added up in 64 bit on the host, as not every device has it; here, where what the GPU still has to say is heard
         for row in torch.stack(rows).tolist() if rows else []:
             sums = [one + other for one, other in zip(sums, row, strict=True)]
@@ -95,17 +100,19 @@ def step_gradients(
 
 def find_nonfinite_examples(
     forward: PackedForward, objective: Objective, parameters: Parameters, micro_batches: Sequence[Sequence[Unit]],
-    data: ExampleStore,
+    data: ExampleStore, parallel: Parallel, num_passes: int = 0,
 ) -> list[str]:  # fmt: skip
     """The examples of this rank, as `file:line`, whose own loss or gradient is not finite; leaves no gradient."""
-    found = []
-    with forward.context():
-        for unit in sorted(unit for units in micro_batches for unit in units):
+    found, own = [], sorted(unit for units in micro_batches for unit in units)
+    with forward.context(), parallel.passes():
+        for unit in own:
             buffer = GradientBuffer.of(parameters, 1)
             batch = pack_units(data, [unit._replace(example=0)], 1, reads=objective.reads).to(buffer.flat.device)
             loss = float(_accumulate(forward, objective, batch, buffer.sums)[0])
             if not (math.isfinite(loss) and all(bool(grad.isfinite().all()) for grad in buffer.gradients)):
                 found.append(data[unit.row].location)
+        for _ in range(num_passes - len(own)):
+            (_empty_pass(forward, objective) * 0).backward()  # type: ignore[no-untyped-call]
     for parameter in parameters.values():
         parameter.grad = None
     return list(dict.fromkeys(found))
@@ -113,7 +120,7 @@ def find_nonfinite_examples(
 
 @torch.no_grad()
 def _statistic(
-    forward: PackedForward, objective: Objective, batches: Sequence[MicroBatch], parallel: Parallel
+    forward: PackedForward, objective: Objective, batches: Sequence[MicroBatch], parallel: Parallel, num_passes: int
 ) -> float:  # fmt: skip
     """The mean over the whole step of what the objective's losses need of it; NaN where a rank has no memory for it.
 
@@ -121,7 +128,9 @@ def _statistic(
     """
     total, count, state = 0.0, 0, torch.get_rng_state()
     try:
-        with forward.context():
+        with forward.context(), parallel.passes():
+            for _ in range(num_passes - len(batches)):
+                _empty_pass(forward, objective)
             for batch in batches:
                 own = batch.to(forward.device)
                 part, number = objective.statistic(forward(own), own)
@@ -133,6 +142,13 @@ def _statistic(
     torch.set_rng_state(state)
     of_ranks = parallel.gather([(total, count)])
     return sum((part for part, _ in of_ranks), 0.0) / max(1, sum(number for _, number in of_ranks))
+
+
+def _empty_pass(forward: PackedForward, objective: Objective) -> torch.Tensor:
+    """A pass over two tokens, for the weights that it gathers."""
+    nothing = TokenSequence(np.zeros(2, np.int32), np.array([False, True]))
+    outputs = forward(pack([nothing], [0], 1, reads=objective.reads).to(forward.device))
+    return outputs.logprobs.sum() if outputs.scores is None else outputs.scores.sum()
 
 
 def _accumulate(

@@ -1,0 +1,101 @@
+"""Several processes, each with a part of the frozen weights: FSDP2, https://docs.pytorch.org/docs/stable/fsdp.
+
+A layer's weights are gathered when it runs, forward and backward, and let go of after it. What is trained is small and
+stays whole on every rank, with its gradients summed as in `Replicated`: so a step makes the same update, and adapters,
+checkpoints and merges are those of one process. Every rank must make equally many passes, since each gathers for all:
+ranks with fewer micro-batches make empty ones, and rows are scored by all ranks alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lmtune.errors import LmtuneError, ModelError
+from lmtune.models.device import is_out_of_memory
+from lmtune.models.structure import decoder_layers
+from lmtune.models.tuning.base import TunedModel
+from lmtune.parallel.base import Parallel
+from lmtune.parallel.replicated import Replicated
+from lmtune.parallel.single import Single
+
+
+class Sharded(Replicated):
+    """This rank of several, which hold the model together."""
+
+    equal_passes = True
+    _in_passes = False  # in which backward passes gather weights too
+
+    @property
+    def load_device(self) -> torch.device:
+        """Where a model is loaded before it is sharded; the device may not hold it whole."""
+        return torch.device("cpu")
+
+    @property
+    def scoring(self) -> Parallel:
+        """Each rank scores all rows."""
+        return Single(self.device, is_main=self.is_main)
+
+    def shard(self, model: TunedModel) -> None:
+        """Keep this rank's part of the frozen weights of all layers, on its device.
+
+        Raises:
+            ModelError: the model has no single list of layers, or its own weights are trained in them.
+        """
+        layers, body = decoder_layers(model.base), model.base.base_model
+        if layers is None:
+            raise ModelError("parallel.kind: fsdp; expected a model with one list of layers; use replicated")
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        # Vectors are small, and kernels read them outside of their layer's pass.
+        whole = {one for one in model.module.parameters() if one.requires_grad or one.dim() < 2}
+        whole |= set(model.module.parameters()) - set(layers.parameters())
+        # The body returns a view, which nothing of ours changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+        _keep_quantization(layers)
+        body.register_forward_pre_hook(lambda *_: self._watchdog.enter())
+        body.register_forward_hook(lambda *_: None if self._in_passes else self._watchdog.leave())
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, ignored_params=whole)
+        fully_shard(body, mesh=mesh, ignored_params=whole)  # ties the layers' passes together
+        with torch.no_grad():
+            for tensor in (*whole, *model.module.buffers()):
+                tensor.data = tensor.data.to(self.device)
+
+    @contextlib.contextmanager
+    def passes(self) -> Iterator[None]:
+        """Inside every rank makes equally many passes, forward and backward alike.
+
+        Raises:
+            LmtuneError: there is no memory for one, or a peer is gone.
+        """
+        self._watchdog.enter()
+        self._in_passes = True
+        try:
+            yield
+        except RuntimeError as error:
+            self._watchdog.end_if_given_up()
+            if is_out_of_memory(error):  # the others wait for this pass, so it cannot be made again in smaller parts
+                raise LmtuneError(
+                    f"rank {self.rank}: out of memory in {self.phase}; lower train.micro_batch_tokens (same result), "
+                    "or set train.gradient_checkpointing=true; the same command resumes"
+                ) from error
+            raise self._gone(error) from error
+        finally:
+            self._in_passes = False
+        self._watchdog.leave()
+
+
+def _keep_quantization(layers: torch.nn.ModuleList) -> None:
+    """Let quantized layers themselves hold what belongs to their weights, which are plain tensors once sharded."""
+    for module in layers.modules():
+        weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            module.quant_state = state
+        if (largest := getattr(weight, "SCB", None)) is not None:
+            module.state.SCB = largest  # type: ignore[union-attr]
