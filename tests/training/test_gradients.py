@@ -118,8 +118,8 @@ def test_a_row_with_an_infinite_loss_is_found() -> None:
     sums = lmtune_step(model, rows, 10**6)
     assert not sums.is_finite
     sound = PackedForward(adapted(tiny_model()))
-    assert find_nonfinite_examples(sound, Sft(), trainable(model), share, rows) == []
-    found = find_nonfinite_examples(PackedForward(model), Sft(), trainable(model), share, rows)
+    assert find_nonfinite_examples(sound, Sft(), trainable(model), share, rows, Single()) == []
+    found = find_nonfinite_examples(PackedForward(model), Sft(), trainable(model), share, rows, Single())
     assert "rows.jsonl:4" in found
     assert len(found) == sum(any(7 in d.input_ids for d in row.sequences) for row in rows.rows)
 
