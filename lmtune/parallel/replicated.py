@@ -106,8 +106,5 @@ class Replicated:
         except RuntimeError as error:  # what the backends raise when a process is gone
             if is_out_of_memory(error):
                 raise
-            self._watchdog.end_if_given_up()
-            raise LmtuneError(
-                f"rank {self.rank}: a peer exited during {self.phase}; the other process, or the launcher, says why"
-            ) from error
+            raise LmtuneError(f"rank {self.rank}: {self._watchdog.why_apart()}") from error
         self._watchdog.leave()
