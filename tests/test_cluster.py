@@ -1,4 +1,4 @@
-"""recipes/cluster: the files for schedulers are well formed, and start the launcher on each machine as torch reads it."""
+"""recipes/cluster: the files for schedulers are well formed, and start the launcher on each machine."""
 
 import os
 import subprocess

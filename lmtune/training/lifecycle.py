@@ -7,7 +7,6 @@ reason; "complete" only when the adapter is saved and scored.
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,18 +16,18 @@ from lmtune.config.load import dump_config, load_config, to_tree
 from lmtune.config.schema import FinetuneConfig, FullConfig, TrainConfig
 from lmtune.config.yaml import read_yaml
 from lmtune.data.report import describe_report
-from lmtune.errors import CheckpointError, ConfigError, LmtuneError
+from lmtune.errors import CheckpointError, LmtuneError
 from lmtune.evaluation.answer_metrics import token_f1
 from lmtune.io.atomic import name_disk_errors, write_json, write_text
 from lmtune.io.console import command, err, escape, warn
-from lmtune.io.text import format_list, one_line, pluralize, without_absolute_paths
+from lmtune.io.text import one_line, pluralize, without_absolute_paths
 from lmtune.models.base import describe_dtype
 from lmtune.models.locate import local_paths
 from lmtune.parallel.signals import Interrupted, no_more_signals, sigterm_interrupts
 from lmtune.runs.events import EventLog
 from lmtune.runs.log import Records, read_predictions
 from lmtune.runs.report import write_report
-from lmtune.runs.store import RunDirectory, ScoreValues, Status, checkpoint_folders
+from lmtune.runs.store import RunDirectory, ScoreValues, Status
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components
 from lmtune.training.environment import environment, preview, verification_rows
@@ -63,31 +62,6 @@ def running(run: RunDirectory, parts: Components, events: EventLog) -> Iterator[
                 reason = str(error) or type(error).__name__
                 _note_end(run, parts, events, "interrupted" if stopped else "failed", reason)
             raise
-
-
-def require_same_everywhere(run: RunDirectory, parts: Components) -> None:
-    """Compare what the processes have, which may be on machines with disks of their own.
-
-    CheckpointError if they find other checkpoints of the run, ConfigError for other settings, rows or weights: each is
-    raised by all of them.
-    """
-    is_new = parts.config.run.resume == "never" or not run.exists()
-    newest = [folder.name for folder in checkpoint_folders(run.checkpoints)][-1:]
-    found = "no run" if is_new else newest[0] if newest else "no checkpoint"
-    all_found = parts.parallel.gather([(socket.gethostname(), found, parts.signature)])
-    host, found, signature = all_found[0]
-    for rank, (other_host, other_found, other) in enumerate(all_found):
-        if other_found != found:
-            raise CheckpointError(
-                f"{run.path}: rank {rank} on {other_host} finds {other_found} there, rank 0 on {host} {found}; "
-                "expected the same on all machines; put run.dir on a disk that they share, or copy the folder from "
-                f"{host} to each"
-            )
-        if differences := signature.differences(other):
-            raise ConfigError(
-                f"{run.path}: rank {rank} on {other_host} has others than rank 0 on {host}\n"
-                f"{format_list(differences)}\n  start the same command on all machines, with the same files"
-            )
 
 
 def begin(run: RunDirectory, parts: Components, events: EventLog) -> tuple[Checkpoint | None, bool]:

@@ -5,9 +5,12 @@ The machines are network namespaces. Most tests start one process on each, as a 
 """
 
 import json
+import os
+import pickle
 import re
-import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.machines import network
-from tests.processes import KILL, at_step, ended, lmtune, said
-from tests.workplace import RESTLESS, lasting, make_workplace, write_config, write_rows
+import lmtune.training.machines
+from tests.machines import Machines, network
+from tests.processes import KILL, Trouble, at_step, ended, said
+from tests.processes import lmtune as run_lmtune
+from tests.workplace import RESTLESS, environment, lasting, make_workplace, write_config, write_rows
 
 ROOT = Path(__file__).parents[2]
 LIMIT = "run.process_timeout_seconds=12"  # and for the network half of it
@@ -48,6 +53,14 @@ def assert_equal(place: Path, wanted: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
 
 
+def two_places(folder: Path) -> list[Path]:
+    """Disks of two machines, with the same files."""
+    places = [make_workplace(folder / name) for name in ("first", "second")]
+    for place in places:
+        write_config(place, **WITHOUT_DROPOUT)
+    return places
+
+
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     """A place for a run that any number of processes makes alike."""
@@ -61,7 +74,7 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.
     """The adapter that one process makes of it."""
     folder = make_workplace(tmp_path_factory.mktemp("one"))
     write_config(folder, **WITHOUT_DROPOUT)
-    assert lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
+    assert run_lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
     return adapter(folder)
 
 
@@ -132,32 +145,28 @@ def test_16_a_process_of_another_machine_is_killed(
     assert_equal(plain, of_one_process)
 
 
+def be_impatient() -> None:
+    """Wait a second for a file to appear, not as long as a network file system may take."""
+    lmtune.training.machines.SEEN_SECONDS = 1.0
+
+
 @pytest.mark.long
-def test_32_machines_that_do_not_share_the_runs_folder(tmp_path: Path, of_one_process: dict[str, torch.Tensor]) -> None:
-    """The run is made; it goes on where every machine has the folder, and is refused where not."""
-    folders = [make_workplace(tmp_path / name) for name in ("first", "second")]
-    for folder in folders:
-        write_config(folder, **WITHOUT_DROPOUT)
+def test_32_machines_that_do_not_share_the_runs_folder_are_refused(tmp_path: Path) -> None:
+    """Before the first step: who resumes, and who reads the best step at the end, needs it."""
+    folders = two_places(tmp_path)
+    (folders[1] / "runs").mkdir()
     with network(2) as machines:
-        processes = machines.start(tmp_path, *COMMAND, folders=folders, troubles={1: at_step(5, KILL)})
-        assert codes(processes) == [1, -signal.SIGKILL]
-        assert codes(machines.start(tmp_path, *COMMAND, folders=folders)) == [2, 2]
-        for rank, folder in enumerate(folders):
-            (message,) = messages(folder, rank)
-            assert message.startswith(
-                "runs/trial: rank 1 on machine1 finds no run there, rank 0 on machine0 step-000004"
-            )
-        shutil.copytree(folders[0] / "runs", folders[1] / "runs")
-        assert codes(machines.start(tmp_path, *COMMAND, folders=folders)) == [0, 0], said(folders[0], "output0")
-    assert "resumes after step 4" in said(folders[0], "output0")
-    assert_equal(folders[0], of_one_process)
+        processes = machines.start(tmp_path, *COMMAND, folders=folders, troubles={1: be_impatient})
+        assert codes(processes) == [2, 2]
+    for rank, folder in enumerate(folders):
+        (message,) = messages(folder, rank)
+        assert message.startswith("run.dir: runs: rank 1 on machine1 has another folder of this name than rank 0")
+    assert not (folders[0] / "runs").exists()
 
 
 @pytest.mark.long
 def test_32_machines_with_other_rows_are_refused(tmp_path: Path) -> None:
-    folders = [make_workplace(tmp_path / name) for name in ("first", "second")]
-    for folder in folders:
-        write_config(folder, **WITHOUT_DROPOUT)
+    folders = two_places(tmp_path)
     write_rows(folders[1] / "train.jsonl", [{"prompt": "What?", "completion": f"{n}"} for n in range(24)])
     with network(2) as machines:
         assert codes(machines.start(tmp_path, *COMMAND, folders=folders)) == [2, 2]
@@ -165,3 +174,52 @@ def test_32_machines_with_other_rows_are_refused(tmp_path: Path) -> None:
         assert "rank 1 on machine1 has others than rank 0 on machine0" in messages(folder, rank)[0]
         assert "the rows' tokens" in said(folder, f"output{rank}")
     assert not (folders[0] / "runs").exists()
+
+
+# --- through the launchers
+
+RECIPE = str(ROOT / "tests" / "faults" / "recipe.py")
+LAUNCHERS = {
+    "accelerate": "accelerate launch --multi_gpu --num_machines 2 --num_processes 2 --machine_rank {rank} "
+    "--main_process_ip machine0 --main_process_port 29500 --mixed_precision no --dynamo_backend no",
+    "torchrun": "torchrun --nnodes 2 --nproc_per_node 1 --node_rank {rank} --master_addr machine0 --master_port 29500",
+}
+
+
+def launched(machines: Machines, place: Path, launcher: str, trouble: Trouble | None) -> list[int]:
+    """The exit codes of a launcher on each of two machines, of which the second one's process is in trouble."""
+    variables = {
+        "TROUBLE": pickle.dumps(trouble or at_step(-1, KILL)).hex(), "RANK_IN_TROUBLE": "1", "PYTHONPATH":
+        os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "GLOO_SOCKET_IFNAME": "eth0",
+        "ACCELERATE_USE_CPU": "true", "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+    }  # fmt: skip
+    running = []
+    for rank in range(2):
+        words = machines.command(rank, *LAUNCHERS[launcher].format(rank=rank).split(), RECIPE, "run.yaml", LIMIT)
+        with open(place / f"output{rank}", "wb") as output:
+            running.append(
+                subprocess.Popen(
+                    words, cwd=place, env=environment(place, **variables), stdout=output, stderr=subprocess.STDOUT
+                )
+            )
+    return [process.wait(timeout=120) for process in running]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_16_and_31_the_same_through_launchers(
+    plain: Path, of_one_process: dict[str, torch.Tensor], launcher: str
+) -> None:
+    with network(2) as machines:
+        assert launched(machines, plain, launcher, at_step(3, machines.cutting(1))) == [1, 1]
+        for rank, other in ((0, 1), (1, 0)):
+            assert messages(plain, rank)[0].startswith(f"rank {other} on machine{other} cannot be reached")
+        assert machines.pids() == []
+        machines.mend(1)
+        assert launched(machines, plain, launcher, at_step(5, KILL)) == [1, 1]
+        assert "rank 1 on machine1 exited during step 5" in messages(plain, 0)[0]
+        assert "SIGKILL" in said(plain, "output1") or "exitcode: -9" in said(plain, "output1")
+        assert machines.pids() == []
+        assert launched(machines, plain, launcher, None) == [0, 0], said(plain, "output0")
+    assert "resumes after step 4" in said(plain, "output0")
+    assert_equal(plain, of_one_process)
