@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pickle
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,8 @@ from typing import Any
 
 import pytest
 
-from tests.processes import Trouble, all_of, start
+from tests.processes import KILL, Trouble, all_of, at_step, start
+from tests.workplace import environment
 
 PORT = "29500"
 _NEWNET, _NEWNS, _NEWUTS = 0x40000000, 0x00020000, 0x04000000  # of setns(2) and unshare(2)
@@ -147,3 +150,38 @@ def _switch_port(pid: int, name: str, state: str) -> None:
 
 def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# --- launchers on the machines
+
+RECIPE = str(Path(__file__).parent / "faults" / "recipe.py")
+LAUNCHERS = {
+    "accelerate": "accelerate launch --multi_gpu --num_machines {count} --num_processes {count} --machine_rank {rank} "
+    "--main_process_ip machine0 --main_process_port 29500 --mixed_precision no --dynamo_backend no",
+    "torchrun": "torchrun --nnodes {count} --nproc_per_node 1 --node_rank {rank} --master_addr machine0 "
+    "--master_port 29500",
+}
+
+
+def launched(
+    machines: Machines, place: Path, launcher: str, *settings: str, trouble: Trouble | None = None, of_rank: int = 1,
+    count: int = 2,
+) -> list[subprocess.Popen[bytes]]:  # fmt: skip
+    """A launcher on each of `count` machines, which starts `run.yaml` there with trouble for one rank."""
+    variables = {
+        "TROUBLE": pickle.dumps(trouble or at_step(-1, KILL)).hex(), "RANK_IN_TROUBLE": str(of_rank),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        "GLOO_SOCKET_IFNAME": "eth0", "ACCELERATE_USE_CPU": "true", "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }  # fmt: skip
+    running = []
+    for rank in range(count):
+        words = LAUNCHERS[launcher].format(rank=rank, count=count).split()
+        with open(place / f"output{rank}", "wb") as output:
+            running.append(
+                subprocess.Popen(
+                    machines.command(rank, *words, RECIPE, "run.yaml", *settings), cwd=place, stdout=output,
+                    env=environment(place, **variables), stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+    return running

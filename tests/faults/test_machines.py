@@ -5,12 +5,9 @@ The machines are network namespaces. Most tests start one process on each, as a 
 """
 
 import json
-import os
-import pickle
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 import lmtune.training.machines
-from tests.machines import Machines, network
-from tests.processes import KILL, Trouble, at_step, ended, said
+from tests.machines import LAUNCHERS, launched, network
+from tests.processes import KILL, at_call, at_step, ended, said
 from tests.processes import lmtune as run_lmtune
-from tests.workplace import RESTLESS, environment, lasting, make_workplace, write_config, write_rows
+from tests.workplace import RESTLESS, lasting, make_workplace, write_config, write_rows
 
 ROOT = Path(__file__).parents[2]
 LIMIT = "run.process_timeout_seconds=12"  # and for the network half of it
@@ -145,6 +142,18 @@ def test_16_a_process_of_another_machine_is_killed(
     assert_equal(plain, of_one_process)
 
 
+@pytest.mark.long
+def test_16_a_process_that_ends_before_the_machines_have_met(plain: Path) -> None:
+    """The others wait as long as machines may take to start: a minute with this limit, 15 with that of a user."""
+    trouble = at_call("lmtune.parallel.launch", "check_world", KILL)
+    with network(2) as machines:
+        command = ("finetune", "run.yaml", "run.process_timeout_seconds=1")
+        assert codes(machines.start(plain, *command, troubles={1: trouble})) == [1, -signal.SIGKILL]
+    (message,) = messages(plain, 0)
+    assert message.startswith("rank 0: 2 processes did not meet at machine0, port 29500 within 62 s: ")
+    assert not (plain / "runs").exists()
+
+
 def be_impatient() -> None:
     """Wait a second for a file to appear, not as long as a network file system may take."""
     lmtune.training.machines.SEEN_SECONDS = 1.0
@@ -178,31 +187,10 @@ def test_32_machines_with_other_rows_are_refused(tmp_path: Path) -> None:
 
 # --- through the launchers
 
-RECIPE = str(ROOT / "tests" / "faults" / "recipe.py")
-LAUNCHERS = {
-    "accelerate": "accelerate launch --multi_gpu --num_machines 2 --num_processes 2 --machine_rank {rank} "
-    "--main_process_ip machine0 --main_process_port 29500 --mixed_precision no --dynamo_backend no",
-    "torchrun": "torchrun --nnodes 2 --nproc_per_node 1 --node_rank {rank} --master_addr machine0 --master_port 29500",
-}
 
-
-def launched(machines: Machines, place: Path, launcher: str, trouble: Trouble | None) -> list[int]:
-    """The exit codes of a launcher on each of two machines, of which the second one's process is in trouble."""
-    variables = {
-        "TROUBLE": pickle.dumps(trouble or at_step(-1, KILL)).hex(), "RANK_IN_TROUBLE": "1", "PYTHONPATH":
-        os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "GLOO_SOCKET_IFNAME": "eth0",
-        "ACCELERATE_USE_CPU": "true", "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
-    }  # fmt: skip
-    running = []
-    for rank in range(2):
-        words = machines.command(rank, *LAUNCHERS[launcher].format(rank=rank).split(), RECIPE, "run.yaml", LIMIT)
-        with open(place / f"output{rank}", "wb") as output:
-            running.append(
-                subprocess.Popen(
-                    words, cwd=place, env=environment(place, **variables), stdout=output, stderr=subprocess.STDOUT
-                )
-            )
-    return [process.wait(timeout=120) for process in running]
+def finished(launchers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Their exit codes."""
+    return [launcher.wait(timeout=120) for launcher in launchers]
 
 
 @pytest.mark.long
@@ -211,15 +199,16 @@ def test_16_and_31_the_same_through_launchers(
     plain: Path, of_one_process: dict[str, torch.Tensor], launcher: str
 ) -> None:
     with network(2) as machines:
-        assert launched(machines, plain, launcher, at_step(3, machines.cutting(1))) == [1, 1]
+        trouble = at_step(3, machines.cutting(1))
+        assert finished(launched(machines, plain, launcher, LIMIT, trouble=trouble)) == [1, 1]
         for rank, other in ((0, 1), (1, 0)):
             assert messages(plain, rank)[0].startswith(f"rank {other} on machine{other} cannot be reached")
         assert machines.pids() == []
         machines.mend(1)
-        assert launched(machines, plain, launcher, at_step(5, KILL)) == [1, 1]
+        assert finished(launched(machines, plain, launcher, LIMIT, trouble=at_step(5, KILL))) == [1, 1]
         assert "rank 1 on machine1 exited during step 5" in messages(plain, 0)[0]
         assert "SIGKILL" in said(plain, "output1") or "exitcode: -9" in said(plain, "output1")
         assert machines.pids() == []
-        assert launched(machines, plain, launcher, None) == [0, 0], said(plain, "output0")
+        assert finished(launched(machines, plain, launcher, LIMIT)) == [0, 0], said(plain, "output0")
     assert "resumes after step 4" in said(plain, "output0")
     assert_equal(plain, of_one_process)
