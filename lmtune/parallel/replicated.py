@@ -7,6 +7,7 @@ number of micro-batches, also none. One explicit all-reduce is simpler than undo
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from lmtune.errors import LmtuneError
+from lmtune.io.text import one_line
 from lmtune.models.device import default_device, is_out_of_memory
 from lmtune.models.tuning.base import TunedModel
 from lmtune.parallel.base import GradientBuffer, Parallel
@@ -23,6 +25,7 @@ from lmtune.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
 _FOR_EVER = timedelta(days=365)
+_MEET_SECONDS = 900.0  # for all to start; all do the same until then
 
 
 class Replicated:
@@ -34,11 +37,17 @@ class Replicated:
         """`timeout_seconds`: how long a rank may show no sign of life while the others wait for it."""
         self.phase, self.works_alone = "start", False  # alone: the others know that they wait for this process
         self.on_failure: Callable[[str], None] | None = None
-        backend_limit = timedelta(seconds=2 * timeout_seconds + 60)  # for the processes to find each other
+        seconds = min(2 * timeout_seconds + 60, _MEET_SECONDS)
         on_cpu = default_device().type == "cpu"  # Accelerate's own choice may be another: mps, xpu, npu
-        self._accelerator = Accelerator(
-            mixed_precision="no", cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=backend_limit)]
-        )
+        meeting = InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+        try:
+            self._accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[meeting])
+        except torch.distributed.DistError as error:
+            rank, count, *where = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+            raise LmtuneError(
+                f"rank {rank}: {count} processes did not meet at {where[0]}, port {where[1]} within {seconds:g} s: "
+                f"{one_line(error)}; what the others printed says why, or their machines do not reach this address"
+            ) from error
         self.rank, self.world_size = int(self._accelerator.process_index), int(self._accelerator.num_processes)
         self.device: torch.device = self._accelerator.device
         # From here on the watchdog says when to give up, which knows whether a process works.
@@ -126,11 +135,5 @@ class Replicated:
         except RuntimeError as error:  # what the backends raise when a process is gone
             if is_out_of_memory(error):
                 raise
-            self._watchdog.end_if_given_up()
-            raise self._gone(error) from error
+            raise LmtuneError(f"rank {self.rank}: {self._watchdog.why_apart()}") from error
         self._watchdog.leave()
-
-    def _gone(self, error: RuntimeError) -> LmtuneError:
-        return LmtuneError(
-            f"rank {self.rank}: a peer exited during {self.phase}; the other process, or the launcher, says why"
-        )

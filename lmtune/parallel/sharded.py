@@ -79,13 +79,12 @@ class Sharded(Replicated):
         try:
             yield
         except RuntimeError as error:
-            self._watchdog.end_if_given_up()
             if is_out_of_memory(error):  # the others wait for this pass, so it cannot be made again in smaller parts
                 raise LmtuneError(
                     f"rank {self.rank}: out of memory in {self.phase}; lower train.micro_batch_tokens (same result), "
                     "or set train.gradient_checkpointing=true; the same command resumes"
                 ) from error
-            raise self._gone(error) from error
+            raise LmtuneError(f"rank {self.rank}: {self._watchdog.why_apart()}") from error
         finally:
             self._in_passes = False
         self._watchdog.leave()

@@ -23,10 +23,13 @@ import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lmtune.io.console import err, escape
-from lmtune.parallel.worker import note_exit_code
+from lmtune.parallel.links import LINK_SECONDS, Links
+from lmtune.parallel.worker import note_exit_code, spans_machines
 
 _KEY = "lmtune/"
 _STORE_SECONDS = 10.0  # for an answer of the store
+_NOTE_SECONDS = 20.0  # to write down why; a disk behind a network that is cut may never answer
+_LOSS_SECONDS = 1.0  # for the end of another process to be known here
 _ALONE = 10  # limits without a sign of work, for a process that the others know to work alone
 
 
@@ -55,7 +58,11 @@ class Watchdog:
         self._beats = 0
         self._state, self._state_since = "", time.monotonic()  # the phase of this process, and since when
         self._heard: dict[int, tuple[str, float]] = {}  # what each process posted last, and since when
-        self._stopped, self._lock = threading.Event(), threading.Lock()
+        self._stopped, self._lock, self._ending = threading.Event(), threading.Lock(), threading.Lock()
+        self._links: Links | None = None  # on one machine the kernel closes all connections of a process that is gone
+        if spans_machines():
+            limit = min(LINK_SECONDS, limit_seconds / 2)  # before the watchdog, which does not know of machines
+            self._links = Links(process.rank, self._store, limit, lambda: self._since is not None, self._end)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -72,14 +79,24 @@ class Watchdog:
         """Stop watching; the thread must not outlive the store."""
         self._stopped.set()
         self._thread.join(_STORE_SECONDS)
-        with contextlib.suppress(RuntimeError), self._lock:
-            self._post("ended")  # for those who wait in vain
+        if self._lock.acquire(timeout=_STORE_SECONDS):  # not if the thread waits for a store that is out of reach
+            with contextlib.suppress(RuntimeError):
+                self._post("ended")  # for those who wait in vain
+            self._lock.release()
+        if self._links is not None:
+            self._links.close()
 
-    def end_if_given_up(self) -> None:
-        """End this process if another one has given up waiting and said why: that is why the group fell apart."""
+    def why_apart(self) -> str:
+        """Why the group fell apart, as far as this process knows; ends it if another one gave up and said why."""
+        lost = None if self._links is None else self._links.wait_for_loss(_LOSS_SECONDS)
+        if lost is not None and lost.reason:
+            self._end(lost.reason)
         with contextlib.suppress(RuntimeError), self._lock:  # RuntimeError: the store is gone too
             if self._store.check([f"{_KEY}given up"]):
                 self._end(self._store.get(f"{_KEY}reason").decode())
+        who = "a peer exited" if lost is None else f"{lost.who} exited"
+        says = "the other process, or the launcher, says why" if lost is None else "what it printed there says why"
+        return f"{who} during {self._process.phase}; {says}"
 
     def _run(self) -> None:
         alone: float | None = None  # since when the store is gone, with the process that held it
@@ -151,11 +168,17 @@ class Watchdog:
         return bool(post.get("idle", 0.0) > self._limit * (_ALONE if post.get("alone") else 1))
 
     def _end(self, reason: str, first: bool = False) -> None:
-        """End this process, whose main thread cannot be reached; the first one to give up says why."""
-        if first:
+        """End this process, whose main thread cannot be reached; the first one to give up, or one of each machine, says
+        why."""
+        self._ending.acquire()  # by the thread that comes first
+        if first or (self._links is not None and os.environ.get("LOCAL_RANK", "0") == "0"):
             err.print(f"[bold red]error:[/] {escape(reason)}")
+        if self._links is not None:
+            self._links.tell(reason)
         if self._process.on_failure is not None:
-            self._process.on_failure(reason)
+            noting = threading.Thread(target=self._process.on_failure, args=(reason,), daemon=True)
+            noting.start()
+            noting.join(_NOTE_SECONDS)
         note_exit_code(1)
         sys.stdout.flush()
         sys.stderr.flush()

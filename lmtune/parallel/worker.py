@@ -49,6 +49,11 @@ def is_worker() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def spans_machines() -> bool:
+    """Whether the processes of this job may be on several machines."""
+    return os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+
+
 def note_exit_code(code: int) -> None:
     """Tell the command that started this process how it ended; the launcher in between only says that it failed."""
     if path := os.environ.get(EXIT_CODES):

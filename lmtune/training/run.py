@@ -38,6 +38,7 @@ from lmtune.training.find_rate import with_found_rate
 from lmtune.training.hooks import CheckpointHook, EarlyStoppingHook, EvaluationHook, ProgressHook, RecordHook
 from lmtune.training.lifecycle import FORMAT, begin, draw_report, running, update_summary
 from lmtune.training.loop import StepHook, train
+from lmtune.training.machines import require_common_ground
 from lmtune.training.optim import MOMENT_BYTES
 from lmtune.training.progress import StepProgress
 from lmtune.training.shared import Shared
@@ -76,6 +77,7 @@ def run_finetune(
     events = EventLog(run)
     with warnings_heard_by(events.warn), contextlib.ExitStack() as held:
         parts = compose(config, parallel, run.read_selection() if selection is None else selection, shared)
+        require_common_ground(run, parts)
         held.enter_context(running(run, parts, events))
         parts.config = with_found_rate(run, parts)
         checkpoint, complete = begin(run, parts, events)

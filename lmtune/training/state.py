@@ -84,6 +84,14 @@ class RunSignature:
         }  # fmt: skip
         return {**self.settings, **{key: value for key, value in parts.items() if value is not None}}
 
+    def differences(self, other: RunSignature) -> list[str]:
+        """What another process of the same job has otherwise, by its name, with both values where they are short."""
+        mine, others = self.to_dict(), other.to_dict()
+        unlike = [key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key)]
+        if self.tokens is not None and _TOKENS not in unlike:  # whatever made them
+            unlike = [key for key in unlike if key != _DATA]
+        return [f"{key}: {others.get(key)!r}, not {mine.get(key)!r}" if "." in key else key for key in sorted(unlike)]
+
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> RunSignature:
         """The signature in a checkpoint."""
