@@ -11,6 +11,7 @@ what `lmtune plan` expects. Losses and adapters of all runs of one quantization 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import statistics
@@ -102,18 +103,34 @@ def make_base(folder: Path, layers: int = 12, width: int = 768) -> Path:
 
 def measure(arm: dict[str, Any]) -> dict[str, Any]:
     """Load, train and measure in this process."""
-    import bitsandbytes  # noqa: F401 - what a run imports is no memory of the run
     import psutil
-    import torch
-    import torch._dynamo
-    from transformers import LlamaForCausalLM  # noqa: F401
 
+    from lmtune.models.device import return_freed_memory
+    from lmtune.training.run import estimated_memory
+
+    trained({**arm, "model": "tiny", "steps": 1})  # libraries and the first products are no memory of the run
+    gc.collect()
+    return_freed_memory()
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
+    parts, state, seen = trained(arm)
+    digest = hashlib.sha256(json.dumps(seen.losses).encode())
+    for parameter in parts.model.trainable().values():
+        digest.update(parameter.detach().numpy().tobytes())
+    return {
+        "peak_gib": peak_resident_gib() - before / _GIB,
+        "planned_gib": estimated_memory(parts, state.micro_batch_tokens)["memory_gib"],
+        "step_seconds": statistics.median(seen.seconds), "loss": seen.losses[-1], "sha256": digest.hexdigest(),
+    }  # fmt: skip
+
+
+def trained(arm: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A run's parts, its state at the end, and what was seen of its steps."""
     from lmtune.config.load import build_config
     from lmtune.config.schema import FinetuneConfig
     from lmtune.parallel.single import Single
     from lmtune.training.compose import compose
     from lmtune.training.loop import train
-    from lmtune.training.run import estimated_memory
 
     tree = {
         "model": {
@@ -128,21 +145,10 @@ def measure(arm: dict[str, Any]) -> dict[str, Any]:
         },
         "run": {"dir": arm["folder"], "name": "trial"},
     }  # fmt: skip
-    torch.randn(64, 64) @ torch.randn(64, 64)
-    before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
-    parts = compose(build_config(FinetuneConfig, tree, "benchmark"), Single())
+    parts, seen = compose(build_config(FinetuneConfig, tree, "benchmark"), Single()), _Seen()
     job, state = parts.job()
-    seen = _Seen()
     train(job, [seen], state)
-    digest = hashlib.sha256(json.dumps(seen.losses).encode())
-    for parameter in parts.model.trainable().values():
-        digest.update(parameter.detach().numpy().tobytes())
-    return {
-        "peak_gib": peak_resident_gib() - before / _GIB,
-        "planned_gib": estimated_memory(parts, state.micro_batch_tokens)["memory_gib"],
-        "step_seconds": statistics.median(seen.seconds), "loss": seen.losses[-1], "sha256": digest.hexdigest(),
-    }  # fmt: skip
+    return parts, state, seen
 
 
 class _Seen:

@@ -22,12 +22,13 @@ from lmtune.data.sequences import SequenceTable
 from lmtune.data.types import RowKind, TokenSequence
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.cross_entropy import chunk_rows
-from lmtune.models.device import DENSE_SHARE, is_out_of_memory
+from lmtune.models.device import DENSE_SHARE, is_out_of_memory, return_freed_memory
 from lmtune.models.offload import QUANTIZED_BYTES
 from lmtune.models.parameters import Parameters
 from lmtune.models.structure import base_of, decoder_layers
 
 GIB = 2**30
+_PROBE_TOKENS = (64, 128)  # on which activations are measured before the first step, with no layer checkpointed
 # Of the free memory, for activations; the rest is for what is not seen beforehand. A GPU says when it was too much.
 _SHARE = {"cuda": 0.75, "mps": 0.6, "cpu": 0.6}
 # Tokens of a micro-batch beyond which nothing is gained, and below which computing layers twice is the lesser evil.
@@ -166,7 +167,8 @@ def estimate(
     return MemoryEstimate(
         base_weights=base_weights(shape, quantization, dtype, resident_layers) / GIB,
         trained_and_optimizer=trained_bytes(shape, dtype, moments) / GIB,
-        activations=tokens * activations.per_token(checkpointed) / GIB,
+        activations=max(tokens * activations.per_token(checkpointed), _PROBE_TOKENS[1] * activations.per_token(0))
+        / GIB,
         logits=logits / GIB,
         dense_copies=dense_bytes / GIB,
         expert_copies=activations.constant(checkpointed) / GIB,
@@ -224,9 +226,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # in bytes, on macOS
 
 
-_PROBE_TOKENS = (64, 128)
-
-
 def measure_activations(forward: PackedForward, trained_share: float) -> ActivationBytes | None:
     """Bytes kept per token of a row, of which `trained_share` are trained, by the model as it will be trained.
 
@@ -245,6 +244,7 @@ def measure_activations(forward: PackedForward, trained_share: float) -> Activat
         raise
     finally:
         forward.model.train(training)
+        return_freed_memory()
     # the difference, since some of what is kept is there once, however many tokens there are
     more = _PROBE_TOKENS[1] - _PROBE_TOKENS[0]
     per_layer = [max(0, b - a) / more for a, b in zip(short, long, strict=True)]
@@ -319,7 +319,7 @@ class _Watch:
             self._seen.add(storage._cdata)
             self._held.append(tensor)  # so that its address is not used again
             self.sizes[self._now] += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation that keeps its own result would else hold the graph, and itself, for ever
 
 
 def _random_row(forward: PackedForward, trained_share: float, tokens: int) -> MicroBatch:
