@@ -164,11 +164,14 @@ def estimate(
     activations = estimated_activations(shape, dtype)
     rows = min(math.ceil(tokens * trained_share), chunk_rows("cpu" if wide == 4 else "cuda", shape.vocabulary_size))
     logits = rows * shape.vocabulary_size * 4 * 3  # of a chunk: fp32 logits, their softmax and gradient
+    trained = trained_bytes(shape, dtype, moments)
+    # what `measure_activations` keeps has the room of gradients, moments and logits, which come later
+    measured = _PROBE_TOKENS[1] * (activations.num_layers * activations.layer + activations.outside)
+    room = trained - 4 * (shape.adapter_parameters + shape.own_parameters) + logits
     return MemoryEstimate(
         base_weights=base_weights(shape, quantization, dtype, resident_layers) / GIB,
-        trained_and_optimizer=trained_bytes(shape, dtype, moments) / GIB,
-        activations=max(tokens * activations.per_token(checkpointed), _PROBE_TOKENS[1] * activations.per_token(0))
-        / GIB,
+        trained_and_optimizer=trained / GIB,
+        activations=max(tokens * activations.per_token(checkpointed), measured - room) / GIB,
         logits=logits / GIB,
         dense_copies=dense_bytes / GIB,
         expert_copies=activations.constant(checkpointed) / GIB,
