@@ -36,7 +36,7 @@ def main() -> None:
         "--resident", type=int, nargs="+", default=[0, 2, 4], help="layers in memory; 0: all, unstreamed"
     )
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--micro-batch", type=int, default=512, help="tokens")
+    parser.add_argument("--micro-batch", type=int, default=256, help="tokens")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all layers")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--arm", help=argparse.SUPPRESS)  # what a process of its own does

@@ -181,7 +181,9 @@ class PinnedMemory:
         storage.resize_(0)
 
     def finish(self) -> None:
-        """See `Store`."""
+        """See `Store`: the GPU's memory that weights passed through is free for others."""
+        if self._is_gpu:
+            torch.cuda.empty_cache()
 
     def has(self, weight: torch.Tensor) -> bool:
         """See `Store`."""
@@ -228,6 +230,10 @@ class LayerStream:
         self._kept: set[int] = set()
         self._now = -1
 
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerStream:
+        """Itself: a copy of the model over the same weights shares them."""
+        return self
+
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Inside the block each weight that a module gets goes to the store at once."""
@@ -250,14 +256,12 @@ class LayerStream:
 
     @contextlib.contextmanager
     def holding(self, weight: torch.Tensor) -> Iterator[None]:
-        """The weight is in memory inside the block."""
-        if not self.store.has(weight):
-            yield
-            return
-        self.store.fetch([weight])
+        """The weight is in memory inside the block, with its scales."""
+        stored = [part for part in _parts(weight) if self.store.has(part)]
+        self.store.fetch(stored)
         self.store.wait()
         yield
-        self.store.release([weight])
+        self.store.release(stored)
 
     def attach(self, base: PreTrainedModel) -> None:
         """Let the layers of `base`, which was loaded in `loading`, come and go with its passes; the rest stays."""

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lmtune.config.schema import FinetuneConfig, ModelConfig
+from lmtune.config.schema import FinetuneConfig, LoraConfig, ModelConfig, Quantization
 from lmtune.data.sequences import SequenceTable
-from lmtune.errors import ConfigError
+from lmtune.errors import ConfigError, ModelError
 from lmtune.export.merged import merge_run
 from lmtune.forward.packed import PackedForward
 from lmtune.inference.chat import ChatSession
@@ -22,14 +22,16 @@ from lmtune.inference.request import Sampling
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import load_model
 from lmtune.models.offload import LayerStream, MappedFiles, PinnedMemory
-from lmtune.models.structure import base_of, decoder_layers, empty_model, is_streamed
+from lmtune.models.structure import base_of, empty_model, is_streamed
 from lmtune.models.tuning.base import trainable
+from lmtune.models.tuning.lora import attach_adapter
 from lmtune.runs.store import RunDirectory
 from lmtune.training.estimate import forecast
 from lmtune.training.hooks import CheckpointHook
 from lmtune.training.loop import StepEvent
 from lmtune.training.memory import checkpoint_layers
 from lmtune.training.run import run_finetune
+from lmtune.training.shared import Shared
 from tests.tiny import adapted, losses_of, pack_rows, random_rows, rows_behind_a_prefix, save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import RESTLESS, config_of, inside, lasting, make_workplace, write_rows
@@ -109,6 +111,30 @@ def test_a_streamed_run_resumes_and_may_be_held_whole_from_then_on(
         resumed = train(place, name, **RESTLESS, **after, train__max_steps=6)
         for part in ("adapter", "metrics", "answers", "scores"):
             assert resumed[part] == whole[part], part
+
+
+@pytest.mark.slow
+def test_runs_share_a_streamed_base(place: Path) -> None:
+    shared, whole = Shared(), train(place, "alone")
+    for name in ("first", "second"):
+        config = config_of(**STREAMED, train__max_steps=3, run__name=name)
+        with inside(place):
+            run_finetune(config, RunDirectory.of(config.run), shared=shared)
+        assert lasting(place, name)["metrics"] == whole["metrics"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_gpu_gives_the_same_gradients_with_streamed_layers(tmp_path: Path, quantization: Quantization) -> None:
+    model = ModelConfig(name=str(base_folder(tmp_path)), quantization=quantization, dtype="float32", offload="none")
+    found = []
+    for offload in ("none", "layers"):
+        base = load_model(replace(model, offload=offload), "cuda")
+        with torch.device("cuda"):
+            found.append(losses_and_gradients(base, checkpointed=False))
+        assert is_streamed(base) is (offload == "layers")
+    assert not any(_is_here(layer) for layer in base.model.layers[2:])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.slow
@@ -237,7 +263,7 @@ def test_a_base_that_does_not_fit_is_streamed(
     assert not is_streamed(load_model(replace(model, offload="none")))
 
 
-def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_streamed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for changes, reason in (
         ({"tuning__kind": "full"}, "tuning.kind: full trains the model's own"),
         ({"tuning__kind": "partial", "tuning__parts": ("head",)}, "tuning.kind: partial trains the model's own"),
@@ -245,8 +271,17 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=reason):
             config_of(**STREAMED, **changes)
-    folder = base_folder(tmp_path, num_hidden_layers=1)
-    assert decoder_layers(empty_model(folder)) is not None
+    model = ModelConfig(name=str(base_folder(tmp_path)), quantization="none", offload="layers")
+    with monkeypatch.context() as patch:
+        patch.setattr("lmtune.models.offload.decoder_layers", lambda empty: None)
+        with pytest.raises(ModelError, match="has no single list of decoder layers to stream"):
+            load_model(model)
+    # as on a GPU, whose check is by its device
+    streamed = load_model(model)
+    monkeypatch.setattr(type(streamed), "device", torch.device("cuda"))
+    for wrong in ({"use_dora": True}, {"modules_to_save": ("q_proj",)}):
+        with pytest.raises(ConfigError, match="reads weights of layers before they are in the GPU's memory"):
+            attach_adapter(streamed, LoraConfig(**wrong), 0, "base")
 
 
 def test_the_whole_model_learns_without_streams_even_where_it_does_not_fit(
