@@ -47,6 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "three layers": {"model__resident_layers": 3},
     "last layer": {"tuning__target_modules": r".*\.layers\.4\..*(q|v)_proj"},
     "dora": {"tuning__use_dora": True, "tuning__modules_to_save": ("head",)},
+    "bf16": {"model__dtype": "bfloat16"},
     "nf4": {"model__quantization": "nf4"},
     "int8": {"model__quantization": "int8"},
     "dpo": {"objective__kind": "dpo", "data__train": "pairs.jsonl", "data__validation": "pairs.jsonl"},
