@@ -149,7 +149,7 @@ class MappedFiles:
                 self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as it is mapped
             place = -(-self._file.tell() // self._page) * self._page
             self._file.seek(place)
-            self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+            self._file.write(flat.view(torch.uint8).numpy().data)
             self._file.flush()
         except OSError as error:
             raise LmtuneError(
@@ -167,7 +167,7 @@ class PinnedMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._is_gpu = device, device.type == "cuda"
-        self._side = torch.cuda.Stream(device) if self._is_gpu else None
+        self._side = torch.cuda.Stream(device) if self._is_gpu else None  # type: ignore[no-untyped-call]
         self._held: dict[int, tuple[torch.UntypedStorage, torch.Tensor]] = {}  # by the storage's address in C++
 
     def take(self, weight: torch.Tensor) -> None:
@@ -276,7 +276,7 @@ class LayerStream:
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
             layer.register_forward_hook(lambda module, args, output, index=index: self._watch(index, output))
-        base.lmtune_stream = self  # type: ignore[assignment]
+        base.lmtune_stream = self
 
     def use(self, index: int, step: int) -> None:
         """Have a layer in memory, and the one that follows in this direction on its way.
@@ -312,7 +312,7 @@ class LayerStream:
             return
         for part in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(part, torch.Tensor) and part.requires_grad:
-                part.register_hook(lambda _: self.use(index, -1))
+                part.register_hook(lambda _: self.use(index, -1))  # type: ignore[no-untyped-call]
 
 
 def can_stream(tuning: LoraConfig | FullConfig | PartialConfig) -> bool:

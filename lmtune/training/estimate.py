@@ -112,7 +112,7 @@ def forecast(
     reason = reason_to_stream(config.model, whole, free) if can_stream(config.tuning) else None
     resident = config.model.resident_layers if reason is not None else None
     left = max(0.0, free - memory.base_weights(shape, quantization, dtype, resident))
-    dense = memory.dense_copies(shape, quantization, dtype, left) if resident is None else 0
+    dense = memory.dense_copies(shape, quantization, dtype, left if resident is None else 0)
     moments = MOMENT_BYTES[config.train.optimizer]
     left = max(0.0, left - dense - memory.trained_bytes(shape, dtype, moments))
     setting = config.train.micro_batch_tokens

@@ -145,9 +145,9 @@ def trained_bytes(shape: ModelShape, dtype: torch.dtype, moments: int = 8) -> in
 
 
 def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_bytes: float) -> float:
-    """Bytes of the dense matrices that are held beside quantized weights where `free_bytes` has room for them."""
-    size = shape.adapted_linear * dtype.itemsize
-    return size if quantization in QUANTIZED_BYTES and size <= free_bytes * DENSE_SHARE else 0
+    """Bytes of dense matrices beside quantized weights: of all where `free_bytes` has room, else of a layer at work."""
+    size = shape.adapted_linear * dtype.itemsize if quantization in QUANTIZED_BYTES else 0
+    return size if size <= free_bytes * DENSE_SHARE else size / shape.num_layers
 
 
 def estimate(

@@ -212,7 +212,7 @@ def estimated_memory(parts: Components, micro_batch_tokens: int) -> dict[str, fl
     expected = memory.estimate(
         shape, min(max(micro_batch_tokens, longest), per_step), quantization, dtype, share,
         memory.checkpointed_layers(parts.forward.base),
-        memory.dense_copies(shape, quantization, dtype, free_memory(parts.parallel.device)) if is_whole else 0,
+        memory.dense_copies(shape, quantization, dtype, free_memory(parts.parallel.device) if is_whole else 0),
         MOMENT_BYTES[config.train.optimizer], None if is_whole else config.model.resident_layers,
     )  # fmt: skip
     return {f"{name}_gib": round(size, 4) for name, size in {**asdict(expected), "memory": expected.total}.items()}
