@@ -97,6 +97,9 @@ class ModelConfig:
     revision: str | None = None  # a branch, tag or commit on the Hub
     quantization: Quantization = "nf4"  # of the frozen weights: nf4 is 4 bit, int8 is 8 bit
     dtype: Dtype = "auto"  # auto: bf16 where the device multiplies in it faster, else fp32
+    # layers: decoder layers come into memory ahead of use and leave it again; auto: where the base does not fit
+    offload: Literal["auto", "none", "layers"] = "auto"
+    resident_layers: Count = 2  # the most decoder layers in memory at once with offload; more: faster, more memory
 
 
 @section
@@ -390,6 +393,11 @@ class FinetuneConfig:
                 f"model.quantization: {self.model.quantization} holds frozen weights, and tuning.kind: "
                 f"{self.tuning.kind} trains the model's own; set model.quantization: none, or tuning.kind: lora"
             )
+        if not isinstance(self.tuning, LoraConfig) and self.model.offload == "layers":
+            found.append(
+                f"model.offload: layers streams frozen weights, and tuning.kind: {self.tuning.kind} trains the model's "
+                "own; set model.offload: none, or tuning.kind: lora"
+            )
         if patience is not None and self.evaluation.every_steps is None:
             found.append("evaluation.patience: needs evaluation.every_steps, the interval at which it counts")
         if patience is not None and self.data.validation is None and not self.data.validation_fraction:
@@ -433,6 +441,11 @@ def _lora_problems(tuning: LoraConfig, model: ModelConfig) -> list[str]:
         found.append(
             f"tuning.init_lora_weights: pissa rewrites the base weights, which {model.quantization} cannot "
             "hold; set model.quantization: none, or init_lora_weights: default"
+        )
+    if tuning.init_lora_weights == "pissa" and model.offload == "layers":
+        found.append(
+            "tuning.init_lora_weights: pissa rewrites the base weights, which model.offload: layers only reads; set "
+            "model.offload: none, or init_lora_weights: default"
         )
     if tuning.init_lora_weights == "pissa" and tuning.use_dora:
         found.append("tuning.use_dora: cannot be combined with init_lora_weights: pissa; choose one")

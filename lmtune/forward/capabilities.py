@@ -24,7 +24,7 @@ from lmtune.kernels.cross_entropy import LogitTransform, label_logprobs
 from lmtune.kernels.lora_group import LoraGroup, group_layers, separate_layers
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.head import classifier_head
-from lmtune.models.structure import decoder_layers, trained_module
+from lmtune.models.structure import decoder_layers, is_streamed, trained_module
 
 # Relative, in 16 bit: rounding moves the outputs of 32 random layers by 0.06, a segment that leaks by about 1.
 _TOLERANCE = 0.2
@@ -103,7 +103,7 @@ def join_lora_layers(forward: Paths) -> tuple[list[LoraGroup], str | None]:
     Returns:
         The groups, and why there are none although they would gain.
     """
-    if forward.dtype.itemsize != 2:
+    if forward.dtype.itemsize != 2 or is_streamed(forward.base):  # a group's matrix would stay in memory
         return [], None
     ids, positions = _random_ids(forward, 7)
     keep = torch.arange(7, device=ids.device)

@@ -47,3 +47,10 @@ def without_absolute_paths(text: str) -> str:
     """`text` with each absolute path made relative to this folder: files of a run hold no absolute path."""
     here = os.getcwd().rstrip(os.sep) + os.sep
     return re.sub(_ABSOLUTE, lambda found: os.path.relpath(found[0]), text.replace(here, ""))
+
+
+def size_text(gib: float) -> str:
+    """`57 GiB`, `1.25 GiB`, `3.4 MiB`: with the digits that matter."""
+    if gib >= 10:
+        return f"{gib:.0f} GiB"
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib * 1024:.3g} MiB"

@@ -107,7 +107,7 @@ def _label_only_class(kind: type[Any]) -> type[Any]:
                 kind.forward(self, hidden_states, *args, **kwargs, label_layer=_Collect())
                 raise AssertionError("the last layer did not call its attention")
             except _KeysAndValues as projected:
-                found = projected
+                found = projected.with_traceback(None)  # its frames hold tensors, and this one holds it
         if getattr(self, "lmtune_probe", None) is not None:
             self.lmtune_probe["projected"] = (found.query, found.key, found.value)
         few = _Selected(found.key, found.value)

@@ -6,6 +6,7 @@ Only safetensors and GGUF are read, and code of a model repository never runs. W
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -19,13 +20,14 @@ import torch
 from lmtune.config.schema import ModelConfig
 from lmtune.errors import LmtuneError, ModelError, is_failure
 from lmtune.io.atomic import cache_folder, get_or_build, key_of
-from lmtune.io.console import progress, warn
+from lmtune.io.console import err, progress, warn
 from lmtune.io.text import one_line
-from lmtune.models.device import BF16_GAIN, bf16_speedup, default_device
+from lmtune.models.device import BF16_GAIN, bf16_speedup, default_device, free_memory
 from lmtune.models.gguf import gguf_digest, gguf_folder, gguf_parameters, is_gguf
 from lmtune.models.head import Head, prepare_head
 from lmtune.models.libraries import quiet_libraries
-from lmtune.models.structure import config_and_class
+from lmtune.models.offload import LayerStream, base_bytes, reason_to_stream, stream_for
+from lmtune.models.structure import config_and_class, empty_model
 from lmtune.models.validate import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -46,6 +48,7 @@ _SIZES = 1024, 4096  # hidden and intermediate, where a model's are not known
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CACHED_FROM_BYTES = 200 * 2**20  # of stored weights; less is quantized in a second or two
 _CACHED_MODELS = 3
+_SHARD = "500MB"
 _HEAD_WEIGHT = "score.weight"  # of a sequence classifier
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file, for the fingerprint
 # What to do about an error of transformers, by words in its text
@@ -109,9 +112,13 @@ def load_model(
     dtype = dtype_of(model, device)
     quantization = "" if model.quantization == "none" else f" in {model.quantization}"
     try:
-        with progress(f"loading {model.name}{quantization}"):
-            loaded = _load_cached_or_quantize(model, path, dtype, device, head)
-    except ModelError:
+        stream = _stream(model, path, dtype, device, head)
+        streaming = contextlib.nullcontext() if stream is None else stream.loading()
+        with progress(f"loading {model.name}{quantization}"), streaming:
+            loaded = _load_cached_or_quantize(model, path, dtype, device, head, stream)
+        if stream is not None:
+            stream.attach(loaded)
+    except LmtuneError:
         raise
     except Exception as error:
         if _stored_file(model, ADAPTER_CONFIG):
@@ -126,6 +133,22 @@ def load_model(
     loaded.requires_grad_(False)
     _disable_cpu_repacking(loaded)
     return loaded.eval()
+
+
+def _stream(
+    model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device, head: Head | None
+) -> LayerStream | None:  # fmt: skip
+    """What brings the layers of a base in and out, with a line that says why; None where the base is held whole."""
+    free, stored = free_memory(device), stored_parameters(model)
+    if model.offload == "none" or (
+        stored is not None and reason_to_stream(model, stored * dtype.itemsize, free) is None
+    ):  # fmt: skip
+        return None
+    empty = empty_model(path, model.revision, head)
+    if (reason := reason_to_stream(model, base_bytes(empty, model.quantization, dtype), free)) is None:
+        return None
+    err.print(f"offload: {model.resident_layers} layers of the base are in memory at once: {reason}")
+    return stream_for(model, empty, device)
 
 
 def fit_head(model: ModelConfig, loaded: PreTrainedModel, head: Head | None) -> None:
@@ -226,15 +249,16 @@ def _disable_cpu_repacking(model: torch.nn.Module) -> None:
 
 
 def _load_cached_or_quantize(
-    model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device, head: Head | None
-) -> PreTrainedModel:
+    model: ModelConfig, path: str, dtype: torch.dtype, device: torch.device, head: Head | None,
+    stream: LayerStream | None,
+) -> PreTrainedModel:  # fmt: skip
     """The base from the cache, or quantized now; of processes that start at once, one does it for all."""
     made: list[PreTrainedModel] = []
 
     def load() -> PreTrainedModel:
         settings = _quantization(model, dtype, head)
         loaded, info = _from_pretrained(path, model.revision, dtype, device, settings, head)
-        check_loaded(model, loaded, info, head is not None)
+        check_loaded(model, loaded, info, head is not None, None if stream is None else stream.holding)
         made.append(loaded)
         return loaded
 
@@ -242,8 +266,10 @@ def _load_cached_or_quantize(
         return load()
     try:
         entry = get_or_build(
-            cache_folder() / "quantized", key, lambda folder: load().save_pretrained(folder), keep=_CACHED_MODELS
-        )
+            cache_folder() / "quantized", key,
+            lambda folder: load().save_pretrained(folder, max_shard_size=_SHARD),  # one at a time is in memory
+            keep=_CACHED_MODELS,
+        )  # fmt: skip
         return made[0] if made else _from_pretrained(str(entry), None, dtype, device, None, head)[0]
     except Exception as error:  # a full disk, or a config that transformers reads but does not write
         if isinstance(error, ModelError) or not (made or isinstance(error, LmtuneError)):

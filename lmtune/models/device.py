@@ -101,10 +101,15 @@ def _available_ram() -> int:
 
 
 def dense_weights_fit(model: torch.nn.Module, device: torch.device) -> bool:
-    """Whether a quarter of the free memory holds the weights under a model's adapter as dense matrices."""
-    from lmtune.models.structure import base_of
+    """Whether a quarter of the free memory holds the weights under a model's adapter as dense matrices.
+
+    Never where its layers come and go: the copies would stay.
+    """
+    from lmtune.models.structure import base_of, is_streamed
 
     base = base_of(model)
+    if is_streamed(base):
+        return False
     layers = (m.get_base_layer() for m in base.modules() if hasattr(m, "get_base_layer"))
     elements = sum(layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features"))
     return bool(elements * base.dtype.itemsize <= free_memory(device) * DENSE_SHARE)

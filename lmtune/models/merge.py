@@ -163,7 +163,9 @@ class _Source:
             except (ModelError, ValueError):  # not downloaded yet, or damaged, which `load_model` reports
                 pass
         name = next(name for name, kind in DTYPES.items() if kind == dtype)
-        model = load_model(ModelConfig(**{**asdict(base), "dtype": name}), self.device, Metadata.read(adapter).head)
+        offload = base.offload if self.device.type == "cpu" else "none"  # a GPU was chosen because all fits
+        read = ModelConfig(**{**asdict(base), "dtype": name, "offload": offload})
+        model = load_model(read, self.device, Metadata.read(adapter).head)
         merged: torch.nn.Module = load_adapter(model, adapter, base_fingerprint(base))
         return merged
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmtune.config.schema import FullConfig, LoraConfig, PartialConfig
-from lmtune.io.text import pluralize
+from lmtune.io.text import pluralize, size_text
 from lmtune.models.head import classifier_head
 from lmtune.models.structure import expert_tensors, head_of, linear_layers
 from lmtune.models.tuning.beside_lora import is_tied, whole_modules
@@ -254,10 +254,3 @@ def short_count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.1f} {name}"
     return f"{number:,}"
-
-
-def size_text(gib: float) -> str:
-    """`57 GiB`, `1.25 GiB`, `3.4 MiB`: with the digits that matter."""
-    if gib >= 10:
-        return f"{gib:.0f} GiB"
-    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib * 1024:.3g} MiB"

@@ -50,6 +50,11 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
     return lists[0] if len(lists) == 1 or (lists and count > 1) else None
 
 
+def is_streamed(base: torch.nn.Module) -> bool:
+    """Whether the layers of a transformers model come and go (`lmtune.models.offload`)."""
+    return hasattr(base, "lmtune_stream")
+
+
 def head_of(model: PreTrainedModel) -> torch.nn.Module | None:
     """The head of a language model, or `score` of a classifier; None where neither is told apart."""
     embeddings: torch.nn.Module | None = model.get_output_embeddings()

@@ -8,8 +8,9 @@ The first costs milliseconds, so it comes before the data are tokenized.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,10 @@ def _type_problems(folder: Path) -> Iterator[str]:
         yield f"{CONFIG}: quantization_config says bitsandbytes, but no weight is quantized; remove that key"
 
 
-def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str, Any], new_head: bool = False) -> None:
+def check_loaded(
+    model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str, Any], new_head: bool = False,
+    holding: Callable[[torch.Tensor], contextlib.AbstractContextManager[None]] | None = None,
+) -> None:  # fmt: skip
     """Refuse what transformers only warns of; warn of what it does not mention.
 
     Args:
@@ -161,6 +165,7 @@ def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str,
         loaded: the transformers model.
         info: which weights were missing, unexpected, or of another shape (`output_loading_info`).
         new_head: it is to be a classifier, whose head may be another than the stored one.
+        holding: has a weight in memory inside its block; None where all of them are.
 
     Raises:
         ModelError: weights are missing, of other shapes, or not finite; or an adapter came with them.
@@ -169,7 +174,11 @@ def check_loaded(model: ModelConfig, loaded: PreTrainedModel, info: Mapping[str,
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise adapter_beside(name)
     fix = "; or set a model.dtype with a larger range" if model.dtype == "float16" else ""
-    broken = [key for key, weight in loaded.named_parameters() if not _is_finite(weight)]
+    broken = []
+    for key, weight in loaded.named_parameters():
+        with contextlib.nullcontext() if holding is None else holding(weight):
+            if not _is_finite(weight):
+                broken.append(key)
     heads = ("score.", "lm_head.", "embed_out.") if new_head else ()
     missing, unused = (
         sorted(key for key in info[name] if not key.startswith(heads)) for name in ("missing_keys", "unexpected_keys")

@@ -53,6 +53,7 @@ from lmtune.models.base import DTYPES, base_fingerprint, check_bitsandbytes, dty
 from lmtune.models.device import dense_weights_fit, free_memory
 from lmtune.models.head import Head, classifier_head
 from lmtune.models.locate import shareable_name
+from lmtune.models.offload import can_stream
 from lmtune.models.parameters import Parameters, count_parameters
 from lmtune.models.tuning.adapter_files import Metadata
 from lmtune.models.tuning.base import TunedModel, Tuning
@@ -254,7 +255,8 @@ def _compose(
     stored = _with_dtype(config, parallel)
     dtype = DTYPES[stored.dtype]
     tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
-    loaded = replace(stored, dtype=tuning.load_dtype or stored.dtype)
+    offload = stored.offload if can_stream(config.tuning) else "none"
+    loaded = replace(stored, dtype=tuning.load_dtype or stored.dtype, offload=offload)
     base = (
         load_model(loaded, parallel.load_device, head) if shared is None
         else shared.base(loaded, parallel.load_device, head, tuning)

@@ -17,10 +17,12 @@ from lmtune.batching.plan import Planner, TokenCost
 from lmtune.config.schema import FinetuneConfig, FullConfig, LoraConfig, ModelConfig, PartialConfig
 from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
+from lmtune.io.text import size_text
 from lmtune.models.base import describe_dtype, dtype_of, resolve_name
 from lmtune.models.device import free_memory
 from lmtune.models.head import Head
-from lmtune.models.parameters import Parameters, count_parameters, size_text
+from lmtune.models.offload import can_stream, reason_to_stream
+from lmtune.models.parameters import Parameters, count_parameters
 from lmtune.models.structure import empty_model
 from lmtune.models.tuning.lora import check_variant
 from lmtune.objectives.chosen import unread_head
@@ -66,6 +68,7 @@ class Forecast:
     parameters: Parameters
     seconds: Seconds
     advice: tuple[str, ...]
+    offload: str = ""
 
     def lines(self) -> list[tuple[str, str]]:
         """Name and value of each line."""
@@ -87,6 +90,7 @@ class Forecast:
             ("micro-batch", f"up to {self.micro_batch_tokens:,} tokens"),
             ("gradient checkpointing", f"{self.checkpointed_layers} layers" if self.checkpointed_layers else "off"),
             ("precision", self.precision),
+            *[("offload", self.offload)] * bool(self.offload),
             ("parameters", self.parameters.describe()),
             *((f"memory: {name}", size_text(size)) for name, size in sizes),
             ("memory: total, estimated", f"{size_text(part.total)} of {size_text(self.free_gib)} free"),
@@ -104,8 +108,11 @@ def forecast(
     shape, parameters = planned_shape(config.model, config.tuning, dtype, unread_head(config.objective))
     share = float(rows.num_targets.sum() / rows.num_tokens.sum())
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
-    left = max(0.0, free - memory.base_weights(shape, quantization, dtype))
-    dense = memory.dense_copies(shape, quantization, dtype, left)
+    whole = memory.base_weights(shape, quantization, dtype)
+    reason = reason_to_stream(config.model, whole, free) if can_stream(config.tuning) else None
+    resident = config.model.resident_layers if reason is not None else None
+    left = max(0.0, free - memory.base_weights(shape, quantization, dtype, resident))
+    dense = memory.dense_copies(shape, quantization, dtype, left if resident is None else 0)
     moments = MOMENT_BYTES[config.train.optimizer]
     left = max(0.0, left - dense - memory.trained_bytes(shape, dtype, moments))
     setting = config.train.micro_batch_tokens
@@ -124,7 +131,7 @@ def forecast(
     epochs = steps * config.train.batch_size / num_rows
     tokens, per_step = int(all_tokens * epochs), int(all_tokens / num_rows * config.train.batch_size)
     micro_batch = min(max(budget, longest), per_step)
-    part = memory.estimate(shape, micro_batch, quantization, dtype, share, checkpointed, dense, moments)
+    part = memory.estimate(shape, micro_batch, quantization, dtype, share, checkpointed, dense, moments, resident)
     rate = matmul_rate(device, dtype) * _EFFICIENCY * (processes if device.type == "cuda" else 1)
     again = 1 + checkpointed / shape.num_layers / 3
     work = tokens * flop_per_token(shape, share, _mean_context(rows.num_tokens))
@@ -139,7 +146,8 @@ def forecast(
     precision = describe_dtype(config.model, device, dtype)
     return Forecast(
         steps, num_rows, tokens, int(tokens * share), budget, checkpointed, precision, part, free / GIB,
-        parameters, seconds, advice,
+        parameters, seconds, advice, "" if reason is None else f"{resident} of {shape.num_layers} layers in memory at "
+        f"once: {reason}",
     )  # fmt: skip
 
 

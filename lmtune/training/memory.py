@@ -22,11 +22,13 @@ from lmtune.data.sequences import SequenceTable
 from lmtune.data.types import RowKind, TokenSequence
 from lmtune.forward.packed import PackedForward
 from lmtune.kernels.cross_entropy import chunk_rows
-from lmtune.models.device import DENSE_SHARE, is_out_of_memory
+from lmtune.models.device import DENSE_SHARE, is_out_of_memory, return_freed_memory
+from lmtune.models.offload import QUANTIZED_BYTES
 from lmtune.models.parameters import Parameters
 from lmtune.models.structure import base_of, decoder_layers
 
 GIB = 2**30
+_PROBE_TOKENS = (64, 128)  # on which activations are measured before the first step, with no layer checkpointed
 # Of the free memory, for activations; the rest is for what is not seen beforehand. A GPU says when it was too much.
 _SHARE = {"cuda": 0.75, "mps": 0.6, "cpu": 0.6}
 # Tokens of a micro-batch beyond which nothing is gained, and below which computing layers twice is the lesser evil.
@@ -34,8 +36,6 @@ MOST_TOKENS = {"cuda": 16384, "mps": 4096, "cpu": 2048}
 _ENOUGH_TOKENS = {"cuda": 2048, "mps": 512, "cpu": 256}
 # Of pairs on a CPU: they bring the prefix that they share, so more of them in a micro-batch give memory to fill only.
 _MOST_OF_PAIRS = {"cpu": 512}
-# Bytes of an element of a linear layer.
-_QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.002}
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,15 @@ def _experts_per_token(config: Any) -> int:
     return next((value for value in found if isinstance(value, int) and value > 0), 1)
 
 
-def base_weights(shape: ModelShape, quantization: str, dtype: torch.dtype) -> float:
-    """Bytes of the frozen weights; experts, embeddings, head, router and norms are not quantized."""
+def base_weights(shape: ModelShape, quantization: str, dtype: torch.dtype, resident_layers: int | None = None) -> float:
+    """Bytes of the frozen weights; experts, embeddings, head, router and norms are not quantized.
+
+    With `resident_layers` no more decoder layers than these are in memory; else all of them are.
+    """
     wide = dtype.itemsize
-    per_element = {"none": float(wide), **_QUANTIZED_BYTES}[quantization]
-    others = shape.expert_parameters + shape.other_parameters - shape.own_parameters
-    return shape.linear_parameters * per_element + others * wide
+    layers = shape.linear_parameters * QUANTIZED_BYTES.get(quantization, wide) + shape.expert_parameters * wide
+    resident = 1.0 if resident_layers is None else min(1.0, resident_layers / shape.num_layers)
+    return layers * resident + (shape.other_parameters - shape.own_parameters) * wide
 
 
 def trained_bytes(shape: ModelShape, dtype: torch.dtype, moments: int = 8) -> int:
@@ -142,28 +145,33 @@ def trained_bytes(shape: ModelShape, dtype: torch.dtype, moments: int = 8) -> in
 
 
 def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_bytes: float) -> float:
-    """Bytes of the dense matrices that are held beside quantized weights where `free_bytes` has room for them."""
-    size = shape.adapted_linear * dtype.itemsize
-    return size if quantization in _QUANTIZED_BYTES and size <= free_bytes * DENSE_SHARE else 0
+    """Bytes of dense matrices beside quantized weights: of all where `free_bytes` has room, else of a layer at work."""
+    size = shape.adapted_linear * dtype.itemsize if quantization in QUANTIZED_BYTES else 0
+    return size if size <= free_bytes * DENSE_SHARE else size / shape.num_layers
 
 
 def estimate(
     shape: ModelShape, tokens: int, quantization: str, dtype: torch.dtype, trained_share: float, checkpointed: int = 0,
-    dense_bytes: float = 0, moments: int = 8,
+    dense_bytes: float = 0, moments: int = 8, resident_layers: int | None = None,
 ) -> MemoryEstimate:  # fmt: skip
     """The memory of one training step over a micro-batch of `tokens`, of which `trained_share` are trained.
 
     `dtype` is that of computation and of unquantized weights; `checkpointed` is a number of layers; `dense_bytes` are
-    those of matrices held beside quantized weights; `moments` are those that the optimizer keeps of a trained weight.
+    those of matrices held beside quantized weights; `moments` are those that the optimizer keeps of a trained weight;
+    `resident_layers` is as in `base_weights`.
     """
     wide = dtype.itemsize
     activations = estimated_activations(shape, dtype)
     rows = min(math.ceil(tokens * trained_share), chunk_rows("cpu" if wide == 4 else "cuda", shape.vocabulary_size))
     logits = rows * shape.vocabulary_size * 4 * 3  # of a chunk: fp32 logits, their softmax and gradient
+    trained = trained_bytes(shape, dtype, moments)
+    # what `measure_activations` keeps has the room of gradients, moments and logits, which come later
+    measured = _PROBE_TOKENS[1] * (activations.num_layers * activations.layer + activations.outside)
+    room = trained - 4 * (shape.adapter_parameters + shape.own_parameters) + logits
     return MemoryEstimate(
-        base_weights=base_weights(shape, quantization, dtype) / GIB,
-        trained_and_optimizer=trained_bytes(shape, dtype, moments) / GIB,
-        activations=tokens * activations.per_token(checkpointed) / GIB,
+        base_weights=base_weights(shape, quantization, dtype, resident_layers) / GIB,
+        trained_and_optimizer=trained / GIB,
+        activations=max(tokens * activations.per_token(checkpointed), measured - room) / GIB,
         logits=logits / GIB,
         dense_copies=dense_bytes / GIB,
         expert_copies=activations.constant(checkpointed) / GIB,
@@ -221,9 +229,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # in bytes, on macOS
 
 
-_PROBE_TOKENS = (64, 128)
-
-
 def measure_activations(forward: PackedForward, trained_share: float) -> ActivationBytes | None:
     """Bytes kept per token of a row, of which `trained_share` are trained, by the model as it will be trained.
 
@@ -242,6 +247,7 @@ def measure_activations(forward: PackedForward, trained_share: float) -> Activat
         raise
     finally:
         forward.model.train(training)
+        return_freed_memory()
     # the difference, since some of what is kept is there once, however many tokens there are
     more = _PROBE_TOKENS[1] - _PROBE_TOKENS[0]
     per_layer = [max(0, b - a) / more for a, b in zip(short, long, strict=True)]
@@ -291,7 +297,7 @@ class _Watch:
     def __init__(self, model: Any, layers: Any) -> None:
         self.sizes = [0] * (len(layers) + 1)
         self._layers, self._now, self._held = layers, len(layers), list[torch.Tensor]()
-        self._seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}  # wherever they are
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         self._handles: list[Any] = []
 
@@ -312,11 +318,11 @@ class _Watch:
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
             self._held.append(tensor)  # so that its address is not used again
             self.sizes[self._now] += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation that keeps its own result would else hold the graph, and itself, for ever
 
 
 def _random_row(forward: PackedForward, trained_share: float, tokens: int) -> MicroBatch:

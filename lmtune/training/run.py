@@ -24,6 +24,7 @@ from lmtune.io.console import err, warnings_heard_by
 from lmtune.io.text import pluralize
 from lmtune.models.device import free_memory
 from lmtune.models.model_folder import write_adapter_texts
+from lmtune.models.structure import is_streamed
 from lmtune.models.tuning.base import Tensors
 from lmtune.parallel.launch import connect
 from lmtune.runs.cards import result_card
@@ -209,11 +210,12 @@ def estimated_memory(parts: Components, micro_batch_tokens: int) -> dict[str, fl
     share = float(rows.num_targets.sum() / rows.num_tokens.sum())
     per_step = int(rows.tokens_per_epoch / rows.rows_per_epoch * config.train.batch_size)
     quantization, dtype = config.model.quantization, parts.forward.dtype
+    is_whole = not is_streamed(parts.forward.base)
     expected = memory.estimate(
         shape, min(max(micro_batch_tokens, longest), per_step), quantization, dtype, share,
         memory.checkpointed_layers(parts.forward.base),
-        memory.dense_copies(shape, quantization, dtype, free_memory(parts.parallel.device)),
-        MOMENT_BYTES[config.train.optimizer],
+        memory.dense_copies(shape, quantization, dtype, free_memory(parts.parallel.device) if is_whole else 0),
+        MOMENT_BYTES[config.train.optimizer], None if is_whole else config.model.resident_layers,
     )  # fmt: skip
     return {f"{name}_gib": round(size, 4) for name, size in {**asdict(expected), "memory": expected.total}.items()}
 

@@ -11,7 +11,8 @@ from lmtune.models.tuning.base import Tensors
 
 # Settings that change speed, memory or reporting; the result they change only as far as dropout is drawn anew.
 _FREE = {
-    "train.micro_batch_tokens", "train.gradient_checkpointing", "evaluation.score_base",
+    "model.offload", "model.resident_layers", "train.micro_batch_tokens", "train.gradient_checkpointing",
+    "evaluation.score_base",
     "evaluation.exact_match_rows", "evaluation.max_new_tokens", "data.train", "data.validation", "tuning.adapter",
 }  # fmt: skip
 _DATA, _TOKENS = "the data files' content", "the rows' tokens"

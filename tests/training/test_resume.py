@@ -21,6 +21,7 @@ from tests.workplace import config_of, finetune, make_workplace
 pytestmark = pytest.mark.slow  # seconds together; left out of `make test-fast`
 
 FREE = {
+    "model__offload": "layers", "model__resident_layers": 4,
     "train__micro_batch_tokens": 64, "train__gradient_checkpointing": True, "evaluation__exact_match_rows": 2,
     "evaluation__max_new_tokens": 4, "run__checkpoint_every_steps": 7, "run__keep_checkpoints": 5,
 }  # fmt: skip

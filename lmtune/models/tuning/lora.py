@@ -24,7 +24,7 @@ from lmtune.kernels.lora_linear import exact_magnitudes, fuse
 from lmtune.models.base import base_fingerprint, check_bitsandbytes, load_tokenizer
 from lmtune.models.device import dense_weights_fit
 from lmtune.models.head import classifier_head
-from lmtune.models.structure import base_of
+from lmtune.models.structure import base_of, is_streamed
 from lmtune.models.tuning.adapter_files import (
     CONFIG,
     METADATA,
@@ -329,6 +329,14 @@ def read_adapter(folder: Path) -> tuple[LoraSettings, Tensors]:
 
 def check_variant(model: torch.nn.Module, tuning: LoraConfig, found: Targets) -> None:
     """Raise ConfigError for a variant that PEFT cannot run over this base, which may be on the meta device."""
+    if is_streamed(base_of(model)) and base_of(model).device.type == "cuda":
+        outside = {"head", "embeddings"}
+        reads = {"use_dora: true": tuning.use_dora, "modules_to_save": not outside.issuperset(tuning.modules_to_save)}
+        if setting := next((setting for setting, is_set in reads.items() if is_set), None):
+            raise ConfigError(
+                f"tuning.{setting}: reads weights of layers before they are in the GPU's memory; set model.offload: "
+                "none, or leave it out"
+            )
     if not for_peft(model, tuning.target_modules, found)["target_parameters"]:
         return
     wrong = {
