@@ -237,6 +237,9 @@ def _compose(
 ) -> Components:  # fmt: skip
     check_bitsandbytes(config.model.quantization)
     check_optimizer(config.train.optimizer, parallel.device)
+    if parallel.equal_passes and config.model.offload == "layers":
+        raise ConfigError("model.offload: layers; each process holds a part of the base with parallel.kind: fsdp; set "
+                          "one of them")  # fmt: skip
     if parallel.equal_passes and isinstance(config.tuning, FullConfig):
         raise ConfigError("parallel.kind: fsdp; it shares out weights that are not trained; expected replicated for "
                           "tuning.kind: full")  # fmt: skip
@@ -255,7 +258,8 @@ def _compose(
     stored = _with_dtype(config, parallel)
     dtype = DTYPES[stored.dtype]
     tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
-    offload = stored.offload if can_stream(config.tuning) else "none"
+    can_offload = can_stream(config.tuning) and not parallel.equal_passes
+    offload = stored.offload if can_offload else "none"
     loaded = replace(stored, dtype=tuning.load_dtype or stored.dtype, offload=offload)
     base = (
         load_model(loaded, parallel.load_device, head) if shared is None

@@ -125,8 +125,15 @@ def test_one_that_hangs_is_named(tmp_path: Path) -> None:
     assert re.search(r"timed out after 5 s .*; missing ranks: 0 \(phase: step 5\)", said(place, "output1"))
 
 
-def test_what_is_not_shared_out_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tuning__kind": "full"}, "it shares out weights that are not trained; expected replicated"),
+        ({"model__offload": "layers"}, "each process holds a part of the base"),
+    ],
+)
+def test_what_is_not_shared_out_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     place = make_workplace(tmp_path)
-    write_config(place, tuning__kind="full")
+    write_config(place, **change)
     assert together(place, "finetune", "run.yaml", FSDP) == [2, 2]
-    assert "it shares out weights that are not trained; expected replicated" in said(place, "output0")
+    assert says in said(place, "output0")
