@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--resident", type=int, nargs="+", default=[0, 2, 4], help="layers in memory; 0: all, unstreamed"
     )
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--micro-batch", type=int, default=256, help="tokens")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all layers")
     parser.add_argument("--output", type=Path)
