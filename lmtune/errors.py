@@ -44,6 +44,10 @@ class CheckpointError(LmtuneError):
     exit_code = 2
 
 
+class UnavailableError(LmtuneError):
+    """What should answer is gone or does not answer now; a later try may succeed."""
+
+
 def is_failure(error: BaseException) -> bool:
     """Whether `error` is something that failed, not a request to stop: a Rust library's panic is not an Exception."""
     return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"

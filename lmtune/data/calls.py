@@ -284,7 +284,7 @@ def _form_of(
     second = _find(two, _CALLS[1]) if two is not None else None
     begun = _find(two, _CALLS[0]) if two is not None else None
     if two is not None and second is not None and begun is not None and begun[1] <= second[0]:
-        gap, head = two[begun[1] : second[0]][::-1], one[:start][::-1]
+        gap, head = two[begun[1] : second[0]][::-1], lead[::-1]
         lead = common_prefix(gap, head)[::-1]
     mark = None if keys or between is not None else _MARK.match(one, end)
     closing = mark[1] if mark else ""

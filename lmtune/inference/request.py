@@ -14,6 +14,7 @@ from lmtune.errors import ConfigError
 from lmtune.io.text import format_list, is_finite_number
 from lmtune.models.members import AS_IS, Members
 
+_LEAST_TEMPERATURE = 1e-30  # less is 0 in fp32, by which nothing can be divided
 FinishReason = Literal["stop", "length", "context", "stopped"]
 
 
@@ -211,7 +212,7 @@ class Sampler:
         self._biased: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens, and what is added to their logits
         self._warp = LogitsProcessorList()
         if not self._greedy:
-            self._warp.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            self._warp.append(TemperatureLogitsWarper(max(sampling.temperature, _LEAST_TEMPERATURE)))
         if sampling.top_p < 1:
             self._warp.append(TopPLogitsWarper(float(sampling.top_p)))
 

@@ -348,6 +348,27 @@ def test_a_client_that_leaves_ends_the_scoring_of_its_prompts(api: Api) -> None:
     assert api.is_idle(1.0)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/chat/completions", {"model": "tiny", "messages": HOT, "temperature": 1e-300, "max_tokens": 4}, 200),
+        ("/completions", {"model": "tiny", "prompt": "The", "temperature": 1e-300, "max_tokens": 4}, 200),
+        ("/completions", {"model": "tiny", "prompt": "\ud83d x"}, 400),
+        ("/completions", {"model": "\ud83d", "prompt": "x"}, 404),
+    ],
+)
+def test_odd_values_are_answered_or_refused(api: Api, path: str, body: dict[str, Any], status: int) -> None:
+    answer = api.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+
+
+def test_a_schema_that_is_too_complex_is_no_whole_answer(api: Api) -> None:
+    schema = {"type": "string", "pattern": "^" + "(a|b)?" * 500 + "$"}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match=r"cannot keep to its form|cannot be kept to"):
+        api.client.chat.completions.create(model="tiny", messages=HOT, response_format=form, max_tokens=20)
+
+
 def test_a_model_that_was_named_at_the_start_is_not_deleted(api: Api) -> None:
     with pytest.raises(openai.PermissionDeniedError, match="named when the server was started"):
         api.client.models.delete("tiny")

@@ -14,7 +14,15 @@ from tests.serve.api_server import Api, api_of
 from tests.tokenizers import CALLS_AS_JSON, CALLS_AS_TEXT, CALLS_AS_XML, CALLS_END_APART
 
 ASKED: list[Any] = [{"role": "user", "content": "hello"}]
-NAMES = {"json": CALLS_AS_JSON, "text": CALLS_AS_TEXT, "apart": CALLS_END_APART, "xml": CALLS_AS_XML}
+# calls right behind the mark of the assistant
+BEHIND_THE_MARK = CALLS_AS_JSON.replace("\n<call>", "<call>")
+NAMES = {
+    "behind": BEHIND_THE_MARK,
+    "json": CALLS_AS_JSON,
+    "text": CALLS_AS_TEXT,
+    "apart": CALLS_END_APART,
+    "xml": CALLS_AS_XML,
+}
 
 
 def tool(name: str, **properties: Any) -> Any:
@@ -34,7 +42,7 @@ def api() -> Iterator[Api]:
         yield one
 
 
-@pytest.mark.parametrize("model", ["json", "text", "apart"])
+@pytest.mark.parametrize("model", ["behind", "json", "text", "apart"])
 @pytest.mark.parametrize("seed", range(3))
 def test_required_is_one_call_of_a_tool(api: Api, model: str, seed: int) -> None:
     answer = api.client.chat.completions.create(
@@ -71,6 +79,13 @@ def test_a_named_tool_is_called_also_in_a_stream(api: Api, model: str, name: str
         ("json", None, "required", "needs tools"),
         ("xml", TOOLS, "required", "does not write calls as JSON"),
         ("json", [tool("lamp", on={"type": "nothing"})], "required", "cannot be kept to"),
+        ("json", [{"type": "function", "function": {"name": "lamp", "parameters": 5}}], "required", "schema of an obj"),
+        (
+            "json",
+            [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "array"}}}],
+            "required",
+            "expected the JSON schema of an object",
+        ),
     ],
 )
 def test_what_cannot_be_called_is_said(api: Api, model: str, tools: Any, choice: Any, says: str) -> None:

@@ -150,14 +150,15 @@ def test_what_vllm_cannot_serve_is_refused_before_it_starts(folder: Path, monkey
         VllmModels.start([str(folder / "a")], Settings())
 
 
-def test_the_words_that_start_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_words_that_start_it(folder: Path) -> None:
     base = ModelConfig(name=str(folder / "base"), quantization="nf4")
     words = vllm_models._command("vllm", base, [], Settings(arguments="--gpu-memory-utilization 0.5", has_jobs=True))
     assert words[:3] == ["vllm", "serve", str(folder / "base")]
     assert words[words.index("--max-lora-rank") + 1] == "16"
     assert words[-2:] == ["--gpu-memory-utilization", "0.5"]
     assert "--quantization" not in words
-    assert "trained over nf4" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"--vllm-args: .*: No closing quotation"):
+        vllm_models._command("vllm", base, [], Settings(arguments="--name 'x"))
 
 
 @pytest.mark.slow

@@ -97,7 +97,13 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 def _tokens(prompt: str | list[int], served: Served) -> list[int]:
     """The tokens of a prompt; a text begins as the tokenizer begins texts."""
-    ids = [int(index) for index in served.renderer.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str):
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ApiError(400, "prompt: half of a surrogate pair; expected text", param="prompt") from None
+        prompt = [int(index) for index in served.renderer.tokenizer.encode(prompt)]
+    ids = prompt
     size = served.model.engine.vocab_size
     if (over := next((index for index in ids if index >= size), None)) is not None:
         raise ApiError(400, f"prompt: token {over}; expected tokens below {size}", param="prompt")

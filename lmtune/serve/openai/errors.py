@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lmtune.errors import LmtuneError
+from lmtune.errors import LmtuneError, UnavailableError
 from lmtune.io.console import err, escape
 
 _UNION = re.compile(
@@ -52,7 +52,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, object]:
         """As JSON."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message = self.message.encode("utf-8", "replace").decode()  # of what a client sent, half a character maybe
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def response(self) -> Response:
@@ -64,6 +65,8 @@ def as_api_error(error: Exception) -> ApiError:
     """What a client is told of an error that happened while it was answered."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, UnavailableError):
+        return ApiError(503, str(error), code="engine_unavailable")
     if isinstance(error, LmtuneError):
         return ApiError(400, str(error))
     err.print(f"[red]error[/] {escape(type(error).__name__)}: {escape(str(error))}")

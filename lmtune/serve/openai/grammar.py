@@ -74,7 +74,7 @@ class Grammars:
         before, between, after = map(self._literal, frame)
         rules = [
             f"call_{number}: {self._literal(json.dumps(function['name'])[1:-1])} {between} "
-            + _json(function.get("parameters") or {"type": "object"})
+            + _json(_parameters(function))
             for number, function in enumerate(chosen)
         ]
         either = " | ".join(f"call_{number}" for number in range(len(chosen)))
@@ -89,7 +89,8 @@ class Grammars:
         with self._lock:
             if self._tokenizer is None:
                 stops = list(self._renderer.stop_token_ids)
-                self._tokenizer = from_tokenizer(self._renderer.tokenizer, self._vocab_size, stops)
+                size = max(self._vocab_size, len(self._renderer.tokenizer))  # a tokenizer may know more than a model
+                self._tokenizer = from_tokenizer(self._renderer.tokenizer, size, stops)
             return self._tokenizer
 
     def _literal(self, text: str) -> str:
@@ -110,6 +111,17 @@ class Grammars:
             message = f"{param}: the schema cannot be kept to: {fault}"
             raise ApiError(400, message, param=param, code="invalid_json_schema")
         return AnswerGrammar(text, starts_after, matcher, self._renderer, self._vocab_size)
+
+
+def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of a tool's arguments."""
+    schema = function.get("parameters")
+    if schema is None:
+        return {"type": "object"}
+    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        message = f"tools: parameters of {function['name']}; expected the JSON schema of an object"
+        raise ApiError(400, message, param="tools", code="invalid_json_schema")
+    return {"type": "object", **schema}
 
 
 def _json(schema: Mapping[str, Any]) -> str:
@@ -146,11 +158,13 @@ class AnswerConstraint:
         """See `Constraint`."""
         if self._before is not None:
             return None
-        if self._matcher.is_stopped():
+        if self._matcher.is_stopped() and not self._matcher.is_error():
             allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
             allowed[list(self._renderer.stop_token_ids)] = True
             return allowed
         words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            raise LmtuneError(f"the answer cannot keep to its form: {self._matcher.get_error()}")
         return torch.from_numpy(np.unpackbits(words, bitorder="little")[: self._vocab_size].astype(bool))
 
     def advance(self, token: int) -> None:

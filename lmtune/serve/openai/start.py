@@ -60,7 +60,9 @@ def serving_address(host: str, port: int) -> Address:
 def named(target: str) -> tuple[str, str]:
     """(name, what to load) of `NAME=RUN_OR_MODEL`, or of a run, folder or Hub id alone."""
     name, sign, rest = target.partition("=")
-    if sign and rest and not Path(target).exists():
+    if sign and not (name and rest):
+        raise ConfigError(f"{target}; expected NAME=RUN_OR_MODEL")
+    if sign and not Path(target).exists():
         return name, rest
     run = find_run(target)
     if run is not None:

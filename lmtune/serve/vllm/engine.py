@@ -19,7 +19,7 @@ from typing import Any, Generic
 
 import httpx
 
-from lmtune.errors import LmtuneError
+from lmtune.errors import LmtuneError, UnavailableError
 from lmtune.inference.base import Waiter
 from lmtune.inference.request import FinishReason, Generation, Request, TokenLogprobs
 from lmtune.io.text import one_line
@@ -134,7 +134,7 @@ class VllmEngine:
         try:
             answer = self._client.post(path, json=body)
         except httpx.HTTPError as error:
-            raise LmtuneError(f"vLLM does not answer: {one_line(error)}") from error
+            raise UnavailableError(f"vLLM does not answer: {one_line(error)}") from error
         if answer.status_code != 200:
             raise _refusal(answer.content)
         return answer.json() if answer.content[:1] == b"{" else None
@@ -232,7 +232,7 @@ class VllmEngine:
         except LmtuneError as error:
             return "stopped", error
         except httpx.HTTPError as error:
-            return "stopped", LmtuneError(f"vLLM does not answer: {one_line(error)}")
+            return "stopped", UnavailableError(f"vLLM does not answer: {one_line(error)}")
         is_cut = reason == "length" and body["max_tokens"] != request.sampling.max_new_tokens
         return ("context" if is_cut else reason), None
 

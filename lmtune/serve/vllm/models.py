@@ -6,7 +6,6 @@ with VllmModels.start(["runs/support", "runs/sales"], Settings()) as models:
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from lmtune.inference.adapter_source import AdapterSource, find_adapter
 from lmtune.inference.chat_model import ChatModel
 from lmtune.inference.load import build_renderer, saved_tokenizer
 from lmtune.io.console import err, escape, progress, warn
+from lmtune.io.text import one_line
 from lmtune.models.base import base_fingerprint, dtype_of, load_tokenizer, resolve_name, stored_head
 from lmtune.models.device import default_device
 from lmtune.models.gguf import is_gguf
@@ -107,6 +107,9 @@ class VllmModels:
         for target, other in zip(targets, bases, strict=True):
             if not _is_same(other, bases[0]):
                 raise ConfigError(f"{target}: another base than {targets[0]} has; vLLM serves one a server")
+        for base in {base.quantization: base for base in bases if base.quantization != "none"}.values():
+            warn(f"{base.name}: trained over {base.quantization}, which vLLM does not have; it serves the base "
+                 "unquantized, so answers differ a little; --engine lmtune serves what was trained")  # fmt: skip
         adapters = [source for source in sources if source is not None]
         words = _command(program, bases[0], adapters, settings)
         err.print(f"[dim]{escape(shlex.join(words))}[/]", soft_wrap=True)
@@ -114,8 +117,7 @@ class VllmModels:
         try:
             with progress("starting vLLM"):
                 process.wait_until_ready()
-            description = _description(bases[0])
-            engine = VllmEngine(process.url, process.key, _BASE, _vocab_size(bases[0]), description)
+            engine = VllmEngine(process.url, process.key, _BASE, _vocab_size(bases[0]), f"{bases[0].name}, by vLLM")
             return cls(bases[0], settings, process, engine)
         except BaseException:
             process.close()
@@ -210,9 +212,6 @@ def _command(program: str, base: ModelConfig, adapters: Sequence[AdapterSource],
     ]  # fmt: skip
     if base.revision is not None:
         words += ["--revision", base.revision]
-    if base.quantization != "none":
-        warn(f"{base.name}: trained over {base.quantization}, which vLLM does not have; it serves the base "
-             "unquantized, so answers differ a little; --engine lmtune serves what was trained")  # fmt: skip
     if adapters or settings.has_jobs:
         ranks = [LoraConfig().rank] if settings.has_jobs else []
         for source in adapters:
@@ -220,7 +219,10 @@ def _command(program: str, base: ModelConfig, adapters: Sequence[AdapterSource],
                 ranks.append(check_servable(folder))
         words += ["--enable-lora", "--max-loras", str(_ADAPTERS_A_BATCH), "--max-lora-rank",
                   str(fitting_rank(max(ranks)))]  # fmt: skip
-    return [*words, *shlex.split(settings.arguments)]
+    try:
+        return [*words, *shlex.split(settings.arguments)]
+    except ValueError as error:
+        raise ConfigError(f"--vllm-args: {settings.arguments}: {one_line(error)}") from None
 
 
 def _plain(target: str, quantization: Quantization | None) -> ModelConfig:
@@ -257,11 +259,3 @@ def _vocab_size(base: ModelConfig) -> int:
 
 def _architecture(base: ModelConfig) -> str:
     return str((config_and_class(resolve_name(base.name), base.revision)[0].architectures or [""])[0])
-
-
-def _description(base: ModelConfig) -> str:
-    try:
-        version = f" {importlib.metadata.version('vllm')}"
-    except importlib.metadata.PackageNotFoundError:  # in an environment of its own
-        version = ""
-    return f"{base.name}, by vLLM{version}"

@@ -1,6 +1,6 @@
 """The process of `vllm serve`: started with a key of its own, at an address that only this machine reaches.
 
-with VllmProcess.start(["vllm", "serve", "Qwen/Qwen3-0.6B"]) as process:
+with VllmProcess(["vllm", "serve", "Qwen/Qwen3-0.6B"]) as process:
     process.wait_until_ready()
     process.url, process.key
 """
