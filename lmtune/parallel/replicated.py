@@ -39,9 +39,9 @@ class Replicated:
         self.on_failure: Callable[[str], None] | None = None
         seconds = min(2 * timeout_seconds + 60, _MEET_SECONDS)
         on_cpu = default_device().type == "cpu"  # Accelerate's own choice may be another: mps, xpu, npu
-        meeting = InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+        joining = InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
         try:
-            self._accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[meeting])
+            self._accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[joining])
         except torch.distributed.DistError as error:
             rank, count, *where = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
             raise LmtuneError(

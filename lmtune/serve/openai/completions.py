@@ -101,7 +101,7 @@ def _tokens(prompt: str | list[int], served: Served) -> list[int]:
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
-            raise ApiError(400, "prompt: half of a surrogate pair; expected text", param="prompt") from None
+            raise ApiError(400, "prompt: an unpaired surrogate; expected text", param="prompt") from None
         prompt = [int(index) for index in served.renderer.tokenizer.encode(prompt)]
     ids = prompt
     size = served.model.engine.vocab_size

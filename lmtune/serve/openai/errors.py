@@ -52,7 +52,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, object]:
         """As JSON."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        message = self.message.encode("utf-8", "replace").decode()  # of what a client sent, half a character maybe
+        message = self.message.encode("utf-8", "replace").decode()  # what a client sent may hold an unpaired surrogate
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
