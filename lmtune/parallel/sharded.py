@@ -46,7 +46,7 @@ class Sharded(Replicated):
         """Keep this rank's part of the frozen weights of all layers, on its device.
 
         Raises:
-            ModelError: the model has no single list of layers, or its own weights are trained in them.
+            ModelError: the model has no single list of layers.
         """
         layers, body = decoder_layers(model.base), model.base.base_model
         if layers is None:

@@ -285,6 +285,8 @@ def _compose(
         forward = PackedForward(model.module, dtype, joins_layers=not parallel.equal_passes)
     for capabilities in parallel.gather([forward.capabilities]):  # the plan, which all ranks make alike, depends on it
         forward.capabilities = forward.capabilities.intersect(capabilities)
+    if parallel.equal_passes and not forward.packs:  # which makes as many passes as a micro-batch has sequences
+        raise ModelError(f"parallel.kind: fsdp; {forward.capabilities.packing}; expected replicated for this model")
     if parallel.is_main:
         for note in forward.disabled_optimizations:
             warn(f"{note}; this is slower, with the same result")

@@ -137,3 +137,13 @@ def test_what_is_not_shared_out_is_refused(tmp_path: Path, change: dict[str, Any
     write_config(place, **change)
     assert together(place, "finetune", "run.yaml", FSDP) == [2, 2]
     assert says in said(place, "output0")
+
+
+def test_a_model_whose_sequences_run_one_by_one_is_refused(tmp_path: Path) -> None:
+    """Its processes would make as many passes as they have sequences, and wait for each other for ever."""
+    place = make_workplace(tmp_path)
+    rope = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}
+    save_tiny(place / "base", chat_template=CHATML, max_position_embeddings=64, rope_parameters=rope)
+    write_config(place, train__batch_size=3, run__process_timeout_seconds=10)
+    assert together(place, "finetune", "run.yaml", FSDP) == [2, 2], said(place, "output0")
+    assert "parallel.kind: fsdp; sequence packing disabled" in said(place, "output0")
