@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 
@@ -90,3 +90,27 @@ class Parallel(Protocol):
 
     def close(self) -> None:
         """Leave the group."""
+
+
+class WholeModel:
+    """What is alike for every rank that holds the whole model."""
+
+    equal_passes = False
+    device: torch.device
+
+    @property
+    def load_device(self) -> torch.device:
+        """See `Parallel`."""
+        return self.device
+
+    @property
+    def scoring(self) -> Parallel:
+        """See `Parallel`: all ranks together."""
+        return cast(Parallel, self)
+
+    def shard(self, model: TunedModel) -> None:
+        """See `Parallel`: there is nothing to share out."""
+
+    def passes(self) -> contextlib.AbstractContextManager[None]:
+        """See `Parallel`: no rank waits for another one's."""
+        return contextlib.nullcontext()

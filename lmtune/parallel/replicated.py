@@ -19,8 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from lmtune.errors import LmtuneError
 from lmtune.io.text import one_line
 from lmtune.models.device import default_device, is_out_of_memory
-from lmtune.models.tuning.base import TunedModel
-from lmtune.parallel.base import GradientBuffer, Parallel
+from lmtune.parallel.base import GradientBuffer, WholeModel
 from lmtune.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -28,10 +27,8 @@ _FOR_EVER = timedelta(days=365)
 _MEET_SECONDS = 900.0  # for all to start; all do the same until then
 
 
-class Replicated:
+class Replicated(WholeModel):
     """This rank of several, whose collectives are watched."""
-
-    equal_passes = False
 
     def __init__(self, timeout_seconds: float) -> None:
         """`timeout_seconds`: how long a rank may show no sign of life while the others wait for it."""
@@ -53,23 +50,6 @@ class Replicated:
         # From here on the watchdog says when to give up, which knows whether a process works.
         torch.distributed.distributed_c10d._set_pg_timeout(_FOR_EVER)
         self._watchdog = Watchdog(self, timeout_seconds)
-
-    @property
-    def load_device(self) -> torch.device:
-        """Where a model is loaded."""
-        return self.device
-
-    @property
-    def scoring(self) -> Parallel:
-        """Rows are scored by all ranks together."""
-        return self
-
-    def shard(self, model: TunedModel) -> None:
-        """Each rank has all of it."""
-
-    def passes(self) -> contextlib.AbstractContextManager[None]:
-        """Each rank makes its own."""
-        return contextlib.nullcontext()
 
     @property
     def is_main(self) -> bool:

@@ -9,38 +9,20 @@ from typing import TypeVar
 import torch
 
 from lmtune.models.device import default_device
-from lmtune.models.tuning.base import TunedModel
-from lmtune.parallel.base import GradientBuffer, Parallel
+from lmtune.parallel.base import GradientBuffer, WholeModel
 
 T = TypeVar("T")
 
 
-class Single:
+class Single(WholeModel):
     """The only process of a run."""
 
-    rank, world_size, equal_passes = 0, 1, False
+    rank, world_size = 0, 1
 
     def __init__(self, device: torch.device | None = None, is_main: bool = True) -> None:
         self.device, self.is_main = default_device() if device is None else device, is_main
         self.phase = "start"
         self.on_failure: Callable[[str], None] | None = None
-
-    @property
-    def load_device(self) -> torch.device:
-        """Where a model is loaded."""
-        return self.device
-
-    @property
-    def scoring(self) -> Parallel:
-        """This one scores."""
-        return self
-
-    def shard(self, model: TunedModel) -> None:
-        """All of it is here."""
-
-    def passes(self) -> contextlib.AbstractContextManager[None]:
-        """There is nobody to wait for."""
-        return contextlib.nullcontext()
 
     def sum_gradients(self, buffer: GradientBuffer) -> None:
         """The sum of one."""
