@@ -48,7 +48,7 @@ def commands(tmp_path: Path) -> Path:
     scripts = {
         "torchrun": 'printf "%s\\n" "$@"',
         "srun": 'SLURM_NODEID=1 exec "$@"',
-        "scontrol": 'test "$1 $2 $3" = "show hostnames node[0-1]" && printf "node0\\nnode1\\n"',
+        "scontrol": 'test "$1 $2 $3" = "show hostnames node[0-1]" && printf "node%d\\n" {0..99999}',
     }
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
