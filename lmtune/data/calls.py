@@ -40,7 +40,8 @@ CALL_OPENING = "<tool_call>"  # of a call as chat shows it
 _REPLIED = re.compile(r"<tool_call>\n(?P<call>\{.*?\})\n</tool_call>\n?", re.DOTALL)
 _MARK = re.compile(r"\s*(<[^<>]*>|[^\s<]+)")  # what stands behind a value
 _DECODER = json.JSONDecoder()
-ELSEWHERE = "use a model whose chat template has, or put such a template into the model's folder (chat_template.jinja)"
+# What to do where a template has no place for something of tools
+ELSEWHERE = "use another model, or put a template that has into the model's folder (chat_template.jinja)"
 
 
 class Render(Protocol):
@@ -150,7 +151,7 @@ class CallFormat:
 
 @dataclass(frozen=True)
 class ToolSupport:
-    """What a template does with tools; each fault says why it does not, and what to do.
+    """What a template does with tools; each fault says why it does not, and `ELSEWHERE` what to do.
 
     Attributes:
         form: how it writes calls; None beside a `call_fault`.
@@ -174,11 +175,9 @@ def find_tool_support(render: Render, tokens: Mapping[str, bool], end: str, ends
     question, special = Message("user", _QUESTION), [token for token, is_special in tokens.items() if is_special]
     asked = render([question], _TOOLS, True, True)
     lists = asked is not None and all(call.name in asked for call in _CALLS)
-    tools_fault = (
-        None if lists else f"the chat template has no place for tools, and the model would not see them; {ELSEWHERE}"
-    )
+    tools_fault = None if lists else "the chat template has no place for tools, and the model would not see them"
     given = _TOOLS if lists else ()
-    no_calls = f"the chat template has no place for tool calls; {ELSEWHERE}"
+    no_calls = "the chat template has no place for tool calls"
     before = render([question], given, True, True)
     found: list[CallFormat] = []
     for as_object in (True, False):
@@ -202,15 +201,13 @@ def find_tool_support(render: Render, tokens: Mapping[str, bool], end: str, ends
     result_fault = None
     as_answer = render([*answered[:2], Message("assistant", _RESULT)], given, True, form.as_object)
     if seen is None or _RESULT not in seen or seen == as_answer:
-        result_fault = f"the chat template has no place for the results of tools; {ELSEWHERE}"
+        result_fault = "the chat template has no place for the results of tools"
     texts = [render([question, Message("assistant", "", tool_calls=calls)], given, False, form.as_object)
              for calls in (_CALLS[:1], _CALLS)]  # fmt: skip
     ended = _end_of(texts, seen if ends_with_next_turn else None, special, end)
     if ended is None:
-        return ToolSupport(
-            None, tools_fault, "the chat template ends a tool call with no token, so the model would never stop after "
-            "one; use a model whose chat template does, or put such a template into the model's folder", result_fault,
-        )  # fmt: skip
+        endless = "the chat template has no token that ends a tool call, so the model would never stop after one"
+        return ToolSupport(None, tools_fault, endless, result_fault)
     return ToolSupport(replace(form, end=ended), tools_fault, None, result_fault)
 
 

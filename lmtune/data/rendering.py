@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "plain", "thinking"]
+_NO_TOOLS = "plain text has no place for tools"
 RENDERING_VERSION = 2  # of the tokens that a row becomes; raised whenever one becomes others, so that no cache is stale
 
 
@@ -188,6 +189,11 @@ class Renderer:
         return None if form is None else form.frame
 
     @property
+    def tools_fault(self) -> str | None:
+        """Why a prompt cannot hold tools; None where it can."""
+        return _NO_TOOLS if self._chat is None else self._chat.tools.tools_fault
+
+    @property
     def reasoning_end(self) -> str:
         """What ends the reasoning that each reply begins with, in `marked_text`; empty where replies need none."""
         return self._reply_format.closing if self._reply_format.is_opened else ""
@@ -315,7 +321,7 @@ class Renderer:
         if self._chat is not None:
             return self._chat.prompt_ids(messages, tools)
         if tools:
-            raise TemplateFault(f"plain text has no place for tools; {ELSEWHERE}", once=True)
+            raise TemplateFault(_NO_TOOLS, ELSEWHERE, once=True)
         system, turns = (messages[:1], messages[1:]) if messages[0].role == "system" else ((), messages)
         if len(turns) != 1:
             raise TemplateFault(
@@ -329,7 +335,7 @@ class Renderer:
         if self._chat is not None:
             return self._chat.answer_ids(messages, prompt, tools)
         if messages[-1].tool_calls:
-            raise TemplateFault(f"plain text has no place for tool calls; {ELSEWHERE}", once=True)
+            raise TemplateFault("plain text has no place for tool calls", ELSEWHERE, once=True)
         return self._with_end(messages[-1].content)
 
     # --- plain text

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lmtune.data.calls import ToolSupport, common_prefix, find_tool_support, holds_in_key
+from lmtune.data.calls import ELSEWHERE, ToolSupport, common_prefix, find_tool_support, holds_in_key
 from lmtune.data.replies import CLOSING, OPENING, ReplyFormat, is_still_reasoning, split_reply
 from lmtune.data.template_source import DATE_FORMATS, at_time, literal, with_end
 from lmtune.data.types import Message, Role
@@ -42,12 +42,14 @@ _NOW = "%Y-%m-%d %H:%M:%S"
 class TemplateFault(Exception):
     """The template cannot render one conversation as a prompt and its answer; the text says why.
 
-    Attributes:
+    Args:
+        reason: why.
+        remedy: what whoever has the model can do.
         once: whether it is the same for all rows of this kind.
     """
 
-    def __init__(self, reason: str, once: bool = False) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, remedy: str = "", once: bool = False) -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
         self.once = once
 
 
@@ -216,7 +218,7 @@ class ChatTemplate:
             (any(message.role == "tool" for message in messages), support.result_fault),
         ):  # fmt: skip
             if needed and fault is not None:
-                raise TemplateFault(fault, once=True)
+                raise TemplateFault(fault, ELSEWHERE, once=True)
         for text in (*tools, *(call.arguments for call in calls)):
             held = (token for token in self._control_tokens if token in text and holds_in_key(text, token))
             if found := next(held, None):

@@ -32,7 +32,7 @@ UNSUPPORTED = plain_table(
     ),
     (
         ("image", "images", "image_url", "image_urls", "video", "videos", "audio", "audios"),
-        "only text is trained; remove the row, or the key if the text stands alone",
+        "only text is read; remove the key if the text stands alone",
     ),
     (
         ("reasoning_details", "thinking_blocks", "thought", "thoughts", "cot", "complex_cot", "chain_of_thought"),
@@ -88,7 +88,8 @@ def parse_turns(turns: Any, key: str, ending: Ending = "trained") -> ParsedRow:
     if not isinstance(turns, list) or not turns:
         raise RowFault(f"{key} is {kind_of(turns)}; it must be a list of turns")
     parsed = ParsedRow()
-    messages = [_message(turn, f"{key}[{index}]", parsed) for index, turn in enumerate(turns)]
+    is_trained = ending != "question"
+    messages = [_message(turn, f"{key}[{index}]", parsed, is_trained) for index, turn in enumerate(turns)]
     for turn, message in zip(turns, messages, strict=True):
         used = (*_USED, *_OF_RESULTS) if message.role == "tool" else _USED
         unused = [name for name in turn if name not in used and (turn[name] is False or is_filled(turn[name]))]
@@ -136,15 +137,13 @@ def from_transcript(text: Any) -> list[dict[str, str]] | None:
     return [{"role": who, "content": said.strip()} for who, said in zip(found[::2], found[1::2], strict=True)]
 
 
-def _message(turn: Any, where: str, parsed: ParsedRow) -> Message:
+def _message(turn: Any, where: str, parsed: ParsedRow, is_trained: bool = True) -> Message:
     if not isinstance(turn, dict):
         raise RowFault(f"{where} is {kind_of(turn)}; it must be an object with role and content (or from and value)")
     role_key = "role" if "role" in turn else "from"
     content_key = "content" if "content" in turn else "value"
     if role_key not in turn:
-        raise RowFault(
-            f"{where} has the keys {listed_keys(turn)}; a turn is an object with role and content (or from and value)"
-        )
+        raise _no_turn(turn, where)
     for one, other in (("role", "from"), ("content", "value")):
         if one in turn and other in turn and turn[one] != turn[other]:
             raise RowFault(f"{where} has both {one} and {other}, which differ; keep one")
@@ -162,12 +161,9 @@ def _message(turn: Any, where: str, parsed: ParsedRow) -> Message:
         text = ""
     else:
         if content_key not in turn:
-            raise RowFault(
-                f"{where} has the keys {listed_keys(turn)}; a turn is an object with role and content "
-                "(or from and value)"
-            )
+            raise _no_turn(turn, where)
         content = {content_key: _text_of(turn[content_key], f"{where}.{content_key}")}
-        filled = content_key if role == "assistant" and trained and not calls else None
+        filled = content_key if role == "assistant" and trained and is_trained and not calls else None
         (text,) = strings(content, content_key, prefix=f"{where}.", filled=filled)
     content_of = _with_reasoning(turn, where, role, text, parsed)
     if role != "tool":
@@ -177,13 +173,18 @@ def _message(turn: Any, where: str, parsed: ParsedRow) -> Message:
     return Message(role, content_of, tool_call_id=number or None, name=name or None)
 
 
+def _no_turn(turn: Mapping[str, Any], where: str) -> RowFault:
+    held = f"has the keys {listed_keys(turn)}" if turn else "is empty"
+    return RowFault(f"{where} {held}; a turn is an object with role and content (or from and value)")
+
+
 def _role(turn: Mapping[str, Any], key: str, where: str, parsed: ParsedRow) -> tuple[Role, bool]:
     """Who speaks, and whether the turn's text is a call."""
     (given,) = strings(turn, key, prefix=f"{where}.")
     name = given.strip().lower()
     if name not in _ROLES:
         others = ", ".join(other for other in _ROLES if other != _ROLES[other])
-        raise RowFault(f"{where}.{key} is {quoted(given)}; known: system, user, assistant, tool (also {others})")
+        raise RowFault(f"{where}.{key} is {quoted(given)}; expected system, user, assistant or tool", f"also {others}")
     if name == "developer":
         parsed.outcomes.add("developer_as_system")
     return _ROLES[name], name in _CALLING
@@ -197,9 +198,8 @@ def _text_of(content: Any, where: str) -> Any:
     for index, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type", "text") not in _TEXT_PARTS:
             kind = f"of type {quoted(str(part['type']))}" if isinstance(part, dict) else kind_of(part)
-            raise RowFault(
-                f'{where}[{index}] is {kind}; only parts {{"type": "text", "text": "…"}} are trained; remove the row'
-            )
+            reason = f'{where}[{index}] is {kind}; expected parts {{"type": "text", "text": "…"}}'
+            raise RowFault(reason, "remove the row")
         texts += strings(part, "text", prefix=f"{where}[{index}].")
     return "".join(texts)
 
@@ -337,7 +337,7 @@ def _ended(messages: list[Message], key: str, ending: Ending, parsed: ParsedRow)
     if ending == "answer" and last != "assistant":
         raise RowFault(f"{key} ends with {last}; expected an answer, which is what is trained")
     if ending == "question" and last not in ("user", "tool"):
-        raise RowFault(f"{key} ends with {last}; expected the user, whom both answers answer")
+        raise RowFault(f"{key} ends with {last}; expected a turn of the user or of a tool")
     if last == "system":
         raise RowFault(f"{key} ends with system; expected a turn of the user or the assistant")
     return messages

@@ -12,13 +12,16 @@ from typing import Any
 class RowFault(Exception):
     """A row cannot be used; the text says why and what to do, the reader adds where.
 
-    Attributes:
+    Args:
+        reason: what is wrong, and what is expected.
+        remedy: what whoever has the file can do; it concerns no request of a client.
         once: faults of this name are told once a file.
         ends_file: the rest of the file cannot be read either, so no skipping of rows helps.
     """
 
-    def __init__(self, reason: str, once: str | None = None, ends_file: bool = False) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, remedy: str = "", once: str | None = None, ends_file: bool = False) -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = reason
         self.once = once
         self.ends_file = ends_file
 
@@ -29,16 +32,17 @@ def strings(row: Mapping[str, Any], *names: str, prefix: str = "", filled: str |
     Raises:
         RowFault: with every problem at once.
     """
-    problems = []
+    problems, remedy = list[str](), ""
     for name in names:
         if name not in row:
             problems.append(f"{prefix}{name} is missing{nearest(name, row)}")
         elif problem := _text_problem(row[name]):
             problems.append(f"{prefix}{name} {problem}")
         elif name == filled and not row[name]:
-            problems.append(f"{prefix}{name} is empty; there is nothing to train on, remove the row")
+            problems.append(f"{prefix}{name} is empty")
+            remedy = "there is nothing to train on, remove the row"
     if problems:
-        raise RowFault("; ".join(problems))
+        raise RowFault("; ".join(problems), remedy)
     return [row[name] for name in names]
 
 
