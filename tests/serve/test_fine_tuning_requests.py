@@ -15,8 +15,8 @@ from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig
 from lmtune.errors import ConfigError
 from lmtune.serve.fine_tuning.requests import JobRequest
-from lmtune.serve.fine_tuning.service import application_of
-from lmtune.serve.fine_tuning.settings import JobFiles, read_defaults, settings_of
+from lmtune.serve.fine_tuning.service import FineTuning, application_of
+from lmtune.serve.fine_tuning.settings import JobFiles, as_method, read_defaults, settings_of
 from lmtune.serve.fine_tuning.store import Base, Store
 from tests.serve.fine_tuning_server import BASE, PAIRS, ROWS, lines, service
 
@@ -140,15 +140,17 @@ def test_no_path_fails_the_server(
         ({"model": "ft:tiny:lmtune::none"}, "model", "cannot be fine-tuned here"),
         ({"training_file": "file-none"}, "training_file", "training_file: file-none: no such file; upload it first"),
         ({"validation_file": "file-none"}, "validation_file", "no such file"),
-        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "greater than or equal to 1"),
-        ({"hyperparameters": {"beta": 0.1}}, "body", "hyperparameters.beta: belongs to the method dpo; remove it"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "expected at least 1"),
+        ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta", "beta: belongs to the method dpo; remove it"),
         ({"method": {"type": "reinforcement"}}, "method.type", "no objective over sampled answers and graders"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "supervised does not belong to type dpo"),
         ({"suffix": "x" * 65}, "suffix", "at most 64 characters"),
-        ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"metadata": {str(n): "x" for n in range(17)}}, "metadata", "at most 16 items"),
-        ({"learning_rate": 1}, "learning_rate", "Extra inputs are not permitted"),
-        ({"integrations": [{"type": "comet"}]}, "integrations.0", "expected tags: 'wandb', 'tensorboard'"),
+        ({"seed": -1}, "seed", "expected at least 0"),
+        ({"metadata": {str(n): "x" for n in range(17)}}, "metadata", "at most 16 of them"),
+        ({"learning_rate": 1}, "learning_rate", "learning_rate: unknown field; remove it"),
+        ({"integrations": [{"type": "comet"}]}, "integrations.0", "expected 'wandb', 'tensorboard'"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations.0.wandb", "integrations.0.wandb: missing"),
+        ({"integrations": [{"type": "wandb", "wandb": {}}]}, "integrations.0.wandb.project", "project: missing"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(client: TestClient, file: str, changes: dict[str, Any], param: str, said: str) -> None:
@@ -156,6 +158,20 @@ def test_what_is_wrong_is_named(client: TestClient, file: str, changes: dict[str
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
     assert said in answer.json()["error"]["message"]
+
+
+def test_defaults_that_are_not_there_name_the_option(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--job-defaults: .*nope\.yaml: no such file"):
+        FineTuning(tmp_path / "store", tmp_path, dict, tmp_path / "nope.yaml")
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("a pair; set objective.kind: dpo, or write messages", "a pair; set method.type: dpo, or write messages"),
+    ("an answer; set objective.kind: sft, or write x", "an answer; set method.type: supervised, or write x"),
+    ("labelled; set objective.kind: classification, or write x", "labelled; write x"),
+])  # fmt: skip
+def test_faults_of_rows_name_what_a_client_can_set(fault: str, said: str) -> None:
+    assert as_method(fault) == said
 
 
 def test_a_tracker_that_is_not_installed_is_refused(

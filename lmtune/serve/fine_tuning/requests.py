@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from lmtune.serve.openai.errors import FieldError
+
 _MAX_PAIRS = 16
 
 # A number, or `auto`, for which None stands here
@@ -120,9 +122,9 @@ class JobRequest(_Body):
     def _said_once(self) -> JobRequest:
         own = self.method and (self.method.supervised or self.method.dpo)
         if own and own.hyperparameters and self.hyperparameters:
-            raise ValueError("hyperparameters stands in method and beside it; remove the one beside it")
+            raise FieldError("hyperparameters", "stands in method too; remove the one beside it")
         if self.kind == "supervised" and self.asked.beta is not None:
-            raise ValueError("hyperparameters.beta: belongs to the method dpo; remove it")
+            raise FieldError("hyperparameters.beta", "belongs to the method dpo; remove it")
         return self
 
     @property

@@ -9,7 +9,6 @@ The `openai` package makes of the status its exception, of `message` its text, a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,13 +19,36 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lmtune.data.values import kind_of
 from lmtune.errors import LmtuneError, UnavailableError
 from lmtune.io.console import err, escape
 
-_UNION = re.compile(
-    r"(constrained-)?(str|int|float|bool|list|dict|tuple|literal|NamedTool)(\[.*)?"
-)  # which of several types, of pydantic
+# What is expected, by the name of the fault: https://docs.pydantic.dev/latest/errors/validation_errors/
+_EXPECTED = {
+    "string_type": "a text", "int_type": "a whole number", "int_parsing": "a whole number",
+    "int_from_float": "a whole number", "float_type": "a number", "float_parsing": "a number",
+    "finite_number": "a finite number", "bool_type": "true or false", "bool_parsing": "true or false",
+    "list_type": "a list", "tuple_type": "a list", "dict_type": "an object", "model_type": "an object",
+    "model_attributes_type": "an object", "literal_error": "{expected}", "union_tag_invalid": "{expected_tags}",
+    "union_tag_not_found": "an object with {discriminator}", "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}", "less_than": "less than {lt}", "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length} of them", "too_long": "at most {max_length} of them",
+    "string_too_short": "at least {min_length} characters", "string_too_long": "at most {max_length} characters",
+}  # fmt: skip
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class FieldError(ValueError):
+    """Raised by a validator of a body for a field inside of it.
+
+    Args:
+        field: its path.
+        message: what is wrong with it, and what to do.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
 
 
 class ApiError(Exception):
@@ -81,7 +103,7 @@ def add_error_handlers(application: FastAPI) -> None:
 
     async def respond_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _of_fields(error.errors()).response
+        return _of_fields(error.errors(), error.body).response
 
     async def respond_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -95,16 +117,43 @@ def add_error_handlers(application: FastAPI) -> None:
     application.add_exception_handler(Exception, respond)
 
 
-def _of_fields(faults: Sequence[Mapping[str, Any]]) -> ApiError:
-    """All fields that are wrong, each by its path; `param` is the first."""
-    lines = []
+def _of_fields(faults: Sequence[Mapping[str, Any]], body: object) -> ApiError:
+    """All fields that are wrong, each by its path, with what each branch of a union wants; `param` is the first."""
+    held, wanted, lines = dict[str, str](), dict[str, list[str]](), dict[str, str]()
     for fault in faults:
         if fault["type"] == "json_invalid":
             why = fault.get("ctx", {}).get("error", fault["msg"])
-            lines.append(("body", f"body: not JSON at character {fault['loc'][-1]}: {why}"))
+            lines["body"] = f"body: not JSON at character {fault['loc'][-1]}: {why}"
+        elif fault["type"] == "value_error":
+            error = fault["ctx"]["error"]
+            own = error.field if isinstance(error, FieldError) else None
+            place = own or _path_of(fault, body)
+            lines[place] = str(error) if own else f"{place}: {error}"
+        elif fault["type"] in ("extra_forbidden", "missing"):
+            place = _path_of(fault, body)
+            lines[place] = f"{place}: " + ("missing" if fault["type"] == "missing" else "unknown field; remove it")
+        else:
+            place = _path_of(fault, body)
+            held[place] = kind_of(fault.get("input"))
+            said = _EXPECTED.get(fault["type"], fault["msg"]).format_map(fault.get("ctx", {}))
+            wanted.setdefault(place, []).append(said)
+    for place, expected in wanted.items():
+        if not any(other.startswith(f"{place}.") for other in (*wanted, *lines)):  # there a branch got further
+            lines[place] = f"{place}: {held[place]}; expected {' or '.join(dict.fromkeys(expected))}"
+    return ApiError(400, "; ".join(lines.values()), param=next(iter(lines), None), code="invalid_value")
+
+
+def _path_of(fault: Mapping[str, Any], body: object) -> str:
+    """Where it is; pydantic puts the names of a union's branches between the keys of the body."""
+    source, *parts = fault["loc"]
+    if source != "body":
+        return ".".join(map(str, parts)) or str(source)
+    keys, here = list[str](), body
+    for number, part in enumerate(parts):
+        is_key = isinstance(here, dict) and part in here
+        if is_key or (isinstance(here, list) and isinstance(part, int)):
+            here = here[part]  # type: ignore[index]
+        elif fault["type"] != "missing" or number < len(parts) - 1:
             continue
-        parts = [str(part) for part in fault["loc"][1:]]
-        place = ".".join(part for part in parts if not _UNION.fullmatch(part)) or str(fault["loc"][0])
-        lines.append((place, f"{place}: {str(fault['msg']).removeprefix('Value error, ')}"))
-    message = "; ".join(dict.fromkeys(line for _, line in lines))
-    return ApiError(400, message, param=lines[0][0] if lines else None, code="invalid_value")
+        keys.append(str(part))
+    return ".".join(keys) or "body"

@@ -108,9 +108,17 @@ class Grammars:
         except (ValueError, TypeError, RecursionError) as error:
             fault = str(error)
         if fault:
-            message = f"{param}: the schema cannot be kept to: {fault}"
+            message = f"{param}: the schema cannot be kept to: {_plain(fault)}"
             raise ApiError(400, message, param=param, code="invalid_json_schema")
         return AnswerGrammar(text, starts_after, matcher, self._renderer, self._vocab_size)
+
+
+def _plain(fault: str) -> str:
+    """A fault without the parser's state and the grammar around the schema."""
+    fault = re.split(r"\n +\d+ \| |\n<state>", fault)[0]
+    if fault.startswith("NoExtensionBias"):
+        return "no answer does"
+    return " ".join(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", fault).split())
 
 
 def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -164,7 +172,7 @@ class AnswerConstraint:
             return allowed
         words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            raise LmtuneError(f"the answer cannot keep to its form: {self._matcher.get_error()}")
+            raise LmtuneError(f"the answer cannot keep to its form: {_plain(self._matcher.get_error())}")
         return torch.from_numpy(np.unpackbits(words, bitorder="little")[: self._vocab_size].astype(bool))
 
     def advance(self, token: int) -> None:
@@ -174,4 +182,4 @@ class AnswerConstraint:
             if self._starts_after in self._renderer.marked_text(self._before):
                 self._before = None
         elif not self._matcher.consume_token(token):
-            raise LmtuneError(f"the answer cannot keep to its form: {self._matcher.get_error()}")
+            raise LmtuneError(f"the answer cannot keep to its form: {_plain(self._matcher.get_error())}")
