@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Protocol
 
 from starlette.requests import Request as HttpRequest
 
@@ -20,6 +21,7 @@ from lmtune.inference.request import Generation, Request, TokenLogprobs
 from lmtune.serve.openai.catalog import Served
 from lmtune.serve.openai.errors import ApiError
 from lmtune.serve.openai.metrics import Metrics
+from lmtune.serve.openai.text import Piece
 
 # How long an answer waits between two looks for news, for each request under way: a chunk of HTTP costs as much
 # processor time as a token of a small model, so with many clients chunks hold several tokens.
@@ -97,13 +99,9 @@ class Call:
         return min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS_EACH * self._answering.num_answering)
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """Begin to answer; what the engine refuses ends the call."""
+        """Begin to answer."""
         engine = self._answering.engine(self.served.model.engine)
-        try:
-            self.answers += [Answer(engine, request, self) for request in requests]
-        except BaseException:
-            self._answering.finish(self, "error")
-            raise
+        self.answers += [Answer(engine, request, self) for request in requests]
         return self.answers
 
     def has_begun(self) -> None:
@@ -164,8 +162,9 @@ class Answering:
             running = self._engines[engine] = engine.background(tell)
         return running
 
-    def begin(self, served: Served) -> Call:
-        """Take a request; whoever takes it calls `finish`.
+    @contextlib.contextmanager
+    def beginning(self, served: Served) -> Iterator[Call]:
+        """Take a request, which an error inside ends; whoever takes it calls `finish`.
 
         Raises:
             ApiError: there are too many, or the server is closing.
@@ -178,7 +177,11 @@ class Answering:
         call = Call(self, served)
         self._calls.add(call)
         self.metrics.running(len(self._calls))
-        return call
+        try:
+            yield call
+        except BaseException:
+            self.finish(call, "error")
+            raise
 
     def finish(self, call: Call, status: str) -> None:
         """A request is over; to say it again changes nothing."""
@@ -251,3 +254,30 @@ async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, list[int
     finally:
         for one in pending:
             one.cancel()
+
+
+class _Text(Protocol):
+    """What tokens become: one of `lmtune.serve.openai.text`."""
+
+    @property
+    def has_ended(self) -> bool: ...
+
+    def feed(self, tokens: Sequence[int]) -> Piece: ...
+
+    def finish(self) -> Piece: ...
+
+
+async def spoken(
+    answers: Sequence[Answer], texts: Sequence[_Text]
+) -> AsyncIterator[tuple[int, list[int] | None, Piece]]:
+    """As `merged`, with what the tokens say; a stop string in it ends its answer."""
+    async for place, tokens in merged(answers):
+        piece = texts[place].finish() if tokens is None else texts[place].feed(tokens)
+        if texts[place].has_ended:
+            answers[place].cancel()
+        yield place, tokens, piece
+
+
+def finish_reason(answer: Answer, text: _Text) -> str:
+    """Why an answer has ended, in OpenAI's words."""
+    return "stop" if text.has_ended else answer.finish_reason

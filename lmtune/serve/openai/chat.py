@@ -16,7 +16,7 @@ from lmtune.data.types import ToolCall
 from lmtune.data.values import RowFault
 from lmtune.errors import ModelError
 from lmtune.inference.request import Grammar, Request
-from lmtune.serve.openai.answers import Answer, Answering, Call, leaving, merged
+from lmtune.serve.openai.answers import Answer, Answering, Call, finish_reason, leaving, spoken
 from lmtune.serve.openai.bodies import Tree, chat_logprobs, check_length, event_stream, head_of, sampling_of, usage_of
 from lmtune.serve.openai.catalog import Catalog, Served
 from lmtune.serve.openai.errors import ApiError
@@ -32,7 +32,7 @@ def chat_routes(catalog: Catalog, answering: Answering, max_tokens: int) -> APIR
     async def create_chat_completion(body: ChatRequest, http: HttpRequest) -> Response:
         """Answer a conversation."""
         served = await catalog.find(body.model)
-        tools = _tools(body)
+        tools = _tools(body, served)
         prompt = _prompt(body, served, tools)
         samplings = sampling_of(body, served.model, body.max_completion_tokens or body.max_tokens or max_tokens)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -45,10 +45,11 @@ def chat_routes(catalog: Catalog, answering: Answering, max_tokens: int) -> APIR
         elif body.response_format is not None and body.response_format.type != "text":
             grammar = await run_in_threadpool(served.grammars.of_format, body.response_format)
         requests = [Request(prompt, sampling, served.model.members, num_logprobs, grammar) for sampling in samplings]
-        call = answering.begin(served)
-        call.num_prompt_tokens = len(prompt)
-        answers = call.ask(requests)
-        texts = [ChatText(served.renderer, body.stops, bool(tools)) for _ in answers]
+        with answering.beginning(served) as call:
+            call.num_prompt_tokens = len(prompt)
+            answers = call.ask(requests)
+            most_calls = 1 if body.parallel_tool_calls is False else None
+            texts = [ChatText(served.renderer, body.stops, bool(tools), most_calls) for _ in answers]
         head = head_of(served, "chatcmpl", "chat.completion")
         if body.stream:
             return event_stream(_chunks(head, body, call, answers, texts), http, answering, call)
@@ -61,13 +62,15 @@ def chat_routes(catalog: Catalog, answering: Answering, max_tokens: int) -> APIR
     return router
 
 
-def _tools(body: ChatRequest) -> tuple[str, ...]:
+def _tools(body: ChatRequest, served: Served) -> tuple[str, ...]:
     if not body.tools or body.tool_choice == "none":
         return ()
+    if (fault := served.renderer.tools_fault) is not None:
+        raise ApiError(400, f"tools: {fault}", param="tools")
     try:
         return read_tools({"tools": body.tools}, [])
-    except RowFault as fault:
-        raise ApiError(400, str(fault), param="tools") from None
+    except RowFault as wrong:
+        raise ApiError(400, wrong.reason, param="tools") from None
 
 
 def _prompt(body: ChatRequest, served: Served, tools: Sequence[str]) -> list[int]:
@@ -78,8 +81,10 @@ def _prompt(body: ChatRequest, served: Served, tools: Sequence[str]) -> list[int
     try:
         turns = parse_turns(body.messages, "messages", "question").messages
         prompt = list(served.renderer.prompt_ids(turns, tools))
-    except (RowFault, ModelError) as fault:
-        raise ApiError(400, str(fault), param="messages") from None
+    except RowFault as wrong:
+        raise ApiError(400, wrong.reason, param="messages") from None
+    except ModelError as error:
+        raise ApiError(400, str(error), param="messages") from None
     check_length(prompt, served.model, "messages")
     return prompt
 
@@ -94,10 +99,8 @@ def _call_trees(calls: Sequence[ToolCall], is_delta: bool) -> list[Tree]:
 
 async def _choices(call: Call, answers: Sequence[Answer], texts: Sequence[ChatText]) -> list[Tree]:
     said: list[list[Piece]] = [[] for _ in answers]
-    async for place, tokens in merged(answers):
-        said[place].append(texts[place].finish() if tokens is None else texts[place].feed(tokens))
-        if texts[place].has_ended:
-            answers[place].cancel()
+    async for place, _, piece in spoken(answers, texts):
+        said[place].append(piece)
     choices: list[Tree] = []
     for index, (answer, text, pieces) in enumerate(zip(answers, texts, said, strict=True)):
         content, reasoning = ("".join(part) for part in zip(*((p.content, p.reasoning) for p in pieces), strict=True))
@@ -109,14 +112,10 @@ async def _choices(call: Call, answers: Sequence[Answer], texts: Sequence[ChatTe
             message["tool_calls"] = calls
         found = answer.logprobs
         choices.append({
-            "index": index, "message": message, "finish_reason": _reason(answer, text, bool(calls)),
+            "index": index, "message": message, "finish_reason": "tool_calls" if calls else finish_reason(answer, text),
             "logprobs": chat_logprobs(call.served, found) if found else None,
         })  # fmt: skip
     return choices
-
-
-def _reason(answer: Answer, text: ChatText, has_calls: bool) -> str:
-    return "tool_calls" if has_calls else "stop" if text.has_ended else answer.finish_reason
 
 
 async def _chunks(
@@ -133,11 +132,8 @@ async def _chunks(
 
     for index in range(len(answers)):
         yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
-    async for index, tokens in merged(answers):
-        answer, text = answers[index], texts[index]
-        piece = text.finish() if tokens is None else text.feed(tokens)
-        if text.has_ended:
-            answer.cancel()
+    async for index, tokens, piece in spoken(answers, texts):
+        answer = answers[index]
         delta: Tree = {}
         if piece.reasoning:
             delta["reasoning_content"] = piece.reasoning
@@ -149,6 +145,6 @@ async def _chunks(
         if delta or new:
             yield chunk(index, delta, None, chat_logprobs(call.served, new) if new else None)
         if tokens is None:
-            yield chunk(index, {}, _reason(answer, text, bool(piece.calls)))
+            yield chunk(index, {}, "tool_calls" if piece.calls else finish_reason(answer, texts[index]))
     if counts:
         yield {**head, "choices": [], "usage": usage_of(call)}

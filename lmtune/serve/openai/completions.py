@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from lmtune.inference.request import Request, TokenLogprobs
-from lmtune.serve.openai.answers import Answer, Answering, Call, leaving, merged
+from lmtune.serve.openai.answers import Answer, Answering, Call, finish_reason, leaving, spoken
 from lmtune.serve.openai.bodies import (
     Tree,
     check_length,
@@ -24,7 +24,7 @@ from lmtune.serve.openai.bodies import (
 from lmtune.serve.openai.catalog import Catalog, Served
 from lmtune.serve.openai.errors import ApiError
 from lmtune.serve.openai.schemas import CompletionRequest
-from lmtune.serve.openai.text import PlainText
+from lmtune.serve.openai.text import Piece, PlainText
 
 _MAX_TOKENS = 16  # OpenAI's default
 
@@ -57,14 +57,14 @@ def completion_routes(catalog: Catalog, answering: Answering) -> APIRouter:
         served = await catalog.find(body.model)
         prompts = [_tokens(prompt, served) for prompt in _prompts(body)]
         if len(prompts) * (body.n or 1) > 2048:
-            raise ApiError(400, f"prompt: {len(prompts)} prompts; expected at most 2048 answers a request", "prompt")
+            asked = f"{len(prompts)} prompts of {body.n} answers each"
+            raise ApiError(400, f"prompt: {asked}; expected at most 2048 answers in all", "prompt")
         asks = body.max_tokens != 0
         if not asks and not body.echo:
             raise ApiError(400, "max_tokens: 0; expected 1 or more, or echo: true", param="max_tokens")
         samplings = sampling_of(body, served.model, _MAX_TOKENS if body.max_tokens is None else body.max_tokens)
-        call = answering.begin(served)
         head = head_of(served, "cmpl", "text_completion")
-        try:
+        with answering.beginning(served) as call:
             async with leaving(http, call):
                 choices = await _begin(body, call, prompts)
             if asks:
@@ -74,9 +74,6 @@ def completion_routes(catalog: Catalog, answering: Answering) -> APIRouter:
                 ]
                 for choice, answer in zip(choices, call.ask(requests), strict=True):
                     choice.answer = answer
-        except BaseException:
-            answering.finish(call, "error")
-            raise
         if body.stream:
             return event_stream(_chunks(head, body, call, choices), http, answering, call)
         with answering.ending(call):
@@ -128,14 +125,14 @@ async def _begin(body: CompletionRequest, call: Call, prompts: Sequence[list[int
     return choices
 
 
-async def _merged(choices: Sequence[_Choice]) -> AsyncIterator[tuple[int, list[int] | None]]:
+async def _spoken(choices: Sequence[_Choice]) -> AsyncIterator[tuple[int, list[int] | None, Piece]]:
     answers = [choice.answer for choice in choices if choice.answer is not None]
     if answers:
-        async for place, tokens in merged(answers):
-            yield place, tokens
+        async for place, tokens, piece in spoken(answers, [choice.text for choice in choices]):
+            yield place, tokens, piece
     else:
-        for place in range(len(choices)):
-            yield place, None
+        for place, choice in enumerate(choices):
+            yield place, None, choice.text.finish()
 
 
 def _logprobs(body: CompletionRequest, call: Call, found: Sequence[TokenLogprobs | int], start: int) -> Tree | None:
@@ -143,16 +140,13 @@ def _logprobs(body: CompletionRequest, call: Call, found: Sequence[TokenLogprobs
 
 
 def _reason(choice: _Choice) -> str:
-    return "length" if choice.answer is None else "stop" if choice.text.has_ended else choice.answer.finish_reason
+    return "length" if choice.answer is None else finish_reason(choice.answer, choice.text)
 
 
 async def _trees(body: CompletionRequest, call: Call, choices: Sequence[_Choice]) -> list[Tree]:
     said = [choice.echoed for choice in choices]
-    async for place, tokens in _merged(choices):
-        choice = choices[place]
-        said[place] += (choice.text.finish() if tokens is None else choice.text.feed(tokens)).content
-        if choice.text.has_ended and choice.answer is not None:
-            choice.answer.cancel()
+    async for place, _, piece in _spoken(choices):
+        said[place] += piece.content
     return [
         {
             "index": index, "text": text, "finish_reason": _reason(choice),
@@ -178,14 +172,11 @@ async def _chunks(
     if body.echo:
         for index, choice in enumerate(choices):
             yield chunk(index, choice.echoed, choice.scored)
-    async for index, tokens in _merged(choices):
+    async for index, tokens, piece in _spoken(choices):
         choice = choices[index]
-        text = (choice.text.finish() if tokens is None else choice.text.feed(tokens)).content
-        if choice.text.has_ended and choice.answer is not None:
-            choice.answer.cancel()
         new = choice.answer.logprobs[-len(tokens) :] if tokens and choice.answer is not None else ()
-        if text or new:
-            yield chunk(index, text, new)
+        if piece.content or new:
+            yield chunk(index, piece.content, new)
         if tokens is None:
             yield chunk(index, "", (), _reason(choice))
     if counts:

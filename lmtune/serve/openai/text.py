@@ -80,9 +80,13 @@ class ChatText:
         renderer: of the model.
         stops: end it; they are looked for in reasoning and content.
         has_tools: whether the answer may hold calls, which are read out of it.
+        most_calls: further ones are left out.
     """
 
-    def __init__(self, renderer: Renderer, stops: Sequence[str] = (), has_tools: bool = False) -> None:
+    def __init__(
+        self, renderer: Renderer, stops: Sequence[str] = (), has_tools: bool = False, most_calls: int | None = None
+    ) -> None:
+        self._most_calls = most_calls
         self._renderer, self._parser = renderer, renderer.reply_parser()
         self._detokenizer, self._stops = Detokenizer(renderer.marked_text), StopStrings(stops)
         self._mark = renderer.call_mark if has_tools else None
@@ -109,7 +113,7 @@ class ChatText:
         if self._calls is None:
             return Piece(content, reasoning)
         text, calls = self._renderer.calls_in(self._calls)
-        return Piece(content + text, reasoning, calls)
+        return Piece(content + text, reasoning, calls[: self._most_calls])
 
     def _pieces(self, text: str) -> Piece:
         return self._split(self._stops.feed(text), ended=False)
