@@ -238,39 +238,68 @@ def test_a_bias_rules_tokens_out_and_in(api: Api) -> None:
 
 WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"model": "nothing"}, "model", "does not exist. This server has: tiny, parrot, random."),
-    ({"temperature": 3}, "temperature", "less than or equal to 2"),
-    ({"temperature": "warm", "n": 0}, "temperature", "n: Input should be greater than"),
-    ({"suffixes": 1}, "suffixes", "not permitted"),
-    ({"frequency_penalty": 1.5}, "frequency_penalty", "Input should be 0"),
-    ({"messages": []}, "messages", "at least 1 item"),
-    ({"messages": [{"role": "king", "content": "x"}]}, "messages", "king"),
+    ({"temperature": 3}, "temperature", "temperature: a number (3); expected at most 2"),
+    ({"temperature": "warm", "n": 0}, "temperature", "n: a number (0); expected at least 1"),
+    ({"suffixes": 1}, "suffixes", "suffixes: unknown field; remove it"),
+    ({"frequency_penalty": 1.5}, "frequency_penalty", "expected 0"),
+    ({"messages": []}, "messages", "messages: an empty list; expected at least 1"),
+    ({"messages": [{"role": "king", "content": "x"}]}, "messages",
+     'messages[0].role is "king"; expected system, user, assistant or tool'),
+    ({"messages": [{}]}, "messages", "messages[0] is empty; a turn is an object with role and content"),
+    ({"messages": [*HOT, {"role": "system", "content": "x"}]}, "messages", "expected a turn of the user or of a tool"),
+    ({"logit_bias": {"a": 1}}, "logit_bias.a", "a whole number"),
+    ({"logit_bias": {"5": "b"}}, "logit_bias.5", "a number"),
+    ({"stop": 17}, "stop", "stop: a number (17); expected a text or a list"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function", "missing"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages", "content"),
     ({"messages": [*HOT, {"role": "assistant", "content": "Cold."}]}, "messages", "the last turn is the assistant's"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages", "image"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages",
+     'of type "image_url"; expected parts {"type": "text", "text": "…"}'),
     ({"messages": [{"role": "user", "content": "hot " * 5000}]}, "messages", "reads at most"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None, ""),
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
-    ({"stop": ["a"] * 40}, "stop", "at most"),
+    ({"stop": ["a"] * 40}, "stop", "at most 16"),
     ({"tools": [{"type": "function"}]}, "tools", "tools"),
     ({"tool_choice": "required"}, "tool_choice", "needs tools"),
-    ({"tool_choice": "maybe"}, "tool_choice", "required"),
+    ({"tool_choice": "maybe"}, "tool_choice", "'auto' or 'required'"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "missing"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "number of"}}}}, "response_format",
-     "cannot be kept to"),
+     "cannot be kept to: Invalid type: number of"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}, None, "no answer does"),
 ]  # fmt: skip
+# words for whoever has the rows or the model, not for who asks; and those of a parser
+NOT_FOR_CLIENTS = ("trained", "train on", "remove the row", "Input should", "%json", "<state>", "gpt", "whom")
 
 
 @pytest.mark.parametrize(("change", "param", "says"), WRONG)
 def test_what_is_wrong_is_said_by_field(api: Api, change: dict[str, Any], param: str | None, says: str) -> None:
     body = json.dumps({"model": "tiny", "messages": HOT, "max_tokens": 4, **change})
     answer = api.http.post("/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert not any(word in answer.text for word in NOT_FOR_CLIENTS)
     if param is None:
         assert answer.status_code in (200, 400)
+        assert says in answer.text
         return
     error = answer.json()["error"]
     assert answer.status_code == (404 if param == "model" else 400)
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert says in error["message"]
+
+
+@pytest.mark.parametrize(("prompt", "says"), [
+    ([-1], "prompt.0: a number (-1); expected a text or at least 0 or a list"),
+    (7, "prompt: a number (7); expected a text or a list"),
+    (["hot"] * 2000, "prompt: 2000 prompts of 2 answers each; expected at most 2048 answers in all"),
+])  # fmt: skip
+def test_a_prompt_that_is_none(api: Api, prompt: object, says: str) -> None:
+    answer = api.http.post("/completions", json={"model": "tiny", "prompt": prompt, "n": 2, "max_tokens": 1})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, says)
+
+
+def test_what_clients_leave_unset_may_be_null_and_an_answer_empty(api: Api) -> None:
+    talk = [*HOT, {"role": "assistant", "content": ""}, *HOT]
+    body = {"model": "tiny", "messages": talk, "max_tokens": 2, "reasoning_effort": None, "parallel_tool_calls": None}
+    assert api.http.post("/chat/completions", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'{"model": NaN}', b"[" * 5000, b'{"model": "tiny"}'])
@@ -293,12 +322,21 @@ def test_a_body_that_is_not_json_is_called_so(api: Api) -> None:
 @pytest.mark.parametrize("page", [None, FastAPI()])
 def test_what_is_not_there_is_said_in_openais_shape_beside_a_page_too(page: FastAPI | None) -> None:
     with TestClient(build_api(Catalog(), Answering(Metrics()), KEY, page=page)) as client:
-        asked = {("POST", "/v1/embeddings"): 404, ("GET", "/v1/chat/completions"): 405, ("PUT", "/v1/models/x"): 405}
+        asked = {("POST", "/v1/embeddings"): 404, ("GET", "/v1/chat/completions"): 405, ("PUT", "/v1/models/x"): 405,
+                 ("GET", "/v1"): 404, ("TRACE", "/v1/models"): 405}  # fmt: skip
         for (method, path), status in asked.items():
             answer = client.request(method, path, headers={"authorization": f"Bearer {KEY}"})
             assert answer.status_code == status
             assert answer.json()["error"]["type"] == "invalid_request_error"
             assert path in answer.json()["error"]["message"]
+
+
+def test_a_name_that_is_not_the_servers_is_said() -> None:
+    with TestClient(build_api(Catalog(), Answering(Metrics()), KEY, ["localhost", "[::1]"])) as client:
+        for host, status in (("localhost:8000", 200), ("[::1]:80", 200), ("evil.example", 400), ("[", 400)):
+            answer = client.get("/health", headers={"host": host})
+            assert answer.status_code == status
+        assert answer.json()["error"]["code"] == "invalid_host"
 
 
 def test_who_has_no_key_gets_nothing(api: Api) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from lmtune.serve.openai.text import ChatText
 from tests.chat_models import chat_model
 from tests.serve.api_server import Api, api_of
 from tests.tokenizers import CALLS_AS_JSON, CALLS_AS_TEXT, CALLS_AS_XML, CALLS_END_APART
@@ -93,3 +94,23 @@ def test_what_cannot_be_called_is_said(api: Api, model: str, tools: Any, choice:
     with pytest.raises(openai.BadRequestError, match=says):
         api.client.chat.completions.create(**body)
     assert api.is_idle()
+
+
+def test_a_model_without_a_place_for_tools_says_so_of_tools() -> None:
+    with api_of({"bare": chat_model(seed=3)}) as bare:
+        body = {"model": "bare", "messages": ASKED, "tools": TOOLS, "max_tokens": 2}
+        answer = bare.http.post("/chat/completions", json=body)
+        said = "tools: the chat template has no place for tools, and the model would not see them"
+        assert answer.json()["error"] | {"type": "", "code": ""} == {
+            "message": said, "type": "", "param": "tools", "code": ""
+        }  # fmt: skip
+        assert bare.http.post("/chat/completions", json={**body, "tool_choice": "none"}).status_code == 200
+
+
+def test_one_call_alone_where_they_may_not_be_parallel() -> None:
+    renderer = chat_model(seed=3, template=CALLS_AS_JSON).renderer
+    said = renderer.tokenizer.encode('<call>{"name": "lamp", "arguments": {"on": true}}</call>' * 2)
+    for most, number in ((None, 2), (1, 1)):
+        text = ChatText(renderer, has_tools=True, most_calls=most)
+        text.feed(said)
+        assert [call.name for call in text.finish().calls] == ["lamp"] * number

@@ -7,12 +7,12 @@ server, though a browser may send requests to this machine. `/health` and `/metr
 from __future__ import annotations
 
 import hmac
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import Headers
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
@@ -27,7 +27,7 @@ from lmtune.serve.server import replay
 
 MAX_BODY_BYTES = 16_000_000
 MAX_TOKENS = 1024  # of an answer whose request does not say it
-_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 _UPLOADS = "/v1/files"  # has a limit of its own
 
 
@@ -68,17 +68,17 @@ def build_api(
         """Counts for Prometheus."""
         return Response(answering.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @application.api_route("/v1", methods=_METHODS, include_in_schema=False)
     @application.api_route("/v1/{path:path}", methods=_METHODS, include_in_schema=False)
-    async def nothing(path: str, http: Request) -> Response:
+    async def nothing(http: Request) -> Response:
         """What no route above answers; else the page would, and not in OpenAI's form."""
         is_known = any(route.matches(http.scope)[0] is Match.PARTIAL for route in application.router.routes)
         status, what = (405, "another method is expected") if is_known else (404, "no such route")
-        raise ApiError(status, f"{http.method} /v1/{path}: {what}; /openapi.json lists the routes")
+        raise ApiError(status, f"{http.method} {http.url.path}: {what}; /openapi.json lists the routes")
 
     if page is not None:
         application.mount("/", page)
-    application.add_middleware(_Guard, key=key)
-    application.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    application.add_middleware(_Guard, key=key, hosts=hosts)
     return application
 
 
@@ -105,12 +105,16 @@ def _model_routes(catalog: Catalog) -> APIRouter:
 
 
 class _Guard:
-    """ASGI middleware: routes under `/v1` want the key, and bodies are small."""
+    """ASGI middleware: requests call the server by its names, routes under `/v1` want the key, and bodies are small."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._key = app, key.encode()
+    def __init__(self, app: ASGIApp, key: str, hosts: Sequence[str]) -> None:
+        self._app, self._key, self._hosts = app, key.encode(), {host.strip("[]").lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (host := _host_of(scope)) not in self._hosts and "*" not in self._hosts:
+            text = f"host: {host}; expected {', '.join(sorted(self._hosts))}; for other names start it with --host"
+            await ApiError(400, text, code="invalid_host").response(scope, receive, send)
+            return
         if scope["type"] != "http" or not (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
             await self._app(scope, receive, send)
             return
@@ -133,3 +137,11 @@ class _Guard:
                 return
             receive = replay(bytes(body), receive)
         await self._app(scope, receive, send)
+
+
+def _host_of(scope: Scope) -> str:
+    """By which name a request calls the server, without its port; empty if it says none."""
+    try:
+        return urllib.parse.urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname or ""
+    except ValueError:
+        return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -28,6 +28,15 @@ TokenIds = list[TokenId]
 
 class _Form(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unset(cls, body: Any) -> Any:
+        """Without unknown fields that are null, as clients send what they do not set."""
+        if not isinstance(body, dict):
+            return body
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in body.items() if value is not None or name in known}
 
 
 class StreamOptions(_Form):
