@@ -69,6 +69,10 @@ class SharedModels:
             self._first[key] = loaded
         return loaded
 
+    def can_load(self, target: str) -> bool:
+        """Whether the base of a run is one that it has, or can have: any."""
+        return True
+
     def load_checkpoint(self, target: str, step: int) -> LoadedModel:
         """A run's adapter as it was after a step, over a base that is there.
 

@@ -221,6 +221,7 @@ def test_a_job_whose_rows_are_of_another_kind_fails_with_its_lines(served: Serve
     assert job.error is not None
     assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
     assert "line 1: " in job.error.message
+    assert "set method.type: dpo, or write" in job.error.message
     assert job.finished_at is not None
     event = client.fine_tuning.jobs.list_events(job.id).data[0]
     assert (event.level, event.message) == ("error", job.error.message)

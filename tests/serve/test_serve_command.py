@@ -116,6 +116,8 @@ def test_a_walk_with_openais_client_alone(tmp_path: Path) -> None:
                 say(client, gone)
         with pytest.raises(openai.NotFoundError):
             client.models.delete(job.fine_tuned_model)
+        with pytest.raises(openai.BadRequestError, match="cannot be fine-tuned here"):
+            client.fine_tuning.jobs.create(model=job.fine_tuned_model, training_file=job.training_file)
     one, two = (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors" for name in (job.id, second))
     assert one.read_bytes() == two.read_bytes()
     loaded = load_for_inference(str(tmp_path / "runs" / job.id))

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,11 +22,13 @@ from lmtune.inference.chat_model import ChatModel
 from lmtune.inference.load import LoadedModel
 from lmtune.inference.request import Request, Sampling
 from lmtune.inference.shared import SharedModels
+from lmtune.models.head import Head
 from lmtune.models.members import BASE, Members
+from lmtune.models.tuning.adapter_files import Metadata
 from lmtune.serve.vllm import models as vllm_models
 from lmtune.serve.vllm.engine import VllmEngine
 from lmtune.serve.vllm.models import Settings, VllmModels
-from tests.sample_run import write_base
+from tests.sample_run import base_model, write_base
 from tests.serve.api_server import serving
 from tests.serve.test_serve_command import KEY, client_of, server
 from tests.serve.vllm_stand_in import application_of
@@ -57,6 +59,7 @@ class Pair:
     engine: VllmEngine
     by_vllm: dict[str, ChatModel]
     by_lmtune: dict[str, LoadedModel]
+    can_load: Callable[[str], bool]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,8 @@ def pair(folder: Path) -> Iterator[Pair]:
         shared = SharedModels()
         with VllmModels.start(targets, Settings()) as models:
             by_vllm = {Path(target).name: models.load(target) for target in targets}
-            yield Pair(models.engine, by_vllm, {Path(target).name: shared.load(target) for target in targets})
+            by_lmtune = {Path(target).name: shared.load(target) for target in targets}
+            yield Pair(models.engine, by_vllm, by_lmtune, models.can_load)
 
 
 def question(model: ChatModel, sampling: Sampling, num_logprobs: int | None = None) -> Request:
@@ -139,12 +143,27 @@ def test_the_key_is_asked_for(folder: Path) -> None:
         engine.close()
 
 
+def test_a_run_over_another_base_is_not_offered(pair: Pair, folder: Path) -> None:
+    write_base(folder / "changed")
+    changed = base_model()
+    changed.get_input_embeddings().weight.data.zero_()
+    changed.save_pretrained(folder / "changed")
+    write_adapter(folder / "other", folder / "changed", 4)
+    assert pair.can_load(str(folder / "a"))
+    assert not pair.can_load(str(folder / "other"))
+
+
 def test_what_vllm_cannot_serve_is_refused_before_it_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_models, "find_vllm", lambda: "vllm-that-is-not-there")
     with pytest.raises(ModelError, match="DoRA"):
         VllmModels.start([str(folder / "dora")], Settings())
     with pytest.raises(ConfigError, match="another base"):
         VllmModels.start([str(folder / "a"), "tiny"], Settings())
+    read = Metadata.read
+    with monkeypatch.context() as patch:
+        patch.setattr(Metadata, "read", lambda folder: replace(read(folder), head=Head("single_label", ("yes", "no"))))
+        with pytest.raises(ConfigError, match="a: a classifier, which gives no answers"):
+            VllmModels.start([str(folder / "a")], Settings())
     monkeypatch.setattr(vllm_models, "find_vllm", lambda: None)
     with pytest.raises(ConfigError, match="expected the program vllm on the path"):
         VllmModels.start([str(folder / "a")], Settings())

@@ -113,7 +113,7 @@ def _base_of(store: Store, served: Mapping[str, ModelConfig], name: str) -> Base
     if name in served:
         return Base(name, served[name])
     earlier = store.job_of_model(name)
-    if earlier is None:
+    if earlier is None or store.is_deleted(name):
         names = ", ".join(served) or "no model"
         raise ApiError(
             400, f"model: {name} cannot be fine-tuned here; expected {names}, or a model of an earlier job (ft:…)",

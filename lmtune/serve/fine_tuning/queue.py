@@ -27,7 +27,7 @@ from lmtune.serve.fine_tuning.files import describe_faults, row_faults
 from lmtune.serve.fine_tuning.following import Follower, write_results
 from lmtune.serve.fine_tuning.process import JobProcess
 from lmtune.serve.fine_tuning.requests import model_name
-from lmtune.serve.fine_tuning.settings import ROWS, JobFiles, Tree, environment_of, settings_of
+from lmtune.serve.fine_tuning.settings import ROWS, JobFiles, Tree, as_method, environment_of, settings_of
 from lmtune.serve.fine_tuning.store import Job, JobError, Store
 
 Outcome = Literal["complete", "stopped", "killed", "failed"]
@@ -157,7 +157,8 @@ class Queue:
                 return
             paths[param] = self.store.content_of(file)
             if faults := row_faults(paths[param], file.filename, ROWS[job.request.kind]):
-                words = f"The job failed due to an invalid {param.replace('_', ' ')}. {describe_faults(faults)}"
+                said = as_method(describe_faults(faults))
+                words = f"The job failed due to an invalid {param.replace('_', ' ')}. {said}"
                 self._fail(job, JobError(f"invalid_{param}", words, param))
                 return
         files = JobFiles(paths["training_file"], paths.get("validation_file"))

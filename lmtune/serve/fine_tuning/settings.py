@@ -11,6 +11,7 @@ and this base, else the default of lmtune.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,12 +63,23 @@ class Settings:
     hyperparameters: Mapping[str, object]
 
 
+def as_method(fault: str) -> str:
+    """A fault of rows, with what a client of the API can set in the place of a setting."""
+    methods = {objective: method for method, objective in _OBJECTIVES.items()}
+    return re.sub(
+        r"set objective\.kind: (\w+), or ",
+        lambda found: f"set method.type: {methods[found[1]]}, or " if found[1] in methods else "", fault,
+    )  # fmt: skip
+
+
 def read_defaults(path: Path | None) -> Tree:
     """The sections that every job starts from.
 
     Raises:
         ConfigError: the file cannot be read, or a setting in it is wrong or belongs to the jobs.
     """
+    if path is not None and not path.is_file():
+        raise ConfigError(f"--job-defaults: {path}: no such file; expected a YAML file of config sections")
     tree: Tree = with_overrides(path, {})
     for section, key, who in _NOT_DEFAULTS:
         values = tree.get(section)

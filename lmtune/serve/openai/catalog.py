@@ -16,6 +16,8 @@ from lmtune.inference.chat_model import ChatModel
 from lmtune.serve.openai.errors import ApiError
 from lmtune.serve.openai.grammar import Grammars
 
+NO_ANSWERS = "{}: a classifier, which gives no answers; use lmtune predict or lmtune chat"
+
 
 @dataclass(frozen=True)
 class Served:
@@ -67,7 +69,7 @@ class Catalog:
         if isinstance(self._models.get(name), Served):
             raise ConfigError(f"{name}: two models have this name; give one another: NAME=RUN_OR_MODEL")
         if model.head is not None:
-            raise ConfigError(f"{name}: a classifier, which gives no answers; use lmtune predict or lmtune chat")
+            raise ConfigError(NO_ANSWERS.format(name))
         renderer = copy.deepcopy(model.renderer)
         grammars = Grammars(renderer, model.engine.vocab_size)
         self._models[name] = Served(name, model, renderer, grammars, int(time.time()) if created is None else created)

@@ -89,6 +89,9 @@ class Loader(Protocol):
     def load(self, target: str) -> ChatModel:
         """What `target` names, as of `load_for_inference`."""
 
+    def can_load(self, target: str) -> bool:
+        """Whether the base of a run is one that it has, or can have."""
+
     def load_checkpoint(self, target: str, step: int) -> ChatModel:
         """A run's adapter as it was after a step."""
 
@@ -103,6 +106,9 @@ class _Models:
     def load(self, target: str) -> ChatModel:
         with self._lock:
             return self._loader.load(target)
+
+    def can_load(self, target: str) -> bool:
+        return self._loader.can_load(target)
 
     def load_checkpoint(self, tuning: FineTuning, name: str) -> ChatModel | None:
         """The model of a checkpoint of a job, by the name that is listed for it."""
@@ -248,6 +254,6 @@ def _fine_tuning(jobs: JobSettings, models: _Models, bases: Mapping[str, ModelCo
     tuning = FineTuning(jobs.runs / ".serve", jobs.runs, lambda: bases, jobs.defaults, models.on_model)
     models.catalog.more = functools.partial(models.load_checkpoint, tuning)
     models.catalog.forget = tuning.delete_model
-    for model in tuning.models():
+    for model in filter(lambda model: models.can_load(str(model.run)), tuning.models()):
         models.catalog.promise(model.name, functools.partial(models.load, str(model.run)), model.created)
     return tuning

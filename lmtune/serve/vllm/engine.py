@@ -54,6 +54,10 @@ class VllmEngine:
         self._max_positions = self._read_max_positions()
         self._news = threading.Condition()
         self._tasks: dict[Generation, asyncio.Task[_End]] = {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        self._stream = httpx.AsyncClient(
+            base_url=self._url, headers=self._headers, timeout=httpx.Timeout(None, connect=10), limits=limits
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="lmtune-vllm", daemon=True)
         self._thread.start()
@@ -150,10 +154,6 @@ class VllmEngine:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._stream = httpx.AsyncClient(
-            base_url=self._url, headers=self._headers, timeout=httpx.Timeout(None, connect=10), limits=limits
-        )
         watching = self._loop.create_task(self._watch())
         self._loop.run_forever()
         watching.cancel()

@@ -35,6 +35,7 @@ from lmtune.models.structure import config_and_class
 from lmtune.models.tuning.adapter_files import Metadata
 from lmtune.runs.ensembles import find_ensemble
 from lmtune.runs.store import find_run
+from lmtune.serve.openai.catalog import NO_ANSWERS
 from lmtune.serve.vllm.engine import VllmEngine
 from lmtune.serve.vllm.process import VllmProcess
 
@@ -159,6 +160,11 @@ class VllmModels:
             raise ModelError(f"{target}: not a run with an adapter, so its checkpoints are no models that share a base")
         return self._adapter(replace(source, step=step))
 
+    def can_load(self, target: str) -> bool:
+        """Whether a run's adapter is over the base that vLLM has."""
+        source = find_adapter(target, self._settings.quantization, self._settings.base)
+        return source is None or _is_same(source.base, self._base)
+
     def check(self) -> None:
         """LmtuneError if vLLM has ended."""
         self._process.check()
@@ -216,6 +222,8 @@ def _command(program: str, base: ModelConfig, adapters: Sequence[AdapterSource],
         ranks = [LoraConfig().rank] if settings.has_jobs else []
         for source in adapters:
             with source.folder(settings.base) as folder:
+                if Metadata.read(folder).head is not None:
+                    raise ConfigError(NO_ANSWERS.format(source.name))
                 ranks.append(check_servable(folder))
         words += ["--enable-lora", "--max-loras", str(_ADAPTERS_A_BATCH), "--max-lora-rank",
                   str(fitting_rank(max(ranks)))]  # fmt: skip
