@@ -202,7 +202,7 @@ def test_calls_that_a_template_loses_or_changes_are_faults() -> None:
         (CALLS_AS_XML, example(ASKED, calling({"room": "a</p>b"})), "holds '</p>', with which"),
         (CALLS_AS_JSON.replace("tojson)", "tojson(ensure_ascii=true))"),
          example(ASKED, calling({"room": "<|im_end|>"})), "holds the text of a control token"),
-        (CALLS_AS_JSON.replace("<|im_end|>", "."), two, "ends a tool call with no token"),
+        (CALLS_AS_JSON.replace("<|im_end|>", "."), two, "no token that ends a tool call"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=r"rows.jsonl:7: ") as error:
             Renderer(make_tokenizer(template)).render(row)
@@ -254,7 +254,7 @@ def test_a_template_without_tools_is_told_once(template: str | None, tmp_path: P
     text = str(error.value)
     assert text.count("no place for tools") == 1
     assert "(30 rows)" in text
-    assert "use a model whose chat template has" in text
+    assert "put a template that has" in text
 
 
 def test_the_report_counts_what_was_done_with_turns(tmp_path: Path) -> None:
