@@ -240,9 +240,9 @@ def _compose(
     if parallel.equal_passes and config.model.offload == "layers":
         raise ConfigError("model.offload: layers; each process holds a part of the base with parallel.kind: fsdp; set "
                           "one of them")  # fmt: skip
-    if parallel.equal_passes and isinstance(config.tuning, FullConfig):
-        raise ConfigError("parallel.kind: fsdp; it shares out weights that are not trained; expected replicated for "
-                          "tuning.kind: full")  # fmt: skip
+    if parallel.equal_passes and not isinstance(config.tuning, LoraConfig) and config.train.optimizer != "adamw":
+        raise ConfigError(f"train.optimizer: {config.train.optimizer}; its moments are in blocks, which parallel.kind: "
+                          f"fsdp cannot share out; expected adamw for tuning.kind: {config.tuning.kind}")  # fmt: skip
     if parallel.device.type == "cuda" and config.model.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
     renderer, data = load_rows(config, parallel, shared)
@@ -281,7 +281,7 @@ def _compose(
         if model.has_adapter:
             keeps = not parallel.equal_passes and dense_weights_fit(model.module, parallel.device)
             fuse(model.module, all(parallel.gather([keeps])))
-        parallel.shard(model)
+        parallel.shard(model, dtype)
         forward = PackedForward(model.module, dtype, joins_layers=not parallel.equal_passes)
     for capabilities in parallel.gather([forward.capabilities]):  # the plan, which all ranks make alike, depends on it
         forward.capabilities = forward.capabilities.intersect(capabilities)
