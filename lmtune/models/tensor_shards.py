@@ -82,6 +82,13 @@ def are_shared_out(tensors: Tensors) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors.values())
 
 
+def held_share(tensors: Tensors) -> float:
+    """Which share of the elements this process holds."""
+    whole = sum(tensor.numel() for tensor in tensors.values())
+    held = sum((one.to_local() if isinstance(one, DTensor) else one).numel() for one in tensors.values())
+    return held / whole
+
+
 def write_shards(folder: Path, tensors: Tensors) -> None:
     """Write this process's part of `tensors` into an existing folder; a collective of all processes.
 

@@ -55,8 +55,9 @@ from lmtune.models.head import Head, classifier_head
 from lmtune.models.locate import shareable_name
 from lmtune.models.offload import can_stream
 from lmtune.models.parameters import Parameters, count_parameters
+from lmtune.models.tensor_shards import held_share
 from lmtune.models.tuning.adapter_files import Metadata
-from lmtune.models.tuning.base import TunedModel, Tuning
+from lmtune.models.tuning.base import TunedModel, Tuning, trainable
 from lmtune.models.tuning.full import Full
 from lmtune.models.tuning.lora import Lora
 from lmtune.models.tuning.partial import Partial
@@ -363,8 +364,9 @@ def _choose_micro_batch(
     # where weights are gathered for each layer, they would be counted with what the layer keeps
     measured = None if parallel.equal_passes else measure_activations(forward, share)
     activations = measured or memory.estimated_activations(shape, forward.dtype)
-    # the weights are there already; their gradients and moments come with the first step
+    # the weights are there already; their gradients and moments come with the first step, each where its weight is
     coming = memory.trained_bytes(shape, forward.dtype, MOMENT_BYTES[config.train.optimizer]) - 4 * parameters.trained
+    coming = int(coming * held_share(trainable(forward.model)))
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
     rows = config.objective.rows
     longest, free = memory.longest_unit(data.train.sequences, rows), max(0, free_memory(device) - coming)
