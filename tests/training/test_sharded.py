@@ -21,7 +21,7 @@ from lmtune.models.tensor_shards import checkpoint_weights
 from lmtune.runs.store import checkpoint_folders
 from lmtune.training.checkpoint import problem_of
 from tests.faults.test_numbers import MARK, MARKED, no_loss_for_the_marked
-from tests.processes import KILL, at_call, at_step, completed, said, send, together
+from tests.processes import KILL, Trouble, at_call, at_step, completed, said, send, together
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import QUESTIONS, checkpoints, finetune, make_workplace, write_config, write_rows
@@ -146,16 +146,24 @@ def test_each_process_holds_its_part_of_gradients_and_moments_too(tmp_path: Path
         assert int((place / f"tensors{rank}").read_text()) < 0.6 * whole
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
-def test_full_tuning_goes_on_with_another_number_of_processes(tmp_path: Path, before: int, after: int) -> None:
-    """The last process is killed while all write their second checkpoint, which then is none."""
+IN_A_PART = at_call("lmtune.training.checkpoint", "write_shards", KILL, 4)  # the moments of the second checkpoint
+BEFORE_THE_MANIFEST = at_call("lmtune.training.checkpoint", "_finish", KILL, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "killed", "at", "after"),
+    [(2, 0, BEFORE_THE_MANIFEST, 1), (1, 0, at_step(5, KILL), 2), (2, 1, IN_A_PART, 4)],
+)
+def test_full_tuning_goes_on_with_another_number_of_processes(
+    tmp_path: Path, before: int, killed: int, at: Trouble, after: int
+) -> None:
+    """A process is killed while all write their second checkpoint, which then is none."""
     place, undisturbed = make_workplace(tmp_path / "work"), make_workplace(tmp_path / "other")
     finetune(undisturbed, **FULL)
     write_config(place, **FULL)
-    kill = at_call("lmtune.training.checkpoint", "write_shards", KILL, 4) if before > 1 else at_step(5, KILL)
-    codes = together(place, "finetune", "run.yaml", FSDP, troubles={before - 1: kill}, processes=before)
-    assert codes == [*[1] * (before - 1), -9]
-    if before > 1:
+    codes = together(place, "finetune", "run.yaml", FSDP, troubles={killed: at}, processes=before)
+    assert codes == [-9 if rank == killed else 1 for rank in range(before)]
+    if at is IN_A_PART:
         assert "error: rank 0: a peer exited during saving step 6" in said(place, "output0")
     folder = place / "runs/trial/checkpoints"
     assert [path.name for path in checkpoint_folders(folder)] == ["step-000003"]
