@@ -64,24 +64,34 @@ def completed(
     return subprocess.CompletedProcess(["lmtune", *arguments], code, *said)
 
 
-def together(folder: Path, *arguments: str, troubles: Mapping[int, Trouble] | None = None) -> list[int]:
-    """Run the command as two processes of one job; their exit codes. What they said is in `output0` and `output1`.
+def together(
+    folder: Path, *arguments: str, troubles: Mapping[int, Trouble] | None = None, processes: int = 2
+) -> list[int]:
+    """Run the command as processes of one job; their exit codes. What they said is in `output0`, `output1`, ….
 
     They meet as under `accelerate launch`, but nobody ends the one when the other has failed.
     """
-    return [ended(process) for process in started_together(folder, *arguments, troubles=troubles)]
+    return [ended(process) for process in started_together(folder, *arguments, troubles=troubles, processes=processes)]
 
 
-def started_together(folder: Path, *arguments: str, troubles: Mapping[int, Trouble] | None = None) -> list[Any]:
-    """The two processes of `together`, which are under way."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def started_together(
+    folder: Path, *arguments: str, troubles: Mapping[int, Trouble] | None = None, processes: int = 2
+) -> list[Any]:
+    """The processes of `together`, which are under way."""
+    count = str(processes)
+    shared = {
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     shared["ACCELERATE_USE_CPU"] = "true"
     return [
         start(
             folder, *arguments, trouble=(troubles or {}).get(rank), output=f"output{rank}",
             variables={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in (0, 1)
+        for rank in range(processes)
     ]  # fmt: skip
 
 

@@ -347,9 +347,9 @@ class ReplicatedConfig:
 
 @section
 class FsdpConfig:
-    """The frozen weights are shared out over the processes."""
+    """The layers' weights are shared out over the processes."""
 
-    kind: Literal["fsdp"] = "fsdp"  # each holds a part of the frozen weights; gradients are summed
+    kind: Literal["fsdp"] = "fsdp"  # each holds a part of the layers' weights; gradients are summed
 
 
 ParallelConfig = Annotated[ReplicatedConfig | FsdpConfig, Field(discriminator="kind")]

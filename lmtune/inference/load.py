@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import load_file
 
 from lmtune.config.load import build_config, load_config
 from lmtune.config.schema import Dtype, FinetuneConfig, LoraConfig, ModelConfig, Quantization
@@ -37,6 +36,7 @@ from lmtune.models.locate import adapter_base, is_local, run_config, shareable_n
 from lmtune.models.members import Members
 from lmtune.models.model_folder import GENERATION, read_tree, write_adapter_texts
 from lmtune.models.structure import empty_model
+from lmtune.models.tensor_shards import checkpoint_weights
 from lmtune.models.tuning.adapter_files import CONFIG, METADATA, WEIGHTS, Metadata, check_adapter, trained_rows
 from lmtune.models.tuning.base import Tensors
 from lmtune.models.tuning.beside_lora import add_rows, add_tokens
@@ -46,7 +46,6 @@ from lmtune.models.validate import CONFIG as MODEL_CONFIG
 from lmtune.models.validate import tokenizer_problem
 from lmtune.runs.ensembles import EnsembleFile, Method, find_ensemble
 from lmtune.runs.store import (
-    ADAPTER,
     STATE,
     RunDirectory,
     checkpoint_folders,
@@ -434,7 +433,7 @@ def newest_saved(run: RunDirectory) -> Saved | None:
             best = state.get("counters", {}).get("best_step") if keep_best else None
             chosen = next((path for path in folders if step_of(path) == best), folders[0])
             total = state.get("total_steps")
-            return Saved(step_of(chosen), total, chosen != folders[0], load_file(chosen / ADAPTER))
+            return Saved(step_of(chosen), total, chosen != folders[0], dict(checkpoint_weights(chosen)))
     return None
 
 
@@ -447,7 +446,7 @@ def saved_at(run: RunDirectory, step: int) -> Saved:
     folder = next((path for path in checkpoint_folders(run.checkpoints) if step_of(path) == step), None)
     if folder is None or problem_of(folder) is not None:
         raise ModelError(f"{run.path}: no whole checkpoint of step {step}; the newest are kept (run.keep_checkpoints)")
-    return Saved(step, None, False, load_file(folder / ADAPTER))
+    return Saved(step, None, False, dict(checkpoint_weights(folder)))
 
 
 def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | None = None) -> None:

@@ -9,7 +9,7 @@ computation: nothing that the training computed with is rounded away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ def write_changed(
     Args:
         base: the stored model; its `dtype` is that of computation.
         model: it in memory, for stored tensors that hold a changed weight and others together.
-        changed: weights by their names in the model, each once.
+        changed: weights by their names in the model, each once; they are asked for one after another.
         folder: where to.
         stop_token_ids: the end of an answer first.
 
@@ -55,18 +55,18 @@ def write_changed(
         empty = type(model)(model.config)
     stored = StoredWeights(weight_files(base))
     layout = Layout(empty, stored)
-    weights = _with_tied(empty, layout, changed)
-    groups = list(dict.fromkeys(layout.group(name) for name in weights))
+    sources = _with_tied(empty, layout, changed)
+    groups = list(dict.fromkeys(layout.group(name) for name in sources))
     computed, own_head = DTYPES[base.dtype], head_weights(empty)
 
-    def pieces(group: Iterable[str], prepared: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
-        """What is stored of a group of weights, which is made of them by copies and views."""
-        own = {name: weights[name] if name in weights else model.get_parameter(name).detach() for name in group}
-        return layout.written({name: prepared(weight) for name, weight in own.items()})
+    def weight_of(name: str) -> torch.Tensor:
+        weight = changed[sources[name]] if name in sources else model.get_parameter(name).detach()
+        return weight.float()
 
     coming: Tensors = {}
     for group in groups:
-        for name, piece in pieces(group, lambda weight: weight.to("meta")).items():
+        # what is stored of a group of weights is made of them by copies and views
+        for name, piece in layout.written({name: empty.get_parameter(name).detach() for name in group}).items():
             entry = stored.entries.get(name)
             dtype = computed if entry is None or entry.dtype is None else torch.promote_types(entry.dtype, computed)
             dtype = torch.float32 if name in own_head else dtype  # it computes in fp32 in whatever dtype the body does
@@ -74,7 +74,7 @@ def write_changed(
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for group in groups:
-            for name, piece in pieces(group, torch.Tensor.float).items():
+            for name, piece in layout.written({name: weight_of(name) for name in group}).items():
                 yield name, piece.to(coming[name].dtype)
 
     gone = layout.replaced(name for group in groups for name in group)
@@ -90,11 +90,12 @@ def write_changed(
         write_tree(folder / CONFIG, {**tree, "dtype": name, "torch_dtype": name, **classifier_keys(model)})
 
 
-def _with_tied(empty: PreTrainedModel, layout: Layout, changed: Mapping[str, torch.Tensor]) -> Tensors:
-    """`changed`, and what is tied to it where that is stored on its own too."""
+def _with_tied(empty: PreTrainedModel, layout: Layout, changed: Iterable[str]) -> dict[str, str]:
+    """The weights to write, and of each the one in `changed` that it is: itself, or one that it is tied to."""
     own = {name: id(parameter) for name, parameter in empty.named_parameters(remove_duplicate=False)}
-    values = {own[name]: tensor for name, tensor in changed.items()}
+    names = set(changed)
+    values = {own[name]: name for name in names}
     return {
         name: values[same] for name, same in own.items()
-        if name in changed or (same in values and layout.source(name) is not None)
+        if name in names or (same in values and layout.source(name) is not None)
     }  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from lmtune.models.tuning.base import TunedModel
 
@@ -20,26 +21,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GradientBuffer:
-    """All that a step sums over the ranks, in one flat fp32 tensor, so that one collective does."""
+    """All gradients of a step, and what else it sums over the ranks, in one flat fp32 tensor: one collective does.
 
-    flat: torch.Tensor  # [G + M], zeros at first
-    gradients: list[torch.Tensor]  # the `.grad` of each parameter, views of the first G elements
+    The gradient of a parameter that is shared out (DTensor) is summed by its backward pass; here is this rank's part.
+    """
+
+    flat: torch.Tensor  # [P + G + M], zeros at first
+    parts: list[torch.Tensor]  # of the `.grad` of each parameter that is shared out, views of the first P elements
+    whole: list[torch.Tensor]  # the `.grad` of each other one, views of the next G
+    summed: torch.Tensor  # [G + M], a view of all that one collective sums
     sums: torch.Tensor  # [M], a view of the rest
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """What this rank holds of all of them."""
+        return self.parts + self.whole
 
     @classmethod
     def of(cls, parameters: Mapping[str, torch.nn.Parameter], num_sums: int) -> GradientBuffer:
         """A buffer for `parameters`, whose `.grad` becomes a part of it, and `num_sums` numbers."""
-        own = list(parameters.values())
+        own = sorted(parameters.values(), key=lambda parameter: not isinstance(parameter, DTensor))
         for parameter in own:
             parameter.grad = None
-        size = sum(parameter.numel() for parameter in own)
+        with torch.no_grad():
+            local = [one.to_local() if isinstance(one, DTensor) else one for one in own]
+        size = sum(map(torch.Tensor.numel, local))
         flat = torch.zeros(size + num_sums, device=own[0].device)
-        start, gradients = 0, []
-        for parameter in own:
-            gradients.append(flat[start : start + parameter.numel()].view_as(parameter))
-            parameter.grad = gradients[-1]
-            start += parameter.numel()
-        return cls(flat, gradients, flat[size:])
+        start, parts, whole = 0, list[torch.Tensor](), list[torch.Tensor]()
+        for parameter, held in zip(own, local, strict=True):
+            grad = flat[start : start + held.numel()].view_as(held)
+            start += held.numel()
+            if isinstance(parameter, DTensor):
+                parts.append(grad)
+                parameter.grad = DTensor.from_local(
+                    grad, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+                )
+            else:
+                whole.append(grad)
+                parameter.grad = grad
+        return cls(flat, parts, whole, flat[sum(map(torch.Tensor.numel, parts)) :], flat[size:])
 
 
 class Parallel(Protocol):
@@ -60,8 +80,11 @@ class Parallel(Protocol):
     def scoring(self) -> Parallel:
         """The ranks that share the rows that are scored."""
 
-    def shard(self, model: TunedModel) -> None:
-        """Keep what this rank has to hold of a model, on its device; after its kernels were chosen, before a pass."""
+    def shard(self, model: TunedModel, dtype: torch.dtype) -> None:
+        """Keep what this rank has to hold of a model, on its device; after its kernels were chosen, before a pass.
+
+        `dtype` is that of products.
+        """
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
         """Held during forward and backward passes; says why one fails of which all ranks take part."""
@@ -71,10 +94,13 @@ class Parallel(Protocol):
         """Whether this rank writes files and speaks to a person."""
 
     def sum_gradients(self, buffer: GradientBuffer) -> None:
-        """Put the sum over all ranks in the place of `buffer.flat`; allocates nothing."""
+        """Put the sum over all ranks in the place of `buffer.summed`; allocates nothing."""
 
     def gradient_norm(self, buffer: GradientBuffer) -> float:
         """The 2-norm of the whole gradient."""
+
+    def collective(self) -> contextlib.AbstractContextManager[None]:
+        """Held during a collective of a library; says why it fails."""
 
     def barrier(self) -> None:
         """Go on when every rank is here."""
@@ -108,7 +134,7 @@ class WholeModel:
         """See `Parallel`: all ranks together."""
         return cast(Parallel, self)
 
-    def shard(self, model: TunedModel) -> None:
+    def shard(self, model: TunedModel, dtype: torch.dtype) -> None:
         """See `Parallel`: there is nothing to share out."""
 
     def passes(self) -> contextlib.AbstractContextManager[None]:

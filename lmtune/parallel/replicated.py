@@ -57,18 +57,34 @@ class Replicated(WholeModel):
         return self.rank == 0
 
     def sum_gradients(self, buffer: GradientBuffer) -> None:
-        """Put the sum over all ranks in the place of `buffer.flat`; allocates nothing."""
-        with self._collective():
-            torch.distributed.all_reduce(buffer.flat)
+        """Put the sum over all ranks in the place of `buffer.summed`; allocates nothing."""
+        with self.collective():
+            torch.distributed.all_reduce(buffer.summed)
             self._wait_for_device()
 
     def gradient_norm(self, buffer: GradientBuffer) -> float:
         """The 2-norm of the whole gradient, of which every rank has all."""
         return float(torch.nn.utils.get_total_norm(buffer.gradients))
 
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        """Held during a collective of a library; says why it fails.
+
+        Raises:
+            LmtuneError: a peer is gone.
+        """
+        self._watchdog.enter()
+        try:
+            yield
+        except RuntimeError as error:  # what the backends raise when a process is gone
+            if is_out_of_memory(error):
+                raise
+            raise LmtuneError(f"rank {self.rank}: {self._watchdog.why_apart()}") from error
+        self._watchdog.leave()
+
     def barrier(self) -> None:
         """Go on when every rank is here."""
-        with self._collective():
+        with self.collective():
             self._accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -86,13 +102,13 @@ class Replicated(WholeModel):
 
     def gather(self, items: list[T]) -> list[T]:
         """The items of all ranks, in their order."""
-        with self._collective():
+        with self.collective():
             gathered: list[T] = gather_object(items)
             return gathered
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Put rank 0's `tensor` in the place of this rank's, bit for bit, whatever its type."""
-        with self._collective():
+        with self.collective():
             given = tensor.contiguous()
             torch.distributed.broadcast(given.view(torch.uint8), src=0)
             tensor.copy_(given)
@@ -106,14 +122,3 @@ class Replicated(WholeModel):
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":  # there a collective returns before the others have come
             torch.cuda.current_stream().synchronize()
-
-    @contextlib.contextmanager
-    def _collective(self) -> Iterator[None]:
-        self._watchdog.enter()
-        try:
-            yield
-        except RuntimeError as error:  # what the backends raise when a process is gone
-            if is_out_of_memory(error):
-                raise
-            raise LmtuneError(f"rank {self.rank}: {self._watchdog.why_apart()}") from error
-        self._watchdog.leave()

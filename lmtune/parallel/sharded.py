@@ -1,27 +1,30 @@
-"""Several processes, each with a part of the frozen weights: FSDP2, https://docs.pytorch.org/docs/stable/fsdp.
+"""Several processes, each with a part of the layers' weights: FSDP2, https://docs.pytorch.org/docs/stable/fsdp.
 
-A layer's weights are gathered when it runs, forward and backward, and let go of after it. What is trained is small and
-stays whole on every rank, with its gradients summed as in `Replicated`: so a step makes the same update, and adapters,
-checkpoints and merges are those of one process. Every rank must make equally many passes, since each gathers for all:
-ranks with fewer micro-batches make empty ones, and rows are scored by all ranks alike.
+A layer's weights are gathered when it runs, forward and backward, and let go of after it. An adapter is small and stays
+whole on every rank, with its gradients summed as in `Replicated`: so a step makes the same update, and adapters,
+checkpoints and merges are those of one process. Where the layers' own weights learn, their gradients are summed and
+shared out as each layer's backward pass ends, and the optimizer's moments are where they are. Every rank must make
+equally many passes, since each gathers for all: ranks with fewer micro-batches make empty ones, and rows are scored by
+all ranks alike.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lmtune.errors import LmtuneError, ModelError
 from lmtune.models.device import is_out_of_memory
 from lmtune.models.structure import decoder_layers
 from lmtune.models.tuning.base import TunedModel
-from lmtune.parallel.base import Parallel
+from lmtune.parallel.base import GradientBuffer, Parallel
 from lmtune.parallel.replicated import Replicated
 from lmtune.parallel.single import Single
 
@@ -42,8 +45,10 @@ class Sharded(Replicated):
         """Each rank scores all rows."""
         return Single(self.device, is_main=self.is_main)
 
-    def shard(self, model: TunedModel) -> None:
-        """Keep this rank's part of the frozen weights of all layers, on its device.
+    def shard(self, model: TunedModel, dtype: torch.dtype) -> None:
+        """Keep this rank's part of the weights of all layers, on its device; an adapter stays whole.
+
+        Weights that learn are held in fp32, and gathered in `dtype`, that of products, where that has 16 bit.
 
         Raises:
             ModelError: the model has no single list of layers.
@@ -53,19 +58,33 @@ class Sharded(Replicated):
             raise ModelError("parallel.kind: fsdp; expected a model with one list of layers; use replicated")
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         # Vectors are small, and kernels read them outside of their layer's pass.
-        whole = {one for one in model.module.parameters() if one.requires_grad or one.dim() < 2}
-        whole |= set(model.module.parameters()) - set(layers.parameters())
+        # So does the loss with the head, and with what is tied to it.
+        whole = {
+            one for one in model.module.parameters() if one.dim() < 2 or (one.requires_grad and model.has_adapter)
+        } | (set(model.module.parameters()) - set(layers.parameters()))
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if dtype.itemsize == 2 and not model.has_adapter:  # else autocast's copies would stay for the backward pass
+            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         # The body returns a view, which nothing of ours changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         _keep_quantization(layers)
         body.register_forward_pre_hook(lambda *_: self._watchdog.enter())
         body.register_forward_hook(lambda *_: None if self._in_passes else self._watchdog.leave())
         for layer in layers:
-            fully_shard(layer, mesh=mesh, ignored_params=whole)
+            sharded = fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=whole)
+            sharded.set_gradient_divide_factor(1.0)  # the loss's denominator is of all ranks
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
         fully_shard(body, mesh=mesh, ignored_params=whole)  # ties the layers' passes together
         with torch.no_grad():
             for tensor in (*whole, *model.module.buffers()):
                 tensor.data = tensor.data.to(self.device)
+
+    def gradient_norm(self, buffer: GradientBuffer) -> float:
+        """The 2-norm of the whole gradient, of which ranks have parts."""
+        if not buffer.parts:
+            return super().gradient_norm(buffer)
+        whole, own = (float(torch.nn.utils.get_total_norm(some)) for some in (buffer.whole, buffer.parts))
+        return math.hypot(whole, *self.gather([own]))
 
     @contextlib.contextmanager
     def passes(self) -> Iterator[None]:

@@ -31,6 +31,10 @@ class Single(WholeModel):
         """The 2-norm of the whole gradient."""
         return float(torch.nn.utils.get_total_norm(buffer.gradients))
 
+    def collective(self) -> contextlib.AbstractContextManager[None]:
+        """Of one."""
+        return contextlib.nullcontext()
+
     def barrier(self) -> None:
         """Everybody is here."""
 

@@ -326,11 +326,17 @@ def run_hint(target: str, runs_dir: str | Path = "runs") -> str:
 ADAPTER, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors", "optimizer.safetensors", "state.json", "manifest.json",
 )  # fmt: skip
+WEIGHTS, MOMENTS = "weights", "optimizer"  # folders, instead of the first two, where processes hold these together
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The folders named like checkpoints, oldest step first."""
     return sorted((path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()), key=step_of)
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` is."""
+    return folder / f"step-{step:06d}"
 
 
 def step_of(path: Path) -> int:
@@ -346,7 +352,7 @@ def problem_of(path: Path) -> str | None:
         return f"no {MANIFEST}"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} is damaged ({error})"
-    for name in (ADAPTER, OPTIMIZER, STATE):
+    for name in sorted({STATE, *manifest}):
         if not (path / name).is_file():
             return f"{name} is missing"
         if manifest.get(name) != fingerprint(path / name):

@@ -55,8 +55,9 @@ from lmtune.models.head import Head, classifier_head
 from lmtune.models.locate import shareable_name
 from lmtune.models.offload import can_stream
 from lmtune.models.parameters import Parameters, count_parameters
+from lmtune.models.tensor_shards import held_share
 from lmtune.models.tuning.adapter_files import Metadata
-from lmtune.models.tuning.base import TunedModel, Tuning
+from lmtune.models.tuning.base import TunedModel, Tuning, trainable
 from lmtune.models.tuning.full import Full
 from lmtune.models.tuning.lora import Lora
 from lmtune.models.tuning.partial import Partial
@@ -240,9 +241,9 @@ def _compose(
     if parallel.equal_passes and config.model.offload == "layers":
         raise ConfigError("model.offload: layers; each process holds a part of the base with parallel.kind: fsdp; set "
                           "one of them")  # fmt: skip
-    if parallel.equal_passes and isinstance(config.tuning, FullConfig):
-        raise ConfigError("parallel.kind: fsdp; it shares out weights that are not trained; expected replicated for "
-                          "tuning.kind: full")  # fmt: skip
+    if parallel.equal_passes and not isinstance(config.tuning, LoraConfig) and config.train.optimizer != "adamw":
+        raise ConfigError(f"train.optimizer: {config.train.optimizer}; its moments are in blocks, which parallel.kind: "
+                          f"fsdp cannot share out; expected adamw for tuning.kind: {config.tuning.kind}")  # fmt: skip
     if parallel.device.type == "cuda" and config.model.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in 32 bit beside a 16-bit model
     renderer, data = load_rows(config, parallel, shared)
@@ -281,7 +282,7 @@ def _compose(
         if model.has_adapter:
             keeps = not parallel.equal_passes and dense_weights_fit(model.module, parallel.device)
             fuse(model.module, all(parallel.gather([keeps])))
-        parallel.shard(model)
+        parallel.shard(model, dtype)
         forward = PackedForward(model.module, dtype, joins_layers=not parallel.equal_passes)
     for capabilities in parallel.gather([forward.capabilities]):  # the plan, which all ranks make alike, depends on it
         forward.capabilities = forward.capabilities.intersect(capabilities)
@@ -363,8 +364,9 @@ def _choose_micro_batch(
     # where weights are gathered for each layer, they would be counted with what the layer keeps
     measured = None if parallel.equal_passes else measure_activations(forward, share)
     activations = measured or memory.estimated_activations(shape, forward.dtype)
-    # the weights are there already; their gradients and moments come with the first step
+    # the weights are there already; their gradients and moments come with the first step, each where its weight is
     coming = memory.trained_bytes(shape, forward.dtype, MOMENT_BYTES[config.train.optimizer]) - 4 * parameters.trained
+    coming = int(coming * held_share(trainable(forward.model)))
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
     rows = config.objective.rows
     longest, free = memory.longest_unit(data.train.sequences, rows), max(0, free_memory(device) - coming)

@@ -11,16 +11,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
 from lmtune.config.metrics import Direction
 from lmtune.config.schema import FinetuneConfig
 from lmtune.evaluation.scoring import Scores
 from lmtune.io.console import warn
+from lmtune.models.tensor_shards import are_shared_out, copy_into
 from lmtune.models.tuning.base import Tensors
 from lmtune.runs.events import CheckpointSaved, Evaluated, EventLog, StepDone
 from lmtune.runs.log import Accuracies, Records, StepRecord
-from lmtune.runs.store import RunDirectory, checkpoint_folders, problem_of
+from lmtune.runs.store import RunDirectory, checkpoint_folder, checkpoint_folders, problem_of
 from lmtune.training.checkpoint import (
     Checkpoint,
     CheckpointState,
@@ -28,6 +27,7 @@ from lmtune.training.checkpoint import (
     optimizer_tensors,
     prune_checkpoints,
     save_checkpoint,
+    save_together,
 )
 from lmtune.training.loop import Action, StepEvent, TrainingJob
 from lmtune.training.progress import StepProgress
@@ -133,27 +133,38 @@ class CheckpointHook(Hook):
     ) -> None:  # fmt: skip
         self.run, self.config, self.signature, self.events = run, config, signature, events
         self.job, self.parallel, self.total_steps = job, job.parallel, total_steps
+        self._is_shared_out = are_shared_out(job.parameters)
         self._saved_at = time.monotonic()
 
     def after_step(self, event: StepEvent) -> Action:
-        if event.is_last or event.is_interrupted or self._is_due(event):
+        due = event.is_last or event.is_interrupted or self._is_due(event)
+        if self._is_shared_out:  # all write together, by the clock and the scores of one
+            due = self.parallel.gather([due])[0]
+        if due:
             self.on_failure(event.state)
             self._saved_at = time.monotonic()
         return "continue"
 
     def on_failure(self, state: TrainState) -> None:
-        """Write a checkpoint from rank 0, then drop the oldest; before the first step there is none."""
-        if not self.parallel.is_main or state.step == 0:
+        """Write a checkpoint from rank 0, or from all where they hold what is trained together, then drop the oldest.
+
+        Before the first step there is none.
+        """
+        if not (self.parallel.is_main or self._is_shared_out) or state.step == 0:
             return
         self.parallel.phase = f"saving step {state.step}"  # while the others wait in the next one
         parameters = self.job.parameters
-        weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
+        weights = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
         setting = self.config.train.micro_batch_tokens
         saved = CheckpointState(replace(state), self.signature, self.total_steps, setting)
         started, known = time.monotonic(), checkpoint_folders(self.run.checkpoints)
-        path = save_checkpoint(
-            self.run.checkpoints, Checkpoint(weights, optimizer_tensors(self.job.optimizer, parameters), saved)
-        )
+        checkpoint = Checkpoint(weights, optimizer_tensors(self.job.optimizer, parameters), saved)
+        if self._is_shared_out:
+            path = save_together(self.run.checkpoints, checkpoint, self.parallel)
+        else:
+            path = save_checkpoint(self.run.checkpoints, checkpoint)
+        if not self.parallel.is_main:
+            return
         if path not in known:
             place = path.relative_to(self.run.path).as_posix()
             self.events.add(CheckpointSaved(state.step, place, round(time.monotonic() - started, 3)))
@@ -165,7 +176,7 @@ class CheckpointHook(Hook):
         if not self.config.evaluation.keep_best or state.best_step in (None, state.step):
             return None
         self.parallel.barrier()
-        path = self.run.checkpoints / f"step-{state.best_step:06d}"
+        path = checkpoint_folder(self.run.checkpoints, state.best_step)
         if problem := problem_of(path):
             if self.parallel.is_main:
                 warn(
@@ -175,13 +186,11 @@ class CheckpointHook(Hook):
             state.best_step = None
             return None
         best = load_checkpoint(path)
-        with torch.no_grad():
-            for name, parameter in self.job.parameters.items():
-                parameter.copy_(best.weights[name])
+        copy_into(self.job.parameters, best.weights)
         return best.weights
 
     def _is_due(self, event: StepEvent) -> bool:
-        """Whether a checkpoint is to be written. Only rank 0 writes, so the ranks need not have the same clock."""
+        """Whether a checkpoint is to be written, as rank 0 sees it; the ranks need not have the same clock."""
         minutes, state = self.config.run.checkpoint_every_minutes, event.state
         if minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes:
             return True

@@ -187,11 +187,11 @@ def _reduce_memory(job: TrainingJob, planner: Planner, plan: StepPlan) -> Planne
 def _not_finite(job: TrainingJob, plan: StepPlan, result: StepResult) -> LmtuneError:
     """An error that names the examples that made the loss or gradient infinite or NaN, on whichever rank they were."""
     seed_step(job.train.seed, plan.step, job.parallel.rank)
-    of_ranks = [sum(map(len, units)) for units in plan.micro_batches]
+    rank, of_ranks = job.parallel.rank, [sum(map(len, units)) for units in plan.micro_batches]
+    others = (sum(of_ranks[:rank]), sum(of_ranks[rank + 1 :])) if job.parallel.equal_passes else (0, 0)
     examples = find_nonfinite_examples(
-        job.forward, job.objective, job.parameters, plan.micro_batches[job.parallel.rank], job.data, job.parallel,
-        max(of_ranks) if job.parallel.equal_passes else 0,
-    )  # fmt: skip
+        job.forward, job.objective, job.parameters, plan.micro_batches[rank], job.data, job.parallel, others
+    )
     examples = job.parallel.gather(examples)
     rows = format_list(sorted(set(examples))) if examples else "  none alone; the step as a whole"
     return LmtuneError(

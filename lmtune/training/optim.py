@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from lmtune.config.schema import TrainConfig
 from lmtune.errors import ConfigError
@@ -33,7 +34,8 @@ Betas = tuple[float, float]
 
 def adamw(groups: Sequence[ParameterGroup], betas: Betas = (0.9, 0.999)) -> torch.optim.Optimizer:
     """PyTorch's AdamW over `groups`, whose learning rate is set before each step."""
-    return torch.optim.AdamW([dict(group) for group in groups], lr=0.0, betas=betas, fused=True)
+    alike = [{**group, "params": part} for group in groups for part in _alike(group["params"])]
+    return torch.optim.AdamW(alike, lr=0.0, betas=betas, fused=True)
 
 
 def adamw_8bit(groups: Sequence[ParameterGroup], betas: Betas = (0.9, 0.999)) -> torch.optim.Optimizer:
@@ -76,7 +78,16 @@ def update(
 ) -> None:  # fmt: skip
     """Clip by the norm that is already known, and step at `rate`."""
     if max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(grad_norm))
+        for part in _alike(parameters):
+            torch.nn.utils.clip_grads_with_norm_(part, max_grad_norm, torch.tensor(grad_norm))
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     optimizer.step()
+
+
+def _alike(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Those that each rank holds whole and those that are shared out, which no kernel takes together."""
+    kinds: tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        kinds[isinstance(parameter, DTensor)].append(parameter)
+    return [kind for kind in kinds if kind]

@@ -25,13 +25,13 @@ from lmtune.io.text import pluralize
 from lmtune.models.device import free_memory
 from lmtune.models.model_folder import write_adapter_texts
 from lmtune.models.structure import is_streamed
-from lmtune.models.tuning.base import Tensors
+from lmtune.models.tensor_shards import are_shared_out, checkpoint_weights
 from lmtune.parallel.launch import connect
 from lmtune.runs.cards import result_card
 from lmtune.runs.events import Evaluated, EventLog
 from lmtune.runs.log import Records, read_predictions
 from lmtune.runs.pictures import confusion_svg
-from lmtune.runs.store import RunDirectory, ScoreValues, Summary
+from lmtune.runs.store import RunDirectory, ScoreValues, Summary, checkpoint_folder
 from lmtune.training import memory
 from lmtune.training.checkpoint import Checkpoint
 from lmtune.training.compose import Components, compose
@@ -111,7 +111,7 @@ def run_finetune(
             known = run.read_summary().standard_errors
             summary["standard_errors"] = {**known, "tuned": tuned[0].standard_errors}
         if parallel.is_main:
-            save_tuned(run, parts, result.weights)
+            save_tuned(run, parts, result)
             card = result_card(
                 parts.config, Summary.parse(summary), parts.data.report, stops=parts.renderer.stop_tokens
             )
@@ -155,13 +155,15 @@ def run_loop(
     return TrainResult(state, saving.best_weights(state), stopped_early)
 
 
-def save_tuned(run: RunDirectory, parts: Components, weights: Tensors | None) -> None:
+def save_tuned(run: RunDirectory, parts: Components, result: TrainResult) -> None:
     """Write what was trained: weights and config, tokenizer with template, generation config with the stop tokens.
 
-    That is an adapter folder, or a whole model. It appears complete or not at all; one from before is replaced.
-    `weights` None are the model's own.
+    That is an adapter folder, or a whole model. It appears complete or not at all; one from before is replaced. What
+    ranks hold together is read from the last step's checkpoint, tensor by tensor.
     """
-    folder = run.result(parts.config.tuning)
+    folder, weights = run.result(parts.config.tuning), result.weights
+    if weights is None and are_shared_out(parts.model.trainable()):
+        weights = checkpoint_weights(checkpoint_folder(run.checkpoints, result.state.step))
     with new_folder(folder) as staging:
         metadata = run_metadata(parts.config, parts.renderer, parts.fingerprint, folder, parts.head)
         parts.tuning.save(parts.model, staging, metadata, weights)

@@ -100,21 +100,30 @@ def step_gradients(
 
 def find_nonfinite_examples(
     forward: PackedForward, objective: Objective, parameters: Parameters, micro_batches: Sequence[Sequence[Unit]],
-    data: ExampleStore, parallel: Parallel, num_passes: int = 0,
+    data: ExampleStore, parallel: Parallel, others: tuple[int, int] = (0, 0),
 ) -> list[str]:  # fmt: skip
-    """The examples of this rank, as `file:line`, whose own loss or gradient is not finite; leaves no gradient."""
-    found, own = [], sorted(unit for units in micro_batches for unit in units)
+    """The examples of this rank, as `file:line`, whose own loss or gradient is not finite; leaves no gradient.
+
+    Where ranks gather weights for each other, each makes empty passes while the others try theirs: `others` is how many
+    the ranks before and after it have. So a gradient of which ranks have parts is one example's.
+    """
+    own = sorted(unit for units in micro_batches for unit in units)
+    turns: list[Unit | None] = [*[None] * others[0], *own, *[None] * others[1]]
+    is_bad = []
     with forward.context(), parallel.passes():
-        for unit in own:
-            buffer = GradientBuffer.of(parameters, 1)
-            batch = pack_units(data, [unit._replace(example=0)], 1, reads=objective.reads).to(buffer.flat.device)
-            loss = float(_accumulate(forward, objective, batch, buffer.sums)[0])
-            if not (math.isfinite(loss) and all(bool(grad.isfinite().all()) for grad in buffer.gradients)):
-                found.append(data[unit.row].location)
-        for _ in range(num_passes - len(own)):
-            (_empty_pass(forward, objective) * 0).backward()  # type: ignore[no-untyped-call]
+        for unit in turns:
+            buffer, loss = GradientBuffer.of(parameters, 1), 0.0
+            if unit is None:
+                (_empty_pass(forward, objective) * 0).backward()  # type: ignore[no-untyped-call]
+            else:
+                batch = pack_units(data, [unit._replace(example=0)], 1, reads=objective.reads).to(buffer.flat.device)
+                loss = float(_accumulate(forward, objective, batch, buffer.sums)[0])
+            is_bad.append(not (math.isfinite(loss) and all(bool(grad.isfinite().all()) for grad in buffer.gradients)))
+    if parallel.equal_passes:
+        is_bad = [any(of_ranks) for of_ranks in zip(*parallel.gather([is_bad]), strict=True)]
     for parameter in parameters.values():
         parameter.grad = None
+    found = [data[unit.row].location for unit, bad in zip(turns, is_bad, strict=True) if unit is not None and bad]
     return list(dict.fromkeys(found))
 
 

@@ -1,4 +1,4 @@
-"""The frozen weights shared out over processes: the same update, half the weights a process, and every way it ends."""
+"""The layers shared out over processes: the same update, half the memory a process, and every way it ends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from lmtune.models.tensor_shards import checkpoint_weights
+from lmtune.runs.store import checkpoint_folders
 from lmtune.training.checkpoint import problem_of
-from tests.processes import KILL, at_step, completed, said, together
+from tests.faults.test_numbers import MARK, MARKED, no_loss_for_the_marked
+from tests.processes import KILL, Trouble, at_call, at_step, completed, said, send, together
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
-from tests.workplace import finetune, make_workplace, write_config, write_rows
+from tests.workplace import QUESTIONS, checkpoints, finetune, make_workplace, write_config, write_rows
 
 FSDP = "parallel.kind=fsdp"
 PAIRS = [
@@ -32,10 +36,21 @@ CASES: dict[str, dict[str, Any]] = {
     "nf4": {"model__quantization": "nf4"},
     "int8 and DoRA": {"model__quantization": "int8", "tuning__use_dora": True},
     "checkpointed": {"train__gradient_checkpointing": True, "evaluation__every_steps": 2},
-    "partial": {"tuning__kind": "partial", "tuning__parts": ["last_1_layers", "norms"]},
     "dpo": {"data__train": "pairs.jsonl", "data__validation": None, "objective__kind": "dpo"},
     "kto": {"data__train": "judged.jsonl", "data__validation": None, "objective__kind": "kto"},
     "classification": {"data__train": "labels.jsonl", "data__validation": None, "objective__kind": "classification"},
+}  # fmt: skip
+FULL: dict[str, Any] = {"tuning__kind": "full", "train__learning_rate": 1e-3}
+OWN_WEIGHTS: dict[str, dict[str, Any]] = {
+    "full, not clipped": {"train__max_grad_norm": None},
+    "full, clipped": {"train__max_grad_norm": 0.5, "train__weight_decay": 0.1},
+    "full, checkpointed": {"train__gradient_checkpointing": True, "evaluation__every_steps": 2},
+    "full, 16 bit": {"model__dtype": "bfloat16"},
+    "partial": {"tuning__kind": "partial", "tuning__parts": ["last_1_layers", "norms"]},
+    "full dpo": {"data__train": "pairs.jsonl", "data__validation": None, "objective__kind": "dpo"},
+    "full classification": {
+        "data__train": "labels.jsonl", "data__validation": None, "objective__kind": "classification"
+    },
 }  # fmt: skip
 
 
@@ -76,6 +91,127 @@ def test_two_processes_that_hold_the_model_together_learn_what_replicas_do(place
     if tuned is not None:
         assert again["loss"] == pytest.approx(tuned["loss"], abs=1e-5)
     assert "Warning" not in said(place, "output0")
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """Two runs have learnt the same."""
+    wanted, found = weights(one), weights(other)
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", OWN_WEIGHTS)
+def test_two_processes_that_share_out_what_learns_make_the_update_of_one(place: Path, case: str) -> None:
+    changes = {"train__batch_size": 3, "train__micro_batch_tokens": 16, "train__max_steps": 4, **FULL}
+    name = case.replace(" ", "-").replace(",", "")
+    write_config(place, **{**changes, **OWN_WEIGHTS[case]}, run__name=f"{name}-one")
+    assert completed(place, "finetune", "run.yaml").returncode == 0
+    write_config(place, **{**changes, **OWN_WEIGHTS[case]}, run__name=f"{name}-two")
+    assert together(place, "finetune", "run.yaml", FSDP) == [0, 0], said(place, "output0") + said(place, "output1")
+    one, two = (place / "runs" / f"{name}-{count}" for count in ("one", "two"))
+    assert_close(one, two)
+    before = load_file(place / "base" / "model.safetensors")
+    layer = "model.layers.1.mlp.up_proj.weight"
+    assert float((weights(two)[layer].float() - before[layer].float()).abs().max()) > 1e-3
+    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (one, two)]
+    for whole, parts in zip(*lines, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert json.loads(parts)[key] == pytest.approx(json.loads(whole)[key], rel=1e-3)
+    assert sorted(path.name for path in (two / "merged").iterdir()) == sorted(
+        path.name for path in (one / "merged").iterdir()
+    )
+    assert "Warning" not in said(place, "output0")
+
+
+def note_tensors() -> None:
+    """Write down how many bytes of tensors this process holds: weights, gradients, moments and all else."""
+    held: dict[int, int] = {}
+    for one in gc.get_objects():
+        if isinstance(one, torch.Tensor) and one.device.type != "meta":
+            storage = (one.to_local() if isinstance(one, DTensor) else one).untyped_storage()
+            if storage.nbytes():  # else it is gathered when its layer runs
+                held[storage.data_ptr()] = storage.nbytes()
+    Path(f"tensors{os.environ.get('RANK', '')}").write_text(str(sum(held.values())))
+
+
+def test_each_process_holds_its_part_of_gradients_and_moments_too(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path)
+    save_tiny(place / "base", chat_template=CHATML, num_hidden_layers=24)
+    write_config(place, **FULL, train__max_steps=3, data__validation=None)
+    troubles = {rank: at_step(3, note_tensors) for rank in (0, 1)}
+    assert together(place, "finetune", "run.yaml", FSDP, troubles=troubles) == [0, 0], said(place, "output0")
+    whole = 4 * 4 * sum(tensor.numel() for tensor in load_file(place / "base" / "model.safetensors").values())
+    for rank in (0, 1):
+        assert int((place / f"tensors{rank}").read_text()) < 0.6 * whole
+
+
+IN_A_PART = at_call("lmtune.training.checkpoint", "write_shards", KILL, 4)  # the moments of the second checkpoint
+BEFORE_THE_MANIFEST = at_call("lmtune.training.checkpoint", "_finish", KILL, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "killed", "at", "after"),
+    [(2, 0, BEFORE_THE_MANIFEST, 1), (1, 0, at_step(5, KILL), 2), (2, 1, IN_A_PART, 4)],
+)
+def test_full_tuning_goes_on_with_another_number_of_processes(
+    tmp_path: Path, before: int, killed: int, at: Trouble, after: int
+) -> None:
+    """A process is killed while all write their second checkpoint, which then is none."""
+    place, undisturbed = make_workplace(tmp_path / "work"), make_workplace(tmp_path / "other")
+    finetune(undisturbed, **FULL)
+    write_config(place, **FULL)
+    codes = together(place, "finetune", "run.yaml", FSDP, troubles={killed: at}, processes=before)
+    assert codes == [-9 if rank == killed else 1 for rank in range(before)]
+    if at is IN_A_PART:
+        assert "error: rank 0: a peer exited during saving step 6" in said(place, "output0")
+    folder = place / "runs/trial/checkpoints"
+    assert [path.name for path in checkpoint_folders(folder)] == ["step-000003"]
+    assert problem_of(folder / "step-000003") is None
+    codes = together(place, "finetune", "run.yaml", FSDP, processes=after)
+    assert codes == [0] * after, said(place, "output0")
+    assert "resumes after step 3" in said(place, "output0")
+    assert_close(undisturbed / "runs" / "trial", place / "runs" / "trial")
+    assert checkpoints(place) == ["step-000006", "step-000008"]
+
+
+def test_the_best_step_is_kept_and_a_damaged_part_is_found(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path)
+    write_config(place, **{**FULL, "train__learning_rate": 0.5}, evaluation__every_steps=1, run__keep_checkpoints=9)
+    assert together(place, "finetune", "run.yaml", FSDP) == [0, 0], said(place, "output0")
+    run = place / "runs" / "trial"
+    best = json.loads((run / "summary.json").read_text())["best_step"]
+    assert best < 8
+    folder = run / "checkpoints" / f"step-{best:06d}"
+    kept, saved = weights(run), checkpoint_weights(folder)
+    assert all(torch.equal(kept[key], tensor) for key, tensor in saved.items())
+    damaged = folder / "optimizer" / "shard-00002-model-00001-of-00001.safetensors"
+    damaged.unlink()
+    assert problem_of(folder) == "optimizer/shard-00002-model-00001-of-00001.safetensors is missing"
+
+
+def test_a_run_that_is_stopped_is_of_use_and_goes_on(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path)
+    write_config(place, **FULL)
+    assert together(place, "finetune", "run.yaml", FSDP, troubles={1: at_step(5, send(signal.SIGTERM))}) == [143, 143]
+    assert checkpoints(place) == ["step-000003", "step-000005"]
+    assert completed(place, "merge", "runs/trial", "--output", "so_far").returncode == 0
+    saved = checkpoint_weights(place / "runs/trial/checkpoints/step-000005")
+    assert all(torch.equal(saved[key], one) for key, one in load_file(place / "so_far/model.safetensors").items())
+
+
+def test_the_row_whose_gradient_is_no_number_is_named_alone(tmp_path: Path) -> None:
+    """Gradients are summed over processes in the backward pass, but a row that is fine is not blamed for another's."""
+    place = make_workplace(tmp_path)
+    rows = [dict(row) for row in QUESTIONS]
+    rows[MARKED]["prompt"] += MARK
+    write_rows(place / "train.jsonl", rows)
+    write_config(place, **FULL)
+    troubles = dict.fromkeys((0, 1), no_loss_for_the_marked)
+    assert together(place, "finetune", "run.yaml", FSDP, troubles=troubles) == [1, 1]
+    for output in ("output0", "output1"):
+        found = re.findall(r"^  (train\.jsonl:\d+)$", said(place, output), re.MULTILINE)
+        assert found == [f"train.jsonl:{MARKED + 1}"]
 
 
 def note_weights() -> None:
@@ -128,7 +264,7 @@ def test_one_that_hangs_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"tuning__kind": "full"}, "it shares out weights that are not trained; expected replicated"),
+        ({"tuning__kind": "full", "train__optimizer": "adamw_8bit"}, "cannot share out; expected adamw"),
         ({"model__offload": "layers"}, "each process holds a part of the base"),
     ],
 )

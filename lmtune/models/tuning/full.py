@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -62,7 +63,8 @@ class Full:
         Stored tensors that were not trained are copied bit for bit.
         """
         assert self.base is not None
-        changed = {name: parameter.detach() for name, parameter in model.trainable().items()} | dict(tensors or {})
+        own = {name: parameter.detach() for name, parameter in model.trainable().items()}
+        changed = ChainMap(cast(Any, tensors or {}), own)  # which reads none before it is asked for
         write_changed(self.base, model.base, changed, folder, metadata.stop_token_ids)
         with name_disk_errors(folder / METADATA):
             (folder / METADATA).write_text(json.dumps(metadata.as_dict(), indent=2) + "\n", encoding="utf-8")
