@@ -101,30 +101,31 @@ def make_base(folder: Path, layers: int = 12, width: int = 768) -> Path:
     return folder
 
 
-def measure(arm: dict[str, Any]) -> dict[str, Any]:
-    """Load, train and measure in this process."""
+def measure(arm: dict[str, Any], parallel: Any = None) -> dict[str, Any]:
+    """Load, train and measure in this process, which is one of `parallel`."""
     import psutil
 
     from lmtune.models.device import return_freed_memory
     from lmtune.training.run import estimated_memory
 
-    trained({**arm, "model": "tiny", "steps": 1})  # libraries and the first products are no memory of the run
+    trained({**arm, "model": "tiny", "steps": 1}, parallel)  # libraries and the first products are no memory of the run
     gc.collect()
     return_freed_memory()
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
-    parts, state, seen = trained(arm)
+    parts, state, seen = trained(arm, parallel)
     digest = hashlib.sha256(json.dumps(seen.losses).encode())
     for parameter in parts.model.trainable().values():
         digest.update(parameter.detach().numpy().tobytes())
+    planned = estimated_memory(parts, state.micro_batch_tokens)
     return {
-        "peak_gib": peak_resident_gib() - before / _GIB,
-        "planned_gib": estimated_memory(parts, state.micro_batch_tokens)["memory_gib"],
+        "load_gib": seen.loaded_gib - before / _GIB, "peak_gib": peak_resident_gib() - before / _GIB,
+        "planned_gib": planned["memory_gib"], "base_gib": planned["base_weights_gib"],
         "step_seconds": statistics.median(seen.seconds), "loss": seen.losses[-1], "sha256": digest.hexdigest(),
     }  # fmt: skip
 
 
-def trained(arm: dict[str, Any]) -> tuple[Any, Any, Any]:
+def trained(arm: dict[str, Any], parallel: Any = None) -> tuple[Any, Any, Any]:
     """A run's parts, its state at the end, and what was seen of its steps."""
     from lmtune.config.load import build_config
     from lmtune.config.schema import FinetuneConfig
@@ -138,6 +139,7 @@ def trained(arm: dict[str, Any]) -> tuple[Any, Any, Any]:
             "offload": "layers" if arm["resident"] else "none", "resident_layers": arm["resident"] or 2,
         },
         "data": {"train": "examples/support.jsonl"},
+        "tuning": {"use_dora": arm.get("dora", False)},
         "train": {
             "max_steps": arm["steps"],
             "batch_size": 8, "micro_batch_tokens": arm["micro_batch"],
@@ -145,16 +147,17 @@ def trained(arm: dict[str, Any]) -> tuple[Any, Any, Any]:
         },
         "run": {"dir": arm["folder"], "name": "trial"},
     }  # fmt: skip
-    parts, seen = compose(build_config(FinetuneConfig, tree, "benchmark"), Single()), _Seen()
+    parts, seen = compose(build_config(FinetuneConfig, tree, "benchmark"), parallel or Single()), _Seen()
     job, state = parts.job()
     train(job, [seen], state)
     return parts, state, seen
 
 
 class _Seen:
-    """Losses and seconds of the steps."""
+    """Losses and seconds of the steps, and the peak of memory before them."""
 
     def __init__(self) -> None:
+        self.loaded_gib = peak_resident_gib()
         self.losses, self.seconds = list[float](), list[float]()
 
     def after_step(self, event: Any) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lmtune.errors import LmtuneError, ModelError
 from lmtune.models.device import is_out_of_memory
+from lmtune.models.offload import LayerStream
 from lmtune.models.structure import decoder_layers
 from lmtune.models.tuning.base import TunedModel
 from lmtune.parallel.base import Parallel
@@ -60,8 +61,10 @@ class Sharded(Replicated):
         _keep_quantization(layers)
         body.register_forward_pre_hook(lambda *_: self._watchdog.enter())
         body.register_forward_hook(lambda *_: None if self._in_passes else self._watchdog.leave())
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, ignored_params=whole)
+        stream: LayerStream | None = vars(model.base).pop("lmtune_stream", None)
+        for index, layer in enumerate(layers):
+            with contextlib.nullcontext() if stream is None else stream.layer(index):
+                fully_shard(layer, mesh=mesh, ignored_params=whole)
         fully_shard(body, mesh=mesh, ignored_params=whole)  # ties the layers' passes together
         with torch.no_grad():
             for tensor in (*whole, *model.module.buffers()):

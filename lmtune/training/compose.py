@@ -258,12 +258,11 @@ def _compose(
     stored = _with_dtype(config, parallel)
     dtype = DTYPES[stored.dtype]
     tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
-    can_offload = can_stream(config.tuning) and not parallel.equal_passes
-    offload = stored.offload if can_offload else "none"
+    offload = stored.offload if can_stream(config.tuning) else "none"
     loaded = replace(stored, dtype=tuning.load_dtype or stored.dtype, offload=offload)
     base = (
-        load_model(loaded, parallel.load_device, head) if shared is None
-        else shared.base(loaded, parallel.load_device, head, tuning)
+        load_model(loaded, parallel.load_device, head, parallel.equal_passes) if shared is None
+        else shared.base(loaded, parallel.load_device, head, parallel.equal_passes, tuning)
     )  # fmt: skip
     if head is None and classifier_head(base) is not None:
         raise ModelError(
