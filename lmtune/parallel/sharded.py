@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lmtune.errors import LmtuneError, ModelError
-from lmtune.models.device import is_out_of_memory
+from lmtune.models.device import is_out_of_memory, return_large_blocks
 from lmtune.models.offload import LayerStream
 from lmtune.models.structure import decoder_layers
 from lmtune.models.tuning.base import TunedModel
@@ -61,6 +61,7 @@ class Sharded(Replicated):
         _keep_quantization(layers)
         body.register_forward_pre_hook(lambda *_: self._watchdog.enter())
         body.register_forward_hook(lambda *_: None if self._in_passes else self._watchdog.leave())
+        return_large_blocks()
         stream: LayerStream | None = vars(model.base).pop("lmtune_stream", None)
         for index, layer in enumerate(layers):
             with contextlib.nullcontext() if stream is None else stream.layer(index):

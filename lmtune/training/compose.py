@@ -364,6 +364,8 @@ def _choose_micro_batch(
     activations = measured or memory.estimated_activations(shape, forward.dtype)
     # the weights are there already; their gradients and moments come with the first step
     coming = memory.trained_bytes(shape, forward.dtype, MOMENT_BYTES[config.train.optimizer]) - 4 * parameters.trained
+    if parallel.equal_passes:
+        coming += int(memory.gathered_bytes(shape, config.model.quantization, forward.dtype))
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
     rows = config.objective.rows
     longest, free = memory.longest_unit(data.train.sequences, rows), max(0, free_memory(device) - coming)
