@@ -68,6 +68,8 @@ class Forecast:
     parameters: Parameters
     seconds: Seconds
     advice: tuple[str, ...]
+    longest: int  # tokens of the row, or pair, that has the most; it is never cut
+    longest_fitting: int
     offload: str = ""
     sharding: str = ""
 
@@ -88,6 +90,7 @@ class Forecast:
             ("rows", f"{self.rows:,}"),
             ("optimizer steps", f"{self.steps:,}"),
             ("tokens read", f"{self.tokens:,} ({self.trained_tokens / max(1, self.tokens):.0%} trained)"),
+            ("longest row", f"{self.longest:,} tokens; up to about {self.longest_fitting:,} fit"),
             ("micro-batch", f"up to {self.micro_batch_tokens:,} tokens"),
             ("gradient checkpointing", f"{self.checkpointed_layers} layers" if self.checkpointed_layers else "off"),
             ("precision", self.precision),
@@ -126,6 +129,8 @@ def forecast(
         memory.estimated_activations(shape, dtype), longest, int(left), device.type,
         None if setting == "auto" else setting, kind,
     )  # fmt: skip
+    may_checkpoint = config.train.gradient_checkpointing is not False
+    most = memory.longest_fitting(memory.estimated_activations(shape, dtype), left, device.type, may_checkpoint)
     if setting != "auto":
         budget = setting
     if config.train.gradient_checkpointing != "auto":
@@ -151,11 +156,17 @@ def forecast(
         answers=0.0 if held_out is None else _answer_seconds(shape, config, held_out, scoring, device.type, scorers),
     )
     advice = _advice(config, shape, part, free / GIB, device, checkpointed)
+    if longest > most > 0:
+        advice += (
+            f"the longest row has {longest:,} tokens, and about {most:,} fit: set data.max_length={most}, with "
+            "data.too_long=split to keep all of a plain text; no row is shared out over several devices",
+        )
     precision = describe_dtype(config.model, device, dtype)
+    offload = "" if reason is None else f"{resident} of {shape.num_layers} layers in memory at once: {reason}"
+    sharding = "" if shards == 1 else f"a process holds 1/{shards} of each layer, and two layers at work"
     return Forecast(
         steps, num_rows, tokens, int(tokens * share), budget, checkpointed, precision, part, free / GIB,
-        parameters, seconds, advice, "" if reason is None else f"{resident} of {shape.num_layers} layers in memory at "
-        f"once: {reason}", "" if shards == 1 else f"a process holds 1/{shards} of each layer, and two layers at work",
+        parameters, seconds, advice, longest, most, offload, sharding,
     )  # fmt: skip
 
 

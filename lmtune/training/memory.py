@@ -234,6 +234,13 @@ def fitting_micro_batch(
     return max(longest, tokens), activations.num_layers
 
 
+def longest_fitting(activations: ActivationBytes, free_bytes: float, device_type: str, checkpoints: bool = True) -> int:
+    """About how many tokens the longest row can have: alone in a pass, with every layer checkpointed if they may be."""
+    layers = activations.num_layers if checkpoints else 0
+    room = free_bytes * _SHARE[device_type] - activations.constant(layers)
+    return max(0, int(room / activations.per_token(layers)))
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: of the GPU's allocator, or resident on the CPU."""
     if device.type == "cuda":
