@@ -14,6 +14,7 @@ import argparse
 import gc
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -104,6 +105,7 @@ def make_base(folder: Path, layers: int = 12, width: int = 768) -> Path:
 def measure(arm: dict[str, Any], parallel: Any = None) -> dict[str, Any]:
     """Load, train and measure in this process, which is one of `parallel`."""
     import psutil
+    import torch
 
     from lmtune.models.device import return_freed_memory
     from lmtune.training.run import estimated_memory
@@ -117,6 +119,8 @@ def measure(arm: dict[str, Any], parallel: Any = None) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(seen.losses).encode())
     for parameter in parts.model.trainable().values():
         digest.update(parameter.detach().numpy().tobytes())
+    if "weights" in arm:
+        torch.save([parameter.detach() for parameter in parts.model.trainable().values()], arm["weights"])
     planned = estimated_memory(parts, state.micro_batch_tokens)
     return {
         "load_gib": seen.loaded_gib - before / _GIB, "peak_gib": peak_resident_gib() - before / _GIB,
@@ -133,12 +137,14 @@ def trained(arm: dict[str, Any], parallel: Any = None) -> tuple[Any, Any, Any]:
     from lmtune.training.compose import compose
     from lmtune.training.loop import train
 
+    objective = arm.get("objective", "sft")
     tree = {
         "model": {
             "name": arm["model"], "quantization": arm["quantization"], "dtype": arm["dtype"],
             "offload": "layers" if arm["resident"] else "none", "resident_layers": arm["resident"] or 2,
         },
-        "data": {"train": "examples/support.jsonl"},
+        "data": {"train": str(rows_for(objective, Path(arm["folder"])))},
+        "objective": {"kind": objective},
         "tuning": {"use_dora": arm.get("dora", False)},
         "train": {
             "max_steps": arm["steps"],
@@ -151,6 +157,26 @@ def trained(arm: dict[str, Any], parallel: Any = None) -> tuple[Any, Any, Any]:
     job, state = parts.job()
     train(job, [seen], state)
     return parts, state, seen
+
+
+def rows_for(objective: str, folder: Path) -> Path:
+    """The example's rows, as they are or changed into those of another objective."""
+    source = Path("examples/support.jsonl")
+    if objective == "sft":
+        return source
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    if objective == "dpo":
+        others = [row["completion"] for row in rows]
+        made = [
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other}
+            for row, other in zip(rows, others[1:] + others[:1], strict=True)
+            if row["completion"] != other
+        ]
+    else:
+        made = [{"text": row["prompt"], "label": "long" if len(row["completion"]) > 40 else "short"} for row in rows]
+    path = folder / f"{objective}.{os.getpid()}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return path
 
 
 class _Seen:
