@@ -14,6 +14,7 @@ import argparse
 import gc
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -101,30 +102,34 @@ def make_base(folder: Path, layers: int = 12, width: int = 768) -> Path:
     return folder
 
 
-def measure(arm: dict[str, Any]) -> dict[str, Any]:
-    """Load, train and measure in this process."""
+def measure(arm: dict[str, Any], parallel: Any = None) -> dict[str, Any]:
+    """Load, train and measure in this process, which is one of `parallel`."""
     import psutil
+    import torch
 
     from lmtune.models.device import return_freed_memory
     from lmtune.training.run import estimated_memory
 
-    trained({**arm, "model": "tiny", "steps": 1})  # libraries and the first products are no memory of the run
+    trained({**arm, "model": "tiny", "steps": 1}, parallel)  # libraries and the first products are no memory of the run
     gc.collect()
     return_freed_memory()
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
-    parts, state, seen = trained(arm)
+    parts, state, seen = trained(arm, parallel)
     digest = hashlib.sha256(json.dumps(seen.losses).encode())
     for parameter in parts.model.trainable().values():
         digest.update(parameter.detach().numpy().tobytes())
+    if "weights" in arm:
+        torch.save([parameter.detach() for parameter in parts.model.trainable().values()], arm["weights"])
+    planned = estimated_memory(parts, state.micro_batch_tokens)
     return {
-        "peak_gib": peak_resident_gib() - before / _GIB,
-        "planned_gib": estimated_memory(parts, state.micro_batch_tokens)["memory_gib"],
+        "load_gib": seen.loaded_gib - before / _GIB, "peak_gib": peak_resident_gib() - before / _GIB,
+        "planned_gib": planned["memory_gib"], "base_gib": planned["base_weights_gib"],
         "step_seconds": statistics.median(seen.seconds), "loss": seen.losses[-1], "sha256": digest.hexdigest(),
     }  # fmt: skip
 
 
-def trained(arm: dict[str, Any]) -> tuple[Any, Any, Any]:
+def trained(arm: dict[str, Any], parallel: Any = None) -> tuple[Any, Any, Any]:
     """A run's parts, its state at the end, and what was seen of its steps."""
     from lmtune.config.load import build_config
     from lmtune.config.schema import FinetuneConfig
@@ -132,12 +137,15 @@ def trained(arm: dict[str, Any]) -> tuple[Any, Any, Any]:
     from lmtune.training.compose import compose
     from lmtune.training.loop import train
 
+    objective = arm.get("objective", "sft")
     tree = {
         "model": {
             "name": arm["model"], "quantization": arm["quantization"], "dtype": arm["dtype"],
             "offload": "layers" if arm["resident"] else "none", "resident_layers": arm["resident"] or 2,
         },
-        "data": {"train": "examples/support.jsonl"},
+        "data": {"train": str(rows_for(objective, Path(arm["folder"])))},
+        "objective": {"kind": objective},
+        "tuning": {"use_dora": arm.get("dora", False)},
         "train": {
             "max_steps": arm["steps"],
             "batch_size": 8, "micro_batch_tokens": arm["micro_batch"],
@@ -145,16 +153,37 @@ def trained(arm: dict[str, Any]) -> tuple[Any, Any, Any]:
         },
         "run": {"dir": arm["folder"], "name": "trial"},
     }  # fmt: skip
-    parts, seen = compose(build_config(FinetuneConfig, tree, "benchmark"), Single()), _Seen()
+    parts, seen = compose(build_config(FinetuneConfig, tree, "benchmark"), parallel or Single()), _Seen()
     job, state = parts.job()
     train(job, [seen], state)
     return parts, state, seen
 
 
+def rows_for(objective: str, folder: Path) -> Path:
+    """The example's rows, as they are or changed into those of another objective."""
+    source = Path("examples/support.jsonl")
+    if objective == "sft":
+        return source
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    if objective == "dpo":
+        others = [row["completion"] for row in rows]
+        made = [
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other}
+            for row, other in zip(rows, others[1:] + others[:1], strict=True)
+            if row["completion"] != other
+        ]
+    else:
+        made = [{"text": row["prompt"], "label": "long" if len(row["completion"]) > 40 else "short"} for row in rows]
+    path = folder / f"{objective}.{os.getpid()}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return path
+
+
 class _Seen:
-    """Losses and seconds of the steps."""
+    """Losses and seconds of the steps, and the peak of memory before them."""
 
     def __init__(self) -> None:
+        self.loaded_gib = peak_resident_gib()
         self.losses, self.seconds = list[float](), list[float]()
 
     def after_step(self, event: Any) -> None:

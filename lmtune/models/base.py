@@ -26,8 +26,8 @@ from lmtune.models.device import BF16_GAIN, bf16_speedup, default_device, free_m
 from lmtune.models.gguf import gguf_digest, gguf_folder, gguf_parameters, is_gguf
 from lmtune.models.head import Head, prepare_head
 from lmtune.models.libraries import quiet_libraries
-from lmtune.models.offload import LayerStream, base_bytes, reason_to_stream, stream_for
-from lmtune.models.structure import config_and_class, empty_model
+from lmtune.models.offload import LayerStream, MappedFiles, base_bytes, reason_to_stream, stream_for
+from lmtune.models.structure import config_and_class, decoder_layers, empty_model
 from lmtune.models.validate import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -92,7 +92,7 @@ def load_tokenizer(model: ModelConfig, alone: bool = False) -> PreTrainedTokeniz
 
 
 def load_model(
-    model: ModelConfig, device: torch.device | str | None = None, head: Head | None = None
+    model: ModelConfig, device: torch.device | str | None = None, head: Head | None = None, to_shard: bool = False
 ) -> PreTrainedModel:  # fmt: skip
     """The base model with frozen weights, in evaluation mode.
 
@@ -100,6 +100,7 @@ def load_model(
         model: name, revision, quantization and dtype.
         device: where to; by default `default_device()`.
         head: make a classifier of it; its head, in fp32, is new where the stored model has no head of these outputs.
+        to_shard: it will be sharded layer by layer; until then its layers are in mapped files, whatever its size.
 
     Raises:
         ModelError: the model cannot be found, read, or held in the quantization asked for.
@@ -112,12 +113,12 @@ def load_model(
     dtype = dtype_of(model, device)
     quantization = "" if model.quantization == "none" else f" in {model.quantization}"
     try:
-        stream = _stream(model, path, dtype, device, head)
+        stream = _stream_to_shard(model, path, head) if to_shard else _stream(model, path, dtype, device, head)
         streaming = contextlib.nullcontext() if stream is None else stream.loading()
         with progress(f"loading {model.name}{quantization}"), streaming:
             loaded = _load_cached_or_quantize(model, path, dtype, device, head, stream)
         if stream is not None:
-            stream.attach(loaded)
+            (stream.hold if to_shard else stream.attach)(loaded)
     except LmtuneError:
         raise
     except Exception as error:
@@ -149,6 +150,12 @@ def _stream(
         return None
     err.print(f"offload: {model.resident_layers} layers of the base are in memory at once: {reason}")
     return stream_for(model, empty, device)
+
+
+def _stream_to_shard(model: ModelConfig, path: str, head: Head | None) -> LayerStream | None:
+    """What brings one layer after the other to be sharded; None without a list of layers, which cannot be."""
+    has_layers = decoder_layers(empty_model(path, model.revision, head)) is not None
+    return LayerStream(MappedFiles(), 1) if has_layers else None
 
 
 def fit_head(model: ModelConfig, loaded: PreTrainedModel, head: Head | None) -> None:

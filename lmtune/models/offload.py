@@ -263,20 +263,34 @@ class LayerStream:
         yield
         self.store.release(stored)
 
-    def attach(self, base: PreTrainedModel) -> None:
-        """Let the layers of `base`, which was loaded in `loading`, come and go with its passes; the rest stays."""
+    def hold(self, base: PreTrainedModel) -> torch.nn.ModuleList:
+        """Know the layers of `base`, which was loaded in `loading`, and return them; what is outside of them stays."""
         layers = decoder_layers(base)
         assert layers is not None
         self._weights = [[weight for weight in _weights_of(layer) if self.store.has(weight)] for layer in layers]
-        self._kept = set(range(self.resident_layers - 2))
         inside = {id(weight) for weights in self._weights for weight in weights}
         outside = [weight for weight in _weights_of(base) if self.store.has(weight) and id(weight) not in inside]
         self.store.fetch(outside)
         self.store.wait()
+        base.lmtune_stream = self
+        return layers
+
+    def attach(self, base: PreTrainedModel) -> None:
+        """Let the layers of `base`, which was loaded in `loading`, come and go with its passes; the rest stays."""
+        layers = self.hold(base)
+        self._kept = set(range(self.resident_layers - 2))
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
             layer.register_forward_hook(lambda module, args, output, index=index: self._watch(index, output))
-        base.lmtune_stream = self
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[None]:
+        """A layer is in memory inside the block, which may put other weights in the place of its own."""
+        stored = [weight.data for weight in self._weights[index] if self.store.has(weight)]
+        self.store.fetch(stored)
+        self.store.wait()
+        yield
+        self.store.release(stored)
 
     def use(self, index: int, step: int) -> None:
         """Have a layer in memory, and the one that follows in this direction on its way.

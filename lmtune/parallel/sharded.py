@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lmtune.errors import LmtuneError, ModelError
-from lmtune.models.device import is_out_of_memory
+from lmtune.models.device import is_out_of_memory, return_large_blocks
+from lmtune.models.offload import LayerStream
 from lmtune.models.structure import decoder_layers
 from lmtune.models.tuning.base import TunedModel
 from lmtune.parallel.base import GradientBuffer, Parallel
@@ -70,8 +71,11 @@ class Sharded(Replicated):
         _keep_quantization(layers)
         body.register_forward_pre_hook(lambda *_: self._watchdog.enter())
         body.register_forward_hook(lambda *_: None if self._in_passes else self._watchdog.leave())
-        for layer in layers:
-            sharded = fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        return_large_blocks()
+        stream: LayerStream | None = vars(model.base).pop("lmtune_stream", None)
+        for index, layer in enumerate(layers):
+            with contextlib.nullcontext() if stream is None else stream.layer(index):
+                sharded = fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=whole)
             sharded.set_gradient_divide_factor(1.0)  # the loss's denominator is of all ranks
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
         fully_shard(body, mesh=mesh, ignored_params=whole)  # ties the layers' passes together

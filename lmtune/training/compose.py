@@ -259,12 +259,11 @@ def _compose(
     stored = _with_dtype(config, parallel)
     dtype = DTYPES[stored.dtype]
     tuning = TUNINGS[type(config.tuning)](config.tuning, stored, None if start is None else start.folder)
-    can_offload = can_stream(config.tuning) and not parallel.equal_passes
-    offload = stored.offload if can_offload else "none"
+    offload = stored.offload if can_stream(config.tuning) else "none"
     loaded = replace(stored, dtype=tuning.load_dtype or stored.dtype, offload=offload)
     base = (
-        load_model(loaded, parallel.load_device, head) if shared is None
-        else shared.base(loaded, parallel.load_device, head, tuning)
+        load_model(loaded, parallel.load_device, head, parallel.equal_passes) if shared is None
+        else shared.base(loaded, parallel.load_device, head, parallel.equal_passes, tuning)
     )  # fmt: skip
     if head is None and classifier_head(base) is not None:
         raise ModelError(
@@ -367,6 +366,8 @@ def _choose_micro_batch(
     # the weights are there already; their gradients and moments come with the first step, each where its weight is
     coming = memory.trained_bytes(shape, forward.dtype, MOMENT_BYTES[config.train.optimizer]) - 4 * parameters.trained
     coming = int(coming * held_share(trainable(forward.model)))
+    if parallel.equal_passes:
+        coming += int(memory.gathered_bytes(shape, config.model.quantization, forward.dtype))
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
     rows = config.objective.rows
     longest, free = memory.longest_unit(data.train.sequences, rows), max(0, free_memory(device) - coming)

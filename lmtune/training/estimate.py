@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from lmtune.batching.plan import Planner, TokenCost
-from lmtune.config.schema import FinetuneConfig, FullConfig, LoraConfig, ModelConfig, PartialConfig
+from lmtune.config.schema import FinetuneConfig, FsdpConfig, FullConfig, LoraConfig, ModelConfig, PartialConfig
 from lmtune.data.sequences import SequenceTable
 from lmtune.errors import ModelError
 from lmtune.io.text import size_text
@@ -68,7 +68,10 @@ class Forecast:
     parameters: Parameters
     seconds: Seconds
     advice: tuple[str, ...]
+    longest: int  # tokens of the row, or pair, that has the most; it is never cut
+    longest_fitting: int
     offload: str = ""
+    sharding: str = ""
 
     def lines(self) -> list[tuple[str, str]]:
         """Name and value of each line."""
@@ -87,10 +90,12 @@ class Forecast:
             ("rows", f"{self.rows:,}"),
             ("optimizer steps", f"{self.steps:,}"),
             ("tokens read", f"{self.tokens:,} ({self.trained_tokens / max(1, self.tokens):.0%} trained)"),
+            ("longest row", f"{self.longest:,} tokens; up to about {self.longest_fitting:,} fit"),
             ("micro-batch", f"up to {self.micro_batch_tokens:,} tokens"),
             ("gradient checkpointing", f"{self.checkpointed_layers} layers" if self.checkpointed_layers else "off"),
             ("precision", self.precision),
             *[("offload", self.offload)] * bool(self.offload),
+            *[("sharding", self.sharding)] * bool(self.sharding),
             ("parameters", self.parameters.describe()),
             *((f"memory: {name}", size_text(size)) for name, size in sizes),
             ("memory: total, estimated", f"{size_text(part.total)} of {size_text(self.free_gib)} free"),
@@ -103,16 +108,18 @@ def forecast(
     config: FinetuneConfig, rows: SequenceTable, device: torch.device, processes: int,
     held_out: SequenceTable | None = None,
 ) -> Forecast:  # fmt: skip
-    """Plan a run over the sequences of `rows`, scored on those of `held_out`."""
+    """Plan a run over the sequences of `rows`, scored on those of `held_out`; memory is that of one process."""
     dtype, quantization = dtype_of(config.model, device), config.model.quantization
     shape, parameters = planned_shape(config.model, config.tuning, dtype, unread_head(config.objective))
     share = float(rows.num_targets.sum() / rows.num_tokens.sum())
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
     whole = memory.base_weights(shape, quantization, dtype)
-    reason = reason_to_stream(config.model, whole, free) if can_stream(config.tuning) else None
+    shards = processes if isinstance(config.parallel, FsdpConfig) else 1
+    streams = can_stream(config.tuning) and shards == 1
+    reason = reason_to_stream(config.model, whole, free) if streams else None
     resident = config.model.resident_layers if reason is not None else None
-    left = max(0.0, free - memory.base_weights(shape, quantization, dtype, resident))
-    dense = memory.dense_copies(shape, quantization, dtype, left if resident is None else 0)
+    left = max(0.0, free - memory.base_weights(shape, quantization, dtype, resident, shards))
+    dense = memory.dense_copies(shape, quantization, dtype, left if resident is None and shards == 1 else 0)
     moments = MOMENT_BYTES[config.train.optimizer]
     left = max(0.0, left - dense - memory.trained_bytes(shape, dtype, moments))
     setting = config.train.micro_batch_tokens
@@ -122,6 +129,8 @@ def forecast(
         memory.estimated_activations(shape, dtype), longest, int(left), device.type,
         None if setting == "auto" else setting, kind,
     )  # fmt: skip
+    may_checkpoint = config.train.gradient_checkpointing is not False
+    most = memory.longest_fitting(memory.estimated_activations(shape, dtype), left, device.type, may_checkpoint)
     if setting != "auto":
         budget = setting
     if config.train.gradient_checkpointing != "auto":
@@ -131,23 +140,33 @@ def forecast(
     epochs = steps * config.train.batch_size / num_rows
     tokens, per_step = int(all_tokens * epochs), int(all_tokens / num_rows * config.train.batch_size)
     micro_batch = min(max(budget, longest), per_step)
-    part = memory.estimate(shape, micro_batch, quantization, dtype, share, checkpointed, dense, moments, resident)
+    part = memory.estimate(
+        shape, micro_batch, quantization, dtype, share, checkpointed, dense, moments, resident, shards
+    )  # fmt: skip
     rate = matmul_rate(device, dtype) * _EFFICIENCY * (processes if device.type == "cuda" else 1)
     again = 1 + checkpointed / shape.num_layers / 3
     work = tokens * flop_per_token(shape, share, _mean_context(rows.num_tokens))
     work += max(steps, tokens / max(1, micro_batch)) * 6 * shape.rank * shape.adapted_experts  # of each pass
+    loaded = whole if shards > 1 else part.base_weights * GIB  # each process reads all, and keeps its part
+    scoring, scorers = rate / shards, processes // shards  # sharded, each scores all rows
     seconds = Seconds(
-        loading=_loading_seconds(shape, config.model, part.base_weights * GIB, device.type),
+        loading=_loading_seconds(shape, config.model, loaded, device.type),
         training=work * again / rate,
-        scoring=0.0 if held_out is None else _scoring_seconds(shape, config, held_out, steps, rate),
-        answers=0.0 if held_out is None else _answer_seconds(shape, config, held_out, rate, device.type, processes),
+        scoring=0.0 if held_out is None else _scoring_seconds(shape, config, held_out, steps, scoring),
+        answers=0.0 if held_out is None else _answer_seconds(shape, config, held_out, scoring, device.type, scorers),
     )
     advice = _advice(config, shape, part, free / GIB, device, checkpointed)
+    if longest > most > 0:
+        advice += (
+            f"the longest row has {longest:,} tokens, and about {most:,} fit: set data.max_length={most}, with "
+            "data.too_long=split to keep all of a plain text; no row is shared out over several devices",
+        )
     precision = describe_dtype(config.model, device, dtype)
+    offload = "" if reason is None else f"{resident} of {shape.num_layers} layers in memory at once: {reason}"
+    sharding = "" if shards == 1 else f"a process holds 1/{shards} of each layer, and two layers at work"
     return Forecast(
         steps, num_rows, tokens, int(tokens * share), budget, checkpointed, precision, part, free / GIB,
-        parameters, seconds, advice, "" if reason is None else f"{resident} of {shape.num_layers} layers in memory at "
-        f"once: {reason}",
+        parameters, seconds, advice, longest, most, offload, sharding,
     )  # fmt: skip
 
 

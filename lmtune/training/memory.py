@@ -127,15 +127,31 @@ def _experts_per_token(config: Any) -> int:
     return next((value for value in found if isinstance(value, int) and value > 0), 1)
 
 
-def base_weights(shape: ModelShape, quantization: str, dtype: torch.dtype, resident_layers: int | None = None) -> float:
+def base_weights(
+    shape: ModelShape, quantization: str, dtype: torch.dtype, resident_layers: int | None = None, shards: int = 1
+) -> float:
     """Bytes of the frozen weights; experts, embeddings, head, router and norms are not quantized.
 
-    With `resident_layers` no more decoder layers than these are in memory; else all of them are.
+    With `resident_layers` no more decoder layers than these are in memory; else all of them are. With `shards` a
+    process holds one of so many parts of each layer, and the layers that it has gathered.
     """
-    wide = dtype.itemsize
-    layers = shape.linear_parameters * QUANTIZED_BYTES.get(quantization, wide) + shape.expert_parameters * wide
+    layers = _layers_bytes(shape, quantization, dtype)
+    others = (shape.other_parameters - shape.own_parameters) * dtype.itemsize
+    if shards > 1:
+        scales = shape.linear_parameters * (QUANTIZED_BYTES.get(quantization, 0.0) % 0.5)  # what is beside the codes
+        return (layers - scales) / shards + scales + gathered_bytes(shape, quantization, dtype) + others
     resident = 1.0 if resident_layers is None else min(1.0, resident_layers / shape.num_layers)
-    return layers * resident + (shape.other_parameters - shape.own_parameters) * wide
+    return layers * resident + others
+
+
+def gathered_bytes(shape: ModelShape, quantization: str, dtype: torch.dtype) -> float:
+    """Bytes of the sharded layers that are whole at once: one as it was received, and one at work or the next one."""
+    return 2 * _layers_bytes(shape, quantization, dtype) / shape.num_layers
+
+
+def _layers_bytes(shape: ModelShape, quantization: str, dtype: torch.dtype) -> float:
+    wide = dtype.itemsize
+    return shape.linear_parameters * QUANTIZED_BYTES.get(quantization, wide) + shape.expert_parameters * wide
 
 
 def trained_bytes(shape: ModelShape, dtype: torch.dtype, moments: int = 8) -> int:
@@ -152,13 +168,13 @@ def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_
 
 def estimate(
     shape: ModelShape, tokens: int, quantization: str, dtype: torch.dtype, trained_share: float, checkpointed: int = 0,
-    dense_bytes: float = 0, moments: int = 8, resident_layers: int | None = None,
+    dense_bytes: float = 0, moments: int = 8, resident_layers: int | None = None, shards: int = 1,
 ) -> MemoryEstimate:  # fmt: skip
     """The memory of one training step over a micro-batch of `tokens`, of which `trained_share` are trained.
 
     `dtype` is that of computation and of unquantized weights; `checkpointed` is a number of layers; `dense_bytes` are
     those of matrices held beside quantized weights; `moments` are those that the optimizer keeps of a trained weight;
-    `resident_layers` is as in `base_weights`.
+    `resident_layers` and `shards` are as in `base_weights`.
     """
     wide = dtype.itemsize
     activations = estimated_activations(shape, dtype)
@@ -167,9 +183,10 @@ def estimate(
     trained = trained_bytes(shape, dtype, moments)
     # what `measure_activations` keeps has the room of gradients, moments and logits, which come later
     measured = _PROBE_TOKENS[1] * (activations.num_layers * activations.layer + activations.outside)
+    measured = 0.0 if shards > 1 else measured  # not where weights are gathered
     room = trained - 4 * (shape.adapter_parameters + shape.own_parameters) + logits
     return MemoryEstimate(
-        base_weights=base_weights(shape, quantization, dtype, resident_layers) / GIB,
+        base_weights=base_weights(shape, quantization, dtype, resident_layers, shards) / GIB,
         trained_and_optimizer=trained / GIB,
         activations=max(tokens * activations.per_token(checkpointed), measured - room) / GIB,
         logits=logits / GIB,
@@ -215,6 +232,13 @@ def fitting_micro_batch(
         if tokens >= wanted:
             return min(most, tokens), checkpointed
     return max(longest, tokens), activations.num_layers
+
+
+def longest_fitting(activations: ActivationBytes, free_bytes: float, device_type: str, checkpoints: bool = True) -> int:
+    """About how many tokens the longest row can have: alone in a pass, with every layer checkpointed if they may be."""
+    layers = activations.num_layers if checkpoints else 0
+    room = free_bytes * _SHARE[device_type] - activations.constant(layers)
+    return max(0, int(room / activations.per_token(layers)))
 
 
 def peak_memory_gib(device: torch.device) -> float:

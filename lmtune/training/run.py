@@ -212,12 +212,14 @@ def estimated_memory(parts: Components, micro_batch_tokens: int) -> dict[str, fl
     share = float(rows.num_targets.sum() / rows.num_tokens.sum())
     per_step = int(rows.tokens_per_epoch / rows.rows_per_epoch * config.train.batch_size)
     quantization, dtype = config.model.quantization, parts.forward.dtype
-    is_whole = not is_streamed(parts.forward.base)
+    shards = parts.parallel.world_size if parts.parallel.equal_passes else 1
+    is_streaming = is_streamed(parts.forward.base)
+    free = 0 if is_streaming or shards > 1 else free_memory(parts.parallel.device)
     expected = memory.estimate(
         shape, min(max(micro_batch_tokens, longest), per_step), quantization, dtype, share,
         memory.checkpointed_layers(parts.forward.base),
-        memory.dense_copies(shape, quantization, dtype, free_memory(parts.parallel.device) if is_whole else 0),
-        MOMENT_BYTES[config.train.optimizer], None if is_whole else config.model.resident_layers,
+        memory.dense_copies(shape, quantization, dtype, free),
+        MOMENT_BYTES[config.train.optimizer], config.model.resident_layers if is_streaming else None, shards,
     )  # fmt: skip
     return {f"{name}_gib": round(size, 4) for name, size in {**asdict(expected), "memory": expected.total}.items()}
 

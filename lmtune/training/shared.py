@@ -40,10 +40,13 @@ class Shared:
             self._held[what] = key, make()
         return cast(T, self._held[what][1])
 
-    def base(self, model: ModelConfig, device: torch.device, head: Head | None, tuning: Tuning) -> PreTrainedModel:
+    def base(
+        self, model: ModelConfig, device: torch.device, head: Head | None, to_shard: bool, tuning: Tuning
+    ) -> PreTrainedModel:  # fmt: skip
         """As `load_model`: a copy over the weights that are held, but for those that `tuning` changes and the head."""
         outputs = None if head is None else (head.kind, head.labels)
-        loaded = self.get("base", (model, device, outputs), lambda: load_model(model, device, head))
+        key = model, device, outputs, to_shard
+        loaded = self.get("base", key, lambda: load_model(model, device, head, to_shard))
         own = list(tuning.changed(loaded))
         layer = classifier_head(loaded)
         if layer is not None:

@@ -349,7 +349,7 @@ def test_a_labelled_conversation_may_end_with_an_answer() -> None:
         ({"chosen": [QUESTION, answer(), QUESTION, GOOD], "rejected": [QUESTION, BAD, QUESTION, BAD]}, "pair",
          ["differ at turn 2", "end both with the first answer"]),
         ({"prompt": "other", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]}, "pair", ["prompt", "keep one"]),
-        ({"prompt": [QUESTION, answer()], **HALVES}, "pair", ["prompt ends with assistant", "expected a turn of the user"]),
+        ({"prompt": [QUESTION, answer()], **HALVES}, "pair", ["prompt ends with assistant", "a turn of the user"]),
         ({"input": "q", "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "pair", ["input is a string"]),
         ({"input": {"messages": ASKED, "tools": CALL}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
          "pair", ["input.tools[0] is a call"]),

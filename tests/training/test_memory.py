@@ -17,7 +17,7 @@ from lmtune.models.device import free_memory, return_freed_memory
 from lmtune.models.parameters import Parameters, count_parameters
 from lmtune.models.tuning.base import trainable
 from lmtune.models.tuning.lora import attach_adapter
-from lmtune.training.estimate import flop_per_token, forecast, planned_shape
+from lmtune.training.estimate import Forecast, flop_per_token, forecast, planned_shape
 from lmtune.training.memory import (
     GIB,
     ActivationBytes,
@@ -173,6 +173,25 @@ def test_a_forecast_counts_steps_tokens_and_parameters(tmp_path: Path, monkeypat
     full = forecast(config, SequenceTable.one_each(tokens, trained), torch.device("cpu"), 1)
     assert full.checkpointed_layers == 2
     assert "it does not fit the 0.0 GiB that are free: try model.quantization=nf4" in full.advice[0]
+
+
+def test_a_forecast_names_the_longest_row_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = str(save_tiny(tmp_path))
+    monkeypatch.setattr("lmtune.models.device._available_ram", lambda: 3 * 2**20)
+
+    def planned(longest: int, **changes: Any) -> Forecast:
+        tokens = np.array([30, 40, longest], dtype=np.int32)
+        config = config_of(model__name=base, **changes)
+        return forecast(config, SequenceTable.one_each(tokens, tokens // 3), torch.device("cpu"), 1)
+
+    most = planned(50).longest_fitting
+    fits = planned(most)
+    assert dict(fits.lines())["longest row"] == f"{most:,} tokens; up to about {most:,} fit"
+    assert fits.checkpointed_layers == 2
+    assert not any("longest row" in one for one in fits.advice)
+    assert f"set data.max_length={most}" in planned(most + 1).advice[-1]
+    whole = planned(50, train__gradient_checkpointing=False).longest_fitting
+    assert 0 < whole < most
 
 
 def test_a_forecast_has_scoring_and_answers_beside_training(tmp_path: Path) -> None:
