@@ -15,6 +15,9 @@ are frozen.
 - On a GPU they are in pinned host memory. A layer's storages are emptied and filled again in place, as FSDP does it, so
   that parameters, views and what autograd has saved stay valid.
 
+A base that is sharded over processes is loaded in the same way (`hold`); then each layer is there once (`layer`), while
+a process takes its part of it.
+
 A pass is the same as over a base that is held whole, bit for bit: the same kernels read the same bytes. Activation
 checkpointing is not needed for it, and goes well with it.
 """

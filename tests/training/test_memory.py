@@ -241,3 +241,21 @@ def test_a_forecast_counts_what_is_there_of_a_mixture_of_experts(tmp_path: Path)
 
 def test_activations_of_texts_are_measured_though_nothing_predicts_their_first_token() -> None:
     assert measure_activations(PackedForward(adapted(tiny_model())), 1.0) is not None
+
+
+def test_a_forecast_of_sharded_layers_is_of_one_process(tmp_path: Path) -> None:
+    tokens = np.full(10, 30, dtype=np.int32)
+    rows, base = SequenceTable.one_each(tokens, tokens // 3), str(save_tiny(tmp_path, num_hidden_layers=8))
+    sharded = config_of(model__name=base, parallel__kind="fsdp")
+
+    def planned(config: Any, processes: int) -> Any:
+        return forecast(config, rows, torch.device("cpu"), processes)
+
+    whole, alone = (planned(config, 1).memory.base_weights for config in (config_of(model__name=base), sharded))
+    assert alone == whole
+    assert planned(config_of(model__name=base), 4).memory.base_weights == whole
+    found = {processes: planned(sharded, processes) for processes in (2, 4)}
+    layers = (found[2].memory.base_weights - found[4].memory.base_weights) * 4
+    # two layers of eight are whole at once; the vectors, which stay whole, count with the rest
+    assert whole - found[2].memory.base_weights == pytest.approx(layers * (1 - 1 / 2 - 2 / 8))
+    assert dict(found[4].lines())["sharding"].startswith("a process holds 1/4 of each layer")

@@ -236,6 +236,31 @@ def test_each_process_holds_its_part(tmp_path: Path) -> None:
         assert int((place / f"weights{rank}").read_text()) < 0.6 * whole
 
 
+def note_peak() -> None:
+    """Write down the most memory that this process has held since it was forked."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    Path(f"peak{os.environ['RANK']}").write_text(str(kib * 1024))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_no_process_ever_holds_much_more_than_its_part(tmp_path: Path, stored: torch.dtype) -> None:
+    """Of 14 layers of 12 MB each a process takes about half, until the first step, mapped or converted as it loads."""
+    shape = {"hidden_size": 512, "intermediate_size": 1280, "num_attention_heads": 8, "num_key_value_heads": 8,
+             "head_dim": 64}  # fmt: skip
+    sizes, peaks = list[float](), list[int]()
+    for layers in (2, 16):  # what the process holds beside is in both
+        place = make_workplace(tmp_path / str(layers))
+        save_tiny(place / "base", chat_template=CHATML, dtype=stored, num_hidden_layers=layers, **shape)
+        write_config(place, train__max_steps=1, data__validation=None, model__dtype="float32")
+        noted = {rank: at_step(1, note_peak) for rank in (0, 1)}
+        assert together(place, "finetune", "run.yaml", FSDP, troubles=noted) == [0, 0], said(place, "output0")
+        sizes.append((place / "base" / "model.safetensors").stat().st_size * 4 / stored.itemsize)
+        peaks.append(max(int((place / f"peak{rank}").read_text()) for rank in (0, 1)))
+    assert peaks[1] - peaks[0] < 0.8 * (sizes[1] - sizes[0])
+
+
 def test_one_that_is_killed_ends_the_other_and_one_process_goes_on(tmp_path: Path) -> None:
     place = make_workplace(tmp_path)
     write_config(place)
