@@ -121,7 +121,7 @@ def forecast(
     left = max(0.0, free - memory.base_weights(shape, quantization, dtype, resident, shards))
     dense = memory.dense_copies(shape, quantization, dtype, left if resident is None and shards == 1 else 0)
     moments = MOMENT_BYTES[config.train.optimizer]
-    left = max(0.0, left - dense - memory.trained_bytes(shape, dtype, moments))
+    left = max(0.0, left - dense - memory.trained_bytes(shape, dtype, moments, shards))
     setting = config.train.micro_batch_tokens
     kind = config.objective.rows
     longest = memory.longest_unit(rows, kind)

@@ -135,8 +135,8 @@ def base_weights(
     With `resident_layers` no more decoder layers than these are in memory; else all of them are. With `shards` a
     process holds one of so many parts of each layer, and the layers that it has gathered.
     """
-    layers = _layers_bytes(shape, quantization, dtype)
-    others = (shape.other_parameters - shape.own_parameters) * dtype.itemsize
+    layers = _layers_bytes(shape, quantization, dtype) - shape.own_linear * dtype.itemsize
+    others = (shape.other_parameters - shape.own_parameters + shape.own_linear) * dtype.itemsize
     if shards > 1:
         scales = shape.linear_parameters * (QUANTIZED_BYTES.get(quantization, 0.0) % 0.5)  # what is beside the codes
         return (layers - scales) / shards + scales + gathered_bytes(shape, quantization, dtype) + others
@@ -154,10 +154,14 @@ def _layers_bytes(shape: ModelShape, quantization: str, dtype: torch.dtype) -> f
     return shape.linear_parameters * QUANTIZED_BYTES.get(quantization, wide) + shape.expert_parameters * wide
 
 
-def trained_bytes(shape: ModelShape, dtype: torch.dtype, moments: int = 8) -> int:
-    """Of what is trained: weight, gradient and `moments` bytes; of own weights also copies in a narrow `dtype`."""
+def trained_bytes(shape: ModelShape, dtype: torch.dtype, moments: int = 8, shards: int = 1) -> int:
+    """Of what is trained: weight, gradient and `moments` bytes; of own weights also copies in a narrow `dtype`.
+
+    With `shards` a process holds one of so many parts of the layers' own weights.
+    """
     narrow = dtype.itemsize if dtype.itemsize < 4 else 0
-    return (8 + moments) * (shape.adapter_parameters + shape.own_parameters) + narrow * shape.own_parameters
+    own = shape.own_parameters - shape.own_linear + shape.own_linear // shards
+    return (8 + moments) * (shape.adapter_parameters + own) + narrow * own
 
 
 def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_bytes: float) -> float:
@@ -180,7 +184,7 @@ def estimate(
     activations = estimated_activations(shape, dtype)
     rows = min(math.ceil(tokens * trained_share), chunk_rows("cpu" if wide == 4 else "cuda", shape.vocabulary_size))
     logits = rows * shape.vocabulary_size * 4 * 3  # of a chunk: fp32 logits, their softmax and gradient
-    trained = trained_bytes(shape, dtype, moments)
+    trained = trained_bytes(shape, dtype, moments, shards)
     # what `measure_activations` keeps has the room of gradients, moments and logits, which come later
     measured = _PROBE_TOKENS[1] * (activations.num_layers * activations.layer + activations.outside)
     measured = 0.0 if shards > 1 else measured  # not where weights are gathered

@@ -259,3 +259,17 @@ def test_a_forecast_of_sharded_layers_is_of_one_process(tmp_path: Path) -> None:
     # two layers of eight are whole at once; the vectors, which stay whole, count with the rest
     assert whole - found[2].memory.base_weights == pytest.approx(layers * (1 - 1 / 2 - 2 / 8))
     assert dict(found[4].lines())["sharding"].startswith("a process holds 1/4 of each layer")
+
+
+def test_a_forecast_of_full_tuning_shares_out_what_learns(tmp_path: Path) -> None:
+    tokens = np.full(10, 30, dtype=np.int32)
+    config = config_of(
+        model__name=str(save_tiny(tmp_path, num_hidden_layers=24)), tuning__kind="full", parallel__kind="fsdp"
+    )
+    one, two = (
+        forecast(config, SequenceTable.one_each(tokens, tokens // 3), torch.device("cpu"), processes).memory
+        for processes in (1, 2)
+    )
+    assert 0.5 < two.trained_and_optimizer / one.trained_and_optimizer < 0.65
+    assert one.base_weights == pytest.approx(0, abs=1e-6)
+    assert 0 < two.base_weights < one.trained_and_optimizer / 4  # the layers that are gathered
