@@ -6,6 +6,7 @@ changed, continuing would give a model that no single command describes, so it i
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -103,9 +104,11 @@ def require_steps(run: RunDirectory, done: int, steps: int, train: TrainConfig) 
     if done > steps:
         key = "train.epochs" if train.max_steps is None else "train.max_steps"
         value = train.epochs if train.max_steps is None else train.max_steps
+        enough = math.ceil(done * value / steps)
         raise CheckpointError(
-            f"{run.path}: {key}: {value:g} makes {steps} steps, and {done} are done; raise it to {done} or "
-            "more, or begin again with run.resume=never (the old run is renamed)"
+            f"{run.path}: {key}: {value:g} makes {steps} steps, and {done} are done; raise it to {enough} or "
+            "more (the run's config.yaml says what it was), or begin again with run.resume=never (the old run is "
+            "renamed)"
         )
 
 

@@ -203,7 +203,7 @@ def test_fewer_steps_than_are_done_are_refused_by_name(place: Path) -> None:
     before = times(run)
     with pytest.raises(CheckpointError, match=r"train\.max_steps: 5 makes 5 steps, and 8 are done; raise it to 8"):
         finetune(place, train__max_steps=5)
-    with pytest.raises(CheckpointError, match=r"train\.epochs: 1 makes 6 steps, and 8 are done"):
+    with pytest.raises(CheckpointError, match=r"train\.epochs: 1 makes 6 steps, and 8 are done; raise it to 2 "):
         finetune(place, train__max_steps=None, train__epochs=1)
     assert times(run) == before
 
