@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lmtune.data.prepare.deciding import Decided, chosen_settings
+from lmtune.data.prepare.libraries import require_libraries
 from lmtune.data.prepare.plan import read_plan, require_jsonl
 from lmtune.data.prepare.preparing import prepare
 from lmtune.data.prepare.report import described
@@ -59,6 +60,8 @@ def main(
         "columns": columns, "seed": seed,
     }  # fmt: skip
     require_jsonl(output)
+    if not no and steps is None:  # before rows are read and questions asked
+        require_libraries()
     earlier = read_plan(replay) if replay else None
     settings = chosen_settings(given, earlier)
     decided = Decided.of(yes, no, steps, earlier)

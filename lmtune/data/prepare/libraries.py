@@ -12,12 +12,17 @@ from lmtune.errors import ConfigError
 LIBRARIES = ("ftfy", "datasketch", "jieba", "py3langid")
 
 
-@functools.cache
-def library(name: str) -> Any:
-    """The module `name`; ConfigError that names every library of the extra that is not installed."""
+def require_libraries() -> None:
+    """ConfigError that names every library of the extra that is not installed."""
     if missing := [each for each in LIBRARIES if importlib.util.find_spec(each) is None]:
         raise ConfigError(
             f"{', '.join(missing)}: not installed; the steps of prepare need "
             f"{'it' if len(missing) == 1 else 'them'}: pip install {' '.join(missing)}"
         )
+
+
+@functools.cache
+def library(name: str) -> Any:
+    """The module `name`. Errors as of `require_libraries`."""
+    require_libraries()
     return importlib.import_module(name)
