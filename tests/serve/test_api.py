@@ -323,7 +323,7 @@ def test_a_body_that_is_not_json_is_called_so(api: Api) -> None:
 def test_what_is_not_there_is_said_in_openais_shape_beside_a_page_too(page: FastAPI | None) -> None:
     with TestClient(build_api(Catalog(), Answering(Metrics()), KEY, page=page)) as client:
         asked = {("POST", "/v1/embeddings"): 404, ("GET", "/v1/chat/completions"): 405, ("PUT", "/v1/models/x"): 405,
-                 ("GET", "/v1"): 404, ("TRACE", "/v1/models"): 405}  # fmt: skip
+                 ("GET", "/v1"): 404, ("TRACE", "/v1/models"): 405, ("POST", "/chat/completions"): 404}  # fmt: skip
         for (method, path), status in asked.items():
             answer = client.request(method, path, headers={"authorization": f"Bearer {KEY}"})
             assert answer.status_code == status

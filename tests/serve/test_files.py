@@ -43,6 +43,11 @@ def test_a_file_comes_back_as_it_was_sent(served: Served, rows: list[object]) ->
     assert not list(served.folder.rglob(f"*{file.id}*"))
 
 
+def test_a_table_is_called_one(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"a table; expected JSON lines: lmtune prepare my\.csv -o"):
+        served.client.files.create(file=("my.csv", b"question,answer\na,b\n"), purpose="fine-tune")
+
+
 def test_every_faulty_line_is_named_and_nothing_is_kept(served: Served) -> None:
     rows = lines(ROWS[:2]) + b'{"messages": [{"role": "user", "content": "Why?"}]}\n' + lines(ROWS[2:3]) + b"{oh\n"
     before = len(served.client.files.list().data)

@@ -34,6 +34,7 @@ MAX_BYTES = 512 * 2**20
 _FORM_BYTES = 2**20  # of what stands around the file
 PURPOSES = ("fine-tune", "batch", "user_data")
 _SHOWN_FAULTS = 20
+_TABLES = (".csv", ".tsv", ".xlsx", ".parquet")
 
 
 def files_router(store: Store, max_bytes: int = MAX_BYTES) -> APIRouter:
@@ -148,10 +149,11 @@ def _keep(store: Store, form: FormData, max_bytes: int) -> StoredFile:
             shutil.copyfileobj(_plain(given), file, 2**20)
         faults = row_faults(staged, filename, None) if purpose == "fine-tune" else []
         if faults:
-            raise ApiError(
-                400, f"file: {filename}: {describe_faults(faults)}\nfix them and upload the file again", param="file",
-                code="invalid_file_format",
+            is_table = Path(filename).suffix.lower() in _TABLES
+            what = f"a table; expected JSON lines: lmtune prepare {filename} -o rows.jsonl" if is_table else (
+                f"{describe_faults(faults)}\nfix them and upload the file again"
             )  # fmt: skip
+            raise ApiError(400, f"file: {filename}: {what}", param="file", code="invalid_file_format")
         return store.add_file(staged, filename, purpose)
 
 

@@ -93,7 +93,10 @@ class FineTuning:
         self._lock = (self.store.path / ".lock").open("a+")
         if try_lock(self._lock) is False:
             self._lock.close()
-            raise ConfigError(f"{self.store.path}: another server works in this folder; give this one another")
+            raise ConfigError(
+                f"{self.store.path}: another server works in this folder; give this one another (--runs), or no jobs "
+                "(--no-jobs)"
+            )
         self._queue.start()
 
     def close(self, seconds: float = 60) -> None:

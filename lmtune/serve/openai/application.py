@@ -76,6 +76,12 @@ def build_api(
         status, what = (405, "another method is expected") if is_known else (404, "no such route")
         raise ApiError(status, f"{http.method} {http.url.path}: {what}; /openapi.json lists the routes")
 
+    async def outside(http: Request) -> Response:
+        """What clients ask whose base URL lacks /v1."""
+        raise ApiError(404, f"{http.method} {http.url.path}: no such route; the base URL ends in /v1")
+
+    for path in ("/chat/completions", "/completions", "/models", "/files", "/fine_tuning/jobs"):
+        application.add_api_route(path, outside, methods=["GET", "POST"], include_in_schema=False)
     if page is not None:
         application.mount("/", page)
     application.add_middleware(_Guard, key=key, hosts=hosts)
