@@ -57,7 +57,8 @@ _HINTS = {
     "model built into transformers",
     ("gated", "401", "403"): "accept its conditions on the Hub, then log in with `hf auth login`",
     ("connect", "offline", "resolve", "timed out", "is not a local folder"): "check the spelling (user/name) and the "
-    "network; a model that was loaded once is found offline too",
+    "network; a model that was loaded once is found offline too, a mirror by HF_ENDPOINT, and a folder or GGUF file of "
+    "yours needs no network",
     ("bitsandbytes",): "bitsandbytes does not work here; see `lmtune doctor`, or set model.quantization=none",
     ("memory",): "set model.quantization=nf4, or use a smaller model",
 }

@@ -156,7 +156,7 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigError("sweep: optuna is not installed; pip install 'lmtune[sweep]'") from None
+        raise ConfigError("sweep: optuna is not installed; pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
