@@ -60,7 +60,8 @@ def main() -> None:
                 "objective": objective, "steps": options.steps, "micro_batch": options.micro_batch, "folder": name,
                 "resident": 2 if kind == "streamed" else 0, "checkpointing": True, "dora": options.dora,
             }  # fmt: skip
-            together({**arm, "steps": 1}, processes)  # fills the cache
+            if not any(one["quantization"] == quantization for one in found):
+                together({**arm, "steps": 1}, processes)  # fills the cache
             ranks = together({**arm, "weights": f"{name}/weights.pt"}, processes)
             most = max(ranks, key=lambda rank: float(rank["peak_gib"]))
             about = {"dtype": dtype, "objective": objective, "quantization": quantization}

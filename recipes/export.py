@@ -10,16 +10,17 @@ from typing import Annotated
 import typer
 
 from lmtune.config.options import Base
+from lmtune.errors import ConfigError
 from lmtune.export.base import Engine, Kind, Request
 from lmtune.io.console import err, escape, progress
 from lmtune.run import run
-from lmtune.runs.store import choose_run
+from lmtune.runs.store import choose_run, require_possible
 
 
 def main(
     target: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name in runs/.")],
     to: Annotated[Engine, typer.Option(help="The engine: gguf is a file of llama.cpp's format.")] = "gguf",
-    kind: Annotated[Kind, typer.Option("--type", help="Of the weights in GGUF.")] = "q8_0",
+    kind: Annotated[Kind | None, typer.Option("--type", help="Of the weights in GGUF; q8_0.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, to be served over its base.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File or folder; else in the run's.")] = None,
     base: Base = None,
@@ -32,10 +33,14 @@ def main(
     Example: lmtune export runs/support --to ollama --type q4_k_m
     """
     chosen = choose_run(target)
+    if kind is not None and (adapter or to == "vllm"):
+        raise ConfigError(f"--type: {kind}; only a merged model in GGUF has one, an adapter keeps what was trained")
+    if output is not None:
+        require_possible(output, "--output")
     with progress("loading PyTorch and the libraries"):
         from lmtune.export.engines import EXPORTERS
 
-    for line in EXPORTERS[to](Request(chosen, kind, adapter, output, base)):
+    for line in EXPORTERS[to](Request(chosen, kind or "q8_0", adapter, output, base)):
         err.print(escape(line))
 
 

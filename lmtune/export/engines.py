@@ -16,7 +16,7 @@ from typing import Any
 from lmtune.config.schema import LoraConfig
 from lmtune.errors import ConfigError, ModelError
 from lmtune.export.base import Engine, Exporter, Request
-from lmtune.export.merged import merge_run
+from lmtune.export.merged import check_merged, merge_run
 from lmtune.io.atomic import new_folder, write_text
 from lmtune.models.locate import run_config
 
@@ -40,6 +40,7 @@ def export_gguf(request: Request) -> list[str]:
         return [
             f"the adapter is in {target} ({written.num_bytes / 2**20:,.1f} MiB), for llama.cpp's --lora over its base",
             "it holds neither chat template nor stop tokens: those in the base's file must be the ones of training",
+            *_quantized_base(request),
         ]
     target = request.place(f"{name}-{request.kind}.gguf")
     folder = merged_folder(request)
@@ -48,7 +49,7 @@ def export_gguf(request: Request) -> list[str]:
     if written.kept:
         lines.append(f"{written.kept} weights do not fit the blocks of {request.kind} and are in 16 bits")
     if written.has_template:
-        return [*lines, f"llama-server -m {target} --jinja"]
+        return [*lines, f"llama-server -m {shlex.quote(str(target))} --jinja"]
     return [*lines, "the model has no chat template: send it plain prompts (/completion), as it was trained"]
 
 
@@ -73,7 +74,10 @@ def export_ollama(request: Request) -> list[str]:
     with new_folder(target) as staging:
         write_model(folder, staging / f"{name}.gguf", request.kind, name)
         write_text(staging / "Modelfile", text)
-    return [f"{target} holds {name}.gguf and its Modelfile", f"ollama create {name} -f {target / 'Modelfile'}"]
+    return [
+        f"{target} holds {name}.gguf and its Modelfile",
+        f"ollama create {name} -f {shlex.quote(str(target / 'Modelfile'))}",
+    ]
 
 
 def export_vllm(request: Request) -> list[str]:
@@ -89,6 +93,8 @@ def export_vllm(request: Request) -> list[str]:
     config = run_config(request.run, request.base)
     name, dtype = request.run.name, request.run.trained_dtype() or "auto"
     if not isinstance(config.tuning, LoraConfig) or not request.adapter:
+        if request.output is not None:
+            raise ConfigError("--output: vLLM serves the merged folder itself; leave it out, or add --adapter")
         return [shlex.join(vllm.command(str(merged_folder(request)), name, dtype))]
     target = _free(request.place("vllm"))
     adapter = _adapter(request)
@@ -103,6 +109,7 @@ def export_vllm(request: Request) -> list[str]:
     ]
     if renamed:
         said.insert(0, f"{renamed} weights have the names of the base's text part in its model of pictures and text")
+    said += _quantized_base(request)
     return [*said, shlex.join(vllm.adapter_command(base, name, target, str(target), dtype))]
 
 
@@ -125,6 +132,7 @@ def merged_folder(request: Request) -> Path:
         weights, merged = run.adapter / "adapter_model.safetensors", run.merged / "config.json"
         if not merged.is_file() or merged.stat().st_mtime < weights.stat().st_mtime:
             merge_run(run, run.merged, base=request.base)
+    check_merged(run)
     return run.merged
 
 
@@ -138,6 +146,14 @@ def _adapter(request: Request) -> Path:
     if not isinstance(tuning, LoraConfig) or not request.run.has_result(tuning):
         raise ModelError(f"{request.run.path}: no adapter; leave out --adapter to export the model")
     return request.run.adapter
+
+
+def _quantized_base(request: Request) -> list[str]:
+    """What to say where the engine's base is another than that of training."""
+    kind = run_config(request.run, request.base).model.quantization
+    return [] if kind == "none" else [
+        f"it was trained over the base in {kind}; over another precision answers differ a little: lmtune verify tells"
+    ]  # fmt: skip
 
 
 def _whole_config(request: Request) -> Any:

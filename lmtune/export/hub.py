@@ -9,6 +9,7 @@ it. The token is huggingface_hub's own (`hf auth login` or HF_TOKEN), never an a
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,7 +130,7 @@ def _check_adapter(staging: Path, folder: Path) -> None:
     if not base or base.startswith(".") or is_absolute(base):
         warn(
             f"its base model is {base or 'not named'}: a folder of its author; you need that very model, and say where "
-            f"it is: lmtune chat {folder} --base FOLDER_OR_ID"
+            f"it is: lmtune chat {shlex.quote(str(folder))} --base FOLDER_OR_ID"
         )
 
 

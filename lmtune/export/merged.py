@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -60,6 +61,21 @@ def merge_run(
 
     with usable_adapter(run_directory, base) as adapter:
         return _merge(run_directory, adapter, output, into, accept_difference, base, exact)
+
+
+def check_merged(run: RunDirectory) -> None:
+    """Look at the files of a run's merged model, of which some may be gone or damaged.
+
+    Raises:
+        ModelError: with every problem.
+    """
+    from lmtune.models.validate import check_base
+
+    try:
+        check_base(str(run.merged), run.merged)
+    except ModelError as error:
+        said = str(error).removeprefix("model.name: ")
+        raise ModelError(f"{said}\nmake it again: lmtune merge {shlex.quote(str(run.path))}") from None
 
 
 def _write_whole(run: RunDirectory, output: Path, base: str | None) -> None:

@@ -21,6 +21,7 @@ from typing import Literal
 from lmtune.config.load import load_config
 from lmtune.config.schema import FinetuneConfig, LoraConfig
 from lmtune.errors import ModelError
+from lmtune.export.merged import check_merged
 from lmtune.export.private import Files, check_private, check_usable
 from lmtune.io.atomic import new_folder, require_absent
 from lmtune.io.console import warn
@@ -155,6 +156,7 @@ def _check_merged(run: RunDirectory) -> None:
     made = run.merged / MODEL_CONFIG
     if not made.is_file():
         raise ModelError(f"{run.merged}: no merged model; make it first: `lmtune merge {run.path}`")
+    check_merged(run)
     _check_newer(run, made, f"lmtune merge {run.path}")
 
 

@@ -23,9 +23,11 @@ from lmtune.export.gguf_models import architecture
 from lmtune.export.gguf_tokenizer import tokenizer_keys
 from lmtune.export.k_quants import quantize_q4_k, quantize_q6_k
 from lmtune.export.ollama import turn_texts
+from lmtune.export.uploads import prepare_push
 from lmtune.inference.load import load_for_inference
 from lmtune.models.gguf import gguf_folder
 from tests.export_models import FAMILIES, family_config, family_model
+from tests.processes import completed
 from tests.recorded_server import recorded_run
 from tests.tiny import SAVED_VOCABULARY, adapted
 from tests.tokenizers import CHATML, make_tokenizer, turns
@@ -211,6 +213,38 @@ def test_a_run_is_exported_for_each_engine(tmp_path: Path) -> None:
         assert stops["eos_token_id"] == list(load_for_inference(str(run.path)).renderer.stop_token_ids)
         with pytest.raises(ConfigError, match="Ollama takes the merged model"):
             EXPORTERS["ollama"](Request(run, adapter=True))
+        with pytest.raises(ConfigError, match="--output: vLLM serves the merged folder itself"):
+            EXPORTERS["vllm"](Request(run, output=folder / "elsewhere"))
+        output = folder / "a b.gguf"
+        assert EXPORTERS["gguf"](Request(run, output=output))[-1] == f"llama-server -m '{output}' --jinja"
+        said = EXPORTERS["gguf"](Request(run, adapter=True, output=folder / "lora.gguf"))
+        assert not any("nf4" in line for line in said)
+        weights = run.merged / "model.safetensors"
+        whole = weights.read_bytes()
+        for damaged in (None, whole[:100]):
+            weights.unlink(missing_ok=True)
+            if damaged is not None:
+                weights.write_bytes(damaged)
+            for engine in EXPORTERS:
+                with pytest.raises(ModelError, match=r"make it again: lmtune merge .*trial"):
+                    EXPORTERS[engine](Request(run, output=folder / engine if engine != "vllm" else None))
+            with pytest.raises(ModelError, match="make it again"):
+                prepare_push(run, "me/mine", merged=True)
+
+
+@pytest.mark.parametrize("options", [("--adapter",), ("--to", "vllm")])
+def test_a_type_that_has_no_meaning_is_refused(options: tuple[str, ...], tmp_path: Path) -> None:
+    run = recorded_run(tmp_path)
+    done = completed(tmp_path, "export", str(run.path), "--type", "f16", *options)
+    assert done.returncode == 2
+    assert "--type: f16; only a merged model in GGUF has one" in done.stderr
+
+
+def test_an_adapter_over_nf4_says_that_the_engines_base_is_another(tmp_path: Path) -> None:
+    run = recorded_run(tmp_path)
+    run.config.write_text(run.config.read_text().replace("quantization: none", "quantization: nf4"))
+    said = EXPORTERS["vllm"](Request(run, adapter=True))
+    assert any("trained over the base in nf4" in line for line in said)
 
 
 def run_by(program: str, command: str, folder: Path) -> dict[str, str]:

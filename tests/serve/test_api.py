@@ -317,6 +317,9 @@ def test_a_body_that_is_not_json_is_called_so(api: Api) -> None:
     error = answer.json()["error"]
     assert error["param"] == "body"
     assert error["message"].startswith("body: not JSON at character 17: ")
+    form = {"content-type": "application/x-www-form-urlencoded"}  # what curl -d sends
+    answer = api.http.post("/chat/completions", content=json.dumps({"model": "tiny", "messages": HOT}), headers=form)
+    assert "not sent as JSON; expected an object, and the header content-type" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("page", [None, FastAPI()])

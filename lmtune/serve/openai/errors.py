@@ -132,6 +132,8 @@ def _of_fields(faults: Sequence[Mapping[str, Any]], body: object) -> ApiError:
         elif fault["type"] in ("extra_forbidden", "missing"):
             place = _path_of(fault, body)
             lines[place] = f"{place}: " + ("missing" if fault["type"] == "missing" else "unknown field; remove it")
+        elif fault["loc"] == ("body",) and isinstance(fault.get("input"), (bytes, str)):
+            lines["body"] = "body: not sent as JSON; expected an object, and the header content-type: application/json"
         else:
             place = _path_of(fault, body)
             held[place] = kind_of(fault.get("input"))
