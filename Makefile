@@ -33,11 +33,15 @@ check: .venv/installed-check
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks.compare
 
-# On a machine with a GPU, at most nine minutes: every kernel beside its twin, resuming, then speed beside others.
+# On a machine with a GPU, at most nine minutes: every kernel beside its twin, resuming, then speed beside others,
+# memory and speed of streamed layers and, where there are two cards, of layers that are shared out.
 bench-gpu: .venv/installed-test .venv/installed-bench
 	$(BIN)/python -m pytest tests -m gpu --timeout 300
 	mkdir -p build
-	$(BIN)/python -m benchmarks.gpu --output build/gpu.json
+	$(BIN)/python -m benchmarks.gpu --output build/gpu.json --minutes 6
+	$(BIN)/python -m benchmarks.streaming --dtype bfloat16 --output build/gpu-streaming.json
+	test $$(nvidia-smi -L | wc -l) -lt 2 || \
+		$(BIN)/python -m benchmarks.sharding --dtype bfloat16 --output build/gpu-sharding.json
 
 # The site in build/site, every link checked.
 docs: .venv/installed-docs

@@ -4,9 +4,10 @@
     python -m benchmarks.sharding --processes 2 4 --quantization none --layers 24
     python -m benchmarks.sharding --layers 4 --width 256 --processes 1 2 4 --objective sft dpo classification
 
-Each arm is so many CPU processes (gloo) that train together. Counted is what `benchmarks.streaming` counts, of the rank
-with the most of it: at the end of loading, when each has its part, and until the last step. Beside it stands by how
-much the trained weights differ from those of the first arm of the same quantization and objective.
+Each arm is so many processes that train together: on as many GPUs where they are there, else on CPUs (gloo). Counted is
+what `benchmarks.streaming` counts, of the rank with the most of it: at the end of loading, when each has its part, and
+until the last step. Beside it stands by how much the trained weights differ from those of the first arm of the same
+quantization and objective.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def together(arm: dict[str, Any], processes: int) -> list[dict[str, Any]]:
         port = probe.getsockname()[1]
     count = str(processes)
     variables = {**os.environ, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+                 "MASTER_PORT": str(port)}  # fmt: skip
+    if torch.cuda.device_count() < processes:
+        variables["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, "-m", "benchmarks.sharding", "--arm", json.dumps(arm)]
     ranks = [
         subprocess.Popen(

@@ -4,7 +4,8 @@
     python -m benchmarks.streaming --model model.gguf --dtype float32
 
 Each run is a process of its own. Counted is the most memory that it held at once, from loading the base to the last
-step (resident, files mapped into memory included), less what it held when its libraries were loaded. Beside it stands
+step: of a GPU's allocator where there is one; else resident, files mapped into memory included, less what the process
+held when its libraries were loaded. Beside it stands
 what `lmtune plan` expects. Losses and adapters of all runs of one quantization must be equal bit for bit.
 """
 
@@ -113,17 +114,20 @@ def measure(arm: dict[str, Any], parallel: Any = None) -> dict[str, Any]:
     trained({**arm, "model": "tiny", "steps": 1}, parallel)  # libraries and the first products are no memory of the run
     gc.collect()
     return_freed_memory()
-    before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
+    before = 0 if _on_gpu(parallel) else psutil.Process().memory_info().rss
+    if _on_gpu(parallel):
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
     parts, state, seen = trained(arm, parallel)
     digest = hashlib.sha256(json.dumps(seen.losses).encode())
     for parameter in parts.model.trainable().values():
-        digest.update(parameter.detach().numpy().tobytes())
+        digest.update(parameter.detach().cpu().numpy().tobytes())
     if "weights" in arm:
-        torch.save([parameter.detach() for parameter in parts.model.trainable().values()], arm["weights"])
+        torch.save([parameter.detach().cpu() for parameter in parts.model.trainable().values()], arm["weights"])
     planned = estimated_memory(parts, state.micro_batch_tokens)
     return {
-        "load_gib": seen.loaded_gib - before / _GIB, "peak_gib": peak_resident_gib() - before / _GIB,
+        "load_gib": seen.loaded_gib - before / _GIB, "peak_gib": _peak_gib(parallel) - before / _GIB,
         "planned_gib": planned["memory_gib"], "base_gib": planned["base_weights_gib"],
         "step_seconds": statistics.median(seen.seconds), "loss": seen.losses[-1], "sha256": digest.hexdigest(),
     }  # fmt: skip
@@ -153,10 +157,22 @@ def trained(arm: dict[str, Any], parallel: Any = None) -> tuple[Any, Any, Any]:
         },
         "run": {"dir": arm["folder"], "name": "trial"},
     }  # fmt: skip
-    parts, seen = compose(build_config(FinetuneConfig, tree, "benchmark"), parallel or Single()), _Seen()
+    parts, seen = compose(build_config(FinetuneConfig, tree, "benchmark"), parallel or Single()), _Seen(parallel)
     job, state = parts.job()
     train(job, [seen], state)
     return parts, state, seen
+
+
+def _on_gpu(parallel: Any) -> bool:
+    from lmtune.models.device import default_device
+
+    return bool((default_device() if parallel is None else parallel.device).type == "cuda")
+
+
+def _peak_gib(parallel: Any) -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / _GIB if _on_gpu(parallel) else peak_resident_gib()
 
 
 def rows_for(objective: str, folder: Path) -> Path:
@@ -182,8 +198,8 @@ def rows_for(objective: str, folder: Path) -> Path:
 class _Seen:
     """Losses and seconds of the steps, and the peak of memory before them."""
 
-    def __init__(self) -> None:
-        self.loaded_gib = peak_resident_gib()
+    def __init__(self, parallel: Any) -> None:
+        self.loaded_gib = _peak_gib(parallel)
         self.losses, self.seconds = list[float](), list[float]()
 
     def after_step(self, event: Any) -> None:

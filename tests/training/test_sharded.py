@@ -21,7 +21,7 @@ from lmtune.models.tensor_shards import checkpoint_weights
 from lmtune.runs.store import checkpoint_folders
 from lmtune.training.checkpoint import problem_of
 from tests.faults.test_numbers import MARK, MARKED, no_loss_for_the_marked
-from tests.processes import KILL, Trouble, at_call, at_step, completed, said, send, together
+from tests.processes import KILL, Trouble, at_call, at_step, completed, said, send, together, with_environment
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
 from tests.workplace import QUESTIONS, checkpoints, finetune, make_workplace, write_config, write_rows
@@ -212,6 +212,21 @@ def test_the_row_whose_gradient_is_no_number_is_named_alone(tmp_path: Path) -> N
     for output in ("output0", "output1"):
         found = re.findall(r"^  (train\.jsonl:\d+)$", said(place, output), re.MULTILINE)
         assert found == [f"train.jsonl:{MARKED + 1}"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@pytest.mark.parametrize("case", ["sft", "nf4", "checkpointed"])
+def test_two_cards_that_hold_the_model_together_learn_what_replicas_do(place: Path, case: str) -> None:
+    found, cards = [], {rank: with_environment(ACCELERATE_USE_CPU="false") for rank in (0, 1)}
+    for kind in ("replicated", "fsdp"):
+        changes = {**CASES[case], "train__batch_size": 3, "train__micro_batch_tokens": 16, "train__max_steps": 4}
+        write_config(place, **changes, run__name=f"cards-{case}-{kind}", model__dtype="float32")
+        codes = together(place, "finetune", "run.yaml", f"parallel.kind={kind}", troubles=cards)
+        assert codes == [0, 0], said(place, "output0") + said(place, "output1")
+        found.append(weights(place / "runs" / f"cards-{case}-{kind}"))
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor, atol=1e-5, rtol=0)
 
 
 def note_weights() -> None:
