@@ -40,12 +40,9 @@ _NOW = "%Y-%m-%d %H:%M:%S"
 
 
 class TemplateFault(Exception):
-    """The template cannot render one conversation as a prompt and its answer; the text says why.
+    """The template cannot render one conversation: why, and what whoever has the model can do.
 
-    Args:
-        reason: why.
-        remedy: what whoever has the model can do.
-        once: whether it is the same for all rows of this kind.
+    `once`: it is the same for all rows of this kind.
     """
 
     def __init__(self, reason: str, remedy: str = "", once: bool = False) -> None:
