@@ -259,7 +259,7 @@ def note_peak() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 def test_no_process_ever_holds_much_more_than_its_part(tmp_path: Path, stored: torch.dtype) -> None:
     """Of 14 layers of 12 MB each a process takes about half, until the first step, mapped or converted as it loads."""
     shape = {"hidden_size": 512, "intermediate_size": 1280, "num_attention_heads": 8, "num_key_value_heads": 8,
