@@ -137,7 +137,8 @@ def _of_fields(faults: Sequence[Mapping[str, Any]], body: object) -> ApiError:
         else:
             place = _path_of(fault, body)
             held[place] = kind_of(fault.get("input"))
-            said = _EXPECTED.get(fault["type"], fault["msg"]).format_map(fault.get("ctx", {}))
+            known = _EXPECTED.get(fault["type"])  # any other text may hold braces of its own
+            said = fault["msg"] if known is None else known.format_map(fault.get("ctx", {}))
             wanted.setdefault(place, []).append(said)
     for place, expected in wanted.items():
         if not any(other.startswith(f"{place}.") for other in (*wanted, *lines)):  # there a branch got further
@@ -153,7 +154,7 @@ def _path_of(fault: Mapping[str, Any], body: object) -> str:
     keys, here = list[str](), body
     for number, part in enumerate(parts):
         is_key = isinstance(here, dict) and part in here
-        if is_key or (isinstance(here, list) and isinstance(part, int)):
+        if is_key or (isinstance(here, list) and isinstance(part, int) and part < len(here)):
             here = here[part]  # type: ignore[index]
         elif fault["type"] != "missing" or number < len(parts) - 1:
             continue
