@@ -124,22 +124,24 @@ def test_two_processes_that_share_out_what_learns_make_the_update_of_one(place: 
     assert "Warning" not in said(place, "output0")
 
 
-def note_tensors() -> None:
+def note_bytes(name: str, frozen_alone: bool = False) -> None:
     """Write down how many bytes of tensors this process holds: weights, gradients, moments and all else."""
     held: dict[int, int] = {}
     for one in gc.get_objects():
         if isinstance(one, torch.Tensor) and one.device.type != "meta":
+            if frozen_alone and (not isinstance(one, torch.nn.Parameter) or one.requires_grad):
+                continue
             storage = (one.to_local() if isinstance(one, DTensor) else one).untyped_storage()
             if storage.nbytes():  # else it is gathered when its layer runs
                 held[storage.data_ptr()] = storage.nbytes()
-    Path(f"tensors{os.environ.get('RANK', '')}").write_text(str(sum(held.values())))
+    Path(f"{name}{os.environ.get('RANK', '')}").write_text(str(sum(held.values())))
 
 
 def test_each_process_holds_its_part_of_gradients_and_moments_too(tmp_path: Path) -> None:
     place = make_workplace(tmp_path)
     save_tiny(place / "base", chat_template=CHATML, num_hidden_layers=24)
     write_config(place, **FULL, train__max_steps=3, data__validation=None)
-    troubles = {rank: at_step(3, note_tensors) for rank in (0, 1)}
+    troubles = {rank: at_step(3, partial(note_bytes, "tensors")) for rank in (0, 1)}
     assert together(place, "finetune", "run.yaml", FSDP, troubles=troubles) == [0, 0], said(place, "output0")
     whole = 4 * 4 * sum(tensor.numel() for tensor in load_file(place / "base" / "model.safetensors").values())
     for rank in (0, 1):
@@ -229,22 +231,11 @@ def test_two_cards_that_hold_the_model_together_learn_what_replicas_do(place: Pa
         torch.testing.assert_close(found[1][key], tensor, atol=1e-5, rtol=0)
 
 
-def note_weights() -> None:
-    """Write down how many bytes of frozen weights this process holds."""
-    held: dict[int, int] = {}
-    for one in gc.get_objects():
-        if isinstance(one, torch.nn.Parameter) and not one.requires_grad and one.device.type != "meta":
-            storage = (one.to_local() if isinstance(one, DTensor) else one).untyped_storage()
-            if storage.nbytes():  # else it is gathered when its layer runs
-                held[storage.data_ptr()] = storage.nbytes()
-    Path(f"weights{os.environ['RANK']}").write_text(str(sum(held.values())))
-
-
 def test_each_process_holds_its_part(tmp_path: Path) -> None:
     place = make_workplace(tmp_path)
     save_tiny(place / "base", chat_template=CHATML, num_hidden_layers=24)
     write_config(place, train__max_steps=2, data__validation=None)
-    troubles = {rank: at_step(2, note_weights) for rank in (0, 1)}
+    troubles = {rank: at_step(2, partial(note_bytes, "weights", frozen_alone=True)) for rank in (0, 1)}
     assert together(place, "finetune", "run.yaml", FSDP, troubles=troubles) == [0, 0], said(place, "output0")
     whole = (place / "base" / "model.safetensors").stat().st_size
     for rank in (0, 1):
