@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lmtune.config.load import build_config
 from lmtune.config.schema import FinetuneConfig
@@ -112,6 +113,12 @@ def lasting(folder: Path, name: str = "trial") -> dict[str, Any]:
         "answers": (run / "predictions.jsonl").read_text(),
         "scores": [summary[key] for key in ("status", "base", "tuned", "steps", "best_step", "tokens", "examples")],
     }
+
+
+def trained_weights(run: Path) -> dict[str, torch.Tensor]:
+    """What a run has trained: its adapter, or its whole model."""
+    adapter, model = run / "adapter" / "adapter_model.safetensors", run / "merged" / "model.safetensors"
+    return load_file(adapter if adapter.exists() else model)
 
 
 def checkpoints(folder: Path, name: str = "trial") -> list[str]:

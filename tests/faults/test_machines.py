@@ -15,18 +15,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import lmtune.training.machines
 from tests.machines import LAUNCHERS, launched, network
 from tests.processes import KILL, at_call, at_step, ended, said
 from tests.processes import lmtune as run_lmtune
-from tests.workplace import RESTLESS, lasting, make_workplace, write_config, write_rows
+from tests.workplace import RESTLESS, lasting, make_workplace, trained_weights, write_config, write_rows
 
 ROOT = Path(__file__).parents[2]
 LIMIT = "run.process_timeout_seconds=12"  # and for the network half of it
-WITHOUT_DROPOUT = {**RESTLESS, "tuning__dropout": 0.0}  # of which another number of processes draws another
+# Another number of processes draws another.
+WITHOUT_DROPOUT = {key: value for key, value in RESTLESS.items() if key != "tuning__dropout"}
 COMMAND = ("finetune", "run.yaml", LIMIT)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp": {"parallel__kind": "fsdp"},
+    "full tuning under fsdp": {"parallel__kind": "fsdp", "tuning__kind": "full", "train__learning_rate": 1e-3},
+    "streamed": {"model__offload": "layers", "model__resident_layers": 1},
+}
 
 
 def codes(processes: Sequence[Any]) -> list[int]:
@@ -38,13 +43,9 @@ def messages(place: Path, rank: int) -> list[str]:
     return re.findall(r"^error: (.*)$", said(place, f"output{rank}"), re.MULTILINE)
 
 
-def adapter(place: Path) -> dict[str, torch.Tensor]:
-    return load_file(place / "runs/trial/adapter/adapter_model.safetensors")
-
-
 def assert_equal(place: Path, wanted: dict[str, torch.Tensor]) -> None:
     """Up to rounding."""
-    found = adapter(place)
+    found = trained_weights(place / "runs/trial")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
@@ -72,7 +73,7 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.
     folder = make_workplace(tmp_path_factory.mktemp("one"))
     write_config(folder, **WITHOUT_DROPOUT)
     assert run_lmtune(folder, "finetune", "run.yaml") == 0, said(folder)
-    return adapter(folder)
+    return trained_weights(folder / "runs/trial")
 
 
 def test_31_a_machine_that_is_cut_off_ends_all_and_the_run_goes_on(
@@ -152,6 +153,32 @@ def test_16_a_process_that_ends_before_the_machines_have_met(plain: Path) -> Non
     (message,) = messages(plain, 0)
     assert message.startswith("rank 0: 2 processes did not meet at machine0, port 29500 within 62 s: ")
     assert not (plain / "runs").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_16_and_31_machines_that_share_a_base_out(tmp_path: Path, layout: str) -> None:
+    """One is cut off while a layer is gathered, then one is killed; three machines go on, and then one."""
+    settings = {**WITHOUT_DROPOUT, **LAYOUTS[layout]}
+    places = [make_workplace(tmp_path / name) for name in ("one", "several")]
+    for folder in places:
+        write_config(folder, **settings)
+    alone, place = places
+    assert run_lmtune(alone, "finetune", "run.yaml") == 0, said(alone)
+    with network(3) as machines:
+        processes = machines.start(place, *COMMAND, troubles={1: at_step(3, machines.cutting(1))}, count=2)
+        assert codes(processes) == [1, 1], said(place, "output0") + said(place, "output1")
+        for rank, other in ((0, 1), (1, 0)):
+            assert messages(place, rank)[0].startswith(f"rank {other} on machine{other} cannot be reached: no answer")
+        assert machines.pids() == []
+        machines.mend(1)
+        processes = machines.start(place, *COMMAND, troubles={1: at_step(5, KILL)})
+        assert codes(processes) == [1, -signal.SIGKILL, 1], said(place, "output0")
+        assert "rank 1 on machine1 exited during step 5" in messages(place, 0)[0]
+        assert "resumes after step 2" in said(place, "output0")
+        assert codes(machines.start(place, *COMMAND, count=1)) == [0], said(place, "output0")
+    assert "resumes after step 4" in said(place, "output0")
+    assert_equal(place, trained_weights(alone / "runs/trial"))
 
 
 def be_impatient() -> None:

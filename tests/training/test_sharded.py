@@ -24,7 +24,15 @@ from tests.faults.test_numbers import MARK, MARKED, no_loss_for_the_marked
 from tests.processes import KILL, Trouble, at_call, at_step, completed, said, send, together, with_environment
 from tests.tiny import save_tiny
 from tests.tokenizers import CHATML
-from tests.workplace import QUESTIONS, checkpoints, finetune, make_workplace, write_config, write_rows
+from tests.workplace import (
+    QUESTIONS,
+    checkpoints,
+    finetune,
+    make_workplace,
+    trained_weights,
+    write_config,
+    write_rows,
+)  # fmt: skip
 
 FSDP = "parallel.kind=fsdp"
 PAIRS = [
@@ -65,12 +73,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """What a run has trained."""
-    adapter, model = run / "adapter" / "adapter_model.safetensors", run / "merged" / "model.safetensors"
-    return load_file(adapter if adapter.exists() else model)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_that_hold_the_model_together_learn_what_replicas_do(place: Path, case: str) -> None:
     # 3 examples a step in packs of one: the first process has two passes and the other one
@@ -80,7 +82,7 @@ def test_two_processes_that_hold_the_model_together_learn_what_replicas_do(place
         write_config(place, **changes, run__name=f"{name}-{kind}")
         codes = together(place, "finetune", "run.yaml", f"parallel.kind={kind}")
         assert codes == [0, 0], said(place, "output0") + said(place, "output1")
-    whole, parts = (weights(place / "runs" / f"{name}-{kind}") for kind in ("replicated", "fsdp"))
+    whole, parts = (trained_weights(place / "runs" / f"{name}-{kind}") for kind in ("replicated", "fsdp"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())  # which is that of one process
     tuned, again = (
@@ -95,7 +97,7 @@ def test_two_processes_that_hold_the_model_together_learn_what_replicas_do(place
 
 def assert_close(one: Path, other: Path) -> None:
     """Two runs have learnt the same."""
-    wanted, found = weights(one), weights(other)
+    wanted, found = trained_weights(one), trained_weights(other)
     assert found.keys() == wanted.keys()
     for key, tensor in wanted.items():
         torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0)
@@ -113,7 +115,7 @@ def test_two_processes_that_share_out_what_learns_make_the_update_of_one(place: 
     assert_close(one, two)
     before = load_file(place / "base" / "model.safetensors")
     layer = "model.layers.1.mlp.up_proj.weight"
-    assert float((weights(two)[layer].float() - before[layer].float()).abs().max()) > 1e-3
+    assert float((trained_weights(two)[layer].float() - before[layer].float()).abs().max()) > 1e-3
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (one, two)]
     for whole, parts in zip(*lines, strict=True):
         for key in ("loss", "grad_norm"):
@@ -185,7 +187,7 @@ def test_the_best_step_is_kept_and_a_damaged_part_is_found(tmp_path: Path) -> No
     best = json.loads((run / "summary.json").read_text())["best_step"]
     assert best < 8
     folder = run / "checkpoints" / f"step-{best:06d}"
-    kept, saved = weights(run), checkpoint_weights(folder)
+    kept, saved = trained_weights(run), checkpoint_weights(folder)
     assert all(torch.equal(kept[key], tensor) for key, tensor in saved.items())
     damaged = folder / "optimizer" / "shard-00002-model-00001-of-00001.safetensors"
     damaged.unlink()
@@ -226,7 +228,7 @@ def test_two_cards_that_hold_the_model_together_learn_what_replicas_do(place: Pa
         write_config(place, **changes, run__name=f"cards-{case}-{kind}", model__dtype="float32")
         codes = together(place, "finetune", "run.yaml", f"parallel.kind={kind}", troubles=cards)
         assert codes == [0, 0], said(place, "output0") + said(place, "output1")
-        found.append(weights(place / "runs" / f"cards-{case}-{kind}"))
+        found.append(trained_weights(place / "runs" / f"cards-{case}-{kind}"))
     for key, tensor in found[0].items():
         torch.testing.assert_close(found[1][key], tensor, atol=1e-5, rtol=0)
 
@@ -279,7 +281,7 @@ def test_one_that_is_killed_ends_the_other_and_one_process_goes_on(tmp_path: Pat
     assert completed(place, "finetune", "run.yaml").returncode == 0
     undisturbed = make_workplace(tmp_path / "other")
     finetune(undisturbed)
-    one, two = (weights(folder / "runs" / "trial") for folder in (place, undisturbed))
+    one, two = (trained_weights(folder / "runs" / "trial") for folder in (place, undisturbed))
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=0)
 
