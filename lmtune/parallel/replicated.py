@@ -46,7 +46,8 @@ class Replicated(WholeModel):
                 f"{one_line(error)}; what the others printed says why, or their machines do not reach this address"
             ) from error
         self.rank, self.world_size = int(self._accelerator.process_index), int(self._accelerator.num_processes)
-        self.device: torch.device = self._accelerator.device
+        # Accelerate numbers CPUs, and moving a weight to "cpu:1" copies it: it would not stay mapped from its file.
+        self.device: torch.device = torch.device("cpu") if on_cpu else self._accelerator.device
         # From here on the watchdog says when to give up, which knows whether a process works.
         torch.distributed.distributed_c10d._set_pg_timeout(_FOR_EVER)
         self._watchdog = Watchdog(self, timeout_seconds)

@@ -46,7 +46,10 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"train__gradient_checkpointing": True, "evaluation__every_steps": 2},
     "dpo": {"data__train": "pairs.jsonl", "data__validation": None, "objective__kind": "dpo"},
     "kto": {"data__train": "judged.jsonl", "data__validation": None, "objective__kind": "kto"},
-    "classification": {"data__train": "labels.jsonl", "data__validation": None, "objective__kind": "classification"},
+    "classification": {
+        "data__train": "labels.jsonl", "data__validation": None, "objective__kind": "classification",
+        "train__learning_rate": 1e-3,
+    },
 }  # fmt: skip
 FULL: dict[str, Any] = {"tuning__kind": "full", "train__learning_rate": 1e-3}
 OWN_WEIGHTS: dict[str, dict[str, Any]] = {
@@ -84,7 +87,10 @@ def test_two_processes_that_hold_the_model_together_learn_what_replicas_do(place
         assert codes == [0, 0], said(place, "output0") + said(place, "output1")
     whole, parts = (trained_weights(place / "runs" / f"{name}-{kind}") for kind in ("replicated", "fsdp"))
     assert whole.keys() == parts.keys()
-    assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())  # which is that of one process
+    # Products of one token alone depend, in the last bits, on where a weight begins: here in the file, there gathered.
+    apart = 1e-5 if case == "classification" else 0.0
+    for key, tensor in whole.items():
+        torch.testing.assert_close(parts[key], tensor, atol=apart, rtol=0)
     tuned, again = (
         json.loads((place / "runs" / f"{name}-{kind}" / "summary.json").read_text())["tuned"]
         for kind in ("replicated", "fsdp")
@@ -242,6 +248,26 @@ def test_each_process_holds_its_part(tmp_path: Path) -> None:
     whole = (place / "base" / "model.safetensors").stat().st_size
     for rank in (0, 1):
         assert int((place / f"weights{rank}").read_text()) < 0.6 * whole
+
+
+def note_mapped() -> None:
+    """Write down how many bytes of frozen weights are pages of the base's file."""
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    frozen = [one for one in gc.get_objects() if isinstance(one, torch.nn.Parameter) and not one.requires_grad]
+    mapped = (one.nbytes for one in frozen if any(start <= one.data_ptr() < end for start, end in spans))
+    Path(f"mapped{os.environ['RANK']}").write_text(str(sum(mapped)))
+
+
+def test_replicas_on_a_cpu_map_one_file(tmp_path: Path) -> None:
+    """None has a copy of its own of weights that are stored as they are computed with."""
+    place = make_workplace(tmp_path)
+    write_config(place, train__max_steps=1, data__validation=None, model__dtype="float32")
+    noted = {rank: at_step(1, note_mapped) for rank in (0, 1)}
+    assert together(place, "finetune", "run.yaml", troubles=noted) == [0, 0], said(place, "output0")
+    whole = (place / "base" / "model.safetensors").stat().st_size
+    for rank in (0, 1):
+        assert int((place / f"mapped{rank}").read_text()) > 0.9 * whole
 
 
 def note_peak() -> None:
