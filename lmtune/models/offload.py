@@ -40,7 +40,7 @@ from lmtune.config.schema import FullConfig, LoraConfig, ModelConfig, PartialCon
 from lmtune.errors import LmtuneError, ModelError
 from lmtune.io.atomic import cache_folder
 from lmtune.io.text import size_text
-from lmtune.models.device import return_freed_memory
+from lmtune.models.device import return_freed_memory, return_large_blocks
 from lmtune.models.structure import decoder_layers, head_of, linear_layers
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class MappedFiles:
         self._mapped: dict[int, torch.Tensor] = {}  # by address; held, so that no other memory gets it
         self._before = {part.start for part in _mapped_files()}
         self._written_bytes = 0
+        return_large_blocks()  # what dense matrices of quantized layers took, one after the other
 
     def finish(self) -> None:
         """See `Store`: what was read to be converted or quantized is forgotten, and what was freed is returned."""
@@ -106,7 +107,10 @@ class MappedFiles:
 
     def take(self, weight: torch.Tensor) -> None:
         """See `Store`."""
-        if weight.nbytes < _SMALLEST or self.has(weight):
+        if self.has(weight):
+            return
+        if weight.nbytes < _SMALLEST:
+            weight.data = weight.data.clone()  # of a file the system reads more than so little
             return
         if _is_file(weight):
             self._mapped[weight.data_ptr()] = weight.data

@@ -21,7 +21,7 @@ from lmtune.inference.load import load_for_inference
 from lmtune.inference.request import Sampling
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import load_model
-from lmtune.models.offload import LayerStream, MappedFiles, PinnedMemory
+from lmtune.models.offload import LayerStream, MappedFiles, PinnedMemory, _is_file
 from lmtune.models.structure import base_of, empty_model, is_streamed
 from lmtune.models.tuning.base import trainable
 from lmtune.models.tuning.lora import attach_adapter
@@ -249,6 +249,15 @@ print(json.dumps({{"taken": peak - before, "sums": sums}}))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_small_weights_leave_their_file(tmp_path: Path) -> None:
+    """Where one is touched the system reads 64 KB around it, which are those of weights that are not in use."""
+    base = load_model(ModelConfig(name=str(base_folder(tmp_path, **WIDE)), quantization="none", offload="layers"))
+    store = stream_of(base).store
+    assert isinstance(store, MappedFiles)
+    assert not any(_is_file(norm.weight) for name, norm in base.named_modules() if name.endswith("norm"))
+    assert store.has(base.model.layers[0].mlp.up_proj.weight)
 
 
 def test_a_base_that_does_not_fit_is_streamed(
