@@ -165,9 +165,12 @@ def trained_bytes(shape: ModelShape, dtype: torch.dtype, moments: int = 8, shard
 
 
 def dense_copies(shape: ModelShape, quantization: str, dtype: torch.dtype, free_bytes: float) -> float:
-    """Bytes of dense matrices beside quantized weights: of all where `free_bytes` has room, else of a layer at work."""
+    """Bytes of dense matrices beside quantized weights: of all where `free_bytes` has room, else of the one at work."""
     size = shape.adapted_linear * dtype.itemsize if quantization in QUANTIZED_BYTES else 0
-    return size if size <= free_bytes * DENSE_SHARE else size / shape.num_layers
+    if size <= free_bytes * DENSE_SHARE:
+        return size
+    largest = shape.hidden_size * max(shape.intermediate_size, shape.attention_width) * dtype.itemsize
+    return min(largest, size / shape.num_layers)
 
 
 def estimate(
