@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -73,11 +74,14 @@ class Sharded(Replicated):
         body.register_forward_hook(lambda *_: None if self._in_passes else self._watchdog.leave())
         return_large_blocks()
         stream: LayerStream | None = vars(model.base).pop("lmtune_stream", None)
+        gather = _GatherInPlace()
         for index, layer in enumerate(layers):
             with contextlib.nullcontext() if stream is None else stream.layer(index):
                 sharded = fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=whole)
             sharded.set_gradient_divide_factor(1.0)  # the loss's denominator is of all ranks
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
+            if self.device.type == "cpu":
+                sharded.set_custom_all_gather(gather)  # type: ignore[arg-type]  # a protocol in all but name
         fully_shard(body, mesh=mesh, ignored_params=whole)  # ties the layers' passes together
         with torch.no_grad():
             for tensor in (*whole, *model.module.buffers()):
@@ -111,6 +115,35 @@ class Sharded(Replicated):
         finally:
             self._in_passes = False
         self._watchdog.leave()
+
+
+class _GatherInPlace:
+    """FSDP2's `AllGather` for CPUs: one layer after the other into the same memory, from which torch copies it.
+
+    A CPU has copied a layer before it gathers the next one; torch would keep both, for a GPU that has not. Each rank
+    sends its part into its place, in a third of the time of gloo's `all_gather`, which fills a copy first.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:  # fmt: skip
+        """See torch's `Comm`."""
+        count = math.prod(int(length) for length in size) * dtype.itemsize
+        if count > len(self._bytes):
+            self._bytes = torch.empty(count, dtype=torch.uint8, device=device)
+        return self._bytes[:count].view(dtype).view(size)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """See torch's `AllGather`; `input_tensor` is this rank's part of `output_tensor`."""
+        parts = output_tensor.view(torch.uint8).chunk(group.size())  # of any dtype
+        works = [dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)]
+        for work in works:
+            work.wait()
 
 
 def _keep_quantization(layers: torch.nn.ModuleList) -> None:

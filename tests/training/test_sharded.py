@@ -292,7 +292,7 @@ def test_no_process_ever_holds_much_more_than_its_part(tmp_path: Path, stored: t
         assert together(place, "finetune", "run.yaml", FSDP, troubles=noted) == [0, 0], said(place, "output0")
         sizes.append((place / "base" / "model.safetensors").stat().st_size * 4 / stored.itemsize)
         peaks.append(max(int((place / f"peak{rank}").read_text()) for rank in (0, 1)))
-    assert peaks[1] - peaks[0] < 0.8 * (sizes[1] - sizes[0])
+    assert peaks[1] - peaks[0] < 0.7 * (sizes[1] - sizes[0])
 
 
 def test_one_that_is_killed_ends_the_other_and_one_process_goes_on(tmp_path: Path) -> None:
