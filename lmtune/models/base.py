@@ -26,7 +26,15 @@ from lmtune.models.device import BF16_GAIN, bf16_speedup, default_device, free_m
 from lmtune.models.gguf import gguf_digest, gguf_folder, gguf_parameters, is_gguf
 from lmtune.models.head import Head, prepare_head
 from lmtune.models.libraries import quiet_libraries
-from lmtune.models.offload import LayerStream, MappedFiles, base_bytes, reason_to_stream, stream_for
+from lmtune.models.offload import (
+    LayerStream,
+    MappedFiles,
+    base_bytes,
+    forget_mapped,
+    mapped_files,
+    reason_to_stream,
+    stream_for,
+)
 from lmtune.models.structure import config_and_class, decoder_layers, empty_model
 from lmtune.models.validate import (
     ADAPTER_CONFIG,
@@ -113,6 +121,7 @@ def load_model(
         check_bitsandbytes(model.quantization)
     dtype = dtype_of(model, device)
     quantization = "" if model.quantization == "none" else f" in {model.quantization}"
+    before = mapped_files()
     try:
         stream = _stream_to_shard(model, path, head) if to_shard else _stream(model, path, dtype, device, head)
         streaming = contextlib.nullcontext() if stream is None else stream.loading()
@@ -120,6 +129,8 @@ def load_model(
             loaded = _load_cached_or_quantize(model, path, dtype, device, head, stream)
         if stream is not None:
             (stream.hold if to_shard else stream.attach)(loaded)
+        elif quantization:
+            forget_mapped(before)  # what was read to be quantized
     except LmtuneError:
         raise
     except Exception as error:

@@ -22,7 +22,7 @@ _YES = ("1", "true", "t", "yes", "y", "on")  # as Accelerate reads it
 BF16_GAIN = 1.3  # times as fast as fp32, from which bf16 is worth it
 _SMALLEST = 2**18  # elements of a matrix below which nothing is gained, and timing tells nothing
 _PROBED = 256, 1536  # rows, and the most columns, of a product that is timed
-_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 2**18  # of glibc's malloc.h; above, each block is mapped for itself
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 2**17  # of glibc's malloc.h; above, each block is mapped for itself
 DENSE_SHARE = 0.25  # of the free memory, for quantized weights kept as dense matrices
 # What PyTorch and CUDA's libraries write where they do not raise `torch.OutOfMemoryError`, in lower case
 _SHORT_OF_MEMORY = (

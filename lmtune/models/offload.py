@@ -90,18 +90,14 @@ class MappedFiles:
     def __init__(self) -> None:
         self._file: Any = None
         self._page = mmap.PAGESIZE
-        self._advise = ctypes.CDLL(None, use_errno=True).madvise
-        self._advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
         self._mapped: dict[int, torch.Tensor] = {}  # by address; held, so that no other memory gets it
-        self._before = {part.start for part in _mapped_files()}
+        self._before = mapped_files()
         self._written_bytes = 0
         return_large_blocks()  # what dense matrices of quantized layers took, one after the other
 
     def finish(self) -> None:
         """See `Store`: what was read to be converted or quantized is forgotten, and what was freed is returned."""
-        for part in _mapped_files():
-            if part.start not in self._before:  # nobody has written there, for the base is loaded at this moment
-                self._advise(part.start, len(part), _MADV_DONTNEED)
+        forget_mapped(self._before)
         self._written_bytes = 0
         return_freed_memory()
 
@@ -142,7 +138,7 @@ class MappedFiles:
 
     def _tell(self, weight: torch.Tensor, advice: int) -> None:
         start = weight.data_ptr() // self._page * self._page
-        self._advise(start, weight.data_ptr() + weight.nbytes - start, advice)
+        _advise(start, weight.data_ptr() + weight.nbytes - start, advice)
 
     def _written(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight in the file, at the beginning of a page, with its strides."""
@@ -396,10 +392,27 @@ def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> torch.Tens
 def _is_file(weight: torch.Tensor) -> bool:
     """Whether a file is mapped where a weight is."""
     place = weight.data_ptr()
-    return any(place in part and place + weight.nbytes <= part.stop for part in _mapped_files())
+    return any(place in part and place + weight.nbytes <= part.stop for part in mapped_files())
 
 
-def _mapped_files() -> list[range]:
+def forget_mapped(before: Sequence[range]) -> None:
+    """Let the system forget the pages that were read of files mapped since `before`; it reads them again where needed.
+
+    For a base that is loaded at this moment, where nobody has written to them.
+    """
+    known = {part.start for part in before}
+    for part in mapped_files():
+        if part.start not in known:
+            _advise(part.start, len(part), _MADV_DONTNEED)
+
+
+def _advise(start: int, count: int, advice: int) -> None:
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    madvise(start, count, advice)
+
+
+def mapped_files() -> list[range]:
     """The addresses at which files of weights are mapped; none on a system that does not tell."""
     found = []
     with contextlib.suppress(OSError):
