@@ -158,7 +158,9 @@ def _load_whole(
         return replace(_load_plain(ModelConfig(name=str(run.merged), quantization=quantization or "none", dtype=dtype)),
                        name=name)  # fmt: skip
     config, head = run_config(run, base), run_head(run)
-    model, tokenizer = load_model(config.model, head=head), load_run_tokenizer(config)
+    # Held whole: what is written to a layer that comes and goes would be gone with it.
+    model = load_model(replace(config.model, offload="none"), head=head)
+    tokenizer = load_run_tokenizer(config)
     with torch.no_grad():
         for key, tensor in saved.weights.items():
             model.get_parameter(key).copy_(tensor)
@@ -458,7 +460,7 @@ def write_adapter(run: RunDirectory, saved: Saved, folder: Path, base: str | Non
     metadata = run_metadata(config, renderer, base_fingerprint(config.model), run.adapter, head)
     assert isinstance(config.tuning, LoraConfig)
     if config.tuning.init_lora_weights == "pissa":  # which takes a part of the base's weights
-        model = load_model(config.model, head=head)
+        model = load_model(replace(config.model, offload="none"), head=head)
     else:
         model = empty_model(resolve_name(config.model.name), config.model.revision, head)
     tuned = Lora(config.tuning, config.model).apply(model, config.train.seed, shareable_name(config.model.name))

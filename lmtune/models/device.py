@@ -76,13 +76,18 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on `device`; on the CPU shared with the other processes of this run."""
+def free_memory(device: torch.device, mapped: int = 0) -> int:
+    """Bytes that can still be taken on `device`; on the CPU shared with the other processes of this run.
+
+    Args:
+        device: where.
+        mapped: bytes of files in memory that shall stay there, which Linux counts as available.
+    """
     import torch
 
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return _available_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, _available_ram() - mapped) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _available_ram() -> int:

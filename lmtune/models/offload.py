@@ -106,7 +106,8 @@ class MappedFiles:
         if self.has(weight):
             return
         if weight.nbytes < _SMALLEST:
-            weight.data = weight.data.clone()  # of a file the system reads more than so little
+            if weight.dim() < 2:  # a vector: where the system reads it, it reads 64 KB of the file around it
+                weight.data = weight.data.clone()
             return
         if _is_file(weight):
             self._mapped[weight.data_ptr()] = weight.data
@@ -126,19 +127,19 @@ class MappedFiles:
     def fetch(self, weights: Sequence[torch.Tensor]) -> None:
         """See `Store`."""
         for weight in weights:
-            self._tell(weight, _MADV_WILLNEED)
+            start = weight.data_ptr() // self._page * self._page
+            _advise(start, weight.data_ptr() + weight.nbytes - start, _MADV_WILLNEED)
 
     def wait(self) -> None:
         """See `Store`; a page that is not there yet is read where it is touched."""
 
     def release(self, weights: Sequence[torch.Tensor]) -> None:
         """See `Store`."""
-        for weight in weights:
-            self._tell(weight, _MADV_DONTNEED)
-
-    def _tell(self, weight: torch.Tensor, advice: int) -> None:
-        start = weight.data_ptr() // self._page * self._page
-        _advise(start, weight.data_ptr() + weight.nbytes - start, advice)
+        for weight in weights:  # whole pages of its own: others may have been written to
+            start = -(-weight.data_ptr() // self._page) * self._page
+            count = (weight.data_ptr() + weight.nbytes) // self._page * self._page - start
+            if count > 0:
+                _advise(start, count, _MADV_DONTNEED)
 
     def _written(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight in the file, at the beginning of a page, with its strides."""
@@ -393,6 +394,13 @@ def _is_file(weight: torch.Tensor) -> bool:
     """Whether a file is mapped where a weight is."""
     place = weight.data_ptr()
     return any(place in part and place + weight.nbytes <= part.stop for part in mapped_files())
+
+
+def mapped_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters that are pages of files, which Linux counts as available."""
+    files = mapped_files()
+    places = {one.data_ptr(): one.nbytes for one in model.parameters() if one.device.type == "cpu"}
+    return sum(size for place, size in places.items() if any(place in part for part in files))
 
 
 def forget_mapped(before: Sequence[range]) -> None:

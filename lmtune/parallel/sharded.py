@@ -82,6 +82,7 @@ class Sharded(Replicated):
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
             if self.device.type == "cpu":
                 sharded.set_custom_all_gather(gather)  # type: ignore[arg-type]  # a protocol in all but name
+                sharded.set_modules_to_backward_prefetch([sharded])  # no other one: it would fill the same memory
         fully_shard(body, mesh=mesh, ignored_params=whole)  # ties the layers' passes together
         with torch.no_grad():
             for tensor in (*whole, *model.module.buffers()):
@@ -133,6 +134,7 @@ class _GatherInPlace:
         """See torch's `Comm`."""
         count = math.prod(int(length) for length in size) * dtype.itemsize
         if count > len(self._bytes):
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # before the larger one is there
             self._bytes = torch.empty(count, dtype=torch.uint8, device=device)
         return self._bytes[:count].view(dtype).view(size)
 

@@ -53,8 +53,9 @@ from lmtune.models.base import DTYPES, base_fingerprint, check_bitsandbytes, dty
 from lmtune.models.device import dense_weights_fit, free_memory
 from lmtune.models.head import Head, classifier_head
 from lmtune.models.locate import shareable_name
-from lmtune.models.offload import can_stream
+from lmtune.models.offload import can_stream, mapped_bytes
 from lmtune.models.parameters import Parameters, count_parameters
+from lmtune.models.structure import is_streamed
 from lmtune.models.tensor_shards import held_share
 from lmtune.models.tuning.adapter_files import Metadata
 from lmtune.models.tuning.base import TunedModel, Tuning, trainable
@@ -370,7 +371,8 @@ def _choose_micro_batch(
         coming += int(memory.gathered_bytes(shape, config.model.quantization, forward.dtype))
     asked = None if config.train.micro_batch_tokens == "auto" else config.train.micro_batch_tokens
     rows = config.objective.rows
-    longest, free = memory.longest_unit(data.train.sequences, rows), max(0, free_memory(device) - coming)
+    mapped = 0 if is_streamed(forward.base) else mapped_bytes(forward.base)
+    longest, free = memory.longest_unit(data.train.sequences, rows), max(0, free_memory(device, mapped) - coming)
     fitting = memory.fitting_micro_batch(activations, longest, free, device.type, asked, rows)
     of_ranks = parallel.gather([fitting])
     budget, needed = min(tokens for tokens, _ in of_ranks), max(layers for _, layers in of_ranks)

@@ -1,6 +1,7 @@
 """Layer streaming: the result of a base that is held whole, bit for bit, with no more layers in memory than allowed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,7 +35,7 @@ from lmtune.training.run import run_finetune
 from lmtune.training.shared import Shared
 from tests.tiny import adapted, losses_of, pack_rows, random_rows, rows_behind_a_prefix, save_tiny
 from tests.tokenizers import CHATML
-from tests.workplace import RESTLESS, config_of, inside, lasting, make_workplace, write_rows
+from tests.workplace import RESTLESS, config_of, finetune, inside, lasting, make_workplace, write_rows
 
 # Wide enough that the weights of a layer are worth to be streamed
 WIDE: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 5}
@@ -299,6 +300,23 @@ def test_the_whole_model_learns_without_streams_even_where_it_does_not_fit(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("lmtune.models.base.free_memory", lambda device: 2**20)
     train(place, "full", tuning__kind="full", train__max_steps=1)
+
+
+def test_a_checkpoint_of_the_whole_model_answers_where_it_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    place = make_workplace(tmp_path)
+    save_tiny(place / "base", chat_template=CHATML, **WIDE)
+    run, _ = finetune(place, tuning__kind="full", train__max_steps=4, train__learning_rate=1e-3)
+    shutil.rmtree(run.merged)
+    (run.path / "summary.json").unlink()
+    with inside(place):
+        wanted = load_for_inference("runs/trial").model.state_dict()
+        monkeypatch.setattr("lmtune.models.base.free_memory", lambda device: 2**20)
+        loaded = load_for_inference("runs/trial").model
+        with torch.no_grad():
+            loaded(torch.arange(8)[None])  # in which layers would come and go
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_plan_streams_a_base_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_layers_are_checkpointed_where_memory_is_small(tmp_path: Path, monkeypat
 
     folder = make_workplace(tmp_path / "work")
     for free, twice in ((2**34, False), (2**16, True)):
-        monkeypatch.setattr(compose, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(compose, "free_memory", lambda *_, free=free: free)
         with inside(folder):
             parts = compose.compose(config_of(), Single())
         assert is_checkpointed_throughout(parts.forward.base) is twice

@@ -32,6 +32,7 @@ from tests.workplace import (
     trained_weights,
     write_config,
     write_rows,
+    written_files,
 )  # fmt: skip
 
 FSDP = "parallel.kind=fsdp"
@@ -51,6 +52,18 @@ CASES: dict[str, dict[str, Any]] = {
         "train__learning_rate": 1e-3,
     },
 }  # fmt: skip
+OF_PAIRS: dict[str, dict[str, Any]] = {
+    kind: {
+        "data__train": "pairs.jsonl",
+        "data__validation": None,
+        "objective__kind": kind,
+        "train__learning_rate": 1e-3,
+    }
+    for kind in ("ipo", "orpo", "simpo", "reward")
+}
+OTHERS = {**OF_PAIRS, "regression": {**CASES["classification"], "data__train": "numbers.jsonl",
+                                     "objective__kind": "regression"}}  # fmt: skip
+ONE_TOKEN = ("classification", "reward", "regression")  # whose rows may be read as single tokens
 FULL: dict[str, Any] = {"tuning__kind": "full", "train__learning_rate": 1e-3}
 OWN_WEIGHTS: dict[str, dict[str, Any]] = {
     "full, not clipped": {"train__max_grad_norm": None},
@@ -70,16 +83,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_workplace(tmp_path_factory.mktemp("work"))
     write_rows(folder / "pairs.jsonl", PAIRS)
     write_rows(folder / "labels.jsonl", LABELS)
+    write_rows(folder / "numbers.jsonl", [{"text": f"number {n}", "label": n / 10} for n in range(12)])
     write_rows(folder / "judged.jsonl", [
         {"prompt": f"What is {n}?", "completion": f"It is {n}.", "label": bool(n % 2)} for n in range(12)
     ])  # fmt: skip
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in OTHERS)])
 def test_two_processes_that_hold_the_model_together_learn_what_replicas_do(place: Path, case: str) -> None:
     # 3 examples a step in packs of one: the first process has two passes and the other one
-    changes = {**CASES[case], "train__batch_size": 3, "train__micro_batch_tokens": 16, "train__max_steps": 4}
+    changes = {**CASES, **OTHERS}[case]
+    changes = {**changes, "train__batch_size": 3, "train__micro_batch_tokens": 16, "train__max_steps": 4}
     name = case.replace(" ", "-")
     for kind in ("replicated", "fsdp"):
         write_config(place, **changes, run__name=f"{name}-{kind}")
@@ -88,7 +103,7 @@ def test_two_processes_that_hold_the_model_together_learn_what_replicas_do(place
     whole, parts = (trained_weights(place / "runs" / f"{name}-{kind}") for kind in ("replicated", "fsdp"))
     assert whole.keys() == parts.keys()
     # Products of one token alone depend, in the last bits, on where a weight begins: here in the file, there gathered.
-    apart = 1e-5 if case == "classification" else 0.0
+    apart = 1e-5 if case in ONE_TOKEN else 0.0
     for key, tensor in whole.items():
         torch.testing.assert_close(parts[key], tensor, atol=apart, rtol=0)
     tuned, again = (
@@ -208,6 +223,20 @@ def test_a_run_that_is_stopped_is_of_use_and_goes_on(tmp_path: Path) -> None:
     assert completed(place, "merge", "runs/trial", "--output", "so_far").returncode == 0
     saved = checkpoint_weights(place / "runs/trial/checkpoints/step-000005")
     assert all(torch.equal(saved[key], one) for key, one in load_file(place / "so_far/model.safetensors").items())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_both_kinds_merge_to_the_same_model(tmp_path: Path, quantization: str) -> None:
+    place, merged = make_workplace(tmp_path), list[dict[str, bytes]]()
+    for kind in ("replicated", "fsdp"):
+        write_config(place, run__name=kind, parallel__kind=kind, model__quantization=quantization, train__max_steps=3)
+        assert together(place, "finetune", "run.yaml") == [0, 0], said(place, "output0")
+        assert completed(place, "merge", f"runs/{kind}", "--output", kind).returncode == 0
+        merged.append(written_files(place / kind))
+    weights = [name for name in merged[0] if name.endswith(".safetensors")]
+    assert weights
+    assert all(merged[0][name] == merged[1][name] for name in weights)
 
 
 def test_the_row_whose_gradient_is_no_number_is_named_alone(tmp_path: Path) -> None:
