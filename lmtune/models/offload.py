@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import tempfile
@@ -415,9 +416,14 @@ def forget_mapped(before: Sequence[range]) -> None:
 
 
 def _advise(start: int, count: int, advice: int) -> None:
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    madvise(start, count, advice)
+    _madvise()(start, count, advice)
+
+
+@functools.cache
+def _madvise() -> Any:
+    found = ctypes.CDLL(None, use_errno=True).madvise
+    found.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return found
 
 
 def mapped_files() -> list[range]:
