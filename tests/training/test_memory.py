@@ -126,6 +126,7 @@ def test_what_does_not_grow_with_the_tokens_is_subtracted_first() -> None:
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmtune.models.device._available_ram", lambda: 12_000)
     assert free_memory(torch.device("cpu")) == 12_000
+    assert free_memory(torch.device("cpu"), mapped=2_000) == 10_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert free_memory(torch.device("cpu")) == 4_000
 

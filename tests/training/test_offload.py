@@ -22,7 +22,7 @@ from lmtune.inference.load import load_for_inference
 from lmtune.inference.request import Sampling
 from lmtune.kernels.lora_linear import fuse
 from lmtune.models.base import load_model
-from lmtune.models.offload import LayerStream, MappedFiles, PinnedMemory, _is_file
+from lmtune.models.offload import LayerStream, MappedFiles, PinnedMemory, _is_file, mapped_bytes
 from lmtune.models.structure import base_of, empty_model, is_streamed
 from lmtune.models.tuning.base import trainable
 from lmtune.models.tuning.lora import attach_adapter
@@ -259,6 +259,27 @@ def test_small_weights_leave_their_file(tmp_path: Path) -> None:
     assert isinstance(store, MappedFiles)
     assert not any(_is_file(norm.weight) for name, norm in base.named_modules() if name.endswith("norm"))
     assert store.has(base.model.layers[0].mlp.up_proj.weight)
+
+
+def resident_bytes(file: Path) -> int:
+    """Of a file that is mapped into this process."""
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            here = str(file) in line
+        elif here and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def test_what_a_base_was_quantized_from_leaves_memory(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path, **WIDE)
+    whole = load_model(ModelConfig(name=str(folder), quantization="none", dtype="float32", offload="none"))
+    assert mapped_bytes(whole) > 0.9 * (folder / "model.safetensors").stat().st_size
+    other = base_folder(tmp_path / "other", **WIDE)
+    base = load_model(ModelConfig(name=str(other), quantization="int8", dtype="float32", offload="none"))
+    assert mapped_bytes(base) < 0.5 * mapped_bytes(whole)  # embeddings, head and norms
+    assert resident_bytes(other / "model.safetensors") < 0.5 * mapped_bytes(whole)
 
 
 def test_a_base_that_does_not_fit_is_streamed(
